@@ -1,0 +1,188 @@
+"""The command line. Exit status 0: done; 1: a check failed; 2: the command or a spec cannot be used."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from m2gen import __version__
+from m2gen.errors import M2genError, SpecError
+
+if TYPE_CHECKING:
+    from m2gen.pipeline import Plan
+    from m2gen.report import TerminalProgress
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="YAML specs to tuned, verified Triton kernels for the M²RNN recurrence.\n\n"
+    "Exit status: 0 done; 1 a check, verification or comparison failed; 2 the command or a spec cannot be used; "
+    "130 interrupted.",
+)
+spec_app = typer.Typer(no_args_is_help=True, help="Look at specs: their schema, and the variants they expand to.")
+app.add_typer(spec_app, name="spec")
+
+
+SpecOption = Annotated[
+    str, typer.Option("--spec", help="Spec file: as given, else in specs/, else among those shipped.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and no tables but results.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder of generated packages; the package is OUT/<name>/.")]
+TargetOption = Annotated[str | None, typer.Option("--target", help="Comma-separated arches instead of the spec's.")]
+
+
+@contextmanager
+def _reporting(debug: bool) -> Iterator[None]:
+    """Turn errors into one line each on standard error and an exit status."""
+    try:
+        yield
+    except M2genError as error:
+        if debug:
+            raise
+        for line in str(error).splitlines():
+            print(f"m2gen: {line}" if not isinstance(error, SpecError) else line, file=sys.stderr)
+        raise typer.Exit(error.exit_status) from None
+    except KeyboardInterrupt:
+        print("m2gen: interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _progress(quiet: bool) -> TerminalProgress:
+    from m2gen.report import TerminalProgress
+
+    return TerminalProgress(quiet=quiet)
+
+
+def _plan(spec: str, target: str | None = None) -> Plan:
+    from m2gen.pipeline import plan
+
+    return plan(spec, target.split(",") if target else None)
+
+
+@app.command()
+def build(
+    spec: SpecOption,
+    out: OutOption = Path("generated"),
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 with a diff if OUT is stale.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Write the package without verifying it.")] = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Take a spec to a verified package of kernels in OUT/<name>/."""
+    from m2gen import pipeline
+    from m2gen.cli_output import show_build, show_difference
+
+    with _reporting(debug):
+        planned = _plan(spec)
+        if check:
+            raise typer.Exit(show_difference(planned, pipeline.difference(planned, out), as_json=json, quiet=quiet))
+        outcome = pipeline.build(planned, out, _progress(quiet), verified=not no_verify)
+        show_build(planned, outcome, as_json=json, quiet=quiet, verbose=verbose)
+
+
+@app.command()
+def check(
+    spec: SpecOption,
+    target: TargetOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Cross-compile every kernel, with no GPU, and show what it takes of each target."""
+    from m2gen import pipeline
+    from m2gen.cli_output import show_check
+
+    with _reporting(debug):
+        rows = pipeline.check(_plan(spec, target), _progress(quiet))
+        raise typer.Exit(show_check(rows, as_json=json, quiet=quiet))
+
+
+@app.command()
+def verify(
+    spec: SpecOption,
+    variant: Annotated[str | None, typer.Option("--variant", help="Only this variant, by its key.")] = None,
+    case: Annotated[str | None, typer.Option("--case", help="Only this case.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the random inputs.")] = 0,
+    json: JsonOption = False,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML to this file.")] = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare every output and gradient with the float64 reference: on the GPU, else in Triton's interpreter."""
+    from m2gen import pipeline
+    from m2gen.cli_output import show_verify, write_junit
+
+    with _reporting(debug):
+        planned = _plan(spec)
+        request = pipeline.VerifyRequest(variant, case, seed)
+        outcome = pipeline.verify(planned, request, _progress(quiet))
+        if junit is not None:
+            write_junit(junit, planned, outcome)
+        raise typer.Exit(show_verify(planned, outcome, as_json=json, quiet=quiet, verbose=verbose))
+
+
+@app.command()
+def bench(
+    spec: SpecOption,
+    layer: Annotated[str | None, typer.Option("--layer", help="Only this layer of the spec.")] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Time forward and training step of every layer on its workloads; needs a GPU."""
+    from m2gen import pipeline
+    from m2gen.cli_output import show_bench
+
+    with _reporting(debug):
+        show_bench(pipeline.bench(_plan(spec), layer, _progress(quiet)), as_json=json)
+
+
+@spec_app.command("show")
+def spec_show(spec: SpecOption, json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Print the variants that a spec expands to."""
+    from m2gen.cli_output import show_spec
+
+    with _reporting(debug):
+        show_spec(_plan(spec), as_json=json)
+
+
+@spec_app.command("schema")
+def spec_schema() -> None:
+    """Print the JSON schema of specs."""
+    from m2gen.report import print_json
+    from m2gen.spec import json_schema
+
+    print_json(json_schema())
+
+
+@app.command()
+def info(json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Print the device, versions, where files are looked for, and what is missing."""
+    from m2gen.cli_output import show_info
+
+    with _reporting(debug):
+        show_info(as_json=json)
+
+
+@app.command()
+def version() -> None:
+    """Print m2gen's version."""
+    print(f"m2gen {__version__}")
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,216 @@
+"""What each command prints, and the exit status that follows from it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m2gen import __version__
+from m2gen.cache import cache_dir
+from m2gen.device import PORTABLE, TARGETS, detect
+from m2gen.errors import EmitError
+from m2gen.pipeline import (
+    BuildOutcome,
+    CheckRow,
+    Plan,
+    VerifyOutcome,
+    failed,
+    failure_line,
+    reproduce,
+    shipped_specs,
+)
+from m2gen.render import templates_dir
+from m2gen.report import junit, print_json, print_table
+
+if TYPE_CHECKING:
+    from m2gen.bench import Measurement
+
+KERNEL_COLUMNS = ("variant", "kernel", "target", "registers", "spills B", "shared B", "code B", "problems")
+
+
+def _kernel_cells(row: CheckRow) -> tuple[Any, ...]:
+    taken = row.resources
+    numbers = (taken.registers, taken.spill_bytes, taken.shared_bytes, taken.code_bytes) if taken else ("",) * 4
+    return (row.variant, row.kernel, row.arch, *numbers, "; ".join(row.problems))
+
+
+def _kernel_json(row: CheckRow) -> dict[str, Any]:
+    return {
+        "variant": row.variant,
+        "kernel": row.kernel,
+        "target": row.arch,
+        "schedule": row.schedule,
+        "resources": asdict(row.resources) if row.resources else None,
+        "problems": list(row.problems),
+    }
+
+
+def show_build(planned: Plan, outcome: BuildOutcome, *, as_json: bool, quiet: bool, verbose: bool) -> None:
+    """Show the schedules that serve each variant and what the kernels take."""
+    schedules = [
+        (c.variant.key, c.device.arch, c.schedule.slug, c.tier)
+        for c in planned.choices
+        if verbose or c.device != PORTABLE
+    ]
+    if as_json:
+        kernels = [_kernel_json(row) for row in outcome.rows]
+        chosen = [dict(zip(("variant", "target", "schedule", "tier"), row, strict=True)) for row in schedules]
+        facts = {"package": str(outcome.directory), "namespace": outcome.package.namespace}
+        print_json({**facts, "verified": outcome.verified, "schedules": chosen, "kernels": kernels})
+        return
+    if not quiet:
+        print_table("Schedules", ("variant", "target", "schedule", "from"), schedules)
+        print_table("Kernels", KERNEL_COLUMNS, map(_kernel_cells, outcome.rows))
+    files = len(outcome.package.files) + 1
+    print(f"{outcome.directory}: {len(planned.variants)} variants, {files} files, verified on: {outcome.verified}")
+
+
+def show_difference(planned: Plan, lines: Sequence[str], *, as_json: bool, quiet: bool) -> int:
+    """Print the diff of ``build --check``; return 1 if there is one."""
+    if as_json:
+        print_json({"spec": planned.origin.spec_file, "current": not lines, "diff": list(lines)})
+    elif lines:
+        print("\n".join(lines))
+        print(f"m2gen: {planned.origin.name} is stale; run `{planned.origin.command}`", file=sys.stderr)
+    elif not quiet:
+        print(f"{planned.origin.name} is what {planned.origin.spec_file} renders")
+    return 1 if lines else 0
+
+
+def show_check(rows: Sequence[CheckRow], *, as_json: bool, quiet: bool) -> int:
+    """Print the resources of every kernel; return 1 if one cannot launch."""
+    if as_json:
+        print_json({"kernels": [_kernel_json(row) for row in rows]})
+    elif not quiet:
+        print_table("Kernels", KERNEL_COLUMNS, map(_kernel_cells, rows))
+    broken = [row for row in rows if row.problems]
+    for row in broken if not as_json else ():
+        print(f"m2gen: {row.variant} {row.kernel} on {row.arch}: {'; '.join(row.problems)}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def show_verify(planned: Plan, outcome: VerifyOutcome, *, as_json: bool, quiet: bool, verbose: bool) -> int:
+    """Print the error of every tensor against its budget; return 1 if one is over."""
+    if as_json:
+        reports = [
+            {**asdict(report), "passed": report.passed, "reproduce": reproduce(planned, report)}
+            for report in outcome.reports
+        ]
+        print_json({"backend": outcome.backend, "passed": outcome.passed, "cases": reports})
+        return 0 if outcome.passed else 1
+    if not quiet:
+        columns = ("variant", "tensor", "case", "error", "budget", "of budget", "result")
+        print_table(f"Verified on: {outcome.backend}", columns, _tensor_rows(outcome, every=verbose))
+    over = failed(outcome)
+    for report, result in over:
+        print(f"m2gen: {failure_line(planned, report, result)}", file=sys.stderr)
+    count = sum(len(report.results) for report in outcome.reports)
+    print(f"{len(outcome.reports)} cases, {count} tensors, {len(over)} over budget")
+    return 1 if over else 0
+
+
+def _tensor_rows(outcome: VerifyOutcome, *, every: bool) -> list[tuple[str, ...]]:
+    """Return a row a tensor and variant: every case's, or only the case that is nearest to its budget."""
+    worst: dict[tuple[str, ...], tuple[float, tuple[str, ...]]] = {}
+    for report in outcome.reports:
+        for r in report.results:
+            part = r.error / r.budget
+            cells = (f"{r.error:.2e}", f"{r.budget:.2e}", f"{part:.0%}", "ok" if r.passed else "OVER")
+            row = (report.variant, r.tensor, report.case, *cells)
+            key = row[:3] if every else row[:2]
+            if key not in worst or not part <= worst[key][0]:
+                worst[key] = (part, row)
+    return [row for _, row in worst.values()]
+
+
+def write_junit(path: Path, planned: Plan, outcome: VerifyOutcome) -> None:
+    """Write the JUnit document of a verification; raises EmitError where that is not possible."""
+    text = junit(
+        f"m2gen verify {planned.origin.name}", outcome.reports, [reproduce(planned, r) for r in outcome.reports]
+    )
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise EmitError(f"--junit {path} must be writable: {error.strerror or error}") from error
+
+
+def show_bench(results: Sequence[tuple[str, Measurement]], *, as_json: bool) -> None:
+    """Print medians and peak memory of every workload."""
+    if as_json:
+        print_json([{"layer": layer, **asdict(measurement)} for layer, measurement in results])
+        return
+    rows = [
+        (layer, m.variant, m.batch, m.seq, f"{m.forward_ms:.3f}", f"{m.step_ms:.3f}", f"{m.extra_bytes / 1e9:.3f}")
+        for layer, m in results
+    ]
+    columns = ("layer", "variant", "batch", "seq", "forward ms", "forward+backward ms", "extra GB")
+    print_table("Medians", columns, rows)
+
+
+def show_spec(planned: Plan, *, as_json: bool) -> None:
+    """Print the variants of a spec and the layers that need them."""
+    rows = [
+        {
+            "variant": built.variant.key,
+            "layers": list(built.layers),
+            "K": built.variant.state_expansion,
+            "V": built.variant.head_dim,
+            "heads": built.variant.total_heads,
+            "dtype": str(built.variant.dtype),
+            "clip": str(built.variant.clip),
+            "tanh": str(built.variant.tanh),
+        }
+        for built in planned.variants
+    ]
+    if as_json:
+        print_json({"spec": planned.origin.spec_file, "hash": planned.origin.spec_hash, "variants": rows})
+        return
+    title = f"{planned.origin.spec_file}: {len(rows)} variants for {', '.join(planned.spec.targets)}"
+    cells = [[", ".join(v) if isinstance(v, list) else v for v in row.values()] for row in rows]
+    print_table(title, list(rows[0]), cells)
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"
+
+
+def show_info(*, as_json: bool) -> None:
+    """Print what m2gen runs on and with, and what is missing."""
+    device = detect()
+    packages = ("torch", "triton", "jinja2", "optuna", "pyyaml", "rich", "pydantic", "typer")
+    versions = {"m2gen": __version__, "python": platform.python_version(), **{p: _version_of(p) for p in packages}}
+    root = templates_dir().parent
+    folders = {
+        "specs": shipped_specs(),
+        "templates": templates_dir(),
+        "tuning_db": root / "tuning_db",
+        "cache": cache_dir(),
+    }
+    missing = [name for name, value in versions.items() if value == "missing"]
+    missing += [name for name, path in folders.items() if name != "cache" and not path.is_dir()]
+    missing += [] if device else ["GPU (kernels run in Triton's interpreter)"]
+    facts = {
+        "device": asdict(device) if device else None,
+        "versions": versions,
+        "folders": {name: str(path) for name, path in folders.items()},
+        "targets": list(TARGETS),
+        "missing": missing,
+    }
+    if as_json:
+        print_json(facts)
+        return
+    gpu = f"{device.name} ({device.arch}, {device.sm_count} SMs)" if device else "none"
+    rows = [("device", gpu), *versions.items(), *((name, str(path)) for name, path in folders.items())]
+    print_table(
+        "m2gen",
+        ("what", "value"),
+        [*rows, ("targets", ", ".join(TARGETS)), ("missing", ", ".join(missing) or "nothing")],
+    )

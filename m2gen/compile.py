@@ -1,0 +1,238 @@
+"""Source to module, and source to machine code for targets that need not be present, with the resources it takes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from types import ModuleType
+from typing import Any
+
+from m2gen.cache import key_of, load_result, materialise, store_result
+from m2gen.device import Device
+from m2gen.errors import CompileError
+from m2gen.schedule import Schedule
+from m2gen.signature import Argument, Direction, arguments
+from m2gen.variant import Variant
+
+RESULT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile for one target."""
+
+    variant: Variant
+    schedule: Schedule
+    direction: Direction
+    device: Device
+    source: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.key} {self.direction} for {self.device.arch}"
+
+    @property
+    def warps(self) -> int:
+        return (self.schedule.forward if self.direction is Direction.FORWARD else self.schedule.backward).warps
+
+    @property
+    def key(self) -> str:
+        described = repr(arguments(self.variant, self.schedule, self.direction))
+        parts = (RESULT_VERSION, toolchain(), self.device.arch, self.direction, str(self.warps), described)
+        return key_of(*parts, self.source)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes."""
+
+    registers: int
+    """32-bit registers a thread."""
+    spill_bytes: int
+    """Local (scratch) memory a thread: spills and arrays that left the registers."""
+    shared_bytes: int
+    """Shared memory (LDS) a program."""
+    code_bytes: int
+
+    def limits(self, device: Device, warps: int) -> tuple[str, ...]:
+        """Return why the kernel cannot launch on ``device``; empty when it can."""
+        reasons = []
+        if self.shared_bytes > device.shared_bytes:
+            reasons.append(f"shared memory must be at most {device.shared_bytes} bytes, got {self.shared_bytes}")
+        if self.registers > device.registers:
+            reasons.append(f"registers must be at most {device.registers} a thread, got {self.registers}")
+        used = self.registers * warps * device.warp_size
+        if device.is_nvidia and used > device.register_file:
+            reasons.append(f"registers must be at most {device.register_file} a program, got {used}")
+        return tuple(reasons)
+
+
+def toolchain() -> str:
+    """Name what turns source into machine code: Triton's wheel carries the assembler."""
+    return f"triton {metadata.version('triton')}"
+
+
+def load_module(path: Path, name: str) -> ModuleType:
+    """Import a file, or the package whose ``__init__.py`` it is, under ``name``."""
+    if name in sys.modules:
+        return sys.modules[name]
+    package = [str(path.parent)] if path.name == "__init__.py" else None
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=package)
+    if spec is None or spec.loader is None:
+        raise CompileError(f"{path.name} must be an importable file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def compile_kernel(job: Job) -> Resources:
+    """Cross-compile one kernel in this process; raises CompileError with the compiler's first line."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    folder = materialise("sources", {"kernel.py": job.source})
+    kernel = getattr(load_module(folder / "kernel.py", f"m2gen_{folder.name}"), f"m2rnn_{job.direction}_kernel")
+    described = arguments(job.variant, job.schedule, job.direction)
+    arch: int | str = int(job.device.arch[3:]) if job.device.is_nvidia else job.device.arch
+    target = GPUTarget("cuda" if job.device.is_nvidia else "hip", arch, job.device.warp_size)
+    source = ASTSource(kernel, *_specialisation(described))
+    try:
+        compiled = triton.compile(source, target=target, options={"num_warps": job.warps, "num_stages": 1})
+    except Exception as error:  # whatever a compiler raises, the user needs the kernel's name
+        raise CompileError(f"{job.name}: {type(error).__name__}: {_last_line(error)}") from error
+    return (_nvidia_resources if job.device.is_nvidia else _amd_resources)(compiled)
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[-1]
+
+
+def _specialisation(described: tuple[Argument, ...]) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Return what Triton calls signature, constants and attributes."""
+    signature = {argument.name: argument.type for argument in described}
+    constants = {(i,): a.value for i, a in enumerate(described) if a.type == "constexpr"}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(described) if a.even}
+    return signature, constants, attributes
+
+
+def _nvidia_resources(compiled: Any) -> Resources:
+    cubin = compiled.asm["cubin"]
+    with NamedTemporaryFile(suffix=".cubin") as stream:
+        stream.write(cubin)
+        stream.flush()
+        command = [_cuobjdump(), "-res-usage", stream.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if usage is None:
+        raise CompileError(f"cuobjdump must report REG and STACK, got {text[-200:]!r}")
+    return Resources(int(usage[1]), int(usage[2]), compiled.metadata.shared, _code_bytes(cubin))
+
+
+def _cuobjdump() -> str:
+    import triton.backends.nvidia
+
+    beside = Path(triton.backends.nvidia.__file__ or "").parent / "bin" / "cuobjdump"
+    return str(beside) if beside.is_file() else "cuobjdump"
+
+
+def _code_bytes(elf: bytes) -> int:
+    """Sum the executable sections of a 64-bit little-endian ELF file."""
+    table, entry, count = struct.unpack_from("<Q", elf, 0x28)[0], *struct.unpack_from("<HH", elf, 0x3A)
+    executable, total = 0x4, 0
+    for index in range(count):
+        _, _, flags, _, _, size = struct.unpack_from("<IIQQQQ", elf, table + index * entry)
+        total += size if flags & executable else 0
+    return int(total)
+
+
+def _amd_resources(compiled: Any) -> Resources:
+    text = compiled.asm["amdgcn"]
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, text)
+        if found is None:
+            raise CompileError(f"AMD assembly must state {pattern!r}")
+        return int(found[1])
+
+    spills = number(r"\.private_segment_fixed_size:\s*(\d+)")
+    registers = number(r"\.vgpr_count:\s*(\d+)")
+    return Resources(registers, spills, compiled.metadata.shared, _code_bytes(compiled.asm["hsaco"]))
+
+
+def workers() -> int:
+    """Return how many CPU processes to use: those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_worker() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+@contextmanager
+def worker_pool(workers: int, initializer: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
+    """Yield a pool of fresh processes; leaving early, by an error or Ctrl-C, drops what has not started."""
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=initializer)
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def compile_all(
+    jobs: Iterable[Job], workers: int, done: Callable[[Job], None] = lambda job: None
+) -> dict[Job, Resources | CompileError]:
+    """Cross-compile in parallel processes, each distinct kernel once; ``done`` is called as each is known."""
+    results: dict[Job, Resources | CompileError] = {}
+    missing: dict[str, list[Job]] = {}
+    for job in dict.fromkeys(jobs):
+        known = load_result("resources", job.key)
+        if known is None:
+            missing.setdefault(job.key, []).append(job)
+        else:
+            results[job] = Resources(**known)
+            done(job)
+    if missing:
+        with worker_pool(min(workers, len(missing)), _start_worker) as pool:
+            futures = {pool.submit(compile_kernel, same[0]): same for same in missing.values()}
+            for same, result in _collect(futures):
+                if isinstance(result, Resources):
+                    store_result("resources", same[0].key, asdict(result))
+                for job in same:
+                    results[job] = result
+                    done(job)
+    return results
+
+
+def _collect(futures: dict[Future[Resources], list[Job]]) -> Iterator[tuple[list[Job], Resources | CompileError]]:
+    pending = set(futures)
+    while pending:
+        finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for future in finished:
+            jobs = futures[future]
+            try:
+                yield jobs, future.result()
+            except CompileError as error:
+                yield jobs, error
+            except BrokenProcessPool:
+                yield jobs, CompileError(f"{jobs[0].name}: a compiler process died")

@@ -1,0 +1,43 @@
+"""One exception class per kind of user error, each with the exit status that the command line returns for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class M2genError(Exception):
+    """A failure that is reported as one line, without a traceback."""
+
+    exit_status = 1
+
+
+class UsageError(M2genError):
+    """The command line asks for something that does not exist or does not fit together."""
+
+    exit_status = 2
+
+
+class SpecError(M2genError):
+    """A spec cannot be used; ``problems`` lists every reason as ``location must ..., got ...``."""
+
+    exit_status = 2
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class ScheduleError(M2genError):
+    """A schedule is not valid for its variant or its device."""
+
+
+class CompileError(M2genError):
+    """A generated kernel does not compile, or its compiled form cannot be read."""
+
+
+class VerifyError(M2genError):
+    """Generated kernels disagree with the float64 reference."""
+
+
+class EmitError(M2genError):
+    """A package could not be written, or the one on disk is not what the sources render."""

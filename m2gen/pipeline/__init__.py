@@ -1,0 +1,28 @@
+"""The only module that chains the stages: each file is one command's way from a plan to its outcome."""
+
+from m2gen.pipeline.bench import bench
+from m2gen.pipeline.build import BuildOutcome, build, difference
+from m2gen.pipeline.check import CheckRow, check
+from m2gen.pipeline.plan import Plan, Progress, open_spec, plan, render, shipped_specs
+from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_line, reproduce, verify
+
+__all__ = [
+    "BuildOutcome",
+    "CheckRow",
+    "Plan",
+    "Progress",
+    "VerifyOutcome",
+    "VerifyRequest",
+    "bench",
+    "build",
+    "check",
+    "difference",
+    "failed",
+    "failure_line",
+    "open_spec",
+    "plan",
+    "render",
+    "reproduce",
+    "shipped_specs",
+    "verify",
+]

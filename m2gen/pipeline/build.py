@@ -1,0 +1,79 @@
+"""Take a plan to a package on disk: rendered, compiled, verified, written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from m2gen import emit
+from m2gen.cache import key_of, load_result, store_result
+from m2gen.compile import toolchain
+from m2gen.device import detect
+from m2gen.emit import Package
+from m2gen.errors import CompileError, VerifyError
+from m2gen.pipeline.check import CheckRow, check
+from m2gen.pipeline.plan import Plan, Progress, render
+from m2gen.pipeline.verify import VerifyRequest, failed, failure_line, verify
+
+
+@dataclass(frozen=True)
+class BuildOutcome:
+    """What a build made: the package, where it lies, what its kernels take, and how they were verified."""
+
+    package: Package
+    directory: Path
+    rows: tuple[CheckRow, ...]
+    verified: str
+    """Backend that verified the package, or why none did."""
+
+
+def build(planned: Plan, out: Path, progress: Progress, *, verified: bool = True) -> BuildOutcome:
+    """Render, compile, verify and write ``out/<name>/``; a failure at any stage writes nothing."""
+    rendered = render(planned)
+    rows = check(planned, progress)
+    broken = [row for row in rows if row.problems]
+    if broken:
+        reasons = (f"{row.variant} {row.kernel} on {row.arch}: {'; '.join(row.problems)}" for row in broken)
+        raise CompileError("\n".join(reasons))
+    backend = _verified_once(planned, rendered, progress) if verified else "not verified"
+    directory = out / planned.origin.name
+    files = {**rendered.files, emit.MANIFEST: emit.manifest_text(rendered, _resources(rows))}
+    emit.write(directory, files)
+    return BuildOutcome(rendered, directory, tuple(rows), backend)
+
+
+def _resources(rows: Iterable[CheckRow]) -> dict[str, Any]:
+    kernels = [
+        {"variant": row.variant, "kernel": row.kernel, "arch": row.arch, **asdict(row.resources)}
+        for row in rows
+        if row.resources is not None
+    ]
+    return {"toolchain": toolchain(), "kernels": kernels}
+
+
+def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
+    """Verify unless this very package passed with this very m2gen on this kind of device before."""
+    device = detect()
+    backend = device.name if device else "interpreter"
+    sources = (path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.parent.rglob("*.py")))
+    key = key_of(rendered.content_hash, backend, toolchain(), *sources)
+    if load_result("verified", key) is None:
+        outcome = verify(planned, VerifyRequest(), progress)
+        failures = [failure_line(planned, report, result) for report, result in failed(outcome)]
+        if failures:
+            raise VerifyError("\n".join(failures))
+        store_result("verified", key, {"cases": len(outcome.reports)})
+    return backend
+
+
+def difference(planned: Plan, out: Path) -> list[str]:
+    """Return a unified diff from what lies in ``out/<name>/`` to what the sources render; empty when they agree.
+
+    The manifest's resources depend on the toolchain, not on the sources, and are left out.
+    """
+    rendered = render(planned)
+    directory = out / planned.origin.name
+    expected = {**rendered.files, emit.MANIFEST: emit.manifest_text(rendered, {})}
+    return emit.diff(directory, expected)

@@ -1,0 +1,88 @@
+"""Tables, progress, JSON and JUnit for people and for continuous integration."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+from xml.etree import ElementTree
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+
+class TerminalProgress:
+    """A bar with the current item on a terminal; a plain line an item elsewhere; nothing when quiet."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._console = Console(stderr=True)
+        self._bar: Bar | None = None
+        self._stage, self._total, self._count = "", 0, 0
+
+    def start(self, stage: str, total: int) -> None:
+        self._stage, self._total, self._count = stage, total, 0
+        if self._quiet or not total or not self._console.is_terminal:
+            return
+        columns = (TextColumn("{task.fields[stage]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bar = Bar(*columns, TextColumn("{task.description}"), console=self._console, transient=True)
+        self._bar.add_task("", total=total, stage=stage)
+        self._bar.start()
+
+    def advance(self, item: str) -> None:
+        self._count += 1
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], advance=1, description=item)
+        elif not self._quiet:
+            print(f"{self._stage} {self._count}/{self._total} {item}", file=sys.stderr)
+
+    def finish(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print rows under columns: drawn on a terminal, aligned plain text elsewhere; numbers to the right."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    console = Console()
+    if not console.is_terminal:
+        widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
+        print(title)
+        for row in [list(columns), *cells]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        numeric = all(row[i][:1].isdigit() for row in cells if row[i]) and bool(cells)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document."""
+    print(json.dumps(value, indent=2, default=str))
+
+
+def junit(suite: str, reports: Iterable[Any], reproduce: Sequence[str]) -> str:
+    """Return a JUnit document with one test case per variant and case; a failure names tensor, error and budget."""
+    reports = list(reports)
+    failures = sum(not report.passed for report in reports)
+    root = ElementTree.Element("testsuites")
+    total = f"{sum(report.seconds for report in reports):.3f}"
+    counts = {"tests": str(len(reports)), "failures": str(failures), "errors": "0", "time": total}
+    node = ElementTree.SubElement(root, "testsuite", {"name": suite, **counts})
+    for report, command in zip(reports, reproduce, strict=True):
+        attributes = {"classname": report.variant, "name": report.case, "time": f"{report.seconds:.3f}"}
+        case = ElementTree.SubElement(node, "testcase", attributes)
+        over = [result for result in report.results if not result.passed]
+        if over:
+            text = "; ".join(f"{r.tensor} error {r.error:.3e} over budget {r.budget:.3e}" for r in over)
+            ElementTree.SubElement(case, "failure", {"message": text}).text = f"{text}\nreproduce: {command}"
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"

@@ -1,0 +1,155 @@
+"""Everything that changes only how a kernel runs: the knobs, their defaults, and the one validity predicate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from m2gen.device import Device
+from m2gen.errors import ScheduleError
+from m2gen.spec import Dtype, TanhMode
+from m2gen.variant import MIN_TILE, Variant
+
+
+class Tanh(StrEnum):
+    """How tanh is computed."""
+
+    PTX = "ptx"
+    """``tanh.approx.f32``: one special-function instruction, relative error 2^-11; NVIDIA only."""
+    EXP = "exp"
+    """From ``exp2`` with a series near 0: float32 accuracy everywhere, also in the interpreter."""
+
+
+class Reduction(StrEnum):
+    """How contributions of several programs to one element are summed."""
+
+    ATOMIC = "atomic"
+    """float32 atomics into a zeroed buffer: least memory; the order, so the last bits, may vary."""
+    PARTIAL = "partial"
+    """One float32 row a contributor, summed afterwards: deterministic; memory grows with the contributors."""
+
+
+@dataclass(frozen=True)
+class ForwardSchedule:
+    """How the forward kernel runs."""
+
+    rows: int
+    """Rows of the state that one program holds; rows never mix, so K splits freely."""
+    warps: int
+    unroll: int
+    """Steps an iteration; their operands are loaded one iteration ahead."""
+    reduction: Reduction
+
+    def parts(self, variant: Variant) -> int:
+        """Return how many programs share one head's state."""
+        return variant.padded_rows // self.rows
+
+    @property
+    def slug(self) -> str:
+        return f"f{self.rows}x{self.warps}u{self.unroll}{self.reduction[0]}"
+
+
+@dataclass(frozen=True)
+class BackwardSchedule:
+    """How the backward kernel runs."""
+
+    rows: int
+    warps: int
+    chunk: int
+    """Steps whose states live in registers between their recomputation and their gradients."""
+    reduction: Reduction
+
+    def parts(self, variant: Variant) -> int:
+        """Return how many programs share one head's state."""
+        return variant.padded_rows // self.rows
+
+    @property
+    def slug(self) -> str:
+        return f"b{self.rows}x{self.warps}c{self.chunk}{self.reduction[0]}"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One way to run a variant, forward and backward, coupled by the checkpoint interval."""
+
+    forward: ForwardSchedule
+    backward: BackwardSchedule
+    interval: int
+    """Steps between the states that the forward saves. Above ``chunk``, the backward rebuilds the states of one
+    interval into an L2-resident scratch, ``chunk`` steps apart."""
+    tanh: Tanh
+
+    @property
+    def two_level(self) -> bool:
+        """Whether the backward rebuilds states into a scratch, rather than loading every chunk's checkpoint."""
+        return self.interval > self.backward.chunk
+
+    @property
+    def slug(self) -> str:
+        """Name the schedule as an identifier, for file names and tables."""
+        return f"{self.forward.slug}_{self.backward.slug}_i{self.interval}_{self.tanh}"
+
+
+def _power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
+
+
+def _problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[str]:
+    for direction, part in (("forward", schedule.forward), ("backward", schedule.backward)):
+        if not (_power_of_two(part.rows) and MIN_TILE <= part.rows <= variant.padded_rows):
+            yield f"{direction}.rows must be a power of two from {MIN_TILE} to {variant.padded_rows}, got {part.rows}"
+        if not (_power_of_two(part.warps) and part.warps <= 8):
+            yield f"{direction}.warps must be 1, 2, 4 or 8, got {part.warps}"
+    if not 1 <= schedule.forward.unroll <= 16:
+        yield f"forward.unroll must be from 1 to 16, got {schedule.forward.unroll}"
+    if not 1 <= schedule.backward.chunk <= 16:
+        yield f"backward.chunk must be from 1 to 16, got {schedule.backward.chunk}"
+    for name, steps in (("forward.unroll", schedule.forward.unroll), ("backward.chunk", schedule.backward.chunk)):
+        if schedule.interval < 1 or steps < 1 or schedule.interval % steps:
+            yield f"interval must be a multiple of {name} = {steps}, got {schedule.interval}"
+    if schedule.tanh is Tanh.PTX and not device.is_nvidia:
+        yield f"tanh must be exp on {device.arch}, got {schedule.tanh}"
+    if schedule.tanh is Tanh.PTX and variant.tanh is TanhMode.EXACT:
+        yield f"tanh must be exp where the spec asks for exact, got {schedule.tanh}"
+
+
+def problems(variant: Variant, schedule: Schedule, device: Device) -> tuple[str, ...]:
+    """Return why ``schedule`` cannot serve ``variant`` on ``device``; empty when it can."""
+    return tuple(_problems(variant, schedule, device))
+
+
+def check(variant: Variant, schedule: Schedule, device: Device) -> Schedule:
+    """Return ``schedule``, or raise ``ScheduleError`` with every reason why it is not valid."""
+    reasons = problems(variant, schedule, device)
+    if reasons:
+        raise ScheduleError(f"{variant.key} on {device.arch}: {'; '.join(reasons)}")
+    return schedule
+
+
+def _forward_default(variant: Variant) -> ForwardSchedule:
+    if variant.padded_cols <= MIN_TILE:
+        return ForwardSchedule(min(variant.padded_rows, 32), 1, 4, Reduction.ATOMIC)
+    warps = 2 if variant.padded_cols == 32 else 4
+    return ForwardSchedule(MIN_TILE, warps, 2 if variant.dtype is Dtype.FP32 else 4, Reduction.ATOMIC)
+
+
+def _backward_default(variant: Variant) -> BackwardSchedule:
+    if variant.padded_cols <= MIN_TILE:
+        return BackwardSchedule(min(variant.padded_rows, 32), 1, 2, Reduction.ATOMIC)
+    warps = 2 if variant.padded_cols == 32 else 4
+    return BackwardSchedule(MIN_TILE, warps, 1 if variant.dtype is Dtype.FP32 else 2, Reduction.ATOMIC)
+
+
+def default(variant: Variant, device: Device) -> Schedule:
+    """Return the schedule that serves ``variant`` on ``device`` until a tuned one does.
+
+    Measured on an H200 (docs/performance.md). States of up to 16 columns: one warp and 32 rows, since rows are
+    independent and a barrier between warps costs more than the arithmetic. Wider states: 16 rows, and as many
+    warps as keep the state weight's operands out of local memory. Four steps ahead cover a load's latency; two
+    steps of states are what the backward's registers hold. A checkpoint every 16 steps costs 6 % of the forward's
+    time and a sixteenth of all states; the scratch of one interval stays in L2.
+    """
+    tanh = Tanh.PTX if device.is_nvidia and variant.tanh is TanhMode.APPROX else Tanh.EXP
+    schedule = Schedule(_forward_default(variant), _backward_default(variant), interval=16, tanh=tanh)
+    return check(variant, schedule, device)

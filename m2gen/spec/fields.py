@@ -1,0 +1,104 @@
+"""The limits of a spec, its choices, and the types of its single values."""
+
+from __future__ import annotations
+
+import keyword
+from enum import StrEnum
+from typing import Annotated, Literal, get_args
+
+from pydantic import AfterValidator, Field
+
+from m2gen.spec.contract import choice, must_be, one_of
+
+MAX_STATE_EXPANSION = 256
+"""Largest K that the templates serve."""
+MAX_HEAD_DIM = 128
+"""Largest V that the templates serve."""
+MAX_HEADS = 65535
+"""Largest head count: the extent of a launch grid's second and third axes."""
+MAX_VARIANTS = 4096
+"""Most variants that one spec may ask for."""
+MAX_SIZE = 2**31 - 1
+_MAX_NAME = 64
+
+KnownTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
+KNOWN_TARGETS: tuple[str, ...] = get_args(KnownTarget)
+
+
+class Dtype(StrEnum):
+    """Element type of q, k, v, the weight's products and y."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
+    FP32 = "fp32"
+
+
+class StateDtype(StrEnum):
+    """Element type of the state and of everything that accumulates."""
+
+    FP32 = "fp32"
+
+
+class ClipMode(StrEnum):
+    """Which gradient of the state the backward clamps."""
+
+    CARRY = "carry"
+    """The one carried from the future, before the output's share is added."""
+    TOTAL = "total"
+    """The sum of both."""
+
+
+class TanhMode(StrEnum):
+    """Whether tanh may use the GPU's approximate instruction."""
+
+    EXACT = "exact"
+    APPROX = "approx"
+
+
+class Objective(StrEnum):
+    """What tuning makes fast."""
+
+    TRAIN = "train"
+    """Forward and backward together."""
+    INFER = "infer"
+
+
+def _identifier(value: str) -> str:
+    if keyword.iskeyword(value) or (value.startswith("__") and value.endswith("__")):
+        raise ValueError(value)
+    return value
+
+
+def _name_words(also: str = "") -> str:
+    return f"a Python identifier (ASCII, at most {_MAX_NAME} characters, no keyword, no dunder{also})"
+
+
+LayerName = Annotated[
+    str,
+    Field(strict=True, pattern=rf"^[A-Za-z_][A-Za-z0-9_]{{0,{_MAX_NAME - 1}}}$"),
+    AfterValidator(_identifier),
+    must_be(_name_words()),
+]
+SpecName = Annotated[
+    str,
+    Field(strict=True, pattern=rf"^[A-Za-z][A-Za-z0-9_]{{0,{_MAX_NAME - 1}}}$"),
+    AfterValidator(_identifier),
+    must_be(_name_words(", no leading underscore")),
+]
+HeadDim = Annotated[int, Field(strict=True, ge=1, le=MAX_HEAD_DIM), must_be(f"an integer from 1 to {MAX_HEAD_DIM}")]
+StateExpansion = Annotated[
+    int, Field(strict=True, ge=1, le=MAX_STATE_EXPANSION), must_be(f"an integer from 1 to {MAX_STATE_EXPANSION}")
+]
+HeadCount = Annotated[int, Field(strict=True, ge=1, le=MAX_HEADS), must_be(f"an integer from 1 to {MAX_HEADS}")]
+Size = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE), must_be(f"an integer from 1 to {MAX_SIZE}")]
+Duration = Annotated[
+    str,
+    Field(strict=True, pattern=r"^[1-9][0-9]{0,5}[smh]$"),
+    must_be("a whole number of seconds, minutes or hours such as 90s, 10m or 1h"),
+]
+Target = Annotated[KnownTarget, one_of(KNOWN_TARGETS)]
+ElementType = Annotated[Dtype, choice(Dtype)]
+StateElementType = Annotated[StateDtype, choice(StateDtype)]
+Clip = Annotated[ClipMode, choice(ClipMode)]
+Tanh = Annotated[TanhMode, choice(TanhMode)]
+Goal = Annotated[Objective, choice(Objective)]

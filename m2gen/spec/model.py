@@ -1,0 +1,229 @@
+"""The frozen values that a spec is made of, with every rule that relates several fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Annotated, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    model_validator,
+)
+
+from m2gen.spec.contract import Breach, Grid, must_be, refuse
+from m2gen.spec.fields import (
+    MAX_VARIANTS,
+    Clip,
+    ClipMode,
+    Dtype,
+    Duration,
+    ElementType,
+    Goal,
+    HeadCount,
+    HeadDim,
+    LayerName,
+    Objective,
+    Size,
+    SpecName,
+    StateDtype,
+    StateElementType,
+    StateExpansion,
+    Tanh,
+    TanhMode,
+    Target,
+)
+
+
+class _Frozen(BaseModel):
+    """Immutable, hashable, and without room for unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Heads(_Frozen):
+    """How many heads each operand has; head n of N reads group ``n // (N // its count)``."""
+
+    q: HeadCount
+    k: HeadCount
+    v: HeadCount
+    f: HeadCount
+    w: HeadCount
+
+    @property
+    def total(self) -> int:
+        """N, the heads of the state and of y."""
+        return max(self.counts)
+
+    @property
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """The heads of q, k, v, f and w."""
+        return self.q, self.k, self.v, self.f, self.w
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        breaches = [
+            Breach((role,), f"divide {self.total}", count)
+            for role, count in zip(Heads.model_fields, self.counts, strict=True)
+            if self.total % count
+        ]
+        if breaches:
+            raise refuse(breaches)
+        return self
+
+
+class HeadGrid(_Frozen):
+    """Every combination of head counts that a layer asks for."""
+
+    q: Grid[HeadCount]
+    k: Grid[HeadCount]
+    v: Grid[HeadCount]
+    f: Grid[HeadCount]
+    w: Grid[HeadCount]
+
+    @property
+    def axes(self) -> tuple[tuple[int, ...], ...]:
+        """The counts asked for q, k, v, f and w."""
+        return self.q, self.k, self.v, self.f, self.w
+
+    @property
+    def size(self) -> int:
+        """Number of combinations, computed without expanding them."""
+        return prod(len(axis) for axis in self.axes)
+
+    def points(self) -> Iterator[Heads]:
+        """Yield the combinations, w varying fastest."""
+        for q, k, v, f, w in product(*self.axes):
+            yield Heads(q=q, k=k, v=v, f=f, w=w)
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        """Check every combination without expanding any.
+
+        Some combination has a count together with a larger total from another axis exactly when that total is at
+        least the smallest entry of every axis. A grid over ``MAX_VARIANTS`` is left to the check of the spec's size.
+        """
+        if self.size > MAX_VARIANTS:
+            return self
+        least = max(min(axis) for axis in self.axes)
+        breaches = []
+        for role, axis in zip(HeadGrid.model_fields, self.axes, strict=True):
+            totals = sorted({total for other in self.axes if other is not axis for total in other if total >= least})
+            for index, count in enumerate(axis):
+                total = next((total for total in totals if total > count and total % count), None)
+                if total is not None:
+                    breaches.append(Breach((role, index), f"divide {total}", count))
+        if breaches:
+            raise refuse(breaches)
+        return self
+
+
+class Workload(_Frozen):
+    """One problem size that tuning and benchmarks run."""
+
+    batch: Size
+    seq: Size
+
+
+@dataclass(frozen=True)
+class Point:
+    """One element of a layer's grid."""
+
+    head_dim: int
+    state_expansion: int
+    heads: Heads
+    dtype: Dtype
+
+
+class Layer(_Frozen):
+    """A grid of dims, head counts and dtypes under one name."""
+
+    head_dim: Grid[HeadDim]
+    """V."""
+    state_expansion: Grid[StateExpansion]
+    """K."""
+    heads: HeadGrid
+    dtypes: Grid[ElementType]
+    workloads: Grid[Workload] = Field(default_factory=tuple)
+
+    @property
+    def size(self) -> int:
+        """Number of points, computed without expanding them."""
+        return len(self.head_dim) * len(self.state_expansion) * self.heads.size * len(self.dtypes)
+
+    def points(self) -> tuple[Point, ...]:
+        """Return the grid in file order: head_dim varies slowest, then state_expansion, heads and dtype."""
+        axes = product(self.head_dim, self.state_expansion, self.heads.points(), self.dtypes)
+        return tuple(Point(*axis) for axis in axes)
+
+
+class Layers(Mapping[str, Layer]):
+    """The layers of a spec by name, in file order: an immutable, hashable, picklable mapping."""
+
+    def __init__(self, items: Mapping[str, Layer]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, name: str) -> Layer:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __repr__(self) -> str:
+        return f"Layers({self._items!r})"
+
+
+def _bounded(layers: Mapping[str, Layer]) -> Layers:
+    total = sum(layer.size for layer in layers.values())
+    if total > MAX_VARIANTS:
+        raise refuse([Breach((), f"ask for at most {MAX_VARIANTS} variants", total)])
+    return Layers(layers)
+
+
+class Numerics(_Frozen):
+    """What the kernels compute where speed and meaning meet."""
+
+    state: StateElementType = StateDtype.FP32
+    clip: Clip = ClipMode.CARRY
+    tanh: Tanh = TanhMode.APPROX
+
+
+class Tuning(_Frozen):
+    """How long to search, and for what."""
+
+    budget: Duration = "10m"
+    objective: Goal = Objective.TRAIN
+
+    @property
+    def budget_seconds(self) -> int:
+        """The budget as a number."""
+        return int(self.budget[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.budget[-1]]
+
+
+class Spec(_Frozen):
+    """Everything that a user asks for."""
+
+    schema_version: Annotated[int, Field(strict=True, ge=1, le=1), must_be("1")] = Field(alias="schema")
+    name: SpecName
+    """Names the generated package."""
+    targets: Grid[Target]
+    layers: Annotated[
+        Mapping[LayerName, Layer],
+        Field(min_length=1, json_schema_extra={"additionalProperties": False}),
+        AfterValidator(_bounded),
+        PlainSerializer(dict),
+    ]
+    numerics: Numerics = Numerics()
+    tuning: Tuning = Tuning()

@@ -1,0 +1,87 @@
+"""Every compile-time fact that changes what a kernel means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from m2gen.spec import ClipMode, Dtype, Heads, Spec, StateDtype, TanhMode
+
+MIN_TILE = 16
+"""Smallest extent of a ``tl.dot`` operand."""
+
+
+def padded(extent: int) -> int:
+    """Return the power of two, at least ``MIN_TILE``, that a tile needs to hold ``extent`` elements."""
+    return max(MIN_TILE, 1 << (extent - 1).bit_length())
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of the recurrence: dims, head groups, dtypes and numerics."""
+
+    state_expansion: int
+    """K: rows of the state."""
+    head_dim: int
+    """V: columns of the state."""
+    heads: Heads
+    dtype: Dtype
+    """Of q, k, v, the weight's products and y."""
+    state_dtype: StateDtype
+    clip: ClipMode
+    tanh: TanhMode
+
+    @property
+    def total_heads(self) -> int:
+        """N, the heads of the state and of y."""
+        return self.heads.total
+
+    @property
+    def padded_rows(self) -> int:
+        return padded(self.state_expansion)
+
+    @property
+    def padded_cols(self) -> int:
+        return padded(self.head_dim)
+
+    @property
+    def masks_rows(self) -> bool:
+        return self.padded_rows != self.state_expansion
+
+    @property
+    def masks_cols(self) -> bool:
+        return self.padded_cols != self.head_dim
+
+    @property
+    def key(self) -> str:
+        """Name the variant in file names, tables and records: dims, groups and dtype, then any other numerics."""
+        heads = self.heads
+        groups = f"q{heads.q}_k{heads.k}_v{heads.v}_f{heads.f}_w{heads.w}"
+        return f"k{self.state_expansion}_v{self.head_dim}_{groups}_{self.dtype}_{self.clip}_{self.tanh}"
+
+
+@dataclass(frozen=True)
+class BuiltVariant:
+    """A variant and the layers of the spec that asked for it."""
+
+    variant: Variant
+    layers: tuple[str, ...]
+
+
+def expand(spec: Spec) -> tuple[BuiltVariant, ...]:
+    """Return the variants of ``spec`` in the order of the file, each once, with the layers that need it."""
+    layers: dict[Variant, list[str]] = {}
+    for name, layer in spec.layers.items():
+        for point in layer.points():
+            variant = Variant(
+                state_expansion=point.state_expansion,
+                head_dim=point.head_dim,
+                heads=point.heads,
+                dtype=point.dtype,
+                state_dtype=spec.numerics.state,
+                clip=spec.numerics.clip,
+                tanh=spec.numerics.tanh,
+            )
+            names = layers.setdefault(variant, [])
+            if name not in names:
+                names.append(name)
+    return tuple(BuiltVariant(variant, tuple(names)) for variant, names in layers.items())
