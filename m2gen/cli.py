@@ -115,6 +115,9 @@ def verify(
     variant: Annotated[str | None, typer.Option("--variant", help="Only this variant, by its key.")] = None,
     case: Annotated[str | None, typer.Option("--case", help="Only this case.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the random inputs.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One case a variant, where the interpreter runs them.")
+    ] = False,
     json: JsonOption = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML to this file.")] = None,
     quiet: QuietOption = False,
@@ -127,7 +130,7 @@ def verify(
 
     with _reporting(debug):
         planned = _plan(spec)
-        request = pipeline.VerifyRequest(variant, case, seed)
+        request = pipeline.VerifyRequest(variant, case, seed, quick)
         outcome = pipeline.verify(planned, request, _progress(quiet))
         if junit is not None:
             write_junit(junit, planned, outcome)

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from m2gen.variant import BuiltVariant, Variant
 
 MANIFEST = "MANIFEST.json"
 CLIP_TEXT = {
-    ClipMode.CARRY: "the gradient carried from later steps is clamped to [-clip, clip] before q_t dy_t^T is added",
+    ClipMode.CARRY: "what later steps carry is clamped to [-clip, clip] before q_t dy_t^T is added",
     ClipMode.TOTAL: "the whole gradient of H_t is clamped to [-clip, clip]",
 }
 TORCH_DTYPE = {Dtype.BF16: "torch.bfloat16", Dtype.FP16: "torch.float16", Dtype.FP32: "torch.float32"}
@@ -96,6 +97,11 @@ def _lookup(variant: Variant) -> str:
     return f"({variant.state_expansion}, {variant.head_dim}, {groups}, {TORCH_DTYPE[variant.dtype]})"
 
 
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Order names as linters order imports: runs of digits by value."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
 def _varying(choices: Iterable[Choice]) -> str:
     """Name the results whose last bits depend on the order of atomics."""
     names: dict[str, None] = {}
@@ -133,7 +139,7 @@ def _dispatch(origin: Origin, variants: list[BuiltVariant], choices: list[Choice
         "dispatch.py.j2",
         provenance=origin.header(),
         name=origin.name,
-        modules=sorted({choice.module for choice in choices}),
+        modules=sorted({choice.module for choice in choices}, key=_natural),
         variants=[{"lookup": _lookup(built.variant), "key": built.variant.key} for built in variants],
         arches=arches,
     )

@@ -90,6 +90,7 @@ def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
     """Return the module of one variant run by one schedule: kernels, then the functions that launch them."""
     outputs = backward_outputs(variant, schedule)
     two_level = schedule.two_level
+    weight_parts = variant.total_heads // variant.heads.w * schedule.backward.parts(variant)
     tile = schedule.interval // schedule.backward.chunk * schedule.backward.rows * variant.padded_cols
     return render_template(
         "kernel.py.j2",
@@ -108,7 +109,7 @@ def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
         backward_steps=range(schedule.backward.chunk),
         backward_outputs=outputs,
         two_level=two_level,
-        chunk_range="first + INTERVAL - CHUNK, first - 1" if two_level else "last, -1",
+        chunk_range="last, first - 1" if two_level else "end, -1",
         chunk_states=(
             "scratch + (before - first) // CHUNK * (BACKWARD_ROWS * V_PAD) + scratch_offsets"
             if two_level
@@ -116,12 +117,11 @@ def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
         ),
         chunk_mask="before >= first" if two_level else "state_mask & (before >= 0)",
         scratch=f"q.new_empty(programs, {tile}, dtype=torch.float32)" if two_level else "None",
-        weight_groups=(variant.heads.w, variant.total_heads // variant.heads.w * schedule.backward.parts(variant)),
+        weight_shape=f"{variant.heads.w}, {weight_parts}, {variant.head_dim}, {variant.head_dim}",
         interval=schedule.interval,
         forward_programs=variant.total_heads * schedule.forward.parts(variant),
         backward_programs=variant.total_heads * schedule.backward.parts(variant),
         forward_warps=schedule.forward.warps,
         backward_warps=schedule.backward.warps,
         state_shape=f"{variant.total_heads}, {variant.state_expansion}, {variant.head_dim}",
-        head_dim=variant.head_dim,
     )

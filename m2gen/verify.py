@@ -21,7 +21,7 @@ from m2gen import reference
 from m2gen.problem import TORCH_DTYPE, Gates, Inputs, Problem, make_inputs
 from m2gen.reference import EXACT, Arithmetic
 from m2gen.spec import TanhMode
-from m2gen.variant import Variant
+from m2gen.variant import MIN_TILE, Variant
 
 FACTOR = 2.0
 OPERANDS = ("q", "k", "v", "weight", "forget", "initial_state")
@@ -78,11 +78,12 @@ class CaseReport:
         return all(result.passed for result in self.results)
 
 
-def cases(variant: Variant, interval: int, *, interpreted: bool) -> tuple[Case, ...]:
-    """Return the cases of a variant; fewer and shorter ones where the interpreter runs many heads."""
-    ragged = Problem(2, interval + 3, initial_state=True)
-    if interpreted and variant.total_heads > 16:
-        return (Case("ragged", Problem(1, 3, initial_state=True)),)
+def cases(variant: Variant, interval: int, *, interpreted: bool, quick: bool = False) -> tuple[Case, ...]:
+    """Return the cases of a variant; the interpreter gets fewer and shorter ones the more tiles it has to walk."""
+    tiles = variant.total_heads * variant.padded_rows // MIN_TILE
+    ragged = Problem(1 if interpreted else 2, interval + 3, initial_state=True)
+    if interpreted and (quick or tiles > 64):
+        return (Case("ragged", ragged if tiles <= 64 else Problem(1, 3, initial_state=True)),)
     full = (
         Case("ragged", ragged),
         Case("y_only", Problem(1, interval), Loss.Y),

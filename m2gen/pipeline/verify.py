@@ -28,6 +28,8 @@ class VerifyRequest:
     variant: str | None = None
     case: str | None = None
     seed: int = 0
+    quick: bool = False
+    """One case a variant where the interpreter runs them."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def _selected(planned: Plan, request: VerifyRequest) -> list[Variant]:
 def _selected_cases(variant: Variant, interval: int, interpreted: bool, request: VerifyRequest) -> list[Case]:
     from m2gen.verify import cases
 
-    every = cases(variant, interval, interpreted=interpreted)
+    every = cases(variant, interval, interpreted=interpreted, quick=request.quick)
     chosen = [case for case in every if request.case in (None, case.name)]
     if not chosen:
         raise UsageError(f"--case must be among {', '.join(case.name for case in every)}, got {request.case!r}")
