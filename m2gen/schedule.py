@@ -127,18 +127,13 @@ def check(variant: Variant, schedule: Schedule, device: Device) -> Schedule:
     return schedule
 
 
-def _forward_default(variant: Variant) -> ForwardSchedule:
-    if variant.padded_cols <= MIN_TILE:
-        return ForwardSchedule(min(variant.padded_rows, 32), 1, 4, Reduction.ATOMIC)
-    warps = 2 if variant.padded_cols == 32 else 4
-    return ForwardSchedule(MIN_TILE, warps, 2 if variant.dtype is Dtype.FP32 else 4, Reduction.ATOMIC)
+def _tile(variant: Variant, device: Device) -> tuple[int, int]:
+    """Return rows and warps of a program: 32 rows of up to 16 columns, else 16 rows and a warp per 16 columns.
 
-
-def _backward_default(variant: Variant) -> BackwardSchedule:
-    if variant.padded_cols <= MIN_TILE:
-        return BackwardSchedule(min(variant.padded_rows, 32), 1, 2, Reduction.ATOMIC)
-    warps = 2 if variant.padded_cols == 32 else 4
-    return BackwardSchedule(MIN_TILE, warps, 1 if variant.dtype is Dtype.FP32 else 2, Reduction.ATOMIC)
+    Above 256 threads a program, a thread's share of the register file is too small for the widest states.
+    """
+    warps = min(variant.padded_cols // MIN_TILE, 256 // device.warp_size)
+    return (min(variant.padded_rows, 32), 1) if warps == 1 else (MIN_TILE, warps)
 
 
 def default(variant: Variant, device: Device) -> Schedule:
@@ -146,10 +141,14 @@ def default(variant: Variant, device: Device) -> Schedule:
 
     Measured on an H200 (docs/performance.md). States of up to 16 columns: one warp and 32 rows, since rows are
     independent and a barrier between warps costs more than the arithmetic. Wider states: 16 rows, and as many
-    warps as keep the state weight's operands out of local memory. Four steps ahead cover a load's latency; two
-    steps of states are what the backward's registers hold. A checkpoint every 16 steps costs 6 % of the forward's
-    time and a sixteenth of all states; the scratch of one interval stays in L2.
+    warps as keep the state weight's operands in registers. Loads four steps ahead cover their latency; two steps of
+    states are what the backward's registers hold (one where products of float32 take them). A checkpoint every 16
+    steps costs 4 % of the forward's time and a sixteenth of all states; the scratch of one interval stays in L2.
     """
+    rows, warps = _tile(variant, device)
+    wide_products = variant.dtype is Dtype.FP32 and warps > 1
     tanh = Tanh.PTX if device.is_nvidia and variant.tanh is TanhMode.APPROX else Tanh.EXP
-    schedule = Schedule(_forward_default(variant), _backward_default(variant), interval=16, tanh=tanh)
+    forward = ForwardSchedule(rows, warps, 2 if wide_products else 4, Reduction.ATOMIC)
+    backward = BackwardSchedule(rows, warps, 1 if wide_products else 2, Reduction.ATOMIC)
+    schedule = Schedule(forward, backward, interval=16, tanh=tanh)
     return check(variant, schedule, device)

@@ -1,0 +1,35 @@
+# Two commands on a fresh machine: `make build` and `make test`. Both need Python 3.11 to 3.13, pip and make.
+
+PYTHON ?= python3
+SPEC ?= h100.yaml
+BIN := .venv/bin
+
+.PHONY: build test lint types tests golden clean
+
+build: .venv/installed
+	$(BIN)/m2gen build --spec $(SPEC)
+
+test: lint types tests
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/installed
+	$(BIN)/mypy
+
+tests: .venv/installed
+	$(BIN)/pytest -n 2 -q
+
+golden: .venv/installed
+	$(BIN)/pytest -q tests/test_golden.py --update-golden
+
+# torch first: what depends on it must find the pinned build rather than choose one.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist
