@@ -46,12 +46,20 @@ def _reporting(debug: bool) -> Iterator[None]:
     """Turn errors into one line each on standard error and an exit status."""
     try:
         yield
+    except typer.Exit:
+        raise
     except M2genError as error:
         if debug:
             raise
         for line in str(error).splitlines():
             print(f"m2gen: {line}" if not isinstance(error, SpecError) else line, file=sys.stderr)
         raise typer.Exit(error.exit_status) from None
+    except Exception as error:
+        if debug:
+            raise
+        kind = "" if isinstance(error, OSError) else f"unexpected {type(error).__name__}, which --debug locates: "
+        print(f"m2gen: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         print("m2gen: interrupted; nothing was written", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -187,5 +195,14 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; what the parser refuses is one line, as every other error."""
+    try:
+        status = app(standalone_mode=False)
+    except Exception as error:
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        if message():  # empty where the help was printed instead
+            print(f"m2gen: {message()} (see `m2gen --help`)", file=sys.stderr)
+        status = getattr(error, "exit_code", 2)
+    sys.exit(status)

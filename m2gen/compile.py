@@ -9,7 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -212,27 +212,36 @@ def compile_all(
         else:
             results[job] = Resources(**known)
             done(job)
-    if missing:
-        with worker_pool(min(workers, len(missing)), _start_worker) as pool:
-            futures = {pool.submit(compile_kernel, same[0]): same for same in missing.values()}
-            for same, result in _collect(futures):
-                if isinstance(result, Resources):
-                    store_result("resources", same[0].key, asdict(result))
-                for job in same:
-                    results[job] = result
-                    done(job)
+    for job, result in _compile_in_processes([same[0] for same in missing.values()], workers):
+        if isinstance(result, Resources):
+            store_result("resources", job.key, asdict(result))
+        for same in missing[job.key]:
+            results[same] = result
+            done(same)
     return results
 
 
-def _collect(futures: dict[Future[Resources], list[Job]]) -> Iterator[tuple[list[Job], Resources | CompileError]]:
-    pending = set(futures)
-    while pending:
-        finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-        for future in finished:
-            jobs = futures[future]
-            try:
-                yield jobs, future.result()
-            except CompileError as error:
-                yield jobs, error
-            except BrokenProcessPool:
-                yield jobs, CompileError(f"{jobs[0].name}: a compiler process died")
+def _compile_in_processes(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Resources | CompileError]]:
+    """Compile in a pool; if a compiler takes its process down, compile what is left each in a process of its own."""
+    left = set(jobs)
+    if jobs:
+        with worker_pool(min(workers, len(jobs)), _start_worker) as pool:
+            for job, result in _collect({pool.submit(compile_kernel, job): job for job in jobs}):
+                if result is not None:
+                    left.remove(job)
+                    yield job, result
+    for job in (job for job in jobs if job in left):
+        with worker_pool(1, _start_worker) as pool:
+            for _, result in _collect({pool.submit(compile_kernel, job): job}):
+                yield job, result or CompileError(f"{job.name}: the compiler took its process down")
+
+
+def _collect(futures: dict[Future[Resources], Job]) -> Iterator[tuple[Job, Resources | CompileError | None]]:
+    """Yield each job's result as it is known; None where its process died."""
+    for future in as_completed(futures):
+        try:
+            yield futures[future], future.result()
+        except CompileError as error:
+            yield futures[future], error
+        except BrokenProcessPool:
+            yield futures[future], None

@@ -79,7 +79,7 @@ class Output:
 def forward_output(variant: Variant, schedule: Schedule) -> Output:
     """Return how y is written: rows are summed, and every head has its own."""
     total, parts = variant.total_heads, schedule.forward.parts(variant)
-    mask = "col_mask & inside"
+    mask = "tl.where(inside, col_mask, False)"
     return Output("y", total, total, parts, variant.head_dim, schedule.forward.reduction, "v.dtype", " + cols", mask)
 
 
@@ -87,7 +87,7 @@ def backward_outputs(variant: Variant, schedule: Schedule) -> tuple[Output, ...]
     """Return how dq, dk, dv and df are written; dv and df sum over rows, all sum over the heads of a group."""
     heads, total = variant.heads, variant.total_heads
     parts, reduction = schedule.backward.parts(variant), schedule.backward.reduction
-    rows, cols = "row_mask & inside", "col_mask & inside"
+    rows, cols = "tl.where(inside, row_mask, False)", "tl.where(inside, col_mask, False)"
     return (
         Output("dq", total, heads.q, 1, variant.state_expansion, reduction, "q.dtype", " + rows", rows),
         Output("dk", total, heads.k, 1, variant.state_expansion, reduction, "k.dtype", " + rows", rows),

@@ -111,11 +111,11 @@ def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
         two_level=two_level,
         chunk_range="last, first - 1" if two_level else "end, -1",
         chunk_states=(
-            "scratch + (before - first) // CHUNK * (BACKWARD_ROWS * V_PAD) + scratch_offsets"
+            "scratch + tl.maximum(before - first, 0) // CHUNK * (BACKWARD_ROWS * V_PAD) + scratch_offsets"
             if two_level
-            else "checkpoints + tl.cast(before // INTERVAL, tl.int64) * (N * K * V) + state_offsets"
+            else "checkpoints + tl.cast(tl.maximum(before, 0) // INTERVAL, tl.int64) * (N * K * V) + state_offsets"
         ),
-        chunk_mask="before >= first" if two_level else "state_mask & (before >= 0)",
+        chunk_mask="" if two_level else ", mask=state_mask, other=0.0",
         scratch=f"q.new_empty(programs, {tile}, dtype=torch.float32)" if two_level else "None",
         weight_shape=f"{variant.heads.w}, {weight_parts}, {variant.head_dim}, {variant.head_dim}",
         interval=schedule.interval,

@@ -146,9 +146,9 @@ def default(variant: Variant, device: Device) -> Schedule:
     steps costs 4 % of the forward's time and a sixteenth of all states; the scratch of one interval stays in L2.
     """
     rows, warps = _tile(variant, device)
-    wide_products = variant.dtype is Dtype.FP32 and warps > 1
+    single = variant.dtype is Dtype.FP32
     tanh = Tanh.PTX if device.is_nvidia and variant.tanh is TanhMode.APPROX else Tanh.EXP
-    forward = ForwardSchedule(rows, warps, 2 if wide_products else 4, Reduction.ATOMIC)
-    backward = BackwardSchedule(rows, warps, 1 if wide_products else 2, Reduction.ATOMIC)
+    forward = ForwardSchedule(rows, warps, 2 if single and warps > 1 else 4, Reduction.ATOMIC)
+    backward = BackwardSchedule(rows, warps, 1 if single else 2, Reduction.ATOMIC)
     schedule = Schedule(forward, backward, interval=16, tanh=tanh)
     return check(variant, schedule, device)
