@@ -1,0 +1,58 @@
+"""Fixtures of every test; puts Triton into its interpreter before anything imports it where torch sees no GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+from support import build_modules  # noqa: E402  (imports triton's users)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the switch that rewrites golden files."""
+    parser.addoption("--update-golden", action="store_true", help="Rewrite tests/golden from what the sources render.")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where torch sees none."""
+    for item in items:
+        if "gpu" in item.keywords and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can use"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the user's cache out of the tests, and the tests out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("M2GEN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give one test an empty cache."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("M2GEN_CACHE_DIR", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Return where kernels run: the GPU, or the CPU through Triton's interpreter."""
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(scope="session")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], ModuleType]:
+    """Return a function from (schedule name, clip mode) to a package that serves every variant of ``support``."""
+    return build_modules(tmp_path_factory.mktemp("packages"))

@@ -1,0 +1,103 @@
+"""Variants, schedules and small packages that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+from m2gen import emit
+from m2gen.compile import load_module
+from m2gen.device import PORTABLE
+from m2gen.schedule import BackwardSchedule, ForwardSchedule, Reduction, Schedule, Tanh, check
+from m2gen.spec import ClipMode, Dtype, Heads, StateDtype, TanhMode
+from m2gen.variant import BuiltVariant, Variant
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+def make_variant(
+    rows: int = 16,
+    cols: int = 16,
+    heads: tuple[int, int, int, int, int] = (1, 1, 2, 2, 2),
+    dtype: str = "fp32",
+    clip: str = "carry",
+    tanh: str = "exact",
+) -> Variant:
+    """Return a variant; ``heads`` are those of q, k, v, f and w."""
+    groups = Heads(**dict(zip("qkvfw", heads, strict=True)))
+    return Variant(rows, cols, groups, Dtype(dtype), StateDtype.FP32, ClipMode(clip), TanhMode(tanh))
+
+
+def make_schedule(
+    reduction: str = "atomic",
+    *,
+    interval: int = 4,
+    unroll: int = 2,
+    chunk: int = 2,
+    forward_rows: int = 16,
+    backward_rows: int = 16,
+    warps: int = 1,
+    tanh: str = "exp",
+) -> Schedule:
+    """Return a schedule of 16 rows a program and four steps between checkpoints, unless told otherwise."""
+    forward = ForwardSchedule(forward_rows, warps, unroll, Reduction(reduction))
+    return Schedule(forward, BackwardSchedule(backward_rows, warps, chunk, Reduction(reduction)), interval, Tanh(tanh))
+
+
+SCHEDULES = {
+    "one_level_atomic": make_schedule("atomic", interval=4, unroll=2, chunk=4),
+    "two_level_atomic": make_schedule("atomic", interval=4, unroll=4, chunk=2),
+    "two_level_partial": make_schedule("partial", interval=6, unroll=3, chunk=2),
+    "one_step_partial": make_schedule("partial", interval=1, unroll=1, chunk=1),
+}
+
+HEADS = (
+    (1, 1, 1, 1, 1),
+    (1, 1, 4, 4, 4),
+    (4, 4, 1, 2, 1),
+    (2, 4, 4, 1, 2),
+    (4, 2, 2, 4, 1),
+    (1, 2, 4, 2, 4),
+)
+"""Of q, k, v, f and w: each of them is somewhere 1, all four, and a proper divisor."""
+DIMS = ((16, 16), (9, 9), (24, 17), (32, 16))
+"""K and V: full tiles, masked ones, and rows that take two programs of 16."""
+DTYPES = tuple(Dtype)
+
+
+def variants(clip: str) -> list[Variant]:
+    """Return every variant that the packages of ``build_modules`` hold."""
+    grouped = [make_variant(heads=heads, clip=clip) for heads in HEADS]
+    sized = [make_variant(rows, cols, dtype=dtype, clip=clip) for rows, cols in DIMS for dtype in DTYPES]
+    return list(dict.fromkeys([*grouped, *sized]))
+
+
+def build_package(name: str, chosen: Iterable[Variant], schedule: Schedule) -> emit.Package:
+    """Render a package whose variants all run by one schedule, on every device."""
+    choices = [
+        emit.Choice(BuiltVariant(variant, ("layer",)), PORTABLE, check(variant, schedule, PORTABLE), "default")
+        for variant in chosen
+    ]
+    return emit.package(emit.Origin(name, f"{name}.yaml", "0" * 12), choices)
+
+
+def import_package(folder: Path, package: emit.Package, name: str | None = None) -> ModuleType:
+    """Write a package's files to ``folder`` and import it under ``name``."""
+    for path, text in package.files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text, encoding="utf-8")
+    return load_module(folder / "__init__.py", name or f"m2gen_test_{folder.name}")
+
+
+def build_modules(folder: Path) -> Callable[[str, str], ModuleType]:
+    """Return a function that builds and imports the package of (schedule name, clip mode), once each."""
+
+    @cache
+    def module(schedule: str, clip: str) -> ModuleType:
+        name = f"{schedule}_{clip}"
+        return import_package(folder / name, build_package(name, variants(clip), SCHEDULES[schedule]))
+
+    return module
