@@ -52,7 +52,7 @@ class Arithmetic:
     state: torch.dtype
     """Of the state and of every accumulation."""
     operand: torch.dtype
-    """That H is rounded to before the product with the weight."""
+    """That H and the weight are rounded to before their product."""
     rounded_tanh: bool = False
 
 
@@ -117,7 +117,7 @@ def m2rnn(
     packed = cu_seqlens is not None
     wide = [x.to(arithmetic.state).unsqueeze(0) if packed else x.to(arithmetic.state) for x in (q, k, v, forget)]
     operands = tuple(_per_head(x, total, 2) for x in wide)
-    matrix = _per_head(weight.to(arithmetic.state), total, 0)
+    matrix = _per_head(weight.to(arithmetic.operand).to(arithmetic.state), total, 0)
     spans = [(0, wide[0].shape[1])]
     if cu_seqlens is not None:
         spans = list(pairwise(cu_seqlens.tolist()))

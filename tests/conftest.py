@@ -9,13 +9,17 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
 
-from support import build_modules  # noqa: E402  (imports triton's users)
+from command_line import SPEC  # noqa: E402  (imports torch's users)
+from support import OPERANDS, STEPS, build_modules, make_variant  # noqa: E402  (imports triton's users)
+
+from m2gen.problem import Problem, make_inputs  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,3 +60,24 @@ def device() -> torch.device:
 def modules(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], ModuleType]:
     """Return a function from (schedule name, clip mode) to a package that serves every variant of ``support``."""
     return build_modules(tmp_path_factory.mktemp("packages"))
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a spec of one small variant, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.yaml").write_text(SPEC, encoding="utf-8")
+    return tmp_path / "one.yaml"
+
+
+@pytest.fixture
+def package(modules: Callable[[str, str], ModuleType]) -> ModuleType:
+    """Return an imported package."""
+    return modules("one_level_atomic", "carry")
+
+
+@pytest.fixture
+def operands(device: torch.device) -> dict[str, Tensor]:
+    """Return the operands of one sequence by name."""
+    inputs = make_inputs(make_variant(), Problem(1, STEPS, initial_state=True), seed=0).to(device)
+    return {name: getattr(inputs, name) for name in OPERANDS}

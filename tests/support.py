@@ -66,6 +66,9 @@ HEADS = (
 DIMS = ((16, 16), (9, 9), (24, 17), (32, 16))
 """K and V: full tiles, masked ones, and rows that take two programs of 16."""
 DTYPES = tuple(Dtype)
+OPERANDS = ("q", "k", "v", "weight", "forget", "initial_state")
+STEPS = 5
+"""Of the one sequence that the operator's tests call it on."""
 
 
 def variants(clip: str) -> list[Variant]:

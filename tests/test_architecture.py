@@ -1,0 +1,143 @@
+"""What may import what, how large a module may be, and what ``--help`` may cost."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+from m2gen.device import TARGETS
+from m2gen.spec import KNOWN_TARGETS
+
+PACKAGE = ROOT / "m2gen"
+LINES = 300
+
+ALLOWED: dict[str, str] = {
+    "errors": "",
+    "cache": "",
+    "device": "errors",
+    "spec": "errors",
+    "variant": "spec",
+    "schedule": "errors spec variant device",
+    "outputs": "schedule variant",
+    "signature": "outputs schedule spec variant",
+    "problem": "spec variant",
+    "reference": "spec variant problem",
+    "render": "outputs schedule signature spec variant",
+    "compile": "cache device errors render schedule signature variant",
+    "verify": "compile problem reference spec variant",
+    "bench": "compile problem variant verify",
+    "emit": "device errors outputs render schedule spec variant",
+    "pipeline": "bench cache compile device emit errors render schedule signature spec variant verify",
+    "report": "verify bench",
+    "cli_output": "bench cache device errors pipeline render report",
+    "cli": "cli_output errors pipeline report spec",
+    "__main__": "cli",
+}
+"""Section 4 of the design as imports of one module by another; a package counts as one module."""
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """Return the name in ``ALLOWED`` of the module or package that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _absolute(path: Path, node: ast.ImportFrom) -> str:
+    """Return what a ``from`` names, relative imports resolved."""
+    if not node.level:
+        return node.module or ""
+    package = ("m2gen", *path.relative_to(PACKAGE).parts[:-1])
+    return ".".join((*package[: len(package) - node.level + 1], *filter(None, [node.module])))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Yield the dotted names that a file imports anywhere, also in functions and for type checkers."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = _absolute(path, node)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def arrows(path: Path) -> set[str]:
+    """Return the other modules of m2gen that a file imports."""
+    parts = [name.split(".") for name in imported(path)]
+    found = {part[1] for part in parts if part[0] == "m2gen" and not part[1].startswith("__version")}
+    return found - {module_of(path)}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_layers(path: Path) -> None:
+    """No module imports another that the table does not allow."""
+    module = module_of(path)
+    allowed = ALLOWED[module].split() if module != "__init__" else []
+    assert arrows(path) <= set(allowed), f"m2gen.{module} may import {allowed}"
+
+
+def test_the_table_is_about_the_modules_that_exist() -> None:
+    """Every module has its row, and no row is about a module that is gone."""
+    assert set(ALLOWED) == {module_of(path) for path in SOURCES} - {"__init__"}
+
+
+def test_the_table_has_no_cycle() -> None:
+    """The modules can be put in an order in which each imports only earlier ones."""
+    left = {module: set(allowed.split()) for module, allowed in ALLOWED.items()}
+    while ready := [module for module, allowed in left.items() if not allowed & set(left)]:
+        for module in ready:
+            del left[module]
+    assert left == {}
+
+
+def test_only_the_entry_point_imports_the_command_line() -> None:
+    """Nothing that is not the command line depends on it."""
+    users = {module_of(path) for path in SOURCES if {"cli", "cli_output"} & arrows(path)}
+    assert users == {"cli", "__main__"}
+
+
+def test_rendering_is_pure() -> None:
+    """What goes into a rendered text imports no torch, no triton, no clock and no random numbers."""
+    pure = {"errors", "device", "spec", "variant", "schedule", "outputs", "signature", "render"}
+    for path in SOURCES:
+        if module_of(path) in pure - {"device"}:  # detect() asks torch
+            roots = {name.split(".")[0] for name in imported(path)}
+            assert not roots & {"torch", "triton", "time", "datetime", "random", "uuid"}, path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_stay_small(path: Path) -> None:
+    """A module that outgrows the limit wants to be two."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES
+
+
+HELP = """
+import sys
+from m2gen.cli import app
+try:
+    app({arguments!r})
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+heavy = {{"torch", "triton", "jinja2", "numpy"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["version"]], ids=" ".join)
+def test_help_imports_neither_torch_nor_triton(arguments: list[str]) -> None:
+    """Asking what the command line can do stays cheap."""
+    code = HELP.format(arguments=arguments)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_specs_and_devices_know_the_same_targets() -> None:
+    """A target that a spec may list has limits, and the other way round."""
+    assert set(KNOWN_TARGETS) == set(TARGETS)

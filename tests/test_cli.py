@@ -1,0 +1,193 @@
+"""The command line: exit statuses, one-line errors, and documents that parse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from command_line import KEY, SPEC, TINY, document, fails, outcome, row, run
+from support import ROOT
+
+from m2gen import __version__, cli_output, pipeline
+from m2gen.compile import Resources
+from m2gen.device import TARGETS
+
+
+def test_the_installed_command_and_the_module_are_the_same() -> None:
+    """``python -m m2gen`` runs the command line, with its exit statuses and without a traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "m2gen", "build", "--spec", "absent.yaml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stdout == ""
+
+
+def test_version() -> None:
+    """The version is that of the package."""
+    assert run("version").stdout.strip() == f"m2gen {__version__}"
+
+
+@pytest.mark.parametrize("command", ["build", "check", "verify", "bench"])
+def test_a_spec_that_is_not_there(command: str) -> None:
+    """Every command that takes a spec says which it did not find."""
+    assert "absent.yaml" in fails(2, command, "--spec", "absent.yaml")
+
+
+@pytest.mark.parametrize("command", [["build"], ["check"], ["verify"], ["spec", "show"]], ids=" ".join)
+def test_a_wrong_spec_is_one_line_a_problem(spec: Path, command: list[str]) -> None:
+    """Each problem of a spec is a line that begins with its place, and nothing is written."""
+    spec.write_text(SPEC.replace("head_dim: 16", "head_dim: 0").replace("q: 1, k: 1", "q: 2, k: 3"), encoding="utf-8")
+    result = run(*command, "--spec", "one.yaml")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 2
+    assert all(line.startswith("one.yaml: $.layers.base.") for line in result.stderr.splitlines())
+    assert not (spec.parent / "generated").exists()
+
+
+def test_debug_shows_the_traceback() -> None:
+    """With --debug an error shows where it came from."""
+    command = [sys.executable, "-m", "m2gen", "check", "--spec", "absent.yaml", "--debug"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "SpecError" in done.stderr
+
+
+def test_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends a command with the status that shells expect, in one line."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "verify", interrupt)
+    assert "interrupted" in fails(130, "verify", "--spec", TINY)
+
+
+UNKNOWN = {
+    "target": (("check", "--target", "sm_1"), "--target must be among sm_80"),
+    "variant": (("verify", "--variant", "k1"), f"--variant must be among {KEY}"),
+    "case": (("verify", "--case", "none"), "--case must be among ragged"),
+    "layer": (("bench", "--layer", "none"), "must"),
+}
+
+
+@pytest.mark.parametrize(("command", "message"), UNKNOWN.values(), ids=UNKNOWN.keys())
+def test_unknown_names_list_the_known(command: tuple[str, ...], message: str) -> None:
+    """A target, variant, case or layer that does not exist is told which do."""
+    line = fails(2, command[0], "--spec", TINY, "--quiet", *command[1:])
+    assert message in line
+    assert line.startswith("m2gen: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to time")
+def test_bench_needs_a_gpu() -> None:
+    """Without a GPU, timing is refused rather than done in the interpreter."""
+    assert "GPU" in fails(2, "bench", "--spec", TINY)
+
+
+def test_an_unknown_option() -> None:
+    """A mistyped option is a usage error."""
+    assert run("check", "--spec", TINY, "--targets", "sm_90").exit_code == 2
+
+
+def test_spec_show_and_schema() -> None:
+    """The variants and the schema come as documents."""
+    shown = document("spec", "show", "--spec", TINY)
+    assert shown["variants"][0]["variant"] == KEY
+    assert [variant["layers"] for variant in shown["variants"]] == [["base"], ["base"], ["grouped"]]
+    assert KEY in run("spec", "show", "--spec", TINY).stdout
+    assert "layers" in json.loads(run("spec", "schema").stdout)["properties"]
+
+
+def test_info() -> None:
+    """What m2gen runs on is there to be read, and to be parsed."""
+    facts = document("info")
+    assert facts["versions"]["m2gen"] == __version__
+    assert facts["targets"] == list(TARGETS)
+    assert (facts["device"] is not None) == torch.cuda.is_available()
+    assert facts["versions"]["torch"] in run("info").stdout
+
+
+def test_check_gives_the_resources_of_every_kernel() -> None:
+    """Every kernel of the tiny spec compiles for an H100, and takes what the compiler says."""
+    kernels = document("check", "--spec", TINY, "--target", "sm_90", "--quiet")["kernels"]
+    assert len(kernels) == 2 * 3
+    for kernel in kernels:
+        assert kernel["target"] == "sm_90"
+        assert kernel["problems"] == []
+        assert 16 <= kernel["resources"]["registers"] <= 255
+        assert kernel["resources"]["code_bytes"] > 1000
+        assert 0 <= kernel["resources"]["shared_bytes"] <= 227 * 1024
+
+
+H100 = TARGETS["sm_90"]
+TAKEN = {
+    "fits": (Resources(255, 64, 227 * 1024, 9000), 4, ()),
+    "shared": (Resources(64, 0, 227 * 1024 + 1, 9000), 4, ("shared memory must be at most 232448 bytes, got 232449",)),
+    "registers": (Resources(256, 0, 0, 9000), 4, ("registers must be at most 255 a thread, got 256",)),
+    "register_file": (Resources(255, 0, 0, 9000), 16, ("registers must be at most 65536 a program, got 130560",)),
+}
+
+
+@pytest.mark.parametrize(("taken", "warps", "reasons"), TAKEN.values(), ids=TAKEN.keys())
+def test_kernels_that_cannot_launch_are_told_why(taken, warps, reasons) -> None:
+    """Shared memory, registers a thread and registers a program have limits."""
+    assert taken.limits(H100, warps) == reasons
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_kernel_that_cannot_launch_fails_the_check(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
+    """One kernel over a limit is exit status 1 and, beside the table, one line on standard error."""
+    assert cli_output.show_check([row()], as_json=as_json, quiet=False) == 0
+    assert cli_output.show_check([row(), row("too many registers")], as_json=as_json, quiet=False) == 1
+    lines = [f"m2gen: {KEY} forward on sm_90: too many registers"]
+    assert capsys.readouterr().err.splitlines() == ([] if as_json else lines)
+
+
+def test_a_failing_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor over budget is exit status 1, and everywhere named with error, budget and how to see it again."""
+    monkeypatch.setattr(pipeline, "verify", lambda *_: outcome(1e-4, 2e-3, float("nan")))
+    again = f"m2gen verify --spec tiny.yaml --variant {KEY} --case ragged --seed 7"
+    result = run("verify", "--spec", TINY, "--junit", str(tmp_path / "report.xml"), "--quiet")
+    assert result.exit_code == 1
+    lines = result.stderr.splitlines()
+    expected = f"m2gen: {KEY} ragged: t1 must be within 1.00e-03, got 2.00e-03; reproduce: {again}"
+    assert lines == [expected, expected.replace("t1", "t2").replace("2.00e-03", "nan")]
+    (case,) = ElementTree.parse(tmp_path / "report.xml").iter("testcase")
+    failure = case.find("failure")
+    assert (case.get("classname"), case.get("name"), case.get("time")) == (KEY, "ragged", "0.250")
+    assert failure is not None
+    assert "t1 error 2.000e-03 over budget 1.000e-03" in str(failure.get("message"))
+    assert again in str(failure.text)
+    cases = document("verify", "--spec", TINY, "--quiet", status=1)["cases"]
+    assert (cases[0]["passed"], cases[0]["reproduce"]) == (False, again)
+
+
+def test_a_junit_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report that has nowhere to go is an error in one line."""
+    monkeypatch.setattr(pipeline, "verify", lambda *_: outcome(1e-4))
+    place = str(tmp_path / "absent" / "report.xml")
+    assert "must be writable" in fails(1, "verify", "--spec", TINY, "--quiet", "--junit", place)
+
+
+def test_verify_one_case_in_the_interpreter(spec: Path) -> None:
+    """A real verification of one case passes, and its documents agree."""
+    arguments = ("verify", "--spec", "one.yaml", "--case", "one_step", "--seed", "3", "--quiet")
+    outcome = document(*arguments, "--junit", "report.xml")
+    (case,) = outcome["cases"]
+    assert outcome["passed"]
+    assert (case["case"], case["seed"]) == ("one_step", 3)
+    assert {result["tensor"] for result in case["results"]} == {"y", "state", "dq", "dk", "dv", "dweight", "dforget"}
+    suite = ElementTree.parse(spec.parent / "report.xml").find("testsuite")
+    assert suite is not None
+    assert (suite.get("tests"), suite.get("failures")) == ("1", "0")

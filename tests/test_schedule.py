@@ -1,0 +1,117 @@
+"""The one validity predicate of schedules, and the defaults that must satisfy it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import SCHEDULES, make_schedule, make_variant
+
+from m2gen.device import PORTABLE, TARGETS
+from m2gen.errors import ScheduleError
+from m2gen.schedule import Schedule, Tanh, check, default, problems
+from m2gen.variant import Variant
+
+DEVICES = (*TARGETS.values(), PORTABLE)
+WIDE = make_variant(64, 64)
+
+
+def _with(direction: str, **facts: int) -> Schedule:
+    """Return a valid schedule with some facts of one direction replaced."""
+    base = make_schedule(interval=16)
+    return replace(base, **{direction: replace(getattr(base, direction), **facts)})
+
+
+INVALID = {
+    "rows_below_a_tile": (_with("forward", rows=8), "forward.rows must be a power of two from 16 to 64, got 8"),
+    "rows_no_power": (_with("backward", rows=48), "backward.rows must be a power of two from 16 to 64, got 48"),
+    "rows_above_the_state": (
+        _with("backward", rows=128),
+        "backward.rows must be a power of two from 16 to 64, got 128",
+    ),
+    "three_warps": (_with("forward", warps=3), "forward.warps must be 1, 2, 4 or 8, got 3"),
+    "no_warps": (_with("forward", warps=0), "forward.warps must be 1, 2, 4 or 8, got 0"),
+    "many_warps": (_with("backward", warps=16), "backward.warps must be 1, 2, 4 or 8, got 16"),
+    "no_unroll": (_with("forward", unroll=0), "forward.unroll must be from 1 to 16, got 0"),
+    "long_chunk": (_with("backward", chunk=32), "backward.chunk must be from 1 to 16, got 32"),
+    "chunk_off_interval": (_with("backward", chunk=3), "interval must be a multiple of backward.chunk = 3, got 16"),
+    "unroll_off_interval": (_with("forward", unroll=5), "interval must be a multiple of forward.unroll = 5, got 16"),
+    "no_interval": (make_schedule(interval=0), "interval must be a multiple of forward.unroll = 2, got 0"),
+}
+
+
+@pytest.mark.parametrize(("schedule", "reason"), INVALID.values(), ids=INVALID.keys())
+def test_each_reason_is_given(schedule: Schedule, reason: str) -> None:
+    """An invalid schedule is refused with what was expected and what was given."""
+    assert reason in problems(WIDE, schedule, PORTABLE)
+    with pytest.raises(ScheduleError, match="portable"):
+        check(WIDE, schedule, PORTABLE)
+
+
+def test_every_reason_at_once() -> None:
+    """A schedule that is wrong twice is told so in one error."""
+    schedule = replace(_with("forward", rows=8), interval=3)
+    assert len(problems(WIDE, schedule, PORTABLE)) == 3
+
+
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx942", "portable"])
+def test_the_ptx_instruction_needs_nvidia(arch: str) -> None:
+    """Hardware tanh is for NVIDIA targets, and for specs that allow an approximation."""
+    approximate, device = make_variant(tanh="approx"), TARGETS.get(arch, PORTABLE)
+    assert problems(approximate, make_schedule(tanh="ptx"), device) == (f"tanh must be exp on {arch}, got ptx",)
+    assert problems(approximate, make_schedule(tanh="ptx"), TARGETS["sm_90"]) == ()
+    assert problems(approximate, make_schedule(tanh="exp"), device) == ()
+
+
+def test_exact_specs_refuse_the_approximate_instruction() -> None:
+    """A spec that asks for exact tanh gets it on every target."""
+    reasons = problems(make_variant(tanh="exact"), make_schedule(tanh="ptx"), TARGETS["sm_90"])
+    assert reasons == ("tanh must be exp where the spec asks for exact, got ptx",)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
+def test_the_tests_own_schedules_are_valid(schedule: Schedule) -> None:
+    """What the kernel tests run could be chosen by a search."""
+    assert check(make_variant(), schedule, PORTABLE) is schedule
+
+
+@st.composite
+def any_variant(draw: st.DrawFn) -> Variant:
+    """Draw a variant from everything that a spec may ask for."""
+    total = draw(st.integers(1, 128))
+    divisors = st.sampled_from([n for n in range(1, total + 1) if total % n == 0])
+    heads = [draw(divisors) for _ in range(5)]
+    heads[draw(st.integers(0, 4))] = total
+    dims = (draw(st.integers(1, 256)), draw(st.integers(1, 128)))
+    names = (draw(st.sampled_from(words)) for words in (("bf16", "fp16", "fp32"), ("carry", "total")))
+    dtype, clip = names
+    tanh = draw(st.sampled_from(["exact", "approx"]))
+    return make_variant(*dims, tuple(heads), dtype, clip, tanh)  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(any_variant(), st.sampled_from(DEVICES))
+def test_defaults_are_valid_for_every_variant_on_every_target(variant, device) -> None:
+    """Whatever a spec asks for, some schedule serves it, and its programs cover the state exactly."""
+    schedule = default(variant, device)
+    assert problems(variant, schedule, device) == ()
+    for part in (schedule.forward, schedule.backward):
+        assert part.parts(variant) * part.rows == variant.padded_rows >= variant.state_expansion
+    assert schedule.tanh is Tanh.EXP or device.is_nvidia
+
+
+@settings(max_examples=60, deadline=None)
+@given(any_variant(), any_variant())
+def test_different_variants_have_different_keys(one, other) -> None:
+    """Names in files, tables and records never stand for two variants."""
+    assert (one.key == other.key) == (one == other)
+
+
+def test_different_schedules_have_different_slugs() -> None:
+    """Every knob shows in the name of a schedule, for it names a module."""
+    knobs = ({"interval": 8}, {"unroll": 4}, {"chunk": 4}, {"forward_rows": 32}, {"backward_rows": 32}, {"warps": 2})
+    every = [make_schedule(**knob) for knob in knobs]  # type: ignore[arg-type]
+    every += [make_schedule(), make_schedule("partial"), make_schedule(tanh="ptx")]
+    assert len({schedule.slug for schedule in every}) == len(every)
