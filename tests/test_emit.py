@@ -49,12 +49,11 @@ def test_two_renders_anywhere_are_byte_identical(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of packages in every schedule and clip mode, written to disk."""
+    """Return a folder of packages in every schedule and both clip modes, written to disk."""
     root = tmp_path_factory.mktemp("written")
-    for index, schedule in enumerate(SCHEDULES.values()):
-        for clip in ("carry", "total"):
-            package = build_package(f"p{index}{clip[0]}", variants(clip), schedule)
-            emit.write(root / package.name, {**package.files, emit.MANIFEST: emit.manifest_text(package, {})})
+    for index, (schedule, clip) in enumerate(zip(SCHEDULES.values(), ("carry", "total") * 2, strict=True)):
+        package = build_package(f"p{index}", variants(clip), schedule)
+        emit.write(root / package.name, {**package.files, emit.MANIFEST: emit.manifest_text(package, {})})
     return root
 
 
