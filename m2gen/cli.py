@@ -106,6 +106,7 @@ def check(
     target: TargetOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Cross-compile every kernel, with no GPU, and show what it takes of each target."""
@@ -114,7 +115,7 @@ def check(
 
     with _reporting(debug):
         rows = pipeline.check(_plan(spec, target), _progress(quiet))
-        raise typer.Exit(show_check(rows, as_json=json, quiet=quiet))
+        raise typer.Exit(show_check(rows, as_json=json, quiet=quiet, verbose=verbose))
 
 
 @app.command()

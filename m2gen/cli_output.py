@@ -82,12 +82,16 @@ def show_difference(planned: Plan, lines: Sequence[str], *, as_json: bool, quiet
     return 1 if lines else 0
 
 
-def show_check(rows: Sequence[CheckRow], *, as_json: bool, quiet: bool) -> int:
+def show_check(rows: Sequence[CheckRow], *, as_json: bool, quiet: bool, verbose: bool = False) -> int:
     """Print the resources of every kernel; return 1 if one cannot launch."""
     if as_json:
         print_json({"kernels": [_kernel_json(row) for row in rows]})
     elif not quiet:
-        print_table("Kernels", KERNEL_COLUMNS, map(_kernel_cells, rows))
+        schedules = [(row.schedule,) if verbose else () for row in rows]
+        columns = (*KERNEL_COLUMNS, "schedule") if verbose else KERNEL_COLUMNS
+        print_table(
+            "Kernels", columns, [(*_kernel_cells(row), *more) for row, more in zip(rows, schedules, strict=True)]
+        )
     broken = [row for row in rows if row.problems]
     for row in broken if not as_json else ():
         print(f"m2gen: {row.variant} {row.kernel} on {row.arch}: {'; '.join(row.problems)}", file=sys.stderr)
