@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m2gen import __version__
-from m2gen.errors import M2genError, SpecError
+from m2gen.errors import M2genError, SpecError, UsageError
 
 if TYPE_CHECKING:
     from m2gen.pipeline import Plan
@@ -32,6 +32,9 @@ app.add_typer(spec_app, name="spec")
 
 SpecOption = Annotated[
     str, typer.Option("--spec", help="Spec file: as given, else in specs/, else among those shipped.")
+]
+OptionalSpecOption = Annotated[
+    str | None, typer.Option("--spec", help="Spec file, as for every command; --check alone takes every package's own.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and no tables but results.")]
@@ -79,9 +82,11 @@ def _plan(spec: str, target: str | None = None) -> Plan:
 
 @app.command()
 def build(
-    spec: SpecOption,
+    spec: OptionalSpecOption = None,
     out: OutOption = Path("generated"),
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; exit 1 with a diff if OUT is stale.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit 1 with a diff if a package is stale.")
+    ] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Write the package without verifying it.")] = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -93,9 +98,15 @@ def build(
     from m2gen.cli_output import show_build, show_difference
 
     with _reporting(debug):
-        planned = _plan(spec)
         if check:
-            raise typer.Exit(show_difference(planned, pipeline.difference(planned, out), as_json=json, quiet=quiet))
+            names = [spec] if spec else pipeline.committed_specs(out)
+            stale = [
+                show_difference(p, pipeline.difference(p, out), as_json=json, quiet=quiet) for p in map(_plan, names)
+            ]
+            raise typer.Exit(max(stale))
+        if spec is None:
+            raise UsageError("build must be given --spec, or --check alone for every package in --out")
+        planned = _plan(spec)
         outcome = pipeline.build(planned, out, _progress(quiet), verified=not no_verify)
         show_build(planned, outcome, as_json=json, quiet=quiet, verbose=verbose)
 

@@ -64,3 +64,13 @@ def test_a_kernel_that_cannot_launch_fails_the_build(spec: Path, monkeypatch: py
     monkeypatch.setattr(STAGE, "check", lambda planned, progress: [row("too many registers")])
     assert "too many registers" in fails(1, "build", "--spec", "one.yaml", "--quiet")
     assert not (spec.parent / "generated").exists()
+
+
+def test_check_without_a_spec_takes_every_package(built: Path) -> None:
+    """``build --check`` alone compares each package in OUT with the spec that its manifest names."""
+    assert run("build", "--check").exit_code == 0
+    (built / "op.py").write_text("edited\n", encoding="utf-8")
+    assert run("build", "--check").exit_code == 1
+    (built / "MANIFEST.json").write_text("{}", encoding="utf-8")
+    assert "MANIFEST.json" in fails(2, "build", "--check")
+    assert "at least one" in fails(2, "build", "--check", "--out", "elsewhere")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from m2gen.cache import key_of, load_result, store_result
 from m2gen.compile import toolchain
 from m2gen.device import detect
 from m2gen.emit import Package
-from m2gen.errors import CompileError, VerifyError
+from m2gen.errors import CompileError, UsageError, VerifyError
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.plan import Plan, Progress, render
 from m2gen.pipeline.verify import VerifyRequest, failed, failure_line, verify
@@ -66,6 +67,18 @@ def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
             raise VerifyError("\n".join(failures))
         store_result("verified", key, {"cases": len(outcome.reports)})
     return backend
+
+
+def committed_specs(out: Path) -> list[str]:
+    """Return the spec file of every package in ``out``, as their manifests name it; raises UsageError if there is none."""
+    manifests = sorted(out.glob(f"*/{emit.MANIFEST}"))
+    try:
+        names = [str(json.loads(path.read_text(encoding="utf-8"))["spec"]["file"]) for path in manifests]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{out} must hold packages whose {emit.MANIFEST} names their spec ({error})") from error
+    if not names:
+        raise UsageError(f"{out} must hold at least one generated package, got none")
+    return names
 
 
 def difference(planned: Plan, out: Path) -> list[str]:
