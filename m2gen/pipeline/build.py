@@ -70,7 +70,7 @@ def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
 
 
 def committed_specs(out: Path) -> list[str]:
-    """Return the spec file of every package in ``out``, as their manifests name it; raises UsageError if there is none."""
+    """Return the spec file that each package in ``out`` names; raises UsageError where there is none."""
     manifests = sorted(out.glob(f"*/{emit.MANIFEST}"))
     try:
         names = [str(json.loads(path.read_text(encoding="utf-8"))["spec"]["file"]) for path in manifests]
