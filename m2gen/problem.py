@@ -56,6 +56,9 @@ class Inputs:
     cu_seqlens: Tensor | None
     dy: Tensor
     dstate: Tensor
+    A_log: Tensor | None = None
+    """With ``dt_bias`` (Nf,), only where the kernel computes the gate; ``forget`` is its input then."""
+    dt_bias: Tensor | None = None
 
     def to(self, device: torch.device) -> Inputs:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -86,15 +89,30 @@ def make_inputs(
         k=normal(*lead, heads.k, rows).to(dtype),
         v=normal(*lead, heads.v, cols).to(dtype),
         weight=(torch.eye(cols) + normal(heads.w, cols, cols) * (0.3 / cols**0.5)).to(dtype),
-        forget=_gates(gates, (*lead, heads.f), generator, dtype),
+        forget=_gates(variant, gates, generator, lead),
         initial_state=normal(*state) if problem.initial_state else None,
         cu_seqlens=offsets,
         dy=(normal(*lead, total, cols) * dy_scale).to(dtype),
         dstate=normal(*state) * dy_scale,
+        **_gate_parameters(variant, generator),
     )
 
 
-def _gates(gates: Gates, shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+def _gate_parameters(variant: Variant, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw A_log and dt_bias as published layers do: A uniform below 16, softplus(dt_bias) log-uniform below 0.1."""
+    if not variant.computes_gate:
+        return {}
+    scale, step = torch.rand(2, variant.heads.f, generator=generator)
+    dt = 1e-3 * 100**step
+    return {"A_log": (16 * scale).clamp_min(0.01).log(), "dt_bias": dt + torch.log(-torch.expm1(-dt))}
+
+
+def _gates(variant: Variant, gates: Gates, generator: torch.Generator, lead: tuple[int, ...]) -> Tensor:
+    """Return f, or where the kernel computes it a standard normal input, shifted towards f = 1 for ``SLOW``."""
+    shape, dtype = (*lead, variant.heads.f), TORCH_DTYPE[variant.dtype]
+    if variant.computes_gate:
+        x = torch.randn(*shape, generator=generator)
+        return x - 9 if gates is Gates.SLOW else x.to(dtype)
     if gates is Gates.SLOW:
         return torch.full(shape, 1 - 1e-4)
     gate = torch.sigmoid(torch.randn(*shape, generator=generator) + 1)

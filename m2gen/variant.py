@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.spec import ClipMode, Dtype, Heads, Spec, StateDtype, TanhMode
+from m2gen.spec import ClipMode, Dtype, Fp32Products, GateKind, Heads, Spec, StateDtype, TanhMode
 
 MIN_TILE = 16
 """Smallest extent of a ``tl.dot`` operand."""
@@ -29,6 +29,14 @@ class Variant:
     state_dtype: StateDtype
     clip: ClipMode
     tanh: TanhMode
+    gate: GateKind = GateKind.GIVEN
+    products: Fp32Products = Fp32Products.IEEE
+    """Of fp32 operands; ``IEEE`` for the narrow dtypes, whose products have no choice."""
+
+    @property
+    def computes_gate(self) -> bool:
+        """Whether the kernel computes the forget gate from its input, A_log and dt_bias."""
+        return self.gate is GateKind.SOFTPLUS
 
     @property
     def total_heads(self) -> int:
@@ -56,7 +64,10 @@ class Variant:
         """Name the variant in file names, tables and records: dims, groups and dtype, then any other numerics."""
         heads = self.heads
         groups = f"q{heads.q}_k{heads.k}_v{heads.v}_f{heads.f}_w{heads.w}"
-        return f"k{self.state_expansion}_v{self.head_dim}_{groups}_{self.dtype}_{self.clip}_{self.tanh}"
+        numerics = [self.dtype, self.clip, self.tanh]
+        numerics += [self.products] if self.products is Fp32Products.TF32 else []
+        numerics += [self.gate] if self.computes_gate else []
+        return f"k{self.state_expansion}_v{self.head_dim}_{groups}_{'_'.join(numerics)}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,8 @@ def expand(spec: Spec) -> tuple[BuiltVariant, ...]:
                 state_dtype=spec.numerics.state,
                 clip=spec.numerics.clip,
                 tanh=spec.numerics.tanh,
+                gate=point.gate,
+                products=spec.numerics.fp32_products if point.dtype is Dtype.FP32 else Fp32Products.IEEE,
             )
             names = layers.setdefault(variant, [])
             if name not in names:

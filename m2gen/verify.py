@@ -21,7 +21,7 @@ from torch import Tensor
 from m2gen import reference
 from m2gen.problem import TORCH_DTYPE, Gates, Inputs, Problem, make_inputs
 from m2gen.reference import EXACT, Arithmetic
-from m2gen.spec import TanhMode
+from m2gen.spec import ClipMode, TanhMode
 from m2gen.variant import MIN_TILE, Variant
 
 FACTOR = 2.0
@@ -109,7 +109,9 @@ def run_case(operator: Operator, variant: Variant, case: Case, seed: int, device
 
     def eager(arithmetic: Arithmetic) -> Operator:
         def call(*operands: Tensor, clip: float | None) -> tuple[Tensor, Tensor]:
-            return reference.m2rnn(*operands, clip=clip, mode=variant.clip, arithmetic=arithmetic)
+            return reference.m2rnn(
+                *operands, clip=clip, clamp_total=variant.clip is ClipMode.TOTAL, arithmetic=arithmetic
+            )
 
         return call
 

@@ -11,7 +11,7 @@ from m2gen import emit
 from m2gen.compile import load_module
 from m2gen.device import PORTABLE
 from m2gen.schedule import BackwardSchedule, ForwardSchedule, Reduction, Schedule, Tanh, check
-from m2gen.spec import ClipMode, Dtype, Heads, StateDtype, TanhMode
+from m2gen.spec import ClipMode, Dtype, Fp32Products, GateKind, Heads, StateDtype, TanhMode
 from m2gen.variant import BuiltVariant, Variant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,10 +25,13 @@ def make_variant(
     dtype: str = "fp32",
     clip: str = "carry",
     tanh: str = "exact",
+    gate: str = "given",
+    products: str = "ieee",
 ) -> Variant:
     """Return a variant; ``heads`` are those of q, k, v, f and w."""
     groups = Heads(**dict(zip("qkvfw", heads, strict=True)))
-    return Variant(rows, cols, groups, Dtype(dtype), StateDtype.FP32, ClipMode(clip), TanhMode(tanh))
+    numerics = (ClipMode(clip), TanhMode(tanh), GateKind(gate), Fp32Products(products))
+    return Variant(rows, cols, groups, Dtype(dtype), StateDtype.FP32, *numerics)
 
 
 def make_schedule(

@@ -115,7 +115,7 @@ def _add(gradients: list[np.ndarray], parts: list[np.ndarray], b: int, n: int) -
 def by_autograd(operands: dict[str, Tensor], bound: float | None, clip: str) -> list[Tensor]:
     """Return y, the final state and the gradients of all operands, by the reference."""
     leaves = [operands[name].clone().requires_grad_() for name in OPERANDS]
-    y, state = m2rnn(*leaves, clip=bound, mode=ClipMode(clip))
+    y, state = m2rnn(*leaves, clip=bound, clamp_total=clip == "total")
     gradients = torch.autograd.grad([y, state], leaves, [operands["dy"], operands["dstate"]])
     return [y.detach(), state.detach(), *gradients]
 
@@ -144,7 +144,7 @@ def test_the_first_states_gradient_is_not_clamped() -> None:
     operands = draw(GROUPS["none"], steps=0)
     for clip in ("carry", "total"):
         leaf = operands["initial_state"].clone().requires_grad_()
-        _, state = m2rnn(*(operands[name] for name in OPERANDS[:-1]), leaf, clip=1e-3, mode=ClipMode(clip))
+        _, state = m2rnn(*(operands[name] for name in OPERANDS[:-1]), leaf, clip=1e-3, clamp_total=clip == "total")
         (gradient,) = torch.autograd.grad(state, leaf, operands["dstate"])
         assert torch.equal(gradient, operands["dstate"])
 
@@ -165,10 +165,27 @@ def test_packed_equals_one_by_one(clip) -> None:
     flat = {name: x[name][0] for name in ("q", "k", "v", "forget")}
     states = x["initial_state"][:1].repeat(len(lengths), 1, 1, 1) * torch.arange(1.0, 5.0)[:, None, None, None]
     offsets = torch.tensor((0, *lengths)).cumsum(0)
-    y, last = m2rnn(flat["q"], flat["k"], flat["v"], x["weight"], flat["forget"], states, offsets, clip=0.3, mode=clip)
+    y, last = m2rnn(
+        flat["q"],
+        flat["k"],
+        flat["v"],
+        x["weight"],
+        flat["forget"],
+        states,
+        offsets,
+        clip=0.3,
+        clamp_total=clip == "total",
+    )
     for i, (a, b) in enumerate(pairwise(offsets.tolist())):
         part = [flat[name][a:b].unsqueeze(0) for name in ("q", "k", "v")]
-        alone = m2rnn(*part, x["weight"], flat["forget"][a:b].unsqueeze(0), states[i : i + 1], clip=0.3, mode=clip)
+        alone = m2rnn(
+            *part,
+            x["weight"],
+            flat["forget"][a:b].unsqueeze(0),
+            states[i : i + 1],
+            clip=0.3,
+            clamp_total=clip == "total",
+        )
         torch.testing.assert_close(y[a:b], alone[0][0], rtol=1e-13, atol=1e-13)
         torch.testing.assert_close(last[i], alone[1][0], rtol=1e-13, atol=1e-13)
 

@@ -20,6 +20,7 @@ from m2gen.spec import (
     MAX_VARIANTS,
     ClipMode,
     Dtype,
+    Fp32Products,
     HeadGrid,
     Heads,
     Layer,
@@ -63,7 +64,12 @@ def test_a_minimal_spec_gets_the_defaults() -> None:
     assert (spec.schema_version, spec.name, spec.targets) == (1, "minimal", ("sm_90",))
     assert (layer.head_dim, layer.state_expansion, layer.dtypes) == ((16,), (64,), (Dtype.BF16,))
     assert layer.workloads == ()
-    assert spec.numerics.model_dump() == {"state": StateDtype.FP32, "clip": ClipMode.CARRY, "tanh": TanhMode.APPROX}
+    assert spec.numerics.model_dump() == {
+        "state": StateDtype.FP32,
+        "clip": ClipMode.CARRY,
+        "tanh": TanhMode.APPROX,
+        "fp32_products": Fp32Products.IEEE,
+    }
     assert (spec.tuning.budget_seconds, spec.tuning.objective) == (600, Objective.TRAIN)
     heads = Heads(q=1, k=1, v=4, f=4, w=2)
     assert heads.total == 4
@@ -159,7 +165,7 @@ def test_what_means_the_same_has_the_same_hash(text: str) -> None:
 
 
 def test_the_hash_never_changes_by_accident() -> None:
-    assert spec_hash(parse_spec(MINIMAL, "a.yaml")) == "a0d80fd0c1ff"
+    assert spec_hash(parse_spec(MINIMAL, "a.yaml")) == "802d2fd84c74"
 
 
 def test_what_means_something_else_has_another_hash() -> None:

@@ -55,6 +55,23 @@ class TanhMode(StrEnum):
     APPROX = "approx"
 
 
+class GateKind(StrEnum):
+    """Where the forget gate comes from."""
+
+    GIVEN = "given"
+    """The operand ``forget`` is f itself."""
+    SOFTPLUS = "softplus"
+    """The kernel computes f = exp(-exp(A_log) softplus(x + dt_bias)) from x = ``forget``, per head."""
+
+
+class Fp32Products(StrEnum):
+    """How products of fp32 operands are multiplied; sums are float32 either way."""
+
+    IEEE = "ieee"
+    TF32 = "tf32"
+    """On tensor cores, operands rounded to 11 significant bits."""
+
+
 class Objective(StrEnum):
     """What tuning makes fast."""
 
@@ -101,4 +118,6 @@ ElementType = Annotated[Dtype, choice(Dtype)]
 StateElementType = Annotated[StateDtype, choice(StateDtype)]
 Clip = Annotated[ClipMode, choice(ClipMode)]
 Tanh = Annotated[TanhMode, choice(TanhMode)]
+Gate = Annotated[GateKind, choice(GateKind)]
+Products = Annotated[Fp32Products, choice(Fp32Products)]
 Goal = Annotated[Objective, choice(Objective)]

@@ -25,11 +25,15 @@ from m2gen.spec.fields import (
     Dtype,
     Duration,
     ElementType,
+    Fp32Products,
+    Gate,
+    GateKind,
     Goal,
     HeadCount,
     HeadDim,
     LayerName,
     Objective,
+    Products,
     Size,
     SpecName,
     StateDtype,
@@ -139,10 +143,11 @@ class Point:
     state_expansion: int
     heads: Heads
     dtype: Dtype
+    gate: GateKind = GateKind.GIVEN
 
 
 class Layer(_Frozen):
-    """A grid of dims, head counts and dtypes under one name."""
+    """A grid of dims, head counts, dtypes and gates under one name."""
 
     head_dim: Grid[HeadDim]
     """V."""
@@ -150,16 +155,18 @@ class Layer(_Frozen):
     """K."""
     heads: HeadGrid
     dtypes: Grid[ElementType]
+    gate: Grid[Gate] = (GateKind.GIVEN,)
     workloads: Grid[Workload] = Field(default_factory=tuple)
 
     @property
     def size(self) -> int:
         """Number of points, computed without expanding them."""
-        return len(self.head_dim) * len(self.state_expansion) * self.heads.size * len(self.dtypes)
+        shapes = len(self.head_dim) * len(self.state_expansion) * self.heads.size
+        return shapes * len(self.dtypes) * len(self.gate)
 
     def points(self) -> tuple[Point, ...]:
-        """Return the grid in file order: head_dim varies slowest, then state_expansion, heads and dtype."""
-        axes = product(self.head_dim, self.state_expansion, self.heads.points(), self.dtypes)
+        """Return the grid in file order: head_dim varies slowest, then state_expansion, heads, dtype and gate."""
+        axes = product(self.head_dim, self.state_expansion, self.heads.points(), self.dtypes, self.gate)
         return tuple(Point(*axis) for axis in axes)
 
 
@@ -198,6 +205,7 @@ class Numerics(_Frozen):
     state: StateElementType = StateDtype.FP32
     clip: Clip = ClipMode.CARRY
     tanh: Tanh = TanhMode.APPROX
+    fp32_products: Products = Fp32Products.IEEE
 
 
 class Tuning(_Frozen):
