@@ -74,11 +74,16 @@ STEPS = 5
 """Of the one sequence that the operator's tests call it on."""
 
 
+GATED_HEADS = (2, 1, 4, 2, 4)
+"""Of q, k, v, f and w where the kernel computes the gate, whose parameters two heads share."""
+
+
 def variants(clip: str) -> list[Variant]:
     """Return every variant that the packages of ``build_modules`` hold."""
     grouped = [make_variant(heads=heads, clip=clip) for heads in HEADS]
     sized = [make_variant(rows, cols, dtype=dtype, clip=clip) for rows, cols in DIMS for dtype in DTYPES]
-    return list(dict.fromkeys([*grouped, *sized]))
+    gated = [make_variant(heads=GATED_HEADS, dtype=dtype, clip=clip, gate="softplus") for dtype in DTYPES]
+    return list(dict.fromkeys([*grouped, *sized, *gated]))
 
 
 def build_package(name: str, chosen: Iterable[Variant], schedule: Schedule) -> emit.Package:

@@ -1,0 +1,289 @@
+"""The operator inside PyTorch: registration, opcheck, compilation, modules, checkpointing, inference."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from calls import (
+    DIFFERENTIABLE,
+    assert_close,
+    assert_same,
+    changed,
+    differentiate,
+    module_of,
+    packed,
+)
+from support import GATED_HEADS, STEPS, make_variant
+from torch import Tensor, nn
+
+from m2gen.problem import Inputs, Problem, make_inputs
+
+PLAIN, GATED = make_variant(), make_variant(heads=GATED_HEADS, gate="softplus")
+EPS = torch.finfo(torch.float32).eps
+
+
+def draw(device: torch.device, batch: int = 1, steps: int = 3, variant=PLAIN) -> Inputs:
+    """Return operands of ``batch`` sequences."""
+    return make_inputs(variant, Problem(batch, steps, initial_state=True), seed=batch + steps).to(device)
+
+
+@pytest.fixture
+def package(modules) -> ModuleType:
+    """Return a package whose sums do not depend on the order of programs."""
+    return modules("two_level_partial", "carry")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """Forget what other tests compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def test_operators_are_registered_under_a_name_of_their_own(package, modules) -> None:
+    """Packages of different content register under different namespaces, each with all three operators."""
+    libraries = [module_of(module, "library") for module in (package, modules("two_level_atomic", "carry"))]
+    one, other = (library.NAMESPACE for library in libraries)
+    assert one != other
+    for library in libraries:
+        for name in ("forward", "backward", "step"):
+            operator = getattr(getattr(torch.ops, library.NAMESPACE), name).default
+            assert operator is getattr(library, name.upper())
+            assert str(operator) == f"{library.NAMESPACE}.{name}.default"
+
+
+def _forward_arguments(inputs: Inputs, save: bool) -> tuple[Any, ...]:
+    tensors = [getattr(inputs, name) for name in DIFFERENTIABLE]
+    order = (*tensors[:5], *tensors[6:], tensors[5])  # the initial state comes after the gate's parameters
+    return (*(x if x is None else x.clone().requires_grad_(save) for x in order), inputs.cu_seqlens, 1.0, save, False)
+
+
+CASES = {
+    "plain": lambda device: draw(device, steps=2),
+    "packed": lambda device: packed(draw(device, batch=2, steps=1)),
+    "softplus": lambda device: draw(device, steps=1, variant=GATED),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_opcheck_of_the_forward_and_its_gradients(package, device, name) -> None:
+    """All of opcheck: schema, autograd registration, fake tensors, and ahead-of-time dispatch with dynamic shapes."""
+    torch.library.opcheck(module_of(package, "library").FORWARD, _forward_arguments(CASES[name](device), True))
+
+
+def test_opcheck_of_the_forward_without_gradients(package, device) -> None:
+    """The same where nothing is saved."""
+    torch.library.opcheck(module_of(package, "library").FORWARD, _forward_arguments(CASES["plain"](device), False))
+
+
+@pytest.mark.parametrize("wanted", [(1,) * 5 + (0, 0, 1), (1, 0, 0, 0, 0, 0, 0, 0)], ids=["all", "q"])
+def test_opcheck_of_the_backward(package, device, wanted) -> None:
+    """Torch finds the schema and the fake tensors of the backward in order, whichever gradients are wanted."""
+    library, inputs = module_of(package, "library"), draw(device, steps=2)
+    forward = _forward_arguments(inputs, True)
+    with torch.no_grad():
+        checkpoints = library.FORWARD(*forward)[2]
+    operands = [x if x is None else x.detach() for x in forward[:7]]
+    flags = [bool(want) for want in wanted]
+    call = (inputs.dy, inputs.dstate, *operands, checkpoints, None, 1.0, flags, False)
+    torch.library.opcheck(library.BACKWARD, call)
+
+
+@pytest.mark.parametrize("variant", [PLAIN, GATED], ids=["given", "softplus"])
+def test_opcheck_of_the_step(package, device, variant) -> None:
+    """The schema's word that the state, and nothing else, is written holds."""
+    inputs = draw(device, batch=2, steps=1, variant=variant)
+    token = [x[:, 0] for x in (inputs.q, inputs.k, inputs.v)]
+    call = (*token, inputs.weight, inputs.forget[:, 0], inputs.A_log, inputs.dt_bias, inputs.initial_state.clone())
+    torch.library.opcheck(module_of(package, "library").STEP, call)
+
+
+def _same_as_eager(package: ModuleType, compiled: Callable[..., Any], inputs: Inputs, **options: Any) -> None:
+    expected = differentiate(package.m2rnn, inputs, **options)
+    assert_close(differentiate(compiled, inputs, **options), expected, 4 * EPS)
+
+
+def test_compiled_once_for_any_batch_and_length(package, device) -> None:
+    """One graph; a second size makes B and S symbols; no size after that compiles again, forward or backward."""
+    compiled = torch.compile(package.m2rnn, fullgraph=True, backend="aot_eager")
+    for batch, steps in ((2, 3), (3, 4)):
+        _same_as_eager(package, compiled, draw(device, batch, steps))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, steps in ((4, 2), (2, 5)):
+            _same_as_eager(package, compiled, draw(device, batch, steps))
+
+
+def test_compiled_with_dynamic_sizes_from_the_start(package, device) -> None:
+    """With dynamic=True the first graph serves every batch and length."""
+    compiled = torch.compile(package.m2rnn, fullgraph=True, dynamic=True, backend="aot_eager")
+    _same_as_eager(package, compiled, draw(device, 2, 3))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, steps in ((3, 5), (4, 2)):
+            _same_as_eager(package, compiled, draw(device, batch, steps))
+
+
+def test_compiled_for_packed_batches(package, device) -> None:
+    """Offsets that change, and their number, do not compile again."""
+    compiled = torch.compile(package.m2rnn, fullgraph=True, dynamic=True, backend="aot_eager")
+    _same_as_eager(package, compiled, packed(draw(device, 2, 2)))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        _same_as_eager(package, compiled, packed(draw(device, 3, 3)))
+
+
+def test_a_compiled_call_refuses_what_an_eager_one_does(package, device) -> None:
+    """Checks of shapes are part of what is compiled."""
+    compiled = torch.compile(package.m2rnn, fullgraph=True, backend="aot_eager")
+    inputs = draw(device)
+    with pytest.raises(Exception, match="k must begin with"):
+        compiled(inputs.q, inputs.k[:, 1:], inputs.v, inputs.weight, inputs.forget)
+
+
+def test_compiled_decoding(package, device) -> None:
+    """A compiled step updates the caller's state, for any batch."""
+    compiled = torch.compile(package.m2rnn_step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3):
+        inputs = draw(device, batch, 1)
+        token = {name: getattr(inputs, name)[:, 0] for name in ("q", "k", "v", "forget")}
+        states = [inputs.initial_state.clone() for _ in range(2)]
+        y, returned = compiled(**token, weight=inputs.weight, state=states[0])
+        expected, _ = package.m2rnn_step(**token, weight=inputs.weight, state=states[1])
+        assert torch.equal(y, expected)
+        assert torch.equal(states[0], states[1])
+        assert torch.equal(returned, states[1])
+
+
+class Mixer(nn.Module):
+    """A layer as a model would write it."""
+
+    def __init__(self, m2rnn: Callable[..., Any]) -> None:
+        super().__init__()
+        self.m2rnn = m2rnn
+        self.project = nn.Linear(8, 16 + 16 + 32 + 2)
+        self.weight = nn.Parameter(torch.eye(16).repeat(2, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v, gate = self.project(x).split([16, 16, 32, 2], -1)
+        y, _ = self.m2rnn(
+            q.unflatten(-1, (1, 16)), k.unflatten(-1, (1, 16)), v.unflatten(-1, (2, 16)), self.weight, gate.sigmoid()
+        )
+        return y.flatten(-2)
+
+
+@pytest.fixture
+def mixer(package, device) -> tuple[Mixer, Tensor]:
+    """Return a layer and its input."""
+    torch.manual_seed(0)
+    return Mixer(package.m2rnn).to(device), torch.randn(2, 3, 8).to(device)
+
+
+def _trained(mixer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Return the output and the gradients of a module's parameters."""
+    y = mixer(x)
+    names = [name for name, _ in mixer.named_parameters()]
+    gradients = torch.autograd.grad(y.square().sum(), list(mixer.parameters()))
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+def test_copies_of_a_module(mixer, copied) -> None:
+    """A module that holds the operator can be copied and pickled, and the copy has parameters of its own."""
+    module, x = mixer
+    other = copied(module)
+    assert other.m2rnn is module.m2rnn
+    assert_same(_trained(other, x), _trained(module, x))
+    with torch.no_grad():
+        other.weight.mul_(0.5)
+    assert not torch.equal(other(x), module(x))
+
+
+def test_functional_call(mixer) -> None:
+    """Parameters may come from outside, and gradients go there."""
+    module, x = mixer
+    parameters = {name: (p.detach() * 0.5).requires_grad_() for name, p in module.named_parameters()}
+    y = torch.func.functional_call(module, parameters, (x,))
+    gradients = torch.autograd.grad(y.square().sum(), list(parameters.values()))
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.copy_(parameters[name])
+    assert_same(_trained(module, x), {"y": y.detach(), **dict(zip(parameters, gradients, strict=True))})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(mixer, reentrant) -> None:
+    """A recomputed forward gives the same bits."""
+    module, x = mixer
+    expected = _trained(module, x)
+    leaf = x.detach().requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(module, leaf, use_reentrant=reentrant)
+    y.square().sum().backward()
+    given = {name: p.grad for name, p in module.named_parameters()}
+    assert_same({"y": y.detach(), **given}, expected)
+
+
+def test_compiled_module_in_training(mixer) -> None:
+    """A compiled module trains as the module does."""
+    module, x = mixer
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    assert_close(
+        _trained(compiled, x), {f"_orig_mod.{n}" if n != "y" else n: g for n, g in _trained(module, x).items()}, 8 * EPS
+    )
+
+
+def test_inference_mode(package, operands) -> None:
+    """Inference tensors go in and come out, with the bits of a call outside."""
+    expected, last = package.m2rnn(**operands)
+    with torch.inference_mode():
+        y, state = package.m2rnn(**{name: x.clone() for name, x in operands.items()})
+        token = {name: operands[name][:, 0].clone() for name in ("q", "k", "v", "forget")}
+        package.m2rnn_step(**token, weight=operands["weight"], state=state.clone())
+    assert y.is_inference()
+    assert torch.equal(y, expected)
+    assert torch.equal(state, last)
+
+
+def test_packed_in_inference_mode(package, device) -> None:
+    """Offsets without a version counter are read, and checked, at each call."""
+    with torch.inference_mode():
+        inputs = packed(draw(device, 2, 2))
+        package.m2rnn(inputs.q, inputs.k, inputs.v, inputs.weight, inputs.forget, cu_seqlens=inputs.cu_seqlens)
+        inputs.cu_seqlens[1] = 9
+        with pytest.raises(ValueError, match="not decrease"):
+            package.m2rnn(inputs.q, inputs.k, inputs.v, inputs.weight, inputs.forget, cu_seqlens=inputs.cu_seqlens)
+
+
+@pytest.mark.parametrize("name", ["q", "weight", "forget", "initial_state"])
+def test_a_second_derivative_is_refused(package, operands, name) -> None:
+    """Differentiating a gradient raises, rather than giving something else than the second derivative."""
+    leaf = operands[name].detach().requires_grad_()
+    y, _ = package.m2rnn(**{**operands, name: leaf})
+    (gradient,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), leaf)
+
+
+def test_no_second_derivative_through_dy_either(package, operands) -> None:
+    """The gradient is not a constant of dy: differentiating by that raises too."""
+    leaf = operands["q"].detach().requires_grad_()
+    y, _ = package.m2rnn(**{**operands, "q": leaf})
+    dy = torch.ones_like(y).requires_grad_()
+    (gradient,) = torch.autograd.grad(y, leaf, dy, create_graph=True)
+    assert gradient.shape[1] == STEPS
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.square().sum(), dy)
+
+
+def test_changed_operands_are_noticed(package, device) -> None:
+    """An operand overwritten between forward and backward makes the backward fail, not lie."""
+    inputs = changed(draw(device), ("q",), lambda x: x.detach().requires_grad_())
+    k = inputs.k.clone()
+    y, _ = package.m2rnn(inputs.q, k, inputs.v, inputs.weight, inputs.forget)
+    k.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
