@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from types import ModuleType
 
 import pytest
 import torch
-from support import DIMS, DTYPES, HEADS, SCHEDULES, make_variant
+from support import DIMS, DTYPES, GATED_HEADS, HEADS, SCHEDULES, make_variant
 
-from m2gen import verify
-from m2gen.problem import Gates, Inputs, Problem
+from m2gen.problem import Gates, Problem
 from m2gen.variant import Variant
 from m2gen.verify import TENSORS, Case, CaseReport, Loss, run_case
 
@@ -28,13 +26,14 @@ def run(modules: Modules, device: torch.device) -> Callable[..., CaseReport]:
 
     def judge(variant: Variant, schedule: str, problem: Problem = RAGGED, seed: int = 0, **facts: object) -> CaseReport:
         case = Case("test", problem, **facts)  # type: ignore[arg-type]
-        return run_case(modules(schedule, variant.clip).m2rnn, variant, case, seed, device)
+        return run_case(modules(schedule, variant.clip), variant, case, seed, device)
 
     return judge
 
 
 def assert_within_budget(report: CaseReport, tensors: tuple[str, ...] = TENSORS) -> None:
     """Fail unless exactly ``tensors`` were judged and none is over its budget."""
+    assert report.failure == ""
     assert tuple(result.tensor for result in report.results) == tensors
     assert [result for result in report.results if not result.passed] == []
 
@@ -139,24 +138,19 @@ def test_slow_gates_in_float32(run, dtype) -> None:
     assert_within_budget(report)
 
 
-def _with_float32(name: str) -> Callable[..., Inputs]:
-    """Return a ``make_inputs`` whose operand ``name`` is float32 and falls between the narrow dtypes' numbers."""
-    draw = verify.make_inputs
-
-    def make(*args: object, **facts: object) -> Inputs:
-        inputs = draw(*args, **facts)  # type: ignore[arg-type]
-        wide = getattr(inputs, name).float()
-        return replace(inputs, **{name: wide * (1 - 2.0**-11)})
-
-    return make
-
-
-@pytest.mark.parametrize("name", ["forget", "weight"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_float32_operands_beside_narrow_ones(run, monkeypatch, dtype, name) -> None:
-    """The forget gate and the weight may be float32 beside narrow q, k and v."""
-    monkeypatch.setattr(verify, "make_inputs", _with_float32(name))
-    assert_within_budget(run(make_variant(dtype=dtype), "two_level_partial"))
+def test_float32_operands_beside_narrow_ones(run, dtype) -> None:
+    """The forget gate and the weight may be float32, between the narrow numbers, beside narrow q, k and v."""
+    assert_within_budget(run(make_variant(dtype=dtype), "two_level_partial", wide=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gate_computed_in_the_kernel(run, dtype) -> None:
+    """Results and gradients of x, A_log and dt_bias agree, also next to f = 1 and with several sequences."""
+    variant = make_variant(heads=GATED_HEADS, dtype=dtype, gate="softplus")
+    tensors = (*TENSORS, "dA_log", "ddt_bias")
+    for gates in (Gates.MIXED, Gates.SLOW):
+        assert_within_budget(run(variant, "two_level_partial", Problem(2, 3, initial_state=True), gates=gates), tensors)
 
 
 def test_seeds_change_the_inputs_and_nothing_else(run) -> None:

@@ -151,11 +151,11 @@ def test_the_longest_length_comes_with_offsets_and_only_then(compat, device) -> 
     """One without the other is an error that says which came."""
     inputs = draw(device, (1, 1, 2, 2, 2))
     unpacked = [getattr(inputs, name) for name in ("q", "k", "v", "weight", "forget")]
-    with pytest.raises(ValueError, match="^m2rnn: cu_seqlens and max_seqlen must be given together, got only max_seq"):
+    with pytest.raises(ValueError, match=r"^m2rnn: cu_seqlens and max_seqlen must be given together, got only max_seq"):
         compat.m2rnn(*unpacked, max_seqlen=3)
     flat = arguments(packed(inputs), ("q", "k", "v", "weight", "forget"))
     offsets = torch.tensor([0, 3, 6], device=device)
-    with pytest.raises(ValueError, match="^m2rnn: cu_seqlens and max_seqlen must be given together, got only cu_seq"):
+    with pytest.raises(ValueError, match=r"^m2rnn: cu_seqlens and max_seqlen must be given together, got only cu_seq"):
         compat.m2rnn(*flat.values(), cu_seqlens=offsets)
 
 

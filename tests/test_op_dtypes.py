@@ -116,7 +116,7 @@ def test_a_step_under_autocast(package, device) -> None:
 
 
 def test_float32_products_are_ieee_unless_the_spec_asks_for_tf32(device, tmp_path) -> None:
-    """Both kinds are within the budget of their own arithmetic, and only the one that was asked for is in the kernels."""
+    """Both kinds are within the budget of their own arithmetic, and kernels hold only the one that was asked for."""
     case = Case("test", Problem(1, 4, initial_state=True))
     for products, other in (("ieee", "tf32"), ("tf32", "ieee")):
         variant = make_variant(products=products)

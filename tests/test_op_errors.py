@@ -112,7 +112,7 @@ def test_a_gate_parameter_on_another_device(package, operands, name) -> None:
     """The gate's parameters are where q is."""
     parameters = {other: torch.zeros(2, device=operands["q"].device) for other in ("A_log", "dt_bias")}
     parameters[name] = parameters[name].to("meta")
-    with pytest.raises(ValueError, match=f"^m2rnn: {name} must be on .* as q is, got meta$"):
+    with pytest.raises(ValueError, match=rf"^m2rnn: {name} must be on .* as q is, got meta$"):
         package.m2rnn(**operands, **parameters)
 
 
@@ -120,7 +120,7 @@ def test_offsets_on_another_device(package, device) -> None:
     """Offsets are where q is."""
     call = arguments(packed(make_inputs(make_variant(), Problem(1, 2, initial_state=True), seed=0).to(device)))
     call["cu_seqlens"] = call["cu_seqlens"].to("meta")
-    with pytest.raises(ValueError, match="^m2rnn: cu_seqlens must be on .* as q is, got meta$"):
+    with pytest.raises(ValueError, match=r"^m2rnn: cu_seqlens must be on .* as q is, got meta$"):
         package.m2rnn(**call)
 
 

@@ -162,5 +162,5 @@ def test_the_given_gate_is_another_variant(package, device) -> None:
     """A package may lack the computed gate for dims that it has the given gate for, and the error says so."""
     inputs = make_inputs(make_variant(9, 9), Problem(1, 1), seed=0).to(device)
     parameters = {name: torch.zeros(2, device=device) for name in GATE}
-    with pytest.raises(package.VariantNotBuiltError, match="gate softplus; built: .*gate: softplus"):
+    with pytest.raises(package.VariantNotBuiltError, match=r"gate softplus; built: .*gate: softplus"):
         package.m2rnn(**arguments(inputs), **parameters)

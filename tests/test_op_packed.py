@@ -57,7 +57,7 @@ LENGTHS = {
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_every_sequence_is_as_if_it_were_alone(package, device, lengths) -> None:
-    """Results and gradients of each sequence are, bit for bit, those of a call on it alone; the weight's are the sum."""
+    """Results and gradients of each sequence have the bits of a call on it alone; the weight's gradient is the sum."""
     inputs = draw(lengths, device)
     together = differentiate(package.m2rnn, inputs)
     each = [differentiate(package.m2rnn, alone(inputs, i)) for i in range(len(lengths))]
@@ -143,7 +143,7 @@ def test_offsets_that_do_not_fit_are_refused(package, device, monkeypatch, wrong
     del operands["initial_state"]
     operands["cu_seqlens"] = torch.tensor(values, dtype=dtype, device=device)
     spy = Spy(package, monkeypatch)
-    with pytest.raises(ValueError, match=f"^{re.escape(f'm2rnn: cu_seqlens {message}')}$"):
+    with pytest.raises(ValueError, match=rf"^{re.escape(f'm2rnn: cu_seqlens {message}')}$"):
         package.m2rnn(**operands)
     assert spy.launched == []
 
@@ -153,7 +153,7 @@ def test_offsets_of_another_dtype_are_refused(package, device, dtype) -> None:
     """Offsets are int32 or int64, and the error says so."""
     operands = arguments(draw((2, 3), device))
     operands["cu_seqlens"] = operands["cu_seqlens"].to(dtype)
-    with pytest.raises(TypeError, match=f"^m2rnn: cu_seqlens must be torch.int32 or torch.int64, got {dtype}$"):
+    with pytest.raises(TypeError, match=rf"^m2rnn: cu_seqlens must be torch.int32 or torch.int64, got {dtype}$"):
         package.m2rnn(**operands)
 
 

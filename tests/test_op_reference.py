@@ -56,9 +56,9 @@ def test_packed_with_a_computed_gate(package, device) -> None:
 
 def test_wrong_operands_are_refused_as_for_kernels(package, operands) -> None:
     """The reference is behind the same checks of shapes and dtypes."""
-    with pytest.raises(ValueError, match="^m2rnn: k must begin with"):
+    with pytest.raises(ValueError, match=r"^m2rnn: k must begin with"):
         package.m2rnn(**{**operands, "k": operands["k"][:, 1:]}, backend="reference")
-    with pytest.raises(TypeError, match="^m2rnn: v must be"):
+    with pytest.raises(TypeError, match=r"^m2rnn: v must be"):
         package.m2rnn(**{**operands, "v": operands["v"].half()}, backend="reference")
 
 
@@ -66,7 +66,7 @@ def test_offsets_are_checked_for_the_reference_too(package, device) -> None:
     """Offsets that do not cover the tokens are refused, rather than leaving some out."""
     inputs = packed(make_inputs(make_variant(), Problem(2, 2, initial_state=True), seed=3).to(device))
     short = changed(inputs, ("cu_seqlens",), lambda x: x.clamp(max=3))
-    with pytest.raises(ValueError, match="^m2rnn: cu_seqlens must end at the 4 tokens of q, got 3$"):
+    with pytest.raises(ValueError, match=r"^m2rnn: cu_seqlens must end at the 4 tokens of q, got 3$"):
         package.m2rnn(**arguments(short), backend="reference")
 
 

@@ -131,7 +131,7 @@ def test_gradients_are_refused(package, call, monkeypatch, name) -> None:
     """With gradients on, an operand that wants one is an error; without, it is not."""
     spy = Spy(package, monkeypatch)
     call[name].requires_grad_()
-    with pytest.raises(RuntimeError, match="^m2rnn_step: "):
+    with pytest.raises(RuntimeError, match=r"^m2rnn_step: "):
         package.m2rnn_step(**call)
     assert spy.launched == []
     with torch.no_grad():

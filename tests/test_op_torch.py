@@ -1,10 +1,9 @@
-"""The operator inside PyTorch: registration, opcheck, compilation, modules, checkpointing, inference."""
+"""The operator inside PyTorch: registration, opcheck, modules, checkpointing, inference, second derivatives."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -12,20 +11,18 @@ import pytest
 import torch
 from calls import (
     DIFFERENTIABLE,
-    assert_close,
     assert_same,
     changed,
-    differentiate,
     module_of,
     packed,
 )
+from layer import Mixer, trained
 from support import GATED_HEADS, STEPS, make_variant
-from torch import Tensor, nn
+from torch import Tensor
 
 from m2gen.problem import Inputs, Problem, make_inputs
 
 PLAIN, GATED = make_variant(), make_variant(heads=GATED_HEADS, gate="softplus")
-EPS = torch.finfo(torch.float32).eps
 
 
 def draw(device: torch.device, batch: int = 1, steps: int = 3, variant=PLAIN) -> Inputs:
@@ -37,14 +34,6 @@ def draw(device: torch.device, batch: int = 1, steps: int = 3, variant=PLAIN) ->
 def package(modules) -> ModuleType:
     """Return a package whose sums do not depend on the order of programs."""
     return modules("two_level_partial", "carry")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
-    """Forget what other tests compiled."""
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def test_operators_are_registered_under_a_name_of_their_own(package, modules) -> None:
@@ -105,90 +94,11 @@ def test_opcheck_of_the_step(package, device, variant) -> None:
     torch.library.opcheck(module_of(package, "library").STEP, call)
 
 
-def _same_as_eager(package: ModuleType, compiled: Callable[..., Any], inputs: Inputs, **options: Any) -> None:
-    expected = differentiate(package.m2rnn, inputs, **options)
-    assert_close(differentiate(compiled, inputs, **options), expected, 4 * EPS)
-
-
-def test_compiled_once_for_any_batch_and_length(package, device) -> None:
-    """One graph; a second size makes B and S symbols; no size after that compiles again, forward or backward."""
-    compiled = torch.compile(package.m2rnn, fullgraph=True, backend="aot_eager")
-    for batch, steps in ((2, 3), (3, 4)):
-        _same_as_eager(package, compiled, draw(device, batch, steps))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch, steps in ((4, 2), (2, 5)):
-            _same_as_eager(package, compiled, draw(device, batch, steps))
-
-
-def test_compiled_with_dynamic_sizes_from_the_start(package, device) -> None:
-    """With dynamic=True the first graph serves every batch and length."""
-    compiled = torch.compile(package.m2rnn, fullgraph=True, dynamic=True, backend="aot_eager")
-    _same_as_eager(package, compiled, draw(device, 2, 3))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch, steps in ((3, 5), (4, 2)):
-            _same_as_eager(package, compiled, draw(device, batch, steps))
-
-
-def test_compiled_for_packed_batches(package, device) -> None:
-    """Offsets that change, and their number, do not compile again."""
-    compiled = torch.compile(package.m2rnn, fullgraph=True, dynamic=True, backend="aot_eager")
-    _same_as_eager(package, compiled, packed(draw(device, 2, 2)))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        _same_as_eager(package, compiled, packed(draw(device, 3, 3)))
-
-
-def test_a_compiled_call_refuses_what_an_eager_one_does(package, device) -> None:
-    """Checks of shapes are part of what is compiled."""
-    compiled = torch.compile(package.m2rnn, fullgraph=True, backend="aot_eager")
-    inputs = draw(device)
-    with pytest.raises(Exception, match="k must begin with"):
-        compiled(inputs.q, inputs.k[:, 1:], inputs.v, inputs.weight, inputs.forget)
-
-
-def test_compiled_decoding(package, device) -> None:
-    """A compiled step updates the caller's state, for any batch."""
-    compiled = torch.compile(package.m2rnn_step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch in (2, 3):
-        inputs = draw(device, batch, 1)
-        token = {name: getattr(inputs, name)[:, 0] for name in ("q", "k", "v", "forget")}
-        states = [inputs.initial_state.clone() for _ in range(2)]
-        y, returned = compiled(**token, weight=inputs.weight, state=states[0])
-        expected, _ = package.m2rnn_step(**token, weight=inputs.weight, state=states[1])
-        assert torch.equal(y, expected)
-        assert torch.equal(states[0], states[1])
-        assert torch.equal(returned, states[1])
-
-
-class Mixer(nn.Module):
-    """A layer as a model would write it."""
-
-    def __init__(self, m2rnn: Callable[..., Any]) -> None:
-        super().__init__()
-        self.m2rnn = m2rnn
-        self.project = nn.Linear(8, 16 + 16 + 32 + 2)
-        self.weight = nn.Parameter(torch.eye(16).repeat(2, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v, gate = self.project(x).split([16, 16, 32, 2], -1)
-        y, _ = self.m2rnn(
-            q.unflatten(-1, (1, 16)), k.unflatten(-1, (1, 16)), v.unflatten(-1, (2, 16)), self.weight, gate.sigmoid()
-        )
-        return y.flatten(-2)
-
-
 @pytest.fixture
 def mixer(package, device) -> tuple[Mixer, Tensor]:
     """Return a layer and its input."""
     torch.manual_seed(0)
     return Mixer(package.m2rnn).to(device), torch.randn(2, 3, 8).to(device)
-
-
-def _trained(mixer: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Return the output and the gradients of a module's parameters."""
-    y = mixer(x)
-    names = [name for name, _ in mixer.named_parameters()]
-    gradients = torch.autograd.grad(y.square().sum(), list(mixer.parameters()))
-    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
@@ -197,7 +107,7 @@ def test_copies_of_a_module(mixer, copied) -> None:
     module, x = mixer
     other = copied(module)
     assert other.m2rnn is module.m2rnn
-    assert_same(_trained(other, x), _trained(module, x))
+    assert_same(trained(other, x), trained(module, x))
     with torch.no_grad():
         other.weight.mul_(0.5)
     assert not torch.equal(other(x), module(x))
@@ -212,28 +122,19 @@ def test_functional_call(mixer) -> None:
     with torch.no_grad():
         for name, p in module.named_parameters():
             p.copy_(parameters[name])
-    assert_same(_trained(module, x), {"y": y.detach(), **dict(zip(parameters, gradients, strict=True))})
+    assert_same(trained(module, x), {"y": y.detach(), **dict(zip(parameters, gradients, strict=True))})
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing(mixer, reentrant) -> None:
     """A recomputed forward gives the same bits."""
     module, x = mixer
-    expected = _trained(module, x)
+    expected = trained(module, x)
     leaf = x.detach().requires_grad_()
     y = torch.utils.checkpoint.checkpoint(module, leaf, use_reentrant=reentrant)
     y.square().sum().backward()
     given = {name: p.grad for name, p in module.named_parameters()}
     assert_same({"y": y.detach(), **given}, expected)
-
-
-def test_compiled_module_in_training(mixer) -> None:
-    """A compiled module trains as the module does."""
-    module, x = mixer
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    assert_close(
-        _trained(compiled, x), {f"_orig_mod.{n}" if n != "y" else n: g for n, g in _trained(module, x).items()}, 8 * EPS
-    )
 
 
 def test_inference_mode(package, operands) -> None:
