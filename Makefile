@@ -4,7 +4,7 @@ PYTHON ?= python3
 SPEC ?= h100.yaml
 BIN := .venv/bin
 
-.PHONY: build test lint types tests golden clean
+.PHONY: build test lint types tests golden gpu sanitize clean
 
 build: .venv/installed
 	$(BIN)/m2gen build --spec $(SPEC)
@@ -23,6 +23,13 @@ tests: .venv/installed
 
 golden: .venv/installed
 	$(BIN)/pytest -q tests/test_golden.py --update-golden
+
+# Both need a GPU; sanitize also compute-sanitizer, of the CUDA toolkit.
+gpu: .venv/installed
+	$(BIN)/pytest -m gpu -q
+
+sanitize: .venv/installed
+	$(BIN)/python tests/sanitize.py
 
 # torch first: what depends on it must find the pinned build rather than choose one.
 .venv/installed: pyproject.toml constraints.txt

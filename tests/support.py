@@ -9,8 +9,8 @@ from types import ModuleType
 
 from m2gen import emit
 from m2gen.compile import load_module
-from m2gen.device import PORTABLE
-from m2gen.schedule import BackwardSchedule, ForwardSchedule, Reduction, Schedule, Tanh, check
+from m2gen.device import PORTABLE, detect
+from m2gen.schedule import BackwardSchedule, ForwardSchedule, Reduction, Schedule, Tanh, check, default
 from m2gen.spec import ClipMode, Dtype, Fp32Products, GateKind, Heads, StateDtype, TanhMode
 from m2gen.variant import BuiltVariant, Variant
 
@@ -90,6 +90,17 @@ def build_package(name: str, chosen: Iterable[Variant], schedule: Schedule) -> e
     """Render a package whose variants all run by one schedule, on every device."""
     choices = [
         emit.Choice(BuiltVariant(variant, ("layer",)), PORTABLE, check(variant, schedule, PORTABLE), "default")
+        for variant in chosen
+    ]
+    return emit.package(emit.Origin(name, f"{name}.yaml", "0" * 12), choices)
+
+
+def default_package(name: str, chosen: Iterable[Variant]) -> emit.Package:
+    """Render a package as ``m2gen build`` would for this machine: default schedules for its GPU, and portable ones."""
+    devices = [PORTABLE, *filter(None, [detect()])]
+    choices = [
+        emit.Choice(BuiltVariant(variant, ("layer",)), device, default(variant, device), "default")
+        for device in devices
         for variant in chosen
     ]
     return emit.package(emit.Origin(name, f"{name}.yaml", "0" * 12), choices)

@@ -1,0 +1,124 @@
+"""A small matrix of calls under compute-sanitizer: memcheck for addresses, racecheck for shared memory.
+
+    python tests/sanitize.py            # both tools; exit status 1 if either finds anything, or cannot run
+    python tests/sanitize.py memcheck   # one of them
+    python tests/sanitize.py --calls    # the calls alone, without a tool
+
+The calls run once without a tool first, which compiles the kernels into Triton's cache: a tool then only loads them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from calls import arguments, differentiate
+from support import GATED_HEADS, build_package, import_package, make_schedule, make_variant
+
+from m2gen.problem import Inputs, Problem, make_inputs
+from m2gen.variant import Variant
+
+TOOLS = {
+    "memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # an allocation each, so that each has its own bounds
+    "racecheck": {},
+}
+LIMIT = 90
+"""Seconds a tool may take."""
+CLEAN = "SUMMARY: 0 "
+"""What either tool prints last when it has looked and found nothing."""
+MATRIX = {
+    "masked": (make_variant(9, 9, (2, 1, 4, 4, 2), "bf16"), make_schedule("atomic", interval=4, chunk=2)),
+    "two_row_blocks": (make_variant(24, 17), make_schedule("atomic", interval=2, chunk=2)),
+    "several_warps": (make_variant(32, 64, (1, 1, 2, 1, 2), "fp16"), make_schedule("atomic", interval=4, warps=4)),
+    "softplus": (make_variant(heads=GATED_HEADS, dtype="bf16", gate="softplus"), make_schedule("atomic")),
+}
+PROBLEMS = {
+    "padded": Problem(2, 7, initial_state=True),
+    "packed": Problem(0, 0, lengths=(0, 5, 0, 1, 8, 0), initial_state=True),
+}
+
+
+def calls(name: str, folder: Path, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield what to run for one entry of the matrix: a training step of each kind, and a step of decoding."""
+    variant, schedule = MATRIX[name]
+    package = import_package(folder / name, build_package(f"sanitize_{name}", [variant], schedule))
+    for problem in PROBLEMS:
+        inputs = make_inputs(variant, PROBLEMS[problem], seed=0).to(device)
+        for mode in (True, False):
+            yield f"{name} {problem} {'deterministic' if mode else 'default'}", _training(package, inputs, mode)
+    yield f"{name} step", _decoding(package, variant, device)
+
+
+def _training(package: ModuleType, inputs: Inputs, deterministic: bool) -> Callable[[], object]:
+    return lambda: differentiate(package.m2rnn, inputs, deterministic=deterministic)
+
+
+def _decoding(package: ModuleType, variant: Variant, device: torch.device) -> Callable[[], object]:
+    inputs = make_inputs(variant, Problem(2, 1, initial_state=True), seed=0).to(device)
+    token = {key: getattr(inputs, key)[:, 0] for key in ("q", "k", "v", "forget")}
+    shared = arguments(inputs, ("weight", "A_log", "dt_bias"))
+    return lambda: package.m2rnn_step(**token, **shared, state=inputs.initial_state)
+
+
+def run_calls() -> int:
+    """Run the matrix on the GPU; return how many calls ran."""
+    count = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MATRIX:
+            for label, call in calls(name, Path(folder), torch.device("cuda")):
+                call()
+                torch.cuda.synchronize()
+                print(f"  {label}", flush=True)
+                count += 1
+    return count
+
+
+def check(tool: str, command: list[str]) -> str:
+    """Run ``command`` under a tool; return why it is not clean, or nothing."""
+    executable = shutil.which("compute-sanitizer")
+    if executable is None:
+        return "compute-sanitizer must be on the PATH: it comes with the CUDA toolkit"
+    under = [executable, "--tool", tool, "--error-exitcode", "1", *command]
+    try:
+        done = subprocess.run(
+            under, env=os.environ | TOOLS[tool], timeout=LIMIT, capture_output=True, text=True, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"must end within {LIMIT} s"
+    text = done.stdout + done.stderr
+    if done.returncode == 0 and CLEAN in text:
+        return ""
+    return f"exit status {done.returncode}\n{text[-8000:]}"
+
+
+def main(arguments: list[str]) -> int:
+    """Run the calls, plainly and then under each tool; return the exit status."""
+    unknown = set(arguments) - set(TOOLS) - {"--calls"}
+    if unknown:
+        print(f"sanitize: arguments must be among {', '.join(TOOLS)} and --calls, got {', '.join(sorted(unknown))}")
+        return 2
+    if not torch.cuda.is_available():
+        print("sanitize: needs a GPU that torch can use")
+        return 1
+    start = time.monotonic()
+    count = run_calls()
+    print(f"calls: {count} ran, {time.monotonic() - start:.0f} s")
+    status = 0
+    for tool in () if "--calls" in arguments else (arguments or TOOLS):
+        start = time.monotonic()
+        problem = check(tool, [sys.executable, __file__, "--calls"])
+        print(f"{tool}: {problem or 'clean'}, {time.monotonic() - start:.0f} s", flush=True)
+        status = 1 if problem else status
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

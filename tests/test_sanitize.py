@@ -1,0 +1,82 @@
+"""The script behind ``make sanitize``: its calls run, and it believes a tool only when that says it found nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import sanitize
+import torch
+
+from m2gen.device import PORTABLE
+from m2gen.problem import Problem
+from m2gen.schedule import problems
+
+
+@pytest.mark.parametrize("name", ["masked", "softplus"])
+def test_the_calls_run(tmp_path: Path, device: torch.device, monkeypatch, name: str) -> None:
+    """Every call of an entry runs, here on shorter sequences, and gives finite results."""
+    short = {"padded": Problem(1, 1, initial_state=True), "packed": Problem(0, 0, lengths=(0, 1), initial_state=True)}
+    monkeypatch.setattr(sanitize, "PROBLEMS", short)
+    labels = []
+    for label, call in sanitize.calls(name, tmp_path, device):
+        results = call()
+        tensors = results.values() if isinstance(results, dict) else results
+        assert all(x.isfinite().all() for x in tensors)
+        labels.append(label)
+    assert len(labels) == 5
+
+
+def test_the_matrix_covers_what_it_should() -> None:
+    """Masked rows and columns, rows over two programs, several warps, a computed gate, empty sequences."""
+    variants = [variant for variant, _ in sanitize.MATRIX.values()]
+    assert any(v.masks_rows for v in variants)
+    assert any(v.masks_cols for v in variants)
+    assert any(v.computes_gate for v in variants)
+    assert any(s.backward.parts(v) > 1 for v, s in sanitize.MATRIX.values())
+    assert any(s.backward.warps > 1 for _, s in sanitize.MATRIX.values())
+    assert {s.two_level for _, s in sanitize.MATRIX.values()} == {False, True}
+    assert 0 in (sanitize.PROBLEMS["packed"].lengths or ())
+    assert [problems(v, s, PORTABLE) for v, s in sanitize.MATRIX.values()] == [()] * len(variants)
+
+
+FAKES = {
+    "clean": ("echo '========= ERROR SUMMARY: 0 errors'", ""),
+    "found": ("echo '========= ERROR SUMMARY: 3 errors'; exit 1", "exit status 1"),
+    "did_not_look": ("echo 'Device not supported'", "exit status 0"),
+    "found_but_says_fine": ("echo '========= RACECHECK SUMMARY: 10 hazards displayed'", "exit status 0"),
+}
+
+
+@pytest.mark.parametrize("fake", FAKES)
+def test_only_a_tool_that_looked_and_found_nothing_is_believed(tmp_path, monkeypatch, fake) -> None:
+    """Neither an exit status of 0 without a summary, nor a summary of something, is clean."""
+    script, problem = FAKES[fake]
+    path = tmp_path / "compute-sanitizer"
+    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert sanitize.check("memcheck", ["true"]).startswith(problem)
+    assert bool(sanitize.check("memcheck", ["true"])) == bool(problem)
+
+
+def test_a_tool_that_hangs_is_stopped(tmp_path, monkeypatch) -> None:
+    """The limit holds, and is what is said."""
+    path = tmp_path / "compute-sanitizer"
+    path.write_text("#!/bin/sh\nexec sleep 60\n", encoding="utf-8")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(sanitize, "LIMIT", 0.2)
+    assert sanitize.check("racecheck", ["true"]) == "must end within 0.2 s"
+
+
+def test_without_the_tool(tmp_path, monkeypatch) -> None:
+    """A machine without the toolkit is told where the tool comes from."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "CUDA toolkit" in sanitize.check("memcheck", ["true"])
+
+
+def test_unknown_arguments(capsys) -> None:
+    """A mistyped tool is not skipped over."""
+    assert sanitize.main(["memchek"]) == 2
+    assert "got memchek" in capsys.readouterr().out
