@@ -9,7 +9,6 @@ from types import ModuleType
 import pytest
 import torch
 from calls import assert_close, assert_same, differentiate
-from conftest import HAS_GPU
 from support import build_package, import_package, make_schedule, make_variant
 
 from m2gen.problem import Inputs, Problem, make_inputs
@@ -85,7 +84,7 @@ class _Atomics:
         patch.setattr(InterpreterBuilder, "create_atomic_rmw", counting)
 
 
-@pytest.mark.skipif(HAS_GPU, reason="counts what the interpreter runs")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter runs")
 def test_no_atomic_runs(packages, inputs, monkeypatch) -> None:
     """The default mode runs atomics here; neither way to ask for determinism runs one, forward or backward."""
     atomics = _Atomics(monkeypatch)
