@@ -131,13 +131,16 @@ def check(
 
 @app.command()
 def verify(
-    spec: SpecOption,
+    spec: Annotated[str | None, typer.Option("--spec", help="Spec file, as for every command.")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="The whole matrix of the shipped specs; needs a GPU and no --spec.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The first case of every variant, and one of every feature.")
+    ] = False,
     variant: Annotated[str | None, typer.Option("--variant", help="Only this variant, by its key.")] = None,
     case: Annotated[str | None, typer.Option("--case", help="Only this case.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the random inputs.")] = 0,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="One case a variant, where the interpreter runs them.")
-    ] = False,
     json: JsonOption = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML to this file.")] = None,
     quiet: QuietOption = False,
@@ -146,15 +149,17 @@ def verify(
 ) -> None:
     """Compare every output and gradient with the float64 reference: on the GPU, else in Triton's interpreter."""
     from m2gen import pipeline
-    from m2gen.cli_output import show_verify, write_junit
+    from m2gen.cli_verify import show_verify, write_junit
 
     with _reporting(debug):
-        planned = _plan(spec)
+        if full == (spec is not None) or (full and quick):
+            raise UsageError("verify must be given --spec, with or without --quick, or --full alone")
         request = pipeline.VerifyRequest(variant, case, seed, quick)
-        outcome = pipeline.verify(planned, request, _progress(quiet))
+        progress = _progress(quiet)
+        outcome = pipeline.verify(_plan(spec), request, progress) if spec else pipeline.verify_full(request, progress)
         if junit is not None:
-            write_junit(junit, planned, outcome)
-        raise typer.Exit(show_verify(planned, outcome, as_json=json, quiet=quiet, verbose=verbose))
+            write_junit(junit, f"m2gen verify {spec or '--full'}", outcome)
+        raise typer.Exit(show_verify(outcome, as_json=json, quiet=quiet, verbose=verbose))
 
 
 @app.command()

@@ -7,25 +7,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from m2gen import __version__
 from m2gen.cache import cache_dir
 from m2gen.device import PORTABLE, TARGETS, detect
-from m2gen.errors import EmitError
-from m2gen.pipeline import (
-    BuildOutcome,
-    CheckRow,
-    Plan,
-    VerifyOutcome,
-    failed,
-    failure_line,
-    reproduce,
-    shipped_specs,
-)
+from m2gen.pipeline import BuildOutcome, CheckRow, Plan, shipped_specs
 from m2gen.render import templates_dir
-from m2gen.report import junit, print_json, print_table
+from m2gen.report import print_json, print_table
 
 if TYPE_CHECKING:
     from m2gen.bench import Measurement
@@ -96,51 +85,6 @@ def show_check(rows: Sequence[CheckRow], *, as_json: bool, quiet: bool, verbose:
     for row in broken if not as_json else ():
         print(f"m2gen: {row.variant} {row.kernel} on {row.arch}: {'; '.join(row.problems)}", file=sys.stderr)
     return 1 if broken else 0
-
-
-def show_verify(planned: Plan, outcome: VerifyOutcome, *, as_json: bool, quiet: bool, verbose: bool) -> int:
-    """Print the error of every tensor against its budget; return 1 if one is over."""
-    if as_json:
-        reports = [
-            {**asdict(report), "passed": report.passed, "reproduce": reproduce(planned, report)}
-            for report in outcome.reports
-        ]
-        print_json({"backend": outcome.backend, "passed": outcome.passed, "cases": reports})
-        return 0 if outcome.passed else 1
-    if not quiet:
-        columns = ("variant", "tensor", "case", "error", "budget", "of budget", "result")
-        print_table(f"Verified on: {outcome.backend}", columns, _tensor_rows(outcome, every=verbose))
-    over = failed(outcome)
-    for report, result in over:
-        print(f"m2gen: {failure_line(planned, report, result)}", file=sys.stderr)
-    count = sum(len(report.results) for report in outcome.reports)
-    print(f"{len(outcome.reports)} cases, {count} tensors, {len(over)} over budget")
-    return 1 if over else 0
-
-
-def _tensor_rows(outcome: VerifyOutcome, *, every: bool) -> list[tuple[str, ...]]:
-    """Return a row a tensor and variant: every case's, or only the case that is nearest to its budget."""
-    worst: dict[tuple[str, ...], tuple[float, tuple[str, ...]]] = {}
-    for report in outcome.reports:
-        for r in report.results:
-            part = r.error / r.budget
-            cells = (f"{r.error:.2e}", f"{r.budget:.2e}", f"{part:.0%}", "ok" if r.passed else "OVER")
-            row = (report.variant, r.tensor, report.case, *cells)
-            key = row[:3] if every else row[:2]
-            if key not in worst or not part <= worst[key][0]:
-                worst[key] = (part, row)
-    return [row for _, row in worst.values()]
-
-
-def write_junit(path: Path, planned: Plan, outcome: VerifyOutcome) -> None:
-    """Write the JUnit document of a verification; raises EmitError where that is not possible."""
-    text = junit(
-        f"m2gen verify {planned.origin.name}", outcome.reports, [reproduce(planned, r) for r in outcome.reports]
-    )
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EmitError(f"--junit {path} must be writable: {error.strerror or error}") from error
 
 
 def show_bench(results: Sequence[tuple[str, Measurement]], *, as_json: bool) -> None:

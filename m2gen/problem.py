@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
@@ -18,9 +19,44 @@ class Gates(StrEnum):
     """How the forget gate is drawn."""
 
     MIXED = "mixed"
-    """Sigmoids of a shifted normal, a tenth of them exactly 0 and a tenth exactly 1."""
+    """Sigmoids of a shifted normal, a tenth of them exactly 0 and a tenth exactly 1; where the kernel computes the
+    gate, a standard normal input."""
     SLOW = "slow"
     """1 - 1e-4 in float32: the state hardly forgets."""
+    VANISHING = "vanishing"
+    """1 - f about 1e-6, of which 1 - float32(f) keeps 4 bits; only where the kernel computes the gate."""
+    ZERO = "zero"
+    ONE = "one"
+
+
+class Weights(StrEnum):
+    """How the state weight is drawn."""
+
+    TRAINED = "trained"
+    """The identity and a normal of 0.3 / sqrt(V), as in training."""
+    IDENTITY = "identity"
+    ORTHOGONAL = "orthogonal"
+    NORMAL = "normal"
+    """Standard normal: the recurrence is chaotic, so for a few steps only."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How the inputs of a problem are drawn."""
+
+    gates: Gates = Gates.MIXED
+    weights: Weights = Weights.TRAINED
+    dy_scale: float = 1.0
+    """Of the incoming gradients."""
+    value_scale: float = 1.0
+    """Of k and v; from about 8 on, nearly every tanh is saturated."""
+    wide: bool = False
+    """forget and weight in float32, between the numbers of the narrow dtypes."""
+    repeated: bool = False
+    """Every step of every sequence has the operands and dy of the first."""
+
+
+PLAIN = Draw()
 
 
 @dataclass(frozen=True)
@@ -32,6 +68,8 @@ class Problem:
     lengths: tuple[int, ...] | None = None
     """Lengths of packed sequences, in place of batch and seq."""
     initial_state: bool = False
+    long_offsets: bool = False
+    """Offsets in int64 rather than int32."""
 
     @property
     def sequences(self) -> int:
@@ -65,13 +103,11 @@ class Inputs:
         return replace(self, **{name: x.to(device) for name, x in moved.items() if x is not None})
 
 
-def make_inputs(
-    variant: Variant, problem: Problem, seed: int, *, gates: Gates = Gates.MIXED, dy_scale: float = 1.0
-) -> Inputs:
+def make_inputs(variant: Variant, problem: Problem, seed: int, draw: Draw = PLAIN) -> Inputs:
     """Draw inputs on the CPU, so that a seed means the same numbers on every machine.
 
     q (*lead, Nq, K), k, v, forget (*lead, Nf) and weight in the variant's dtype; SLOW gates and states in float32.
-    The weight is near the identity, as in training; k and v are large enough to saturate some of the tanh.
+    With ``PLAIN``, the weight is near the identity, as in training, and k and v saturate some of the tanh.
     """
     generator = torch.Generator().manual_seed(seed)
     dtype, heads, lead = TORCH_DTYPE[variant.dtype], variant.heads, problem.lead
@@ -80,22 +116,56 @@ def make_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
+    def per_step(*shape: int, scale: float = 1.0) -> Tensor:
+        x = normal(*lead, *shape) * scale
+        return (_repeated(x, lead) if draw.repeated else x).to(dtype)
+
+    parameters = _gate_parameters(variant, generator)
     state = (problem.sequences, total, rows, cols)
-    offsets = None
-    if problem.lengths is not None:
-        offsets = torch.tensor((0, *problem.lengths), dtype=torch.int32).cumsum(0).to(torch.int32)
-    return Inputs(
-        q=normal(*lead, heads.q, rows).to(dtype),
-        k=normal(*lead, heads.k, rows).to(dtype),
-        v=normal(*lead, heads.v, cols).to(dtype),
-        weight=(torch.eye(cols) + normal(heads.w, cols, cols) * (0.3 / cols**0.5)).to(dtype),
-        forget=_gates(variant, gates, generator, lead),
+    inputs = Inputs(
+        q=per_step(heads.q, rows),
+        k=per_step(heads.k, rows, scale=draw.value_scale),
+        v=per_step(heads.v, cols, scale=draw.value_scale),
+        weight=_weight(variant, draw.weights, generator).to(dtype),
+        forget=_gates(variant, draw, generator, lead, parameters),
         initial_state=normal(*state) if problem.initial_state else None,
-        cu_seqlens=offsets,
-        dy=(normal(*lead, total, cols) * dy_scale).to(dtype),
-        dstate=normal(*state) * dy_scale,
-        **_gate_parameters(variant, generator),
+        cu_seqlens=_offsets(problem),
+        dy=per_step(total, cols, scale=draw.dy_scale),
+        dstate=normal(*state) * draw.dy_scale,
+        **parameters,
     )
+    return _widened(inputs) if draw.wide else inputs
+
+
+def _repeated(x: Tensor, lead: tuple[int, ...]) -> Tensor:
+    """Return x with the first entry of its leading dims everywhere."""
+    return x[(slice(0, 1),) * len(lead)].expand(x.shape)
+
+
+def _offsets(problem: Problem) -> Tensor | None:
+    if problem.lengths is None:
+        return None
+    offsets = torch.tensor((0, *problem.lengths), dtype=torch.int64).cumsum(0)
+    return offsets if problem.long_offsets else offsets.to(torch.int32)
+
+
+def _widened(inputs: Inputs) -> Inputs:
+    """Return forget and weight in float32, moved off the numbers of the narrow dtypes."""
+    off = 1 - 2.0**-11
+    return replace(inputs, forget=inputs.forget.float() * off, weight=inputs.weight.float() * off)
+
+
+def _weight(variant: Variant, weights: Weights, generator: torch.Generator) -> Tensor:
+    """Draw the state weight (Nw, V, V) in float32."""
+    cols = variant.head_dim
+    noise = torch.randn(variant.heads.w, cols, cols, generator=generator)
+    if weights is Weights.NORMAL:
+        return noise
+    if weights is Weights.ORTHOGONAL:
+        orthogonal: Tensor = torch.linalg.qr(noise.double()).Q
+        return orthogonal.float()
+    identity = torch.eye(cols).expand_as(noise)
+    return identity if weights is Weights.IDENTITY else identity + noise * (0.3 / cols**0.5)
 
 
 def _gate_parameters(variant: Variant, generator: torch.Generator) -> dict[str, Tensor]:
@@ -107,16 +177,29 @@ def _gate_parameters(variant: Variant, generator: torch.Generator) -> dict[str, 
     return {"A_log": (16 * scale).clamp_min(0.01).log(), "dt_bias": dt + torch.log(-torch.expm1(-dt))}
 
 
-def _gates(variant: Variant, gates: Gates, generator: torch.Generator, lead: tuple[int, ...]) -> Tensor:
-    """Return f, or where the kernel computes it a standard normal input, shifted towards f = 1 for ``SLOW``."""
+def _gates(
+    variant: Variant, draw: Draw, generator: torch.Generator, lead: tuple[int, ...], parameters: dict[str, Tensor]
+) -> Tensor:
+    """Return f in the variant's dtype, or where the kernel computes it its input; near f = 1 in float32."""
     shape, dtype = (*lead, variant.heads.f), TORCH_DTYPE[variant.dtype]
     if variant.computes_gate:
-        x = torch.randn(*shape, generator=generator)
-        return x - 9 if gates is Gates.SLOW else x.to(dtype)
-    if gates is Gates.SLOW:
+        noise = torch.randn(*shape, generator=generator)
+        return _gate_inputs(draw.gates, _repeated(noise, lead) if draw.repeated else noise, parameters, dtype)
+    if draw.gates is Gates.SLOW:
         return torch.full(shape, 1 - 1e-4)
+    if draw.gates in (Gates.ZERO, Gates.ONE):
+        return torch.full(shape, float(draw.gates is Gates.ONE), dtype=dtype)
     gate = torch.sigmoid(torch.randn(*shape, generator=generator) + 1)
     corner = torch.rand(*shape, generator=generator)
     gate[corner < 0.1] = 0.0
     gate[corner > 0.9] = 1.0
-    return gate.to(dtype)
+    return (_repeated(gate, lead) if draw.repeated else gate).to(dtype)
+
+
+def _gate_inputs(gates: Gates, noise: Tensor, parameters: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Return x such that exp(A_log) softplus(x + dt_bias), which is -log f, is of the size that ``gates`` asks for."""
+    decay = {Gates.SLOW: 1e-4, Gates.VANISHING: 1e-6}.get(gates)
+    if decay is None:
+        return noise.to(dtype)
+    x: Tensor = noise * 0.1 + math.log(decay) - parameters["A_log"] - parameters["dt_bias"]
+    return x

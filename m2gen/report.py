@@ -69,20 +69,36 @@ def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
 
 
-def junit(suite: str, reports: Iterable[Any], reproduce: Sequence[str]) -> str:
-    """Return a JUnit document with one test case per variant and case; a failure names tensor, error and budget."""
-    reports = list(reports)
-    failures = sum(not report.passed for report in reports)
-    root = ElementTree.Element("testsuites")
-    total = f"{sum(report.seconds for report in reports):.3f}"
-    counts = {"tests": str(len(reports)), "failures": str(failures), "errors": "0", "time": total}
-    node = ElementTree.SubElement(root, "testsuite", {"name": suite, **counts})
-    for report, command in zip(reports, reproduce, strict=True):
-        attributes = {"classname": report.variant, "name": report.case, "time": f"{report.seconds:.3f}"}
-        case = ElementTree.SubElement(node, "testcase", attributes)
-        over = [result for result in report.results if not result.passed]
-        if over:
-            text = "; ".join(f"{r.tensor} error {r.error:.3e} over budget {r.budget:.3e}" for r in over)
-            ElementTree.SubElement(case, "failure", {"message": text}).text = f"{text}\nreproduce: {command}"
+def junit(title: str, reports: Sequence[Any], reproduce: Sequence[str]) -> str:
+    """Return a JUnit document: a suite a feature, a test case per variant and case.
+
+    A failure names every tensor over its budget, an error what broke the case off; both say how to see it again.
+    """
+    root = ElementTree.Element("testsuites", {"name": title, **_counts(reports)})
+    for feature in dict.fromkeys(report.feature for report in reports):
+        having = [(r, command) for r, command in zip(reports, reproduce, strict=True) if r.feature == feature]
+        suite = ElementTree.SubElement(root, "testsuite", {"name": str(feature), **_counts([r for r, _ in having])})
+        for report, command in having:
+            _junit_case(suite, report, command)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _counts(reports: Sequence[Any]) -> dict[str, str]:
+    broken = sum(bool(report.failure) for report in reports)
+    failures = sum(not report.passed for report in reports) - broken
+    seconds = f"{sum(report.seconds for report in reports):.3f}"
+    return {"tests": str(len(reports)), "failures": str(failures), "errors": str(broken), "time": seconds}
+
+
+def _junit_case(suite: ElementTree.Element, report: Any, command: str) -> None:
+    attributes = {"classname": report.variant, "name": report.case, "time": f"{report.seconds:.3f}"}
+    case = ElementTree.SubElement(suite, "testcase", attributes)
+    facts = {"feature": report.feature, "dtype": report.dtype, "seed": report.seed, "reproduce": command}
+    properties = ElementTree.SubElement(case, "properties")
+    for name, value in facts.items():
+        ElementTree.SubElement(properties, "property", {"name": name, "value": str(value)})
+    over = "; ".join(f"{result.tensor} {result.verdict}" for result in report.results if not result.passed)
+    for kind, text in (("error", report.failure), ("failure", over)):
+        if text:
+            ElementTree.SubElement(case, kind, {"message": text}).text = f"{text}\nreproduce: {command}"

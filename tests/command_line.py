@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from m2gen.cli import app
 from m2gen.compile import Resources
 from m2gen.pipeline import CheckRow, VerifyOutcome
-from m2gen.verify import CaseReport, TensorResult
+from m2gen.verify import CaseReport, Feature, TensorResult
 
 TINY = str(ROOT / "specs" / "tiny.yaml")
 KEY = "k16_v16_q1_k1_v2_f2_w2_fp32_carry_exact"
@@ -50,7 +50,8 @@ def row(*problems: str) -> CheckRow:
     return CheckRow(KEY, "forward", "sm_90", "slug", Resources(64, 0, 1024, 9000), problems)
 
 
-def outcome(*errors: float) -> VerifyOutcome:
+def outcome(*errors: float, failure: str = "") -> VerifyOutcome:
     """Return a verification of one case whose tensors have these errors and a budget of 1e-3."""
-    results = [TensorResult(f"t{i}", error, 1e-3) for i, error in enumerate(errors)]
-    return VerifyOutcome("interpreter", (CaseReport(KEY, "ragged", 7, tuple(results), 0.25),))
+    results = tuple(TensorResult(f"t{i}", error, 1e-3) for i, error in enumerate(errors))
+    report = CaseReport(KEY, "fp32", Feature.RECURRENCE, "ragged", 7, results, 0.25, failure, "tiny.yaml")
+    return VerifyOutcome("interpreter", (report,), 0.5)

@@ -30,13 +30,14 @@ ALLOWED: dict[str, str] = {
     "reference": "spec variant problem",
     "render": "outputs schedule signature spec variant",
     "compile": "cache device errors render schedule signature variant",
-    "verify": "compile problem reference spec variant",
+    "verify": "problem reference spec variant",
     "bench": "compile problem variant verify",
     "emit": "device errors outputs render schedule spec variant",
     "pipeline": "bench cache compile device emit errors render schedule signature spec variant verify",
     "report": "verify bench",
     "cli_output": "bench cache device errors pipeline render report",
-    "cli": "cli_output errors pipeline report spec",
+    "cli_verify": "errors pipeline report verify",
+    "cli": "cli_output cli_verify errors pipeline report spec",
     "__main__": "cli",
 }
 """Section 4 of the design as imports of one module by another; a package counts as one module."""
@@ -98,7 +99,7 @@ def test_the_table_has_no_cycle() -> None:
 
 def test_only_the_entry_point_imports_the_command_line() -> None:
     """Nothing that is not the command line depends on it."""
-    users = {module_of(path) for path in SOURCES if {"cli", "cli_output"} & arrows(path)}
+    users = {module_of(path) for path in SOURCES if {"cli", "cli_output", "cli_verify"} & arrows(path)}
     assert users == {"cli", "__main__"}
 
 

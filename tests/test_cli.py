@@ -154,23 +154,65 @@ def test_a_kernel_that_cannot_launch_fails_the_check(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.splitlines() == ([] if as_json else lines)
 
 
+AGAIN = f"m2gen verify --spec tiny.yaml --variant {KEY} --case ragged --seed 7"
+
+
 def test_a_failing_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tensor over budget is exit status 1, and everywhere named with error, budget and how to see it again."""
     monkeypatch.setattr(pipeline, "verify", lambda *_: outcome(1e-4, 2e-3, float("nan")))
-    again = f"m2gen verify --spec tiny.yaml --variant {KEY} --case ragged --seed 7"
     result = run("verify", "--spec", TINY, "--junit", str(tmp_path / "report.xml"), "--quiet")
     assert result.exit_code == 1
     lines = result.stderr.splitlines()
-    expected = f"m2gen: {KEY} ragged: t1 must be within 1.00e-03, got 2.00e-03; reproduce: {again}"
+    expected = f"m2gen: {KEY} ragged: t1 must be within 1.00e-03, got 2.00e-03; reproduce: {AGAIN}"
     assert lines == [expected, expected.replace("t1", "t2").replace("2.00e-03", "nan")]
+    assert result.stdout.splitlines() == ["1 cases, 3 tensors, 2 over budget, 0 broken off, 0.5 s"]
     (case,) = ElementTree.parse(tmp_path / "report.xml").iter("testcase")
     failure = case.find("failure")
     assert (case.get("classname"), case.get("name"), case.get("time")) == (KEY, "ragged", "0.250")
     assert failure is not None
-    assert "t1 error 2.000e-03 over budget 1.000e-03" in str(failure.get("message"))
-    assert again in str(failure.text)
-    cases = document("verify", "--spec", TINY, "--quiet", status=1)["cases"]
-    assert (cases[0]["passed"], cases[0]["reproduce"]) == (False, again)
+    assert "t1 must be within 1.00e-03, got 2.00e-03" in str(failure.get("message"))
+    assert AGAIN in str(failure.text)
+    (case,) = document("verify", "--spec", TINY, "--quiet", status=1)["cases"]
+    assert (case["passed"], case["reproduce"], case["feature"]) == (False, AGAIN, "recurrence")
+    assert [result["error"] for result in case["results"]] == [1e-4, 2e-3, "nan"]
+
+
+def test_a_case_that_broke_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case without results is exit status 1 and an error, apart from the tensors that are over budget."""
+    monkeypatch.setattr(pipeline, "verify", lambda *_: outcome(failure="its process ended with SIGSEGV"))
+    result = run("verify", "--spec", TINY, "--junit", str(tmp_path / "report.xml"))
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == [
+        f"m2gen: {KEY} ragged: its process ended with SIGSEGV; reproduce: {AGAIN}",
+    ]
+    assert "1 FAILED" in result.stdout
+    suite = ElementTree.parse(tmp_path / "report.xml").find("testsuite")
+    assert suite is not None
+    counts = (suite.get("name"), suite.get("tests"), suite.get("failures"), suite.get("errors"))
+    assert counts == ("recurrence", "1", "0", "1")
+    assert suite.find("testcase/error") is not None
+    properties = {p.get("name"): p.get("value") for p in suite.iter("property")}
+    assert properties == {"feature": "recurrence", "dtype": "fp32", "seed": "7", "reproduce": AGAIN}
+
+
+def test_verify_prints_a_line_a_feature_and_a_line_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables name each feature's and each tensor's worst case."""
+    monkeypatch.setattr(pipeline, "verify", lambda *_: outcome(1e-4, 5e-4))
+    lines = [line.split() for line in run("verify", "--spec", TINY).stdout.splitlines()]
+    assert ["recurrence", "1", "2", "50%", "t1", "of", "ragged,", KEY, "0.2", "ok"] in lines
+    assert ["fp32", "t0", "1.00e-04", "1.00e-03", "10%", "ok", "ragged", KEY] in lines
+
+
+@pytest.mark.parametrize("options", [(), ("--full", "--spec", TINY), ("--full", "--quick")], ids=" ".join)
+def test_verify_takes_a_spec_or_everything(options: tuple[str, ...]) -> None:
+    """What is to be verified is either a spec or the full matrix."""
+    assert "must be given --spec" in fails(2, "verify", *options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the matrix on")
+def test_the_full_matrix_needs_a_gpu() -> None:
+    """Without a GPU, the full matrix is refused rather than thinned out."""
+    assert "--full must run on a machine whose GPU torch can use, got none" in fails(2, "verify", "--full")
 
 
 def test_a_junit_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,11 +224,11 @@ def test_a_junit_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest
 
 def test_verify_one_case_in_the_interpreter(spec: Path) -> None:
     """A real verification of one case passes, and its documents agree."""
-    arguments = ("verify", "--spec", "one.yaml", "--case", "one_step", "--seed", "3", "--quiet")
+    arguments = ("verify", "--spec", "one.yaml", "--case", "steps_1", "--seed", "3", "--quiet")
     outcome = document(*arguments, "--junit", "report.xml")
     (case,) = outcome["cases"]
     assert outcome["passed"]
-    assert (case["case"], case["seed"]) == ("one_step", 3)
+    assert (case["case"], case["seed"]) == ("steps_1", 3)
     assert {result["tensor"] for result in case["results"]} == {"y", "state", "dq", "dk", "dv", "dweight", "dforget"}
     suite = ElementTree.parse(spec.parent / "report.xml").find("testsuite")
     assert suite is not None

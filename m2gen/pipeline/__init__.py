@@ -4,7 +4,7 @@ from m2gen.pipeline.bench import bench
 from m2gen.pipeline.build import BuildOutcome, build, committed_specs, difference
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.plan import Plan, Progress, open_spec, plan, render, shipped_specs
-from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_line, reproduce, verify
+from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_lines, reproduce, verify, verify_full
 
 __all__ = [
     "BuildOutcome",
@@ -19,11 +19,12 @@ __all__ = [
     "committed_specs",
     "difference",
     "failed",
-    "failure_line",
+    "failure_lines",
     "open_spec",
     "plan",
     "render",
     "reproduce",
     "shipped_specs",
     "verify",
+    "verify_full",
 ]

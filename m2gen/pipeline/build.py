@@ -16,7 +16,7 @@ from m2gen.emit import Package
 from m2gen.errors import CompileError, UsageError, VerifyError
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.plan import Plan, Progress, render
-from m2gen.pipeline.verify import VerifyRequest, failed, failure_line, verify
+from m2gen.pipeline.verify import VerifyRequest, failure_lines, verify
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
     key = key_of(rendered.content_hash, backend, toolchain(), *sources)
     if load_result("verified", key) is None:
         outcome = verify(planned, VerifyRequest(quick=True), progress)
-        failures = [failure_line(planned, report, result) for report, result in failed(outcome)]
+        failures = failure_lines(outcome)
         if failures:
             raise VerifyError("\n".join(failures))
         store_result("verified", key, {"cases": len(outcome.reports)})

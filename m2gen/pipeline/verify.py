@@ -1,133 +1,222 @@
-"""Run a plan's package against the float64 reference, on the GPU or in interpreter processes."""
+"""Run packages against the float64 reference, on the GPU or in the interpreter, in processes of their own."""
 
 from __future__ import annotations
 
 import os
-from concurrent.futures import as_completed
-from dataclasses import dataclass
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m2gen.cache import materialise
-from m2gen.compile import load_module, worker_pool, workers
-from m2gen.device import PORTABLE, detect
+from m2gen.compile import load_module, workers
+from m2gen.device import PORTABLE, TARGETS, Device, detect
 from m2gen.errors import UsageError
-from m2gen.pipeline.plan import Plan, Progress, render
-from m2gen.variant import Variant
+from m2gen.pipeline.plan import Plan, Progress, plan, render
+from m2gen.pipeline.pool import Service, run_isolated
+from m2gen.variant import BuiltVariant, Variant
 
-if TYPE_CHECKING:  # importing these imports torch, and the interpreter's processes must set their environment first
+if TYPE_CHECKING:  # importing these imports torch, and the processes must set their environment first
     from m2gen.verify import Case, CaseReport, TensorResult
 
-    _Job = tuple[Path, Variant, Case, int, bool]
+MATRIX = ("matrix.yaml", "matrix_total.yaml")
+"""The shipped specs whose packages ``--full`` runs."""
+GPU_PROCESSES = 12
+"""At most: each has its own context on the GPU, and most of the time goes into compiling."""
+GPU_SECONDS = 300.0
+INTERPRETER_SECONDS = 900.0
 
 
 @dataclass(frozen=True)
 class VerifyRequest:
-    """What to verify of a plan: everything, or one variant or case, with a seed."""
+    """What to verify of a plan: everything that applies, or one variant or case, with a seed."""
 
     variant: str | None = None
     case: str | None = None
     seed: int = 0
     quick: bool = False
-    """One case a variant where the interpreter runs them."""
+    """The first case of every variant, and one of every feature."""
 
 
 @dataclass(frozen=True)
 class VerifyOutcome:
-    """Every case's report, and where the kernels ran."""
+    """Every case's report, where the kernels ran, and how long it took by the clock."""
 
     backend: str
     reports: tuple[CaseReport, ...]
+    seconds: float = 0.0
 
     @property
     def passed(self) -> bool:
         return all(report.passed for report in self.reports)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One case for one process."""
+
+    folder: Path
+    spec: str
+    variant: Variant
+    case: Case
+    seed: int
+    interpreted: bool
+
+
 def verify(planned: Plan, request: VerifyRequest, progress: Progress) -> VerifyOutcome:
     """Run the package that the plan renders against the float64 reference: on the GPU, else in the interpreter."""
     device = detect()
-    folder = materialise(f"packages/{planned.origin.name}", render(planned).files)
-    arch = device.arch if device else PORTABLE.arch
-    interpreted = device is None
-    jobs: list[_Job] = [
-        (folder, variant, case, request.seed, interpreted)
-        for variant in _selected(planned, request)
-        for case in _selected_cases(variant, planned.interval(variant, arch), interpreted, request)
-    ]
-    progress.start("verify", len(jobs))
-    if interpreted:
-        reports = _verify_interpreted(jobs, progress)
+    return _run(_selected(_jobs(planned, request, device), request), device, progress)
+
+
+def verify_full(request: VerifyRequest, progress: Progress) -> VerifyOutcome:
+    """Run the whole matrix of the shipped specs on the GPU; raises UsageError where there is none.
+
+    A layer named after a feature (``dims``, ``heads_84``) has only that feature's cases, the others have all.
+    """
+    device = detect()
+    if device is None:
+        raise UsageError("m2gen verify --full must run on a machine whose GPU torch can use, got none")
+    arches = [device.arch] if device.arch in TARGETS else []
+    jobs = [job for spec in MATRIX for job in _jobs(plan(spec, arches), request, device, matrix=True)]
+    return _run(_selected(jobs, request), device, progress)
+
+
+def _jobs(planned: Plan, request: VerifyRequest, device: Device | None, *, matrix: bool = False) -> list[_Job]:
+    """Return a job for every case that the request's extent has, whatever variant or case it names."""
+    from m2gen.verify import cases, quick
+
+    interpreted, arch = device is None, device.arch if device else PORTABLE.arch
+    intervals = {built.variant: planned.interval(built.variant, arch) for built in planned.variants}
+    if request.quick:
+        chosen = quick(intervals, interpreted=interpreted)
     else:
-        reports = [_advance(progress, _verify_case(*job)) for job in jobs]
+        found = {variant: cases(variant, c, interpreted=interpreted) for variant, c in intervals.items()}
+        extent = {b.variant: _named_features(b, found[b.variant]) for b in planned.variants} if matrix else found
+        chosen = [(variant, case) for variant, every in extent.items() for case in every]
+    folder = materialise(f"packages/{planned.origin.name}", render(planned).files)
+    spec = planned.origin.spec_file
+    return [_Job(folder, spec, variant, case, request.seed, interpreted) for variant, case in chosen]
+
+
+def _named_features(built: BuiltVariant, found: tuple[Case, ...]) -> tuple[Case, ...]:
+    """Return the cases of the features that a variant's layers are named after; all if a layer has another name."""
+    from m2gen.verify import Feature, only
+
+    named = [{f for f in Feature if name == f or name.startswith(f"{f}_")} for name in built.layers]
+    return only(set().union(*named), found) if all(named) else found
+
+
+def _selected(jobs: list[_Job], request: VerifyRequest) -> list[_Job]:
+    """Keep the variant and the case that the request names; raises UsageError where there is no such one."""
+    variants = dict.fromkeys(job.variant.key for job in jobs)
+    if request.variant is not None and request.variant not in variants:
+        raise UsageError(f"--variant must be among {', '.join(variants)}, got {request.variant!r}")
+    jobs = [job for job in jobs if request.variant in (None, job.variant.key)]
+    names = dict.fromkeys(job.case.name for job in jobs)
+    if request.case is not None and request.case not in names:
+        raise UsageError(f"--case must be among {', '.join(names)}, got {request.case!r}")
+    return [job for job in jobs if request.case in (None, job.case.name)]
+
+
+def _run(jobs: list[_Job], device: Device | None, progress: Progress) -> VerifyOutcome:
+    """Run jobs in processes; the reports keep the order of ``jobs``."""
+    start = time.monotonic()
+    interpreted = device is None
+    seconds = INTERPRETER_SECONDS if interpreted else GPU_SECONDS
+    service = Service(_verify_job, _interpret if interpreted else _use_gpu, seconds, _lost, _untrusted)
+    processes = workers() if interpreted else min(workers(), GPU_PROCESSES)
+    reports: dict[_Job, CaseReport] = {}
+    progress.start("verify", len(jobs))
+    for job, report in run_isolated(_groups(jobs, alone=interpreted), service, processes):
+        reports[job] = report
+        progress.advance(f"{report.variant} {report.feature} {report.case}")
     progress.finish()
-    return VerifyOutcome(device.name if device else "interpreter", tuple(reports))
+    name = device.name if device else "interpreter"
+    return VerifyOutcome(name, tuple(reports[job] for job in jobs), time.monotonic() - start)
 
 
-def _selected(planned: Plan, request: VerifyRequest) -> list[Variant]:
-    every = [built.variant for built in planned.variants]
-    chosen = [variant for variant in every if request.variant in (None, variant.key)]
-    if not chosen:
-        raise UsageError(f"--variant must be among {', '.join(v.key for v in every)}, got {request.variant!r}")
-    return chosen
+def _groups(jobs: Iterable[_Job], *, alone: bool) -> list[list[_Job]]:
+    """Return jobs that share compiled kernels together, the groups that take longest first."""
+    groups: dict[object, list[_Job]] = {}
+    for job in jobs:
+        groups.setdefault(job if alone else (job.folder, job.variant, job.case.feature), []).append(job)
+    return sorted(groups.values(), key=lambda group: -sum(map(_cost, group)))
 
 
-def _selected_cases(variant: Variant, interval: int, interpreted: bool, request: VerifyRequest) -> list[Case]:
-    from m2gen.verify import cases
+def _cost(job: _Job) -> float:
+    """Guess how long a job takes, in units of a small case: what it compiles, steps of the reference, tiles."""
+    from m2gen.verify import Check
 
-    every = cases(variant, interval, interpreted=interpreted, quick=request.quick)
-    chosen = [case for case in every if request.case in (None, case.name)]
-    if not chosen:
-        raise UsageError(f"--case must be among {', '.join(case.name for case in every)}, got {request.case!r}")
-    return chosen
-
-
-def _advance(progress: Progress, report: CaseReport) -> CaseReport:
-    progress.advance(f"{report.variant} {report.case}")
-    return report
+    tiles = job.variant.padded_rows * job.variant.padded_cols / 4096
+    steps = max(job.case.problem.seq, sum(job.case.problem.lengths or ()))
+    if job.interpreted:
+        tiles *= job.variant.total_heads * steps
+    compiles = {Check.COMPILE: 20.0, Check.OPCHECK: 10.0, Check.SINGLE: 10.0, Check.GRAPH: 5.0}
+    return compiles.get(job.case.check, 1.0) + tiles + steps / 200
 
 
 def _interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
-
-
-def _verify_case(folder: Path, variant: Variant, case: Case, seed: int, interpreted: bool) -> CaseReport:
+    warnings.filterwarnings("ignore", "overflow encountered", RuntimeWarning)  # of exp2, on the way to a tanh of 1
     import torch
 
-    from m2gen.verify import run_case
-
-    module = load_module(folder / "__init__.py", f"m2gen_package_{folder.name}")
-    device = torch.device("cpu" if interpreted else "cuda")
-    if interpreted:
-        torch.set_num_threads(1)
-    return run_case(module.m2rnn, variant, case, seed, device)
+    torch.set_num_threads(1)
 
 
-def _verify_interpreted(jobs: list[_Job], progress: Progress) -> list[CaseReport]:
-    """Run cases in interpreter processes, longest first; results keep the order of ``jobs``."""
-    reports: dict[int, CaseReport] = {}
-    order = sorted(range(len(jobs)), key=lambda i: -jobs[i][1].total_heads)
-    with worker_pool(min(workers(), len(jobs)), _interpret) as pool:
-        futures = {pool.submit(_verify_case, *jobs[i]): i for i in order}
-        for future in as_completed(futures):
-            reports[futures[future]] = _advance(progress, future.result())
-    return [reports[i] for i in range(len(jobs))]
+def _use_gpu() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # these processes are as many as there are cores
 
 
-def failed(outcome: VerifyOutcome) -> list[tuple[CaseReport, TensorResult]]:
-    """Return (report, tensor result) of everything over budget."""
-    return [(report, result) for report in outcome.reports for result in report.results if not result.passed]
+def _verify_job(job: _Job) -> CaseReport:
+    """Run one case; a package that cannot be imported is a failed case, too."""
+    import torch
+
+    from m2gen.verify import failed_case, run_case
+
+    device = torch.device("cpu" if job.interpreted else "cuda")
+    try:
+        module = load_module(job.folder / "__init__.py", f"m2gen_package_{job.folder.name}")
+    except Exception as error:  # of whatever a generated module does when it is imported
+        return replace(failed_case(job.variant, job.case, job.seed, error), spec=job.spec)
+    report = run_case(module, job.variant, job.case, job.seed, device)
+    if not job.interpreted:
+        torch.cuda.empty_cache()  # a dozen processes share the GPU's memory
+    return replace(report, spec=job.spec)
 
 
-def reproduce(planned: Plan, report: CaseReport) -> str:
+def _lost(job: _Job, reason: str) -> CaseReport:
+    from m2gen.verify import report
+
+    return replace(report(job.variant, job.case, job.seed, failure=reason), spec=job.spec)
+
+
+def _untrusted(report: CaseReport) -> bool:
+    """Whether a process may be unusable: an error on a GPU stays with its context."""
+    return bool(report.failure)
+
+
+def failed(reports: Sequence[CaseReport]) -> list[tuple[CaseReport, TensorResult | None]]:
+    """Return (report, tensor result) of everything over budget, and (report, None) of every case that broke off."""
+    found: list[tuple[CaseReport, TensorResult | None]] = []
+    for report in reports:
+        found += [(report, None)] if report.failure else []
+        found += [(report, result) for result in report.results if not result.passed]
+    return found
+
+
+def reproduce(report: CaseReport) -> str:
     """Return the command that runs one case again."""
-    spec = planned.origin.spec_file
-    return f"m2gen verify --spec {spec} --variant {report.variant} --case {report.case} --seed {report.seed}"
+    return f"m2gen verify --spec {report.spec} --variant {report.variant} --case {report.case} --seed {report.seed}"
 
 
-def failure_line(planned: Plan, report: CaseReport, result: TensorResult) -> str:
-    """Say in one line what is over budget and how to see it again."""
-    where = f"{report.variant} {report.case}: {result.tensor}"
-    return (
-        f"{where} must be within {result.budget:.2e}, got {result.error:.2e}; reproduce: {reproduce(planned, report)}"
-    )
+def failure_lines(outcome: VerifyOutcome) -> list[str]:
+    """Say, a line each, what is over budget or broke off and how to see it again."""
+    lines = []
+    for report, result in failed(outcome.reports):
+        what = report.failure if result is None else f"{result.tensor} {result.verdict}"
+        lines.append(f"{report.variant} {report.case}: {what}; reproduce: {reproduce(report)}")
+    return lines

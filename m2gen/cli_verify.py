@@ -1,0 +1,119 @@
+"""What ``m2gen verify`` prints, and the exit status that follows from it."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from m2gen.errors import EmitError
+from m2gen.pipeline import VerifyOutcome, failed, failure_lines, reproduce
+from m2gen.report import junit, print_json, print_table
+
+if TYPE_CHECKING:
+    from m2gen.verify import CaseReport, TensorResult
+
+FEATURE_COLUMNS = ("feature", "cases", "tensors", "worst of budget", "where", "seconds", "result")
+TENSOR_COLUMNS = ("dtype", "tensor", "error", "budget", "of budget", "result", "case", "variant")
+
+
+def show_verify(outcome: VerifyOutcome, *, as_json: bool, quiet: bool, verbose: bool) -> int:
+    """Print a line a feature, and each tensor's worst error against its budget; return 1 if anything failed."""
+    status = 0 if outcome.passed else 1
+    if as_json:
+        print_json(_document(outcome))
+        return status
+    if not quiet:
+        features = dict.fromkeys(report.feature for report in outcome.reports)
+        each = [[r for r in outcome.reports if r.feature == feature] for feature in features]
+        print_table(f"Verified on: {outcome.backend}", FEATURE_COLUMNS, map(_feature_row, each))
+        print_table("Errors", TENSOR_COLUMNS, _tensor_rows(outcome.reports, every=verbose))
+    for line in failure_lines(outcome):
+        print(f"m2gen: {line}", file=sys.stderr)
+    print(_total(outcome))
+    return status
+
+
+def _total(outcome: VerifyOutcome) -> str:
+    tensors = sum(len(report.results) for report in outcome.reports)
+    broken = sum(bool(report.failure) for report in outcome.reports)
+    over = len(failed(outcome.reports)) - broken
+    counts = f"{len(outcome.reports)} cases, {tensors} tensors, {over} over budget, {broken} broken off"
+    return f"{counts}, {outcome.seconds:.1f} s"
+
+
+def _feature_row(reports: Sequence[CaseReport]) -> tuple[Any, ...]:
+    """Return a feature's line; the seconds are those of its cases, which run side by side."""
+    bad = sum(not report.passed for report in reports)
+    judged = [(result.part, report, result) for report in reports for result in report.results if not result.over]
+    part, report, result = max(judged, key=lambda found: _badness(found[0]), default=(0.0, reports[0], None))
+    where = f"{result.tensor} of {report.case}, {report.variant}" if result and part else ""
+    seconds = f"{sum(report.seconds for report in reports):.1f}"
+    verdict = f"{bad} FAILED" if bad else "ok"
+    tensors = sum(len(report.results) for report in reports)
+    worst = f"{part:.0%}" if part else "same bits" if judged else ""
+    return (str(reports[0].feature), len(reports), tensors, worst, where, seconds, verdict)
+
+
+def _badness(part: float) -> float:
+    return math.inf if math.isnan(part) else part
+
+
+def _tensor_rows(reports: Sequence[CaseReport], *, every: bool) -> list[tuple[str, ...]]:
+    """Return a row a dtype and tensor: every case's, or only the one that is nearest to its budget, bits aside."""
+    worst: dict[tuple[str, ...], tuple[float, tuple[str, ...]]] = {}
+    for report in reports:
+        for result in report.results:
+            if not every and not result.budget and result.passed:
+                continue
+            row = _tensor_row(report, result)
+            key = (*row[:2], report.case, report.variant) if every else row[:2]
+            part = _badness(result.part)
+            if key not in worst or part > worst[key][0]:
+                worst[key] = (part, row)
+    return [row for _, row in worst.values()]
+
+
+def _tensor_row(report: CaseReport, r: TensorResult) -> tuple[str, ...]:
+    verdict = ("ok" if r.passed else "NOT OVER") if r.over else ("ok" if r.passed else "OVER")
+    numbers = (f"{r.error:.2e}", f"{r.budget:.2e}", f"{r.part:.0%}")
+    return (report.dtype, r.tensor, *numbers, verdict, report.case, report.variant)
+
+
+def _document(outcome: VerifyOutcome) -> dict[str, Any]:
+    """Return the JSON document; a number that JSON does not have is its name."""
+    features: dict[str, dict[str, Any]] = {}
+    for report in outcome.reports:
+        line = features.setdefault(report.feature, {"cases": 0, "tensors": 0, "failed": 0, "seconds": 0.0})
+        line["cases"] += 1
+        line["tensors"] += len(report.results)
+        line["failed"] += not report.passed
+        line["seconds"] += report.seconds
+    return {
+        "backend": outcome.backend,
+        "passed": outcome.passed,
+        "seconds": outcome.seconds,
+        "features": features,
+        "cases": [_case(report) for report in outcome.reports],
+    }
+
+
+def _case(report: CaseReport) -> dict[str, Any]:
+    results = [{**asdict(r), "error": _number(r.error), "passed": r.passed} for r in report.results]
+    return {**asdict(report), "results": results, "passed": report.passed, "reproduce": reproduce(report)}
+
+
+def _number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def write_junit(path: Path, title: str, outcome: VerifyOutcome) -> None:
+    """Write the JUnit document of a verification; raises EmitError where that is not possible."""
+    text = junit(title, outcome.reports, [reproduce(report) for report in outcome.reports])
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise EmitError(f"--junit {path} must be writable: {error.strerror or error}") from error

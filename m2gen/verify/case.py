@@ -1,0 +1,176 @@
+"""What one check is, and what it found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from m2gen.problem import Draw, Gates, Problem, Weights
+from m2gen.spec import Fp32Products
+from m2gen.variant import Variant
+
+
+class Feature(StrEnum):
+    """What of the operator's contract a case is about; summaries have a line for each."""
+
+    RECURRENCE = "recurrence"
+    PACKED = "packed"
+    STATES = "states"
+    DECODING = "decoding"
+    DTYPES = "dtypes"
+    GATE = "gate"
+    LAYOUTS = "layouts"
+    DETERMINISM = "determinism"
+    HEADS = "heads"
+    DIMS = "dims"
+    PYTORCH = "pytorch"
+    DROP_IN = "drop_in"
+    DRIFT = "drift"
+
+
+class Loss(StrEnum):
+    """Which results the gradients come from."""
+
+    Y = "y"
+    STATE = "state"
+    BOTH = "both"
+
+
+class Layout(StrEnum):
+    """How the operands and incoming gradients lie in memory."""
+
+    PLAIN = "plain"
+    STRIDED = "strided"
+    """Every other element of a wider tensor."""
+    TRANSPOSED = "transposed"
+    """The first and the second dim swapped."""
+    SLICED = "sliced"
+    """The middle of a fused projection's last dim."""
+    EXPANDED = "expanded"
+    """One step of one sequence, expanded with stride 0."""
+
+
+class Check(StrEnum):
+    """What is done with a case's problem; ``m2gen.verify.checks`` has a function for each."""
+
+    GRADIENTS = "gradients"
+    """Results and all gradients against float64."""
+    SINGLE = "single"
+    """The same, with a gradient wanted for one operand at a time."""
+    INFERENCE = "inference"
+    """Results against float64 where no gradient is wanted."""
+    AUTOCAST = "autocast"
+    CHUNKED = "chunked"
+    ISOLATED = "isolated"
+    DECODING = "decoding"
+    REPEATED = "repeated"
+    OPCHECK = "opcheck"
+    COMPILE = "compile"
+    GRAPH = "graph"
+    STEP_GRAPH = "step_graph"
+    CHECKPOINT = "checkpoint"
+    DROP_IN = "drop_in"
+    DRIFT = "drift"
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether the interpreter cannot run it, or not in any reasonable time."""
+        return self in (Check.GRAPH, Check.STEP_GRAPH, Check.DRIFT)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check: a problem, how its inputs are drawn, how the operator is called, and what is differentiated."""
+
+    name: str
+    problem: Problem
+    loss: Loss = Loss.BOTH
+    gates: Gates = Gates.MIXED
+    weights: Weights = Weights.TRAINED
+    dy_scale: float = 1.0
+    value_scale: float = 1.0
+    clip: float | None = 1.0
+    wide: bool = False
+    layout: Layout = Layout.PLAIN
+    deterministic: bool = False
+    feature: Feature = Feature.RECURRENCE
+    check: Check = Check.GRADIENTS
+
+    @property
+    def draw(self) -> Draw:
+        """How the inputs are drawn."""
+        repeated = self.layout is Layout.EXPANDED
+        return Draw(self.gates, self.weights, self.dy_scale, self.value_scale, self.wide, repeated)
+
+    @property
+    def question(self) -> Case:
+        """The case reduced to what the oracle's answer depends on."""
+        layout = self.layout if self.layout is Layout.EXPANDED else Layout.PLAIN
+        plain = Case("", self.problem)
+        return replace(self, name="", layout=layout, deterministic=False, feature=plain.feature, check=plain.check)
+
+
+@dataclass(frozen=True)
+class TensorResult:
+    """One tensor's relative error ‖out - ref‖ / ‖ref‖ against its budget; absolute where ref is 0."""
+
+    tensor: str
+    error: float
+    budget: float
+    """0 where the tensor must have the same bits as another."""
+    over: bool = False
+    """Whether the error must be over the budget: a control, of something that is known to go wrong."""
+
+    @property
+    def passed(self) -> bool:
+        return self.error > self.budget if self.over else self.error <= self.budget  # False for NaN
+
+    @property
+    def verdict(self) -> str:
+        """What the error had to be, and was."""
+        if not self.budget and not self.over:
+            return f"must have the same bits, got a relative difference of {self.error:.2e}"
+        return f"must be {'over' if self.over else 'within'} {self.budget:.2e}, got {self.error:.2e}"
+
+    @property
+    def part(self) -> float:
+        """The error as a part of the budget; 0 for bits that are the same."""
+        if self.budget:
+            return self.error / self.budget
+        return 0.0 if self.passed else float("inf")
+
+
+@dataclass(frozen=True)
+class CaseReport:
+    """What one case found."""
+
+    variant: str
+    dtype: str
+    """Of the variant's operands; ``tf32`` where its products are."""
+    feature: Feature
+    case: str
+    seed: int
+    results: tuple[TensorResult, ...]
+    seconds: float
+    failure: str = ""
+    """Why there are no results, in one line: what was raised, or what became of the process."""
+    spec: str = ""
+    """The spec file that the variant comes from."""
+
+    @property
+    def passed(self) -> bool:
+        return not self.failure and all(result.passed for result in self.results)
+
+
+def report(
+    variant: Variant,
+    case: Case,
+    seed: int,
+    results: tuple[TensorResult, ...] = (),
+    seconds: float = 0.0,
+    failure: str = "",
+) -> CaseReport:
+    """Return the report of ``case`` on ``variant``."""
+    tf32 = variant.products is Fp32Products.TF32
+    dtype = str(variant.products if tf32 else variant.dtype)
+    return CaseReport(variant.key, dtype, case.feature, case.name, seed, results, seconds, failure)

@@ -1,0 +1,184 @@
+"""The float64 answer to a problem, and the budgets that a kernel's own dtypes leave it.
+
+A tensor's budget is FACTOR times the error that the eager reference makes when it rounds where the kernel's own
+dtypes round, on the same inputs, plus one rounding of the tensor's dtype (docs/design.md, section 6). Rounding depends
+on the order of sums, and a small tensor's error on luck: the largest error of ORDERS orders of the state's rows counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m2gen import reference
+from m2gen.problem import TORCH_DTYPE, Inputs
+from m2gen.reference import EXACT, Arithmetic
+from m2gen.spec import ClipMode, Fp32Products, TanhMode
+from m2gen.variant import Variant
+from m2gen.verify.case import Case, Loss, TensorResult
+
+FACTOR = 2.0
+ORDERS = 4
+OPERANDS = ("q", "k", "v", "weight", "forget", "initial_state")
+GATE_PARAMETERS = ("A_log", "dt_bias")
+TENSORS = ("y", "state", "dq", "dk", "dv", "dweight", "dforget", "dinitial_state")
+
+Operator = Callable[..., tuple[Tensor, Tensor]]
+Arrange = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """Exact results and gradients by name, in float64, and what each tensor's relative error may be."""
+
+    exact: Mapping[str, Tensor]
+    budgets: Mapping[str, float]
+    dtypes: Mapping[str, torch.dtype]
+
+
+def oracle(variant: Variant, case: Case, inputs: Inputs, seed: int) -> Oracle:
+    """Evaluate the reference in float64 and in the kernel's own dtypes, whose rows ``seed`` orders.
+
+    Depends on ``case.question`` alone, so one oracle serves every schedule of a variant, and every layout.
+    """
+    exact = differentiate(eager(variant, EXACT), inputs, case, dtype=torch.float64)
+    own = eager(variant, own_arithmetic(variant))
+    errors = [_order_errors(own, inputs, case, exact, seed + i) for i in range(ORDERS)]
+    dtypes = _dtypes(inputs, exact)
+    budgets = {
+        name: FACTOR * max(error[name] for error in errors) + torch.finfo(dtypes[name]).eps / 2 for name in exact
+    }
+    return Oracle(exact, budgets, dtypes)
+
+
+def judge(given: Mapping[str, Tensor], known: Oracle) -> tuple[TensorResult, ...]:
+    """Compare results and gradients with the oracle; a tensor of another dtype or shape is infinitely wrong."""
+    return tuple(
+        TensorResult(
+            name,
+            relative_error(out, known.exact[name]) if out.dtype is known.dtypes[name] else math.inf,
+            known.budgets[name],
+        )
+        for name, out in given.items()
+    )
+
+
+def same(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[TensorResult, ...]:
+    """Compare tensors bit by bit; of those that differ, or are NaN, the result has the relative error."""
+    return tuple(
+        TensorResult(name, 0.0 if torch.equal(out, expected[name]) else _difference(out, expected[name]), 0.0)
+        for name, out in given.items()
+    )
+
+
+def _difference(out: Tensor, expected: Tensor) -> float:
+    return relative_error(out, expected) or math.ulp(0.0)
+
+
+def relative_error(out: Tensor, ref: Tensor) -> float:
+    """Return ‖out - ref‖ / ‖ref‖ in float64, ‖out‖ where ref is 0 everywhere."""
+    if out.shape != ref.shape:
+        return math.inf
+    norm = ref.double().norm().item()
+    return float((out.double() - ref.double()).norm().item() / (norm or 1.0))
+
+
+def own_arithmetic(variant: Variant) -> Arithmetic:
+    """Return where the variant's kernels cannot but round."""
+    return Arithmetic(
+        torch.float32,
+        TORCH_DTYPE[variant.dtype],
+        rounded_tanh=variant.tanh is TanhMode.APPROX,
+        tf32=variant.products is Fp32Products.TF32,
+    )
+
+
+def eager(variant: Variant, arithmetic: Arithmetic) -> Operator:
+    """Return the reference with the variant's meaning of ``clip`` and with ``arithmetic``."""
+
+    def call(*operands: Any, **facts: Any) -> tuple[Tensor, Tensor]:
+        total = variant.clip is ClipMode.TOTAL
+        return reference.m2rnn(*operands, **facts, clamp_total=total, arithmetic=arithmetic)
+
+    return call
+
+
+def named_operands(inputs: Inputs) -> dict[str, Tensor]:
+    """Return every operand that can have a gradient and is there, by name."""
+    every = {name: getattr(inputs, name) for name in (*OPERANDS, *GATE_PARAMETERS)}
+    return {name: x for name, x in every.items() if x is not None}
+
+
+def call(operator: Operator, operands: Mapping[str, Tensor], inputs: Inputs, case: Case) -> tuple[Tensor, Tensor]:
+    """Call ``operator`` on operands by name, with the offsets of ``inputs`` and the bound of ``case``."""
+    gate = {name: operands[name] for name in GATE_PARAMETERS if name in operands}
+    return operator(*(operands.get(name) for name in OPERANDS), inputs.cu_seqlens, clip=case.clip, **gate)
+
+
+def differentiate(
+    operator: Operator,
+    inputs: Inputs,
+    case: Case,
+    *,
+    dtype: torch.dtype | None = None,
+    arrange: Arrange = torch.clone,
+    wanted: Collection[str] | None = None,
+) -> dict[str, Tensor]:
+    """Return y, state and the gradients d<operand> of one call by name.
+
+    Operands are cast to ``dtype`` if given, and laid out in memory by ``arrange`` as the incoming gradients are;
+    ``wanted`` names the operands that require a gradient, all of them by default.
+    """
+    leaves = {name: arrange(x if dtype is None else x.to(dtype)) for name, x in named_operands(inputs).items()}
+    differentiable = [name for name in leaves if wanted is None or name in wanted]
+    for name in differentiable:
+        leaves[name].requires_grad_()
+    y, state = call(operator, leaves, inputs, case)
+    outputs: list[tuple[Tensor, Tensor]] = []
+    if case.loss is not Loss.STATE:
+        outputs.append((y, arrange(inputs.dy.to(y.dtype))))
+    if case.loss is not Loss.Y:
+        outputs.append((state, arrange(inputs.dstate.to(state.dtype))))
+    gradients = _gradients([pair for pair in outputs if pair[0].requires_grad], [leaves[x] for x in differentiable])
+    named = {f"d{name}": gradient for name, gradient in zip(differentiable, gradients, strict=True)}
+    return {"y": y.detach(), "state": state.detach(), **named}
+
+
+def _gradients(outputs: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> Sequence[Tensor]:
+    """Return the gradients of leaves; zeros of those that no output depends on, as in a call of no steps."""
+    if not outputs:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    results, incoming = zip(*outputs, strict=True)
+    return torch.autograd.grad(results, leaves, incoming, materialize_grads=True)
+
+
+def _dtypes(inputs: Inputs, exact: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Return the dtype of every result: y as q, the state in float32, gradients as their operands."""
+    operands = {f"d{name}": x.dtype for name, x in named_operands(inputs).items()}
+    every = {"y": inputs.q.dtype, "state": torch.float32, **operands}
+    return {name: every[name] for name in exact}
+
+
+def _order_errors(
+    operator: Operator, inputs: Inputs, case: Case, exact: Mapping[str, Tensor], seed: int
+) -> dict[str, float]:
+    """Return the error of every tensor with the rows of the state, which never mix, in an order drawn from ``seed``."""
+    order = torch.randperm(inputs.q.shape[-1], generator=torch.Generator().manual_seed(seed)).to(inputs.q.device)
+    initial_state = None if inputs.initial_state is None else inputs.initial_state[..., order, :]
+    reordered = replace(
+        inputs,
+        q=inputs.q[..., order],
+        k=inputs.k[..., order],
+        initial_state=initial_state,
+        dstate=inputs.dstate[..., order, :],
+    )
+    rows = {"dq": -1, "dk": -1, "state": -2, "dinitial_state": -2}
+    return {
+        name: relative_error(out, exact[name].index_select(rows[name], order) if name in rows else exact[name])
+        for name, out in differentiate(operator, reordered, case).items()
+    }

@@ -1,0 +1,41 @@
+"""Run one case: whatever happens in it ends up in its report."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from m2gen.variant import Variant
+from m2gen.verify.case import Case, CaseReport, TensorResult, report
+from m2gen.verify.checks import CHECKS
+from m2gen.verify.subject import Package, Subject
+
+LONGEST_MESSAGE = 400
+
+
+def run_case(package: Package, variant: Variant, case: Case, seed: int, device: torch.device) -> CaseReport:
+    """Run one case of an imported package and judge what it gives; an exception is a failed case."""
+    start = time.monotonic()
+    results: tuple[TensorResult, ...] = ()
+    failure = ""
+    try:
+        results = tuple(CHECKS[case.check](Subject(package, variant, case, seed, device)))
+        if not results:
+            failure = "nothing was judged"
+    except Exception as error:  # of a compiler, a driver or a check: one case's failure, not the run's
+        failure = one_line(error)
+    return report(variant, case, seed, results, time.monotonic() - start, failure)
+
+
+def failed_case(variant: Variant, case: Case, seed: int, error: Exception) -> CaseReport:
+    """Return the report of a case that could not begin."""
+    return report(variant, case, seed, failure=one_line(error))
+
+
+def one_line(error: Exception) -> str:
+    """Return an exception's type and message in one line of bounded length."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return (
+        text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
+    )
