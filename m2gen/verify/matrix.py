@@ -12,8 +12,8 @@ from m2gen.verify.case import Case, Check, Feature, Layout, Loss
 
 LONG = 4096
 DRIFT = 16384
-LONG_STATE = 8192
-"""Most elements of a state, N K V, whose eager reference keeps thousands of steps for its backward."""
+LONG_STATE = 1024
+"""Most elements of a state, N K V, whose eager reference runs thousands of steps, forward and backward."""
 INTERPRETED_TILES = 64
 """Most 16x16 tiles of a state that the interpreter walks in reasonable time."""
 CHAOTIC_STEPS = 5
