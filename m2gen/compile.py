@@ -46,7 +46,7 @@ class Job:
 
     @property
     def warps(self) -> int:
-        return (self.schedule.forward if self.direction is Direction.FORWARD else self.schedule.backward).warps
+        return (self.schedule.backward if self.direction is Direction.BACKWARD else self.schedule.forward).warps
 
     @property
     def key(self) -> str:

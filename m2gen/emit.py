@@ -19,8 +19,8 @@ from m2gen import __version__
 from m2gen.device import PORTABLE, Device
 from m2gen.errors import EmitError
 from m2gen.outputs import backward_outputs, forward_output
-from m2gen.render import render_kernel, render_template, template_hash
-from m2gen.schedule import Schedule
+from m2gen.render import reference_source, render_kernel, render_template, template_hash
+from m2gen.schedule import Reduction, Schedule
 from m2gen.spec import ClipMode, Dtype
 from m2gen.variant import BuiltVariant, Variant
 
@@ -101,7 +101,8 @@ def _digest(files: Mapping[str, str]) -> str:
 def _lookup(variant: Variant) -> str:
     heads = variant.heads
     groups = f"({heads.q}, {heads.k}, {heads.v}, {heads.f}, {heads.w})"
-    return f"({variant.state_expansion}, {variant.head_dim}, {groups}, {TORCH_DTYPE[variant.dtype]})"
+    facts = f"{variant.state_expansion}, {variant.head_dim}, {groups}, {TORCH_DTYPE[variant.dtype]}"
+    return f"({facts}, {variant.computes_gate})"
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -113,8 +114,11 @@ def _varying(choices: Iterable[Choice]) -> str:
     """Name the results whose last bits depend on the order of atomics."""
     names: dict[str, None] = {}
     for choice in choices:
-        outputs = (forward_output(choice.variant, choice.schedule), *backward_outputs(choice.variant, choice.schedule))
-        names.update(dict.fromkeys(out.name for out in outputs if out.atomic))
+        variant, schedule = choice.variant, choice.schedule
+        if schedule.forward.reduction is Reduction.ATOMIC and forward_output(variant, schedule).shared:
+            names["y"] = None
+        if schedule.backward.reduction is Reduction.ATOMIC:
+            names.update(dict.fromkeys(out.name for out in backward_outputs(variant, schedule) if out.shared))
     return ", ".join(names) or "no result"
 
 
@@ -167,6 +171,35 @@ def _manifest(origin: Origin, namespace: str, variants: list[BuiltVariant], choi
     }
 
 
+def _reference(header: str) -> str:
+    """Return the eager reference as a module of a package, with where it came from in its docstring."""
+    title, rest = reference_source().split('"""\n', 1)
+    return f'{title}\n\n{header}\n"""\n{rest}'
+
+
+def _operator(origin: Origin, namespace: str, choices: list[Choice]) -> dict[str, str]:
+    """Render what stands around the kernels: arguments' checks, registration, and the functions that models call."""
+    clip = choices[0].variant.clip  # one spec, one numerics
+    header = origin.header()
+    files = {
+        "checks.py": render_template(
+            "checks.py.j2", provenance=header, spec_file=origin.spec_file, command=origin.command
+        ),
+        "library.py": render_template("library.py.j2", provenance=header, namespace=namespace),
+        "op.py": render_template(
+            "op.py.j2",
+            provenance=header,
+            clip_text=CLIP_TEXT[clip],
+            clamp_total=clip is ClipMode.TOTAL,
+            varying=_varying(choices),
+        ),
+        "reference.py": _reference(header),
+    }
+    if clip is ClipMode.CARRY and any(not choice.variant.computes_gate for choice in choices):
+        files["compat.py"] = render_template("compat.py.j2", provenance=header)
+    return files
+
+
 def package(origin: Origin, choices: Iterable[Choice]) -> Package:
     """Render the package that serves ``choices``, which must name every variant for every arch and ``portable``."""
     choices = list(choices)
@@ -176,16 +209,7 @@ def package(origin: Origin, choices: Iterable[Choice]) -> Package:
     files = _kernel_files(origin, choices)
     files["dispatch.py"] = _dispatch(origin, variants, choices)
     namespace = f"m2gen_{origin.name}_{_digest(files)[:8]}"
-    clips = {choice.variant.clip for choice in choices}
-    files["op.py"] = render_template(
-        "op.py.j2",
-        provenance=origin.header(),
-        namespace=namespace,
-        clip_text=CLIP_TEXT[clips.pop()],
-        varying=_varying(choices),
-        spec_file=origin.spec_file,
-        command=origin.command,
-    )
+    files |= _operator(origin, namespace, choices)
     files["__init__.py"] = render_template(
         "package.py.j2",
         title=f"M2RNN kernels built from {origin.spec_file}.",

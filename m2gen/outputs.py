@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.schedule import Reduction, Schedule
+from m2gen.schedule import Schedule
 from m2gen.variant import Variant
 
 
@@ -12,11 +12,14 @@ from m2gen.variant import Variant
 class Output:
     """One per-step tensor: where programs write it, and how the launcher allocates and finishes it.
 
-    A single contributor stores the element itself. Several either add to a float32 buffer of the final shape, or
-    store a float32 row each, head by head and part by part, which the launcher sums.
+    A single contributor stores the element itself. Several either add to a float32 buffer of the final shape
+    (``ATOMIC`` in the kernel, ``atomic`` in the launcher), or store a float32 row each, head by head and part by part,
+    which the launcher sums.
     """
 
     name: str
+    operand: str
+    """Of the launcher: what the tensor is the gradient of, or takes its dtype from."""
     total: int
     """N: heads that programs run over."""
     groups: int
@@ -25,11 +28,13 @@ class Output:
     """Programs that share one head's sum over rows; 1 where rows are not summed."""
     dim: int | None
     """Extent of the last dim; None for a scalar per head."""
-    reduction: Reduction
-    dtype: str
-    """Expression of the tensor's final dtype in the launcher."""
     offsets: str
     mask: str
+
+    @property
+    def flag(self) -> str:
+        """Name of the kernel's flag that this gradient is wanted; the launcher's is the same in lower case."""
+        return f"WANT_{self.name[1:].upper()}"
 
     @property
     def contributors(self) -> int:
@@ -39,58 +44,59 @@ class Output:
     def shared(self) -> bool:
         return self.contributors > 1
 
-    @property
-    def atomic(self) -> bool:
-        return self.shared and self.reduction is Reduction.ATOMIC
+    def _scaled(self, index: str) -> str:
+        return index if self.dim is None else f"{index} * {self.dim}"
 
     @property
-    def row(self) -> str:
-        """Index of step 0's row, in units of the last dim."""
-        if self.atomic:
-            head = "n" if self.total == self.groups else f"n // {self.total // self.groups}"
-            return f"(token * {self.groups} + {head})"
-        if self.parts == 1:
-            return f"(token * {self.total} + n)"
-        return f"((token * {self.total} + n) * {self.parts} + part)"
+    def begin(self) -> str:
+        """Offset of step 0's row."""
+        if not self.shared:
+            return self._scaled(f"(token * {self.total} + n)")
+        head = "n" if self.total == self.groups else f"n // {self.total // self.groups}"
+        row = f"((token * {self.total} + n) * {self.parts} + part)" if self.parts > 1 else f"(token * {self.total} + n)"
+        return f"{self._scaled(f'(token * {self.groups} + {head})')} if ATOMIC else {self._scaled(row)}"
 
     @property
-    def step(self) -> int:
+    def step(self) -> str:
         """Elements between steps."""
-        rows = self.groups if self.atomic else self.total * self.parts
-        return rows * (self.dim or 1)
+        partial = self.total * self.parts * (self.dim or 1)
+        return f"{self.groups * (self.dim or 1)} if ATOMIC else {partial}" if self.shared else str(partial)
+
+    def write(self, row: str, value: str) -> str:
+        """Return the statement that writes one step's ``value`` to the row at address ``row``."""
+        if self.shared:
+            return f"contribute({row}{self.offsets}, {value}, {self.mask}, ATOMIC)"
+        return f"tl.store({row}{self.offsets}, {value}, mask={self.mask})"
 
     @property
     def allocate(self) -> str:
         last = "" if self.dim is None else f", {self.dim}"
-        if self.atomic:
-            return f"q.new_zeros(*lead, {self.groups}{last}, dtype=torch.float32)"
         if not self.shared:
-            return f"q.new_empty(*lead, {self.groups}{last}, dtype={self.dtype})"
-        return f"q.new_empty(*lead, {self.groups}, {self.contributors}{last}, dtype=torch.float32)"
+            return f"q.new_empty(*lead, {self.groups}{last}, dtype={self.operand}.dtype)"
+        return f"buffer(q, atomic, lead, {self.groups}, {self.contributors}{last})"
 
     @property
     def finish(self) -> str:
         if not self.shared:
             return self.name
-        summed = self.name if self.atomic else f"{self.name}.sum({-1 if self.dim is None else -2})"
-        return f"{summed}.to({self.dtype})"
+        dim = -1 if self.dim is None else -2
+        return f"({self.name} if atomic else {self.name}.sum({dim})).to({self.operand}.dtype)"
 
 
 def forward_output(variant: Variant, schedule: Schedule) -> Output:
     """Return how y is written: rows are summed, and every head has its own."""
     total, parts = variant.total_heads, schedule.forward.parts(variant)
     mask = "tl.where(inside, col_mask, False)"
-    return Output("y", total, total, parts, variant.head_dim, schedule.forward.reduction, "v.dtype", " + cols", mask)
+    return Output("y", "v", total, total, parts, variant.head_dim, " + cols", mask)
 
 
 def backward_outputs(variant: Variant, schedule: Schedule) -> tuple[Output, ...]:
     """Return how dq, dk, dv and df are written; dv and df sum over rows, all sum over the heads of a group."""
-    heads, total = variant.heads, variant.total_heads
-    parts, reduction = schedule.backward.parts(variant), schedule.backward.reduction
+    heads, total, parts = variant.heads, variant.total_heads, schedule.backward.parts(variant)
     rows, cols = "tl.where(inside, row_mask, False)", "tl.where(inside, col_mask, False)"
     return (
-        Output("dq", total, heads.q, 1, variant.state_expansion, reduction, "q.dtype", " + rows", rows),
-        Output("dk", total, heads.k, 1, variant.state_expansion, reduction, "k.dtype", " + rows", rows),
-        Output("dv", total, heads.v, parts, variant.head_dim, reduction, "v.dtype", " + cols", cols),
-        Output("df", total, heads.f, parts, None, reduction, "forget.dtype", "", "inside"),
+        Output("dq", "q", total, heads.q, 1, variant.state_expansion, " + rows", rows),
+        Output("dk", "k", total, heads.k, 1, variant.state_expansion, " + rows", rows),
+        Output("dv", "v", total, heads.v, parts, variant.head_dim, " + cols", cols),
+        Output("df", "forget", total, heads.f, parts, None, "", "inside"),
     )

@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 
 from m2gen.outputs import backward_outputs, forward_output
-from m2gen.schedule import Schedule, Tanh
+from m2gen.schedule import Reduction, Schedule, Tanh
 from m2gen.signature import Direction, arguments
-from m2gen.spec import ClipMode, Dtype
+from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import Variant
 
 TRITON_DTYPE = {Dtype.BF16: "tl.bfloat16", Dtype.FP16: "tl.float16", Dtype.FP32: "tl.float32"}
@@ -24,6 +24,12 @@ def templates_dir() -> Path:
     here = Path(__file__).resolve().parent
     inside = here / "templates"
     return inside if inside.is_dir() else here.parent / "templates"
+
+
+@cache
+def reference_source() -> str:
+    """Return the eager reference's module, which packages carry as it is: it imports nothing of m2gen."""
+    return (Path(__file__).resolve().parent / "reference.py").read_text(encoding="utf-8")
 
 
 @cache
@@ -86,42 +92,105 @@ def _parameters(variant: Variant, schedule: Schedule, direction: Direction) -> l
     return lines
 
 
+def _sums(variant: Variant, schedule: Schedule) -> dict[str, Any]:
+    """Return what several programs write, and when the launchers have them use atomics."""
+    y, outputs = forward_output(variant, schedule), backward_outputs(variant, schedule)
+    backward_shares = any(out.shared for out in outputs)
+
+    def atomic(shares: bool, reduction: Reduction) -> str:
+        return "not deterministic" if shares and reduction is Reduction.ATOMIC else "False"
+
+    return {
+        "y": y,
+        "backward_outputs": outputs,
+        "shares": y.shared or backward_shares,
+        "forward_atomic": atomic(y.shared, schedule.forward.reduction),
+        "backward_atomic": atomic(backward_shares, schedule.backward.reduction),
+    }
+
+
+def _gate(variant: Variant, schedule: Schedule) -> dict[str, Any]:
+    """Return what the templates place for the kind of gate."""
+    contributors = variant.total_heads // variant.heads.f * schedule.backward.parts(variant)
+    computes = variant.computes_gate
+    return {
+        "computes_gate": computes,
+        "gate_template": f"_gate_{variant.gate}.py.j2",
+        "gate_legend": "x_t, from which the gate is computed" if computes else "x_t, which is the gate itself",
+        "outside_gate": 'float("-inf")' if computes else "1.0",
+        "gate_parameters": ", rate, dt_bias" if computes else "",
+        "gate_arguments": "A_log, dt_bias, " if computes else "",
+        "gate_gradients": "dA_log, ddt_bias, " if computes else "",
+        "gate_flags": "WANT_GATE=want_gate, " if computes else "",
+        "gate_wanted": "want_A_log, want_dt_bias" if computes else "_, _",
+        "gate_shape": f"{variant.heads.f}, {contributors}",
+    }
+
+
+def _products(variant: Variant) -> dict[str, Any]:
+    """Return how operands of products are rounded and multiplied."""
+    return {
+        "dot_precision": f', input_precision="{variant.products}"' if variant.dtype is Dtype.FP32 else "",
+        "tf32": variant.products is Fp32Products.TF32,
+        "widens": variant.dtype is Dtype.BF16,
+        "operand_cast": f".to({TRITON_DTYPE[variant.dtype]})",
+    }
+
+
+def _checkpoints(variant: Variant, schedule: Schedule) -> dict[str, Any]:
+    """Return where the backward finds the states that it starts from."""
+    tile = schedule.interval // schedule.backward.chunk * schedule.backward.rows * variant.padded_cols
+    if schedule.two_level:
+        chunk = "tl.maximum(before - first, 0) // CHUNK"
+        return {
+            "two_level": True,
+            "chunk_range": "last, first - 1",
+            "chunk_states": f"scratch + {chunk} * (BACKWARD_ROWS * V_PAD) + scratch_offsets",
+            "chunk_mask": "",
+            "scratch": f"q.new_empty(programs, {tile}, dtype=torch.float32)",
+        }
+    checkpoint = "tl.cast(tl.maximum(before, 0) // INTERVAL, tl.int64) * (N * K * V)"
+    return {
+        "two_level": False,
+        "chunk_range": "end, -1",
+        "chunk_states": f"checkpoints + {checkpoint} + state_offsets",
+        "chunk_mask": ", mask=state_mask, other=0.0",
+        "scratch": "None",
+    }
+
+
+def _launch(variant: Variant, schedule: Schedule) -> dict[str, Any]:
+    """Return the launchers' grids and shapes."""
+    heads, rows, cols = variant.total_heads, variant.state_expansion, variant.head_dim
+    weight_parts = heads // variant.heads.w * schedule.backward.parts(variant)
+    return {
+        "interval": schedule.interval,
+        "forward_programs": heads * schedule.forward.parts(variant),
+        "backward_programs": heads * schedule.backward.parts(variant),
+        "step_programs": heads,
+        "forward_warps": schedule.forward.warps,
+        "backward_warps": schedule.backward.warps,
+        "state_shape": f"{heads}, {rows}, {cols}",
+        "step_shape": f"{heads}, {cols}",
+        "weight_shape": f"{variant.heads.w}, {weight_parts}, {cols}, {cols}",
+    }
+
+
 def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
     """Return the module of one variant run by one schedule: kernels, then the functions that launch them."""
-    outputs = backward_outputs(variant, schedule)
-    two_level = schedule.two_level
-    weight_parts = variant.total_heads // variant.heads.w * schedule.backward.parts(variant)
-    tile = schedule.interval // schedule.backward.chunk * schedule.backward.rows * variant.padded_cols
     return render_template(
         "kernel.py.j2",
         title=f"M2RNN kernels for {variant.key}, schedule {schedule.slug}.",
         provenance=provenance,
         constants=_constants(variant, schedule),
-        forward_parameters=_parameters(variant, schedule, Direction.FORWARD),
-        backward_parameters=_parameters(variant, schedule, Direction.BACKWARD),
-        tanh_ptx=schedule.tanh is Tanh.PTX,
-        clip_carry=variant.clip is ClipMode.CARRY,
-        dot_precision=', input_precision="ieee"' if variant.dtype is Dtype.FP32 else "",
-        widens=variant.dtype is Dtype.BF16,
-        operand_cast=f".to({TRITON_DTYPE[variant.dtype]})",
-        y=forward_output(variant, schedule),
+        **{f"{direction}_parameters": _parameters(variant, schedule, direction) for direction in Direction},
         forward_steps=range(schedule.forward.unroll),
         backward_steps=range(schedule.backward.chunk),
-        backward_outputs=outputs,
-        two_level=two_level,
-        chunk_range="last, first - 1" if two_level else "end, -1",
-        chunk_states=(
-            "scratch + tl.maximum(before - first, 0) // CHUNK * (BACKWARD_ROWS * V_PAD) + scratch_offsets"
-            if two_level
-            else "checkpoints + tl.cast(tl.maximum(before, 0) // INTERVAL, tl.int64) * (N * K * V) + state_offsets"
-        ),
-        chunk_mask="" if two_level else ", mask=state_mask, other=0.0",
-        scratch=f"q.new_empty(programs, {tile}, dtype=torch.float32)" if two_level else "None",
-        weight_shape=f"{variant.heads.w}, {weight_parts}, {variant.head_dim}, {variant.head_dim}",
-        interval=schedule.interval,
-        forward_programs=variant.total_heads * schedule.forward.parts(variant),
-        backward_programs=variant.total_heads * schedule.backward.parts(variant),
-        forward_warps=schedule.forward.warps,
-        backward_warps=schedule.backward.warps,
-        state_shape=f"{variant.total_heads}, {variant.state_expansion}, {variant.head_dim}",
+        tanh_ptx=schedule.tanh is Tanh.PTX,
+        clip_carry=variant.clip is ClipMode.CARRY,
+        **_products(variant),
+        **_gate(variant, schedule),
+        **_sums(variant, schedule),
+        **_checkpoints(variant, schedule),
+        **_launch(variant, schedule),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from m2gen.outputs import backward_outputs, forward_output
-from m2gen.schedule import Schedule
+from m2gen.schedule import BackwardSchedule, ForwardSchedule, Reduction, Schedule
 from m2gen.spec import Dtype
 from m2gen.variant import Variant
 
@@ -18,10 +18,12 @@ STATE = "*fp32"
 
 
 class Direction(StrEnum):
-    """Which of a variant's two kernels."""
+    """Which of a variant's kernels."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
+    STEP = "step"
+    """One step of decoding."""
 
 
 @dataclass(frozen=True)
@@ -46,36 +48,48 @@ def _stride(name: str, elements: int, *, steps: bool = False) -> Argument:
     return Argument(name, even=elements % 16 == 0)
 
 
-def _token_strides(name: str, heads: int, dim: int | None) -> Iterator[Argument]:
-    """Strides of a (B, S, heads, dim) tensor, or of a (B, S, heads) one."""
-    yield _stride(f"{name}_b", heads * (dim or 1), steps=True)
-    yield _stride(f"{name}_s", heads * (dim or 1))
+def _token_strides(name: str, heads: int, dim: int | None, *, steps: bool = True) -> Iterator[Argument]:
+    """Strides of a (B, S, heads, dim) tensor, of a (B, S, heads) one, or without ``steps`` of one without S."""
+    yield _stride(f"{name}_b", heads * (dim or 1), steps=steps)
+    if steps:
+        yield _stride(f"{name}_s", heads * (dim or 1))
     yield _stride(f"{name}_n", dim or 1)
     if dim is not None:
         yield _stride(f"{name}_d", 1)
 
 
-def _operand_strides(variant: Variant) -> Iterator[Argument]:
+def _operand_strides(variant: Variant, *, steps: bool = True) -> Iterator[Argument]:
     heads, rows, cols = variant.heads, variant.state_expansion, variant.head_dim
-    yield from _token_strides("q", heads.q, rows)
-    yield from _token_strides("k", heads.k, rows)
-    yield from _token_strides("v", heads.v, cols)
+    yield from _token_strides("q", heads.q, rows, steps=steps)
+    yield from _token_strides("k", heads.k, rows, steps=steps)
+    yield from _token_strides("v", heads.v, cols, steps=steps)
     yield from (_stride("w_n", cols * cols), _stride("w_i", cols), _stride("w_j", 1))
-    yield from _token_strides("f", heads.f, None)
+    yield from _token_strides("x", heads.f, None, steps=steps)
 
 
 def _pointer(name: str, type_: str) -> Argument:
     return Argument(name, type_, even=True)
 
 
-def _operands(element: str) -> Iterator[Argument]:
-    return (_pointer(name, element) for name in "qkvwf")
+def _operands(variant: Variant) -> Iterator[Argument]:
+    yield from (_pointer(name, ELEMENT[variant.dtype]) for name in "qkvwx")
+    if variant.computes_gate:
+        yield from (_pointer(name, STATE) for name in ("A_log", "dt_bias"))
+
+
+def _flag(name: str, value: bool) -> Argument:
+    """A choice that each call makes and the kernel is specialised by."""
+    return Argument(name, "constexpr", value, flag=True)
+
+
+def _atomic(shares: bool, schedule_part: ForwardSchedule | BackwardSchedule) -> Argument:
+    return _flag("ATOMIC", shares and schedule_part.reduction is Reduction.ATOMIC)
 
 
 def _forward(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
     element = ELEMENT[variant.dtype]
     y = forward_output(variant, schedule)
-    yield from _operands(element)
+    yield from _operands(variant)
     yield Argument("h_first", "constexpr")
     yield _pointer("y", STATE if y.shared else element)
     yield _pointer("h_last", STATE)
@@ -84,33 +98,49 @@ def _forward(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
     yield from _operand_strides(variant)
     yield Argument("S")
     yield Argument("intervals")
-    yield Argument("HAS_FIRST", "constexpr", False, flag=True)
-    yield Argument("PACKED", "constexpr", False, flag=True)
-    yield Argument("SAVE", "constexpr", True, flag=True)
+    yield from (_flag("HAS_FIRST", False), _flag("PACKED", False), _flag("SAVE", True))
+    yield _atomic(y.shared, schedule.forward)
 
 
 def _backward(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
     element = ELEMENT[variant.dtype]
-    outputs = {out.name: STATE if out.shared else element for out in backward_outputs(variant, schedule)}
-    yield from _operands(element)
+    outputs = backward_outputs(variant, schedule)
+    types = {out.name: STATE if out.shared else element for out in outputs}
+    yield from _operands(variant)
     yield _pointer("dy", element)
     yield Argument("dh_last", "constexpr")
     yield _pointer("checkpoints", STATE)
     yield _pointer("scratch", STATE) if schedule.two_level else Argument("scratch", "constexpr")
     yield Argument("cu_seqlens", "constexpr")
     for name in ("dq", "dk", "dv", "dw", "df"):
-        yield _pointer(name, outputs.get(name, STATE))
+        yield _pointer(name, types.get(name, STATE))
+    if variant.computes_gate:
+        yield from (_pointer(name, STATE) for name in ("dA_log", "ddt_bias"))
     yield _pointer("dh_first", STATE)
     yield from _operand_strides(variant)
     yield from _token_strides("dy", variant.total_heads, variant.head_dim)
     yield Argument("S")
     yield Argument("intervals")
     yield Argument("bound", "fp32")
-    yield Argument("HAS_LAST", "constexpr", False, flag=True)
-    yield Argument("PACKED", "constexpr", False, flag=True)
+    yield from (_flag("HAS_LAST", False), _flag("PACKED", False))
+    yield _atomic(any(out.shared for out in outputs), schedule.backward)
+    yield from (_flag(f"WANT_{name}", True) for name in "QKVWFH")
+    yield _flag("CARRIES", True)
+    if variant.computes_gate:
+        yield _flag("WANT_GATE", True)
+
+
+def _step(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
+    rows, cols = variant.state_expansion, variant.head_dim
+    yield from _operands(variant)
+    yield _pointer("state", STATE)
+    yield _pointer("y", ELEMENT[variant.dtype])
+    yield from _operand_strides(variant, steps=False)
+    yield from (_stride("h_b", variant.total_heads * rows * cols), _stride("h_n", rows * cols))
+    yield from (_stride("h_i", cols), _stride("h_j", 1))
 
 
 def arguments(variant: Variant, schedule: Schedule, direction: Direction) -> tuple[Argument, ...]:
     """Return the parameters of one kernel in order."""
-    make = _forward if direction is Direction.FORWARD else _backward
-    return tuple(make(variant, schedule))
+    make = {Direction.FORWARD: _forward, Direction.BACKWARD: _backward, Direction.STEP: _step}
+    return tuple(make[direction](variant, schedule))

@@ -54,8 +54,14 @@ SHAPES = {
     "packed_rank": ({"cu_seqlens": _zeros(2, dtype=torch.int32)}, "q must be (T, Nq, K), got (1, 5, 1, 16)"),
     "only_A_log": ({"A_log": _zeros(2)}, "A_log and dt_bias must be given together, got only A_log"),
     "only_dt_bias": ({"dt_bias": _zeros(2)}, "A_log and dt_bias must be given together, got only dt_bias"),
-    "A_log_heads": ({"A_log": _zeros(3), "dt_bias": _zeros(2)}, "A_log must be (2,) as forget has heads, got (3,)"),
-    "dt_bias_rank": ({"A_log": _zeros(2), "dt_bias": _zeros(1, 2)}, "must be (2,) as forget has heads, got (1, 2)"),
+    "A_log_heads": (
+        {"A_log": _zeros(3), "dt_bias": _zeros(2)},
+        "A_log must be (2,), one for each head of forget, got (3,)",
+    ),
+    "dt_bias_rank": (
+        {"A_log": _zeros(2), "dt_bias": _zeros(1, 2)},
+        "must be (2,), one for each head of forget, got (1, 2)",
+    ),
 }
 DEVICES = {
     f"{name}_device": ({name: _meta}, f"{name} must be on {{device}} as q is, got meta") for name in OPERANDS[1:]

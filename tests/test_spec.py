@@ -189,7 +189,8 @@ def test_what_means_something_else_has_another_hash() -> None:
 def test_shipped_specs_load(path: Path) -> None:
     spec = load_spec(path)
     assert spec.name == path.stem
-    assert all(layer.workloads for layer in spec.layers.values())
+    for_verification = spec.name.startswith("matrix")  # which is never timed
+    assert all(layer.workloads or for_verification for layer in spec.layers.values())
     assert load_spec(path) == parse_spec(path.read_bytes(), "elsewhere.yaml")
 
 
