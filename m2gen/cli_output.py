@@ -93,10 +93,13 @@ def show_bench(results: Sequence[tuple[str, Measurement]], *, as_json: bool) -> 
         print_json([{"layer": layer, **asdict(measurement)} for layer, measurement in results])
         return
     rows = [
-        (layer, m.variant, m.batch, m.seq, f"{m.forward_ms:.3f}", f"{m.step_ms:.3f}", f"{m.extra_bytes / 1e9:.3f}")
+        (
+            *(layer, m.variant, m.batch, m.seq, f"{m.forward_ms:.3f}", f"{m.step_ms:.3f}"),
+            *(f"{m.extra_bytes / 1e9:.3f}", f"{m.call_us:.0f}"),
+        )
         for layer, m in results
     ]
-    columns = ("layer", "variant", "batch", "seq", "forward ms", "forward+backward ms", "extra GB")
+    columns = ("layer", "variant", "batch", "seq", "forward ms", "forward+backward ms", "extra GB", "host µs")
     print_table("Medians", columns, rows)
 
 

@@ -7,12 +7,23 @@ often as there are candidates. ``cases`` lists what a variant is put through, an
 from m2gen.problem import Gates, Weights, make_inputs
 from m2gen.verify.case import Case, CaseReport, Check, Feature, Layout, Loss, TensorResult, report
 from m2gen.verify.matrix import cases, only, quick
-from m2gen.verify.oracle import FACTOR, OPERANDS, TENSORS, Operator, Oracle, differentiate, judge, oracle
+from m2gen.verify.oracle import (
+    FACTOR,
+    GATE_PARAMETERS,
+    OPERANDS,
+    TENSORS,
+    Operator,
+    Oracle,
+    differentiate,
+    judge,
+    oracle,
+)
 from m2gen.verify.run import failed_case, run_case
 from m2gen.verify.subject import Package
 
 __all__ = [
     "FACTOR",
+    "GATE_PARAMETERS",
     "OPERANDS",
     "TENSORS",
     "Case",
