@@ -24,37 +24,45 @@ class _ClampGradient(torch.autograd.Function):
         return grad.clamp(-ctx.bound, ctx.bound), None
 
 
-class _RoundedTanh(torch.autograd.Function):
-    """tanh whose result keeps float16's 11 significant bits: the error bound of ``tanh.approx.f32``, 2^-11."""
+def _kept(x: Tensor, bits: int, grid: float) -> Tensor:
+    """Return float32 values rounded to ``bits`` significant bits on a grid (see ``Arithmetic.grid``)."""
+    dropped = 24 - bits
+    scaled = (x.float() * grid).contiguous().view(torch.int32)
+    return (((scaled + (1 << (dropped - 1))) & -(1 << dropped)).view(torch.float32) / grid).to(x.dtype)
+
+
+class _Rounded(torch.autograd.Function):
+    """Identity that keeps some significant bits of a float32 tensor, and of its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        z = x.tanh().to(torch.float16).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, bits: int, grid: float) -> Tensor:
+        ctx.bits, ctx.grid = bits, grid
+        return _kept(x, bits, grid)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _kept(grad, ctx.bits, ctx.grid), None, None
+
+
+class _RoundedTanh(torch.autograd.Function):
+    """tanh of which some significant bits are kept, and the slope that this value gives."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int, grid: float) -> Tensor:
+        z = _kept(x.tanh(), bits, grid).clamp(-1, 1)
         ctx.save_for_backward(z)
         return z
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         z: Tensor = ctx.saved_tensors[0]
-        return grad * (1 - z * z)
-
-
-class _RoundedToTf32(torch.autograd.Function):
-    """Identity that keeps tf32's 11 significant bits of a float32 tensor, and of its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        bits = x.float().contiguous().view(torch.int32)
-        return ((bits + 0x1000) & -0x2000).view(torch.float32).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _RoundedToTf32.forward(ctx, grad)
+        return grad * (1 - z * z), None, None
 
 
 _clamp_gradient: Callable[[Tensor, float], Tensor] = _ClampGradient.apply
-_rounded_tanh: Callable[[Tensor], Tensor] = _RoundedTanh.apply
-_rounded_to_tf32: Callable[[Tensor], Tensor] = _RoundedToTf32.apply
+_rounded: Callable[[Tensor, int, float], Tensor] = _Rounded.apply
+_rounded_tanh: Callable[[Tensor, int, float], Tensor] = _RoundedTanh.apply
+TF32_BITS = 11
 
 
 @dataclass(frozen=True)
@@ -65,20 +73,38 @@ class Arithmetic:
     """Of the state and of every accumulation."""
     operand: torch.dtype
     """That H and the weight are rounded to before their product."""
-    rounded_tanh: bool = False
     tf32: bool = False
     """Round H and the weight to tf32 on top."""
+    tanh_bits: int | None = None
+    """Significant bits of tanh; None for all of the state's dtype."""
+    gate_bits: int | None = None
+    """Likewise of the functions that a gate is computed with."""
+    grid: float = 1.0
+    """From 1 up to 2: H and function values are rounded as multiples of their last place over ``grid``. The errors are
+    as large on every grid, and independent of each other, so several grids show what a tensor's error may be."""
 
-    def as_operand(self, x: Tensor) -> Tensor:
+    def as_operand(self, x: Tensor, grid: float = 1.0) -> Tensor:
         """Return x as the product with H or the weight sees it."""
-        narrow = x.to(self.operand).to(self.state)
-        return _rounded_to_tf32(narrow) if self.tf32 else narrow
+        wide = x.to(self.state)
+        if self.operand is self.state:
+            return _rounded(wide, TF32_BITS, grid) if self.tf32 else wide
+        return (wide * grid).to(self.operand).to(self.state) / grid
+
+    def tanh(self, x: Tensor) -> Tensor:
+        """Return tanh of x as a kernel's instructions give it."""
+        return x.tanh() if self.tanh_bits is None else _rounded_tanh(x, self.tanh_bits, self.grid)
+
+    def as_function(self, x: Tensor) -> Tensor:
+        """Return x as the value of a function that a gate is computed with."""
+        return x if self.gate_bits is None else _rounded(x, self.gate_bits, self.grid)
 
 
 EXACT = Arithmetic(torch.float64, torch.float64)
 
 
-def forget_gate(x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def forget_gate(
+    x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None, arithmetic: Arithmetic = EXACT
+) -> tuple[Tensor, Tensor]:
     """Return f and 1 - f, both accurate where f is near 1: x itself, or exp(-exp(A_log) softplus(x + dt_bias)).
 
     x (..., Nf), A_log (Nf,) and dt_bias (Nf,); the parametrisation is that of the published layer.
@@ -86,8 +112,9 @@ def forget_gate(x: Tensor, A_log: Tensor | None, dt_bias: Tensor | None) -> tupl
     if A_log is None or dt_bias is None:
         return x, 1 - x
     shifted = x + dt_bias
-    decay = A_log.exp() * torch.logaddexp(shifted, torch.zeros_like(shifted))
-    return torch.exp(-decay), -torch.expm1(-decay)
+    softplus = torch.logaddexp(shifted, torch.zeros_like(shifted))
+    decay = A_log.exp() * arithmetic.as_function(softplus)
+    return arithmetic.as_function(torch.exp(-decay)), arithmetic.as_function(-torch.expm1(-decay))
 
 
 def _per_head(x: Tensor, total: int, dim: int) -> Tensor:
@@ -107,11 +134,11 @@ class _Rules:
 def _sequence(operands: tuple[Tensor, ...], weight: Tensor, state: Tensor, rules: _Rules) -> tuple[Tensor, Tensor]:
     """Run q, k, v, f, 1 - f of shapes (B, S, N, ...) from ``state`` (B, N, K, V); return y and the final state."""
     q, k, v, f, rest = operands
-    tanh = _rounded_tanh if rules.arithmetic.rounded_tanh else torch.tanh
+    arithmetic = rules.arithmetic
     outputs = []
     for t in range(q.shape[1]):
-        product = rules.arithmetic.as_operand(state) @ weight
-        z = tanh(product + k[:, t, :, :, None] * v[:, t, :, None, :])
+        product = arithmetic.as_operand(state, arithmetic.grid) @ weight
+        z = arithmetic.tanh(product + k[:, t, :, :, None] * v[:, t, :, None, :])
         state = f[:, t, :, None, None] * state + rest[:, t, :, None, None] * z
         if rules.clamp_total:
             state = _clamp_gradient(state, rules.bound)
@@ -151,7 +178,7 @@ def m2rnn(
     packed = cu_seqlens is not None
     A_log, dt_bias = (x if x is None else x.to(arithmetic.state) for x in (A_log, dt_bias))
     wide = [x.to(arithmetic.state).unsqueeze(0) if packed else x.to(arithmetic.state) for x in (q, k, v, forget)]
-    operands = tuple(_per_head(x, total, 2) for x in (*wide[:3], *forget_gate(wide[3], A_log, dt_bias)))
+    operands = tuple(_per_head(x, total, 2) for x in (*wide[:3], *forget_gate(wide[3], A_log, dt_bias, arithmetic)))
     matrix = _per_head(arithmetic.as_operand(weight), total, 0)
     spans = [(0, wide[0].shape[1])] if cu_seqlens is None else list(pairwise(cu_seqlens.tolist()))
     batch = len(spans) if packed else q.shape[0]

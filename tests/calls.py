@@ -129,7 +129,7 @@ class Spy:
         self.launched: list[str] = []
         """Which launchers were called, in order."""
         self.results: dict[str, list[Any]] = {}
-        """What each operator returned, by its name."""
+        """What each operator and launcher returned, by its name."""
         library, dispatch = module_of(package, "library"), module_of(package, "dispatch")
         for name in ("FORWARD", "BACKWARD", "STEP"):
             patch.setattr(library, name, self._recording(name, getattr(library, name)))
@@ -149,6 +149,8 @@ class Spy:
     def _noting(self, name: str, launcher: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             self.launched.append(name)
-            return launcher(*arguments)
+            results = launcher(*arguments)
+            self.results.setdefault(name, []).append(results)
+            return results
 
         return call

@@ -48,8 +48,14 @@ def problems_of(text: str | bytes) -> list[str]:
     return [line.removeprefix(f"{WHERE}: ") for line in caught.value.problems]
 
 
+WHY = {
+    128: " (a program's registers hold the V x V state weight)",
+    256: " (the most rows that kernels are verified for)",
+}
+
+
 def integer(limit: int) -> str:
-    return f"must be an integer from 1 to {limit}"
+    return f"must be an integer from 1 to {limit}{WHY.get(limit, '')}"
 
 
 def duration(given: str) -> str:

@@ -11,9 +11,9 @@ from pydantic import AfterValidator, Field
 from m2gen.spec.contract import choice, must_be, one_of
 
 MAX_STATE_EXPANSION = 256
-"""Largest K that the templates serve."""
+"""Largest K that the templates are verified for."""
 MAX_HEAD_DIM = 128
-"""Largest V that the templates serve."""
+"""Largest V that the templates serve: a program holds the V x V state weight in its registers."""
 MAX_HEADS = 65535
 """Largest head count: the extent of a launch grid's second and third axes."""
 MAX_VARIANTS = 4096
@@ -102,9 +102,15 @@ SpecName = Annotated[
     AfterValidator(_identifier),
     must_be(_name_words(", no leading underscore")),
 ]
-HeadDim = Annotated[int, Field(strict=True, ge=1, le=MAX_HEAD_DIM), must_be(f"an integer from 1 to {MAX_HEAD_DIM}")]
+HeadDim = Annotated[
+    int,
+    Field(strict=True, ge=1, le=MAX_HEAD_DIM),
+    must_be(f"an integer from 1 to {MAX_HEAD_DIM} (a program's registers hold the V x V state weight)"),
+]
 StateExpansion = Annotated[
-    int, Field(strict=True, ge=1, le=MAX_STATE_EXPANSION), must_be(f"an integer from 1 to {MAX_STATE_EXPANSION}")
+    int,
+    Field(strict=True, ge=1, le=MAX_STATE_EXPANSION),
+    must_be(f"an integer from 1 to {MAX_STATE_EXPANSION} (the most rows that kernels are verified for)"),
 ]
 HeadCount = Annotated[int, Field(strict=True, ge=1, le=MAX_HEADS), must_be(f"an integer from 1 to {MAX_HEADS}")]
 Size = Annotated[int, Field(strict=True, ge=1, le=MAX_SIZE), must_be(f"an integer from 1 to {MAX_SIZE}")]
