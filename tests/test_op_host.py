@@ -16,18 +16,19 @@ from m2gen.problem import Problem, make_inputs
 class FakeKernel:
     """A kernel as Triton's: compiled by a call with a grid, then launched by what that returned."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, compiles: bool = True) -> None:
         self.log: list[tuple[Any, ...]] = []
+        self.compiles = compiles
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def compile_and_launch(*values: Any, **options: Any) -> Any:
+        def first(*values: Any, **options: Any) -> Any:
             self.log.append(("compiled", grid, values, options))
-            return self
+            return self if self.compiles else None
 
-        def launch(*values: Any) -> None:
+        def again(*values: Any) -> None:
             self.log.append(("launched", grid, values))
 
-        return launch if any(entry[0] == "compiled" for entry in self.log) else compile_and_launch
+        return again if self.log else first
 
 
 @pytest.fixture(scope="module")
@@ -46,31 +47,36 @@ def _module(kernels: Any) -> Any:
 
 
 def test_a_launch_is_looked_up_once(kernels) -> None:
-    """The first launch compiles; later ones of the same flags hand the binary arguments and flags in order."""
-    kernel, known = FakeKernel(), {}
-    for values in ((1, 2), (3, 4)):
-        _module(kernels).launch(known, kernel, 5, values, {"SAVE": False, "ATOMIC": True})
-    (compiled, launched) = kernel.log
-    assert compiled[:3] == ("compiled", (5, 1, 1), (1, 2))
-    assert compiled[3].items() >= {"SAVE": False, "ATOMIC": True, "num_stages": 1}.items()
-    assert launched == ("launched", (5, 1, 1), (3, 4, False, True))
+    """The first launch compiles; it returns what hands the same binary other pointers, then scalars and flags."""
+    kernel = FakeKernel()
+    run = _module(kernels).launch(kernel, 5, ("p", "q"), (1, 2), {"SAVE": False, "ATOMIC": True})
+    ((_, grid, values, options),) = kernel.log
+    assert (grid, values) == ((5, 1, 1), ("p", "q", 1, 2))
+    assert options.items() >= {"SAVE": False, "ATOMIC": True, "num_stages": 1}.items()
+    run(("r", "s"))
+    assert kernel.log[1] == ("launched", (5, 1, 1), ("r", "s", 1, 2, False, True))
 
 
-def test_other_flags_are_another_launch(kernels) -> None:
-    """What was compiled for one value of a flag never serves another."""
-    known: dict[Any, Any] = {}
-    for flag in (False, True):
-        kernel = FakeKernel()
-        _module(kernels).launch(known, kernel, 1, (), {"ATOMIC": flag})
-        assert kernel.log[0][0] == "compiled"
+def test_the_interpreter_keeps_nothing(kernels) -> None:
+    """Where nothing is compiled there is nothing to launch again."""
+    assert _module(kernels).launch(FakeKernel(compiles=False), 1, (), (), {}) is None
 
 
-def test_nothing_is_kept_without_a_place(kernels) -> None:
-    """Calls that go through torch's dispatcher leave the look-up to Triton."""
-    for _ in range(2):
-        kernel = FakeKernel()
-        _module(kernels).launch(None, kernel, 1, (), {})
-        assert [entry[0] for entry in kernel.log] == ["compiled"]
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_launchers_use_what_is_known(package, operands, monkeypatch, deterministic) -> None:
+    """A launch that is kept for the same flags is used, with this call's pointers."""
+    module = _module(module_of(package, "dispatch").KERNELS)
+    every = dict.fromkeys(("A_log", "dt_bias", "initial_state", "cu_seqlens")) | operands
+    order = ("q", "k", "v", "weight", "forget", "A_log", "dt_bias", "initial_state", "cu_seqlens")
+    seen: list[Any] = []
+    known = {(False, deterministic): seen.append}
+    monkeypatch.setattr(module, "launch", lambda *_: pytest.fail("must not be looked up again"))
+    y, state, checkpoints = module.forward(*(every[name] for name in order), False, deterministic, known)
+    ((q, *_),) = seen
+    assert q is operands["q"]
+    assert checkpoints is None
+    assert any(x is state for x in seen[0])
+    assert y.dtype is operands["v"].dtype
 
 
 def _facts(package: Any, operands: dict[str, Any]) -> Any:
