@@ -20,7 +20,7 @@ class Bucket(StrEnum):
     MORE = ">8"
 
     @property
-    def index(self) -> int:
+    def place(self) -> int:
         """Place in the order of sizes."""
         return BUCKETS.index(self)
 

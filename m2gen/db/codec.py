@@ -86,9 +86,9 @@ def _contradictions(record: Record) -> Iterator[str]:
         yield from _impossible(record.timing.default, "default")
         if (record.timing.backward_ms is None) != (record.key.objective is Objective.INFER):
             yield f"$.timing.backward_ms must fit objective {record.key.objective}, got {record.timing.backward_ms}"
-        for error in record.errors:
-            if error.error > error.budget:
-                yield f"$.errors must be within their budgets, got {error.tensor} {error.error:.2e}"
+        for found in record.errors:
+            if found.error > found.budget:
+                yield f"$.errors must be within their budgets, got {found.tensor} {found.error:.2e}"
 
 
 def _impossible(estimate: Estimate, name: str) -> Iterator[str]:
