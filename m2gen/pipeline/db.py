@@ -29,9 +29,9 @@ from m2gen.spec import Objective
 from m2gen.variant import BuiltVariant, Variant, expand, parse_variant
 
 
-def open_database(folder: Path | None) -> Database:
-    """Return the database in ``folder``, or that which ships with m2gen; raises UsageError where there is no folder."""
-    if folder is not None and not folder.is_dir():
+def open_database(folder: Path | None, *, new: bool = False) -> Database:
+    """Return the database in ``folder``, which may be ``new``, or that which ships with m2gen; raises UsageError."""
+    if folder is not None and not (folder.is_dir() or (new and not folder.exists())):
         raise UsageError(f"--db must be a folder, got {folder}")
     return shipped_database() if folder is None else Database(folder)
 
