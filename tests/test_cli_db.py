@@ -99,7 +99,9 @@ def test_why_of_a_layer_and_a_device(db: str) -> None:
     assert served[KEY, ">8"] == ("nearest", OTHER.id)
     assert {tier for (variant, _), (tier, _) in served.items() if variant != KEY} == {"default"}
     unknown = fails(2, "db", "why", KEY, "--device", "H7", "--db", db)
-    assert f"--device must be among {H100}, {H200}, got 'H7'" in unknown
+    assert f"--device must be of records ({H100}, {H200}) or come with --target, got 'H7'" in unknown
+    (answer,) = document("db", "why", KEY, "--device", "H7", "--target", "sm_90", "--batch", "1", "--db", db)
+    assert (answer["device"], answer["sm_count"], answer["tier"]) == ("H7", 132, "arch")
     assert "LAYER must be among base, grouped" in fails(2, "db", "why", "none", "--spec", TINY, "--db", db)
     assert "must come with the --spec that has it" in fails(2, "db", "why", "base", "--db", db)
 
