@@ -19,6 +19,7 @@ LINES = 300
 
 ALLOWED: dict[str, str] = {
     "errors": "",
+    "bucket": "",
     "cache": "",
     "device": "errors",
     "spec": "errors",
@@ -29,15 +30,22 @@ ALLOWED: dict[str, str] = {
     "problem": "spec variant",
     "reference": "spec variant problem",
     "render": "outputs schedule signature spec variant",
+    "db": "bucket device errors render schedule spec variant",
     "compile": "cache device errors render schedule signature variant",
     "verify": "problem reference spec variant",
     "bench": "compile problem variant verify",
-    "emit": "device errors outputs render schedule spec variant",
-    "pipeline": "bench cache compile device emit errors render schedule signature spec variant verify",
+    "choice": "bucket db device schedule spec variant",
+    "emit": "bucket choice device errors outputs render schedule spec variant",
+    "directory": "errors",
+    "pipeline": "bench bucket cache choice compile db device directory emit errors render schedule signature spec"
+    " variant verify",
     "report": "verify bench",
-    "cli_output": "bench cache device errors pipeline render report",
+    "cli_output": "cache choice device errors pipeline render report",
     "cli_verify": "errors pipeline report verify",
-    "cli": "cli_output cli_verify errors pipeline report spec",
+    "cli_options": "db errors pipeline report",
+    "cli_db_output": "db pipeline report",
+    "cli_db": "cli_db_output cli_options db errors pipeline spec",
+    "cli": "cli_db cli_options cli_output cli_verify db errors pipeline report spec",
     "__main__": "cli",
 }
 """Section 4 of the design as imports of one module by another; a package counts as one module."""
@@ -99,13 +107,14 @@ def test_the_table_has_no_cycle() -> None:
 
 def test_only_the_entry_point_imports_the_command_line() -> None:
     """Nothing that is not the command line depends on it."""
-    users = {module_of(path) for path in SOURCES if {"cli", "cli_output", "cli_verify"} & arrows(path)}
-    assert users == {"cli", "__main__"}
+    interface = {name for name in ALLOWED if name.startswith("cli")}
+    users = {module_of(path) for path in SOURCES if interface & arrows(path)}
+    assert users <= {*interface, "__main__"}
 
 
 def test_rendering_is_pure() -> None:
     """What goes into a rendered text imports no torch, no triton, no clock and no random numbers."""
-    pure = {"errors", "device", "spec", "variant", "schedule", "outputs", "signature", "render"}
+    pure = {"errors", "device", "spec", "variant", "schedule", "outputs", "signature", "render", "db", "bucket"}
     for path in SOURCES:
         if module_of(path) in pure - {"device"}:  # detect() asks torch
             roots = {name.split(".")[0] for name in imported(path)}
@@ -130,7 +139,9 @@ assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["version"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["build", "--help"], ["db", "why", "--help"], ["version"]], ids=" ".join
+)
 def test_help_imports_neither_torch_nor_triton(arguments: list[str]) -> None:
     """Asking what the command line can do stays cheap."""
     code = HELP.format(arguments=arguments)
