@@ -20,6 +20,7 @@ LINES = 300
 ALLOWED: dict[str, str] = {
     "errors": "",
     "cache": "",
+    "pool": "",
     "device": "errors",
     "spec": "errors",
     "variant": "spec",
@@ -33,7 +34,7 @@ ALLOWED: dict[str, str] = {
     "verify": "problem reference spec variant",
     "bench": "compile problem variant verify",
     "emit": "device errors outputs render schedule spec variant",
-    "pipeline": "bench cache compile device emit errors render schedule signature spec variant verify",
+    "pipeline": "bench cache compile device emit errors pool render schedule signature spec variant verify",
     "report": "verify bench",
     "cli_output": "bench cache device errors pipeline render report",
     "cli_verify": "errors pipeline report verify",
