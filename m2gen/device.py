@@ -69,6 +69,11 @@ def target(arch: str) -> Device:
     return TARGETS[arch]
 
 
+def limits(arch: str) -> Device:
+    """Return what ``arch`` allows; for one outside the table, the portable limits under its name."""
+    return TARGETS.get(arch) or replace(PORTABLE, arch=arch, name=arch)
+
+
 def detect() -> Device | None:
     """Return the current GPU, or None where torch sees none; an arch outside the table gets the portable limits."""
     import torch
@@ -78,5 +83,4 @@ def detect() -> Device | None:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     nvidia = f"sm_{properties.major}{properties.minor}"
     arch = properties.gcnArchName.split(":")[0] if torch.version.hip else nvidia
-    base = TARGETS.get(arch, PORTABLE)
-    return replace(base, arch=arch, name=properties.name, sm_count=properties.multi_processor_count)
+    return replace(limits(arch), name=properties.name, sm_count=properties.multi_processor_count)

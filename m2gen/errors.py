@@ -41,3 +41,9 @@ class VerifyError(M2genError):
 
 class EmitError(M2genError):
     """A package could not be written, or the one on disk is not what the sources render."""
+
+
+class DatabaseError(M2genError):
+    """The tuning database cannot be read or written, or is asked for a record that it does not have."""
+
+    exit_status = 2

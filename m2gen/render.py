@@ -194,3 +194,9 @@ def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
         **_checkpoints(variant, schedule),
         **_launch(variant, schedule),
     )
+
+
+@cache
+def kernel_hash(variant: Variant, schedule: Schedule) -> str:
+    """Return 12 hex digits that change when the kernels that were measured are no longer what is rendered."""
+    return hashlib.sha256(render_kernel(variant, schedule, "").encode()).hexdigest()[:12]

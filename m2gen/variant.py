@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from m2gen.spec import ClipMode, Dtype, Fp32Products, GateKind, Heads, Spec, StateDtype, TanhMode
+from m2gen.spec import (
+    MAX_HEAD_DIM,
+    MAX_STATE_EXPANSION,
+    ClipMode,
+    Dtype,
+    Fp32Products,
+    GateKind,
+    Heads,
+    Spec,
+    StateDtype,
+    TanhMode,
+)
 
 MIN_TILE = 16
 """Smallest extent of a ``tl.dot`` operand."""
@@ -98,3 +110,36 @@ def expand(spec: Spec) -> tuple[BuiltVariant, ...]:
             if name not in names:
                 names.append(name)
     return tuple(BuiltVariant(variant, tuple(names)) for variant, names in layers.items())
+
+
+_KEY = re.compile(
+    r"k(?P<rows>\d+)_v(?P<cols>\d+)_q(?P<q>\d+)_k(?P<k>\d+)_v(?P<v>\d+)_f(?P<f>\d+)_w(?P<w>\d+)"
+    r"_(?P<dtype>[a-z0-9]+)_(?P<clip>[a-z]+)_(?P<tanh>[a-z]+)(?P<tf32>_tf32)?(?P<softplus>_softplus)?",
+    re.ASCII,
+)
+
+
+def parse_variant(key: str) -> Variant:
+    """Return the variant whose key this is; raises ValueError as ``must ..., got ...``."""
+    wrong = ValueError(f"must be the key of a variant, got {key!r}")
+    found = _KEY.fullmatch(key)
+    if found is None:
+        raise wrong
+    try:
+        variant = Variant(
+            state_expansion=int(found["rows"]),
+            head_dim=int(found["cols"]),
+            heads=Heads(**{role: int(found[role]) for role in "qkvfw"}),
+            dtype=Dtype(found["dtype"]),
+            state_dtype=StateDtype.FP32,
+            clip=ClipMode(found["clip"]),
+            tanh=TanhMode(found["tanh"]),
+            gate=GateKind.SOFTPLUS if found["softplus"] else GateKind.GIVEN,
+            products=Fp32Products.TF32 if found["tf32"] else Fp32Products.IEEE,
+        )
+    except ValueError as error:
+        raise wrong from error
+    served = 1 <= variant.state_expansion <= MAX_STATE_EXPANSION and 1 <= variant.head_dim <= MAX_HEAD_DIM
+    if not served or variant.key != key:
+        raise wrong
+    return variant

@@ -19,6 +19,7 @@ LINES = 300
 
 ALLOWED: dict[str, str] = {
     "errors": "",
+    "bucket": "",
     "cache": "",
     "pool": "",
     "device": "errors",
@@ -30,6 +31,7 @@ ALLOWED: dict[str, str] = {
     "problem": "spec variant",
     "reference": "spec variant problem",
     "render": "outputs schedule signature spec variant",
+    "db": "bucket device errors render schedule spec variant",
     "compile": "cache device errors render schedule signature variant",
     "verify": "problem reference spec variant",
     "bench": "compile problem variant verify",
@@ -106,7 +108,7 @@ def test_only_the_entry_point_imports_the_command_line() -> None:
 
 def test_rendering_is_pure() -> None:
     """What goes into a rendered text imports no torch, no triton, no clock and no random numbers."""
-    pure = {"errors", "device", "spec", "variant", "schedule", "outputs", "signature", "render"}
+    pure = {"errors", "device", "spec", "variant", "schedule", "outputs", "signature", "render", "db", "bucket"}
     for path in SOURCES:
         if module_of(path) in pure - {"device"}:  # detect() asks torch
             roots = {name.split(".")[0] for name in imported(path)}

@@ -1,0 +1,142 @@
+"""Records as canonical lines of JSON, and what is wrong with lines that are none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from m2gen.bucket import bucket_of
+from m2gen.db.record import SCHEMA, Estimate, Record
+from m2gen.device import limits
+from m2gen.errors import DatabaseError
+from m2gen.schedule import problems
+from m2gen.spec import Objective
+from m2gen.variant import parse_variant
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+LONGEST_LINE = 16384
+"""Bytes of a line that may be a record; those that m2gen writes take about two thousand."""
+
+
+class NotARecord(ValueError):
+    """Why a line is no record, as ``$.place must ..., got ...``."""
+
+
+@cache
+def _adapter() -> TypeAdapter[Record]:
+    return TypeAdapter(Record)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def _content(record: Record) -> str:
+    """Return the canonical text of everything but the id; raises NotARecord."""
+    try:
+        text = json.dumps(asdict(record), allow_nan=False)
+    except ValueError as error:
+        raise NotARecord(f"$ must hold finite numbers ({error})") from error
+    return _dump({**asdict(_parse(text)), "schema": SCHEMA})
+
+
+def _parse(text: str) -> Record:
+    """Return the record that ``text`` says, types and relations checked; raises NotARecord."""
+    try:
+        record = _adapter().validate_json(text, strict=True)
+    except ValidationError as error:
+        raise NotARecord(_worded(error.errors()[0])) from error
+    for problem in _contradictions(record):
+        raise NotARecord(problem)
+    return record
+
+
+def _worded(error: ErrorDetails) -> str:
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+    must = re.sub(r"^(Input|String|Value) should", "must", error["msg"])
+    given = repr(error["input"])
+    return f"${''.join(parts)} {must}, got {given if len(given) <= 60 else given[:57] + '...'}"
+
+
+def _contradictions(record: Record) -> Iterator[str]:
+    """Yield what no single value is wrong with, but several together are."""
+    try:
+        variant = parse_variant(record.key.variant)
+    except ValueError as error:
+        yield f"$.key.variant {error}"
+        return
+    for reason in problems(variant, record.schedule, limits(record.environment.arch)):
+        yield f"$.schedule.{reason}"
+    bucket = bucket_of(record.problem.sequences, variant.total_heads, record.environment.sm_count)
+    if bucket != record.key.bucket:
+        yield f"$.key.bucket must be {bucket} for the problem and the GPU, got {record.key.bucket}"
+    if (record.timing is None) != (record.failure is not None):
+        yield "$ must have either timing or failure, got " + ("none" if record.failure is None else "both")
+    if record.timing is not None:
+        yield from _impossible(record.timing.tuned, "tuned")
+        yield from _impossible(record.timing.default, "default")
+        if (record.timing.backward_ms is None) != (record.key.objective is Objective.INFER):
+            yield f"$.timing.backward_ms must fit objective {record.key.objective}, got {record.timing.backward_ms}"
+        for found in record.errors:
+            if found.error > found.budget:
+                yield f"$.errors must be within their budgets, got {found.tensor} {found.error:.2e}"
+
+
+def _impossible(estimate: Estimate, name: str) -> Iterator[str]:
+    if not estimate.low_ms <= estimate.median_ms <= estimate.high_ms:
+        yield f"$.timing.{name} must have low_ms <= median_ms <= high_ms, got {estimate.low_ms} and {estimate.high_ms}"
+
+
+def _id_of(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+def identify(record: Record) -> str:
+    """Return the id of a record; raises DatabaseError where it is not valid."""
+    return str(json.loads(encode(record))["id"])
+
+
+def encode(record: Record) -> str:
+    """Return the record's line, without its end; raises DatabaseError where the record is not valid."""
+    try:
+        content = _content(record)
+    except NotARecord as error:
+        raise DatabaseError(f"a record of {record.key.variant}: {error}") from error
+    return _dump({**json.loads(content), "id": _id_of(content)})
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise NotARecord(f"$ must be JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise NotARecord(f"$ must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def decode(line: str) -> Record:
+    """Return the record of a line; raises NotARecord for anything that ``encode`` would not have written."""
+    if len(line) > LONGEST_LINE:
+        raise NotARecord(f"$ must take at most {LONGEST_LINE} characters, got {len(line)}")
+    value = _object(line)
+    schema, identity = value.pop("schema", None), value.pop("id", None)
+    if schema != SCHEMA:
+        raise NotARecord(f"$.schema must be {SCHEMA}, got {str(schema)[:20]!r}")
+    record = _parse(json.dumps(value))
+    text = encode(record)
+    expected = json.loads(text)["id"]
+    if identity != expected:
+        raise NotARecord(f"$.id must be {expected}, which the content gives, got {str(identity)[:20]!r}")
+    if text != line:
+        raise NotARecord("$ must be canonical: sorted keys, single spaces, no other keys")
+    return record
