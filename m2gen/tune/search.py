@@ -1,0 +1,191 @@
+"""Which candidate is tried next: seeds first, then every point in a seeded order, or what a sampler proposes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from m2gen.schedule import Schedule
+from m2gen.tune.space import AXES, values_of
+from m2gen.tune.trial import Trial
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import Trial as Asked
+
+COMBINED_EVERY = 3
+"""Every so many proposals is the best pair of parts that were timed in different candidates."""
+COMBINED_AFTER = 12
+"""Candidates that passed before parts are combined."""
+
+
+class Sampler(StrEnum):
+    """How a space is searched that is too large to be tried as a whole."""
+
+    TPE = "tpe"
+    """Optuna's multivariate tree-structured Parzen estimator, with a constant liar for what is running."""
+    RANDOM = "random"
+    """Points in a seeded order: the baseline."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate to try, and why."""
+
+    schedule: Schedule
+    origin: str
+    asked: Asked | None = None
+    """Optuna's trial, which proposed this candidate or one nearby."""
+
+
+class Proposer:
+    """Proposes points of a space, each at most once."""
+
+    def __init__(
+        self, points: Sequence[Schedule], seeds: Sequence[tuple[Schedule, str]], sampler: Sampler, seed: int
+    ) -> None:
+        """``seeds`` are tried first, the default before all others, whether they are points of the space or not."""
+        self.default = seeds[0][0]
+        self._points = list(dict.fromkeys((*points, *(schedule for schedule, _ in seeds))))
+        self._left = dict.fromkeys(self._points)
+        order = list(self._points)
+        random.Random(seed).shuffle(order)
+        self._order = iter(order)
+        self._seeds = iter(seeds)
+        self._sampler = sampler
+        self._seed = seed
+        self._trials: list[Trial] = []
+        self._proposed = 0
+
+    @property
+    def left(self) -> int:
+        """Points that were not proposed."""
+        return len(self._left)
+
+    def skip(self, schedule: Schedule) -> None:
+        """Never propose a candidate that is known, or that somebody else has."""
+        self._left.pop(schedule, None)
+
+    def ask(self) -> Proposal | None:
+        """Return the next candidate, None where every point was proposed."""
+        for schedule, origin in self._seeds:
+            if schedule in self._left:
+                return self._take(Proposal(schedule, origin))
+        if not self._left:
+            return None
+        self._proposed += 1
+        if self._sampler is Sampler.RANDOM:
+            return self._take(Proposal(next(p for p in self._order if p in self._left), "search"))
+        if self._proposed % COMBINED_EVERY == 0:
+            combined = best_combination(self._trials, self._left)
+            if combined is not None:
+                return self._take(Proposal(combined, "combined"))
+        return self._take(self._ask_study())
+
+    def tell(self, proposal: Proposal | None, trial: Trial) -> None:
+        """Learn what came of a proposal, or of a trial of another worker or run."""
+        from optuna.trial import TrialState, create_trial
+
+        self._trials.append(trial)
+        self._left.pop(trial.schedule, None)
+        if self._sampler is Sampler.RANDOM:
+            return
+        if proposal is not None and proposal.asked is not None:
+            self._study.tell(proposal.asked, state=TrialState.FAIL)
+        value = trial.median_ms
+        self._study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE,
+                params=_indices(trial.schedule),
+                distributions=_distributions(),
+                value=_LARGE if value is None else float(np.log(value)),
+            )
+        )
+
+    def _take(self, proposal: Proposal) -> Proposal:
+        del self._left[proposal.schedule]
+        return proposal
+
+    @cached_property
+    def _study(self) -> Any:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        sampler = optuna.samplers.TPESampler(
+            multivariate=True, constant_liar=True, n_startup_trials=COMBINED_AFTER, seed=self._seed
+        )
+        return optuna.create_study(sampler=sampler)
+
+    def _ask_study(self) -> Proposal:
+        asked = self._study.ask(_distributions())
+        return Proposal(self._nearest(asked.params), "search", asked)
+
+    def _nearest(self, params: dict[str, int]) -> Schedule:
+        """Return the point not yet proposed that is fewest steps of the axes away; the first of several."""
+        wanted = np.array([params[name] for name in AXES], dtype=np.int16)
+        distance = np.abs(self._vectors - wanted).sum(1)
+        for index in np.argsort(distance, kind="stable"):
+            if self._points[index] in self._left:
+                return self._points[index]
+        raise AssertionError("a point must be left")
+
+    @cached_property
+    def _vectors(self) -> Any:
+        return np.array([list(_indices(point).values()) for point in self._points], dtype=np.int16)
+
+
+_LARGE = 20.0
+"""Logarithm of a time in milliseconds that no candidate takes: what the sampler is told of those that failed."""
+_PLACES = {name: {value: index for index, value in enumerate(values)} for name, values in AXES.items()}
+
+
+def _indices(schedule: Schedule) -> dict[str, int]:
+    """Return a schedule as places on the axes; one between two places is at the lower."""
+    found = {}
+    for name, value in values_of(schedule).items():
+        places = _PLACES[name]
+        lower = [index for other, index in places.items() if isinstance(other, int) and other <= value]  # type: ignore[operator]
+        found[name] = places[value] if value in places else max(lower, default=0)
+    return found
+
+
+def _distributions() -> dict[str, BaseDistribution]:
+    from optuna.distributions import IntDistribution
+
+    return {name: IntDistribution(0, len(values) - 1) for name, values in AXES.items()}
+
+
+def best_combination(trials: Iterable[Trial], left: dict[Schedule, None]) -> Schedule | None:
+    """Return the point of ``left`` whose forward and backward were timed in two trials and add up to the least.
+
+    A call's time is the sum of both kernels' times, and each depends on its own knobs, the interval and tanh alone.
+    None before ``COMBINED_AFTER`` trials have passed, and where no sum promises more than the best trial.
+    """
+    passed = [trial for trial in trials if trial.samples and not trial.failure and trial.samples.backward_ms]
+    if len(passed) < COMBINED_AFTER:
+        return None
+    forwards: dict[Any, tuple[float, Schedule]] = {}
+    backwards: dict[Any, tuple[float, Schedule]] = {}
+    for trial in passed:
+        schedule, samples = trial.schedule, trial.samples
+        assert samples is not None
+        shared = (schedule.interval, schedule.tanh)
+        for table, part, times in (
+            (forwards, schedule.forward, samples.forward_ms),
+            (backwards, schedule.backward, samples.backward_ms),
+        ):
+            table[(part, *shared)] = (float(np.median(times)), schedule)
+    sums = sorted(
+        (one + other, first.slug, Schedule(first.forward, second.backward, *shared))
+        for (_, *shared), (one, first) in forwards.items()
+        for (_, *theirs), (other, second) in backwards.items()
+        if shared == theirs
+    )
+    best = min(trial.samples.median_ms for trial in passed if trial.samples)
+    return next((point for total, _, point in sums if total < best and point in left), None)
