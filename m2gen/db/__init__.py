@@ -1,1 +1,63 @@
 """The tuning database: measured, verified schedules as lines of JSON that can be read, merged and shared."""
+
+from m2gen.db.codec import NotARecord, decode, encode
+from m2gen.db.database import Change, Database, merged
+from m2gen.db.exchange import export_text, read_export, read_other, write_export
+from m2gen.db.files import Contents, Fault, slug
+from m2gen.db.lookup import Query, Rejection, Served, Tier, look_up, usual_device
+from m2gen.db.rank import flag, is_default, preference, slot, stale
+from m2gen.db.record import (
+    POLICY,
+    SCHEMA,
+    Environment,
+    Estimate,
+    Failure,
+    Key,
+    Provenance,
+    Reason,
+    Record,
+    Sizes,
+    Status,
+    TensorError,
+    Timing,
+)
+
+__all__ = [
+    "POLICY",
+    "SCHEMA",
+    "Change",
+    "Contents",
+    "Database",
+    "Environment",
+    "Estimate",
+    "Failure",
+    "Fault",
+    "Key",
+    "NotARecord",
+    "Provenance",
+    "Query",
+    "Reason",
+    "Record",
+    "Rejection",
+    "Served",
+    "Sizes",
+    "Status",
+    "TensorError",
+    "Tier",
+    "Timing",
+    "decode",
+    "encode",
+    "export_text",
+    "flag",
+    "is_default",
+    "look_up",
+    "merged",
+    "preference",
+    "read_export",
+    "read_other",
+    "slot",
+    "slug",
+    "stale",
+    "usual_device",
+    "write_export",
+]

@@ -27,7 +27,7 @@ _Bytes = Annotated[int, Field(ge=0, lt=2**53)]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 _Fact = Annotated[str, Field(pattern=r"^[ -~]{0,100}$")]
 """A version or a name: printable ASCII, empty where it is not known."""
-_Message = Annotated[str, Field(max_length=500)]
+_Message = Annotated[str, Field(pattern=r"^[ -~]{0,500}$")]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Environment:
     """What a record was measured on and with."""
 
     arch: Annotated[str, Field(pattern=r"^(sm_[0-9]{2,3}|gfx[0-9a-f]{3,4})$")]
-    device: Annotated[str, Field(pattern=r"^[A-Za-z0-9][ -.0-~]{0,79}$")]
+    device: Annotated[str, Field(pattern=r"^[A-Za-z0-9][ -~]{0,79}$")]
     """Product name as the driver gives it."""
     sm_count: _Count
     driver: _Fact
@@ -142,6 +142,12 @@ class Failure:
 
     reason: Reason
     message: _Message = ""
+
+    @classmethod
+    def of(cls, reason: Reason, text: str) -> Failure:
+        """Return a failure whose message is ``text`` on one line, printable, and no longer than it may be."""
+        line = " ".join(text.split()).encode("ascii", "backslashreplace").decode()
+        return cls(reason, "".join(c if " " <= c <= "~" else "?" for c in line)[:500])
 
 
 class Status(StrEnum):

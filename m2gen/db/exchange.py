@@ -1,0 +1,68 @@
+"""All records as one file of lines, written whole, and checked whole before anything of it is used."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from m2gen.db import files
+from m2gen.db.database import Database
+from m2gen.db.record import Record
+from m2gen.errors import DatabaseError
+
+MOST_BYTES = 64 * 2**20
+"""Of a file that may be imported: some thirty thousand records."""
+MOST_FAULTS = 20
+"""Lines that an error lists."""
+
+
+def export_text(records: Iterable[Record]) -> str:
+    """Return every record's line, by file and then in the order of the file."""
+    ordered = sorted(set(records), key=lambda record: (str(files.place(record)), files.order(record)))
+    return "".join(files.text_of([record]) for record in ordered)
+
+
+def write_export(path: Path, records: Iterable[Record]) -> None:
+    """Write an export in one step; raises DatabaseError where that cannot be done."""
+    try:
+        os.replace(files.stage(path, export_text(records).encode()), path)
+    except OSError as error:
+        raise DatabaseError(f"{path} must be writable: {error.strerror or error}") from error
+
+
+def read_export(path: Path) -> tuple[Record, ...]:
+    """Return the records of an untrusted file; raises DatabaseError, naming lines, unless every line is a record."""
+    data = _limited(path)
+    content = files.parse(data, path)
+    problems = [str(fault) for fault in content.faults]
+    lines = [line for line in data.split(b"\n") if line.strip()]
+    if len(lines) != len(content.records) + len(content.faults):
+        problems.append(f"{path}: each record must be there once, got {len(lines)} lines that repeat some")
+    if not lines:
+        problems.append(f"{path}: must hold at least one record, got none")
+    if problems:
+        more = [f"{path}: {len(problems) - MOST_FAULTS} more"] if len(problems) > MOST_FAULTS else []
+        raise DatabaseError("\n".join([*problems[:MOST_FAULTS], *more]))
+    return content.records
+
+
+def _limited(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise DatabaseError(f"{path} must be readable: {error.strerror or error}") from error
+    if len(data) > MOST_BYTES:
+        raise DatabaseError(f"{path} must take at most {MOST_BYTES} bytes, got more")
+    return data
+
+
+def read_other(path: Path) -> tuple[Record, ...]:
+    """Return the records of another database or of an export; raises DatabaseError unless all of them can be read."""
+    if not path.is_dir():
+        return read_export(path)
+    content = Database(path).contents()
+    if content.faults:
+        raise DatabaseError("\n".join(str(fault) for fault in content.faults[:MOST_FAULTS]))
+    return content.records

@@ -1,0 +1,186 @@
+"""Records on disk: ``<arch>/<device>/<variant>.jsonl``, read without a lock, replaced in one step under one."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock, Timeout
+
+from m2gen.db.codec import NotARecord, decode, encode
+from m2gen.db.record import Environment, Record
+from m2gen.errors import DatabaseError
+
+LOCK = ".lock"
+LOCK_SECONDS = 60.0
+"""How long a writer waits for another, which holds the lock for as long as writing a few files takes."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A line that is no record: it is not used, and stays where it is."""
+
+    path: Path
+    line: int
+    reason: str
+    raw: bytes
+    torn: bool = False
+    """Whether the file ends within it, as after a copy or a download that broke off."""
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line}: {'the file ends within a line; ' if self.torn else ''}{self.reason}"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file or a database holds."""
+
+    records: tuple[Record, ...] = ()
+    faults: tuple[Fault, ...] = ()
+
+
+def slug(device: str) -> str:
+    """Return a product name as the name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
+
+
+def place(record: Record) -> PurePosixPath:
+    """Return a record's file relative to the database."""
+    environment: Environment = record.environment
+    return PurePosixPath(environment.arch, slug(environment.device), f"{record.key.variant}.jsonl")
+
+
+def order(record: Record) -> tuple[object, ...]:
+    """Return what a file's records are sorted by: the key in the order of sizes, winners first, then the id."""
+    key = record.key
+    return (key.objective, key.bucket.place, key.policy, record.failure is not None, record.id)
+
+
+def text_of(records: Iterable[Record]) -> str:
+    """Return the lines of records, each once, in order."""
+    return "".join(encode(record) + "\n" for record in sorted(set(records), key=order))
+
+
+def parse(data: bytes, path: Path, fits: Callable[[Record], bool] = lambda record: True) -> Contents:
+    """Return the records of a file's content, and the lines that are none or, by ``fits``, belong elsewhere."""
+    records: dict[Record, None] = {}
+    faults: list[Fault] = []
+    lines = data.split(b"\n")
+    for number, raw in enumerate(lines, 1):
+        if not raw.strip():
+            continue
+        try:
+            record = decode(raw.decode())
+            if not fits(record):
+                raise NotARecord(f"$ must be in {place(record)}, where records of its variant and device are")
+            records[record] = None
+        except (NotARecord, UnicodeDecodeError) as error:
+            reason = str(error) if isinstance(error, NotARecord) else "$ must be UTF-8"
+            faults.append(Fault(path, number, reason, raw, torn=number == len(lines)))
+    return Contents(tuple(records), tuple(faults))
+
+
+def read(root: Path, name: PurePosixPath) -> Contents:
+    """Return what one file of a database holds; nothing where there is none."""
+    path = root / name
+    try:
+        return parse(path.read_bytes(), path, lambda record: place(record) == name)
+    except FileNotFoundError:
+        return Contents()
+    except OSError as error:
+        raise DatabaseError(f"{path} must be readable: {error.strerror or error}") from error
+
+
+def names(root: Path) -> list[PurePosixPath]:
+    """Return the files of a database, sorted; raises DatabaseError where ``root`` is something else than a folder."""
+    if root.exists() and not root.is_dir():
+        raise DatabaseError(f"{root} must be a folder, got a file")
+    return sorted(PurePosixPath(path.relative_to(root).as_posix()) for path in root.glob("*/*/*.jsonl"))
+
+
+@contextmanager
+def locked(root: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
+    """Exclude other writers; the system drops the lock of a process that dies. Raises DatabaseError."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / LOCK, timeout=seconds)
+        lock.acquire()
+    except Timeout as error:
+        raise DatabaseError(f"{root} must be free within {seconds:g} s, got a writer that holds {LOCK}") from error
+    except OSError as error:
+        raise _unwritable(root, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def replace(root: Path, contents: Mapping[PurePosixPath, Contents]) -> None:
+    """Make files hold exactly this, with the faults' lines as they were; files with nothing are removed.
+
+    Everything is on disk under temporary names before the first file is replaced, so that a full disk changes nothing;
+    each file is replaced in one step. The caller holds the lock. Raises DatabaseError.
+    """
+    staged: list[tuple[str, Path]] = []
+    try:
+        for name, content in contents.items():
+            for left in (root / name).parent.glob(f".{name.name}.*"):  # by a writer that was killed
+                left.unlink()
+            if content.records or content.faults:
+                staged.append((stage(root / name, _bytes_of(content)), root / name))
+        while staged:
+            os.replace(*staged[0])
+            staged.pop(0)
+        for name, content in contents.items():
+            if not content.records and not content.faults:
+                (root / name).unlink(missing_ok=True)
+            _sync_folder((root / name).parent)
+    except OSError as error:
+        raise _unwritable(root, error) from error
+    finally:
+        for temporary, _ in staged:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+
+def _bytes_of(content: Contents) -> bytes:
+    """Return a file's bytes: records, then the lines that are none, the torn one last and without an end."""
+    faults = sorted(content.faults, key=lambda fault: fault.torn)
+    lines = b"".join(fault.raw + (b"" if fault.torn else b"\n") for fault in faults)
+    return text_of(content.records).encode() + lines
+
+
+def stage(path: Path, data: bytes) -> str:
+    """Write ``data`` under a temporary name beside ``path``, and return that name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o644)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+    return name
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have renames survive a loss of power, where the file system can say so."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _unwritable(root: Path, error: OSError) -> DatabaseError:
+    return DatabaseError(f"{root} must be writable: {error.strerror or error}; nothing that was there is lost")

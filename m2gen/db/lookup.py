@@ -1,0 +1,133 @@
+"""Which record serves a call, and why every other one does not: one function for builds and for explanations."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from m2gen.bucket import Bucket
+from m2gen.db.rank import failures, preference, stale, verdict
+from m2gen.db.record import Record
+from m2gen.spec import Objective
+
+
+class Tier(StrEnum):
+    """How close a record is to what it serves, from close to none."""
+
+    EXACT = "exact"
+    """The bucket and the device."""
+    NEAREST = "nearest"
+    """The nearest bucket, on the device."""
+    ARCH = "arch"
+    """Another device of the arch."""
+    DEFAULT = "default"
+    """No record: the heuristic."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """What a schedule is needed for."""
+
+    variant: str
+    objective: Objective
+    arch: str
+    device: str
+    """Product name."""
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A record of the variant that does not serve, and why."""
+
+    record: Record
+    reason: str
+
+
+@dataclass(frozen=True)
+class Served:
+    """What serves a query."""
+
+    tier: Tier
+    record: Record | None = None
+    rejected: tuple[Rejection, ...] = ()
+    """In the order in which they would serve, then those that cannot."""
+
+
+def usual_device(records: Iterable[Record], arch: str) -> str:
+    """Return the device of ``arch`` that packages are built for: that of most usable winners, the first by name.
+
+    A package must be the same on every machine, so the GPU at hand, if any, plays no part.
+    """
+    usable = [r for r in records if r.environment.arch == arch and r.failure is None and not stale(r)]
+    counts = Counter(record.environment.device for record in usable)
+    return min(counts, key=lambda device: (-counts[device], device), default=arch)
+
+
+def look_up(records: Iterable[Record], query: Query) -> Served:
+    """Return the record that serves ``query``, by tiers, and why others of the variant do not."""
+    same = [record for record in dict.fromkeys(records) if record.key.variant == query.variant]
+    known = failures(same)
+    reasons = {record: _disqualified(record, query) or _known_failure(record, known) for record in same}
+    usable = sorted((r for r in same if not reasons[r]), key=lambda record: _distance(record, query))
+    winner = usable[0] if usable else None
+    outranked = [Rejection(record, _outranked(record, usable[0], query)) for record in usable[1:]]
+    others = [Rejection(record, reasons[record]) for record in same if reasons[record]]
+    return Served(_tier(winner, query), winner, (*outranked, *others))
+
+
+def _disqualified(record: Record, query: Query) -> str:
+    if record.environment.arch != query.arch:
+        return f"for {record.environment.arch}, not {query.arch}"
+    if record.failure is not None:
+        return f"records a failure: {record.failure.reason}"
+    if record.key.objective != query.objective:
+        return f"tuned for objective {record.key.objective}, not {query.objective}"
+    return stale(record)
+
+
+def _known_failure(record: Record, known: dict[object, Record]) -> str:
+    found = known.get(verdict(record))
+    if found is None or found.failure is None:
+        return ""
+    return f"its kernels failed on this device: {found.failure.reason}, record {found.id}"
+
+
+def _other_device(record: Record, query: Query) -> bool:
+    return record.environment.device != query.device
+
+
+def _steps(record: Record, query: Query) -> tuple[int, int]:
+    """Return how far the record's bucket is; of two as far, the one of fewer programs is nearer."""
+    return abs(record.key.bucket.place - query.bucket.place), record.key.bucket.place
+
+
+def _distance(record: Record, query: Query) -> tuple[object, ...]:
+    return (_other_device(record, query), *_steps(record, query), *preference(record))
+
+
+def _outranked(record: Record, winner: Record, query: Query) -> str:
+    """Say which comparison of ``_distance`` the record lost."""
+    if _other_device(record, query) != _other_device(winner, query):
+        return f"of another device, {record.environment.device}"
+    if _steps(record, query) != _steps(winner, query):
+        return f"bucket {record.key.bucket} is further than {winner.key.bucket}"
+    for name in ("triton", "ptxas", "torch", "driver"):
+        mine, other = (getattr(r.environment, name) for r in (record, winner))
+        if mine != other:
+            return f"measured with an earlier toolchain: {name} {mine or 'unknown'}, not {other or 'unknown'}"
+    assert record.timing is not None
+    assert winner.timing is not None
+    if record.timing.ratio != winner.timing.ratio:
+        return f"at most {record.timing.ratio:.3f} of the default's time, not {winner.timing.ratio:.3f}"
+    return "ties, and the default schedule or the smaller id is preferred"
+
+
+def _tier(record: Record | None, query: Query) -> Tier:
+    if record is None:
+        return Tier.DEFAULT
+    if _other_device(record, query):
+        return Tier.ARCH
+    return Tier.EXACT if record.key.bucket is query.bucket else Tier.NEAREST

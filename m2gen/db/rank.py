@@ -1,0 +1,77 @@
+"""Which of two records is preferred, and which can serve at all: for look-up, merging and pruning alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterable
+from functools import cache
+
+from m2gen.db.record import POLICY, Record
+from m2gen.device import limits
+from m2gen.render import kernel_hash
+from m2gen.schedule import Schedule, default
+from m2gen.variant import parse_variant
+
+
+def slot(record: Record) -> Hashable:
+    """Return what a database holds at most one record of: a key, an environment and a problem; a failed schedule."""
+    what = record.problem if record.failure is None else record.schedule
+    return (record.key, record.environment, what)
+
+
+def stale(record: Record) -> str:
+    """Say why a record cannot be used by this m2gen on any GPU; empty where it can."""
+    if record.key.policy != POLICY:
+        return f"stale: passed numerics policy {record.key.policy}, which is {POLICY} now"
+    now = kernel_hash(parse_variant(record.key.variant), record.schedule)
+    if record.provenance.kernel != now:
+        return f"stale: measured kernels {record.provenance.kernel}, which are {now} now"
+    return ""
+
+
+def flag(record: Record, triton: str) -> str:
+    """Say what a record's toolchain differs by from the Triton at hand, which is no reason not to use it."""
+    known = record.environment.triton
+    return f"measured with triton {known or 'unknown'}, here {triton}" if known != triton else ""
+
+
+@cache
+def _default(variant: str, arch: str) -> Schedule:
+    return default(parse_variant(variant), limits(arch))
+
+
+def is_default(record: Record) -> bool:
+    """Whether the record's schedule is what would serve without it."""
+    return record.schedule == _default(record.key.variant, record.environment.arch)
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d{1,9}", text))
+
+
+def newest_first(record: Record) -> tuple[tuple[int, ...], ...]:
+    """Return the toolchain as numbers, negated so that later versions sort first."""
+    environment = record.environment
+    parts = (environment.triton, environment.ptxas, environment.torch, environment.driver)
+    return tuple((*(-number for number in _version(part)), 1) for part in parts)
+
+
+def preference(record: Record) -> tuple[object, ...]:
+    """Return what records of one key and device are compared by; the smallest is preferred.
+
+    Kernels that are still rendered; a later toolchain; a lower upper end of the confidence interval, as a part of the
+    default's time, since times of different problems do not compare; the default schedule; the smaller id.
+    """
+    ratio = record.timing.ratio if record.timing else 0.0
+    return (bool(stale(record)), newest_first(record), ratio, not is_default(record), record.id)
+
+
+def failures(records: Iterable[Record]) -> dict[Hashable, Record]:
+    """Return the records of failures by what they keep from serving."""
+    return {verdict(record): record for record in records if record.failure is not None and not stale(record)}
+
+
+def verdict(record: Record) -> Hashable:
+    """Return what a failure is a verdict on: kernels on a device, compiled by one toolchain, whatever the problem."""
+    environment = record.environment
+    return (record.key.variant, environment.arch, environment.device, environment.triton, record.provenance.kernel)

@@ -1,0 +1,345 @@
+"""The database on disk: crashes, full disks, other writers, and lines that are no records lose nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from records import H100, VARIANT, environment, failed, winner
+from support import ROOT, make_schedule
+
+from m2gen.bucket import Bucket
+from m2gen.db import Database, Record, encode, export_text, files, merged, read_export, read_other, write_export
+from m2gen.db.files import LOCK
+from m2gen.device import TARGETS
+from m2gen.errors import DatabaseError
+from m2gen.schedule import default
+
+RECORDS = (
+    winner(),
+    winner(Bucket.ONE, high=0.7),
+    winner(where=environment(driver="580")),
+    winner(where=environment(H100)),
+    winner(where=environment("AMD Instinct MI300X", "gfx942"), schedule=make_schedule(tanh="exp")),
+    failed(),
+    failed(schedule=make_schedule()),
+)
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """Return every file of a database but its lock."""
+    paths = (path for path in root.rglob("*") if path.is_file() and path.name != LOCK)
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
+
+
+def database(root: Path, records: Iterable[Record] = RECORDS) -> Database:
+    """Return a database that holds ``records``."""
+    made = Database(root)
+    made.add(records)
+    return made
+
+
+def test_places(tmp_path: Path) -> None:
+    """A record lies under its arch, device and variant, in a line of its own."""
+    database(tmp_path)
+    key = RECORDS[0].key.variant
+    folders = ["gfx942/amd_instinct_mi300x", "sm_90/nvidia_h100_80gb_hbm3", "sm_90/nvidia_h200"]
+    assert sorted(tree(tmp_path)) == [f"{folder}/{key}.jsonl" for folder in folders]
+    lines = (tmp_path / folders[-1] / f"{key}.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sorted(lines) == sorted(encode(r) for r in RECORDS if r.environment.device == "NVIDIA H200")
+
+
+def test_the_order_of_writing_does_not_show(tmp_path: Path) -> None:
+    """Records added one by one, in any order and again, give the same bytes."""
+    database(tmp_path / "a")
+    other = Database(tmp_path / "b")
+    for record in (*reversed(RECORDS), *RECORDS):
+        other.add([record])
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert set(other.records()) == set(RECORDS)
+
+
+def test_a_database_that_is_not_there_is_empty(tmp_path: Path) -> None:
+    """Reading makes nothing; a file in the database's place is an error."""
+    assert Database(tmp_path / "none").records() == ()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(DatabaseError, match="file must be a folder"):
+        Database(tmp_path / "file").records()
+    with pytest.raises(DatabaseError, match="file must be writable"):
+        Database(tmp_path / "file").add(RECORDS)
+
+
+def test_a_slot_keeps_the_preferred_record(tmp_path: Path) -> None:
+    """One record for a key, environment and problem: the faster, whichever came first."""
+    slow, fast = winner(high=0.9), winner(high=0.8)
+    for name, (first, second) in {"a": (slow, fast), "b": (fast, slow)}.items():
+        made = Database(tmp_path / name)
+        assert made.add([first]).added == (first,)
+        change = made.add([second])
+        assert made.records() == (fast,)
+        expected = ((fast,), (slow,), ()) if second is fast else ((), (), (slow,))
+        assert (change.added, change.removed, change.refused) == expected
+    assert made.add([fast]).refused == (fast,)
+
+
+def test_removing(tmp_path: Path) -> None:
+    """Records go by id, and files without any go with them."""
+    made = database(tmp_path)
+    assert made.remove([RECORDS[3].id, "no such id"]).removed == (RECORDS[3],)
+    assert not (tmp_path / "sm_90" / "nvidia_h100_80gb_hbm3" / f"{RECORDS[3].key.variant}.jsonl").exists()
+    assert set(made.records()) == set(RECORDS) - {RECORDS[3]}
+
+
+def test_finding(tmp_path: Path) -> None:
+    """A prefix will do where it names one record."""
+    made = database(tmp_path)
+    assert made.find(RECORDS[0].id[:7]) == RECORDS[0]
+    for prefix in ("", "zz"):
+        with pytest.raises(DatabaseError, match="must be that of one record"):
+            made.find(prefix)
+
+
+BAD = {
+    "torn": (b'{"environment": {"arch', "the file ends within a line; $ must be JSON"),
+    "conflict": (b"<<<<<<< ours\n", "$ must be JSON"),
+    "schema": (encode(winner(seed=9)).replace('"schema": 1', '"schema": 2').encode() + b"\n", "$.schema must be 1"),
+    "edited": (encode(winner(seed=9)).replace('"seed": 9', '"seed": 8').encode() + b"\n", "$.id must be"),
+    "latin": (b"\xff\xfe\n", "$ must be UTF-8"),
+    "moved": (encode(winner(where=environment(H100))).encode() + b"\n", "$ must be in sm_90/nvidia_h100_80gb_hbm3/"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD.values(), ids=BAD.keys())
+def test_a_line_that_is_no_record_stays_and_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
+    """The others are read; a rewrite keeps the line's bytes; only being asked to removes it."""
+    path = tmp_path / files.place(RECORDS[0])
+    made = database(tmp_path)
+    path.write_bytes(path.read_bytes() + line)
+    (fault,) = made.contents().faults
+    number = len(path.read_bytes().splitlines())
+    assert str(fault).startswith(f"{path}:{number}: {reason}")
+    assert set(made.records()) == set(RECORDS)
+    made.add([winner(seed=4, seq=128)])
+    assert path.read_bytes().endswith(line)
+    assert [f.reason for f in made.contents().faults] == [fault.reason]
+    made.remove([record.id for record in made.records()])
+    assert path.read_bytes() == line
+    assert [f.raw for f in made.drop_faults()] == [line.removesuffix(b"\n")]
+    assert not path.exists()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, 10**6), junk=st.binary(max_size=12))
+def test_no_damage_spreads(tmp_path_factory: pytest.TempPathFactory, cut: int, junk: bytes) -> None:
+    """Wherever a file is cut or overwritten, whole lines are read, and a write keeps every other byte."""
+    root = tmp_path_factory.mktemp("damaged")
+    made = database(root)
+    path = root / files.place(RECORDS[0])
+    whole = path.read_bytes()
+    at = cut % len(whole)
+    path.write_bytes(damaged := whole[:at] + junk)
+    survivors = {encode(record).encode() for record in made.records()} & set(whole.splitlines())
+    assert {line for line in damaged.split(b"\n") if line in whole.splitlines()} <= survivors
+    new = winner(seed=4, seq=128)
+    made.add([new])
+    kept = sorted(line for line in damaged.split(b"\n") if line.strip())
+    assert sorted({*path.read_bytes().splitlines()} | {*kept}) == sorted({*kept, encode(new).encode()})
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    """A file system that takes no more leaves every byte as it was, and says so."""
+    made = database(tmp_path)
+    before = tree(tmp_path)
+    code = (
+        "import resource, sys; from pathlib import Path; from m2gen.db import Database, read_export\n"
+        "records = read_export(Path(sys.argv[2]))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+        "Database(Path(sys.argv[1])).add(records)"
+    )
+    write_export(tmp_path.parent / "more.jsonl", [winner(seq=n) for n in (100, 200, 300)])
+    command = [sys.executable, "-c", code, str(tmp_path), str(tmp_path.parent / "more.jsonl")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode
+    assert f"{tmp_path} must be writable: File too large; nothing that was there is lost" in done.stderr
+    assert tree(tmp_path) == before
+    assert set(made.records()) == set(RECORDS)
+
+
+@pytest.mark.parametrize("failing", ["mkstemp", "fsync", "replace"])
+def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """Read-only or full at any step: an error in one line, no loss, no remains."""
+    made = database(tmp_path)
+    before = tree(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(files.tempfile if failing == "mkstemp" else os, failing, fail)
+    with pytest.raises(DatabaseError, match=r"must be writable: Read-only file system"):
+        made.add([winner(seed=4, seq=128)])
+    assert tree(tmp_path) == before
+
+
+def test_reading_needs_no_lock(tmp_path: Path) -> None:
+    """A database is read while somebody writes; a second writer waits, and says for whom."""
+    made = database(tmp_path)
+    with files.locked(tmp_path):
+        assert set(made.records()) == set(RECORDS)
+        code = "import sys; from pathlib import Path; from m2gen.db import files\n"
+        code += "with files.locked(Path(sys.argv[1]), 0.1): pass"
+        command = [sys.executable, "-c", code, str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "must be free within 0.1 s, got a writer that holds .lock" in done.stderr
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from dataclasses import replace
+from m2gen.db import Database, Sizes, read_export
+(record,) = read_export(Path(sys.argv[2]))
+first, last = int(sys.argv[3]), int(sys.argv[4])
+database = Database(Path(sys.argv[1]))
+for seq in range(first, last):
+    database.add([replace(record, problem=replace(record.problem, seq=seq))])
+    print(seq, flush=True)
+"""
+
+
+def _writer(root: Path, first: int, last: int) -> subprocess.Popen[bytes]:
+    write_export(root.parent / "one.jsonl", [winner()])
+    command = [sys.executable, "-c", WRITE, str(root), str(root.parent / "one.jsonl"), str(first), str(last)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+
+
+def test_two_writers_lose_no_record(tmp_path: Path) -> None:
+    """Processes that add to one file at once have all their records in it."""
+    root = tmp_path / "db"
+    writers = [_writer(root, first, first + 25) for first in (1, 101)]
+    for writer in writers:
+        writer.communicate()
+        assert writer.returncode == 0
+    assert {record.problem.seq for record in Database(root).records()} == {*range(1, 26), *range(101, 126)}
+
+
+def test_a_kill_loses_nothing_that_was_added(tmp_path: Path) -> None:
+    """Killed at any moment, a writer leaves every record it had added, and no lock that holds."""
+    root, rng, first = tmp_path / "db", random.Random(0), 1
+    for _ in range(4):
+        with _writer(root, first, first + 10_000) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.05))
+            process.send_signal(signal.SIGKILL)
+            rest = process.stdout.read().split()
+        first += 1 + len(rest)
+        contents = Database(root).contents()
+        assert contents.faults == ()
+        found = sorted(record.problem.seq for record in contents.records)
+        assert found in ([*range(1, first)], [*range(1, first + 1)])
+        first = found[-1] + 1
+    (root / files.place(winner())).with_name(f".{files.place(winner()).name}.left").write_text("half", encoding="utf-8")
+    assert Database(root).add([winner(seq=99_999)]).added
+    assert list(tree(root)) == [str(files.place(winner()))]
+
+
+POOL = st.builds(
+    winner,
+    st.sampled_from([Bucket.ONE, Bucket.FOUR]),
+    high=st.sampled_from([0.7, 0.8, 0.9]),
+    seed=st.integers(0, 3),
+    schedule=st.sampled_from([make_schedule(), make_schedule(interval=8), make_schedule(interval=16, unroll=4)]),
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(POOL, max_size=8), st.lists(POOL, max_size=8), st.lists(POOL, max_size=8))
+def test_merging_has_one_result(one: list[Record], two: list[Record], three: list[Record]) -> None:
+    """Whoever merges whose records in whatever order, and however often, gets the same."""
+    expected = merged([*one, *two, *three])
+    assert merged([*three, *merged([*two, *one])]) == merged([*merged([*one, *three]), *two]) == expected
+    assert merged(expected) == expected
+
+
+def test_merging_databases_in_either_order(tmp_path: Path) -> None:
+    """The files are the same, byte by byte."""
+    mine = [winner(high=0.8), winner(Bucket.ONE), failed()]
+    yours = [winner(high=0.7), winner(Bucket.TWO), failed(seed=1), winner(high=0.9, seq=128)]
+    for name, (first, second) in {"a": (mine, yours), "b": (yours, mine)}.items():
+        database(tmp_path / name, first)
+        database(tmp_path / f"{name}2", second)
+        Database(tmp_path / name).add(read_other(tmp_path / f"{name}2"))
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    assert {r.timing.tuned.high_ms for r in Database(tmp_path / "a").records() if r.timing} == {0.7, 0.9}
+
+
+def test_a_stale_record_gives_way(tmp_path: Path) -> None:
+    """Kernels that are no longer rendered are never preferred, however fast they were."""
+    old = replace(winner(high=0.1), provenance=replace(winner().provenance, kernel="0" * 12))
+    assert merged([old, winner()]) == merged([winner(), old]) == (winner(),)
+
+
+def test_ties_go_to_the_default() -> None:
+    """Of two schedules as fast, the default needs no tuning to explain it."""
+    first = winner()
+    usual = winner(schedule=default(VARIANT, TARGETS["sm_90"]))
+    others = [winner(schedule=make_schedule(interval=interval)) for interval in (4, 8, 12, 20)]
+    assert merged([*others, usual, first]) == (usual,)
+
+
+def test_export_delete_import(tmp_path: Path) -> None:
+    """All records as one file bring back the same bytes."""
+    made = database(tmp_path / "db")
+    before = tree(tmp_path / "db")
+    write_export(tmp_path / "all.jsonl", made.records())
+    assert (tmp_path / "all.jsonl").read_text(encoding="utf-8") == export_text(reversed(RECORDS))
+    made.remove([record.id for record in made.records()])
+    assert tree(tmp_path / "db") == {}
+    assert len(made.add(read_export(tmp_path / "all.jsonl")).added) == len(RECORDS)
+    assert tree(tmp_path / "db") == before
+
+
+UNTRUSTED = {
+    "empty": (b"\n", "must hold at least one record"),
+    "repeated": (encode(winner()).encode() + b"\n" + encode(winner()).encode(), "each record must be there once"),
+    "torn": (encode(winner()).encode() + b"\n" + encode(failed()).encode()[:-1], "x.jsonl:2: the file ends within"),
+    "one of two": (b"{}\n" + encode(winner()).encode(), r"x.jsonl:1: \$.schema must be 1"),
+    "many": (b"{}\n" * 50, "x.jsonl: 30 more"),
+}
+
+
+@pytest.mark.parametrize(("data", "message"), UNTRUSTED.values(), ids=UNTRUSTED.keys())
+def test_an_untrusted_file_is_taken_whole_or_not_at_all(tmp_path: Path, data: bytes, message: str) -> None:
+    """One line that is no record refuses the file."""
+    (tmp_path / "x.jsonl").write_bytes(data)
+    with pytest.raises(DatabaseError, match=message):
+        read_export(tmp_path / "x.jsonl")
+
+
+def test_a_file_that_is_too_large(tmp_path: Path) -> None:
+    """Gigabytes are refused, not read."""
+    with open(tmp_path / "x.jsonl", "wb") as stream:
+        stream.truncate(2**33)
+    with pytest.raises(DatabaseError, match="must take at most"):
+        read_export(tmp_path / "x.jsonl")
+
+
+def test_exports_that_cannot_be_read_or_written(tmp_path: Path) -> None:
+    """Errors of the system are one line."""
+    with pytest.raises(DatabaseError, match="must be readable"):
+        read_export(tmp_path / "none")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(DatabaseError, match="must be writable"):
+        write_export(tmp_path / "file" / "x.jsonl", RECORDS)
