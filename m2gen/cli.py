@@ -178,6 +178,47 @@ def bench(
         show_bench(pipeline.bench(_plan(spec), layer, _progress(quiet)), as_json=json)
 
 
+@app.command()
+def tune(
+    spec: SpecOption,
+    layer: Annotated[list[str] | None, typer.Option("--layer", help="Only this layer; may be repeated.")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Time for all searches, as 10m or 90s; the spec's if not given.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Most candidates of each search.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the order of candidates and of resampling.")] = 0,
+    sampler: Annotated[str, typer.Option("--sampler", help="tpe, or random as the baseline.")] = "tpe",
+    objective: Annotated[
+        str | None, typer.Option("--objective", help="train or infer; the spec's if not given.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", help="Most memory beyond inputs and gradients, as 2GB.")
+    ] = None,
+    db: Annotated[Path | None, typer.Option("--db", help="Tuning database; the shipped one if not given.")] = None,
+    storage: Annotated[
+        str | None, typer.Option("--storage", help="Database URL of a study that several machines share.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Start anew, or go on where the last run of a search ended.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show how large the spaces are, and why; needs no GPU.")
+    ] = False,
+    target: Annotated[str | None, typer.Option("--target", help="Arch whose spaces --dry-run shows.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Also write a page on the searches here.")] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Search the fastest schedules on this GPU and put them into the tuning database."""
+    from m2gen.cli_tune import TuneOptions, run_tune
+
+    with _reporting(debug):
+        limits = (budget, trials, seed, sampler, objective, max_memory)
+        options = TuneOptions(tuple(layer or ()), *limits, db, storage, fresh, dry_run, target, report)
+        raise typer.Exit(run_tune(_plan(spec), options, as_json=json, quiet=quiet, debug=debug))
+
+
 @spec_app.command("show")
 def spec_show(spec: SpecOption, json: JsonOption = False, debug: DebugOption = False) -> None:
     """Print the variants that a spec expands to."""

@@ -67,7 +67,7 @@ def _timed(graph: torch.cuda.CUDAGraph | None) -> tuple[torch.cuda.Event, torch.
     if graph is None:
         return None
     _flush_buffer().zero_()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     graph.replay()
     end.record()

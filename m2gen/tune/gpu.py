@@ -24,6 +24,7 @@ SECONDS = 90.0
 """Longest that a step may take, with the start of the process and the oracle's answers."""
 AGAIN = 10
 """Samples of one turn of a finalist."""
+TORCH_DEVICE = "cuda"
 KEPT = 8
 """Captured candidates that stay on the GPU: finalists take turns."""
 LONGEST_MESSAGE = 300
@@ -62,7 +63,7 @@ def _serve(task: Task) -> Measured:
     subject = task.subject
     if task.step is Step.TIME:
         return Measured(samples=_clock(task).again(AGAIN))
-    device = torch.device("cuda")
+    device = torch.device(TORCH_DEVICE)
     asked = questions(subject.variant, STEPS, held_out=task.step is Step.HELD_OUT)
     if task.step is Step.PREPARE:
         prepare(subject.variant, asked, device)
@@ -117,7 +118,7 @@ def _inputs(subject: Subject, seed: int) -> Inputs:
 
     from m2gen.problem import Problem, make_inputs
 
-    return make_inputs(subject.variant, Problem(subject.batch, subject.seq), seed).to(torch.device("cuda"))
+    return make_inputs(subject.variant, Problem(subject.batch, subject.seq), seed).to(torch.device(TORCH_DEVICE))
 
 
 def _lost(task: Task, lost: Lost) -> Measured:

@@ -103,7 +103,9 @@ class Journal:
             os.fsync(self._stream.fileno())
         except OSError as error:
             self._stream.truncate(start)
-            raise TuneError(f"{self.path} must be writable: {error.strerror or error}; trials so far are kept") from error
+            raise TuneError(
+                f"{self.path} must be writable: {error.strerror or error}; trials so far are kept"
+            ) from error
 
     def _read(self) -> None:
         """Read what is there, and cut off a last line without an end."""
@@ -116,7 +118,9 @@ class Journal:
                 self._learn(json.loads(line))
             except (ValueError, KeyError, TypeError, ScheduleError) as error:
                 where = f"{self.path}:{number}"
-                raise TuneError(f"{where} must be a line of m2gen tune, got {line[:40]!r}; --fresh starts anew") from error
+                raise TuneError(
+                    f"{where} must be a line of m2gen tune, got {line[:40]!r}; --fresh starts anew"
+                ) from error
         if len(whole) != len(text):
             with open(self.path, "r+b") as stream:
                 stream.truncate(len(whole))

@@ -8,9 +8,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Protocol
 
-from m2gen.db.record import Failure, Reason
 from m2gen.errors import TuneError
 from m2gen.pool import Lane, Service, finished
 from m2gen.schedule import Schedule
@@ -213,7 +213,7 @@ class Search:
         """Give up what has not come to the GPU."""
         for lane in self._compilers:
             lane.stop()
-        waiting = [ready.proposal.schedule for ready in (*self._ready, *sum(self._copies.values(), []))]
+        waiting = [ready.proposal.schedule for ready in chain(self._ready, *self._copies.values())]
         for schedule in (*self._compiling, *waiting):
             self._ledger.release(schedule)
         self._compiling.clear()
@@ -253,19 +253,13 @@ class Search:
             ready.compiled,
             found.errors,
             found.samples,
-            found.failure or self._over_memory(ready.proposal, found.samples),
+            found.failure,
             found.seconds,
             self._stations.worker,
         )
         self._finish(ready.proposal, trial)
         for other in self._copies.pop(ready.compiled.binary, []):
             self._finish(other.proposal, _copy(other, trial))
-
-    def _over_memory(self, proposal: Proposal, samples: Samples | None) -> Failure | None:
-        most = self._subject.max_bytes
-        if most is None or samples is None or samples.peak_bytes <= most or proposal.schedule == self._proposer.default:
-            return None
-        return Failure(Reason.MEMORY, f"peak must be at most {most} bytes, got {samples.peak_bytes}")
 
     def _finish(self, proposal: Proposal, trial: Trial) -> None:
         self._ledger.record(trial)
@@ -364,7 +358,8 @@ class Search:
         self._gpu.begin(task)
         while not finished([self._gpu]):
             pass
-        return self._gpu.collect()[1]
+        found: Measured = self._gpu.collect()[1]
+        return found
 
     def _outcome(self, points: int, seed: int) -> Outcome:
         default = self._proposer.default

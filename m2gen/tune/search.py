@@ -131,8 +131,8 @@ class Proposer:
         wanted = np.array([params[name] for name in AXES], dtype=np.int16)
         distance = np.abs(self._vectors - wanted).sum(1)
         for index in np.argsort(distance, kind="stable"):
-            if self._points[index] in self._left:
-                return self._points[index]
+            if self._points[int(index)] in self._left:
+                return self._points[int(index)]
         raise AssertionError("a point must be left")
 
     @cached_property

@@ -44,9 +44,7 @@ def estimate(samples: Sequence[float], seed: int) -> Estimate:
     return Estimate(median, min(float(low), median), max(float(high), median))
 
 
-def choose(
-    samples: Mapping[Schedule, Samples], eligible: Collection[Schedule], default: Schedule, seed: int
-) -> Choice:
+def choose(samples: Mapping[Schedule, Samples], eligible: Collection[Schedule], default: Schedule, seed: int) -> Choice:
     """Return the fastest eligible finalist, or of those within noise of it the default, else the one most like it.
 
     Within noise: the interval of the difference of medians holds 0, or the difference is below ``NOISE``. So the
