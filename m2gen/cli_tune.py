@@ -28,7 +28,7 @@ from m2gen.pipeline.tune import (
 )
 from m2gen.report import print_json, print_table
 from m2gen.spec import Objective
-from m2gen.tune.loop import Standing
+from m2gen.tune.book import Standing
 from m2gen.tune.search import Sampler
 from m2gen.tune.trial import Trial
 

@@ -24,7 +24,7 @@ from m2gen.device import TARGETS, Device
 from m2gen.pipeline.tune import Rig
 from m2gen.pool import Lane, Lost, Service
 from m2gen.schedule import Schedule, default
-from m2gen.tune.loop import Stations
+from m2gen.tune.book import Stations
 from m2gen.tune.records import Bench
 from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task
 

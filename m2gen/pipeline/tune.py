@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ from m2gen.pipeline.plan import Plan
 from m2gen.render import template_hash
 from m2gen.spec import Objective
 from m2gen.tune import lock
+from m2gen.tune.book import Book, Ledger, Limits, Outcome, Stations, Watcher
 from m2gen.tune.gpu import GPU
 from m2gen.tune.journal import Journal
-from m2gen.tune.loop import Ledger, Limits, Outcome, Search, Stations, Watcher
+from m2gen.tune.loop import Search
 from m2gen.tune.precompile import PRECOMPILE
 from m2gen.tune.records import Bench, key_of_subject, known_failures, records_of, seeds
-from m2gen.tune.search import Proposer, Sampler
+from m2gen.tune.search import Proposer, Sampler, neighbours
 from m2gen.tune.space import Space, Subject, enumerate_space, space_hash
 
 GPU_SECONDS_EACH = 1.0
@@ -165,11 +166,12 @@ def _tune_one(goal: Goal, request: TuneRequest, rig: Rig, limits: Limits, ends: 
     every = database.records() if database.root.exists() else ()
     space = enumerate_space(subject)
     sampler = Sampler.RANDOM if _exhaustive(space, limits, rig) else request.sampler
-    proposer = Proposer(space.points, seeds(subject, environment, every), sampler, request.seed)
-    for trial in known_failures(subject, environment, records):
-        proposer.tell(None, trial)
-    with _ledger(subject, request, rig)() as ledger:
-        outcome = Search(subject, proposer, ledger, rig.stations, limits, watcher).run(request.seed)
+    first = seeds(subject, environment, every)
+    first += [(point, "neighbour") for point in neighbours(first[0][0], space.points)]
+    proposer = Proposer(space.points, first, sampler, request.seed)
+    with _ledger(subject, request, rig) as ledger:
+        book = Book(subject, proposer.default, limits, ledger, watcher)
+        outcome = Search(book, proposer, rig.stations).run(request.seed, known_failures(subject, environment, records))
     found = records_of(outcome, rig.bench)
     return Tuned(goal, outcome, tuple(found), database.add(found))
 
@@ -187,10 +189,10 @@ def study_name(subject: Subject, rig: Rig) -> str:
     return key_of(*facts, template_hash(), space_hash(), toolchain())
 
 
-def _ledger(subject: Subject, request: TuneRequest, rig: Rig) -> Callable[[], AbstractContextManager[Ledger]]:
+def _ledger(subject: Subject, request: TuneRequest, rig: Rig) -> AbstractContextManager[Ledger]:
     name = study_name(subject, rig)
     path = cache_dir() / "tune" / f"{subject.variant.key}-{name[:12]}.jsonl"
     if request.fresh:
         path.unlink(missing_ok=True)
     header = {"variant": subject.variant.key, "batch": subject.batch, "seq": subject.seq, "study": name}
-    return lambda: closing(Journal(path, header))
+    return closing(Journal(path, header))

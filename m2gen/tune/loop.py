@@ -3,106 +3,18 @@
 from __future__ import annotations
 
 import heapq
-import random
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Protocol
 
 from m2gen.errors import TuneError
-from m2gen.pool import Lane, Service, finished
+from m2gen.pool import finished
 from m2gen.schedule import Schedule
+from m2gen.tune.book import Book, Outcome, Stations
+from m2gen.tune.final import FINALISTS, hold_final
 from m2gen.tune.search import Proposal, Proposer
-from m2gen.tune.select import Choice, choose
-from m2gen.tune.space import Subject
+from m2gen.tune.select import choose
 from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task, Trial
-
-FINALISTS = 6
-"""Of the screening, beside the default."""
-ROUNDS = 8
-FEWEST_ROUNDS = 3
-FINALS_SECONDS = 25.0
-"""Of the budget, or ``FINALS_PART`` of it where that is less."""
-FINALS_PART = 0.3
-
-
-class Ledger(Protocol):
-    """Where a search's trials are kept: a journal of one worker, or a study that several share."""
-
-    def trials(self) -> list[Trial]: ...
-    def news(self) -> list[Trial]: ...
-    def claim(self, schedule: Schedule) -> bool: ...
-    def begin(self, schedule: Schedule) -> None: ...
-    def record(self, trial: Trial) -> None: ...
-    def release(self, schedule: Schedule) -> None: ...
-
-
-@dataclass(frozen=True)
-class Stations:
-    """Where candidates go: the processes that compile, and the one that has the GPU."""
-
-    compile: Service[CompileTask, Compiled]
-    measure: Service[Task, Measured]
-    compilers: int
-    worker: str
-    """Names who measures."""
-    lane: Callable[[Service], Lane] = Lane  # type: ignore[type-arg]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """When a search ends."""
-
-    seconds: float
-    trials: int | None = None
-
-    @property
-    def screening(self) -> float:
-        """Seconds of the budget before the final."""
-        return self.seconds - min(FINALS_SECONDS, FINALS_PART * self.seconds)
-
-
-@dataclass(frozen=True)
-class Standing:
-    """How far a search is."""
-
-    done: int
-    most: int
-    best: Trial | None
-    default_ms: float | None
-    failures: Mapping[str, int]
-    seconds_left: float
-
-
-class Watcher(Protocol):
-    """Whoever shows a search."""
-
-    def stage(self, text: str) -> None: ...
-    def trial(self, trial: Trial, standing: Standing) -> None: ...
-    def details(self, text: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a search found, and what it cost."""
-
-    subject: Subject
-    default: Schedule
-    trials: tuple[Trial, ...]
-    finals: Mapping[Schedule, Samples]
-    choice: Choice | None
-    """None where nothing passed, or the default did not."""
-    points: int
-    seconds: float
-    compile_seconds: float
-    """Of all compilers together."""
-    interrupted: bool = False
-
-    @property
-    def gpu_seconds(self) -> float:
-        return sum(trial.gpu_seconds for trial in self.trials)
 
 
 @dataclass(order=True)
@@ -118,55 +30,40 @@ class _Ready:
 class Search:
     """The search for the schedule of one subject."""
 
-    def __init__(
-        self, subject: Subject, proposer: Proposer, ledger: Ledger, stations: Stations, limits: Limits, watcher: Watcher
-    ) -> None:
-        self._subject, self._proposer, self._ledger, self._watcher = subject, proposer, ledger, watcher
-        self._limits, self._stations = limits, stations
-        self._start = time.monotonic()
+    def __init__(self, book: Book, proposer: Proposer, stations: Stations) -> None:
+        self._book, self._proposer, self._stations = book, proposer, stations
         self._compilers = [stations.lane(stations.compile) for _ in range(stations.compilers)]
         self._gpu = stations.lane(stations.measure)
         self._compiling: dict[Schedule, Proposal] = {}
         self._ready: list[_Ready] = []
         self._running: _Ready | None = None
         self._copies: dict[str, list[_Ready]] = {}
-        self._trials: dict[Schedule, Trial] = {}
-        self._finals: dict[Schedule, Samples] = {}
-        self._number = 0
+        self._compiled = 0
         self._compile_seconds = 0.0
-        self._interrupted = False
 
-    def run(self, seed: int) -> Outcome:
-        """Search until the limits, then hold the final; Ctrl-C ends either, and keeps what was verified."""
-        points = self._proposer.left
+    def run(self, seed: int, known: Iterable[Trial] = ()) -> Outcome:
+        """Search until the limits, then hold the final; Ctrl-C ends either, and keeps what was verified.
+
+        ``known`` are trials that the database has: they are not made again, nor written to the ledger.
+        """
+        points, interrupted = self._proposer.left, False
+        finals: dict[Schedule, Samples] = {}
         try:
-            for trial in self._ledger.trials():
+            for trial in (*known, *self._book.ledger.trials()):
                 self._learn(None, trial)
             self._screen()
-            self._final(seed)
+            finals = hold_final(self._book, self._ask_gpu, seed)
         except KeyboardInterrupt:
-            self._interrupted = True
+            interrupted = True
         finally:
-            for lane in (*self._compilers, self._gpu):
-                lane.stop()
             self._release()
-        return self._outcome(points, seed)
-
-    # Screening
-
-    @property
-    def _elapsed(self) -> float:
-        return time.monotonic() - self._start
-
-    @property
-    def _most(self) -> int:
-        left = len(self._trials) + self._proposer.left + len(self._compiling) + len(self._ready)
-        return left if self._limits.trials is None else min(left, self._limits.trials)
+            self._gpu.stop()
+        return _outcome(self._book, finals, seed, (points, self._compile_seconds, interrupted))
 
     def _screen(self) -> None:
-        self._gpu.begin(Task(self._subject, self._proposer.default, Step.PREPARE))
+        self._gpu.begin(Task(self._book.subject, self._book.default, Step.PREPARE))
         while True:
-            over = self._elapsed > self._limits.screening
+            over = self._book.elapsed > self._book.limits.screening
             if over:
                 self._release()
             else:
@@ -185,7 +82,7 @@ class Search:
 
     def _fill(self) -> None:
         """Give every idle station something to do."""
-        for trial in self._ledger.news():
+        for trial in self._book.ledger.news():
             self._learn(None, trial)
         for lane in self._compilers:
             if lane.task is None and len(self._ready) < len(self._compilers):
@@ -193,19 +90,24 @@ class Search:
                 if proposal is None:
                     break
                 self._compiling[proposal.schedule] = proposal
-                lane.begin(CompileTask(self._subject, proposal.schedule))
+                lane.begin(CompileTask(self._book.subject, proposal.schedule))
         if self._gpu.task is None and self._ready:
             self._running = heapq.heappop(self._ready)
             schedule = self._running.proposal.schedule
-            self._ledger.begin(schedule)
-            self._gpu.begin(Task(self._subject, schedule, Step.SCREEN, self._best_ms))
+            self._book.ledger.begin(schedule)
+            self._gpu.begin(Task(self._book.subject, schedule, Step.SCREEN, self._book.best_ms))
+
+    @property
+    def _underway(self) -> int:
+        """Candidates that were proposed and are no trials yet."""
+        copies = sum(map(len, self._copies.values()))
+        return len(self._compiling) + len(self._ready) + (self._running is not None) + copies
 
     def _ask(self) -> Proposal | None:
-        begun = len(self._trials) + len(self._compiling) + len(self._ready) + (self._running is not None)
-        begun += sum(map(len, self._copies.values()))
-        while self._limits.trials is None or begun < self._limits.trials:
+        most = self._book.limits.trials
+        while most is None or len(self._book.trials) + self._underway < most:
             proposal = self._proposer.ask()
-            if proposal is None or self._ledger.claim(proposal.schedule):
+            if proposal is None or self._book.ledger.claim(proposal.schedule):
                 return proposal
         return None
 
@@ -215,26 +117,28 @@ class Search:
             lane.stop()
         waiting = [ready.proposal.schedule for ready in chain(self._ready, *self._copies.values())]
         for schedule in (*self._compiling, *waiting):
-            self._ledger.release(schedule)
+            self._book.ledger.release(schedule)
         self._compiling.clear()
         self._ready.clear()
         self._copies.clear()
 
     def _on_prepared(self, found: Measured) -> None:
         if found.failure is not None:
-            self._watcher.details(found.details)
+            self._book.watcher.details(found.details)
             raise TuneError(f"the GPU worker cannot begin: {found.failure.message}")
 
     def _on_compiled(self, schedule: Schedule, compiled: Compiled) -> None:
         proposal = self._compiling.pop(schedule)
         self._compile_seconds += compiled.seconds
-        self._number += 1
+        self._compiled += 1
         if compiled.failure is not None:
-            self._watcher.details(compiled.details)
+            self._book.watcher.details(compiled.details)
             self._finish(proposal, Trial(schedule, proposal.origin, compiled, failure=compiled.failure))
             return
-        ready = _Ready(compiled.spill_bytes > 0 and proposal.origin == "search", self._number, proposal, compiled)
-        twin = next((t for t in self._trials.values() if t.compiled and t.compiled.binary == compiled.binary), None)
+        ready = _Ready(compiled.spill_bytes > 0 and proposal.origin == "search", self._compiled, proposal, compiled)
+        twin = next(
+            (t for t in self._book.trials.values() if t.compiled and t.compiled.binary == compiled.binary), None
+        )
         pending = (*self._ready, *([self._running] if self._running else []))
         if twin is not None:
             self._finish(proposal, _copy(ready, twin))
@@ -246,7 +150,7 @@ class Search:
     def _on_measured(self, found: Measured) -> None:
         ready, self._running = self._running, None
         assert ready is not None
-        self._watcher.details(found.details)
+        self._book.watcher.details(found.details)
         trial = Trial(
             ready.proposal.schedule,
             ready.proposal.origin,
@@ -262,97 +166,14 @@ class Search:
             self._finish(other.proposal, _copy(other, trial))
 
     def _finish(self, proposal: Proposal, trial: Trial) -> None:
-        self._ledger.record(trial)
+        self._book.ledger.record(trial)
         self._learn(proposal, trial)
 
     def _learn(self, proposal: Proposal | None, trial: Trial) -> None:
-        self._trials[trial.schedule] = trial
         self._proposer.tell(proposal, trial)
-        self._watcher.trial(trial, self._standing())
-
-    # Results
-
-    @property
-    def _passed(self) -> list[Trial]:
-        """Trials whose schedules may win, the fastest first."""
-        passed = [trial for trial in self._trials.values() if trial.median_ms is not None and self._may_win(trial)]
-        return sorted(passed, key=lambda trial: (trial.median_ms or 0.0, trial.schedule.slug))
-
-    def _may_win(self, trial: Trial) -> bool:
-        most = self._subject.max_bytes
-        return most is None or (trial.samples is not None and trial.samples.peak_bytes <= most)
-
-    @property
-    def _best_ms(self) -> float | None:
-        return next((trial.median_ms for trial in self._passed), None)
-
-    def _standing(self) -> Standing:
-        default = self._trials.get(self._proposer.default)
-        failures = Counter(str(t.failure.reason) for t in self._trials.values() if t.failure)
-        return Standing(
-            len(self._trials),
-            self._most,
-            next(iter(self._passed), None),
-            default.median_ms if default else None,
-            failures,
-            max(0.0, self._limits.seconds - self._elapsed),
-        )
-
-    # Final
-
-    def _final(self, seed: int) -> None:
-        """Gate the best on problems that no trial has seen, and time them and the default in turns."""
-        default = self._trials.get(self._proposer.default)
-        if default is None or default.median_ms is None:
-            return
-        chosen: list[Trial] = [default] if self._held_out(default) else []
-        if not chosen:
-            return
-        for trial in self._passed:
-            if len(chosen) > FINALISTS:
-                break
-            if trial is not default and not trial.copy_of and self._held_out(trial):
-                chosen.append(trial)
-        self._watcher.stage(f"final of {len(chosen)}")
-        turns = random.Random(seed)
-        for number in range(ROUNDS):
-            if number >= FEWEST_ROUNDS and self._elapsed > self._limits.seconds:
-                break
-            turns.shuffle(chosen)
-            for trial in list(chosen):
-                if not self._turn(trial):
-                    chosen.remove(trial)
-
-    def _held_out(self, trial: Trial) -> bool:
-        found = self._ask_gpu(Task(self._subject, trial.schedule, Step.HELD_OUT))
-        return self._keep_final(trial, found)
-
-    def _turn(self, trial: Trial) -> bool:
-        found = self._ask_gpu(Task(self._subject, trial.schedule, Step.TIME))
-        if not self._keep_final(trial, found):
-            self._finals.pop(trial.schedule, None)
-            return False
-        assert found.samples is not None
-        known = self._finals.get(trial.schedule)
-        self._finals[trial.schedule] = found.samples if known is None else known + found.samples
-        return True
-
-    def _keep_final(self, trial: Trial, found: Measured) -> bool:
-        """Take in what the final found of a trial; return whether it still stands."""
-        known = self._trials[trial.schedule]
-        errors = {error.tensor: error for error in known.errors}
-        for error in found.errors:
-            old = errors.get(error.tensor)
-            if old is None or error.error * old.budget > old.error * error.budget:
-                errors[error.tensor] = error
-        every = tuple(errors[name] for name in sorted(errors))
-        seconds = known.gpu_seconds + found.seconds
-        self._trials[trial.schedule] = replace(known, errors=every, failure=found.failure, gpu_seconds=seconds)
-        if found.failure is not None:
-            self._watcher.details(found.details)
-            self._ledger.record(self._trials[trial.schedule])
-            self._watcher.trial(self._trials[trial.schedule], self._standing())
-        return found.failure is None
+        begun = len(self._book.trials) + self._proposer.left + self._underway
+        self._book.most = min(begun, self._book.limits.trials or begun)
+        self._book.learn(trial)
 
     def _ask_gpu(self, task: Task) -> Measured:
         self._gpu.begin(task)
@@ -361,29 +182,20 @@ class Search:
         found: Measured = self._gpu.collect()[1]
         return found
 
-    def _outcome(self, points: int, seed: int) -> Outcome:
-        default = self._proposer.default
-        samples = dict(self._finals)
-        if default not in samples:  # no final: what the screening found has to do
-            samples = {trial.schedule: trial.samples for trial in self._screened() if trial.samples}
-        eligible = {s: x for s, x in samples.items() if self._may_win(self._trials[s])}
-        choice = choose(samples, eligible, default, seed) if default in samples and eligible else None
-        return Outcome(
-            self._subject,
-            default,
-            tuple(self._trials.values()),
-            samples,
-            choice,
-            points,
-            self._elapsed,
-            self._compile_seconds,
-            self._interrupted,
-        )
 
-    def _screened(self) -> Iterable[Trial]:
-        """Return the default and the fastest of the screening, if the default passed."""
-        default = self._trials.get(self._proposer.default)
-        return [] if default is None or default.median_ms is None else [default, *self._passed[:FINALISTS]]
+def _outcome(book: Book, finals: dict[Schedule, Samples], seed: int, cost: tuple[int, float, bool]) -> Outcome:
+    """Choose among finalists; without a final, among the fastest of the screening."""
+    samples = finals
+    if book.default not in samples:
+        screened = [book.baseline, *book.passed[:FINALISTS]] if book.baseline else []
+        samples = {trial.schedule: trial.samples for trial in screened if trial and trial.samples}
+    eligible = [schedule for schedule in samples if book.may_win(book.trials[schedule])]
+    choice = choose(samples, eligible, book.default, seed) if book.default in samples and eligible else None
+    points, compile_seconds, interrupted = cost
+    trials = tuple(book.trials.values())
+    return Outcome(
+        book.subject, book.default, trials, samples, choice, points, book.elapsed, compile_seconds, interrupted
+    )
 
 
 def _copy(ready: _Ready, twin: Trial) -> Trial:

@@ -11,7 +11,7 @@ from m2gen.db import POLICY, Environment, Key, Provenance, Reason, Record, Sizes
 from m2gen.db.rank import failures, preference
 from m2gen.render import kernel_hash
 from m2gen.schedule import Schedule, default, problems
-from m2gen.tune.loop import Outcome
+from m2gen.tune.book import Outcome
 from m2gen.tune.select import estimate
 from m2gen.tune.space import Subject, space_hash
 from m2gen.tune.trial import Trial
@@ -57,7 +57,7 @@ def seeds(subject: Subject, environment: Environment, records: Iterable[Record])
     exact = [r for r in here if r.key == key and r.environment.device == environment.device]
     near = [r for r in here if r not in exact][:NEIGHBOURS]
     far = [r for r in alike if r not in here][:NEIGHBOURS]
-    groups = (("record", exact), ("neighbour", near), ("elsewhere", far))
+    groups = (("record", exact), ("similar", near), ("elsewhere", far))
     found = {default(variant, subject.device): "default"}
     for origin, group in groups:
         for record in group:

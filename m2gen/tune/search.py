@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from m2gen.schedule import Schedule
-from m2gen.tune.space import AXES, values_of
+from m2gen.tune.space import AXES, schedule_of, values_of
 from m2gen.tune.trial import Trial
 
 if TYPE_CHECKING:
@@ -42,6 +42,21 @@ class Proposal:
     origin: str
     asked: Asked | None = None
     """Optuna's trial, which proposed this candidate or one nearby."""
+
+
+def neighbours(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
+    """Return the points that are one step of one axis away, in the order of the axes.
+
+    They say which knob matters, and share interval and tanh, so that their parts can be combined.
+    """
+    place, every = _indices(schedule), set(points)
+    found = []
+    for name, values in AXES.items():
+        for step in (-1, 1):
+            index = place[name] + step
+            if 0 <= index < len(values):
+                found.append(schedule_of({**values_of(schedule), name: values[index]}))
+    return [point for point in found if point in every]
 
 
 class Proposer:

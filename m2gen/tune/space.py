@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from m2gen.cache import key_of
 from m2gen.device import Device
@@ -123,6 +124,15 @@ def values_of(schedule: Schedule) -> dict[str, Value]:
         "interval": schedule.interval,
         "tanh": schedule.tanh,
     }
+
+
+def schedule_of(values: Mapping[str, Any]) -> Schedule:
+    """Return the schedule that has a value for each axis."""
+    parts = {
+        side: [value for name, value in values.items() if name.startswith(side)] for side in ("forward", "backward")
+    }
+    forward, backward = ForwardSchedule(*parts["forward"]), BackwardSchedule(*parts["backward"])
+    return Schedule(forward, backward, values["interval"], values["tanh"])
 
 
 def enumerate_space(subject: Subject) -> Space:

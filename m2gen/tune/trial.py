@@ -101,7 +101,7 @@ class Trial:
 
     schedule: Schedule
     origin: str
-    """Why it was tried: default, record, neighbour, elsewhere, search, combined."""
+    """Why it was tried: default, record, similar, elsewhere, neighbour, combined, search; resumed."""
     compiled: Compiled | None = None
     errors: tuple[TensorError, ...] = ()
     samples: Samples | None = None
