@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from m2gen.schedule import Schedule
-from m2gen.tune.space import AXES, schedule_of, values_of
+from m2gen.tune.space import AXES, Value, schedule_of, values_of
 from m2gen.tune.trial import Trial
 
 if TYPE_CHECKING:
@@ -162,12 +162,14 @@ _PLACES = {name: {value: index for index, value in enumerate(values)} for name, 
 
 def _indices(schedule: Schedule) -> dict[str, int]:
     """Return a schedule as places on the axes; one between two places is at the lower."""
-    found = {}
-    for name, value in values_of(schedule).items():
-        places = _PLACES[name]
-        lower = [index for other, index in places.items() if isinstance(other, int) and other <= value]  # type: ignore[operator]
-        found[name] = places[value] if value in places else max(lower, default=0)
-    return found
+    return {name: _index(name, value) for name, value in values_of(schedule).items()}
+
+
+def _index(name: str, value: Value) -> int:
+    places = _PLACES[name]
+    if value in places:
+        return places[value]
+    return sum(isinstance(other, int) and isinstance(value, int) and other < value for other in places) - 1
 
 
 def _distributions() -> dict[str, BaseDistribution]:
@@ -176,11 +178,12 @@ def _distributions() -> dict[str, BaseDistribution]:
     return {name: IntDistribution(0, len(values) - 1) for name, values in AXES.items()}
 
 
-def best_combination(trials: Iterable[Trial], left: dict[Schedule, None]) -> Schedule | None:
+def best_combination(trials: Iterable[Trial], left: Container[Schedule]) -> Schedule | None:
     """Return the point of ``left`` whose forward and backward were timed in two trials and add up to the least.
 
-    A call's time is the sum of both kernels' times, and each depends on its own knobs, the interval and tanh alone.
-    None before ``COMBINED_AFTER`` trials have passed, and where no sum promises more than the best trial.
+    A call's time is the sum of both kernels' times, and each depends on its own knobs and tanh, and a little on the
+    interval, which is that of either trial. None before ``COMBINED_AFTER`` trials have passed, and where no sum
+    promises more than the best trial.
     """
     passed = [trial for trial in trials if trial.samples and not trial.failure and trial.samples.backward_ms]
     if len(passed) < COMBINED_AFTER:
@@ -190,17 +193,18 @@ def best_combination(trials: Iterable[Trial], left: dict[Schedule, None]) -> Sch
     for trial in passed:
         schedule, samples = trial.schedule, trial.samples
         assert samples is not None
-        shared = (schedule.interval, schedule.tanh)
         for table, part, times in (
             (forwards, schedule.forward, samples.forward_ms),
             (backwards, schedule.backward, samples.backward_ms),
         ):
-            table[(part, *shared)] = (float(np.median(times)), schedule)
-    sums = sorted(
-        (one + other, first.slug, Schedule(first.forward, second.backward, *shared))
-        for (_, *shared), (one, first) in forwards.items()
-        for (_, *theirs), (other, second) in backwards.items()
-        if shared == theirs
-    )
+            known = table.get((part, schedule.tanh), (float("inf"), schedule))
+            table[(part, schedule.tanh)] = min(known, (float(np.median(times)), schedule), key=lambda pair: pair[0])
     best = min(trial.samples.median_ms for trial in passed if trial.samples)
-    return next((point for total, _, point in sums if total < best and point in left), None)
+    sums = [
+        (one + other, Schedule(forward, backward, schedule.interval, tanh))
+        for (forward, tanh), (one, first) in forwards.items()
+        for (backward, same), (other, second) in backwards.items()
+        if tanh == same and one + other < best
+        for schedule in (second, first)
+    ]
+    return next((point for _, point in sorted(sums, key=lambda pair: pair[0]) if point in left), None)
