@@ -7,25 +7,35 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from m2gen import __version__
 from m2gen.cache import cache_dir
+from m2gen.choice import Choice
 from m2gen.device import PORTABLE, TARGETS, detect
-from m2gen.pipeline import BuildOutcome, CheckRow, Plan, shipped_specs
+from m2gen.pipeline import BenchRow, BuildOutcome, CheckRow, Plan, shipped_database, shipped_specs, state
 from m2gen.render import templates_dir
 from m2gen.report import print_json, print_table
 
-if TYPE_CHECKING:
-    from m2gen.bench import Measurement
-
-KERNEL_COLUMNS = ("variant", "kernel", "target", "registers", "spills B", "shared B", "code B", "problems")
+KERNEL_COLUMNS = ("variant", "kernel", "target", "registers", "spills B", "shared B", "code B", "from", "problems")
+BENCH_COLUMNS = (
+    "layer",
+    "variant",
+    "batch",
+    "seq",
+    "forward ms",
+    "forward+backward ms",
+    "extra GB",
+    "schedule",
+    "from",
+)
+SCHEDULE_COLUMNS = ("variant", "target", "programs/SM", "schedule", "from", "of")
 
 
 def _kernel_cells(row: CheckRow) -> tuple[Any, ...]:
     taken = row.resources
     numbers = (taken.registers, taken.spill_bytes, taken.shared_bytes, taken.code_bytes) if taken else ("",) * 4
-    return (row.variant, row.kernel, row.arch, *numbers, "; ".join(row.problems))
+    return (row.variant, row.kernel, row.arch, *numbers, row.source, "; ".join(row.problems))
 
 
 def _kernel_json(row: CheckRow) -> dict[str, Any]:
@@ -34,26 +44,45 @@ def _kernel_json(row: CheckRow) -> dict[str, Any]:
         "kernel": row.kernel,
         "target": row.arch,
         "schedule": row.schedule,
+        "from": row.source,
         "resources": asdict(row.resources) if row.resources else None,
         "problems": list(row.problems),
     }
 
 
+def _choice_cells(choice: Choice) -> tuple[Any, ...]:
+    """Return a line about a schedule; the last cell is where its record comes from, and what is to be said of it."""
+    record = choice.record
+    notes = [record.environment.device, *filter(None, [state(record)])] if record else []
+    where = (choice.variant.key, choice.device.arch, choice.calls, choice.schedule.slug)
+    return (*where, choice.source, "; ".join(notes))
+
+
+def _choice_json(choice: Choice) -> dict[str, Any]:
+    record = choice.record
+    return {
+        "variant": choice.variant.key,
+        "target": choice.device.arch,
+        "programs_an_sm": list(choice.buckets),
+        "schedule": choice.schedule.slug,
+        "tier": choice.tier,
+        "record": record and record.id,
+        "device": record and record.environment.device,
+        "flag": state(record) if record else "",
+    }
+
+
 def show_build(planned: Plan, outcome: BuildOutcome, *, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Show the schedules that serve each variant and what the kernels take."""
-    schedules = [
-        (c.variant.key, c.device.arch, c.schedule.slug, c.tier)
-        for c in planned.choices
-        if verbose or c.device != PORTABLE
-    ]
+    shown = [choice for choice in planned.choices if verbose or choice.device != PORTABLE]
     if as_json:
         kernels = [_kernel_json(row) for row in outcome.rows]
-        chosen = [dict(zip(("variant", "target", "schedule", "tier"), row, strict=True)) for row in schedules]
         facts = {"package": str(outcome.directory), "namespace": outcome.package.namespace}
+        chosen = [_choice_json(choice) for choice in shown]
         print_json({**facts, "verified": outcome.verified, "schedules": chosen, "kernels": kernels})
         return
     if not quiet:
-        print_table("Schedules", ("variant", "target", "schedule", "from"), schedules)
+        print_table("Schedules", SCHEDULE_COLUMNS, map(_choice_cells, shown))
         print_table("Kernels", KERNEL_COLUMNS, map(_kernel_cells, outcome.rows))
     files = len(outcome.package.files) + 1
     print(f"{outcome.directory}: {len(planned.variants)} variants, {files} files, verified on: {outcome.verified}")
@@ -87,17 +116,20 @@ def show_check(rows: Sequence[CheckRow], *, as_json: bool, quiet: bool, verbose:
     return 1 if broken else 0
 
 
-def show_bench(results: Sequence[tuple[str, Measurement]], *, as_json: bool) -> None:
-    """Print medians and peak memory of every workload."""
+def show_bench(results: Sequence[BenchRow], *, as_json: bool) -> None:
+    """Print medians and peak memory of every workload, and the schedule it ran by."""
     if as_json:
-        print_json([{"layer": layer, **asdict(measurement)} for layer, measurement in results])
+        rows = [(row.layer, asdict(row.measurement), _choice_json(row.choice)) for row in results]
+        kept = ("schedule", "tier", "record")
+        print_json([{"layer": layer, **measured, **{name: c[name] for name in kept}} for layer, measured, c in rows])
         return
-    rows = [
-        (layer, m.variant, m.batch, m.seq, f"{m.forward_ms:.3f}", f"{m.step_ms:.3f}", f"{m.extra_bytes / 1e9:.3f}")
-        for layer, m in results
-    ]
-    columns = ("layer", "variant", "batch", "seq", "forward ms", "forward+backward ms", "extra GB")
-    print_table("Medians", columns, rows)
+    print_table("Medians", BENCH_COLUMNS, map(_bench_cells, results))
+
+
+def _bench_cells(row: BenchRow) -> tuple[Any, ...]:
+    m = row.measurement
+    times = (f"{m.forward_ms:.3f}", f"{m.step_ms:.3f}", f"{m.extra_bytes / 1e9:.3f}")
+    return (row.layer, m.variant, m.batch, m.seq, *times, row.choice.schedule.slug, row.choice.source)
 
 
 def show_spec(planned: Plan, *, as_json: bool) -> None:
@@ -135,11 +167,10 @@ def show_info(*, as_json: bool) -> None:
     device = detect()
     packages = ("torch", "triton", "jinja2", "optuna", "pyyaml", "rich", "pydantic", "typer")
     versions = {"m2gen": __version__, "python": platform.python_version(), **{p: _version_of(p) for p in packages}}
-    root = templates_dir().parent
     folders = {
         "specs": shipped_specs(),
         "templates": templates_dir(),
-        "tuning_db": root / "tuning_db",
+        "tuning_db": shipped_database().root,
         "cache": cache_dir(),
     }
     missing = [name for name, value in versions.items() if value == "missing"]

@@ -14,15 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from m2gen.compile import workers
+from m2gen.db import Database
 from m2gen.errors import UsageError
-from m2gen.pipeline import Plan
+from m2gen.pipeline import Plan, shipped_database
 from m2gen.pipeline.tune import (
     Size,
     Tuned,
     TuneRequest,
     dry_run,
     dry_run_device,
-    shipped_database,
     this_rig,
     tune,
 )
@@ -72,7 +72,7 @@ class TuneOptions:
     def request(self) -> TuneRequest:
         """Return what the options ask for; raises UsageError where one cannot be read."""
         return TuneRequest(
-            database=self.db or shipped_database(),
+            database=Database(self.db) if self.db else shipped_database(),
             layers=self.layers,
             seconds=_read("--budget", "a time such as 10m or 90s", duration, self.budget),
             trials=self.trials,

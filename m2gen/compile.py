@@ -80,9 +80,14 @@ class Resources:
         return tuple(reasons)
 
 
+def triton_version() -> str:
+    """Return the version of Triton, whose wheel carries the assembler."""
+    return metadata.version("triton")
+
+
 def toolchain() -> str:
-    """Name what turns source into machine code: Triton's wheel carries the assembler."""
-    return f"triton {metadata.version('triton')}"
+    """Name what turns source into machine code."""
+    return f"triton {triton_version()}"
 
 
 def load_module(path: Path, name: str) -> ModuleType:

@@ -133,7 +133,8 @@ class Spy:
         library, dispatch = module_of(package, "library"), module_of(package, "dispatch")
         for name in ("FORWARD", "BACKWARD", "STEP"):
             patch.setattr(library, name, self._recording(name, getattr(library, name)))
-        for kernels in {kernels for by_variant in dispatch.KERNELS.values() for kernels in by_variant.values()}:
+        tables = [table for by_variant in dispatch.KERNELS.values() for table in by_variant.values()]
+        for kernels in {kernels for table in tables for kernels in table}:
             for name in ("forward", "backward", "step"):
                 patch.setattr(kernels, name, self._noting(name, getattr(kernels, name)))
 

@@ -89,7 +89,7 @@ def variants(clip: str) -> list[Variant]:
 def build_package(name: str, chosen: Iterable[Variant], schedule: Schedule) -> emit.Package:
     """Render a package whose variants all run by one schedule, on every device."""
     choices = [
-        emit.Choice(BuiltVariant(variant, ("layer",)), PORTABLE, check(variant, schedule, PORTABLE), "default")
+        emit.Choice(BuiltVariant(variant, ("layer",)), PORTABLE, check(variant, schedule, PORTABLE))
         for variant in chosen
     ]
     return emit.package(emit.Origin(name, f"{name}.yaml", "0" * 12), choices)
@@ -99,7 +99,7 @@ def default_package(name: str, chosen: Iterable[Variant]) -> emit.Package:
     """Render a package as ``m2gen build`` would for this machine: default schedules for its GPU, and portable ones."""
     devices = [PORTABLE, *filter(None, [detect()])]
     choices = [
-        emit.Choice(BuiltVariant(variant, ("layer",)), device, default(variant, device), "default")
+        emit.Choice(BuiltVariant(variant, ("layer",)), device, default(variant, device))
         for device in devices
         for variant in chosen
     ]

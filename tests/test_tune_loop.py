@@ -70,7 +70,7 @@ def search(
     spec: Path, rig: Rig | None = None, watcher: Silent | None = None, trials: int | None = 30, seconds: float = 60.0
 ) -> Tuned:
     """Run the one search of the spec."""
-    request = TuneRequest(spec.parent / "db", seconds=seconds, trials=trials)
+    request = TuneRequest(Database(spec.parent / "db"), seconds=seconds, trials=trials)
     (tuned,) = tune(plan(str(spec)), request, rig or simulated.rig(), watcher or Silent())
     return tuned
 
@@ -228,7 +228,7 @@ def test_a_killed_search_goes_on_without_repeating_a_trial(spec: Path) -> None:
 def test_fresh_begins_anew(spec: Path) -> None:
     """The journal of earlier runs is dropped when asked."""
     log = simulated.script(spec.parent / "script.json")
-    request = TuneRequest(spec.parent / "db", seconds=60, trials=5, fresh=True)
+    request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=5, fresh=True)
     for _ in range(2):
         list(tune(plan(str(spec)), request, simulated.rig(), Silent()))
     assert set(Counter(line for line in lines(log) if line.startswith("screen")).values()) == {2}
@@ -308,7 +308,7 @@ def test_a_full_disk_ends_the_search_and_keeps_its_trials(spec: Path, monkeypatc
 def test_inference_tunes_the_forward_alone(spec: Path) -> None:
     """The backward and the interval stay those of the default, and no backward is timed."""
     simulated.script(spec.parent / "script.json")
-    request = TuneRequest(spec.parent / "db", seconds=60, trials=20, objective=Objective.INFER)
+    request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=20, objective=Objective.INFER)
     (tuned,) = tune(plan(str(spec)), request, simulated.rig(), Silent())
     base = standard(tuned)
     assert {(t.schedule.backward, t.schedule.interval) for t in tuned.outcome.trials} == {
@@ -323,7 +323,7 @@ def test_inference_tunes_the_forward_alone(spec: Path) -> None:
 def test_the_memory_bound_holds_for_the_winner(spec: Path) -> None:
     """Points over the bound are not in the space, and the default may be the reference without being eligible."""
     simulated.script(spec.parent / "script.json")
-    request = TuneRequest(spec.parent / "db", seconds=60, trials=20, max_bytes=300 * 2**20)
+    request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=20, max_bytes=300 * 2**20)
     (tuned,) = tune(plan(str(spec)), request, simulated.rig(), Silent())
     from m2gen.tune.space import fits
 
@@ -352,7 +352,7 @@ def test_random_and_tpe_search_the_same_space(spec: Path) -> None:
 
     def order(sampler: Sampler, seed: int, run: int = 0) -> list[Schedule]:
         database = spec.parent / f"{sampler}{seed}{run}"
-        request = TuneRequest(database, seconds=60, trials=25, seed=seed, sampler=sampler, fresh=True)
+        request = TuneRequest(Database(database), seconds=60, trials=25, seed=seed, sampler=sampler, fresh=True)
         rig = simulated.rig(compilers=1)
         (tuned,) = tune(plan(str(spec)), request, rig, Silent())
         return [trial.schedule for trial in tuned.outcome.trials]
@@ -366,7 +366,7 @@ def test_random_and_tpe_search_the_same_space(spec: Path) -> None:
 def test_records_seed_the_next_search(spec: Path) -> None:
     """What the database has is tried right after the default."""
     simulated.script(spec.parent / "script.json", ms={BEST: 1.0})
-    request = TuneRequest(spec.parent / "db", seconds=60, trials=60)
+    request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=60)
     (first,) = tune(plan(str(spec)), request, simulated.rig(), Silent())
     assert first.outcome.choice is not None
     elsewhere = replace(simulated.DEVICE, name="Another GPU", sm_count=100)

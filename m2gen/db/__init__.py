@@ -5,7 +5,7 @@ from m2gen.db.database import Change, Database, merged
 from m2gen.db.exchange import export_text, read_export, read_other, write_export
 from m2gen.db.files import Contents, Fault, slug
 from m2gen.db.lookup import Query, Rejection, Served, Tier, look_up, usual_device
-from m2gen.db.rank import flag, is_default, preference, slot, stale
+from m2gen.db.rank import failures, flag, is_default, preference, slot, stale, verdict
 from m2gen.db.record import (
     POLICY,
     SCHEMA,
@@ -48,6 +48,7 @@ __all__ = [
     "decode",
     "encode",
     "export_text",
+    "failures",
     "flag",
     "is_default",
     "look_up",
@@ -59,5 +60,6 @@ __all__ = [
     "slug",
     "stale",
     "usual_device",
+    "verdict",
     "write_export",
 ]

@@ -40,13 +40,19 @@ def _dump(value: Any) -> str:
     return json.dumps(value, sort_keys=True, allow_nan=False)
 
 
-def _content(record: Record) -> str:
-    """Return the canonical text of everything but the id; raises NotARecord."""
+def _checked(record: Record) -> Record:
+    """Return a record as it would be read, numbers in their fields' types; raises NotARecord."""
     try:
-        text = json.dumps(asdict(record), allow_nan=False)
+        return _parse(json.dumps(asdict(record), allow_nan=False))
     except ValueError as error:
-        raise NotARecord(f"$ must hold finite numbers ({error})") from error
-    return _dump({**asdict(_parse(text)), "schema": SCHEMA})
+        raise error if isinstance(error, NotARecord) else NotARecord(f"$ must hold finite numbers ({error})") from error
+
+
+def _line(record: Record) -> tuple[str, str]:
+    """Return the id and the line of a record that was read."""
+    content = {**asdict(record), "schema": SCHEMA}
+    identity = hashlib.sha256(_dump(content).encode()).hexdigest()[:12]
+    return identity, _dump({**content, "id": identity})
 
 
 def _parse(text: str) -> Record:
@@ -96,22 +102,21 @@ def _impossible(estimate: Estimate, name: str) -> Iterator[str]:
         yield f"$.timing.{name} must have low_ms <= median_ms <= high_ms, got {estimate.low_ms} and {estimate.high_ms}"
 
 
-def _id_of(content: str) -> str:
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
+def _written(record: Record) -> tuple[str, str]:
+    try:
+        return _line(_checked(record))
+    except NotARecord as error:
+        raise DatabaseError(f"a record of {record.key.variant}: {error}") from error
 
 
 def identify(record: Record) -> str:
     """Return the id of a record; raises DatabaseError where it is not valid."""
-    return str(json.loads(encode(record))["id"])
+    return _written(record)[0]
 
 
 def encode(record: Record) -> str:
     """Return the record's line, without its end; raises DatabaseError where the record is not valid."""
-    try:
-        content = _content(record)
-    except NotARecord as error:
-        raise DatabaseError(f"a record of {record.key.variant}: {error}") from error
-    return _dump({**json.loads(content), "id": _id_of(content)})
+    return _written(record)[1]
 
 
 def _object(line: str) -> dict[str, Any]:
@@ -133,10 +138,10 @@ def decode(line: str) -> Record:
     if schema != SCHEMA:
         raise NotARecord(f"$.schema must be {SCHEMA}, got {str(schema)[:20]!r}")
     record = _parse(json.dumps(value))
-    text = encode(record)
-    expected = json.loads(text)["id"]
+    expected, text = _line(record)
     if identity != expected:
         raise NotARecord(f"$.id must be {expected}, which the content gives, got {str(identity)[:20]!r}")
     if text != line:
         raise NotARecord("$ must be canonical: sorted keys, single spaces, no other keys")
+    record.__dict__["id"] = expected  # the cached property, which would write the line again
     return record

@@ -67,8 +67,8 @@ def preference(record: Record) -> tuple[object, ...]:
 
 
 def failures(records: Iterable[Record]) -> dict[Hashable, Record]:
-    """Return the records of failures by what they keep from serving."""
-    return {verdict(record): record for record in records if record.failure is not None and not stale(record)}
+    """Return the records of failures by what they keep from serving, which has the very text of their kernels."""
+    return {verdict(record): record for record in records if record.failure is not None}
 
 
 def verdict(record: Record) -> Hashable:

@@ -1,16 +1,21 @@
 """The only module that chains the stages: each file is one command's way from a plan to its outcome."""
 
-from m2gen.pipeline.bench import bench
+from m2gen.pipeline.bench import BenchRow, bench
 from m2gen.pipeline.build import BuildOutcome, build, committed_specs, difference
 from m2gen.pipeline.check import CheckRow, check
-from m2gen.pipeline.plan import Plan, Progress, open_spec, plan, render, shipped_specs
+from m2gen.pipeline.db import Answer, Question, Superfluous, open_database, state, superfluous, why
+from m2gen.pipeline.plan import Plan, Progress, open_spec, plan, relevant, render, shipped_database, shipped_specs
 from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_lines, reproduce, verify, verify_full
 
 __all__ = [
+    "Answer",
+    "BenchRow",
     "BuildOutcome",
     "CheckRow",
     "Plan",
     "Progress",
+    "Question",
+    "Superfluous",
     "VerifyOutcome",
     "VerifyRequest",
     "bench",
@@ -20,11 +25,17 @@ __all__ = [
     "difference",
     "failed",
     "failure_lines",
+    "open_database",
     "open_spec",
     "plan",
+    "relevant",
     "render",
     "reproduce",
+    "shipped_database",
     "shipped_specs",
+    "state",
+    "superfluous",
     "verify",
     "verify_full",
+    "why",
 ]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from m2gen import emit
+from m2gen import directory, emit
 from m2gen.cache import key_of, load_result, store_result
 from m2gen.compile import toolchain
 from m2gen.device import detect
@@ -39,10 +39,10 @@ def build(planned: Plan, out: Path, progress: Progress, *, verified: bool = True
         reasons = (f"{row.variant} {row.kernel} on {row.arch}: {'; '.join(row.problems)}" for row in broken)
         raise CompileError("\n".join(reasons))
     backend = _verified_once(planned, rendered, progress) if verified else "not verified"
-    directory = out / planned.origin.name
-    files = {**rendered.files, emit.MANIFEST: emit.manifest_text(rendered, _resources(rows))}
-    emit.write(directory, files)
-    return BuildOutcome(rendered, directory, tuple(rows), backend)
+    folder = out / planned.origin.name
+    files = {**rendered.files, directory.MANIFEST: emit.manifest_text(rendered, _resources(rows))}
+    directory.write(folder, files)
+    return BuildOutcome(rendered, folder, tuple(rows), backend)
 
 
 def _resources(rows: Iterable[CheckRow]) -> dict[str, Any]:
@@ -71,11 +71,11 @@ def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
 
 def committed_specs(out: Path) -> list[str]:
     """Return the spec file that each package in ``out`` names; raises UsageError where there is none."""
-    manifests = sorted(out.glob(f"*/{emit.MANIFEST}"))
+    manifests = sorted(out.glob(f"*/{directory.MANIFEST}"))
     try:
         names = [str(json.loads(path.read_text(encoding="utf-8"))["spec"]["file"]) for path in manifests]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{out} must hold packages whose {emit.MANIFEST} names their spec ({error})") from error
+        raise UsageError(f"{out} must hold packages whose {directory.MANIFEST} names their spec ({error})") from error
     if not names:
         raise UsageError(f"{out} must hold at least one generated package, got none")
     return names
@@ -87,6 +87,5 @@ def difference(planned: Plan, out: Path) -> list[str]:
     The manifest's resources depend on the toolchain, not on the sources, and are left out.
     """
     rendered = render(planned)
-    directory = out / planned.origin.name
-    expected = {**rendered.files, emit.MANIFEST: emit.manifest_text(rendered, {})}
-    return emit.diff(directory, expected)
+    expected = {**rendered.files, directory.MANIFEST: emit.manifest_text(rendered, {})}
+    return directory.diff(out / planned.origin.name, expected)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from m2gen.choice import Choice
 from m2gen.compile import Job, Resources, compile_all, workers
 from m2gen.device import PORTABLE
-from m2gen.emit import Choice
 from m2gen.errors import CompileError
 from m2gen.pipeline.plan import Plan, Progress
 from m2gen.render import render_kernel
@@ -23,25 +23,28 @@ class CheckRow:
     schedule: str
     resources: Resources | None
     problems: tuple[str, ...]
+    source: str = "default"
+    """Tiers, and ids of records, that the schedule comes from."""
 
 
 def check(planned: Plan, progress: Progress) -> list[CheckRow]:
     """Cross-compile every kernel of every target and judge what it takes."""
-    jobs: dict[Job, Choice] = {}
+    jobs: dict[Job, list[Choice]] = {}
     for choice in planned.choices:
         if choice.device == PORTABLE:
             continue
         source = render_kernel(choice.variant, choice.schedule, "")
         for direction in Direction:
-            jobs[Job(choice.variant, choice.schedule, direction, choice.device, source)] = choice
+            job = Job(choice.variant, choice.schedule, direction, choice.device, source)
+            jobs.setdefault(job, []).append(choice)
     progress.start("compile", len(jobs))
     results = compile_all(jobs, workers(), lambda job: progress.advance(job.name))
     progress.finish()
-    return [_check_row(job, choice, results[job]) for job, choice in jobs.items()]
+    return [_check_row(job, choices, results[job]) for job, choices in jobs.items()]
 
 
-def _check_row(job: Job, choice: Choice, result: Resources | CompileError) -> CheckRow:
+def _check_row(job: Job, choices: list[Choice], result: Resources | CompileError) -> CheckRow:
     resources = result if isinstance(result, Resources) else None
     problems = (str(result),) if resources is None else resources.limits(job.device, job.warps)
-    schedule = choice.schedule.slug
-    return CheckRow(job.variant.key, str(job.direction), job.device.arch, schedule, resources, problems)
+    schedule, source = choices[0].schedule.slug, ", ".join(dict.fromkeys(choice.source for choice in choices))
+    return CheckRow(job.variant.key, str(job.direction), job.device.arch, schedule, resources, problems, source)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from m2gen import emit
-from m2gen.device import PORTABLE, target
-from m2gen.emit import Choice, Origin, Package
-from m2gen.schedule import default
+from m2gen.bucket import BUCKETS
+from m2gen.choice import Choice, choose
+from m2gen.db import Database, Record
+from m2gen.device import PORTABLE, Device, target
+from m2gen.emit import Origin, Package
+from m2gen.render import templates_dir
+from m2gen.schedule import Schedule
 from m2gen.spec import Spec, find_spec, load_spec, spec_hash
 from m2gen.variant import BuiltVariant, Variant, expand
 
@@ -35,10 +39,28 @@ class Plan:
     def variants(self) -> tuple[BuiltVariant, ...]:
         return tuple(dict.fromkeys(choice.built for choice in self.choices))
 
+    def serving(self, variant: Variant, arch: str) -> tuple[Choice, ...]:
+        """Return what serves ``variant`` on ``arch``: its own schedules, or the portable one."""
+        having = [choice for choice in self.choices if choice.variant == variant]
+        return tuple(c for c in having if c.device.arch == arch) or tuple(c for c in having if c.device == PORTABLE)
+
     def interval(self, variant: Variant, arch: str) -> int:
-        """Return the checkpoint interval that serves ``variant`` on ``arch``."""
-        serving = {c.device.arch: c.schedule for c in self.choices if c.variant == variant}
-        return serving.get(arch, serving[PORTABLE.arch]).interval
+        """Return the checkpoint interval that serves ``variant`` on ``arch`` in the smallest bucket."""
+        return self.serving(variant, arch)[0].schedule.interval
+
+    def uniform(self) -> tuple[Plan, ...]:
+        """Return plans in which a variant has one schedule for all calls, and which together have every schedule.
+
+        Small problems reach every kernel in them; the first is this plan where no variant has several schedules.
+        """
+        schedules: dict[tuple[BuiltVariant, Device], dict[Schedule, Choice]] = {}
+        for choice in self.choices:
+            schedules.setdefault((choice.built, choice.device), {}).setdefault(choice.schedule, choice)
+        lists = [list(found.values()) for found in schedules.values()]
+        return tuple(
+            replace(self, choices=tuple(replace(c[min(i, len(c) - 1)], buckets=BUCKETS) for c in lists))
+            for i in range(max(map(len, lists)))
+        )
 
 
 def shipped_specs() -> Path:
@@ -53,14 +75,31 @@ def open_spec(name: str) -> tuple[Spec, Path]:
     return load_spec(path), path
 
 
-def plan(name: str, arches: Iterable[str] | None = None) -> Plan:
-    """Choose a schedule for every variant of a spec on each of ``arches`` (the spec's targets) and ``portable``."""
+def shipped_database() -> Database:
+    """Return the database that ships with m2gen: beside the package, or inside an installed wheel."""
+    return Database(templates_dir().parent / "tuning_db")
+
+
+def relevant(records: Iterable[Record], variants: Iterable[BuiltVariant]) -> tuple[Record, ...]:
+    """Return the records of ``variants``: what a package for them is decided by."""
+    keys = {built.variant.key for built in variants}
+    return tuple(record for record in records if record.key.variant in keys)
+
+
+def plan(name: str, arches: Iterable[str] | None = None, records: Iterable[Record] | None = None) -> Plan:
+    """Choose schedules for every variant of a spec on each of ``arches`` (the spec's targets) and ``portable``.
+
+    ``records`` are those of a tuning database, the shipped one if None.
+    """
     spec, path = open_spec(name)
     devices = [target(arch) for arch in dict.fromkeys(spec.targets if arches is None else arches)]
+    variants = expand(spec)
+    known = relevant(shipped_database().records() if records is None else records, variants)
     choices = tuple(
-        Choice(built, device, default(built.variant, device), "default")
+        choice
         for device in (*devices, PORTABLE)
-        for built in expand(spec)
+        for built in variants
+        for choice in choose(built, device, spec.tuning.objective, known)
     )
     return Plan(spec, Origin(spec.name, path.name, spec_hash(spec)), choices)
 

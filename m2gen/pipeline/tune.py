@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from m2gen.cache import cache_dir, key_of
 from m2gen.compile import toolchain, workers
@@ -24,6 +23,7 @@ from m2gen.tune.loop import Search
 from m2gen.tune.precompile import PRECOMPILE
 from m2gen.tune.records import Bench, key_of_subject, known_failures, records_of, seeds
 from m2gen.tune.search import Proposer, Sampler, neighbours
+from m2gen.tune.shared import open_study
 from m2gen.tune.space import Space, Subject, enumerate_space, space_hash
 
 GPU_SECONDS_EACH = 1.0
@@ -36,7 +36,7 @@ COMPILE_SECONDS_EACH = 8.0
 class TuneRequest:
     """What to tune of a plan, how long, and where results go."""
 
-    database: Path
+    database: Database
     layers: tuple[str, ...] = ()
     """Names of layers; all that have workloads where there are none."""
     seconds: float | None = None
@@ -78,12 +78,6 @@ class Tuned:
     outcome: Outcome
     records: tuple[Record, ...]
     change: Change
-
-
-def shipped_database() -> Path:
-    """Return the folder of the database that ships with m2gen: beside the package, or inside an installed wheel."""
-    here = Path(__file__).resolve().parent.parent
-    return here / "tuning_db" if (here / "tuning_db").is_dir() else here.parent / "tuning_db"
 
 
 def goals(planned: Plan, request: TuneRequest, device: Device) -> list[Goal]:
@@ -144,7 +138,7 @@ def this_rig(request: TuneRequest) -> Rig:
 
 def tune(planned: Plan, request: TuneRequest, rig: Rig, watcher: Watcher) -> Iterator[Tuned]:
     """Search for every goal, one after the other within the budget, and yield each once it is in the database."""
-    database = Database(request.database)
+    database = request.database
     chosen = goals(planned, request, rig.device)
     budget = planned.spec.tuning.budget_seconds if request.seconds is None else request.seconds
     start = time.monotonic()
@@ -162,8 +156,7 @@ def tune(planned: Plan, request: TuneRequest, rig: Rig, watcher: Watcher) -> Ite
 def _tune_one(goal: Goal, request: TuneRequest, rig: Rig, limits: Limits, ends: tuple[Database, Watcher]) -> Tuned:
     database, watcher = ends
     subject, environment = goal.subject, rig.bench.environment
-    records = database.contents(environment.arch).records if database.root.exists() else ()
-    every = database.records() if database.root.exists() else ()
+    every = database.records()
     space = enumerate_space(subject)
     sampler = Sampler.RANDOM if _exhaustive(space, limits, rig) else request.sampler
     first = seeds(subject, environment, every)
@@ -171,7 +164,7 @@ def _tune_one(goal: Goal, request: TuneRequest, rig: Rig, limits: Limits, ends: 
     proposer = Proposer(space.points, first, sampler, request.seed)
     with _ledger(subject, request, rig) as ledger:
         book = Book(subject, proposer.default, limits, ledger, watcher)
-        outcome = Search(book, proposer, rig.stations).run(request.seed, known_failures(subject, environment, records))
+        outcome = Search(book, proposer, rig.stations).run(request.seed, known_failures(subject, environment, every))
     found = records_of(outcome, rig.bench)
     return Tuned(goal, outcome, tuple(found), database.add(found))
 
@@ -190,7 +183,10 @@ def study_name(subject: Subject, rig: Rig) -> str:
 
 
 def _ledger(subject: Subject, request: TuneRequest, rig: Rig) -> AbstractContextManager[Ledger]:
+    """Return where trials are kept: a study that several workers share, or a journal in the user's cache."""
     name = study_name(subject, rig)
+    if request.storage is not None:
+        return closing(open_study(request.storage, name, rig.stations.worker, fresh=request.fresh))
     path = cache_dir() / "tune" / f"{subject.variant.key}-{name[:12]}.jsonl"
     if request.fresh:
         path.unlink(missing_ok=True)

@@ -63,6 +63,7 @@ class _Job:
     case: Case
     seed: int
     interpreted: bool
+    schedule: str
 
 
 def verify(planned: Plan, request: VerifyRequest, progress: Progress) -> VerifyOutcome:
@@ -85,20 +86,39 @@ def verify_full(request: VerifyRequest, progress: Progress) -> VerifyOutcome:
 
 
 def _jobs(planned: Plan, request: VerifyRequest, device: Device | None, *, matrix: bool = False) -> list[_Job]:
-    """Return a job for every case that the request's extent has, whatever variant or case it names."""
+    """Return a job for every case that the request's extent has, whatever variant or case it names.
+
+    Cases are small, and reach one bucket only: every schedule is run in a package of its own, where it serves all.
+    """
+    arch = device.arch if device else PORTABLE.arch
+    seen: set[tuple[str, str]] = set()
+    jobs: list[_Job] = []
+    for part in planned.uniform():
+        slugs = {built.variant: part.serving(built.variant, arch)[0].schedule.slug for built in part.variants}
+        new = [b for b in part.variants if (b.variant.key, slugs[b.variant]) not in seen]
+        seen |= {(variant.key, slug) for variant, slug in slugs.items()}
+        if not new:
+            continue
+        folder = materialise(f"packages/{planned.origin.name}", render(part).files)
+        for variant, case in _chosen(part, new, request, device, matrix=matrix):
+            facts = (planned.origin.spec_file, variant, case, request.seed, device is None, slugs[variant])
+            jobs.append(_Job(folder, *facts))
+    return jobs
+
+
+def _chosen(
+    planned: Plan, built: list[BuiltVariant], request: VerifyRequest, device: Device | None, *, matrix: bool
+) -> list[tuple[Variant, Case]]:
+    """Return the cases of variants, each of which has one schedule in this plan."""
     from m2gen.verify import cases, quick
 
     interpreted, arch = device is None, device.arch if device else PORTABLE.arch
-    intervals = {built.variant: planned.interval(built.variant, arch) for built in planned.variants}
+    intervals = {b.variant: planned.interval(b.variant, arch) for b in built}
     if request.quick:
-        chosen = quick(intervals, interpreted=interpreted)
-    else:
-        found = {variant: cases(variant, c, interpreted=interpreted) for variant, c in intervals.items()}
-        extent = {b.variant: _named_features(b, found[b.variant]) for b in planned.variants} if matrix else found
-        chosen = [(variant, case) for variant, every in extent.items() for case in every]
-    folder = materialise(f"packages/{planned.origin.name}", render(planned).files)
-    spec = planned.origin.spec_file
-    return [_Job(folder, spec, variant, case, request.seed, interpreted) for variant, case in chosen]
+        return list(quick(intervals, interpreted=interpreted))
+    found = {variant: cases(variant, c, interpreted=interpreted) for variant, c in intervals.items()}
+    extent = {b.variant: _named_features(b, found[b.variant]) for b in built} if matrix else found
+    return [(variant, case) for variant, every in extent.items() for case in every]
 
 
 def _named_features(built: BuiltVariant, found: tuple[Case, ...]) -> tuple[Case, ...]:
@@ -181,17 +201,17 @@ def _verify_job(job: _Job) -> CaseReport:
     try:
         module = load_module(job.folder / "__init__.py", f"m2gen_package_{job.folder.name}")
     except Exception as error:  # of whatever a generated module does when it is imported
-        return replace(failed_case(job.variant, job.case, job.seed, error), spec=job.spec)
+        return replace(failed_case(job.variant, job.case, job.seed, error), spec=job.spec, schedule=job.schedule)
     report = run_case(module, job.variant, job.case, job.seed, device)
     if not job.interpreted:
         torch.cuda.empty_cache()  # a dozen processes share the GPU's memory
-    return replace(report, spec=job.spec)
+    return replace(report, spec=job.spec, schedule=job.schedule)
 
 
 def _lost(job: _Job, lost: Lost) -> CaseReport:
     from m2gen.verify import report
 
-    return replace(report(job.variant, job.case, job.seed, failure=lost.reason), spec=job.spec)
+    return replace(report(job.variant, job.case, job.seed, failure=lost.reason), spec=job.spec, schedule=job.schedule)
 
 
 def _untrusted(report: CaseReport) -> bool:
@@ -218,5 +238,6 @@ def failure_lines(outcome: VerifyOutcome) -> list[str]:
     lines = []
     for report, result in failed(outcome.reports):
         what = report.failure if result is None else f"{result.tensor} {result.verdict}"
-        lines.append(f"{report.variant} {report.case}: {what}; reproduce: {reproduce(report)}")
+        kernels = f" by {report.schedule}" if report.schedule else ""
+        lines.append(f"{report.variant} {report.case}{kernels}: {what}; reproduce: {reproduce(report)}")
     return lines

@@ -74,6 +74,14 @@ class Journal:
         """Return what other workers found since the last call: a journal has one worker."""
         return []
 
+    def adopt(self) -> list[Schedule]:
+        """Return candidates of workers that are gone: a journal has one worker."""
+        return []
+
+    def pending(self) -> int:
+        """Return how many candidates other workers are at."""
+        return 0
+
     def claim(self, schedule: Schedule) -> bool:
         """Return whether this worker may try a candidate."""
         return schedule not in self._trials

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -15,6 +16,8 @@ from m2gen.tune.final import FINALISTS, hold_final
 from m2gen.tune.search import Proposal, Proposer
 from m2gen.tune.select import choose
 from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task, Trial
+
+POLL_SECONDS = 0.2
 
 
 @dataclass(order=True)
@@ -38,6 +41,7 @@ class Search:
         self._ready: list[_Ready] = []
         self._running: _Ready | None = None
         self._copies: dict[str, list[_Ready]] = {}
+        self._adopted: list[Proposal] = []
         self._compiled = 0
         self._compile_seconds = 0.0
 
@@ -69,9 +73,11 @@ class Search:
             else:
                 self._fill()
             busy = [lane for lane in (*self._compilers, self._gpu) if lane.task is not None]
-            if not busy:
+            if not busy and (over or not self._book.ledger.pending()):
                 return
-            for lane in finished(busy, 1.0):
+            if not busy:
+                time.sleep(POLL_SECONDS)  # others may yet finish what they have, or leave it
+            for lane in finished(busy, 1.0) if busy else ():
                 task, result = lane.collect()
                 if isinstance(task, CompileTask):
                     self._on_compiled(task.schedule, result)
@@ -104,6 +110,11 @@ class Search:
         return len(self._compiling) + len(self._ready) + (self._running is not None) + copies
 
     def _ask(self) -> Proposal | None:
+        for schedule in self._book.ledger.adopt():
+            self._proposer.skip(schedule)
+            self._adopted.append(Proposal(schedule, "adopted"))
+        if self._adopted:
+            return self._adopted.pop()
         most = self._book.limits.trials
         while most is None or len(self._book.trials) + self._underway < most:
             proposal = self._proposer.ask()
@@ -116,11 +127,13 @@ class Search:
         for lane in self._compilers:
             lane.stop()
         waiting = [ready.proposal.schedule for ready in chain(self._ready, *self._copies.values())]
-        for schedule in (*self._compiling, *waiting):
+        adopted = [proposal.schedule for proposal in self._adopted]
+        for schedule in (*self._compiling, *waiting, *adopted):
             self._book.ledger.release(schedule)
         self._compiling.clear()
         self._ready.clear()
         self._copies.clear()
+        self._adopted.clear()
 
     def _on_prepared(self, found: Measured) -> None:
         if found.failure is not None:

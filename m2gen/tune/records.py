@@ -104,7 +104,7 @@ def _winner(outcome: Outcome, bench: Bench) -> Iterator[Record]:
     yield Record(
         key_of_subject(subject),
         bench.environment,
-        _provenance(outcome, bench, schedule, trial.worker),
+        _provenance(outcome, bench, schedule, bench.worker),
         Sizes(subject.batch, subject.seq),
         schedule,
         timing,

@@ -49,7 +49,7 @@ def neighbours(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]
 
     They say which knob matters, and share interval and tanh, so that their parts can be combined.
     """
-    place, every = _indices(schedule), set(points)
+    place, every = indices(schedule), set(points)
     found = []
     for name, values in AXES.items():
         for step in (-1, 1):
@@ -117,8 +117,8 @@ class Proposer:
         self._study.add_trial(
             create_trial(
                 state=TrialState.COMPLETE,
-                params=_indices(trial.schedule),
-                distributions=_distributions(),
+                params=indices(trial.schedule),
+                distributions=distributions(),
                 value=_LARGE if value is None else float(np.log(value)),
             )
         )
@@ -138,7 +138,7 @@ class Proposer:
         return optuna.create_study(sampler=sampler)
 
     def _ask_study(self) -> Proposal:
-        asked = self._study.ask(_distributions())
+        asked = self._study.ask(distributions())
         return Proposal(self._nearest(asked.params), "search", asked)
 
     def _nearest(self, params: dict[str, int]) -> Schedule:
@@ -152,7 +152,7 @@ class Proposer:
 
     @cached_property
     def _vectors(self) -> Any:
-        return np.array([list(_indices(point).values()) for point in self._points], dtype=np.int16)
+        return np.array([list(indices(point).values()) for point in self._points], dtype=np.int16)
 
 
 _LARGE = 20.0
@@ -160,7 +160,7 @@ _LARGE = 20.0
 _PLACES = {name: {value: index for index, value in enumerate(values)} for name, values in AXES.items()}
 
 
-def _indices(schedule: Schedule) -> dict[str, int]:
+def indices(schedule: Schedule) -> dict[str, int]:
     """Return a schedule as places on the axes; one between two places is at the lower."""
     return {name: _index(name, value) for name, value in values_of(schedule).items()}
 
@@ -172,7 +172,7 @@ def _index(name: str, value: Value) -> int:
     return sum(isinstance(other, int) and isinstance(value, int) and other < value for other in places) - 1
 
 
-def _distributions() -> dict[str, BaseDistribution]:
+def distributions() -> dict[str, BaseDistribution]:
     from optuna.distributions import IntDistribution
 
     return {name: IntDistribution(0, len(values) - 1) for name, values in AXES.items()}

@@ -156,6 +156,8 @@ class CaseReport:
     """Why there are no results, in one line: what was raised, or what became of the process."""
     spec: str = ""
     """The spec file that the variant comes from."""
+    schedule: str = ""
+    """Slug of the schedule that it ran by."""
 
     @property
     def passed(self) -> bool:

@@ -1,0 +1,80 @@
+"""Which schedules serve a variant on an arch, and where each comes from: a record of the tuning database, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from m2gen.bucket import BUCKETS, Bucket
+from m2gen.db import Query, Record, Tier, look_up, usual_device
+from m2gen.device import PORTABLE, Device
+from m2gen.schedule import Schedule, default
+from m2gen.spec import Objective
+from m2gen.variant import BuiltVariant, Variant
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The schedule that serves some buckets of one variant on one arch, and where it came from."""
+
+    built: BuiltVariant
+    device: Device
+    schedule: Schedule
+    tier: Tier = Tier.DEFAULT
+    """Of the tuning database's look-up."""
+    record: Record | None = None
+    buckets: tuple[Bucket, ...] = BUCKETS
+
+    @property
+    def variant(self) -> Variant:
+        return self.built.variant
+
+    @property
+    def module(self) -> str:
+        """Name of the module that holds the kernels."""
+        return f"{self.variant.key}__{self.schedule.slug}"
+
+    @property
+    def source(self) -> str:
+        """The tier, and the record's id where one serves."""
+        return str(self.tier) if self.record is None else f"{self.tier} {self.record.id}"
+
+    @property
+    def calls(self) -> str:
+        """The buckets that are served, as tables say it."""
+        return "all" if self.buckets == BUCKETS else " ".join(self.buckets)
+
+
+def choose(built: BuiltVariant, device: Device, objective: Objective, records: Iterable[Record]) -> tuple[Choice, ...]:
+    """Return what serves every bucket of a variant on an arch, each schedule and tier once, in the order of buckets.
+
+    ``device`` names an arch; records of the device that packages for it are built for (``db.usual_device``) come
+    first. The GPU at hand plays no part, so that a database gives the same package on every machine.
+    """
+    if device == PORTABLE:
+        return (Choice(built, device, default(built.variant, device)),)
+    records = tuple(records)
+    product = usual_device(records, device.arch)
+    same = [record for record in records if record.key.variant == built.variant.key]
+    buckets: dict[tuple[Tier, Record | None], list[Bucket]] = {}
+    for bucket in BUCKETS:
+        served = look_up(same, Query(built.variant.key, objective, device.arch, product, bucket))
+        buckets.setdefault((served.tier, served.record), []).append(bucket)
+    return tuple(
+        Choice(
+            built,
+            device,
+            default(built.variant, device) if record is None else record.schedule,
+            tier,
+            record,
+            tuple(having),
+        )
+        for (tier, record), having in buckets.items()
+    )
+
+
+def modules_by_bucket(choices: Iterable[Choice]) -> tuple[str, ...]:
+    """Return the modules that serve one variant on one arch: one for each bucket, or one for all."""
+    by_bucket = {bucket: choice.module for choice in choices for bucket in choice.buckets}
+    modules = tuple(by_bucket[bucket] for bucket in BUCKETS)
+    return modules if len(set(modules)) > 1 else modules[:1]

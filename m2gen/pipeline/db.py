@@ -1,0 +1,150 @@
+"""The tuning database as commands see it: where it lies, what state its records are in, which serves what and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from m2gen.bucket import BUCKETS, Bucket, bucket_of
+from m2gen.compile import triton_version
+from m2gen.db import (
+    Database,
+    Query,
+    Record,
+    Served,
+    failures,
+    flag,
+    look_up,
+    merged,
+    slug,
+    stale,
+    usual_device,
+    verdict,
+)
+from m2gen.device import detect, target
+from m2gen.errors import UsageError
+from m2gen.pipeline.plan import open_spec, relevant, shipped_database
+from m2gen.spec import Objective
+from m2gen.variant import BuiltVariant, Variant, expand, parse_variant
+
+
+def open_database(folder: Path | None) -> Database:
+    """Return the database in ``folder``, or that which ships with m2gen; raises UsageError where there is no folder."""
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"--db must be a folder, got {folder}")
+    return shipped_database() if folder is None else Database(folder)
+
+
+def state(record: Record) -> str:
+    """Return what a table says of a record: that it failed, is stale, or is flagged; empty for one to be used."""
+    if record.failure is not None:
+        return f"failed: {record.failure.reason}"
+    return stale(record) or flag(record, triton_version())
+
+
+@dataclass(frozen=True)
+class Question:
+    """What ``m2gen db why`` is asked: about a layer of a spec, or a variant by its key."""
+
+    name: str
+    spec: str | None = None
+    objective: Objective | None = None
+    """The spec's if None, else train."""
+    batch: int | None = None
+    """Sequences; every bucket if None."""
+    arch: str | None = None
+    device: str | None = None
+    """Product name; the GPU at hand, else what packages are built for, if None."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What serves one query, of a GPU with so many SMs."""
+
+    query: Query
+    sm_count: int
+    served: Served
+
+
+def why(database: Database, question: Question) -> list[Answer]:
+    """Return what serves the calls that are asked about, and what disqualified every other record."""
+    variants, objective, records = _asked(question, database.records())
+    arch, device, sm_count = _device(question, records)
+    return [
+        Answer(query, sm_count, look_up(records, query))
+        for variant in variants
+        for bucket in _buckets(question, variant, sm_count)
+        for query in [Query(variant.key, objective, arch, device, bucket)]
+    ]
+
+
+_Asked = tuple[list[Variant], Objective, tuple[Record, ...]]
+
+
+def _asked(question: Question, records: tuple[Record, ...]) -> _Asked:
+    """Return the variants that a name means, the objective, and the records that a build would look at."""
+    if question.spec is None:
+        try:
+            variant = parse_variant(question.name)
+        except ValueError as error:
+            raise UsageError(f"a layer must come with the --spec that has it; a variant {error}") from error
+        only = relevant(records, [BuiltVariant(variant, ())])
+        return [variant], question.objective or Objective.TRAIN, only
+    spec, _ = open_spec(question.spec)
+    built = expand(spec)
+    found = [b.variant for b in built if question.name in (*b.layers, b.variant.key)]
+    if not found:
+        raise UsageError(f"LAYER must be among {', '.join(spec.layers)}, or a variant, got {question.name!r}")
+    return found, question.objective or spec.tuning.objective, relevant(records, built)
+
+
+def _buckets(question: Question, variant: Variant, sm_count: int) -> tuple[Bucket, ...]:
+    if question.batch is None:
+        return BUCKETS
+    return (bucket_of(question.batch, variant.total_heads, sm_count),)
+
+
+def _device(question: Question, records: Iterable[Record]) -> tuple[str, str, int]:
+    """Return arch, product name and SMs of the GPU that is asked about."""
+    records = tuple(records)
+    here = detect()
+    if question.device is None and question.arch is None and here is not None:
+        return here.arch, here.name, here.sm_count
+    known = {r.environment.device: r.environment for r in records if question.arch in (None, r.environment.arch)}
+    if question.device is not None:
+        named = [e for e in known.values() if slug(question.device) == slug(e.device)]
+        if not named:
+            raise UsageError(
+                f"--device must be among {', '.join(known) or 'those of records, of which there are none'}, "
+                f"got {question.device!r}"
+            )
+        return named[0].arch, named[0].device, named[0].sm_count
+    arch = question.arch or min((e.arch for e in known.values()), default="sm_90")
+    usual = usual_device(records, arch)
+    return arch, usual, known[usual].sm_count if usual in known else target(arch).sm_count
+
+
+@dataclass(frozen=True)
+class Superfluous:
+    """A record that can serve nothing any more, and why."""
+
+    record: Record
+    reason: str
+
+
+def superfluous(records: Iterable[Record], *, failed: bool) -> list[Superfluous]:
+    """Return what ``m2gen db prune`` removes: the stale, the outdone and, with ``failed``, every failure."""
+    records = tuple(records)
+    kept = set(merged(records))
+    known = failures(records)
+    found = []
+    for record in records:
+        if record.failure is not None:
+            reason = "a failure, which may then be tried again" if failed else stale(record)
+        elif verdict(record) in known:
+            reason = f"its kernels failed: record {known[verdict(record)].id}"
+        else:
+            reason = stale(record) or ("" if record in kept else "another record of its key is preferred")
+        found += [Superfluous(record, reason)] if reason else []
+    return found
