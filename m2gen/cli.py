@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from m2gen import __version__
-from m2gen.errors import M2genError, SpecError, UsageError
+from m2gen.cli_db import db_app
+from m2gen.cli_options import (
+    DbOption,
+    DebugOption,
+    JsonOption,
+    NoDbOption,
+    OptionalSpecOption,
+    OutOption,
+    QuietOption,
+    SpecOption,
+    TargetOption,
+    VerboseOption,
+    records_of,
+    reporting,
+    terminal_progress,
+)
+from m2gen.cli_tune import tune
+from m2gen.errors import UsageError
 
 if TYPE_CHECKING:
+    from m2gen.db import Record
     from m2gen.pipeline import Plan
-    from m2gen.report import TerminalProgress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,56 +44,14 @@ app = typer.Typer(
 )
 spec_app = typer.Typer(no_args_is_help=True, help="Look at specs: their schema, and the variants they expand to.")
 app.add_typer(spec_app, name="spec")
+app.add_typer(db_app, name="db")
+app.command()(tune)
 
 
-SpecOption = Annotated[
-    str, typer.Option("--spec", help="Spec file: as given, else in specs/, else among those shipped.")
-]
-OptionalSpecOption = Annotated[
-    str | None, typer.Option("--spec", help="Spec file, as for every command; --check alone takes every package's own.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and no tables but results.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder of generated packages; the package is OUT/<name>/.")]
-TargetOption = Annotated[str | None, typer.Option("--target", help="Comma-separated arches instead of the spec's.")]
-
-
-@contextmanager
-def _reporting(debug: bool) -> Iterator[None]:
-    """Turn errors into one line each on standard error and an exit status."""
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except M2genError as error:
-        if debug:
-            raise
-        for line in str(error).splitlines():
-            print(f"m2gen: {line}" if not isinstance(error, SpecError) else line, file=sys.stderr)
-        raise typer.Exit(error.exit_status) from None
-    except Exception as error:
-        if debug:
-            raise
-        kind = "" if isinstance(error, OSError) else f"unexpected {type(error).__name__}, which --debug locates: "
-        print(f"m2gen: {kind}{' '.join(str(error).split())}", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        print("m2gen: interrupted; nothing was written", file=sys.stderr)
-        raise typer.Exit(130) from None
-
-
-def _progress(quiet: bool) -> TerminalProgress:
-    from m2gen.report import TerminalProgress
-
-    return TerminalProgress(quiet=quiet)
-
-
-def _plan(spec: str, target: str | None = None) -> Plan:
+def _plan(spec: str, target: str | None = None, *, records: Iterable[Record] = ()) -> Plan:
     from m2gen.pipeline import plan
 
-    return plan(spec, target.split(",") if target else None)
+    return plan(spec, target.split(",") if target else None, records)
 
 
 @app.command()
@@ -88,6 +62,8 @@ def build(
         bool, typer.Option("--check", help="Write nothing; exit 1 with a diff if a package is stale.")
     ] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Write the package without verifying it.")] = False,
+    db: DbOption = None,
+    no_db: NoDbOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -97,17 +73,17 @@ def build(
     from m2gen import pipeline
     from m2gen.cli_output import show_build, show_difference
 
-    with _reporting(debug):
+    with reporting(debug):
+        records = records_of(db, no_db)
         if check:
             names = [spec] if spec else pipeline.committed_specs(out)
-            stale = [
-                show_difference(p, pipeline.difference(p, out), as_json=json, quiet=quiet) for p in map(_plan, names)
-            ]
+            plans = [_plan(name, records=records) for name in names]
+            stale = [show_difference(p, pipeline.difference(p, out), as_json=json, quiet=quiet) for p in plans]
             raise typer.Exit(max(stale))
         if spec is None:
             raise UsageError("build must be given --spec, or --check alone for every package in --out")
-        planned = _plan(spec)
-        outcome = pipeline.build(planned, out, _progress(quiet), verified=not no_verify)
+        planned = _plan(spec, records=records)
+        outcome = pipeline.build(planned, out, terminal_progress(quiet), verified=not no_verify)
         show_build(planned, outcome, as_json=json, quiet=quiet, verbose=verbose)
 
 
@@ -115,6 +91,8 @@ def build(
 def check(
     spec: SpecOption,
     target: TargetOption = None,
+    db: DbOption = None,
+    no_db: NoDbOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
@@ -124,8 +102,8 @@ def check(
     from m2gen import pipeline
     from m2gen.cli_output import show_check
 
-    with _reporting(debug):
-        rows = pipeline.check(_plan(spec, target), _progress(quiet))
+    with reporting(debug):
+        rows = pipeline.check(_plan(spec, target, records=records_of(db, no_db)), terminal_progress(quiet))
         raise typer.Exit(show_check(rows, as_json=json, quiet=quiet, verbose=verbose))
 
 
@@ -141,6 +119,8 @@ def verify(
     variant: Annotated[str | None, typer.Option("--variant", help="Only this variant, by its key.")] = None,
     case: Annotated[str | None, typer.Option("--case", help="Only this case.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the random inputs.")] = 0,
+    db: DbOption = None,
+    no_db: NoDbOption = False,
     json: JsonOption = False,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML to this file.")] = None,
     quiet: QuietOption = False,
@@ -151,12 +131,15 @@ def verify(
     from m2gen import pipeline
     from m2gen.cli_verify import show_verify, write_junit
 
-    with _reporting(debug):
+    with reporting(debug):
         if full == (spec is not None) or (full and quick):
             raise UsageError("verify must be given --spec, with or without --quick, or --full alone")
         request = pipeline.VerifyRequest(variant, case, seed, quick)
-        progress = _progress(quiet)
-        outcome = pipeline.verify(_plan(spec), request, progress) if spec else pipeline.verify_full(request, progress)
+        progress = terminal_progress(quiet)
+        if spec:
+            outcome = pipeline.verify(_plan(spec, records=records_of(db, no_db)), request, progress)
+        else:
+            outcome = pipeline.verify_full(request, progress)
         if junit is not None:
             write_junit(junit, f"m2gen verify {spec or '--full'}", outcome)
         raise typer.Exit(show_verify(outcome, as_json=json, quiet=quiet, verbose=verbose))
@@ -166,6 +149,8 @@ def verify(
 def bench(
     spec: SpecOption,
     layer: Annotated[str | None, typer.Option("--layer", help="Only this layer of the spec.")] = None,
+    db: DbOption = None,
+    no_db: NoDbOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -174,49 +159,9 @@ def bench(
     from m2gen import pipeline
     from m2gen.cli_output import show_bench
 
-    with _reporting(debug):
-        show_bench(pipeline.bench(_plan(spec), layer, _progress(quiet)), as_json=json)
-
-
-@app.command()
-def tune(
-    spec: SpecOption,
-    layer: Annotated[list[str] | None, typer.Option("--layer", help="Only this layer; may be repeated.")] = None,
-    budget: Annotated[
-        str | None, typer.Option("--budget", help="Time for all searches, as 10m or 90s; the spec's if not given.")
-    ] = None,
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Most candidates of each search.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the order of candidates and of resampling.")] = 0,
-    sampler: Annotated[str, typer.Option("--sampler", help="tpe, or random as the baseline.")] = "tpe",
-    objective: Annotated[
-        str | None, typer.Option("--objective", help="train or infer; the spec's if not given.")
-    ] = None,
-    max_memory: Annotated[
-        str | None, typer.Option("--max-memory", help="Most memory beyond inputs and gradients, as 2GB.")
-    ] = None,
-    db: Annotated[Path | None, typer.Option("--db", help="Tuning database; the shipped one if not given.")] = None,
-    storage: Annotated[
-        str | None, typer.Option("--storage", help="Database URL of a study that several machines share.")
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh/--resume", help="Start anew, or go on where the last run of a search ended.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show how large the spaces are, and why; needs no GPU.")
-    ] = False,
-    target: Annotated[str | None, typer.Option("--target", help="Arch whose spaces --dry-run shows.")] = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Also write a page on the searches here.")] = None,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Search the fastest schedules on this GPU and put them into the tuning database."""
-    from m2gen.cli_tune import TuneOptions, run_tune
-
-    with _reporting(debug):
-        limits = (budget, trials, seed, sampler, objective, max_memory)
-        options = TuneOptions(tuple(layer or ()), *limits, db, storage, fresh, dry_run, target, report)
-        raise typer.Exit(run_tune(_plan(spec), options, as_json=json, quiet=quiet, debug=debug))
+    with reporting(debug):
+        planned = _plan(spec, records=records_of(db, no_db))
+        show_bench(pipeline.bench(planned, layer, terminal_progress(quiet)), as_json=json)
 
 
 @spec_app.command("show")
@@ -224,7 +169,7 @@ def spec_show(spec: SpecOption, json: JsonOption = False, debug: DebugOption = F
     """Print the variants that a spec expands to."""
     from m2gen.cli_output import show_spec
 
-    with _reporting(debug):
+    with reporting(debug):
         show_spec(_plan(spec), as_json=json)
 
 
@@ -242,7 +187,7 @@ def info(json: JsonOption = False, debug: DebugOption = False) -> None:
     """Print the device, versions, where files are looked for, and what is missing."""
     from m2gen.cli_output import show_info
 
-    with _reporting(debug):
+    with reporting(debug):
         show_info(as_json=json)
 
 

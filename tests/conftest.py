@@ -40,9 +40,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the user's cache out of the tests, and the tests out of the user's cache."""
+    """Keep the user's cache and database out of the tests, and the tests out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("M2GEN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("M2GEN_TUNING_DB", raising=False)
         yield
 
 

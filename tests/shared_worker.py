@@ -13,7 +13,7 @@ from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, tune
 from m2gen.tune import shared
 from m2gen.tune.book import Standing
-from m2gen.tune.search import Sampler
+from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
 

@@ -20,7 +20,7 @@ from m2gen.schedule import Schedule, default, parse
 from m2gen.spec import Objective
 from m2gen.tune import lock
 from m2gen.tune.book import Standing
-from m2gen.tune.search import Sampler
+from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
 SPEC = """schema: 1

@@ -29,9 +29,9 @@ from m2gen.spec import Objective
 from m2gen.variant import BuiltVariant, Variant, expand, parse_variant
 
 
-def open_database(folder: Path | None) -> Database:
-    """Return the database in ``folder``, or that which ships with m2gen; raises UsageError where there is no folder."""
-    if folder is not None and not folder.is_dir():
+def open_database(folder: Path | None, *, new: bool = False) -> Database:
+    """Return the database in ``folder``, which may be ``new``, or that which ships with m2gen; raises UsageError."""
+    if folder is not None and not (folder.is_dir() or (new and not folder.exists())):
         raise UsageError(f"--db must be a folder, got {folder}")
     return shipped_database() if folder is None else Database(folder)
 
@@ -69,8 +69,9 @@ class Answer:
 
 def why(database: Database, question: Question) -> list[Answer]:
     """Return what serves the calls that are asked about, and what disqualified every other record."""
-    variants, objective, records = _asked(question, database.records())
-    arch, device, sm_count = _device(question, records)
+    everything = database.records()
+    variants, objective, records = _asked(question, everything)
+    arch, device, sm_count = _device(question, everything, records)
     return [
         Answer(query, sm_count, look_up(records, query))
         for variant in variants
@@ -105,23 +106,23 @@ def _buckets(question: Question, variant: Variant, sm_count: int) -> tuple[Bucke
     return (bucket_of(question.batch, variant.total_heads, sm_count),)
 
 
-def _device(question: Question, records: Iterable[Record]) -> tuple[str, str, int]:
+def _device(question: Question, everything: Iterable[Record], same: Iterable[Record]) -> tuple[str, str, int]:
     """Return arch, product name and SMs of the GPU that is asked about."""
-    records = tuple(records)
+    known = {r.environment.device: r.environment for r in everything if question.arch in (None, r.environment.arch)}
     here = detect()
-    if question.device is None and question.arch is None and here is not None:
-        return here.arch, here.name, here.sm_count
-    known = {r.environment.device: r.environment for r in records if question.arch in (None, r.environment.arch)}
     if question.device is not None:
-        named = [e for e in known.values() if slug(question.device) == slug(e.device)]
-        if not named:
-            raise UsageError(
-                f"--device must be among {', '.join(known) or 'those of records, of which there are none'}, "
-                f"got {question.device!r}"
-            )
-        return named[0].arch, named[0].device, named[0].sm_count
-    arch = question.arch or min((e.arch for e in known.values()), default="sm_90")
-    usual = usual_device(records, arch)
+        named = [where for where in known.values() if slug(question.device) == slug(where.device)]
+        if not named and question.arch is None:
+            devices = ", ".join(known) or "none"
+            raise UsageError(f"--device must be of records ({devices}) or come with --target, got {question.device!r}")
+        if named:
+            return named[0].arch, named[0].device, named[0].sm_count
+        assert question.arch is not None
+        return question.arch, question.device, target(question.arch).sm_count
+    if question.arch is None and here is not None:
+        return here.arch, here.name, here.sm_count
+    arch = question.arch or min((where.arch for where in known.values()), default="sm_90")
+    usual = usual_device(same, arch)
     return arch, usual, known[usual].sm_count if usual in known else target(arch).sm_count
 
 

@@ -22,8 +22,8 @@ from m2gen.tune.journal import Journal
 from m2gen.tune.loop import Search
 from m2gen.tune.precompile import PRECOMPILE
 from m2gen.tune.records import Bench, key_of_subject, known_failures, records_of, seeds
-from m2gen.tune.search import Proposer, Sampler, neighbours
-from m2gen.tune.shared import open_study
+from m2gen.tune.sampler import Sampler
+from m2gen.tune.search import Proposer, neighbours
 from m2gen.tune.space import Space, Subject, enumerate_space, space_hash
 
 GPU_SECONDS_EACH = 1.0
@@ -124,15 +124,15 @@ def dry_run_device(arch: str | None, targets: Sequence[str]) -> Device:
     return target(arch) if arch else detect() or target(targets[0])
 
 
-def this_rig(request: TuneRequest) -> Rig:
+def this_rig(command: str, seed: int = 0) -> Rig:
     """Return the GPU at hand with its workers; raises UsageError where there is none."""
     from m2gen.tune.environment import environment, gpu_name, worker_name
 
     device = detect()
     if device is None:
-        raise UsageError("m2gen tune must run on a machine whose GPU torch can use, got none; --dry-run needs none")
+        raise UsageError(f"{command} must run on a machine whose GPU torch can use, got none")
     compilers = max(1, workers() - 2)
-    bench = Bench(environment(device), request.seed, worker_name(), "")
+    bench = Bench(environment(device), seed, worker_name(), "")
     return Rig(device, bench, Stations(PRECOMPILE, GPU, compilers, worker_name()), gpu_name())
 
 
@@ -186,6 +186,8 @@ def _ledger(subject: Subject, request: TuneRequest, rig: Rig) -> AbstractContext
     """Return where trials are kept: a study that several workers share, or a journal in the user's cache."""
     name = study_name(subject, rig)
     if request.storage is not None:
+        from m2gen.tune.shared import open_study
+
         return closing(open_study(request.storage, name, rig.stations.worker, fresh=request.fresh))
     path = cache_dir() / "tune" / f"{subject.variant.key}-{name[:12]}.jsonl"
     if request.fresh:

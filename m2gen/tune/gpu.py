@@ -65,11 +65,13 @@ def _serve(task: Task) -> Measured:
         return Measured(samples=_clock(task).again(AGAIN))
     device = torch.device(TORCH_DEVICE)
     asked = questions(subject.variant, STEPS, held_out=task.step is Step.HELD_OUT)
+    if task.step is Step.VERIFY:
+        asked += questions(subject.variant, STEPS, held_out=True)
     if task.step is Step.PREPARE:
         prepare(subject.variant, asked, device)
         return Measured()
     verdict = pass_gate(_candidate(task), asked, device)
-    if verdict.failure or task.step is Step.HELD_OUT:
+    if verdict.failure or task.step is not Step.SCREEN:
         return Measured(verdict.errors, failure=verdict.failure)
     try:
         return Measured(verdict.errors, _clock(task).screen(task.best_ms))

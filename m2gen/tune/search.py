@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from m2gen.schedule import Schedule
+from m2gen.tune.sampler import Sampler
 from m2gen.tune.space import AXES, Value, schedule_of, values_of
 from m2gen.tune.trial import Trial
 
@@ -23,15 +23,6 @@ COMBINED_EVERY = 3
 """Every so many proposals is the best pair of parts that were timed in different candidates."""
 COMBINED_AFTER = 12
 """Candidates that passed before parts are combined."""
-
-
-class Sampler(StrEnum):
-    """How a space is searched that is too large to be tried as a whole."""
-
-    TPE = "tpe"
-    """Optuna's multivariate tree-structured Parzen estimator, with a constant liar for what is running."""
-    RANDOM = "random"
-    """Points in a seeded order: the baseline."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,8 @@ class Step(StrEnum):
     """Gate it on problems that no trial has seen."""
     TIME = "time"
     """Time it again; it has passed."""
+    VERIFY = "verify"
+    """Gate it on all problems, without timing it."""
 
 
 @dataclass(frozen=True)
