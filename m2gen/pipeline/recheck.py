@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from m2gen.db import Database, Estimate, Record, failures, stale, verdict
@@ -70,7 +70,7 @@ def verify_records(database: Database, ids: Sequence[str], rig: Rig, progress: P
     skipped = {record: _elsewhere(record, rig) or _failed_before(record, known) for record in winners}
     chosen = [record for record in winners if not skipped[record]]
     with lock.exclusive(rig.gpu):
-        found = dict(_gated(chosen, rig, progress))
+        found = _gated(chosen, rig, progress)
     broken = [record for record in chosen if found[record].failure is not None]
     database.add(_failure(record, found[record], rig) for record in broken)
     return [Recheck(record, skipped[record], found.get(record)) for record in winners]
@@ -81,20 +81,22 @@ def _failed_before(record: Record, known: dict[object, Record]) -> str:
     return f"its kernels failed already, record {failed.id}" if failed else ""
 
 
-def _gated(records: Sequence[Record], rig: Rig, progress: Progress) -> Iterator[tuple[Record, Measured]]:
+def _gated(records: Sequence[Record], rig: Rig, progress: Progress) -> dict[Record, Measured]:
+    """Return what the whole gate finds of every record's schedule; of the same schedule twice, once."""
     stations = rig.stations
-    subjects = {record: _subject(record, rig) for record in records}
-    compiling = {CompileTask(subjects[record], record.schedule) for record in records}
+    tasks = {record: Task(_subject(record, rig), record.schedule, Step.VERIFY) for record in records}
+    compiling = [[CompileTask(task.subject, task.schedule)] for task in dict.fromkeys(tasks.values())]
     progress.start("compile", len(compiling))
-    for task, _ in run_isolated([[task] for task in compiling], stations.compile, stations.compilers):
-        progress.advance(task.schedule.slug)
+    for compiled, _ in run_isolated(compiling, stations.compile, stations.compilers):
+        progress.advance(compiled.schedule.slug)
     progress.finish()
-    tasks = {Task(subjects[record], record.schedule, Step.VERIFY): record for record in records}
-    progress.start("verify", len(tasks))
-    for task, measured in run_isolated([list(tasks)], stations.measure, 1):
+    progress.start("verify", len(compiling))
+    measured: dict[Task, Measured] = {}
+    for task, result in run_isolated([list(dict.fromkeys(tasks.values()))], stations.measure, 1):
+        measured[task] = result
         progress.advance(f"{task.subject.variant.key} {task.schedule.slug}")
-        yield tasks[task], measured
     progress.finish()
+    return {record: measured[task] for record, task in tasks.items()}
 
 
 def _failure(record: Record, found: Measured, rig: Rig) -> Record:

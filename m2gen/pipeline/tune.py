@@ -160,7 +160,8 @@ def _tune_one(goal: Goal, request: TuneRequest, rig: Rig, limits: Limits, ends: 
     space = enumerate_space(subject)
     sampler = Sampler.RANDOM if _exhaustive(space, limits, rig) else request.sampler
     first = seeds(subject, environment, every)
-    first += [(point, "neighbour") for point in neighbours(first[0][0], space.points)]
+    if sampler is Sampler.TPE:
+        first += [(point, "neighbour") for point in neighbours(first[0][0], space.points)]
     proposer = Proposer(space.points, first, sampler, request.seed)
     with _ledger(subject, request, rig) as ledger:
         book = Book(subject, proposer.default, limits, ledger, watcher)
