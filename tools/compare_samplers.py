@@ -2,7 +2,7 @@
 
 Each journal of ``m2gen tune`` (below ``~/.cache/m2gen/tune``) is a table of candidates and what they took. Both
 samplers search that table as ``m2gen tune`` would search the space, from the default schedule on, and nothing runs:
-a proposal's result is looked up. Best recorded for this are the trials of a long random search, which are an even sample:
+a proposal's result is looked up. The trials of a long random search are the most even sample:
 
     m2gen tune --spec h200.yaml --layer m2rnn_7b --sampler random --budget 10m --fresh
 

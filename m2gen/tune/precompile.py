@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -46,8 +46,9 @@ def precompile(task: CompileTask) -> Compiled:
     """Compile a candidate, or return what is known of the same text for the same toolchain."""
     subject, schedule = task.subject, task.schedule
     source = render_kernel(subject.variant, schedule, "")
+    device = replace(subject.device, name="", sm_count=0)  # which no kernel depends on
     sizes = f"{subject.batch} {subject.seq} {subject.objective}"
-    key = key_of(VERSION, toolchain(), subject.device.arch, sizes, source)
+    key = key_of(VERSION, toolchain(), repr(device), sizes, source)
     known = load_result("precompiled", key)
     if known is not None:
         return Compiled(**known)
@@ -175,7 +176,7 @@ def _recorded(device: Device) -> Iterator[list[Any]]:
 
 
 def _lost(task: CompileTask, lost: Lost) -> Compiled:
-    return Compiled(failure=Failure(Reason.LAUNCH, f"the compiler {lost.reason}"))
+    return Compiled(failure=Failure(Reason.LAUNCH, f"while it compiled, {lost.reason}"))
 
 
 PRECOMPILE: Service[CompileTask, Compiled] = Service(precompile, prepare, SECONDS, _lost)
