@@ -172,20 +172,20 @@ def test_float64_is_not_built(package, operands) -> None:
         package.m2rnn(**{name: x.double() for name, x in operands.items()})
 
 
-def _arch_of(package: ModuleType) -> Callable[[torch.device], str]:
-    return sys.modules[f"{package.__name__}.dispatch"].arch_of.__wrapped__
+def _device_of(package: ModuleType) -> Callable[[torch.device], tuple[str, int]]:
+    return sys.modules[f"{package.__name__}.dispatch"].device_of.__wrapped__
 
 
 def test_cpu_tensors_need_the_interpreter(package, monkeypatch) -> None:
     """Without the interpreter, CPU tensors are refused with what to set."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        _arch_of(package)(torch.device("cpu"))
+        _device_of(package)(torch.device("cpu"))
 
 
 def test_an_unlisted_gpu_gets_the_portable_kernels_and_a_warning(package, monkeypatch) -> None:
     """A GPU that the package was not built for is served, and told of."""
-    properties = SimpleNamespace(major=7, minor=5, gcnArchName="gfx000:sramecc+")
+    properties = SimpleNamespace(major=7, minor=5, gcnArchName="gfx000:sramecc+", multi_processor_count=40)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     with pytest.warns(UserWarning, match="was built for portable; (sm_75|gfx000) gets the portable kernels"):
-        assert _arch_of(package)(torch.device("cuda")) == "portable"
+        assert _device_of(package)(torch.device("cuda")) == ("portable", 40)
