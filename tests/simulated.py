@@ -1,8 +1,8 @@
 """A GPU whose every candidate does what a script says: times, noise, hangs, crashes, wrong results. No torch here.
 
 The script is a JSON file that ``M2GEN_SIMULATION`` names, so that worker processes find it: lists of slugs under
-``hang``, ``crash``, ``wrong`` and ``unlaunchable``, a part of noise for ``noisy`` ones, milliseconds under ``ms``.
-Whatever reaches the GPU or the compiler is a line of the file ``log``.
+``hang``, ``crash``, ``wrong`` and ``unlaunchable``, a part of noise for ``noisy`` ones, milliseconds for some under
+``ms`` or for all under ``every``. Whatever reaches the GPU or the compiler is a line of the file ``log``.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ def _samples(says: dict[str, Any], task: Task) -> Samples:
     forward, backward = milliseconds(task.schedule, default(task.subject.variant, task.subject.device))
     if slug in says.get("ms", {}):
         forward = backward = says["ms"][slug] / 2
+    if "every" in says:
+        forward = backward = says["every"] / 2
     noise = says.get("noisy", {}).get(slug, 0.002)
 
     def each(middle: float) -> tuple[float, ...]:

@@ -67,7 +67,7 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def search(
-    spec: Path, rig: Rig | None = None, watcher: Silent | None = None, trials: int | None = 30, seconds: float = 60.0
+    spec: Path, rig: Rig | None = None, watcher: Silent | None = None, trials: int | None = 24, seconds: float = 60.0
 ) -> Tuned:
     """Run the one search of the spec."""
     request = TuneRequest(Database(spec.parent / "db"), seconds=seconds, trials=trials)
@@ -88,7 +88,7 @@ def of(tuned: Tuned, slug: str) -> Trial:
 def test_finds_a_faster_schedule_and_records_it(spec: Path) -> None:
     """The winner has the least time of all trials, beats the default, and is what the database then holds."""
     simulated.script(spec.parent / "script.json")
-    tuned = search(spec, trials=60)
+    tuned = search(spec, trials=50)
     choice = tuned.outcome.choice
     assert choice is not None
     medians = {trial.schedule: trial.median_ms for trial in tuned.outcome.trials if trial.median_ms}
@@ -111,7 +111,7 @@ def test_no_candidate_reaches_the_gpu_twice_in_a_search(spec: Path) -> None:
     log = simulated.script(spec.parent / "script.json")
     tuned = search(spec)
     screened = [line for line in lines(log) if line.startswith("screen")]
-    assert len(screened) == len(set(screened)) == 30 == len(tuned.outcome.trials)
+    assert len(screened) == len(set(screened)) == 24 == len(tuned.outcome.trials)
     assert screened[0] == f"screen {standard(tuned).slug}"
 
 
@@ -170,27 +170,14 @@ def test_a_default_that_cannot_be_used_has_no_winner_beside_it(spec: Path) -> No
 
 
 def test_noise_is_no_speed_up(spec: Path) -> None:
-    """Every candidate takes what the default takes, give or take: the default stays, among ties."""
-    every = {NEIGHBOUR: 3.75, BEST: 3.75}
-    names = [trial.schedule.slug for trial in search_all_equal(spec, every)]
-    assert len(names) == 20
-
-
-def search_all_equal(spec: Path, ms: dict[str, float]) -> tuple[Trial, ...]:
-    """Search where all take the same and one is noisy; return its trials once the default was found to have won."""
-    path = spec.parent / "script.json"
-    simulated.script(path)
-    first = search(spec, trials=20)
-    slugs = {trial.schedule.slug: 3.75 for trial in first.outcome.trials}
-    (spec.parent / "db").rename(spec.parent / "old")
-    (spec.parent / "cache").rename(spec.parent / "old_cache")
-    simulated.script(path, ms={**slugs, **ms}, noisy={NEIGHBOUR: 0.3})
+    """Every candidate takes what the default takes, give or take, one a good deal: the default stays, among ties."""
+    simulated.script(spec.parent / "script.json", every=3.75, noisy={NEIGHBOUR: 0.3})
     tuned = search(spec, trials=20)
     choice = tuned.outcome.choice
     assert choice is not None
     assert choice.winner == standard(tuned)
     assert len(choice.ties) > 1
-    return tuned.outcome.trials
+    assert tuned.records[0].schedule == standard(tuned)
 
 
 def test_what_cannot_launch_never_reaches_the_gpu(spec: Path) -> None:
@@ -248,7 +235,7 @@ def test_an_interrupt_keeps_the_best_so_far(spec: Path) -> None:
     assert tuned.outcome.interrupted
     assert tuned.outcome.choice is not None
     assert [r.schedule for r in Database(spec.parent / "db").records()] == [tuned.outcome.choice.winner]
-    assert 12 <= len(tuned.outcome.trials) < 30
+    assert 12 <= len(tuned.outcome.trials) < 24
 
 
 def test_the_budget_ends_a_search(spec: Path) -> None:
@@ -270,16 +257,30 @@ def test_two_tuners_exclude_each_other(spec: Path) -> None:
     search(spec, rig, trials=2)
 
 
-def test_a_read_only_database_loses_nothing(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error names the database; the journal keeps the trials, so that the next run only writes."""
+def test_a_read_only_database_loses_nothing(spec: Path) -> None:
+    """One that turns read-only during the search: the journal keeps the trials, so that the next run only writes."""
+
+    class Blocking(Silent):
+        def stage(self, text: str) -> None:
+            if text.startswith("final"):
+                (spec.parent / "db").write_text("in the way", encoding="utf-8")
+
     log = simulated.script(spec.parent / "script.json")
-    (spec.parent / "db").write_text("in the way", encoding="utf-8")
     with pytest.raises(DatabaseError, match="db must be"):
-        search(spec, trials=5)
+        search(spec, watcher=Blocking(), trials=5)
     (spec.parent / "db").unlink()
     search(spec, trials=5)
     assert set(Counter(line for line in lines(log) if line.startswith("screen")).values()) <= {1}
     assert len(Database(spec.parent / "db").records()) == 1
+
+
+def test_a_database_that_cannot_be_written_is_said_at_once(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything runs."""
+    log = simulated.script(spec.parent / "script.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(DatabaseError, match="db must be a folder that can be written"):
+        search(spec, trials=5)
+    assert lines(log) == []
 
 
 def test_a_full_disk_ends_the_search_and_keeps_its_trials(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +339,7 @@ def test_progress_tells_what_is_left(spec: Path) -> None:
     watcher = Silent()
     search(spec, watcher=watcher)
     last = watcher.standings[-1]
-    assert last.done == 30 == last.most
+    assert last.done == 24 == last.most
     assert last.failures == {"wrong": 1}
     assert last.best is not None
     assert last.default_ms == pytest.approx(3.75, rel=0.01)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from m2gen.cache import cache_dir, key_of
 from m2gen.compile import toolchain, workers
 from m2gen.db import Change, Database, Record
 from m2gen.device import Device, detect, target
-from m2gen.errors import UsageError
+from m2gen.errors import DatabaseError, UsageError
 from m2gen.pipeline.plan import Plan
 from m2gen.render import template_hash
 from m2gen.spec import Objective
 from m2gen.tune import lock
-from m2gen.tune.book import Book, Ledger, Limits, Outcome, Stations, Watcher
+from m2gen.tune.book import Book, Crew, Ledger, Limits, Outcome, Stations, Watcher, crew_of
 from m2gen.tune.gpu import GPU
 from m2gen.tune.journal import Journal
 from m2gen.tune.loop import Search
@@ -138,25 +140,33 @@ def this_rig(command: str, seed: int = 0) -> Rig:
 
 def tune(planned: Plan, request: TuneRequest, rig: Rig, watcher: Watcher) -> Iterator[Tuned]:
     """Search for every goal, one after the other within the budget, and yield each once it is in the database."""
-    database = request.database
     chosen = goals(planned, request, rig.device)
+    _check_writable(request.database.root)
     budget = planned.spec.tuning.budget_seconds if request.seconds is None else request.seconds
     start = time.monotonic()
-    with lock.exclusive(rig.gpu):
+    with lock.exclusive(rig.gpu), crew_of(rig.stations) as crew:
         for index, goal in enumerate(chosen):
             left = (budget - (time.monotonic() - start)) / (len(chosen) - index)
             name = f"{goal.layer} {goal.subject.variant.dtype} B{goal.subject.batch} S{goal.subject.seq}"
             watcher.stage(f"{name}, {index + 1} of {len(chosen)}")
-            tuned = _tune_one(goal, request, rig, Limits(max(left, 1.0), request.trials), (database, watcher))
+            limits = Limits(max(left, 1.0), request.trials)
+            tuned = _tune_one(goal, request, rig, limits, (crew, watcher))
             yield tuned
             if tuned.outcome.interrupted:
                 return
 
 
-def _tune_one(goal: Goal, request: TuneRequest, rig: Rig, limits: Limits, ends: tuple[Database, Watcher]) -> Tuned:
-    database, watcher = ends
+def _check_writable(root: Path) -> None:
+    """Raise DatabaseError where records could not be added after hours of searching."""
+    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise DatabaseError(f"{root} must be a folder that can be written, or that can be made")
+
+
+def _tune_one(goal: Goal, request: TuneRequest, rig: Rig, limits: Limits, others: tuple[Crew, Watcher]) -> Tuned:
+    crew, watcher = others
     subject, environment = goal.subject, rig.bench.environment
-    every = database.records()
+    every = request.database.records()
     space = enumerate_space(subject)
     sampler = Sampler.RANDOM if _exhaustive(space, limits, rig) else request.sampler
     first = seeds(subject, environment, every)
@@ -165,9 +175,11 @@ def _tune_one(goal: Goal, request: TuneRequest, rig: Rig, limits: Limits, ends: 
     proposer = Proposer(space.points, first, sampler, request.seed)
     with _ledger(subject, request, rig) as ledger:
         book = Book(subject, proposer.default, limits, ledger, watcher)
-        outcome = Search(book, proposer, rig.stations).run(request.seed, known_failures(subject, environment, every))
+        outcome = Search(book, proposer, crew, rig.stations.worker).run(
+            request.seed, known_failures(subject, environment, every)
+        )
     found = records_of(outcome, rig.bench)
-    return Tuned(goal, outcome, tuple(found), database.add(found))
+    return Tuned(goal, outcome, tuple(found), request.database.add(found))
 
 
 def _exhaustive(space: Space, limits: Limits, rig: Rig) -> bool:

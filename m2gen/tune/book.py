@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from m2gen.pool import Lane, Service
 from m2gen.schedule import Schedule
@@ -41,7 +42,39 @@ class Stations:
     compilers: int
     worker: str
     """Names who measures."""
-    lane: Callable[[Service], Lane] = Lane  # type: ignore[type-arg]
+    lane: Callable[[Service[Any, Any]], Lane[Any, Any]] = Lane
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes at the stations: they serve one search after the other."""
+
+    compilers: tuple[Lane[CompileTask, Compiled], ...]
+    gpu: Lane[Task, Measured]
+
+    @property
+    def busy(self) -> list[Lane[Any, Any]]:
+        every: tuple[Lane[Any, Any], ...] = (*self.compilers, self.gpu)
+        return [lane for lane in every if lane.task is not None]
+
+    def drop(self, lanes: Iterable[Lane[Any, Any]]) -> None:
+        """End the processes that are in the middle of a task."""
+        for lane in lanes:
+            if lane.task is not None:
+                lane.stop()
+
+
+@contextmanager
+def crew_of(stations: Stations) -> Iterator[Crew]:
+    """Yield the processes of stations, which start with their first tasks and end with the block."""
+    compilers = tuple(stations.lane(stations.compile) for _ in range(stations.compilers))
+    crew = Crew(compilers, stations.lane(stations.measure))
+    try:
+        yield crew
+    finally:
+        for compiler in crew.compilers:
+            compiler.stop()
+        crew.gpu.stop()
 
 
 @dataclass(frozen=True)

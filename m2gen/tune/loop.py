@@ -11,7 +11,7 @@ from itertools import chain
 from m2gen.errors import TuneError
 from m2gen.pool import finished
 from m2gen.schedule import Schedule
-from m2gen.tune.book import Book, Outcome, Stations
+from m2gen.tune.book import Book, Crew, Outcome
 from m2gen.tune.final import FINALISTS, hold_final
 from m2gen.tune.search import Proposal, Proposer
 from m2gen.tune.select import choose
@@ -33,10 +33,8 @@ class _Ready:
 class Search:
     """The search for the schedule of one subject."""
 
-    def __init__(self, book: Book, proposer: Proposer, stations: Stations) -> None:
-        self._book, self._proposer, self._stations = book, proposer, stations
-        self._compilers = [stations.lane(stations.compile) for _ in range(stations.compilers)]
-        self._gpu = stations.lane(stations.measure)
+    def __init__(self, book: Book, proposer: Proposer, crew: Crew, worker: str) -> None:
+        self._book, self._proposer, self._crew, self._worker = book, proposer, crew, worker
         self._compiling: dict[Schedule, Proposal] = {}
         self._ready: list[_Ready] = []
         self._running: _Ready | None = None
@@ -61,18 +59,18 @@ class Search:
             interrupted = True
         finally:
             self._release()
-            self._gpu.stop()
+            self._crew.drop([self._crew.gpu])
         return _outcome(self._book, finals, seed, (points, self._compile_seconds, interrupted))
 
     def _screen(self) -> None:
-        self._gpu.begin(Task(self._book.subject, self._book.default, Step.PREPARE))
+        self._crew.gpu.begin(Task(self._book.subject, self._book.default, Step.PREPARE))
         while True:
             over = self._book.elapsed > self._book.limits.screening
             if over:
                 self._release()
             else:
                 self._fill()
-            busy = [lane for lane in (*self._compilers, self._gpu) if lane.task is not None]
+            busy = self._crew.busy
             if not busy and (over or not self._book.ledger.pending()):
                 return
             if not busy:
@@ -90,18 +88,18 @@ class Search:
         """Give every idle station something to do."""
         for trial in self._book.ledger.news():
             self._learn(None, trial)
-        for lane in self._compilers:
-            if lane.task is None and len(self._ready) < len(self._compilers):
+        for lane in self._crew.compilers:
+            if lane.task is None and len(self._ready) < len(self._crew.compilers):
                 proposal = self._ask()
                 if proposal is None:
                     break
                 self._compiling[proposal.schedule] = proposal
                 lane.begin(CompileTask(self._book.subject, proposal.schedule))
-        if self._gpu.task is None and self._ready:
+        if self._crew.gpu.task is None and self._ready:
             self._running = heapq.heappop(self._ready)
             schedule = self._running.proposal.schedule
             self._book.ledger.begin(schedule)
-            self._gpu.begin(Task(self._book.subject, schedule, Step.SCREEN, self._book.best_ms))
+            self._crew.gpu.begin(Task(self._book.subject, schedule, Step.SCREEN, self._book.best_ms))
 
     @property
     def _underway(self) -> int:
@@ -124,8 +122,7 @@ class Search:
 
     def _release(self) -> None:
         """Give up what has not come to the GPU."""
-        for lane in self._compilers:
-            lane.stop()
+        self._crew.drop(self._crew.compilers)
         waiting = [ready.proposal.schedule for ready in chain(self._ready, *self._copies.values())]
         adopted = [proposal.schedule for proposal in self._adopted]
         for schedule in (*self._compiling, *waiting, *adopted):
@@ -172,7 +169,7 @@ class Search:
             found.samples,
             found.failure,
             found.seconds,
-            self._stations.worker,
+            self._worker,
         )
         self._finish(ready.proposal, trial)
         for other in self._copies.pop(ready.compiled.binary, []):
@@ -189,10 +186,10 @@ class Search:
         self._book.learn(trial)
 
     def _ask_gpu(self, task: Task) -> Measured:
-        self._gpu.begin(task)
-        while not finished([self._gpu]):
+        self._crew.gpu.begin(task)
+        while not finished([self._crew.gpu]):
             pass
-        found: Measured = self._gpu.collect()[1]
+        found: Measured = self._crew.gpu.collect()[1]
         return found
 
 
