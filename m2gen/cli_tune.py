@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from m2gen.cli_options import DbOption, DebugOption, JsonOption, QuietOption, SpecOption, reporting
+from m2gen.cli_options import DbOption, DebugOption, JsonOption, QuietOption, SpecOption, reporting, warn_of_faults
 from m2gen.errors import UsageError
 from m2gen.spec import Objective
 from m2gen.tune.sampler import Sampler
@@ -56,8 +56,10 @@ def tune(
     from m2gen.cli_tune_output import run, show_sizes
 
     with reporting(debug):
+        database = pipeline.open_database(db, new=True)
+        warn_of_faults(database.contents())
         request = pipeline.TuneRequest(
-            database=pipeline.open_database(db, new=True),
+            database=database,
             layers=tuple(layer or ()),
             seconds=_read("--budget", "a time such as 10m or 90s", duration, budget),
             trials=trials,

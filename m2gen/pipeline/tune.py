@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from m2gen.cache import cache_dir, key_of
@@ -178,7 +178,7 @@ def _tune_one(goal: Goal, request: TuneRequest, rig: Rig, limits: Limits, others
         outcome = Search(book, proposer, crew, rig.stations.worker).run(
             request.seed, known_failures(subject, environment, every)
         )
-    found = records_of(outcome, rig.bench)
+    found = records_of(outcome, replace(rig.bench, study=study_name(subject, rig)))
     return Tuned(goal, outcome, tuple(found), request.database.add(found))
 
 
