@@ -26,6 +26,7 @@ from m2gen.cli_options import (
     reporting,
     terminal_progress,
 )
+from m2gen.cli_tune import tune
 from m2gen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ app = typer.Typer(
 spec_app = typer.Typer(no_args_is_help=True, help="Look at specs: their schema, and the variants they expand to.")
 app.add_typer(spec_app, name="spec")
 app.add_typer(db_app, name="db")
+app.command()(tune)
 
 
 def _plan(spec: str, target: str | None = None, *, records: Iterable[Record] = ()) -> Plan:

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from m2gen.cli_options import DbOption, DebugOption, JsonOption, reporting, warn_of_faults
+from m2gen.cli_options import (
+    DbOption,
+    DebugOption,
+    JsonOption,
+    QuietOption,
+    reporting,
+    terminal_progress,
+    warn_of_faults,
+)
 from m2gen.errors import UsageError
 from m2gen.spec import Objective
 
@@ -169,3 +177,43 @@ def import_(
 
     with reporting(debug):
         show_change(open_database(db, new=True).add(read_export(file)), as_json=json)
+
+
+@db_app.command()
+def verify(
+    identities: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Records; all winners of this device if none.")
+    ] = None,
+    db: DbOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Hold records against float64 again on this GPU; one that fails serves no build from then on, and exits 1."""
+    from m2gen import pipeline
+    from m2gen.cli_db_output import show_rechecks
+
+    with reporting(debug):
+        database = pipeline.open_database(db)
+        warn_of_faults(database.contents())
+        rig = pipeline.this_rig("m2gen db verify")
+        found = pipeline.verify_records(database, identities or (), rig, terminal_progress(quiet or json))
+        raise typer.Exit(show_rechecks(found, as_json=json))
+
+
+@db_app.command()
+def replay(
+    identity: IdArgument,
+    db: DbOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run one record's measurement again on this GPU, in turns with the default schedule."""
+    from m2gen import pipeline
+    from m2gen.cli_db_output import show_replay
+
+    with reporting(debug):
+        record = pipeline.open_database(db).find(identity)
+        rig = pipeline.this_rig("m2gen db replay")
+        show_replay(pipeline.replay(record, rig, terminal_progress(quiet or json)), as_json=json)

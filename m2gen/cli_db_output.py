@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from m2gen.db import Change, Database, Fault, Record, encode, slot
-from m2gen.pipeline import Answer, Superfluous, state
+from m2gen.pipeline import Answer, Recheck, Replay, Superfluous, state
 from m2gen.report import print_json, print_table
 
 LIST_COLUMNS = ("id", "device", "variant", "for", "programs/SM", "schedule", "ms", "default ms", "speed-up", "state")
@@ -154,3 +155,41 @@ def show_pruned(found: Sequence[Superfluous], faults: Sequence[Fault], *, dry_ru
     for fault in faults:
         print(fault)
     print(f"{len(found)} records and {len(faults)} lines {'would be ' if dry_run else ''}removed")
+
+
+def show_rechecks(found: Sequence[Recheck], *, as_json: bool) -> int:
+    """Print what the gate found of every record; return 1 if one failed."""
+    rows = [(item.record.id, item.record.key.variant, item.record.schedule.slug, _verdict(item)) for item in found]
+    status = 1 if any(item.failed for item in found) else 0
+    if as_json:
+        print_json([dict(zip(("id", "variant", "schedule", "result"), row, strict=True)) for row in rows])
+    elif rows:
+        print_table("Verified", ("id", "variant", "schedule", "result"), rows)
+    else:
+        print("no winners to verify")
+    return status
+
+
+def _verdict(item: Recheck) -> str:
+    if item.found is None:
+        return f"skipped: {item.skipped}"
+    failure = item.found.failure
+    return f"FAILED: {failure.reason}: {failure.message}" if failure else "ok"
+
+
+def show_replay(found: Replay, *, as_json: bool) -> None:
+    """Print a record's times beside those measured now."""
+    timing = found.record.timing
+    assert timing is not None
+    measured = {"tuned": (timing.tuned, found.tuned), "default": (timing.default, found.default)}
+    if as_json:
+        pairs = {name: {"recorded": asdict(then), "now": asdict(now)} for name, (then, now) in measured.items()}
+        print_json({"id": found.record.id, **pairs, "faster_than_default": found.faster})
+        return
+    rows = [
+        (name, f"{e.median_ms:.3f}", f"{e.low_ms:.3f} to {e.high_ms:.3f}")
+        for what, both in measured.items()
+        for name, e in zip((f"{what}, recorded", f"{what}, now"), both, strict=True)
+    ]
+    print_table(f"Record {found.record.id}: {found.record.schedule.slug}", ("what", "ms", "95 % interval"), rows)
+    print("the record's schedule stands" if found.faster else "the default schedule is as fast now, within noise")

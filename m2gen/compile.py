@@ -114,17 +114,31 @@ def compile_kernel(job: Job) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    folder = materialise("sources", {"kernel.py": job.source})
-    kernel = getattr(load_module(folder / "kernel.py", f"m2gen_{folder.name}"), f"m2rnn_{job.direction}_kernel")
+    kernel = getattr(load_kernels(job.source), f"m2rnn_{job.direction}_kernel")
     described = arguments(job.variant, job.schedule, job.direction)
-    arch: int | str = int(job.device.arch[3:]) if job.device.is_nvidia else job.device.arch
-    target = GPUTarget("cuda" if job.device.is_nvidia else "hip", arch, job.device.warp_size)
+    target = GPUTarget(*backend_of(job.device))
     source = ASTSource(kernel, *_specialisation(described))
     try:
         compiled = triton.compile(source, target=target, options={"num_warps": job.warps, "num_stages": 1})
     except Exception as error:  # whatever a compiler raises, the user needs the kernel's name
         raise CompileError(f"{job.name}: {type(error).__name__}: {_last_line(error)}") from error
-    return (_nvidia_resources if job.device.is_nvidia else _amd_resources)(compiled)
+    return resources_of(compiled, job.device)
+
+
+def load_kernels(source: str) -> ModuleType:
+    """Import the module that ``render.render_kernel`` returned the text of."""
+    folder = materialise("sources", {"kernel.py": source})
+    return load_module(folder / "kernel.py", f"m2gen_{folder.name}")
+
+
+def backend_of(device: Device) -> tuple[str, int | str, int]:
+    """Return what Triton calls a device: backend, arch and threads a warp."""
+    return ("cuda", int(device.arch[3:]), 32) if device.is_nvidia else ("hip", device.arch, device.warp_size)
+
+
+def resources_of(compiled: Any, device: Device) -> Resources:
+    """Return what a kernel that Triton compiled takes; raises CompileError where its compiled form cannot be read."""
+    return (_nvidia_resources if device.is_nvidia else _amd_resources)(compiled)
 
 
 def _last_line(error: Exception) -> str:
@@ -149,7 +163,7 @@ def _nvidia_resources(compiled: Any) -> Resources:
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if usage is None:
         raise CompileError(f"cuobjdump must report REG and STACK, got {text[-200:]!r}")
-    return Resources(int(usage[1]), int(usage[2]), compiled.metadata.shared, _code_bytes(cubin))
+    return Resources(int(usage[1]), int(usage[2]), compiled.metadata.shared, len(machine_code(cubin)))
 
 
 def _cuobjdump() -> str:
@@ -159,14 +173,19 @@ def _cuobjdump() -> str:
     return str(beside) if beside.is_file() else "cuobjdump"
 
 
-def _code_bytes(elf: bytes) -> int:
-    """Sum the executable sections of a 64-bit little-endian ELF file."""
+def machine_code(elf: bytes) -> bytes:
+    """Return the executable sections of a 64-bit little-endian ELF file: instructions, without names or lines."""
     table, entry, count = struct.unpack_from("<Q", elf, 0x28)[0], *struct.unpack_from("<HH", elf, 0x3A)
-    executable, total = 0x4, 0
+    executable, code = 0x4, b""
     for index in range(count):
-        _, _, flags, _, _, size = struct.unpack_from("<IIQQQQ", elf, table + index * entry)
-        total += size if flags & executable else 0
-    return int(total)
+        _, _, flags, _, offset, size = struct.unpack_from("<IIQQQQ", elf, table + index * entry)
+        code += elf[offset : offset + size] if flags & executable else b""
+    return code
+
+
+def binary_of(compiled: Any, device: Device) -> bytes:
+    """Return the machine code of a kernel that Triton compiled."""
+    return machine_code(compiled.asm["cubin" if device.is_nvidia else "hsaco"])
 
 
 def _amd_resources(compiled: Any) -> Resources:
@@ -180,7 +199,7 @@ def _amd_resources(compiled: Any) -> Resources:
 
     spills = number(r"\.private_segment_fixed_size:\s*(\d+)")
     registers = number(r"\.vgpr_count:\s*(\d+)")
-    return Resources(registers, spills, compiled.metadata.shared, _code_bytes(compiled.asm["hsaco"]))
+    return Resources(registers, spills, compiled.metadata.shared, len(machine_code(compiled.asm["hsaco"])))
 
 
 def workers() -> int:

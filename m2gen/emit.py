@@ -15,9 +15,8 @@ from m2gen.bucket import BUCKETS, HALVES
 from m2gen.choice import Choice, modules_by_bucket
 from m2gen.device import PORTABLE
 from m2gen.errors import EmitError
-from m2gen.outputs import backward_outputs, forward_output
+from m2gen.outputs import varying
 from m2gen.render import reference_source, render_kernel, render_template, template_hash
-from m2gen.schedule import Reduction
 from m2gen.spec import ClipMode, Dtype
 from m2gen.variant import BuiltVariant, Variant
 
@@ -88,13 +87,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _varying(choices: Iterable[Choice]) -> str:
     """Name the results whose last bits depend on the order of atomics."""
-    names: dict[str, None] = {}
-    for choice in choices:
-        variant, schedule = choice.variant, choice.schedule
-        if schedule.forward.reduction is Reduction.ATOMIC and forward_output(variant, schedule).shared:
-            names["y"] = None
-        if schedule.backward.reduction is Reduction.ATOMIC:
-            names.update(dict.fromkeys(out.name for out in backward_outputs(variant, schedule) if out.shared))
+    names = dict.fromkeys(name for c in choices for name in varying(c.variant, c.schedule))
     return ", ".join(names) or "no result"
 
 

@@ -47,3 +47,7 @@ class DatabaseError(M2genError):
     """The tuning database cannot be read or written, or is asked for a record that it does not have."""
 
     exit_status = 2
+
+
+class TuneError(M2genError):
+    """A search cannot begin or go on; what it found so far is kept."""

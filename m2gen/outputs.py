@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.schedule import Schedule
+from m2gen.schedule import Reduction, Schedule
 from m2gen.variant import Variant
 
 
@@ -100,3 +100,13 @@ def backward_outputs(variant: Variant, schedule: Schedule) -> tuple[Output, ...]
         Output("dv", "v", total, heads.v, parts, variant.head_dim, " + cols", cols),
         Output("df", "forget", total, heads.f, parts, None, "", "inside"),
     )
+
+
+def varying(variant: Variant, schedule: Schedule) -> tuple[str, ...]:
+    """Name the results whose last bits depend on the order of atomics; ``df`` is the gradient of the gate."""
+    names = []
+    if schedule.forward.reduction is Reduction.ATOMIC and forward_output(variant, schedule).shared:
+        names.append("y")
+    if schedule.backward.reduction is Reduction.ATOMIC:
+        names += [out.name for out in backward_outputs(variant, schedule) if out.shared]
+    return tuple(names)

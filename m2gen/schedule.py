@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -89,6 +90,20 @@ class Schedule:
     def slug(self) -> str:
         """Name the schedule as an identifier, for file names and tables."""
         return f"{self.forward.slug}_{self.backward.slug}_i{self.interval}_{self.tanh}"
+
+
+_SLUG = re.compile(r"f(\d+)x(\d+)u(\d+)([ap])_b(\d+)x(\d+)c(\d+)([ap])_i(\d+)_(ptx|exp)")
+
+
+def parse(slug: str) -> Schedule:
+    """Return the schedule that ``Schedule.slug`` named; raises ``ScheduleError`` for any other text."""
+    found = _SLUG.fullmatch(slug)
+    if found is None:
+        raise ScheduleError(f"a schedule must be named as f32x1u4a_b32x1c2a_i16_ptx is, got {slug!r}")
+    reduction = {str(kind)[0]: kind for kind in Reduction}
+    forward = ForwardSchedule(int(found[1]), int(found[2]), int(found[3]), reduction[found[4]])
+    backward = BackwardSchedule(int(found[5]), int(found[6]), int(found[7]), reduction[found[8]])
+    return Schedule(forward, backward, int(found[9]), Tanh(found[10]))
 
 
 def _power_of_two(value: int) -> bool:

@@ -21,6 +21,7 @@ ALLOWED: dict[str, str] = {
     "errors": "",
     "bucket": "",
     "cache": "",
+    "pool": "",
     "device": "errors",
     "spec": "errors",
     "variant": "spec",
@@ -37,15 +38,20 @@ ALLOWED: dict[str, str] = {
     "choice": "bucket db device schedule spec variant",
     "emit": "bucket choice device errors outputs render schedule spec variant",
     "directory": "errors",
-    "pipeline": "bench bucket cache choice compile db device directory emit errors render schedule signature spec"
-    " variant verify",
+    "tune": "bucket cache compile db device errors outputs pool problem render schedule spec variant verify",
+    "pipeline": "bench bucket cache choice compile db device directory emit errors pool render schedule signature"
+    " spec tune variant verify",
     "report": "verify bench",
+    "roofline": "schedule spec variant",
+    "page": "db pipeline roofline schedule spec tune",
     "cli_output": "cache choice device errors pipeline render report",
     "cli_verify": "errors pipeline report verify",
     "cli_options": "db errors pipeline report",
     "cli_db_output": "db pipeline report",
-    "cli_db": "cli_db_output cli_options db errors pipeline spec",
-    "cli": "cli_db cli_options cli_output cli_verify db errors pipeline report spec",
+    "cli_db": "cli_db_output cli_options cli_tune_output db errors pipeline spec",
+    "cli_tune_output": "errors page pipeline report tune",
+    "cli_tune": "cli_options cli_tune_output compile errors pipeline spec tune",
+    "cli": "cli_db cli_options cli_output cli_tune cli_verify db errors pipeline report spec",
     "__main__": "cli",
 }
 """Section 4 of the design as imports of one module by another; a package counts as one module."""

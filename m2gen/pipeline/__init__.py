@@ -5,6 +5,8 @@ from m2gen.pipeline.build import BuildOutcome, build, committed_specs, differenc
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.db import Answer, Question, Superfluous, open_database, state, superfluous, why
 from m2gen.pipeline.plan import Plan, Progress, open_spec, plan, relevant, render, shipped_database, shipped_specs
+from m2gen.pipeline.recheck import Recheck, Replay, replay, verify_records
+from m2gen.pipeline.tune import Rig, Size, Tuned, TuneRequest, dry_run, dry_run_device, this_rig, tune
 from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_lines, reproduce, verify, verify_full
 
 __all__ = [
@@ -15,7 +17,13 @@ __all__ = [
     "Plan",
     "Progress",
     "Question",
+    "Recheck",
+    "Replay",
+    "Rig",
+    "Size",
     "Superfluous",
+    "TuneRequest",
+    "Tuned",
     "VerifyOutcome",
     "VerifyRequest",
     "bench",
@@ -23,6 +31,8 @@ __all__ = [
     "check",
     "committed_specs",
     "difference",
+    "dry_run",
+    "dry_run_device",
     "failed",
     "failure_lines",
     "open_database",
@@ -30,12 +40,16 @@ __all__ = [
     "plan",
     "relevant",
     "render",
+    "replay",
     "reproduce",
     "shipped_database",
     "shipped_specs",
     "state",
     "superfluous",
+    "this_rig",
+    "tune",
     "verify",
     "verify_full",
+    "verify_records",
     "why",
 ]

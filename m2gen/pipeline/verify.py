@@ -15,7 +15,7 @@ from m2gen.compile import load_module, workers
 from m2gen.device import PORTABLE, TARGETS, Device, detect
 from m2gen.errors import UsageError
 from m2gen.pipeline.plan import Plan, Progress, plan, render
-from m2gen.pipeline.pool import Service, run_isolated
+from m2gen.pool import Lost, Service, run_isolated
 from m2gen.variant import BuiltVariant, Variant
 
 if TYPE_CHECKING:  # importing these imports torch, and the processes must set their environment first
@@ -208,10 +208,10 @@ def _verify_job(job: _Job) -> CaseReport:
     return replace(report, spec=job.spec, schedule=job.schedule)
 
 
-def _lost(job: _Job, reason: str) -> CaseReport:
+def _lost(job: _Job, lost: Lost) -> CaseReport:
     from m2gen.verify import report
 
-    return replace(report(job.variant, job.case, job.seed, failure=reason), spec=job.spec, schedule=job.schedule)
+    return replace(report(job.variant, job.case, job.seed, failure=lost.reason), spec=job.spec, schedule=job.schedule)
 
 
 def _untrusted(report: CaseReport) -> bool:

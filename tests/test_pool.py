@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from m2gen.pipeline.pool import Service, run_isolated
+from m2gen.pool import Lost, Service, run_isolated
 
 
 def _prepare() -> None:
@@ -27,8 +27,8 @@ def _suspect(result: str) -> bool:
     return result.startswith("bad")
 
 
-def _lost(task: str, reason: str) -> str:
-    return f"{task} lost: {reason}"
+def _lost(task: str, lost: Lost) -> str:
+    return f"{task} lost: {lost.reason}"
 
 
 SERVICE = Service(_serve, _prepare, 3.0, _lost, _suspect)

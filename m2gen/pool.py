@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import signal
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, get_context
 from typing import Any, Generic, TypeVar
@@ -15,6 +17,14 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 GRACE_SECONDS = 10.0
 """How long a process may take to end by itself."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What became of the process that had a task."""
+
+    reason: str
+    hung: bool = False
 
 
 @dataclass(frozen=True)
@@ -27,7 +37,7 @@ class Service(Generic[Task, Result]):
     """Runs first in every process, before anything that ``serve`` or a task needs is imported."""
     seconds: float
     """Longest that a task may take, with the start of its process."""
-    lost: Callable[[Task, str], Result]
+    lost: Callable[[Task, Lost], Result]
     """Returns the result of a task whose process died or was stopped, and why."""
     suspect: Callable[[Result], bool] = lambda result: False
     """Whether a process that gave this result, of a GPU's error say, must not serve again."""
@@ -38,70 +48,76 @@ def run_isolated(
 ) -> Iterator[tuple[Task, Result]]:
     """Yield each task with its result as it is known; the tasks of a group go to one process, one after the other."""
     waiting = deque(deque(group) for group in groups)
-    workers = [_Worker(service) for _ in range(min(processes, len(waiting)))]
+    lanes = [_Lane(Lane(service)) for _ in range(min(processes, len(waiting)))]
     try:
-        for worker in workers:
-            worker.take(waiting)
-        while busy := [worker for worker in workers if worker.task is not None]:
-            left = min(worker.deadline for worker in busy) - time.monotonic()
-            ready = connection.wait([worker.pipe for worker in busy], timeout=max(0.0, left))
-            for worker in busy:
-                if worker.pipe in ready or time.monotonic() > worker.deadline:
-                    yield worker.collect(received=worker.pipe in ready)
-                    worker.take(waiting)
+        for lane in lanes:
+            lane.take(waiting)
+        while busy := [lane.lane for lane in lanes if lane.lane.task is not None]:
+            ready = finished(busy)
+            for lane in [lane for lane in lanes if lane.lane in ready]:
+                yield lane.lane.collect()
+                lane.take(waiting)
     finally:
-        for worker in workers:
-            worker.stop()
+        for lane in lanes:
+            lane.lane.stop()
+
+
+def finished(busy: Sequence[Lane[Any, Any]], seconds: float = float("inf")) -> list[Lane[Any, Any]]:
+    """Return the lanes that have a result or are out of time, after waiting up to ``seconds`` for the first."""
+    left = min(seconds, *(lane.deadline - time.monotonic() for lane in busy))
+    ready = connection.wait([lane.pipe for lane in busy], timeout=max(0.0, left))
+    now = time.monotonic()
+    return [lane for lane in busy if lane.pipe in ready or now > lane.deadline]
 
 
 def _loop(pipe: Any, prepare: Callable[[], None], serve: Callable[[Any], Any]) -> None:
     """Serve the tasks that come through a pipe until it is closed; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _end_with_parent()
     prepare()
     with contextlib.suppress(EOFError):
         while True:
             pipe.send(serve(pipe.recv()))
 
 
-class _Worker(Generic[Task, Result]):
-    """One process at a time, and the tasks of the group that it is at."""
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, even of SIGKILL in the middle of a task."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl(2)
+
+
+class Lane(Generic[Task, Result]):
+    """One process at a time, and the task that it is at; a new process where the last one cannot be trusted."""
 
     def __init__(self, service: Service[Task, Result]) -> None:
         self._service = service
-        self._group: deque[Task] = deque()
         self._process: Any = None
         self.pipe: Any = None
         self.task: Task | None = None
         self.deadline = 0.0
 
-    def take(self, waiting: deque[deque[Task]]) -> None:
-        """Begin the next task of the group, or of the next group; end the process where there is none."""
-        self.task = None
-        while not self._group and waiting:
-            self._group = waiting.popleft()
-        if not self._group:
-            self.stop()
-            return
+    def begin(self, task: Task) -> None:
+        """Send a task to the process, which is started where there is none."""
         if self._process is None:
             self._start()
-        self.task = self._group.popleft()
+        self.task = task
         self.deadline = time.monotonic() + self._service.seconds
         with contextlib.suppress(OSError):  # of a process that is gone, which ``collect`` finds out
-            self.pipe.send(self.task)
+            self.pipe.send(task)
 
-    def collect(self, *, received: bool) -> tuple[Task, Result]:
+    def collect(self) -> tuple[Task, Result]:
         """Return the task and its result, received or lost; end a process that cannot be trusted with another."""
         task = self.task
         assert task is not None
-        if not received:
+        if not self.pipe.poll():
             self.stop()
-            return task, self._service.lost(task, f"took longer than {self._service.seconds:g} s")
+            return task, self._service.lost(task, Lost(f"took longer than {self._service.seconds:g} s", hung=True))
         try:
             result: Result = self.pipe.recv()
         except (EOFError, OSError):
-            return task, self._service.lost(task, f"its process ended with {self._reap()}")
+            return task, self._service.lost(task, Lost(f"its process ended with {self._reap()}"))
+        self.task = None
         if self._service.suspect(result):
-            self.task = None  # it is idle, and may end by itself
             self.stop()
         return task, result
 
@@ -122,13 +138,31 @@ class _Worker(Generic[Task, Result]):
 
     def stop(self) -> None:
         """End the process, which may be in the middle of a task."""
+        busy, self.task = self.task is not None, None
         if self._process is None:
             return
         self.pipe.close()
-        if self.task is not None:
+        if busy:
             self._process.kill()
         self._process.join(GRACE_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
         self._process = None
+
+
+@dataclass
+class _Lane(Generic[Task, Result]):
+    """A lane, and the tasks left of the group that it is at."""
+
+    lane: Lane[Task, Result]
+    group: deque[Task] | None = None
+
+    def take(self, waiting: deque[deque[Task]]) -> None:
+        """Begin the next task of the group, or of the next group; end the process where there is none."""
+        while not self.group and waiting:
+            self.group = waiting.popleft()
+        if self.group:
+            self.lane.begin(self.group.popleft())
+        else:
+            self.lane.stop()

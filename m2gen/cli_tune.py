@@ -1,0 +1,114 @@
+"""``m2gen tune``: its options, and what they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from m2gen.cli_options import DbOption, DebugOption, JsonOption, QuietOption, SpecOption, reporting, warn_of_faults
+from m2gen.errors import UsageError
+from m2gen.spec import Objective
+from m2gen.tune.sampler import Sampler
+
+if TYPE_CHECKING:
+    from m2gen.pipeline import Plan, Size, TuneRequest
+
+Value = TypeVar("Value")
+
+
+def tune(
+    spec: SpecOption,
+    layer: Annotated[list[str] | None, typer.Option("--layer", help="Only this layer; may be repeated.")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="Time for all searches, as 10m or 90s; the spec's if not given.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Most candidates of each search.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the order of candidates and of resampling.")] = 0,
+    sampler: Annotated[Sampler, typer.Option("--sampler", help="Of spaces too large to try; random is a baseline.")] = (
+        Sampler.TPE
+    ),
+    objective: Annotated[Objective | None, typer.Option("--objective", help="Instead of the spec's.")] = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", help="Most memory beyond inputs and gradients, as 2GB.")
+    ] = None,
+    db: DbOption = None,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", help="URL of a database through which several workers share each search."),
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Start anew, or go on where the last run of a search ended.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only show how large the spaces are, and why; needs no GPU.")
+    ] = False,
+    target: Annotated[str | None, typer.Option("--target", help="Arch whose spaces --dry-run shows.")] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Also write a page about the searches here.")] = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Search the fastest schedules on this GPU and put them into the tuning database."""
+    from m2gen import pipeline
+    from m2gen.cli_tune_output import run, show_sizes
+
+    with reporting(debug):
+        database = pipeline.open_database(db, new=True)
+        warn_of_faults(database.contents())
+        request = pipeline.TuneRequest(
+            database=database,
+            layers=tuple(layer or ()),
+            seconds=_read("--budget", "a time such as 10m or 90s", duration, budget),
+            trials=trials,
+            seed=seed,
+            sampler=sampler,
+            objective=objective,
+            max_bytes=_read("--max-memory", "a size such as 2GB", memory, max_memory),
+            storage=storage,
+            fresh=fresh,
+        )
+        if target is not None and not dry_run:
+            raise UsageError("--target must be given with --dry-run only: a search runs on the GPU at hand")
+        planned = pipeline.plan(spec, [target] if target else None, ())
+        if dry_run:
+            show_sizes(_sizes(planned, request, target), as_json=json)
+            return
+        raise typer.Exit(run(planned, request, report, as_json=json, quiet=quiet, debug=debug))
+
+
+def _sizes(planned: Plan, request: TuneRequest, target: str | None) -> list[Size]:
+    from m2gen import pipeline
+    from m2gen.compile import workers
+
+    device = pipeline.dry_run_device(target, planned.spec.targets)
+    return pipeline.dry_run(planned, request, device, workers())
+
+
+def _read(option: str, what: str, parse: Callable[[str], Value], text: str | None) -> Value | None:
+    try:
+        return None if text is None else parse(text)
+    except ValueError:
+        raise UsageError(f"{option} must be {what}, got {text!r}") from None
+
+
+def duration(text: str) -> float:
+    """Return the seconds of ``10m``, ``90s``, ``1h`` or a number of seconds; raises ValueError."""
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    unit = units.get(text[-1:], 1.0)
+    seconds = float(text[:-1] if text[-1:] in units else text) * unit
+    if not 0 < seconds < float("inf"):
+        raise ValueError(text)
+    return seconds
+
+
+def memory(text: str) -> int:
+    """Return the bytes of ``2GB``, ``500MB``, ``1GiB`` or a number of bytes; raises ValueError."""
+    units = {"gib": 2**30, "mib": 2**20, "kib": 2**10, "gb": 10**9, "mb": 10**6, "kb": 10**3, "b": 1}
+    unit = next((unit for unit in units if text.lower().endswith(unit)), "")
+    size = float(text[: len(text) - len(unit)]) * units.get(unit, 1)
+    if not 0 < size < 2**60:
+        raise ValueError(text)
+    return int(size)

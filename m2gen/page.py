@@ -1,0 +1,185 @@
+"""One self-contained HTML page about searches: history, knobs, failures, and how far the GPU's limits are."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from m2gen.db import Environment
+from m2gen.pipeline import Tuned
+from m2gen.roofline import Work, floors_ms, peaks_of, work_of
+from m2gen.spec import Objective
+from m2gen.tune.knobs import importances
+from m2gen.tune.trial import Trial
+
+WIDTH, HEIGHT, MARGIN = 860, 260, 46
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).resolve().parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html.j2")
+
+
+def tuning_page(spec: str, environment: Environment, results: Sequence[Tuned]) -> str:
+    """Return the page of a command's searches; it needs nothing but itself to be read."""
+    facts = [("GPU", f"{environment.device} ({environment.arch}, {environment.sm_count} SMs)")]
+    facts += [(name, getattr(environment, name) or "unknown") for name in ("driver", "torch", "triton", "ptxas")]
+    return _template().render(
+        spec=spec, facts=facts, searches=[_search(tuned, environment) for tuned in results], width=WIDTH, height=HEIGHT
+    )
+
+
+def _search(tuned: Tuned, environment: Environment) -> dict[str, Any]:
+    outcome, subject = tuned.outcome, tuned.goal.subject
+    return {
+        "title": f"{tuned.goal.layer}, batch {subject.batch}, {subject.seq} steps, {subject.objective}",
+        "variant": subject.variant.key,
+        "cost": f"{len(outcome.trials)} of {outcome.points} points in {outcome.seconds:.0f} s: "
+        f"{outcome.gpu_seconds:.0f} s of the GPU, {outcome.compile_seconds:.0f} s of compilers",
+        "finalists": _finalists(tuned),
+        "history": _history(tuned),
+        "knobs": _bars(importances(outcome.trials)),
+        "failures": _failures(outcome.trials),
+        "floors": _floors(tuned, environment),
+    }
+
+
+def _finalists(tuned: Tuned) -> list[dict[str, Any]]:
+    """Return the finalists, the fastest first."""
+    outcome = tuned.outcome
+    if outcome.choice is None:
+        return []
+    choice, base = outcome.choice, outcome.choice.estimates[outcome.default].median_ms
+    rows = []
+    for schedule, estimate in sorted(choice.estimates.items(), key=lambda item: item[1].median_ms):
+        marks = [
+            *(["winner"] if schedule == choice.winner else []),
+            *(["default"] if schedule == outcome.default else []),
+            *(["tied"] if schedule in choice.ties and len(choice.ties) > 1 else []),
+        ]
+        rows.append(
+            {
+                "schedule": schedule.slug,
+                "ms": f"{estimate.median_ms:.3f}",
+                "interval": f"{estimate.low_ms:.3f} to {estimate.high_ms:.3f}",
+                "speed": f"{base / estimate.median_ms:.2f}",
+                "memory": f"{outcome.finals[schedule].peak_bytes / 1e9:.3f}",
+                "marks": ", ".join(marks),
+            }
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """From trials and milliseconds to places in a drawing; times far above the default are drawn at its top."""
+
+    count: int
+    low: float
+    high: float
+
+    def x(self, index: int) -> float:
+        return round(MARGIN + (WIDTH - 2 * MARGIN) * index / max(1, self.count - 1), 1)
+
+    def y(self, ms: float) -> float:
+        part = (min(ms, self.high) - self.low) / (self.high - self.low)
+        return round(HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * part, 1)
+
+
+def _history(tuned: Tuned) -> dict[str, Any] | None:
+    """Return the places of every trial, of the best so far and of the default."""
+    trials = tuned.outcome.trials
+    times = [trial.median_ms for trial in trials if trial.median_ms is not None]
+    if not times:
+        return None
+    default = next((t.median_ms for t in trials if t.schedule == tuned.outcome.default and t.median_ms), max(times))
+    scale = _Scale(len(trials), 0.95 * min(times), max(1.5 * default, 1.05 * min(times)))
+    points, path, best = [], [], float("inf")
+    for index, trial in enumerate(trials):
+        ms = trial.median_ms
+        best = min(best, ms or best)
+        what = f"{ms:.3f} ms" if ms else str(trial.failure.reason) if trial.failure else "none"
+        points.append(
+            {
+                "x": scale.x(index),
+                "y": scale.y(ms) if ms else HEIGHT - MARGIN + 12,
+                "kind": "passed" if ms else "failed",
+                "text": f"{index + 1}: {trial.schedule.slug} ({trial.origin}), {what}",
+            }
+        )
+        if best < float("inf"):
+            path.append(f"{scale.x(index)},{scale.y(best)}")
+    ticks = [scale.low + (scale.high - scale.low) * i / 4 for i in range(5)]
+    return {
+        "points": points,
+        "best": " ".join(path),
+        "default": scale.y(default),
+        "left": MARGIN,
+        "right": WIDTH - MARGIN,
+        "ticks": [{"y": scale.y(ms), "text": f"{ms:.2f}"} for ms in ticks],
+        "count": len(trials),
+        "bottom": HEIGHT - 8,
+    }
+
+
+def _bars(values: dict[str, float]) -> list[dict[str, Any]]:
+    most = max(values.values(), default=0.0) or 1.0
+    ordered = sorted(values.items(), key=lambda item: -item[1])
+    return [{"name": name, "part": f"{value:.0%}", "width": round(300 * value / most)} for name, value in ordered]
+
+
+def _failures(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Return every kind of failure with its count and its commonest messages."""
+    kinds: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.failure is not None:
+            kinds.setdefault(str(trial.failure.reason), []).append(trial)
+    found = []
+    for kind, failed in sorted(kinds.items(), key=lambda item: -len(item[1])):
+        messages = Counter(trial.failure.message for trial in failed if trial.failure).most_common(3)
+        example = failed[0].schedule.slug
+        found.append({"kind": kind, "count": len(failed), "messages": [m for m, _ in messages], "example": example})
+    return found
+
+
+def _floors(tuned: Tuned, environment: Environment) -> dict[str, Any] | None:
+    """Return how long each limit alone makes the winner's call take, as a part of what it took."""
+    outcome, subject = tuned.outcome, tuned.goal.subject
+    if outcome.choice is None:
+        return None
+    winner = outcome.choice.winner
+    measured = outcome.choice.estimates[winner].median_ms
+    training = subject.objective is Objective.TRAIN
+    work = work_of(subject.variant, winner, (subject.batch, subject.seq), training=training)
+    peaks = peaks_of(environment.device)
+    floors = floors_ms(work, peaks, environment.sm_count, subject.variant.dtype) if peaks else {}
+    rows = [
+        {"name": name, "ms": f"{ms:.3f}", "part": f"{ms / measured:.0%}", "width": round(300 * min(1.0, ms / measured))}
+        for name, ms in sorted(floors.items(), key=lambda item: -item[1])
+    ]
+    return {"measured": f"{measured:.3f}", "rows": rows, "work": _work_rows(work, measured)}
+
+
+def _work_rows(work: Work, ms: float) -> list[tuple[str, str, str]]:
+    """Return every kind of work of a call, and its rate."""
+    flops = work.flops + work.product_flops
+    return [
+        ("tanh", f"{work.tanh / 1e9:.2f} G", f"{work.tanh / ms / 1e6:.0f} G/s"),
+        ("float32 arithmetic", f"{work.flops / 1e9:.1f} GFLOP", f"{work.flops / ms / 1e9:.2f} TFLOP/s"),
+        ("products", f"{work.product_flops / 1e9:.1f} GFLOP", f"{work.product_flops / ms / 1e9:.2f} TFLOP/s"),
+        ("memory traffic", f"{work.traffic / 1e9:.3f} GB", f"{work.traffic / ms / 1e6:.0f} GB/s"),
+        ("arithmetic intensity", f"{flops / work.traffic:.0f} FLOP/B", ""),
+    ]

@@ -1,0 +1,92 @@
+"""What a call has to do at least, and how long the limits of a GPU make that take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from m2gen.schedule import Schedule
+from m2gen.spec import Dtype
+from m2gen.variant import Variant
+
+FORWARD_FLOPS = 7
+"""Of a state's element and step beside the product with W: k v^T (2), f H + (1 - f) Z (3), H^T q (2)."""
+REBUILD_FLOPS = 5
+"""The same without y: what the backward repeats."""
+BACKWARD_FLOPS = 17
+"""C + q dy^T (2), D (4), dq, dk and dv (2 each), df (3), f G (2)."""
+BYTES = {Dtype.BF16: 2, Dtype.FP16: 2, Dtype.FP32: 4}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call computes and moves at least."""
+
+    tanh: float
+    flops: float
+    """Of float32 arithmetic beside products of matrices."""
+    product_flops: float
+    traffic: float
+    """Bytes of operands, results and checkpoints, each moved once."""
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a GPU can do at most."""
+
+    clock_ghz: float
+    tanh: float
+    """Per clock and SM."""
+    flops: float
+    """Of float32, per clock and SM."""
+    product_flops: float
+    """Of bf16 or fp16 matrices with float32 sums, dense, per clock and SM."""
+    bytes_per_second: float
+
+
+# NVIDIA's data sheets of the SXM products, boost clock; special functions: CUDA C++ Programming Guide, arithmetic
+# instructions' throughput.
+PEAKS = {
+    "H200": Peaks(1.98, 16, 256, 4096, 4.8e12),
+    "H100": Peaks(1.98, 16, 256, 4096, 3.35e12),
+    "A100": Peaks(1.41, 16, 128, 2048, 2.04e12),
+    "B200": Peaks(1.97, 16, 256, 8192, 8.0e12),
+}
+
+
+def peaks_of(product: str) -> Peaks | None:
+    """Return the peaks of a GPU by its product name; None where they are not known here."""
+    return next((peaks for name, peaks in PEAKS.items() if name in product), None)
+
+
+def work_of(variant: Variant, schedule: Schedule, sizes: tuple[int, int], *, training: bool) -> Work:
+    """Return what a call on (batch, seq) does at least: the equations of docs/design.md, section 2, counted.
+
+    The backward repeats the forward once, and twice where it rebuilds states into a scratch first.
+    """
+    batch, seq = sizes
+    tokens, heads = batch * seq, variant.heads
+    rows, cols = variant.state_expansion, variant.head_dim
+    elements = tokens * variant.total_heads * rows * cols
+    element = BYTES[variant.dtype]
+    operands = tokens * (heads.q * rows + heads.k * rows + heads.v * cols + heads.f) * element
+    y = tokens * variant.total_heads * cols * element
+    if not training:
+        return Work(elements, FORWARD_FLOPS * elements, 2 * cols * elements, operands + y)
+    passes = 2 if schedule.two_level else 1
+    checkpoints = batch * -(-seq // schedule.interval) * variant.total_heads * rows * cols * 4
+    flops = FORWARD_FLOPS + passes * REBUILD_FLOPS + BACKWARD_FLOPS
+    products = 1 + passes + 2
+    traffic = 3 * operands + 2 * y + 2 * checkpoints
+    return Work((1 + passes) * elements, flops * elements, products * 2 * cols * elements, traffic)
+
+
+def floors_ms(work: Work, peaks: Peaks, sm_count: int, dtype: Dtype) -> dict[str, float]:
+    """Return how many milliseconds each limit alone makes a call take."""
+    per_second = peaks.clock_ghz * 1e9 * sm_count
+    products = peaks.flops if dtype is Dtype.FP32 else peaks.product_flops
+    return {
+        "tanh": 1e3 * work.tanh / (peaks.tanh * per_second),
+        "float32 arithmetic": 1e3 * work.flops / (peaks.flops * per_second),
+        "products": 1e3 * work.product_flops / (products * per_second),
+        "memory traffic": 1e3 * work.traffic / peaks.bytes_per_second,
+    }

@@ -1,0 +1,204 @@
+"""What a search has found so far, how far it is, and who is told: shared by the screening and the final."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from m2gen.pool import Lane, Service
+from m2gen.schedule import Schedule
+from m2gen.tune.select import Choice
+from m2gen.tune.space import Subject
+from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Task, Trial
+
+FINALS_SECONDS = 25.0
+"""Of the budget, or ``FINALS_PART`` of it where that is less."""
+FINALS_PART = 0.3
+
+
+class Ledger(Protocol):
+    """Where a search's trials are kept: a journal of one worker, or a study that several share."""
+
+    def trials(self) -> list[Trial]: ...
+    def news(self) -> list[Trial]: ...
+    def adopt(self) -> list[Schedule]: ...
+    def pending(self) -> int: ...
+    def claim(self, schedule: Schedule) -> bool: ...
+    def begin(self, schedule: Schedule) -> None: ...
+    def record(self, trial: Trial) -> None: ...
+    def release(self, schedule: Schedule) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stations:
+    """Where candidates go: the processes that compile, and the one that has the GPU."""
+
+    compile: Service[CompileTask, Compiled]
+    measure: Service[Task, Measured]
+    compilers: int
+    worker: str
+    """Names who measures."""
+    lane: Callable[[Service[Any, Any]], Lane[Any, Any]] = Lane
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The processes at the stations: they serve one search after the other."""
+
+    compilers: tuple[Lane[CompileTask, Compiled], ...]
+    gpu: Lane[Task, Measured]
+
+    @property
+    def busy(self) -> list[Lane[Any, Any]]:
+        every: tuple[Lane[Any, Any], ...] = (*self.compilers, self.gpu)
+        return [lane for lane in every if lane.task is not None]
+
+    def drop(self, lanes: Iterable[Lane[Any, Any]]) -> None:
+        """End the processes that are in the middle of a task."""
+        for lane in lanes:
+            if lane.task is not None:
+                lane.stop()
+
+
+@contextmanager
+def crew_of(stations: Stations) -> Iterator[Crew]:
+    """Yield the processes of stations, which start with their first tasks and end with the block."""
+    compilers = tuple(stations.lane(stations.compile) for _ in range(stations.compilers))
+    crew = Crew(compilers, stations.lane(stations.measure))
+    try:
+        yield crew
+    finally:
+        for compiler in crew.compilers:
+            compiler.stop()
+        crew.gpu.stop()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a search ends."""
+
+    seconds: float
+    trials: int | None = None
+
+    @property
+    def screening(self) -> float:
+        """Seconds of the budget before the final."""
+        return self.seconds - min(FINALS_SECONDS, FINALS_PART * self.seconds)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a search is."""
+
+    done: int
+    most: int
+    best: Trial | None
+    default_ms: float | None
+    failures: Mapping[str, int]
+    seconds_left: float
+
+
+class Watcher(Protocol):
+    """Whoever shows a search."""
+
+    def stage(self, text: str) -> None: ...
+    def trial(self, trial: Trial, standing: Standing) -> None: ...
+    def details(self, text: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a search found, and what it cost."""
+
+    subject: Subject
+    default: Schedule
+    trials: tuple[Trial, ...]
+    finals: Mapping[Schedule, Samples]
+    choice: Choice | None
+    """None where nothing passed, or the default did not."""
+    points: int
+    seconds: float
+    compile_seconds: float
+    """Of all compilers together."""
+    interrupted: bool = False
+
+    @property
+    def gpu_seconds(self) -> float:
+        return sum(trial.gpu_seconds for trial in self.trials)
+
+
+class Book:
+    """The trials of one search, the ledger that keeps them and the watcher that sees them."""
+
+    def __init__(self, subject: Subject, default: Schedule, limits: Limits, ledger: Ledger, watcher: Watcher) -> None:
+        self.subject, self.default, self.limits = subject, default, limits
+        self.ledger, self.watcher = ledger, watcher
+        self.trials: dict[Schedule, Trial] = {}
+        self.most = 0
+        """Trials that there will be."""
+        self._start = time.monotonic()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the search began."""
+        return time.monotonic() - self._start
+
+    def learn(self, trial: Trial) -> None:
+        """Take in a trial that is on disk."""
+        self.trials[trial.schedule] = trial
+        self.watcher.trial(trial, self.standing())
+
+    def amend(self, trial: Trial, found: Measured) -> Trial:
+        """Take in what the final found of a trial, and keep it on disk where it failed after all."""
+        known = self.trials[trial.schedule]
+        errors = {error.tensor: error for error in known.errors}
+        for error in found.errors:
+            old = errors.get(error.tensor)
+            if old is None or error.error * old.budget > old.error * error.budget:
+                errors[error.tensor] = error
+        every = tuple(errors[name] for name in sorted(errors))
+        seconds = known.gpu_seconds + found.seconds
+        amended = replace(known, errors=every, failure=found.failure, gpu_seconds=seconds)
+        self.trials[trial.schedule] = amended
+        if found.failure is not None:
+            self.watcher.details(found.details)
+            self.ledger.record(amended)
+            self.watcher.trial(amended, self.standing())
+        return amended
+
+    @property
+    def passed(self) -> list[Trial]:
+        """Trials whose schedules may win, the fastest first."""
+        passed = [trial for trial in self.trials.values() if trial.median_ms is not None and self.may_win(trial)]
+        return sorted(passed, key=lambda trial: (trial.median_ms or 0.0, trial.schedule.slug))
+
+    def may_win(self, trial: Trial) -> bool:
+        """Whether a trial's memory is within the subject's bound."""
+        most = self.subject.max_bytes
+        return most is None or (trial.samples is not None and trial.samples.peak_bytes <= most)
+
+    @property
+    def baseline(self) -> Trial | None:
+        """The default's trial, if it passed."""
+        trial = self.trials.get(self.default)
+        return None if trial is None or trial.median_ms is None else trial
+
+    @property
+    def best_ms(self) -> float | None:
+        return next((trial.median_ms for trial in self.passed), None)
+
+    def standing(self) -> Standing:
+        """Return how far the search is."""
+        failures = Counter(str(trial.failure.reason) for trial in self.trials.values() if trial.failure)
+        return Standing(
+            len(self.trials),
+            self.most,
+            next(iter(self.passed), None),
+            self.baseline.median_ms if self.baseline else None,
+            failures,
+            max(0.0, self.limits.seconds - self.elapsed),
+        )

@@ -1,0 +1,82 @@
+"""A candidate's kernels and its launchers on one problem, called as the operator calls them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from m2gen.compile import load_kernels
+from m2gen.problem import Inputs, Problem
+from m2gen.render import render_kernel
+from m2gen.schedule import Schedule
+from m2gen.spec import Objective
+from m2gen.variant import Variant
+from m2gen.verify import OPERANDS
+
+DIFFERENTIABLE = (*OPERANDS[:5], "A_log", "dt_bias", "initial_state")
+"""The launchers' operands that may have a gradient, in their order."""
+PER_STEP = ("q", "k", "v", "forget", "dy")
+
+
+def load(variant: Variant, schedule: Schedule) -> ModuleType:
+    """Render and import a candidate's kernels, from the file that every process compiles them from."""
+    return load_kernels(render_kernel(variant, schedule, ""))
+
+
+@dataclass(frozen=True)
+class Call:
+    """A candidate's launchers on the inputs of one problem."""
+
+    module: ModuleType
+    inputs: Inputs
+    objective: Objective
+    clip: float | None = 1.0
+    from_state: bool = False
+    """Whether a gradient of the final state comes back, too."""
+
+    @property
+    def _operands(self) -> tuple[Any, ...]:
+        return tuple(getattr(self.inputs, name) for name in DIFFERENTIABLE[:7])
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y, the final state and, for training, the checkpoints."""
+        save = self.objective is Objective.TRAIN
+        inputs = self.inputs
+        launch = self.module.forward
+        y, state, saved = launch(*self._operands, inputs.initial_state, inputs.cu_seqlens, save, False)
+        return y, state, saved
+
+    def backward(self, saved: Tensor) -> list[Tensor]:
+        """Return the gradients of the operands that are there, in the order of ``DIFFERENTIABLE``."""
+        inputs, bound = self.inputs, math.inf if self.clip is None else self.clip
+        wanted = [getattr(inputs, name) is not None for name in DIFFERENTIABLE]
+        dstate = inputs.dstate if self.from_state else None
+        found: list[Tensor] = self.module.backward(
+            inputs.dy, dstate, *self._operands, saved, inputs.cu_seqlens, bound, wanted, False
+        )
+        return found
+
+    def results(self) -> dict[str, Tensor]:
+        """Return y, the state and every gradient by name, as ``m2gen.verify.judge`` takes them."""
+        y, state, saved = self.forward()
+        named = {"y": y, "state": state}
+        if self.objective is Objective.TRAIN:
+            present = [name for name in DIFFERENTIABLE if getattr(self.inputs, name) is not None]
+            named |= {f"d{name}": x for name, x in zip(present, self.backward(saved), strict=True)}
+        return named
+
+
+def blank(inputs: Inputs, problem: Problem) -> Inputs:
+    """Return inputs of another problem with as many lead dims, of the same dtypes and any content."""
+    lead = problem.lead
+
+    def of_problem(name: str) -> Tensor:
+        x: Tensor = getattr(inputs, name)
+        return x.new_empty(*lead, *x.shape[len(lead) :])
+
+    state = inputs.dstate.new_empty(problem.sequences, *inputs.dstate.shape[1:])
+    return replace(inputs, **{name: of_problem(name) for name in PER_STEP}, dstate=state)

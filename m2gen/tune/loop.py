@@ -1,0 +1,221 @@
+"""One search: candidates compile on the CPUs while one at a time runs on the GPU; the best of them meet in a final."""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+from m2gen.errors import TuneError
+from m2gen.pool import finished
+from m2gen.schedule import Schedule
+from m2gen.tune.book import Book, Crew, Outcome
+from m2gen.tune.final import FINALISTS, hold_final
+from m2gen.tune.search import Proposal, Proposer
+from m2gen.tune.select import choose
+from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task, Trial
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(order=True)
+class _Ready:
+    """A compiled candidate; what spills waits for what does not."""
+
+    spills: bool
+    number: int
+    proposal: Proposal = field(compare=False)
+    compiled: Compiled = field(compare=False)
+
+
+class Search:
+    """The search for the schedule of one subject."""
+
+    def __init__(self, book: Book, proposer: Proposer, crew: Crew, worker: str) -> None:
+        self._book, self._proposer, self._crew, self._worker = book, proposer, crew, worker
+        self._compiling: dict[Schedule, Proposal] = {}
+        self._ready: list[_Ready] = []
+        self._running: _Ready | None = None
+        self._copies: dict[str, list[_Ready]] = {}
+        self._adopted: list[Proposal] = []
+        self._compiled = 0
+        self._compile_seconds = 0.0
+
+    def run(self, seed: int, known: Iterable[Trial] = ()) -> Outcome:
+        """Search until the limits, then hold the final; Ctrl-C ends either, and keeps what was verified.
+
+        ``known`` are trials that the database has: they are not made again, nor written to the ledger.
+        """
+        points, interrupted = self._proposer.left, False
+        finals: dict[Schedule, Samples] = {}
+        try:
+            for trial in (*known, *self._book.ledger.trials()):
+                self._learn(None, trial)
+            self._screen()
+            finals = hold_final(self._book, self._ask_gpu, seed)
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            self._release()
+            self._crew.drop([self._crew.gpu])
+        return _outcome(self._book, finals, seed, (points, self._compile_seconds, interrupted))
+
+    def _screen(self) -> None:
+        self._crew.gpu.begin(Task(self._book.subject, self._book.default, Step.PREPARE))
+        while True:
+            over = self._book.elapsed > self._book.limits.screening
+            if over:
+                self._release()
+            else:
+                self._fill()
+            busy = self._crew.busy
+            if not busy and (over or not self._book.ledger.pending()):
+                return
+            if not busy:
+                time.sleep(POLL_SECONDS)  # others may yet finish what they have, or leave it
+            for lane in finished(busy, 1.0) if busy else ():
+                task, result = lane.collect()
+                if isinstance(task, CompileTask):
+                    self._on_compiled(task.schedule, result)
+                elif task.step is Step.PREPARE:
+                    self._on_prepared(result)
+                else:
+                    self._on_measured(result)
+
+    def _fill(self) -> None:
+        """Give every idle station something to do."""
+        for trial in self._book.ledger.news():
+            self._learn(None, trial)
+        for lane in self._crew.compilers:
+            if lane.task is None and len(self._ready) < len(self._crew.compilers):
+                proposal = self._ask()
+                if proposal is None:
+                    break
+                self._compiling[proposal.schedule] = proposal
+                lane.begin(CompileTask(self._book.subject, proposal.schedule))
+        if self._crew.gpu.task is None and self._ready:
+            self._running = heapq.heappop(self._ready)
+            schedule = self._running.proposal.schedule
+            self._book.ledger.begin(schedule)
+            self._crew.gpu.begin(Task(self._book.subject, schedule, Step.SCREEN, self._book.best_ms))
+
+    @property
+    def _underway(self) -> int:
+        """Candidates that were proposed and are no trials yet."""
+        copies = sum(map(len, self._copies.values()))
+        return len(self._compiling) + len(self._ready) + (self._running is not None) + copies
+
+    def _ask(self) -> Proposal | None:
+        for schedule in self._book.ledger.adopt():
+            self._proposer.skip(schedule)
+            self._adopted.append(Proposal(schedule, "adopted"))
+        if self._adopted:
+            return self._adopted.pop()
+        most = self._book.limits.trials
+        while most is None or len(self._book.trials) + self._underway < most:
+            proposal = self._proposer.ask()
+            if proposal is None or self._book.ledger.claim(proposal.schedule):
+                return proposal
+        return None
+
+    def _release(self) -> None:
+        """Give up what has not come to the GPU."""
+        self._crew.drop(self._crew.compilers)
+        waiting = [ready.proposal.schedule for ready in chain(self._ready, *self._copies.values())]
+        adopted = [proposal.schedule for proposal in self._adopted]
+        for schedule in (*self._compiling, *waiting, *adopted):
+            self._book.ledger.release(schedule)
+        self._compiling.clear()
+        self._ready.clear()
+        self._copies.clear()
+        self._adopted.clear()
+
+    def _on_prepared(self, found: Measured) -> None:
+        if found.failure is not None:
+            self._book.watcher.details(found.details)
+            raise TuneError(f"the GPU worker cannot begin: {found.failure.message}")
+
+    def _on_compiled(self, schedule: Schedule, compiled: Compiled) -> None:
+        proposal = self._compiling.pop(schedule)
+        self._compile_seconds += compiled.seconds
+        self._compiled += 1
+        if compiled.failure is not None:
+            self._book.watcher.details(compiled.details)
+            self._finish(proposal, Trial(schedule, proposal.origin, compiled, failure=compiled.failure))
+            return
+        ready = _Ready(compiled.spill_bytes > 0 and proposal.origin == "search", self._compiled, proposal, compiled)
+        twin = next(
+            (t for t in self._book.trials.values() if t.compiled and t.compiled.binary == compiled.binary), None
+        )
+        pending = (*self._ready, *([self._running] if self._running else []))
+        if twin is not None:
+            self._finish(proposal, _copy(ready, twin))
+        elif any(other.compiled.binary == compiled.binary for other in pending):
+            self._copies.setdefault(compiled.binary, []).append(ready)
+        else:
+            heapq.heappush(self._ready, ready)
+
+    def _on_measured(self, found: Measured) -> None:
+        ready, self._running = self._running, None
+        assert ready is not None
+        self._book.watcher.details(found.details)
+        trial = Trial(
+            ready.proposal.schedule,
+            ready.proposal.origin,
+            ready.compiled,
+            found.errors,
+            found.samples,
+            found.failure,
+            found.seconds,
+            self._worker,
+        )
+        self._finish(ready.proposal, trial)
+        for other in self._copies.pop(ready.compiled.binary, []):
+            self._finish(other.proposal, _copy(other, trial))
+
+    def _finish(self, proposal: Proposal, trial: Trial) -> None:
+        self._book.ledger.record(trial)
+        self._learn(proposal, trial)
+
+    def _learn(self, proposal: Proposal | None, trial: Trial) -> None:
+        self._proposer.tell(proposal, trial)
+        begun = len(self._book.trials) + self._proposer.left + self._underway
+        self._book.most = min(begun, self._book.limits.trials or begun)
+        self._book.learn(trial)
+
+    def _ask_gpu(self, task: Task) -> Measured:
+        self._crew.gpu.begin(task)
+        while not finished([self._crew.gpu]):
+            pass
+        found: Measured = self._crew.gpu.collect()[1]
+        return found
+
+
+def _outcome(book: Book, finals: dict[Schedule, Samples], seed: int, cost: tuple[int, float, bool]) -> Outcome:
+    """Choose among finalists; without a final, among the fastest of the screening."""
+    samples = finals
+    if book.default not in samples:
+        screened = [book.baseline, *book.passed[:FINALISTS]] if book.baseline else []
+        samples = {trial.schedule: trial.samples for trial in screened if trial and trial.samples}
+    eligible = [schedule for schedule in samples if book.may_win(book.trials[schedule])]
+    choice = choose(samples, eligible, book.default, seed) if book.default in samples and eligible else None
+    points, compile_seconds, interrupted = cost
+    trials = tuple(book.trials.values())
+    return Outcome(
+        book.subject, book.default, trials, samples, choice, points, book.elapsed, compile_seconds, interrupted
+    )
+
+
+def _copy(ready: _Ready, twin: Trial) -> Trial:
+    """Return the trial of a candidate whose machine code was measured under another name."""
+    twin_slug = twin.copy_of or twin.schedule.slug
+    return replace(
+        twin,
+        schedule=ready.proposal.schedule,
+        origin=ready.proposal.origin,
+        compiled=ready.compiled,
+        gpu_seconds=0.0,
+        copy_of=twin_slug,
+    )

@@ -1,0 +1,35 @@
+"""What one call allocates beyond its operands, their gradients and y: known before anything runs."""
+
+from __future__ import annotations
+
+from m2gen.outputs import Output, backward_outputs, forward_output
+from m2gen.schedule import Reduction, Schedule
+from m2gen.variant import Variant
+
+SINGLE = 4
+"""Bytes of a float32, which every buffer between kernels holds."""
+
+
+def extra_bytes(variant: Variant, schedule: Schedule, batch: int, seq: int, *, training: bool) -> int:
+    """Return the bytes of checkpoints, partial sums and scratch of a forward call, and a backward with ``training``."""
+    tokens, heads = batch * seq, variant.total_heads
+    state = heads * variant.state_expansion * variant.head_dim * SINGLE
+    total = _buffer(forward_output(variant, schedule), schedule.forward.reduction, tokens)
+    if not training:
+        return total
+    total += batch * -(-seq // schedule.interval) * state
+    total += sum(_buffer(out, schedule.backward.reduction, tokens) for out in backward_outputs(variant, schedule))
+    programs = batch * heads * schedule.backward.parts(variant)
+    total += programs * variant.head_dim**2 * SINGLE  # dW of each
+    if schedule.two_level:
+        tile = schedule.backward.rows * variant.padded_cols * SINGLE
+        total += programs * (schedule.interval // schedule.backward.chunk) * tile
+    return total
+
+
+def _buffer(out: Output, reduction: Reduction, tokens: int) -> int:
+    """Return the bytes of the float32 buffer that several programs write an output to."""
+    if not out.shared:
+        return 0
+    rows = 1 if reduction is Reduction.ATOMIC else out.contributors
+    return tokens * out.groups * rows * (out.dim or 1) * SINGLE

@@ -1,0 +1,182 @@
+"""Compile a candidate, with no GPU, for exactly the calls that the gate and the clock will make of it.
+
+The candidate's own launchers run on tensors without memory, and a driver that only knows its target answers Triton:
+so its argument types, constants and divisibilities are those of the real call, and what is compiled lies in Triton's
+cache when the GPU worker asks for it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cache
+from typing import Any
+
+from m2gen.cache import key_of, load_result, store_result
+from m2gen.compile import Resources, backend_of, binary_of, resources_of, toolchain
+from m2gen.db.record import Failure, Reason
+from m2gen.device import Device
+from m2gen.pool import Lost, Service
+from m2gen.render import render_kernel
+from m2gen.spec import Objective
+from m2gen.tune.space import Subject
+from m2gen.tune.trial import Compiled, CompileTask
+from m2gen.variant import Variant
+
+SECONDS = 150.0
+"""Longest that a candidate may compile; one that takes longer is excluded."""
+VERSION = "2"
+LONGEST_MESSAGE = 300
+
+
+def prepare() -> None:
+    """Set up a compile worker: no interpreter, no GPU, one thread."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def precompile(task: CompileTask) -> Compiled:
+    """Compile a candidate, or return what is known of the same text for the same toolchain."""
+    subject, schedule = task.subject, task.schedule
+    source = render_kernel(subject.variant, schedule, "")
+    device = replace(subject.device, name="", sm_count=0)  # which no kernel depends on
+    sizes = f"{subject.batch} {subject.seq} {subject.objective}"
+    key = key_of(VERSION, toolchain(), repr(device), sizes, source)
+    known = load_result("precompiled", key)
+    if known is not None:
+        return Compiled(**known)
+    start = time.monotonic()
+    try:
+        found = _compile(task)
+    except Exception as error:  # of a compiler: whatever it raises, the candidate is not one
+        message = f"{type(error).__name__}: {error}".strip().splitlines()[-1][:LONGEST_MESSAGE]
+        return Compiled(
+            failure=Failure(Reason.LAUNCH, message),
+            seconds=time.monotonic() - start,
+            details=traceback.format_exc(),
+        )
+    if found.failure is None:
+        store_result("precompiled", key, {**asdict(found), "details": ""})
+    return found
+
+
+def _compile(task: CompileTask) -> Compiled:
+    from m2gen.tune.candidate import load
+
+    subject, schedule = task.subject, task.schedule
+    start = time.monotonic()
+    module = load(subject.variant, schedule)
+    with _recorded(subject.device) as kernels:
+        for call in _calls(subject, module):
+            call.results()
+    every = [(resources_of(kernel, subject.device), kernel.metadata.num_warps) for kernel in kernels]
+    reasons = [reason for resources, warps in every for reason in resources.limits(subject.device, warps)]
+    failure = Failure(Reason.LAUNCH, reasons[0]) if reasons else None
+    timed = every[: 2 if subject.objective is Objective.TRAIN else 1]
+    resources = [one for one, _ in timed]
+    name = _binary(task, kernels, every)
+    return Compiled(*_worst(resources), binary=name, failure=failure, seconds=time.monotonic() - start)
+
+
+def _worst(resources: list[Resources]) -> tuple[int, int, int]:
+    return (
+        max(one.registers for one in resources),
+        sum(one.spill_bytes for one in resources),
+        max(one.shared_bytes for one in resources),
+    )
+
+
+def _binary(task: CompileTask, kernels: list[Any], every: list[tuple[Resources, int]]) -> str:
+    """Name the machine code and how it is launched: grids, buffers and checkpoints follow from the schedule's rest."""
+    schedule, variant = task.schedule, task.subject.variant
+    launched = (
+        schedule.interval,
+        schedule.forward.parts(variant),
+        schedule.backward.parts(variant),
+        schedule.two_level and schedule.backward.chunk,
+        schedule.forward.reduction,
+        schedule.backward.reduction,
+    )
+    code = [binary_of(kernel, task.subject.device).hex() for kernel in kernels]
+    taken = [f"{warps} {resources.shared_bytes}" for resources, warps in every]
+    return key_of(repr(launched), *code, *taken)
+
+
+def _calls(subject: Subject, module: Any) -> Iterator[Any]:
+    """Yield the call that is timed, then those of the gate, on tensors without memory."""
+    from m2gen.problem import Problem
+    from m2gen.tune.candidate import Call, blank
+    from m2gen.tune.gate import call_of
+
+    asked = _gate_inputs(subject.variant)
+    timed = blank(asked[0][1], Problem(subject.batch, subject.seq))
+    yield Call(module, timed, subject.objective)
+    for case, inputs in asked:
+        yield call_of(module, subject.objective, case, inputs)
+
+
+@cache
+def _gate_inputs(variant: Variant) -> list[tuple[Any, Any]]:
+    import torch
+
+    from m2gen.tune.gate import STEPS, questions
+    from m2gen.verify.subject import inputs_of
+
+    meta = torch.device("meta")
+    every = (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True))
+    return [(q.case, inputs_of(variant, q.case, q.seed, meta)) for q in every]
+
+
+class _Absent:
+    """What Triton asks of a driver before it compiles, answered for a GPU that need not be there."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*backend_of(self._device))
+
+
+@contextmanager
+def _recorded(device: Device) -> Iterator[list[Any]]:
+    """Compile for ``device`` where kernels would be launched, and list what was compiled, each once."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    kernels: list[Any] = []
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
+        if all(kernel is not known for known in kernels):
+            kernels.append(kernel)
+        return kernel
+
+    driver.set_active(_Absent(device))
+    JITFunction.run = compile_only
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = launch
+
+
+def _lost(task: CompileTask, lost: Lost) -> Compiled:
+    return Compiled(failure=Failure(Reason.LAUNCH, f"while it compiled, {lost.reason}"))
+
+
+PRECOMPILE: Service[CompileTask, Compiled] = Service(precompile, prepare, SECONDS, _lost)

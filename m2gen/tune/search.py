@@ -1,0 +1,201 @@
+"""Which candidate is tried next: seeds first, then every point in a seeded order, or what a sampler proposes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from m2gen.schedule import Schedule
+from m2gen.tune.sampler import Sampler
+from m2gen.tune.space import AXES, Value, schedule_of, values_of
+from m2gen.tune.trial import Trial
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import Trial as Asked
+
+COMBINED_EVERY = 3
+"""Every so many proposals is the best pair of parts that were timed in different candidates."""
+COMBINED_AFTER = 12
+"""Candidates that passed before parts are combined."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A candidate to try, and why."""
+
+    schedule: Schedule
+    origin: str
+    asked: Asked | None = None
+    """Optuna's trial, which proposed this candidate or one nearby."""
+
+
+def neighbours(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
+    """Return the points that are one step of one axis away, in the order of the axes.
+
+    They say which knob matters, and share interval and tanh, so that their parts can be combined.
+    """
+    place, every = indices(schedule), set(points)
+    found = []
+    for name, values in AXES.items():
+        for step in (-1, 1):
+            index = place[name] + step
+            if 0 <= index < len(values):
+                found.append(schedule_of({**values_of(schedule), name: values[index]}))
+    return [point for point in found if point in every]
+
+
+class Proposer:
+    """Proposes points of a space, each at most once."""
+
+    def __init__(
+        self, points: Sequence[Schedule], seeds: Sequence[tuple[Schedule, str]], sampler: Sampler, seed: int
+    ) -> None:
+        """``seeds`` are tried first, the default before all others, whether they are points of the space or not."""
+        self.default = seeds[0][0]
+        self._points = list(dict.fromkeys((*points, *(schedule for schedule, _ in seeds))))
+        self._left = dict.fromkeys(self._points)
+        order = list(self._points)
+        random.Random(seed).shuffle(order)
+        self._order = iter(order)
+        self._seeds = iter(seeds)
+        self._sampler = sampler
+        self._seed = seed
+        self._trials: list[Trial] = []
+        self._proposed = 0
+
+    @property
+    def left(self) -> int:
+        """Points that were not proposed."""
+        return len(self._left)
+
+    def skip(self, schedule: Schedule) -> None:
+        """Never propose a candidate that is known, or that somebody else has."""
+        self._left.pop(schedule, None)
+
+    def ask(self) -> Proposal | None:
+        """Return the next candidate, None where every point was proposed."""
+        for schedule, origin in self._seeds:
+            if schedule in self._left:
+                return self._take(Proposal(schedule, origin))
+        if not self._left:
+            return None
+        self._proposed += 1
+        if self._sampler is Sampler.RANDOM:
+            return self._take(Proposal(next(p for p in self._order if p in self._left), "search"))
+        if self._proposed % COMBINED_EVERY == 0:
+            combined = best_combination(self._trials, self._left)
+            if combined is not None:
+                return self._take(Proposal(combined, "combined"))
+        return self._take(self._ask_study())
+
+    def tell(self, proposal: Proposal | None, trial: Trial) -> None:
+        """Learn what came of a proposal, or of a trial of another worker or run."""
+        from optuna.trial import TrialState, create_trial
+
+        self._trials.append(trial)
+        self._left.pop(trial.schedule, None)
+        if self._sampler is Sampler.RANDOM:
+            return
+        if proposal is not None and proposal.asked is not None:
+            self._study.tell(proposal.asked, state=TrialState.FAIL)
+        value = trial.median_ms
+        self._study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE,
+                params=indices(trial.schedule),
+                distributions=distributions(),
+                value=_LARGE if value is None else float(np.log(value)),
+            )
+        )
+
+    def _take(self, proposal: Proposal) -> Proposal:
+        del self._left[proposal.schedule]
+        return proposal
+
+    @cached_property
+    def _study(self) -> Any:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        sampler = optuna.samplers.TPESampler(
+            multivariate=True, constant_liar=True, n_startup_trials=COMBINED_AFTER, seed=self._seed
+        )
+        return optuna.create_study(sampler=sampler)
+
+    def _ask_study(self) -> Proposal:
+        asked = self._study.ask(distributions())
+        return Proposal(self._nearest(asked.params), "search", asked)
+
+    def _nearest(self, params: dict[str, int]) -> Schedule:
+        """Return the point not yet proposed that is fewest steps of the axes away; the first of several."""
+        wanted = np.array([params[name] for name in AXES], dtype=np.int16)
+        distance = np.abs(self._vectors - wanted).sum(1)
+        for index in np.argsort(distance, kind="stable"):
+            if self._points[int(index)] in self._left:
+                return self._points[int(index)]
+        raise AssertionError("a point must be left")
+
+    @cached_property
+    def _vectors(self) -> Any:
+        return np.array([list(indices(point).values()) for point in self._points], dtype=np.int16)
+
+
+_LARGE = 20.0
+"""Logarithm of a time in milliseconds that no candidate takes: what the sampler is told of those that failed."""
+_PLACES = {name: {value: index for index, value in enumerate(values)} for name, values in AXES.items()}
+
+
+def indices(schedule: Schedule) -> dict[str, int]:
+    """Return a schedule as places on the axes; one between two places is at the lower."""
+    return {name: _index(name, value) for name, value in values_of(schedule).items()}
+
+
+def _index(name: str, value: Value) -> int:
+    places = _PLACES[name]
+    if value in places:
+        return places[value]
+    return sum(isinstance(other, int) and isinstance(value, int) and other < value for other in places) - 1
+
+
+def distributions() -> dict[str, BaseDistribution]:
+    from optuna.distributions import IntDistribution
+
+    return {name: IntDistribution(0, len(values) - 1) for name, values in AXES.items()}
+
+
+def best_combination(trials: Iterable[Trial], left: Container[Schedule]) -> Schedule | None:
+    """Return the point of ``left`` whose forward and backward were timed in two trials and add up to the least.
+
+    A call's time is the sum of both kernels' times, and each depends on its own knobs and tanh, and a little on the
+    interval, which is that of either trial. None before ``COMBINED_AFTER`` trials have passed, and where no sum
+    promises more than the best trial.
+    """
+    passed = [trial for trial in trials if trial.samples and not trial.failure and trial.samples.backward_ms]
+    if len(passed) < COMBINED_AFTER:
+        return None
+    forwards: dict[Any, tuple[float, Schedule]] = {}
+    backwards: dict[Any, tuple[float, Schedule]] = {}
+    for trial in passed:
+        schedule, samples = trial.schedule, trial.samples
+        assert samples is not None
+        for table, part, times in (
+            (forwards, schedule.forward, samples.forward_ms),
+            (backwards, schedule.backward, samples.backward_ms),
+        ):
+            known = table.get((part, schedule.tanh), (float("inf"), schedule))
+            table[(part, schedule.tanh)] = min(known, (float(np.median(times)), schedule), key=lambda pair: pair[0])
+    best = min(trial.samples.median_ms for trial in passed if trial.samples)
+    sums = [
+        (one + other, Schedule(forward, backward, schedule.interval, tanh))
+        for (forward, tanh), (one, first) in forwards.items()
+        for (backward, same), (other, second) in backwards.items()
+        if tanh == same and one + other < best
+        for schedule in (second, first)
+    ]
+    return next((point for _, point in sorted(sums, key=lambda pair: pair[0]) if point in left), None)

@@ -1,0 +1,193 @@
+"""What a search may choose from: the axes, the constraints, and every point that satisfies them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from m2gen.cache import key_of
+from m2gen.device import Device
+from m2gen.outputs import backward_outputs, forward_output
+from m2gen.schedule import BackwardSchedule, ForwardSchedule, Reduction, Schedule, Tanh, default, problems
+from m2gen.spec import Objective
+from m2gen.tune.memory import extra_bytes
+from m2gen.variant import MIN_TILE, Variant
+
+Part = ForwardSchedule | BackwardSchedule
+Value = int | Reduction | Tanh
+
+AXES: dict[str, tuple[Value, ...]] = {
+    "forward.rows": (16, 32, 64, 128, 256),
+    "forward.warps": (1, 2, 4, 8),
+    "forward.unroll": (1, 2, 4, 8),
+    "forward.reduction": tuple(Reduction),
+    "backward.rows": (16, 32, 64, 128, 256),
+    "backward.warps": (1, 2, 4, 8),
+    "backward.chunk": (1, 2, 4, 8),
+    "backward.reduction": tuple(Reduction),
+    "interval": (1, 2, 4, 8, 16, 32, 64, 128),
+    "tanh": tuple(Tanh),
+}
+"""Every knob of a schedule and the values that are searched; ``m2gen.schedule.problems`` says which combine."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tuned: a variant on a device, on one problem, for one objective."""
+
+    variant: Variant
+    device: Device
+    objective: Objective
+    batch: int
+    seq: int
+    max_bytes: int | None = None
+    """Most memory beyond inputs and gradients that a call may take; None for no bound."""
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A class of points that cannot win, which the validity predicate allows."""
+
+    reason: str
+    excludes: Callable[[Variant, Schedule, Part], bool]
+
+
+def _alone(variant: Variant, schedule: Schedule, part: Part) -> bool:
+    """Whether the kernel has one writer for every element, so that both reductions are the same text."""
+    if part.reduction is Reduction.ATOMIC:
+        return False
+    if isinstance(part, ForwardSchedule):
+        return not forward_output(variant, schedule).shared
+    return not any(out.shared for out in backward_outputs(variant, schedule))
+
+
+def _idle(variant: Variant, schedule: Schedule, part: Part) -> bool:
+    return part.warps > max(1, part.rows // 16 * (variant.padded_cols // 8))
+
+
+def _over_registers(variant: Variant, schedule: Schedule, part: Part) -> bool:
+    """Whether the tiles of states alone take more than twice the registers that a thread can have."""
+    tiles = 3 if isinstance(part, ForwardSchedule) else 2 * part.chunk + 3
+    return tiles * part.rows * variant.padded_cols > 2 * 256 * part.warps * 32
+
+
+CONSTRAINTS = (
+    Constraint("partial sums of one contributor are the kernel that atomic has", _alone),
+    Constraint("a warp has no 16x8 tile of a product of its own", _idle),
+    Constraint("tiles of the state take over twice the registers", _over_registers),
+)
+MEMORY = "memory over --max-memory"
+
+
+@dataclass(frozen=True)
+class Space:
+    """The points of a subject's space in a fixed order, and why the others are none."""
+
+    size: int
+    """Points of the product of all axes."""
+    points: tuple[Schedule, ...]
+    pruned: dict[str, int]
+    """How many points each reason excludes; a point counts for the first that does."""
+
+
+def space_hash() -> str:
+    """Name the declared space: changes with an axis, a value or a constraint."""
+    return key_of(repr(AXES), *(constraint.reason for constraint in CONSTRAINTS))[:12]
+
+
+def _axes(subject: Subject) -> dict[str, tuple[Value, ...]]:
+    """Return the axes that matter to the objective: inference runs no backward and saves no checkpoint."""
+    if subject.objective is Objective.TRAIN:
+        return AXES
+    fixed = values_of(default(subject.variant, subject.device))
+    return {
+        name: values if name.startswith("forward.") or name == "tanh" else (fixed[name],)
+        for name, values in AXES.items()
+    }
+
+
+def values_of(schedule: Schedule) -> dict[str, Value]:
+    """Return a schedule as a value for each axis."""
+    forward, backward = schedule.forward, schedule.backward
+    return {
+        "forward.rows": forward.rows,
+        "forward.warps": forward.warps,
+        "forward.unroll": forward.unroll,
+        "forward.reduction": forward.reduction,
+        "backward.rows": backward.rows,
+        "backward.warps": backward.warps,
+        "backward.chunk": backward.chunk,
+        "backward.reduction": backward.reduction,
+        "interval": schedule.interval,
+        "tanh": schedule.tanh,
+    }
+
+
+def schedule_of(values: Mapping[str, Any]) -> Schedule:
+    """Return the schedule that has a value for each axis."""
+    parts = {
+        side: [value for name, value in values.items() if name.startswith(side)] for side in ("forward", "backward")
+    }
+    forward, backward = ForwardSchedule(*parts["forward"]), BackwardSchedule(*parts["backward"])
+    return Schedule(forward, backward, values["interval"], values["tanh"])
+
+
+def enumerate_space(subject: Subject) -> Space:
+    """Return every point of a subject's space, and how many each constraint excludes."""
+    axes = _axes(subject)
+    size = 1
+    for values in axes.values():
+        size *= len(values)
+    shared = list(product(axes["interval"], axes["tanh"]))
+    pruned: Counter[str] = Counter()
+    backward_count = _count(axes, "backward.")
+    points: list[Schedule] = []
+    for interval, tanh in shared:
+        forwards: list[ForwardSchedule] = []
+        for forward in (ForwardSchedule(*v) for v in _product(axes, "forward.")):  # type: ignore[arg-type]
+            other = BackwardSchedule(MIN_TILE, 1, 1, Reduction.ATOMIC)
+            reason = _reason(subject, Schedule(forward, other, interval, tanh), forward)  # type: ignore[arg-type]
+            if reason is None:
+                forwards.append(forward)
+            else:
+                pruned[reason] += backward_count
+        for backward in (BackwardSchedule(*v) for v in _product(axes, "backward.")):  # type: ignore[arg-type]
+            first = ForwardSchedule(MIN_TILE, 1, 1, Reduction.ATOMIC)
+            reason = _reason(subject, Schedule(first, backward, interval, tanh), backward)  # type: ignore[arg-type]
+            if reason is None:
+                points += (Schedule(forward, backward, interval, tanh) for forward in forwards)  # type: ignore[arg-type]
+            else:
+                pruned[reason] += len(forwards)
+    kept = tuple(point for point in points if fits(subject, point))
+    if len(kept) != len(points):
+        pruned[MEMORY] = len(points) - len(kept)
+    return Space(size, kept, dict(pruned))
+
+
+def _product(axes: dict[str, tuple[Value, ...]], prefix: str) -> Iterator[tuple[Value, ...]]:
+    return product(*(values for name, values in axes.items() if name.startswith(prefix)))
+
+
+def _count(axes: dict[str, tuple[Value, ...]], prefix: str) -> int:
+    return sum(1 for _ in _product(axes, prefix))
+
+
+def _reason(subject: Subject, schedule: Schedule, part: Part) -> str | None:
+    """Return the first reason why a part, beside another that is always valid, is not searched."""
+    for problem in problems(subject.variant, schedule, subject.device):
+        return problem.split(", got")[0]
+    for constraint in CONSTRAINTS:
+        if constraint.excludes(subject.variant, schedule, part):
+            return constraint.reason
+    return None
+
+
+def fits(subject: Subject, schedule: Schedule) -> bool:
+    """Whether what a call allocates is within the subject's bound."""
+    if subject.max_bytes is None:
+        return True
+    training = subject.objective is Objective.TRAIN
+    return extra_bytes(subject.variant, schedule, subject.batch, subject.seq, training=training) <= subject.max_bytes

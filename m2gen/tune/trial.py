@@ -1,0 +1,119 @@
+"""What the tuner asks of a GPU, and what it learns: tasks, samples, trials. Imports neither torch nor triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from statistics import median
+
+from m2gen.db.record import Failure, TensorError
+from m2gen.schedule import Schedule
+from m2gen.tune.space import Subject
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Times of single calls in milliseconds, and the peak allocation beyond the inputs."""
+
+    forward_ms: tuple[float, ...]
+    backward_ms: tuple[float, ...]
+    """Of the call in the same place of ``forward_ms``; empty for inference."""
+    peak_bytes: int
+
+    @property
+    def call_ms(self) -> tuple[float, ...]:
+        """Forward and backward together: what is optimised."""
+        if not self.backward_ms:
+            return self.forward_ms
+        return tuple(one + other for one, other in zip(self.forward_ms, self.backward_ms, strict=True))
+
+    @property
+    def median_ms(self) -> float:
+        return median(self.call_ms)
+
+    def __add__(self, other: Samples) -> Samples:
+        peak = max(self.peak_bytes, other.peak_bytes)
+        return Samples(self.forward_ms + other.forward_ms, self.backward_ms + other.backward_ms, peak)
+
+
+class Step(StrEnum):
+    """What is done with a candidate on the GPU."""
+
+    PREPARE = "prepare"
+    """Answer the gate's questions, so that the first candidate need not wait for it."""
+    SCREEN = "screen"
+    """Gate it; if it passes, time it for as long as it is not far slower than the best."""
+    HELD_OUT = "held_out"
+    """Gate it on problems that no trial has seen."""
+    TIME = "time"
+    """Time it again; it has passed."""
+    VERIFY = "verify"
+    """Gate it on all problems, without timing it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step with one candidate, for a GPU worker."""
+
+    subject: Subject
+    schedule: Schedule
+    step: Step
+    best_ms: float | None = None
+    """Median of the best candidate so far."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a GPU worker found: the worst error of every tensor, samples if it passed, or why it must not be used."""
+
+    errors: tuple[TensorError, ...] = ()
+    samples: Samples | None = None
+    failure: Failure | None = None
+    seconds: float = 0.0
+    details: str = field(default="", compare=False)
+    """Traceback of what was raised."""
+
+
+@dataclass(frozen=True)
+class CompileTask:
+    """One candidate to compile for all calls that the gate and the clock will make of it."""
+
+    subject: Subject
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a candidate's kernels take, the worst of them, and a name for what runs."""
+
+    registers: int = 0
+    spill_bytes: int = 0
+    shared_bytes: int = 0
+    binary: str = ""
+    """Candidates of one name have the same machine code and launch it the same way."""
+    failure: Failure | None = None
+    seconds: float = 0.0
+    details: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate with everything that was found out about it: a line of the journal."""
+
+    schedule: Schedule
+    origin: str
+    """Why it was tried: default, record, similar, elsewhere, neighbour, combined, search; resumed."""
+    compiled: Compiled | None = None
+    errors: tuple[TensorError, ...] = ()
+    samples: Samples | None = None
+    failure: Failure | None = None
+    gpu_seconds: float = 0.0
+    worker: str = ""
+    copy_of: str = ""
+    """Slug of the candidate that has the same machine code, whose samples these are."""
+
+    @property
+    def median_ms(self) -> float | None:
+        """What is optimised, of a candidate that passed."""
+        return self.samples.median_ms if self.samples and not self.failure else None

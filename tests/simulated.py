@@ -1,0 +1,159 @@
+"""A GPU whose every candidate does what a script says: times, noise, hangs, crashes, wrong results. No torch here.
+
+The script is a JSON file that ``M2GEN_SIMULATION`` names, so that worker processes find it: lists of slugs under
+``hang``, ``crash``, ``wrong`` and ``unlaunchable``, a part of noise for ``noisy`` ones, milliseconds for some under
+``ms`` or for all under ``every``. Whatever reaches the GPU or the compiler is a line of the file ``log``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import time
+from dataclasses import replace
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+from m2gen.bucket import bucket_of
+from m2gen.db import Environment, Failure, Reason, TensorError
+from m2gen.device import TARGETS, Device
+from m2gen.pipeline.tune import Rig
+from m2gen.pool import Lane, Lost, Service
+from m2gen.schedule import Schedule, default
+from m2gen.tune.book import Stations
+from m2gen.tune.records import Bench
+from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task
+
+VARIABLE = "M2GEN_SIMULATION"
+DEVICE = replace(TARGETS["sm_90"], name="Simulated GPU")
+ENVIRONMENT = Environment("sm_90", DEVICE.name, DEVICE.sm_count, "1.0", "2.11", "3.6", "12.9")
+
+
+def script(path: Path, **says: Any) -> Path:
+    """Write a script, make it that of this process and its children, and return the path of its log."""
+    log = path.with_suffix(".log")
+    path.write_text(json.dumps({"log": str(log), **says}), encoding="utf-8")
+    os.environ[VARIABLE] = str(path)
+    return log
+
+
+def lines(log: Path) -> list[str]:
+    """Return what reached the compiler and the GPU."""
+    return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+
+
+def _script() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(os.environ[VARIABLE]).read_text(encoding="utf-8"))
+    return found
+
+
+def _note(says: dict[str, Any], what: str, schedule: Schedule) -> None:
+    with open(says["log"], "a", encoding="utf-8") as stream:
+        stream.write(f"{what} {schedule.slug}\n")
+
+
+def milliseconds(schedule: Schedule, base: Schedule) -> tuple[float, float]:
+    """Return times of forward and backward that grow with the distance from an optimum that is not the default."""
+
+    def apart(value: int, best: int) -> int:
+        return abs(value.bit_length() - best.bit_length())
+
+    forward, backward = schedule.forward, schedule.backward
+    one = 1.0 + 0.1 * apart(forward.rows, 16) + 0.15 * apart(forward.warps, 1) + 0.05 * apart(forward.unroll, 8)
+    other = 2.0 + 0.3 * apart(backward.rows, 16) + 0.2 * apart(backward.warps, 1) + 0.2 * apart(backward.chunk, 4)
+    shared = 0.05 * apart(schedule.interval, 32) + (0.5 if schedule.tanh != base.tanh else 0.0)
+    return one + shared, other + shared
+
+
+def measure(task: Task) -> Measured:
+    """Do one step as the script says."""
+    says, slug = _script(), task.schedule.slug
+    if task.step is Step.PREPARE:
+        return Measured()
+    _note(says, str(task.step), task.schedule)
+    time.sleep(says.get("sleep", 0.0))
+    if slug in says.get("hang", ()):
+        time.sleep(600)
+    if slug in says.get("crash", ()):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    unseen = task.step in (Step.HELD_OUT, Step.VERIFY)
+    if slug in says.get("wrong", ()) or (unseen and slug in says.get("wrong_held_out", ())):
+        return Measured(failure=Failure(Reason.WRONG, "dq of plain must be within 1e-3, got 2e-1"), seconds=0.01)
+    errors = (TensorError("dq", 1e-4, 1e-3), TensorError("y", 2e-4, 1e-3))
+    if unseen:
+        return Measured((TensorError("dq", 3e-4, 1e-3),), seconds=0.01)
+    return Measured(errors if task.step is Step.SCREEN else (), _samples(says, task), seconds=0.01)
+
+
+def _samples(says: dict[str, Any], task: Task) -> Samples:
+    slug = task.schedule.slug
+    seed = int.from_bytes(hashlib.sha256(f"{slug} {task.step}".encode()).digest()[:4], "big")
+    draw = random.Random(seed + len(lines(Path(says["log"]))))
+    forward, backward = milliseconds(task.schedule, default(task.subject.variant, task.subject.device))
+    if slug in says.get("ms", {}):
+        forward = backward = says["ms"][slug] / 2
+    if "every" in says:
+        forward = backward = says["every"] / 2
+    noise = says.get("noisy", {}).get(slug, 0.002)
+
+    def each(middle: float) -> tuple[float, ...]:
+        return tuple(middle * (1 + noise * draw.uniform(-1, 1)) for _ in range(10))
+
+    return Samples(each(forward), each(backward) if task.subject.objective == "train" else (), 1000)
+
+
+def compile_(task: CompileTask) -> Compiled:
+    """Compile as the script says: every candidate has its own machine code, but those under ``same`` one name."""
+    says, slug = _script(), task.schedule.slug
+    _note(says, "compile", task.schedule)
+    if slug in says.get("unlaunchable", ()):
+        return Compiled(failure=Failure(Reason.LAUNCH, "shared memory must be at most 1 byte, got 2"), seconds=0.01)
+    spills = 8 if slug in says.get("spilling", ()) else 0
+    return Compiled(64, spills, 1024, says.get("same", {}).get(slug, slug), seconds=0.01)
+
+
+def _lost(task: Task, lost: Lost) -> Measured:
+    return Measured(failure=Failure(Reason.HANG if lost.hung else Reason.CRASH, lost.reason))
+
+
+def _compile_lost(task: CompileTask, lost: Lost) -> Compiled:
+    return Compiled(failure=Failure(Reason.LAUNCH, lost.reason))
+
+
+def nothing() -> None:
+    """Prepare nothing."""
+
+
+def suspect(found: Measured) -> bool:
+    """Whether the process may be unusable."""
+    return found.failure is not None and found.failure.reason is Reason.CRASH
+
+
+class Inline(Lane[Any, Any]):
+    """A lane that does its task at once, in this process."""
+
+    def begin(self, task: Any) -> None:
+        self.task = task
+        self.deadline = time.monotonic() + 60
+        self.pipe, theirs = Pipe()
+        theirs.send(self._service.serve(task))
+        theirs.close()
+
+    def stop(self) -> None:
+        self.task = None
+
+
+def rig(device: Device = DEVICE, *, inline: bool = True, compilers: int = 2, seconds: float = 2.0) -> Rig:
+    """Return a rig whose GPU is simulated, in this process or in workers of its own."""
+    measuring: Service[Task, Measured] = Service(measure, nothing, seconds, _lost, suspect)
+    compiling: Service[CompileTask, Compiled] = Service(compile_, nothing, 30.0, _compile_lost)
+    stations = Stations(compiling, measuring, compilers, "simulated:0", Inline if inline else Lane)
+    environment = replace(ENVIRONMENT, device=device.name, sm_count=device.sm_count)
+    return Rig(device, Bench(environment, 0, "simulated:0", ""), stations, f"simulated-{os.getpid()}")
+
+
+__all__ = ["DEVICE", "bucket_of", "lines", "measure", "rig", "script"]

@@ -1,0 +1,220 @@
+"""The commands as they are typed: sizes without a GPU, tables, the report, and records held against the GPU again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import simulated
+import torch
+from command_line import document, fails, run
+from test_tune_loop import NEIGHBOUR, SPEC
+
+from m2gen.db import Database
+from m2gen.pipeline import Rig
+
+TUNE = ("tune", "--spec", "one.yaml")
+DB = ("--db", "db")
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    """Have commands find a simulated GPU; the working directory has a spec, and a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv(simulated.VARIABLE, "")
+    (tmp_path / "one.yaml").write_text(SPEC, encoding="utf-8")
+    simulated.script(tmp_path / "script.json")
+    found = simulated.rig()
+    monkeypatch.setattr("m2gen.cli_tune_output.this_rig", lambda command, seed: found)
+    monkeypatch.setattr("m2gen.pipeline.this_rig", lambda command: found)
+    return found
+
+
+class Page(HTMLParser):
+    """What a page refers to outside itself, and its visible text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.outside: list[str] = []
+        self.words: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.outside += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag in ("link", "script", "iframe", "img"):
+            self.outside.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_a_dry_run_needs_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says how many points there are, why the others are none, and how long they take."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.yaml").write_text(SPEC, encoding="utf-8")
+    (size,) = document(*TUNE, "--dry-run", "--target", "sm_90")
+    assert size["points"] + sum(size["pruned"].values()) == size["product"]
+    assert size["expected_seconds"] >= size["points"]
+    text = run(*TUNE, "--dry-run", "--target", "sm_90").output
+    assert f"points  {' ' * 57}{size['points']}"[:6] in text
+    assert "forward.rows must be a power of two from 16 to 64" in text
+    (bounded,) = document(*TUNE, "--dry-run", "--target", "sm_90", "--max-memory", "1GB")
+    assert bounded["pruned"]["memory over --max-memory"] > 0
+    assert not (tmp_path / "db").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize("command", [TUNE, ("db", "replay"), ("db", "verify")], ids=" ".join)
+def test_without_a_gpu(command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rig: Rig) -> None:
+    """One line that says what is missing, status 2."""
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    if command[0] == "tune":
+        line = fails(2, *command, *DB)
+    else:
+        monkeypatch.setattr("m2gen.pipeline.open_database", lambda db: _holding(tmp_path))
+        line = fails(2, *command, *(["x"] if command[1] == "replay" else []))
+    assert (
+        line
+        == f"m2gen: m2gen {command[0]}{' ' + command[1] if command[0] == 'db' else ''} must run on a machine "
+        + ("whose GPU torch can use, got none")
+    )
+
+
+def _holding(folder: Path) -> Database:
+    class Any_(Database):
+        def find(self, prefix: str):  # type: ignore[no-untyped-def]
+            return None
+
+    return Any_(folder / "none")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--budget", "soon"), "--budget must be a time such as 10m or 90s, got 'soon'"),
+        (("--budget", "-5s"), "--budget must be a time such as 10m or 90s, got '-5s'"),
+        (("--max-memory", "lots"), "--max-memory must be a size such as 2GB, got 'lots'"),
+        (("--layer", "other"), "--layer must be among base, got 'other'"),
+        (("--target", "sm_90"), "--target must be given with --dry-run only"),
+        (("--report", "none/out.html"), "--report must be in a folder that is there, got none/out.html"),
+        (("--storage", "nonsense", "--trials", "1"), "--storage must be a database URL"),
+    ],
+)
+def test_options_that_cannot_be_used(arguments: tuple[str, ...], message: str, rig: Rig) -> None:
+    """One line each, status 2, and no database."""
+    assert message in fails(2, *TUNE, *DB, *arguments, "--quiet")
+    assert not Path("db").exists()
+
+
+def test_a_spec_without_workloads(rig: Rig) -> None:
+    """There is nothing to tune for."""
+    Path("one.yaml").write_text(SPEC.replace("    workloads: [{batch: 8, seq: 4096}]\n", ""), encoding="utf-8")
+    assert "must have a layer with workloads to tune for" in fails(2, *TUNE, *DB)
+
+
+def test_the_closing_table_and_progress(rig: Rig) -> None:
+    """Default against tuned, what the search cost, and a line a trial with the best so far."""
+    result = run(*TUNE, *DB, "--trials", "30", "--budget", "60s")
+    assert result.exit_code == 0, result.output
+    header, row = result.stdout.splitlines()[1:3]
+    cells = dict(zip(header.split("  "), row.split("  "), strict=False))
+    assert cells["layer"] == "base"
+    (record,) = Database(Path("db")).records()
+    assert row.endswith(record.id)
+    assert record.timing is not None
+    for text in (
+        f"{record.timing.default.median_ms:.3f}",
+        f"{record.timing.tuned.median_ms:.3f}",
+        record.schedule.slug,
+    ):
+        assert text in row
+    trials = [line for line in result.stderr.splitlines() if " ms; best " in line]
+    assert len(trials) == 30
+    assert "left" in trials[-1]
+
+
+def test_json_is_one_document(rig: Rig) -> None:
+    """With the records that were made, and nothing else on standard output."""
+    (found,) = document(*TUNE, *DB, "--trials", "20", "--budget", "60s")
+    (record,) = Database(Path("db")).records()
+    assert found["records"] == [record.id]
+    assert found["schedule"] == record.schedule.slug
+    assert found["trials"] == 20
+    assert found["tuned_ms"][1] <= found["default_ms"][1]
+
+
+def test_the_report_is_one_page(rig: Rig) -> None:
+    """It refers to nothing outside itself, and has the history, the knobs, the failures and the limits of the GPU."""
+    simulated.script(Path("script.json"), wrong=[NEIGHBOUR])
+    assert run(*TUNE, *DB, "--trials", "30", "--budget", "60s", "--report", "out.html").exit_code == 0
+    text = Path("out.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.outside == []
+    assert "http" not in text
+    words = " ".join(page.words)
+    assert text.count("<circle") == 30
+    for expected in ("Finalists", "History", "Importance of each knob", "forward.rows", "wrong", NEIGHBOUR, "Roofline"):
+        assert expected in words
+    assert "peaks are not known" in words, "of a simulated GPU"
+    (record,) = (r for r in Database(Path("db")).records() if not r.failure)
+    assert record.schedule.slug in words
+
+
+def test_the_report_of_a_known_gpu_has_its_limits(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As parts of what the winner took: tanh's is the largest of the 7B layer's kind."""
+    known = replace(rig, bench=replace(rig.bench, environment=replace(rig.bench.environment, device="NVIDIA H200")))
+    monkeypatch.setattr("m2gen.cli_tune_output.this_rig", lambda command, seed: known)
+    assert run(*TUNE, *DB, "--trials", "12", "--budget", "60s", "--report", "out.html").exit_code == 0
+    words = " ".join(Page(Path("out.html").read_text(encoding="utf-8")).words)
+    assert "peaks are not known" not in words
+    assert words.index("tanh") < words.index("memory traffic")
+
+
+def test_verify_holds_records_against_the_gpu(rig: Rig) -> None:
+    """A record that fails now is disqualified by a failure beside it; the next look skips it."""
+    run(*TUNE, *DB, "--trials", "15", "--budget", "60s")
+    (record,) = Database(Path("db")).records()
+    (row,) = document("db", "verify", *DB)
+    assert row == {"id": record.id, "variant": record.key.variant, "schedule": record.schedule.slug, "result": "ok"}
+    simulated.script(Path("script.json"), wrong=[record.schedule.slug])
+    (row,) = document("db", "verify", record.id[:6], *DB, status=1)
+    assert row["result"].startswith("FAILED: wrong: dq of plain must be within")
+    assert len(Database(Path("db")).records()) == 2
+    (row,) = document("db", "verify", *DB)
+    assert row["result"].startswith("skipped: its kernels failed already, record ")
+    why = run("db", "why", record.key.variant, "--target", "sm_90", *DB).output
+    assert "failed" in why
+
+
+def test_verify_skips_other_devices(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records are held against the GPU they were measured on only."""
+    run(*TUNE, *DB, "--trials", "3", "--budget", "60s")
+    other = replace(rig, bench=replace(rig.bench, environment=replace(rig.bench.environment, device="Another")))
+    monkeypatch.setattr("m2gen.pipeline.this_rig", lambda command: other)
+    (row,) = document("db", "verify", *DB)
+    assert row["result"] == "skipped: of another device: Simulated GPU, here Another"
+    (record,) = Database(Path("db")).records()
+    assert "must be one that can be measured here" in fails(2, "db", "replay", record.id, *DB, "--quiet")
+
+
+def test_replay_measures_again(rig: Rig) -> None:
+    """Recorded and measured now stand side by side, in turns with the default."""
+    run(*TUNE, *DB, "--trials", "40", "--budget", "60s")
+    (record,) = Database(Path("db")).records()
+    found = document("db", "replay", record.id[:8], *DB)
+    assert found["id"] == record.id
+    assert found["faster_than_default"]
+    now, then = found["tuned"]["now"], found["tuned"]["recorded"]
+    assert now["median_ms"] == pytest.approx(then["median_ms"], rel=0.01)
+    text = run("db", "replay", record.id, *DB).output
+    assert "default, now" in text
+    assert "the record's schedule stands" in text
+    simulated.script(Path("script.json"), wrong=[record.schedule.slug])
+    assert "wrong: dq of plain" in fails(1, "db", "replay", record.id, *DB, "--quiet")
+    assert json.loads(Path("script.json").read_text())["wrong"] == [record.schedule.slug]

@@ -1,0 +1,233 @@
+"""The gate holds real kernels against float64, in the interpreter; the worker and the clock on a stand-in GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from support import make_schedule, make_variant
+
+from m2gen.compile import load_kernels
+from m2gen.db import Reason
+from m2gen.device import TARGETS
+from m2gen.render import render_kernel
+from m2gen.schedule import Schedule
+from m2gen.spec import Objective
+from m2gen.tune import clock, gate, gpu
+from m2gen.tune.candidate import load
+from m2gen.tune.gate import Candidate, Verdict, pass_gate, questions
+from m2gen.tune.space import Subject
+from m2gen.tune.trial import Measured, Step, Task
+from m2gen.variant import Variant
+
+STEPS = 6
+VARIANT = make_variant(heads=(1, 1, 2, 2, 2))
+PARTIAL = make_schedule("partial", interval=4)
+TENSORS = {"y", "state", "dq", "dk", "dv", "dweight", "dforget", "dinitial_state"}
+
+
+def candidate(
+    variant: Variant, schedule: Schedule, objective: Objective = Objective.TRAIN, *changes: tuple[str, str]
+) -> Candidate:
+    """Return a loaded candidate, whose text was changed."""
+    text = render_kernel(variant, schedule, "")
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    return Candidate(load_kernels(text), variant, schedule, objective)
+
+
+def passed(tested: Candidate) -> Verdict:
+    """Return the verdict of the first gate."""
+    return pass_gate(tested, questions(tested.variant, STEPS), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("gate_kind", ["given", "softplus"])
+def test_every_tensor_is_judged(gate_kind: str) -> None:
+    """A right candidate passes both gates, and every output and gradient has an error below its budget."""
+    variant = make_variant(heads=(1, 1, 2, 2, 2), gate=gate_kind)
+    tested = candidate(variant, PARTIAL)
+    for held_out in (False, True):
+        verdict = pass_gate(tested, questions(variant, STEPS, held_out=held_out), torch.device("cpu"))
+        assert verdict.failure is None
+        expected = TENSORS | ({"dA_log", "ddt_bias"} if gate_kind == "softplus" else set())
+        assert {error.tensor for error in verdict.errors} == expected
+        assert all(0 < error.error <= error.budget for error in verdict.errors)
+
+
+def test_inference_is_judged_by_its_results() -> None:
+    """No gradient is asked for, and nothing is saved."""
+    verdict = passed(candidate(VARIANT, PARTIAL, Objective.INFER))
+    assert verdict.failure is None
+    assert {error.tensor for error in verdict.errors} == {"y", "state"}
+
+
+@pytest.mark.parametrize(
+    ("change", "tensor"),
+    [
+        (("g = clamp(c, bound) +", "g = c +"), "of plain"),
+        (("1.0 - z_0 * z_0", "1.0 - z_0"), "of plain"),
+        (("dw.sum((0, 2))", "(1.001 * dw.sum((0, 2)))"), "dweight of plain"),
+        (("if tl.cast(t, tl.int32) % INTERVAL == 0:", "if t == 0:"), "of plain"),
+    ],
+)
+def test_a_wrong_candidate_is_named(change: tuple[str, str], tensor: str) -> None:
+    """A clamp left out, a wrong derivative, a small scale, checkpoints that are never written: all are seen."""
+    verdict = passed(candidate(VARIANT, PARTIAL, Objective.TRAIN, change))
+    assert verdict.failure is not None
+    assert verdict.failure.reason is Reason.WRONG
+    assert tensor in verdict.failure.message
+    assert "must be within" in verdict.failure.message
+
+
+def test_bits_that_do_not_repeat_are_wrong_only_where_they_are_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last bit of dq changes from call to call: a failure of partial sums, the order of atomics otherwise."""
+    for reduction, fails in (("partial", True), ("atomic", False)):
+        tested = candidate(VARIANT, make_schedule(reduction, interval=4))
+        right, calls = tested.module.backward, [0]
+
+        def shaken(*arguments: object, right: object = right, calls: list[int] = calls) -> list[torch.Tensor]:
+            found: list[torch.Tensor] = right(*arguments)  # type: ignore[operator]
+            calls[0] += 1
+            found[0] *= 1 + (calls[0] % 2) * 2.0**-23
+            return found
+
+        monkeypatch.setattr(tested.module, "backward", shaken)
+        failure = passed(tested).failure
+        assert (failure is not None) == fails
+        if failure:
+            assert "dq of plain must have the same bits" in failure.message
+
+
+def test_the_held_out_problems_are_others() -> None:
+    """Other sizes, other seeds; plain steps are beyond every interval that is searched and a multiple of 16."""
+    seen, unseen = questions(VARIANT, gate.STEPS), questions(VARIANT, gate.STEPS, held_out=True)
+    assert not {q.seed for q in seen} & {q.seed for q in unseen}
+    assert not {q.case.problem for q in seen} & {q.case.problem for q in unseen}
+    from m2gen.tune.space import AXES
+
+    longest = max(value for value in AXES["interval"] if isinstance(value, int))
+    for question in (*seen[:2], *unseen[:2]):
+        assert question.case.problem.seq > longest
+        assert question.case.problem.seq % 16 == 0
+
+
+class _Event:
+    """A time as the host sees it."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.monotonic()
+
+    def elapsed_time(self, end: _Event) -> float:
+        return (end.at - self.at) * 1e3
+
+
+class _Graph:
+    """A graph whose replays take a millisecond."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        _Graph.replays += 1
+        time.sleep(1e-3)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have the worker use the CPU, and a clock that counts replays."""
+
+    @contextmanager
+    def capture(graph: _Graph) -> Iterator[None]:
+        yield
+
+    def nothing(*_: object) -> None: ...
+
+    memory = iter(range(0, 10**9, 1000))
+    for name, value in {
+        "CUDAGraph": _Graph,
+        "Event": _Event,
+        "graph": capture,
+        "synchronize": nothing,
+        "reset_peak_memory_stats": nothing,
+        "empty_cache": nothing,
+        "memory_allocated": lambda: next(memory),
+        "max_memory_allocated": lambda: next(memory),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(clock, "_FLUSH", [torch.empty(8)])
+    monkeypatch.setattr(clock, "WARM_SECONDS", 0.01)
+    monkeypatch.setattr(gpu, "TORCH_DEVICE", "cpu")
+    monkeypatch.setattr(gate, "STEPS", STEPS)
+    gpu._CLOCKS.clear()
+    yield
+    gpu._CLOCKS.clear()
+
+
+SUBJECT = Subject(VARIANT, TARGETS["sm_90"], Objective.TRAIN, 1, 8)
+
+
+def served(step: Step, schedule: Schedule = PARTIAL, best_ms: float | None = None) -> Measured:
+    """Return what the worker's function finds."""
+    return gpu.serve(Task(SUBJECT, schedule, step, best_ms))
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_workers_steps() -> None:
+    """Prepared, gated and timed, gated on held-out problems, timed again: every step gives what it should."""
+    assert served(Step.PREPARE).failure is None
+    screened = served(Step.SCREEN)
+    assert screened.failure is None, screened.details
+    assert {error.tensor for error in screened.errors} == TENSORS
+    assert screened.samples is not None
+    assert len(screened.samples.forward_ms) == len(screened.samples.backward_ms) >= clock.FEWEST
+    assert all(ms >= 1 for ms in screened.samples.call_ms)
+    assert screened.samples.peak_bytes == 1000
+    held_out = served(Step.HELD_OUT)
+    assert (held_out.failure, held_out.samples) == (None, None)
+    again = served(Step.TIME)
+    assert again.samples is not None
+    assert len(again.samples.call_ms) == gpu.AGAIN
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_far_slower_candidates_are_dropped_after_a_few_samples() -> None:
+    """Beside a best of a hundredth, only the fewest samples are taken."""
+    screened = served(Step.SCREEN, best_ms=0.02)
+    assert screened.samples is not None
+    assert len(screened.samples.call_ms) == clock.FEWEST
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_whatever_a_candidate_raises_is_its_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classified by what was raised, with a traceback; errors of a kernel make the process suspect, others not."""
+    kinds: dict[type[Exception], Reason] = {
+        RuntimeError: Reason.CRASH,
+        torch.OutOfMemoryError: Reason.MEMORY,
+        type("OutOfResources", (Exception,), {}): Reason.LAUNCH,
+    }
+    for kind, reason in kinds.items():
+
+        def broken(*_: object, kind: type[Exception] = kind) -> object:
+            raise kind("no luck")
+
+        monkeypatch.setattr("m2gen.tune.candidate.load", broken)
+        found = served(Step.SCREEN)
+        assert found.failure is not None
+        assert found.failure.reason is reason
+        assert "no luck" in found.failure.message
+        assert "Traceback" in found.details
+        assert gpu.GPU.suspect(found) == (reason is Reason.CRASH)
+
+
+def test_a_candidate_is_loaded_from_the_file_that_was_compiled() -> None:
+    """Its kernels' module is that of the rendered text, so Triton's cache knows it."""
+    module = load(VARIANT, PARTIAL)
+    assert module is load_kernels(render_kernel(VARIANT, PARTIAL, ""))
+    assert replace(PARTIAL, interval=8).slug not in (module.__doc__ or "")

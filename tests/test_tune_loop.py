@@ -1,0 +1,377 @@
+"""The whole search with a simulated GPU: what hangs, crashes, lies or shakes costs one candidate, never the search."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import simulated
+from simulated import lines
+
+from m2gen.db import Database, Reason
+from m2gen.errors import DatabaseError, TuneError
+from m2gen.pipeline import plan
+from m2gen.pipeline.tune import Rig, Tuned, TuneRequest, tune
+from m2gen.schedule import Schedule, default, parse
+from m2gen.spec import Objective
+from m2gen.tune import lock
+from m2gen.tune.book import Standing
+from m2gen.tune.sampler import Sampler
+from m2gen.tune.trial import Trial
+
+SPEC = """schema: 1
+name: one
+targets: sm_90
+layers:
+  base:
+    head_dim: 16
+    state_expansion: 64
+    heads: {q: 1, k: 1, v: 84, f: 84, w: 84}
+    dtypes: bf16
+    workloads: [{batch: 8, seq: 4096}]
+"""
+BEST = "f16x1u8p_b16x1c4p_i32_ptx"
+"""One of the fastest of the simulation: 3.0 ms, where the default takes 3.75."""
+NEIGHBOUR = "f32x1u8a_b32x1c2a_i16_ptx"
+"""One knob from the default, so among the first that are tried."""
+
+
+class Silent:
+    """A watcher that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.trials: list[Trial] = []
+        self.standings: list[Standing] = []
+
+    def stage(self, text: str) -> None: ...
+
+    def trial(self, trial: Trial, standing: Standing) -> None:
+        self.trials.append(trial)
+        self.standings.append(standing)
+
+    def details(self, text: str) -> None: ...
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a spec of one workload in an empty working directory, with a cache and a script of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv(simulated.VARIABLE, "")
+    (tmp_path / "one.yaml").write_text(SPEC, encoding="utf-8")
+    return tmp_path / "one.yaml"
+
+
+def search(
+    spec: Path, rig: Rig | None = None, watcher: Silent | None = None, trials: int | None = 24, seconds: float = 60.0
+) -> Tuned:
+    """Run the one search of the spec."""
+    request = TuneRequest(Database(spec.parent / "db"), seconds=seconds, trials=trials)
+    (tuned,) = tune(plan(str(spec)), request, rig or simulated.rig(), watcher or Silent())
+    return tuned
+
+
+def standard(tuned: Tuned) -> Schedule:
+    """Return the default schedule of a search."""
+    return default(tuned.goal.subject.variant, tuned.goal.subject.device)
+
+
+def of(tuned: Tuned, slug: str) -> Trial:
+    """Return the trial of a schedule."""
+    return next(trial for trial in tuned.outcome.trials if trial.schedule.slug == slug)
+
+
+def test_finds_a_faster_schedule_and_records_it(spec: Path) -> None:
+    """The winner has the least time of all trials, beats the default, and is what the database then holds."""
+    simulated.script(spec.parent / "script.json")
+    tuned = search(spec, trials=50)
+    choice = tuned.outcome.choice
+    assert choice is not None
+    medians = {trial.schedule: trial.median_ms for trial in tuned.outcome.trials if trial.median_ms}
+    assert medians[choice.winner] <= min(medians.values()) * 1.005
+    assert choice.estimates[choice.winner].high_ms < choice.estimates[standard(tuned)].low_ms
+    (record,) = Database(spec.parent / "db").records()
+    assert record.schedule == choice.winner
+    assert record.timing is not None
+    assert record.timing.default.median_ms == pytest.approx(3.75, rel=0.01)
+    assert record.timing.forward_ms + (record.timing.backward_ms or 0) == pytest.approx(
+        record.timing.tuned.median_ms, rel=0.01
+    )
+    assert record.environment == simulated.ENVIRONMENT
+    assert record.provenance.worker == "simulated:0"
+    assert {error.tensor: error.error for error in record.errors} == {"dq": 3e-4, "y": 2e-4}, "worst of both gates"
+
+
+def test_no_candidate_reaches_the_gpu_twice_in_a_search(spec: Path) -> None:
+    """Every trial is another candidate, the default is the first."""
+    log = simulated.script(spec.parent / "script.json")
+    tuned = search(spec)
+    screened = [line for line in lines(log) if line.startswith("screen")]
+    assert len(screened) == len(set(screened)) == 24 == len(tuned.outcome.trials)
+    assert screened[0] == f"screen {standard(tuned).slug}"
+
+
+def test_hanging_and_crashing_candidates_cost_themselves(spec: Path) -> None:
+    """In worker processes: the hang is stopped, the crash replaced, both are recorded and never tried again."""
+    hang, crash = "f16x1u4a_b32x1c2a_i16_ptx", "f64x1u4a_b32x1c2a_i16_ptx"
+    log = simulated.script(spec.parent / "script.json", hang=[hang], crash=[crash])
+    tuned = search(spec, simulated.rig(inline=False, seconds=2.0), trials=8)
+    found = {slug: of(tuned, slug).failure for slug in (hang, crash)}
+    assert found[hang] is not None
+    assert (found[hang].reason, found[hang].message) == (Reason.HANG, "took longer than 2 s")
+    assert found[crash] is not None
+    assert (found[crash].reason, found[crash].message) == (Reason.CRASH, "its process ended with SIGSEGV")
+    assert sum(trial.median_ms is not None for trial in tuned.outcome.trials) == 6
+    failed = {record.schedule.slug for record in Database(spec.parent / "db").records() if record.failure}
+    assert failed == {hang, crash}
+    for path in (spec.parent / "cache" / "tune").iterdir():
+        path.unlink()  # so that only the database knows
+    before = len(lines(log))
+    again = search(spec, trials=12)
+    assert {of(again, hang).origin, of(again, crash).origin} == {"record"}
+    assert not {f"screen {hang}", f"screen {crash}"} & set(lines(log)[before:])
+
+
+def test_the_fastest_is_refused_where_it_is_wrong(spec: Path) -> None:
+    """A candidate that is over its budget is never timed, whatever its time would be."""
+    log = simulated.script(spec.parent / "script.json", wrong=[NEIGHBOUR], ms={NEIGHBOUR: 0.5})
+    tuned = search(spec)
+    trial = of(tuned, NEIGHBOUR)
+    assert trial.failure is not None
+    assert trial.failure.reason is Reason.WRONG
+    assert trial.samples is None
+    assert f"time {NEIGHBOUR}" not in lines(log)
+    assert tuned.outcome.choice is not None
+    assert tuned.outcome.choice.winner.slug != NEIGHBOUR
+
+
+def test_a_finalist_that_fails_on_held_out_problems_is_out(spec: Path) -> None:
+    """It passed the screening as the fastest by far; the final's gate refuses it, and the record says so."""
+    simulated.script(spec.parent / "script.json", wrong_held_out=[NEIGHBOUR], ms={NEIGHBOUR: 0.5})
+    tuned = search(spec)
+    assert of(tuned, NEIGHBOUR).failure is not None
+    assert tuned.outcome.choice is not None
+    assert tuned.outcome.choice.winner.slug != NEIGHBOUR
+    reasons = {r.schedule.slug: r.failure.reason for r in Database(spec.parent / "db").records() if r.failure}
+    assert reasons == {NEIGHBOUR: Reason.WRONG}
+
+
+def test_a_default_that_cannot_be_used_has_no_winner_beside_it(spec: Path) -> None:
+    """Nothing can be compared: no record of a winner, and the failure is kept."""
+    slug = "f32x1u4a_b32x1c2a_i16_ptx"
+    simulated.script(spec.parent / "script.json", wrong=[slug])
+    tuned = search(spec, trials=5)
+    assert tuned.outcome.choice is None
+    assert [record.schedule.slug for record in tuned.records] == [slug]
+
+
+def test_noise_is_no_speed_up(spec: Path) -> None:
+    """Every candidate takes what the default takes, give or take, one a good deal: the default stays, among ties."""
+    simulated.script(spec.parent / "script.json", every=3.75, noisy={NEIGHBOUR: 0.3})
+    tuned = search(spec, trials=20)
+    choice = tuned.outcome.choice
+    assert choice is not None
+    assert choice.winner == standard(tuned)
+    assert len(choice.ties) > 1
+    assert tuned.records[0].schedule == standard(tuned)
+
+
+def test_what_cannot_launch_never_reaches_the_gpu(spec: Path) -> None:
+    """A candidate over the target's limits is excluded by its compilation."""
+    log = simulated.script(spec.parent / "script.json", unlaunchable=[NEIGHBOUR])
+    tuned = search(spec)
+    failure = of(tuned, NEIGHBOUR).failure
+    assert failure is not None
+    assert failure.reason is Reason.LAUNCH
+    assert f"screen {NEIGHBOUR}" not in lines(log)
+
+
+def test_the_same_machine_code_is_timed_once(spec: Path) -> None:
+    """A second name of a binary gets the trial of the first."""
+    twin = "f16x1u4a_b32x1c2a_i16_ptx"
+    log = simulated.script(spec.parent / "script.json", same={twin: "code", NEIGHBOUR: "code"})
+    tuned = search(spec)
+    first, second = sorted((of(tuned, twin), of(tuned, NEIGHBOUR)), key=lambda trial: trial.copy_of)
+    assert second.copy_of == first.schedule.slug
+    assert second.samples == first.samples
+    assert sum(line in (f"screen {twin}", f"screen {NEIGHBOUR}") for line in lines(log)) == 1
+
+
+def test_a_killed_search_goes_on_without_repeating_a_trial(spec: Path) -> None:
+    """More trials of the same search begin with those of the journal."""
+    log = simulated.script(spec.parent / "script.json")
+    first = search(spec, trials=10)
+    second = search(spec, trials=25)
+    counts = Counter(line for line in lines(log) if line.startswith("screen"))
+    assert set(counts.values()) == {1}
+    assert len(counts) == 25
+    assert {t.schedule for t in first.outcome.trials} < {t.schedule for t in second.outcome.trials}
+
+
+def test_fresh_begins_anew(spec: Path) -> None:
+    """The journal of earlier runs is dropped when asked."""
+    log = simulated.script(spec.parent / "script.json")
+    request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=5, fresh=True)
+    for _ in range(2):
+        list(tune(plan(str(spec)), request, simulated.rig(), Silent()))
+    assert set(Counter(line for line in lines(log) if line.startswith("screen")).values()) == {2}
+
+
+def test_an_interrupt_keeps_the_best_so_far(spec: Path) -> None:
+    """Ctrl-C in the middle of the screening: what was verified is chosen from, recorded and said to be partial."""
+
+    class Impatient(Silent):
+        def trial(self, trial: Trial, standing: Standing) -> None:
+            super().trial(trial, standing)
+            if len(self.trials) == 12:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    simulated.script(spec.parent / "script.json")
+    tuned = search(spec, watcher=Impatient())
+    assert tuned.outcome.interrupted
+    assert tuned.outcome.choice is not None
+    assert [r.schedule for r in Database(spec.parent / "db").records()] == [tuned.outcome.choice.winner]
+    assert 12 <= len(tuned.outcome.trials) < 24
+
+
+def test_the_budget_ends_a_search(spec: Path) -> None:
+    """Out of time, the final is held with what there is."""
+    simulated.script(spec.parent / "script.json", sleep=0.02)
+    tuned = search(spec, trials=None, seconds=2.0)
+    assert tuned.outcome.choice is not None
+    assert tuned.outcome.seconds < 10
+    assert 3 < len(tuned.outcome.trials) < 1000
+
+
+def test_two_tuners_exclude_each_other(spec: Path) -> None:
+    """The second says which process has the GPU, and does nothing."""
+    log = simulated.script(spec.parent / "script.json")
+    rig = simulated.rig()
+    with lock.exclusive(rig.gpu), pytest.raises(TuneError, match=f"one tuner at a time .* process {os.getpid()} does"):
+        search(spec, rig)
+    assert lines(log) == []
+    search(spec, rig, trials=2)
+
+
+def test_a_read_only_database_loses_nothing(spec: Path) -> None:
+    """One that turns read-only during the search: the journal keeps the trials, so that the next run only writes."""
+
+    class Blocking(Silent):
+        def stage(self, text: str) -> None:
+            if text.startswith("final"):
+                (spec.parent / "db").write_text("in the way", encoding="utf-8")
+
+    log = simulated.script(spec.parent / "script.json")
+    with pytest.raises(DatabaseError, match="db must be"):
+        search(spec, watcher=Blocking(), trials=5)
+    (spec.parent / "db").unlink()
+    search(spec, trials=5)
+    assert set(Counter(line for line in lines(log) if line.startswith("screen")).values()) <= {1}
+    assert len(Database(spec.parent / "db").records()) == 1
+
+
+def test_a_database_that_cannot_be_written_is_said_at_once(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything runs."""
+    log = simulated.script(spec.parent / "script.json")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(DatabaseError, match="db must be a folder that can be written"):
+        search(spec, trials=5)
+    assert lines(log) == []
+
+
+def test_a_full_disk_ends_the_search_and_keeps_its_trials(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal refuses a line it cannot finish; what was there before is whole, and the search goes on later."""
+    log = simulated.script(spec.parent / "script.json")
+    writes = 0
+
+    def fsync(handle: int) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == 9:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("m2gen.tune.journal.os.fsync", fsync)
+    with pytest.raises(TuneError, match="must be writable: No space left on device; trials so far are kept"):
+        search(spec)
+    before = len(lines(log))
+    tuned = search(spec, trials=10)
+    kept = sum(line.startswith("screen") for line in lines(log)[:before])
+    assert kept >= 3
+    assert len(tuned.outcome.trials) == 10
+    counts = Counter(line for line in lines(log) if line.startswith("screen"))
+    assert sum(counts.values()) - len(counts) <= 1, "only the trial whose line was refused runs again"
+
+
+def test_inference_tunes_the_forward_alone(spec: Path) -> None:
+    """The backward and the interval stay those of the default, and no backward is timed."""
+    simulated.script(spec.parent / "script.json")
+    request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=20, objective=Objective.INFER)
+    (tuned,) = tune(plan(str(spec)), request, simulated.rig(), Silent())
+    base = standard(tuned)
+    assert {(t.schedule.backward, t.schedule.interval) for t in tuned.outcome.trials} == {
+        (base.backward, base.interval)
+    }
+    (record,) = tuned.records
+    assert record.key.objective is Objective.INFER
+    assert record.timing is not None
+    assert record.timing.backward_ms is None
+
+
+def test_the_memory_bound_holds_for_the_winner(spec: Path) -> None:
+    """Points over the bound are not in the space, and the default may be the reference without being eligible."""
+    simulated.script(spec.parent / "script.json")
+    request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=20, max_bytes=300 * 2**20)
+    (tuned,) = tune(plan(str(spec)), request, simulated.rig(), Silent())
+    from m2gen.tune.space import fits
+
+    base = standard(tuned)
+    assert not fits(tuned.goal.subject, base)
+    assert all(fits(tuned.goal.subject, t.schedule) for t in tuned.outcome.trials if t.schedule != base)
+
+
+def test_progress_tells_what_is_left(spec: Path) -> None:
+    """Standings count trials, name the best and the failures by kind, and the time that is left falls."""
+    simulated.script(spec.parent / "script.json", wrong=[NEIGHBOUR])
+    watcher = Silent()
+    search(spec, watcher=watcher)
+    last = watcher.standings[-1]
+    assert last.done == 24 == last.most
+    assert last.failures == {"wrong": 1}
+    assert last.best is not None
+    assert last.default_ms == pytest.approx(3.75, rel=0.01)
+    left = [standing.seconds_left for standing in watcher.standings]
+    assert left == sorted(left, reverse=True)
+
+
+def test_random_and_tpe_search_the_same_space(spec: Path) -> None:
+    """Both begin with the default; the seed decides the rest of a random search."""
+    simulated.script(spec.parent / "script.json")
+
+    def order(sampler: Sampler, seed: int, run: int = 0) -> list[Schedule]:
+        database = spec.parent / f"{sampler}{seed}{run}"
+        request = TuneRequest(Database(database), seconds=60, trials=25, seed=seed, sampler=sampler, fresh=True)
+        rig = simulated.rig(compilers=1)
+        (tuned,) = tune(plan(str(spec)), request, rig, Silent())
+        return [trial.schedule for trial in tuned.outcome.trials]
+
+    one, same, other = (order(Sampler.RANDOM, seed, run) for seed, run in ((1, 0), (1, 1), (2, 0)))
+    assert one == same
+    assert one != other
+    assert order(Sampler.TPE, 1)[0] == one[0]
+
+
+def test_records_seed_the_next_search(spec: Path) -> None:
+    """What the database has is tried right after the default."""
+    simulated.script(spec.parent / "script.json", ms={BEST: 1.0})
+    request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=60)
+    (first,) = tune(plan(str(spec)), request, simulated.rig(), Silent())
+    assert first.outcome.choice is not None
+    elsewhere = replace(simulated.DEVICE, name="Another GPU", sm_count=100)
+    (second,) = tune(plan(str(spec)), request, simulated.rig(elsewhere, compilers=1), Silent())
+    assert second.outcome.trials[1].schedule == first.outcome.choice.winner
+    assert second.outcome.trials[1].origin == "similar"
+    assert parse(first.outcome.choice.winner.slug) == first.outcome.choice.winner

@@ -1,0 +1,89 @@
+"""Candidates compile without a GPU for the calls that will be made of them, and what cannot launch is found out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support import make_schedule, make_variant
+
+from m2gen.db import Reason
+from m2gen.device import TARGETS
+from m2gen.pool import run_isolated
+from m2gen.schedule import Tanh, default
+from m2gen.spec import Objective
+from m2gen.tune import precompile as module
+from m2gen.tune.precompile import PRECOMPILE
+from m2gen.tune.space import Subject
+from m2gen.tune.trial import Compiled, CompileTask
+
+VARIANT = make_variant(dtype="bf16", tanh="approx")
+DEVICE = TARGETS["sm_90"]
+SUBJECT = Subject(VARIANT, DEVICE, Objective.TRAIN, 2, 64)
+BASE = default(VARIANT, DEVICE)
+
+
+def compiled(*tasks: CompileTask) -> list[Compiled]:
+    """Compile in one process of its own, which is no interpreter."""
+    found = dict(run_isolated([list(tasks)], PRECOMPILE, 1))
+    return [found[task] for task in tasks]
+
+
+def test_resources_binaries_and_limits() -> None:
+    """Registers and shared memory are real; another schedule is another binary; a device without room refuses."""
+    small = replace(DEVICE, shared_bytes=64)
+    tight = replace(SUBJECT, device=small)
+    other = replace(BASE, backward=replace(BASE.backward, chunk=1))
+    one, again, second, refused = compiled(
+        CompileTask(SUBJECT, BASE),
+        CompileTask(replace(SUBJECT, seq=128), BASE),
+        CompileTask(SUBJECT, other),
+        CompileTask(tight, BASE),
+    )
+    assert one.failure is None, one.details
+    assert 32 < one.registers <= 255
+    assert 0 < one.shared_bytes <= DEVICE.shared_bytes
+    assert one.binary == again.binary != second.binary
+    assert refused.failure is not None
+    assert refused.failure.reason is Reason.LAUNCH
+    assert "shared memory must be at most 64 bytes, got" in refused.failure.message
+
+
+def test_a_compiler_that_dies_costs_its_candidate() -> None:
+    """PTX has no place on another vendor's GPU, whose assembler takes its process down; the next one compiles."""
+    amd = replace(SUBJECT, device=TARGETS["gfx942"])
+    assert BASE.tanh is Tanh.PTX
+    found, fine = compiled(CompileTask(amd, BASE), CompileTask(SUBJECT, BASE))
+    assert found.failure is not None
+    assert found.failure.reason is Reason.LAUNCH
+    assert found.failure.message.startswith("while it compiled, its process ended with")
+    assert fine.failure is None
+
+
+def test_whatever_a_compiler_raises_is_the_candidates_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last line is the message, its traceback the details; it is not kept, since another day may differ."""
+
+    def refuse(task: CompileTask) -> Compiled:
+        raise RuntimeError("first line\nsecond line")
+
+    monkeypatch.setattr(module, "_compile", refuse)
+    found = module.precompile(CompileTask(replace(SUBJECT, seq=112), BASE))
+    assert found.failure is not None
+    assert (found.failure.reason, found.failure.message) == (Reason.LAUNCH, "second line")
+    assert "Traceback" in found.details
+
+
+def test_what_was_compiled_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text for the same toolchain and sizes is looked up."""
+    calls = []
+
+    def once(task: CompileTask) -> Compiled:
+        calls.append(task)
+        return Compiled(100, 0, 1024, "binary", seconds=1.0)
+
+    monkeypatch.setattr(module, "_compile", once)
+    task = CompileTask(replace(SUBJECT, seq=96), make_schedule("partial"))
+    assert module.precompile(task) == module.precompile(task)
+    assert len(calls) == 1
+    module.precompile(replace(task, subject=replace(SUBJECT, batch=3)))
+    assert len(calls) == 2

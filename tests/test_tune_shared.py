@@ -1,0 +1,169 @@
+"""Several workers on one study: each candidate once, whoever dies."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import postgresql
+import pytest
+import simulated
+from simulated import lines
+from support import ROOT
+from test_tune_loop import SPEC, Silent
+
+from m2gen.db import Database
+from m2gen.errors import TuneError, UsageError
+from m2gen.pipeline import plan
+from m2gen.pipeline.tune import TuneRequest, tune
+from m2gen.schedule import default
+from m2gen.tune.shared import SharedStudy, open_study
+from m2gen.tune.trial import Samples, Trial
+from m2gen.variant import parse_variant
+
+needs_server = pytest.mark.skipif(
+    postgresql.binaries() is None, reason="needs PostgreSQL's server (Debian: apt-get install postgresql)"
+)
+SCHEDULE = default(parse_variant("k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx"), simulated.DEVICE)
+TRIAL = Trial(SCHEDULE, "default", samples=Samples((1.0, 1.1), (2.0, 2.1), 10), worker="one")
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Return the URL of a real server's database."""
+    with postgresql.server() as found:
+        yield found
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a working directory with a spec and a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv(simulated.VARIABLE, "")
+    (tmp_path / "one.yaml").write_text(SPEC, encoding="utf-8")
+    return tmp_path
+
+
+def _worker(folder: Path, url: str, name: str, trials: int) -> subprocess.Popen[str]:
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    command = [sys.executable, str(ROOT / "tests" / "shared_worker.py"), url, "2", name, str(trials)]
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@needs_server
+def test_two_workers_one_killed_nothing_lost_or_repeated(folder: Path, url: str) -> None:
+    """The other finishes the study, takes over what the dead one was at, and no trial was made twice."""
+    log = simulated.script(folder / "script.json", sleep=0.05)
+    one, two = (_worker(folder, url, name, trials=40) for name in ("one", "two"))
+    assert one.stdout is not None
+    assert two.stdout is not None
+    for _ in range(8):
+        one.stdout.readline()
+    one.kill()
+    output = two.stdout.read()
+    one.wait()
+    assert two.wait() == 0, output
+    assert "winner f" in output
+    study = _study(url)
+    counts = Counter(trial.schedule for trial in study)
+    assert set(counts.values()) == {1}
+    assert len(counts) >= 40
+    screened = Counter(line for line in lines(log) if line.startswith("screen"))
+    twice = [line for line, count in screened.items() if count > 1]
+    assert len(twice) <= 1, "at most what the dead worker had not finished"
+    begun = {line.split()[1] for line in screened}
+    assert begun <= {schedule.slug for schedule in counts}, "everything that was begun has a trial"
+    assert {trial.worker for trial in study} == {"one", "two"}
+    assert any(line.startswith("adopted") for line in output.splitlines())
+    assert len(Database(folder / "db-two").records()) == 1
+    assert Database(folder / "db-two").records()[0].provenance.worker == "two"
+
+
+def _study(url: str) -> list[Trial]:
+    """Return the trials of the one study that a database holds, as Optuna lists them."""
+    import optuna
+    from optuna.storages import RDBStorage
+
+    storage = RDBStorage(url.replace("postgresql", "postgresql+psycopg"))
+    (name,) = [summary.study_name for summary in optuna.get_all_study_summaries(storage)]
+    return open_study(url, name, "reader").trials()
+
+
+def _open(path: Path, worker: str, grace: float = 60.0) -> SharedStudy:
+    return open_study(f"sqlite:///{path}/study.db", "study", worker, grace=grace)
+
+
+def test_a_candidate_is_claimed_once(tmp_path: Path) -> None:
+    """Whoever comes second is refused, until the first gives it up."""
+    one, two = _open(tmp_path, "one"), _open(tmp_path, "two")
+    assert one.claim(SCHEDULE)
+    assert not two.claim(SCHEDULE)
+    assert (one.pending(), two.pending()) == (0, 1)
+    one.release(SCHEDULE)
+    assert two.claim(SCHEDULE)
+
+
+def test_workers_see_each_others_trials(tmp_path: Path) -> None:
+    """A trial is news to the other worker, once, with everything that is known of it."""
+    one, two = _open(tmp_path, "one"), _open(tmp_path, "two")
+    assert two.trials() == []
+    one.claim(SCHEDULE)
+    one.record(TRIAL)
+    assert two.news() == [TRIAL]
+    time.sleep(1.1)
+    assert two.news() == []
+    assert one.news() == []
+    assert two.pending() == 0
+    assert _open(tmp_path, "three").trials() == [TRIAL]
+
+
+def test_a_dead_workers_claim_is_taken_over_once(tmp_path: Path) -> None:
+    """After the grace period one other worker has it; a finished one is nobody's."""
+    dead, two, three = (_open(tmp_path, name, grace=1.5) for name in ("dead", "two", "three"))
+    dead.claim(SCHEDULE)
+    assert two.adopt() == []
+    time.sleep(3.1)  # SQLite's clock has whole seconds
+    assert [two.adopt(), three.adopt()] == [[SCHEDULE], []]
+    two.record(TRIAL)
+    assert three.adopt() == []
+
+
+def test_fresh_forgets_a_study(tmp_path: Path) -> None:
+    """Trials and claims go."""
+    one = _open(tmp_path, "one")
+    one.claim(SCHEDULE)
+    one.record(TRIAL)
+    again = open_study(f"sqlite:///{tmp_path}/study.db", "study", "one", fresh=True)
+    assert again.trials() == []
+    assert again.claim(SCHEDULE)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("nonsense", "--storage must be a database URL"),
+        ("oracle://host/name", "--storage oracle must have its driver installed"),
+        ("nosuch://host/name", "--storage must be a database URL"),
+    ],
+)
+def test_a_url_that_cannot_be_used(url: str, message: str) -> None:
+    """Said in one line, as a user's error."""
+    with pytest.raises(UsageError, match=message):
+        open_study(url, "study", "one")
+
+
+def test_a_database_that_cannot_be_reached_does_not_show_the_password(folder: Path) -> None:
+    """The error says which database, without the password in its URL."""
+    simulated.script(folder / "script.json")
+    url = "postgresql://me:secret@127.0.0.1:1/name"
+    request = TuneRequest(Database(folder / "db"), seconds=5, trials=2, storage=url)
+    with pytest.raises(TuneError, match=r"--storage postgresql\+psycopg://me:\*\*\*@127.0.0.1:1/name") as caught:
+        list(tune(plan("one.yaml"), request, simulated.rig(), Silent()))
+    assert "secret" not in str(caught.value)

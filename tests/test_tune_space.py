@@ -1,0 +1,224 @@
+"""The declared space: complete, valid, and counted; what is proposed from it, and what wins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, replace
+
+import pytest
+import simulated
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from m2gen.device import TARGETS
+from m2gen.schedule import (
+    BackwardSchedule,
+    ForwardSchedule,
+    Reduction,
+    Schedule,
+    Tanh,
+    default,
+    parse,
+    problems,
+)
+from m2gen.spec import Objective
+from m2gen.tune.knobs import importances
+from m2gen.tune.memory import extra_bytes
+from m2gen.tune.sampler import Sampler
+from m2gen.tune.search import Proposer, best_combination, indices, neighbours
+from m2gen.tune.select import NOISE, choose
+from m2gen.tune.space import AXES, Subject, enumerate_space, fits, schedule_of, space_hash, values_of
+from m2gen.tune.trial import Samples, Trial
+from m2gen.variant import parse_variant
+
+SMALL = parse_variant("k24_v16_q1_k1_v4_f4_w4_bf16_carry_approx")
+LARGE = parse_variant("k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx")
+DEVICE = TARGETS["sm_90"]
+TRAIN = Subject(SMALL, DEVICE, Objective.TRAIN, 2, 64)
+BASE = default(SMALL, DEVICE)
+POINTS = enumerate_space(TRAIN).points
+
+
+def test_the_axes_are_all_knobs_of_a_schedule() -> None:
+    """Every field of every part has an axis, and the default's values are on them."""
+    parts = {"forward": ForwardSchedule, "backward": BackwardSchedule}
+    names = [f"{side}.{field.name}" for side, part in parts.items() for field in fields(part)]
+    names += [field.name for field in fields(Schedule) if field.name not in parts]
+    assert names == list(AXES)
+    assert set(AXES["tanh"]) == set(Tanh)
+    assert set(AXES["forward.reduction"]) == set(AXES["backward.reduction"]) == set(Reduction)
+    assert all(value in AXES[name] for name, value in values_of(default(LARGE, DEVICE)).items())
+
+
+def _product() -> Iterator[Schedule]:
+    from itertools import product
+
+    for values in product(*AXES.values()):
+        yield schedule_of(dict(zip(AXES, values, strict=True)))
+
+
+def test_every_valid_point_is_enumerated_or_counted_with_a_reason() -> None:
+    """Against the validity predicate on a sample of the whole product: no valid point is lost without a reason."""
+    space = enumerate_space(TRAIN)
+    assert len(space.points) + sum(space.pruned.values()) == space.size == 409600
+    assert len(set(space.points)) == len(space.points)
+    every = set(space.points)
+    assert BASE in every
+    for number, schedule in enumerate(_product()):
+        if number % 37 == 0:
+            valid = not problems(SMALL, schedule, DEVICE)
+            assert valid or schedule not in every
+            if valid and schedule not in every:
+                warps = max(
+                    schedule.forward.warps / schedule.forward.rows, schedule.backward.warps / schedule.backward.rows
+                )
+                alone = Reduction.PARTIAL in (schedule.forward.reduction, schedule.backward.reduction)
+                assert warps > 2 / 16 or alone or schedule.backward.chunk == 8
+
+
+def test_inference_has_the_forwards_knobs_only() -> None:
+    """What it never runs is the default's."""
+    space = enumerate_space(replace(TRAIN, objective=Objective.INFER))
+    assert {(point.backward, point.interval) for point in space.points} == {(BASE.backward, BASE.interval)}
+    assert len({point.forward for point in space.points}) > 8
+
+
+def test_memory_bounds_the_space() -> None:
+    """Points over the bound are counted under its name, and what is left fits."""
+    subject = replace(TRAIN, max_bytes=200_000)
+    space = enumerate_space(subject)
+    assert space.pruned["memory over --max-memory"] == len(POINTS) - len(space.points) > 0
+    assert all(fits(subject, point) for point in space.points)
+
+
+def test_memory_is_that_of_the_equations() -> None:
+    """The 7B layer: every state is 8.9 GB, so a sixteenth of it, and the buffers of the shared gradients."""
+    schedule = default(LARGE, DEVICE)
+    assert extra_bytes(LARGE, schedule, 4, 4096, training=True) == pytest.approx(
+        0.87e9, rel=0.12
+    )  # docs/performance.md
+    states = 4 * 4096 * 132 * 64 * 16 * 4
+    longer = replace(schedule, interval=32)
+    saved = extra_bytes(LARGE, schedule, 4, 4096, training=True) - extra_bytes(LARGE, longer, 4, 4096, training=True)
+    scratch = 4 * 132 * 2 * 8 * 32 * 16 * 4
+    assert saved == states // 16 - states // 32 - scratch
+
+
+def test_the_hash_names_the_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It changes with an axis."""
+    before = space_hash()
+    assert before == space_hash()
+    monkeypatch.setitem(AXES, "interval", (16, 32))
+    assert space_hash() != before
+
+
+@given(st.sampled_from(POINTS))
+def test_slugs_and_values_name_schedules(schedule: Schedule) -> None:
+    """Both ways, without loss."""
+    assert parse(schedule.slug) == schedule
+    assert schedule_of(values_of(schedule)) == schedule
+    assert [AXES[name][place] for name, place in indices(schedule).items()] == list(values_of(schedule).values())
+
+
+def test_neighbours_are_one_step_away() -> None:
+    """Of one axis; all in the space."""
+    found = neighbours(BASE, POINTS)
+    assert len(found) == len(set(found)) > 6
+    for schedule in found:
+        one, other = indices(schedule), indices(BASE)
+        assert sorted(abs(one[name] - other[name]) for name in AXES)[-2:] == [0, 1]
+        assert schedule in set(POINTS)
+
+
+def _trial(schedule: Schedule, ms: float | None = None) -> Trial:
+    forward, backward = simulated.milliseconds(schedule, BASE)
+    both = (forward, backward) if ms is None else (ms / 2, ms / 2)
+    return Trial(schedule, "search", samples=Samples((both[0],) * 3, (both[1],) * 3, 0))
+
+
+@pytest.mark.parametrize("sampler", list(Sampler))
+def test_every_point_is_proposed_once(sampler: Sampler) -> None:
+    """The seeds first and in order, those outside the space too, and then all others."""
+    points = list(POINTS[::90])
+    outside = replace(BASE, forward=replace(BASE.forward, unroll=16))
+    seeds = [(BASE, "default"), (outside, "record"), (points[3], "similar"), (BASE, "elsewhere")]
+    proposer = Proposer(points, seeds, sampler, seed=0)
+    found = []
+    while (proposal := proposer.ask()) is not None:
+        found.append(proposal)
+        proposer.tell(proposal, _trial(proposal.schedule))
+    assert [(p.schedule, p.origin) for p in found[:3]] == seeds[:3]
+    assert len(found) == len({p.schedule for p in found})
+    assert {p.schedule for p in found} == {*points, BASE, outside}
+
+
+def test_a_skipped_point_is_not_proposed() -> None:
+    """As where another worker has it."""
+    proposer = Proposer(POINTS[:3], [(POINTS[0], "default")], Sampler.RANDOM, 0)
+    proposer.skip(POINTS[1])
+    found = [proposer.ask() for _ in range(3)]
+    assert {p.schedule for p in found if p} == {POINTS[0], POINTS[2]}
+    assert found[2] is None
+
+
+def test_parts_are_combined() -> None:
+    """The best forward of one trial and the best backward of another are proposed together."""
+    trials = [_trial(point) for point in neighbours(BASE, POINTS)] + [_trial(BASE)]
+    combined = best_combination(trials, dict.fromkeys(POINTS))
+    assert combined is not None
+    assert combined not in {trial.schedule for trial in trials}
+    best = min(trial.samples.median_ms for trial in trials if trial.samples)
+    assert sum(simulated.milliseconds(combined, BASE)) < best
+    assert best_combination(trials[:5], dict.fromkeys(POINTS)) is None
+
+
+def _samples(ms: float, spread: float = 0.002, count: int = 40) -> Samples:
+    """Return samples around a time, evenly spread."""
+    parts = [1 + spread * (2 * (7 * i % count) / (count - 1) - 1) for i in range(count)]
+    return Samples(tuple(ms * part for part in parts), (), 0)
+
+
+def test_the_fastest_wins_where_it_is_faster() -> None:
+    """Beyond noise, by its interval."""
+    fast, slow = POINTS[5], POINTS[9]
+    choice = choose({BASE: _samples(3.0), fast: _samples(2.0), slow: _samples(4.0)}, (BASE, fast, slow), BASE, 0)
+    assert choice.winner == fast
+    assert choice.ties == (fast,)
+    estimate = choice.estimates[fast]
+    assert estimate.low_ms <= estimate.median_ms <= estimate.high_ms
+    assert estimate.median_ms == pytest.approx(2.0, rel=1e-3)
+
+
+def test_ties_lean_towards_the_default() -> None:
+    """The default itself, or the one that differs from it in the fewest knobs."""
+    near = next(point for point in neighbours(BASE, POINTS))
+    far = next(
+        p for p in POINTS if sum(a != b for a, b in zip(indices(p).values(), indices(BASE).values(), strict=True)) > 5
+    )
+    tied = {BASE: _samples(2.0), near: _samples(1.998), far: _samples(1.996)}
+    assert choose(tied, tuple(tied), BASE, 0).winner == BASE
+    tied[BASE] = _samples(3.0)
+    assert choose(tied, tuple(tied), BASE, 0).winner == near
+    assert choose(tied, (far,), BASE, 0).winner == far, "of those that may win"
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(1.0, 5.0), min_size=1, max_size=5), st.floats(0.0, 0.3), st.integers(0, 3))
+def test_the_winner_is_never_slower_than_the_default(times: list[float], spread: float, seed: int) -> None:
+    """Beyond what counts as noise, whatever the others take."""
+    finalists = {BASE: _samples(3.0, spread)}
+    finalists |= {point: _samples(ms, spread) for point, ms in zip(POINTS, times, strict=False) if point != BASE}
+    choice = choose(finalists, tuple(finalists), BASE, seed)
+    assert choice.winner == choose(finalists, tuple(finalists), BASE, seed).winner
+    if choice.winner != BASE:
+        assert choice.estimates[choice.winner].median_ms < choice.estimates[BASE].median_ms * (1 + NOISE)
+        assert BASE not in choice.ties
+
+
+def test_importance_finds_the_knob_that_matters() -> None:
+    """Where one knob decides everything, it explains everything, and another nothing of its own."""
+    chosen = POINTS[:: len(POINTS) // 200]
+    found = importances([_trial(point, 1.0 + (point.tanh is Tanh.EXP)) for point in chosen])
+    assert found["tanh"] == pytest.approx(1.0)
+    assert all(0 <= part <= 0.2 for name, part in found.items() if name != "tanh")
+    assert importances([_trial(point) for point in chosen[:3]]) == {}

@@ -1,0 +1,90 @@
+"""Replay random search against TPE on recorded trials: ``tools/compare_samplers.py JOURNAL... [--seeds N]``.
+
+Each journal of ``m2gen tune`` (below ``~/.cache/m2gen/tune``) is a table of candidates and what they took. Both
+samplers search that table as ``m2gen tune`` would search the space, from the default schedule on, and nothing runs:
+a proposal's result is looked up. The trials of a long random search are the most even sample:
+
+    m2gen tune --spec h200.yaml --layer m2rnn_7b --sampler random --budget 10m --fresh
+
+Printed, over the seeds: how far the best found is above the best of the table after so many trials, the median and the
+worst seed, and how many trials it takes to come within 1 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+from m2gen.report import print_table
+from m2gen.tune.journal import decode_trial
+from m2gen.tune.sampler import Sampler
+from m2gen.tune.search import Proposer, neighbours
+from m2gen.tune.trial import Trial
+
+AFTER = (5, 10, 20, 40, 80, 160)
+CLOSE = 1.01
+
+
+def recorded(path: Path) -> list[Trial]:
+    """Return the trials of a journal, the last of each candidate, in order."""
+    trials = {}
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        value = json.loads(line)
+        if "trial" in value:
+            trial = decode_trial(value["trial"])
+            trials[trial.schedule] = trial
+    return list(trials.values())
+
+
+def replay(trials: Sequence[Trial], sampler: Sampler, seed: int) -> list[float]:
+    """Return the best time after each proposal; infinity before one passed."""
+    table = {trial.schedule: trial for trial in trials}
+    first = [(trials[0].schedule, "default")]
+    if sampler is Sampler.TPE:
+        first += [(point, "neighbour") for point in neighbours(trials[0].schedule, list(table))]
+    proposer = Proposer(list(table), first, sampler, seed)
+    best, curve = float("inf"), []
+    while (proposal := proposer.ask()) is not None:
+        trial = table[proposal.schedule]
+        proposer.tell(proposal, trial)
+        best = min(best, trial.median_ms or best)
+        curve.append(best)
+    return curve
+
+
+def rows(trials: Sequence[Trial], seeds: int) -> list[tuple[str, ...]]:
+    """Return a line for each sampler."""
+    least = min(trial.median_ms for trial in trials if trial.median_ms)
+    found = []
+    for sampler in Sampler:
+        curves = [replay(trials, sampler, seed) for seed in range(seeds)]
+        cells = []
+        for count in AFTER:
+            above = [curve[min(count, len(curve)) - 1] / least - 1 for curve in curves]
+            cells.append(f"{median(above):.1%} / {max(above):.1%}" if count <= len(trials) else "")
+        close = [next(i for i, best in enumerate(curve, 1) if best <= CLOSE * least) for curve in curves]
+        found.append((str(sampler), *cells, f"{median(close):g} / {max(close)}"))
+    return found
+
+
+def main() -> None:
+    """Print a table for each journal."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("journals", nargs="+", type=Path, metavar="JOURNAL")
+    parser.add_argument("--seeds", type=int, default=20, help="searches of each sampler")
+    given = parser.parse_args()
+    columns = ("sampler", *(f"after {count}" for count in AFTER), "trials to 1 %")
+    for path in given.journals:
+        trials = recorded(path)
+        if not any(trial.median_ms for trial in trials):
+            parser.error(f"{path} must hold a trial that passed, got none of {len(trials)}")
+        failed = sum(trial.failure is not None for trial in trials)
+        title = f"{path.stem}: {len(trials)} trials, {failed} failed; above the best: median / worst of {given.seeds}"
+        print_table(title, columns, rows(trials, given.seeds))
+
+
+if __name__ == "__main__":
+    main()
