@@ -31,8 +31,17 @@ class _ClampGradient(torch.autograd.Function):
 def _kept(x: Tensor, bits: int, grid: float) -> Tensor:
     """Return float32 values rounded to ``bits`` significant bits on a grid (see ``Arithmetic.grid``)."""
     dropped = 24 - bits
-    scaled = (x.float() * grid).contiguous().view(torch.int32)
-    return (((scaled + (1 << (dropped - 1))) & -(1 << dropped)).view(torch.float32) / grid).to(x.dtype)
+
+    def rounded(wide: Tensor) -> Tensor:
+        return ((wide.contiguous().view(torch.int32) + (1 << (dropped - 1))) & -(1 << dropped)).view(torch.float32)
+
+    return _on_grid(x.float(), rounded, grid).to(x.dtype)
+
+
+def _on_grid(x: Tensor, rounded: Callable[[Tensor], Tensor], grid: float) -> Tensor:
+    """Return ``rounded`` values of x times grid, over grid; numbers that no rounding changes stay as they are."""
+    nominal = rounded(x)
+    return nominal if grid == 1.0 else torch.where(nominal == x, nominal, rounded(x * grid) / grid)
 
 
 class _Rounded(torch.autograd.Function):
@@ -92,7 +101,7 @@ class Arithmetic:
         wide = x.to(self.state)
         if self.operand is self.state:
             return _rounded(wide, TF32_BITS, grid) if self.tf32 else wide
-        return (wide * grid).to(self.operand).to(self.state) / grid
+        return _on_grid(wide, lambda values: values.to(self.operand).to(self.state), grid)
 
     def tanh(self, x: Tensor) -> Tensor:
         """Return tanh of x as a kernel's instructions give it."""
