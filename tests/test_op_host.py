@@ -47,19 +47,24 @@ def _module(kernels: Any) -> Any:
 
 
 def test_a_launch_is_looked_up_once(kernels) -> None:
-    """The first launch compiles; it returns what hands the same binary other pointers, then scalars and flags."""
-    kernel = FakeKernel()
-    run = _module(kernels).launch(kernel, 5, ("p", "q"), (1, 2), {"SAVE": False, "ATOMIC": True})
+    """The first launch compiles; what is kept hands the same binary other pointers, then scalars and flags."""
+    kernel, known = FakeKernel(), {}
+    _module(kernels).launch(known, "key", kernel, 5, ("p", "q"), (1, 2), {"SAVE": False, "ATOMIC": True})
     ((_, grid, values, options),) = kernel.log
     assert (grid, values) == ((5, 1, 1), ("p", "q", 1, 2))
     assert options.items() >= {"SAVE": False, "ATOMIC": True, "num_stages": 1}.items()
-    run(("r", "s"))
+    known["key"](("r", "s"))
     assert kernel.log[1] == ("launched", (5, 1, 1), ("r", "s", 1, 2, False, True))
 
 
-def test_the_interpreter_keeps_nothing(kernels) -> None:
-    """Where nothing is compiled there is nothing to launch again."""
-    assert _module(kernels).launch(FakeKernel(compiles=False), 1, (), (), {}) is None
+@pytest.mark.parametrize("compiles", [False, True])
+def test_nothing_is_kept(kernels, compiles) -> None:
+    """The interpreter has nothing to keep, and a binary that nobody will launch again is not even loaded."""
+    known = None if compiles else {}
+    kernel = FakeKernel(compiles=compiles)
+    _module(kernels).launch(known, "key", kernel, 1, (), (), {})
+    assert not known
+    assert len(kernel.log) == 1
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
