@@ -11,6 +11,7 @@ import typer
 from m2gen.cli_options import DbOption, DebugOption, JsonOption, QuietOption, SpecOption, reporting, warn_of_faults
 from m2gen.errors import UsageError
 from m2gen.spec import Objective
+from m2gen.tune.memory import MemoryBound
 from m2gen.tune.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -32,8 +33,11 @@ def tune(
     ),
     objective: Annotated[Objective | None, typer.Option("--objective", help="Instead of the spec's.")] = None,
     max_memory: Annotated[
-        str | None, typer.Option("--max-memory", help="Most memory beyond inputs and gradients, as 2GB.")
-    ] = None,
+        str,
+        typer.Option(
+            "--max-memory", help="Most memory beyond inputs and gradients: 2GB, 3x the default schedule's, or any."
+        ),
+    ] = "1.5x",
     db: DbOption = None,
     storage: Annotated[
         str | None,
@@ -61,12 +65,12 @@ def tune(
         request = pipeline.TuneRequest(
             database=database,
             layers=tuple(layer or ()),
-            seconds=_read("--budget", "a time such as 10m or 90s", duration, budget),
+            seconds=None if budget is None else _read("--budget", "a time such as 10m or 90s", duration, budget),
             trials=trials,
             seed=seed,
             sampler=sampler,
             objective=objective,
-            max_bytes=_read("--max-memory", "a size such as 2GB", memory, max_memory),
+            memory=_read("--max-memory", "a size such as 2GB, a multiple such as 1.5x, or any", memory, max_memory),
             storage=storage,
             fresh=fresh,
         )
@@ -87,9 +91,9 @@ def _sizes(planned: Plan, request: TuneRequest, target: str | None) -> list[Size
     return pipeline.dry_run(planned, request, device, workers())
 
 
-def _read(option: str, what: str, parse: Callable[[str], Value], text: str | None) -> Value | None:
+def _read(option: str, what: str, parse: Callable[[str], Value], text: str) -> Value:
     try:
-        return None if text is None else parse(text)
+        return parse(text)
     except ValueError:
         raise UsageError(f"{option} must be {what}, got {text!r}") from None
 
@@ -104,11 +108,18 @@ def duration(text: str) -> float:
     return seconds
 
 
-def memory(text: str) -> int:
-    """Return the bytes of ``2GB``, ``500MB``, ``1GiB`` or a number of bytes; raises ValueError."""
+def memory(text: str) -> MemoryBound:
+    """Return the bound of ``2GB``, ``500MB``, ``1GiB``, a number of bytes, ``1.5x`` or ``any``; raises ValueError."""
+    if text == "any":
+        return MemoryBound()
+    if text.endswith("x"):
+        times = float(text[:-1])
+        if not 1 <= times < float("inf"):
+            raise ValueError(text)
+        return MemoryBound(times=times)
     units = {"gib": 2**30, "mib": 2**20, "kib": 2**10, "gb": 10**9, "mb": 10**6, "kb": 10**3, "b": 1}
     unit = next((unit for unit in units if text.lower().endswith(unit)), "")
     size = float(text[: len(text) - len(unit)]) * units.get(unit, 1)
     if not 0 < size < 2**60:
         raise ValueError(text)
-    return int(size)
+    return MemoryBound(size=int(size))

@@ -30,6 +30,8 @@ class Output:
     """Extent of the last dim; None for a scalar per head."""
     offsets: str
     mask: str
+    known: bool = False
+    """Whether the launcher keeps launches for calls alike."""
 
     @property
     def flag(self) -> str:
@@ -79,15 +81,17 @@ class Output:
     def finish(self) -> str:
         if not self.shared:
             return self.name
-        dim = -1 if self.dim is None else -2
-        return f"({self.name} if atomic else {self.name}.sum({dim})).to({self.operand}.dtype)"
+        known = ", known" if self.known else ""
+        rows, end = (self.name, "") if self.dim is not None else (f"{self.name}.unsqueeze(-1)", ".squeeze(-1)")
+        dtype = f"{self.operand}.dtype"
+        return f"({self.name}.to({dtype}) if atomic else summed({rows}, {dtype}{known}){end})"
 
 
 def forward_output(variant: Variant, schedule: Schedule) -> Output:
     """Return how y is written: rows are summed, and every head has its own."""
     total, parts = variant.total_heads, schedule.forward.parts(variant)
     mask = "tl.where(inside, col_mask, False)"
-    return Output("y", "v", total, total, parts, variant.head_dim, " + cols", mask)
+    return Output("y", "v", total, total, parts, variant.head_dim, " + cols", mask, known=True)
 
 
 def backward_outputs(variant: Variant, schedule: Schedule) -> tuple[Output, ...]:

@@ -15,6 +15,8 @@ from m2gen.signature import Direction, arguments
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import Variant
 
+SUM_ELEMENTS = 256
+"""Elements that one warp of the kernel that adds contributors' rows."""
 TRITON_DTYPE = {Dtype.BF16: "tl.bfloat16", Dtype.FP16: "tl.float16", Dtype.FP32: "tl.float32"}
 
 
@@ -77,7 +79,13 @@ def _constants(variant: Variant, schedule: Schedule) -> list[tuple[str, int]]:
         ("BACKWARD_ROWS", backward.rows),
         ("BACKWARD_PARTS", backward.parts(variant)),
         ("CHUNK", backward.chunk),
+        *([("SUM_BLOCK", SUM_ELEMENTS * forward.warps)] if _shares(variant, schedule) else []),
     ]
+
+
+def _shares(variant: Variant, schedule: Schedule) -> bool:
+    """Whether any tensor has several contributors."""
+    return any(out.shared for out in (forward_output(variant, schedule), *backward_outputs(variant, schedule)))
 
 
 def _parameters(variant: Variant, schedule: Schedule, direction: Direction) -> list[str]:
@@ -103,7 +111,7 @@ def _sums(variant: Variant, schedule: Schedule) -> dict[str, Any]:
     return {
         "y": y,
         "backward_outputs": outputs,
-        "shares": y.shared or backward_shares,
+        "shares": _shares(variant, schedule),
         "forward_atomic": atomic(y.shared, schedule.forward.reduction),
         "backward_atomic": atomic(backward_shares, schedule.backward.reduction),
     }
@@ -169,6 +177,7 @@ def _launch(variant: Variant, schedule: Schedule) -> dict[str, Any]:
         "backward_programs": heads * schedule.backward.parts(variant),
         "step_programs": heads,
         "forward_warps": schedule.forward.warps,
+        "sum_block": SUM_ELEMENTS * schedule.forward.warps,
         "backward_warps": schedule.backward.warps,
         "state_shape": f"{heads}, {rows}, {cols}",
         "step_shape": f"{heads}, {cols}",

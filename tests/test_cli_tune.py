@@ -99,7 +99,10 @@ def _holding(folder: Path) -> Database:
     [
         (("--budget", "soon"), "--budget must be a time such as 10m or 90s, got 'soon'"),
         (("--budget", "-5s"), "--budget must be a time such as 10m or 90s, got '-5s'"),
-        (("--max-memory", "lots"), "--max-memory must be a size such as 2GB, got 'lots'"),
+        (
+            ("--max-memory", "lots"),
+            "--max-memory must be a size such as 2GB, a multiple such as 1.5x, or any, got 'lots'",
+        ),
         (("--layer", "other"), "--layer must be among base, got 'other'"),
         (("--target", "sm_90"), "--target must be given with --dry-run only"),
         (("--report", "none/out.html"), "--report must be in a folder that is there, got none/out.html"),

@@ -20,6 +20,7 @@ from m2gen.schedule import Schedule, default, parse
 from m2gen.spec import Objective
 from m2gen.tune import lock
 from m2gen.tune.book import Standing
+from m2gen.tune.memory import MemoryBound
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
@@ -119,10 +120,10 @@ def test_hanging_and_crashing_candidates_cost_themselves(spec: Path) -> None:
     """In worker processes: the hang is stopped, the crash replaced, both are recorded and never tried again."""
     hang, crash = "f16x1u4a_b32x1c2a_i16_ptx", "f64x1u4a_b32x1c2a_i16_ptx"
     log = simulated.script(spec.parent / "script.json", hang=[hang], crash=[crash])
-    tuned = search(spec, simulated.rig(inline=False, seconds=2.0), trials=8)
+    tuned = search(spec, simulated.rig(inline=False, seconds=6.0), trials=8)
     found = {slug: of(tuned, slug).failure for slug in (hang, crash)}
     assert found[hang] is not None
-    assert (found[hang].reason, found[hang].message) == (Reason.HANG, "took longer than 2 s")
+    assert (found[hang].reason, found[hang].message) == (Reason.HANG, "took longer than 6 s")
     assert found[crash] is not None
     assert (found[crash].reason, found[crash].message) == (Reason.CRASH, "its process ended with SIGSEGV")
     assert sum(trial.median_ms is not None for trial in tuned.outcome.trials) == 6
@@ -324,7 +325,7 @@ def test_inference_tunes_the_forward_alone(spec: Path) -> None:
 def test_the_memory_bound_holds_for_the_winner(spec: Path) -> None:
     """Points over the bound are not in the space, and the default may be the reference without being eligible."""
     simulated.script(spec.parent / "script.json")
-    request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=20, max_bytes=300 * 2**20)
+    request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=20, memory=MemoryBound(size=300 * 2**20))
     (tuned,) = tune(plan(str(spec)), request, simulated.rig(), Silent())
     from m2gen.tune.space import fits
 

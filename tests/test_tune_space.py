@@ -23,7 +23,7 @@ from m2gen.schedule import (
 )
 from m2gen.spec import Objective
 from m2gen.tune.knobs import importances
-from m2gen.tune.memory import extra_bytes
+from m2gen.tune.memory import MemoryBound, extra_bytes
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.search import Proposer, best_combination, indices, neighbours
 from m2gen.tune.select import NOISE, choose
@@ -34,7 +34,7 @@ from m2gen.variant import parse_variant
 SMALL = parse_variant("k24_v16_q1_k1_v4_f4_w4_bf16_carry_approx")
 LARGE = parse_variant("k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx")
 DEVICE = TARGETS["sm_90"]
-TRAIN = Subject(SMALL, DEVICE, Objective.TRAIN, 2, 64)
+TRAIN = Subject(SMALL, DEVICE, Objective.TRAIN, 2, 64, MemoryBound())
 BASE = default(SMALL, DEVICE)
 POINTS = enumerate_space(TRAIN).points
 
@@ -83,9 +83,10 @@ def test_inference_has_the_forwards_knobs_only() -> None:
     assert len({point.forward for point in space.points}) > 8
 
 
-def test_memory_bounds_the_space() -> None:
+@pytest.mark.parametrize("bound", [MemoryBound(size=200_000), MemoryBound(times=1.0), MemoryBound(times=1.5)])
+def test_memory_bounds_the_space(bound: MemoryBound) -> None:
     """Points over the bound are counted under its name, and what is left fits."""
-    subject = replace(TRAIN, max_bytes=200_000)
+    subject = replace(TRAIN, memory=bound)
     space = enumerate_space(subject)
     assert space.pruned["memory over --max-memory"] == len(POINTS) - len(space.points) > 0
     assert all(fits(subject, point) for point in space.points)
@@ -222,3 +223,13 @@ def test_importance_finds_the_knob_that_matters() -> None:
     assert found["tanh"] == pytest.approx(1.0)
     assert all(0 <= part <= 0.2 for name, part in found.items() if name != "tanh")
     assert importances([_trial(point) for point in chosen[:3]]) == {}
+
+
+def test_the_usual_bound_leaves_out_what_saves_many_times_the_states() -> None:
+    """The 7B layer: a checkpoint every second step is over it; inference holds nothing."""
+    train = Subject(LARGE, DEVICE, Objective.TRAIN, 4, 4096)
+    base = default(LARGE, DEVICE)
+    assert fits(train, base)
+    assert not fits(train, replace(base, forward=replace(base.forward, unroll=2), interval=2))
+    partial = replace(base.forward, reduction=Reduction.PARTIAL)
+    assert fits(replace(train, objective=Objective.INFER), replace(base, forward=partial))

@@ -22,6 +22,7 @@ from m2gen.tune.book import Book, Crew, Ledger, Limits, Outcome, Stations, Watch
 from m2gen.tune.gpu import GPU
 from m2gen.tune.journal import Journal
 from m2gen.tune.loop import Search
+from m2gen.tune.memory import USUAL, MemoryBound
 from m2gen.tune.precompile import PRECOMPILE
 from m2gen.tune.records import Bench, key_of_subject, known_failures, records_of, seeds
 from m2gen.tune.sampler import Sampler
@@ -48,7 +49,7 @@ class TuneRequest:
     seed: int = 0
     sampler: Sampler = Sampler.TPE
     objective: Objective | None = None
-    max_bytes: int | None = None
+    memory: MemoryBound = USUAL
     storage: str | None = None
     fresh: bool = False
 
@@ -96,7 +97,7 @@ def goals(planned: Plan, request: TuneRequest, device: Device) -> list[Goal]:
         for name in built.layers:
             for workload in layers[name].workloads if not request.layers or name in request.layers else ():
                 objective = request.objective or planned.spec.tuning.objective
-                sizes = (workload.batch, workload.seq, request.max_bytes)
+                sizes = (workload.batch, workload.seq, request.memory)
                 subject = Subject(built.variant, device, objective, *sizes)
                 found.setdefault(key_of_subject(subject), Goal(name, subject))
     if not found:

@@ -178,7 +178,7 @@ class Book:
 
     def may_win(self, trial: Trial) -> bool:
         """Whether a trial's memory is within the subject's bound."""
-        most = self.subject.max_bytes
+        most = self.subject.memory.size
         return most is None or (trial.samples is not None and trial.samples.peak_bytes <= most)
 
     @property

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from m2gen.outputs import Output, backward_outputs, forward_output
 from m2gen.schedule import Reduction, Schedule
 from m2gen.variant import Variant
 
 SINGLE = 4
 """Bytes of a float32, which every buffer between kernels holds."""
+
+
+@dataclass(frozen=True)
+class MemoryBound:
+    """Most memory beyond inputs and gradients that a call may take: of the one that is set; no bound where none is."""
+
+    size: int | None = None
+    """Bytes, by arithmetic and as measured."""
+    times: float | None = None
+    """What the default schedule takes, that many times, by arithmetic."""
+
+
+USUAL = MemoryBound(times=1.5)
+"""Every layer of a model holds its checkpoints from its forward to its backward: a schedule that is a tenth faster with
+five times the checkpoints, as that of interval 2 is for the 7B layer, does not fit where the default does."""
 
 
 def extra_bytes(variant: Variant, schedule: Schedule, batch: int, seq: int, *, training: bool) -> int:

@@ -79,10 +79,18 @@ def _compile(task: CompileTask) -> Compiled:
     every = [(resources_of(kernel, subject.device), kernel.metadata.num_warps) for kernel in kernels]
     reasons = [reason for resources, warps in every for reason in resources.limits(subject.device, warps)]
     failure = Failure(Reason.LAUNCH, reasons[0]) if reasons else None
-    timed = every[: 2 if subject.objective is Objective.TRAIN else 1]
-    resources = [one for one, _ in timed]
+    resources = [_first(every, kernels, side) for side in _sides(subject.objective)]
     name = _binary(task, kernels, every)
     return Compiled(*_worst(resources), binary=name, failure=failure, seconds=time.monotonic() - start)
+
+
+def _sides(objective: Objective) -> tuple[str, ...]:
+    return ("forward", "backward") if objective is Objective.TRAIN else ("forward",)
+
+
+def _first(every: list[tuple[Resources, int]], kernels: list[Any], side: str) -> Resources:
+    """Return what the kernel takes that is timed: the first compiled of its name."""
+    return next(one for (one, _), kernel in zip(every, kernels, strict=True) if f"_{side}_" in kernel.metadata.name)
 
 
 def _worst(resources: list[Resources]) -> tuple[int, int, int]:

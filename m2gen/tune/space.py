@@ -13,7 +13,7 @@ from m2gen.device import Device
 from m2gen.outputs import backward_outputs, forward_output
 from m2gen.schedule import BackwardSchedule, ForwardSchedule, Reduction, Schedule, Tanh, default, problems
 from m2gen.spec import Objective
-from m2gen.tune.memory import extra_bytes
+from m2gen.tune.memory import USUAL, MemoryBound, extra_bytes
 from m2gen.variant import MIN_TILE, Variant
 
 Part = ForwardSchedule | BackwardSchedule
@@ -43,8 +43,7 @@ class Subject:
     objective: Objective
     batch: int
     seq: int
-    max_bytes: int | None = None
-    """Most memory beyond inputs and gradients that a call may take; None for no bound."""
+    memory: MemoryBound = USUAL
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,14 @@ def _reason(subject: Subject, schedule: Schedule, part: Part) -> str | None:
 
 def fits(subject: Subject, schedule: Schedule) -> bool:
     """Whether what a call allocates is within the subject's bound."""
-    if subject.max_bytes is None:
+    bound = subject.memory
+    if bound.size is not None:
+        return _taken(subject, schedule) <= bound.size
+    if bound.times is None or subject.objective is Objective.INFER:  # which keeps nothing when a call returns
         return True
+    return _taken(subject, schedule) <= bound.times * _taken(subject, default(subject.variant, subject.device))
+
+
+def _taken(subject: Subject, schedule: Schedule) -> int:
     training = subject.objective is Objective.TRAIN
-    return extra_bytes(subject.variant, schedule, subject.batch, subject.seq, training=training) <= subject.max_bytes
+    return extra_bytes(subject.variant, schedule, subject.batch, subject.seq, training=training)
