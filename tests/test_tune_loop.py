@@ -228,7 +228,7 @@ def test_an_interrupt_keeps_the_best_so_far(spec: Path) -> None:
     class Impatient(Silent):
         def trial(self, trial: Trial, standing: Standing) -> None:
             super().trial(trial, standing)
-            if len(self.trials) == 12:
+            if len(self.trials) >= 12:  # once more where a finaliser, of which Python ignores errors, had swallowed it
                 os.kill(os.getpid(), signal.SIGINT)
 
     simulated.script(spec.parent / "script.json")
