@@ -18,6 +18,8 @@ from m2gen.tune.select import choose
 from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task, Trial
 
 POLL_SECONDS = 0.2
+DEFAULT_SECONDS = 120.0
+"""Longest that a search waits, beyond its budget, for the default schedule's time."""
 
 
 @dataclass(order=True)
@@ -65,7 +67,7 @@ class Search:
     def _screen(self) -> None:
         self._crew.gpu.begin(Task(self._book.subject, self._book.default, Step.PREPARE))
         while True:
-            over = self._book.elapsed > self._book.limits.screening
+            over = self._over
             if over:
                 self._release()
             else:
@@ -83,6 +85,16 @@ class Search:
                     self._on_prepared(result)
                 else:
                     self._on_measured(result)
+
+    @property
+    def _over(self) -> bool:
+        """Whether the screening's time is up: not before the default, which all else is compared with, was measured.
+
+        That one waits for the first process on the GPU and for the oracle, which can take longer than a short budget;
+        but not for ever, where another worker has it.
+        """
+        late = self._book.elapsed - self._book.limits.screening
+        return late > 0 and (self._book.default in self._book.trials or late > DEFAULT_SECONDS)
 
     def _fill(self) -> None:
         """Give every idle station something to do."""
