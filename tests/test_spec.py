@@ -34,6 +34,7 @@ from m2gen.spec import (
     parse_spec,
     spec_hash,
 )
+from m2gen.variant import expand
 
 SPECS = Path(__file__).resolve().parents[1] / "specs"
 SHIPPED = sorted(SPECS.glob("*.yaml"))
@@ -86,6 +87,26 @@ def test_a_grid_expands_in_the_order_of_the_file() -> None:
     assert spec.targets == ("gfx942", "sm_80")
     assert spec.numerics.clip is ClipMode.TOTAL
     assert (spec.tuning.budget_seconds, spec.tuning.objective) == (90, Objective.INFER)
+
+
+def test_gates_are_the_fastest_axis_of_a_grid() -> None:
+    """Each dtype with a gate that is given, then with one that the kernel computes; only the latter's key says so."""
+    spec = parse_spec(MINIMAL.replace("dtypes: bf16", "dtypes: [bf16, fp16], gate: [given, softplus]"), "a.yaml")
+    assert [(p.dtype.value, p.gate.value) for p in spec.layers["base"].points()] == list(
+        product(["bf16", "fp16"], ["given", "softplus"])
+    )
+    assert [built.variant.key.endswith("_softplus") for built in expand(spec)] == [False, True, False, True]
+
+
+def test_products_of_fp32_are_part_of_what_a_kernel_means() -> None:
+    """tf32 is another variant of fp32, and none of the narrow dtypes, which it says nothing about."""
+    text = MINIMAL.replace("dtypes: bf16", "dtypes: [bf16, fp32]")
+    ieee, tf32 = (
+        [built.variant.key for built in expand(parse_spec(f"{text}{more}", "a.yaml"))]
+        for more in ("", "numerics: {fp32_products: tf32}\n")
+    )
+    assert ieee[0] == tf32[0]
+    assert tf32[1] == f"{ieee[1]}_tf32"
 
 
 @pytest.mark.parametrize(("budget", "seconds"), [("90s", 90), ("10m", 600), ("1h", 3600), ("999999h", 3599996400)])

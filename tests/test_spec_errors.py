@@ -142,6 +142,8 @@ EDITS = [
     ("seq: 4096}", "seq: 4096, sep: 1}", "$.layers.x.workloads[0].sep is not a known key (did you mean seq?)"),
     ("state: fp32", "state: bf16", "$.numerics.state must be fp32, got 'bf16'"),
     ("clip: carry", "clip: foo", "$.numerics.clip must be one of carry, total, got 'foo'"),
+    ("tanh: approx", "fp32_products: tf16", "$.numerics.fp32_products must be one of ieee, tf32, got 'tf16'"),
+    ("[bf16]", "[bf16]\n    gate: relu", "$.layers.x.gate must be one of given, softplus, got 'relu'"),
     ("tanh: approx", "tanh: [exact]", "$.numerics.tanh must be one of exact, approx, got ['exact']"),
     ("clip: carry", "clap: carry", "$.numerics.clap is not a known key (did you mean clip?)"),
     ("{budget: 10m, objective: train}", "", "$.tuning must be a mapping, got null"),
