@@ -1,8 +1,8 @@
 """Replay random search against TPE on recorded trials: ``tools/compare_samplers.py JOURNAL... [--seeds N]``.
 
-Each journal of ``m2gen tune`` (below ``~/.cache/m2gen/tune``) is a table of candidates and what they took. Both
-samplers search that table as ``m2gen tune`` would search the space, from the default schedule on, and nothing runs:
-a proposal's result is looked up. The trials of a long random search are the most even sample:
+Each journal of ``m2gen tune`` (below ``~/.cache/m2gen/tune``; or one compressed as ``.gz``) is a table of candidates
+and what they took. Both samplers search that table as ``m2gen tune`` would search the space, from the default schedule
+on, and nothing runs: a proposal's result is looked up. The trials of a long random search are the most even sample:
 
     m2gen tune --spec h200.yaml --layer m2rnn_7b --sampler random --budget 10m --fresh
 
@@ -13,6 +13,7 @@ worst seed, and how many trials it takes to come within 1 %.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,8 @@ CLOSE = 1.01
 def recorded(path: Path) -> list[Trial]:
     """Return the trials of a journal, the last of each candidate, in order."""
     trials = {}
-    for line in path.read_bytes().split(b"\n")[:-1]:
+    data = path.read_bytes()
+    for line in (gzip.decompress(data) if path.suffix == ".gz" else data).split(b"\n")[:-1]:
         value = json.loads(line)
         if "trial" in value:
             trial = decode_trial(value["trial"])
