@@ -23,7 +23,7 @@ from typing import Any
 from m2gen.cache import key_of, load_result, materialise, store_result
 from m2gen.device import Device
 from m2gen.errors import CompileError
-from m2gen.schedule import Schedule
+from m2gen.schedule import Layouts, Schedule
 from m2gen.signature import Argument, Direction, arguments
 from m2gen.variant import Variant
 
@@ -112,17 +112,27 @@ def compile_kernel(job: Job) -> Resources:
     """Cross-compile one kernel in this process; raises CompileError with the compiler's first line."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     kernel = getattr(load_kernels(job.source), f"m2rnn_{job.direction}_kernel")
     described = arguments(job.variant, job.schedule, job.direction)
     target = GPUTarget(*backend_of(job.device))
-    source = ASTSource(kernel, *_specialisation(described))
+    source = _source(job.schedule)(kernel, *_specialisation(described))
     try:
         compiled = triton.compile(source, target=target, options={"num_warps": job.warps, "num_stages": 1})
     except Exception as error:  # whatever a compiler raises, the user needs the kernel's name
         raise CompileError(f"{job.name}: {type(error).__name__}: {_last_line(error)}") from error
     return resources_of(compiled, job.device)
+
+
+def _source(schedule: Schedule) -> Any:
+    """Return Triton's class of kernels to compile: Gluon's are not those that its compiler lays out itself."""
+    if schedule.layouts is Layouts.EXPLICIT:
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 def load_kernels(source: str) -> ModuleType:

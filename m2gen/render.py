@@ -10,10 +10,10 @@ from typing import Any
 import jinja2
 
 from m2gen.outputs import backward_outputs, forward_output
-from m2gen.schedule import Reduction, Schedule, Tanh
+from m2gen.schedule import BackwardSchedule, ForwardSchedule, Layouts, Reduction, Schedule, Tanh
 from m2gen.signature import Direction, arguments
 from m2gen.spec import ClipMode, Dtype, Fp32Products
-from m2gen.variant import Variant
+from m2gen.variant import MIN_TILE, Variant
 
 SUM_ELEMENTS = 256
 """Elements that one warp of the kernel that adds contributors' rows."""
@@ -185,6 +185,44 @@ def _launch(variant: Variant, schedule: Schedule) -> dict[str, Any]:
     }
 
 
+def _tile(variant: Variant, part: ForwardSchedule | BackwardSchedule) -> str:
+    """Return the layout of a part's products: warps share the rows, and columns where there are more of them."""
+    down = min(part.warps, part.rows // MIN_TILE)
+    return f"tl.NVMMADistributedLayout([2, 0], [{down}, {part.warps // down}], [16, 8])"
+
+
+def _layouts(variant: Variant, schedule: Schedule) -> dict[str, Any]:
+    """Return the words in which the two dialects of the templates differ: Gluon's tensors have layouts."""
+    explicit = schedule.layouts is Layouts.EXPLICIT
+    sides: dict[str, ForwardSchedule | BackwardSchedule] = {"forward": schedule.forward, "backward": schedule.backward}
+    named = {
+        **{f"{side.upper()}_TILE": _tile(variant, part) for side, part in sides.items()},
+        "SUM_LAYOUT": f"tl.BlockedLayout([1], [32], [{schedule.forward.warps}], [0])",
+    }
+
+    def only(text: str) -> str:
+        return f", {text}" if explicit else ""
+
+    words = {
+        "explicit_layouts": explicit,
+        "layouts": list(named.items()) if explicit else [],
+        "jit": "gluon.jit" if explicit else "triton.jit",
+        "language": "triton.language" if explicit else "tl",
+        "barrier": "barrier" if explicit else "tl.debug_barrier",
+        "transpose": "x.permute((1, 0))" if explicit else "tl.trans(x)",
+        "sum_layout": only("SUM_LAYOUT"),
+        "tile_parameter": only("TILE: tl.constexpr"),
+        "tile_rows": only("tl.SliceLayout(1, TILE)"),
+        "tile_cols": only("tl.SliceLayout(0, TILE)"),
+    }
+    for side in sides:
+        tile = f"{side.upper()}_TILE"
+        words[f"{side}_tile"] = only(tile)
+        words[f"{side}_rows"] = only(f"tl.SliceLayout(1, {tile})")
+        words[f"{side}_cols"] = only(f"tl.SliceLayout(0, {tile})")
+    return words
+
+
 def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
     """Return the module of one variant run by one schedule: kernels, then the functions that launch them."""
     return render_template(
@@ -202,6 +240,7 @@ def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
         **_sums(variant, schedule),
         **_checkpoints(variant, schedule),
         **_launch(variant, schedule),
+        **_layouts(variant, schedule),
     )
 
 

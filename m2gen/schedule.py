@@ -22,6 +22,16 @@ class Tanh(StrEnum):
     """From ``exp2`` with a series near 0: float32 accuracy everywhere, also in the interpreter."""
 
 
+class Layouts(StrEnum):
+    """Who decides which thread holds which element of a kernel's tensors."""
+
+    AUTO = "auto"
+    """Triton's compiler: the portable templates."""
+    EXPLICIT = "explicit"
+    """The templates, in Gluon: operands are loaded into the layouts of the products, and move through no shared memory.
+    Products of 16-bit operands on NVIDIA only."""
+
+
 class Reduction(StrEnum):
     """How contributions of several programs to one element are summed."""
 
@@ -80,6 +90,7 @@ class Schedule:
     """Steps between the states that the forward saves. Above ``chunk``, the backward rebuilds the states of one
     interval into an L2-resident scratch, ``chunk`` steps apart."""
     tanh: Tanh
+    layouts: Layouts = Layouts.AUTO
 
     @property
     def two_level(self) -> bool:
@@ -89,10 +100,11 @@ class Schedule:
     @property
     def slug(self) -> str:
         """Name the schedule as an identifier, for file names and tables."""
-        return f"{self.forward.slug}_{self.backward.slug}_i{self.interval}_{self.tanh}"
+        explicit = "_explicit" if self.layouts is Layouts.EXPLICIT else ""
+        return f"{self.forward.slug}_{self.backward.slug}_i{self.interval}_{self.tanh}{explicit}"
 
 
-_SLUG = re.compile(r"f(\d+)x(\d+)u(\d+)([ap])_b(\d+)x(\d+)c(\d+)([ap])_i(\d+)_(ptx|exp)")
+_SLUG = re.compile(r"f(\d+)x(\d+)u(\d+)([ap])_b(\d+)x(\d+)c(\d+)([ap])_i(\d+)_(ptx|exp)(_explicit)?")
 
 
 def parse(slug: str) -> Schedule:
@@ -103,7 +115,8 @@ def parse(slug: str) -> Schedule:
     reduction = {str(kind)[0]: kind for kind in Reduction}
     forward = ForwardSchedule(int(found[1]), int(found[2]), int(found[3]), reduction[found[4]])
     backward = BackwardSchedule(int(found[5]), int(found[6]), int(found[7]), reduction[found[8]])
-    return Schedule(forward, backward, int(found[9]), Tanh(found[10]))
+    layouts = Layouts.EXPLICIT if found[11] else Layouts.AUTO
+    return Schedule(forward, backward, int(found[9]), Tanh(found[10]), layouts)
 
 
 def _power_of_two(value: int) -> bool:
@@ -123,6 +136,8 @@ def _problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[
     for name, steps in (("forward.unroll", schedule.forward.unroll), ("backward.chunk", schedule.backward.chunk)):
         if schedule.interval < 1 or steps < 1 or schedule.interval % steps:
             yield f"interval must be a multiple of {name} = {steps}, got {schedule.interval}"
+    if schedule.layouts is Layouts.EXPLICIT and not (device.is_nvidia and variant.dtype is not Dtype.FP32):
+        yield f"layouts must be auto for {variant.dtype} on {device.arch}, got {schedule.layouts}"
     if schedule.tanh is Tanh.PTX and not device.is_nvidia:
         yield f"tanh must be exp on {device.arch}, got {schedule.tanh}"
     if schedule.tanh is Tanh.PTX and variant.tanh is TanhMode.EXACT:

@@ -147,7 +147,7 @@ class Inline(Lane[Any, Any]):
         self.task = None
 
 
-def rig(device: Device = DEVICE, *, inline: bool = True, compilers: int = 2, seconds: float = 2.0) -> Rig:
+def rig(device: Device = DEVICE, *, inline: bool = True, compilers: int = 2, seconds: float = 6.0) -> Rig:
     """Return a rig whose GPU is simulated, in this process or in workers of its own."""
     measuring: Service[Task, Measured] = Service(measure, nothing, seconds, _lost, suspect)
     compiling: Service[CompileTask, Compiled] = Service(compile_, nothing, 30.0, _compile_lost)

@@ -60,7 +60,7 @@ def _product() -> Iterator[Schedule]:
 def test_every_valid_point_is_enumerated_or_counted_with_a_reason() -> None:
     """Against the validity predicate on a sample of the whole product: no valid point is lost without a reason."""
     space = enumerate_space(TRAIN)
-    assert len(space.points) + sum(space.pruned.values()) == space.size == 409600
+    assert len(space.points) + sum(space.pruned.values()) == space.size == 819200
     assert len(set(space.points)) == len(space.points)
     every = set(space.points)
     assert BASE in every

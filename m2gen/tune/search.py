@@ -38,7 +38,7 @@ class Proposal:
 def neighbours(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
     """Return the points that are one step of one axis away, in the order of the axes.
 
-    They say which knob matters, and share interval and tanh, so that their parts can be combined.
+    They say which knob matters, and share interval, tanh and layouts, so that their parts can be combined.
     """
     place, every = indices(schedule), set(points)
     found = []
@@ -172,8 +172,8 @@ def distributions() -> dict[str, BaseDistribution]:
 def best_combination(trials: Iterable[Trial], left: Container[Schedule]) -> Schedule | None:
     """Return the point of ``left`` whose forward and backward were timed in two trials and add up to the least.
 
-    A call's time is the sum of both kernels' times, and each depends on its own knobs and tanh, and a little on the
-    interval, which is that of either trial. None before ``COMBINED_AFTER`` trials have passed, and where no sum
+    A call's time is the sum of both kernels' times, and each depends on its own knobs, tanh and layouts, and a little
+    on the interval, which is that of either trial. None before ``COMBINED_AFTER`` trials have passed, and where no sum
     promises more than the best trial.
     """
     passed = [trial for trial in trials if trial.samples and not trial.failure and trial.samples.backward_ms]
@@ -188,14 +188,15 @@ def best_combination(trials: Iterable[Trial], left: Container[Schedule]) -> Sche
             (forwards, schedule.forward, samples.forward_ms),
             (backwards, schedule.backward, samples.backward_ms),
         ):
-            known = table.get((part, schedule.tanh), (float("inf"), schedule))
-            table[(part, schedule.tanh)] = min(known, (float(np.median(times)), schedule), key=lambda pair: pair[0])
+            key = part, (schedule.tanh, schedule.layouts)
+            known = table.get(key, (float("inf"), schedule))
+            table[key] = min(known, (float(np.median(times)), schedule), key=lambda pair: pair[0])
     best = min(trial.samples.median_ms for trial in passed if trial.samples)
     sums = [
-        (one + other, Schedule(forward, backward, schedule.interval, tanh))
-        for (forward, tanh), (one, first) in forwards.items()
+        (one + other, Schedule(forward, backward, schedule.interval, *both))
+        for (forward, both), (one, first) in forwards.items()
         for (backward, same), (other, second) in backwards.items()
-        if tanh == same and one + other < best
+        if both == same and one + other < best
         for schedule in (second, first)
     ]
     return next((point for _, point in sorted(sums, key=lambda pair: pair[0]) if point in left), None)

@@ -11,13 +11,13 @@ from typing import Any
 from m2gen.cache import key_of
 from m2gen.device import Device
 from m2gen.outputs import backward_outputs, forward_output
-from m2gen.schedule import BackwardSchedule, ForwardSchedule, Reduction, Schedule, Tanh, default, problems
+from m2gen.schedule import BackwardSchedule, ForwardSchedule, Layouts, Reduction, Schedule, Tanh, default, problems
 from m2gen.spec import Objective
 from m2gen.tune.memory import USUAL, MemoryBound, extra_bytes
 from m2gen.variant import MIN_TILE, Variant
 
 Part = ForwardSchedule | BackwardSchedule
-Value = int | Reduction | Tanh
+Value = int | Reduction | Tanh | Layouts
 
 AXES: dict[str, tuple[Value, ...]] = {
     "forward.rows": (16, 32, 64, 128, 256),
@@ -30,6 +30,7 @@ AXES: dict[str, tuple[Value, ...]] = {
     "backward.reduction": tuple(Reduction),
     "interval": (1, 2, 4, 8, 16, 32, 64, 128),
     "tanh": tuple(Tanh),
+    "layouts": tuple(Layouts),
 }
 """Every knob of a schedule and the values that are searched; ``m2gen.schedule.problems`` says which combine."""
 
@@ -103,7 +104,7 @@ def _axes(subject: Subject) -> dict[str, tuple[Value, ...]]:
         return AXES
     fixed = values_of(default(subject.variant, subject.device))
     return {
-        name: values if name.startswith("forward.") or name == "tanh" else (fixed[name],)
+        name: values if name.startswith("forward.") or name in ("tanh", "layouts") else (fixed[name],)
         for name, values in AXES.items()
     }
 
@@ -122,6 +123,7 @@ def values_of(schedule: Schedule) -> dict[str, Value]:
         "backward.reduction": backward.reduction,
         "interval": schedule.interval,
         "tanh": schedule.tanh,
+        "layouts": schedule.layouts,
     }
 
 
@@ -131,7 +133,7 @@ def schedule_of(values: Mapping[str, Any]) -> Schedule:
         side: [value for name, value in values.items() if name.startswith(side)] for side in ("forward", "backward")
     }
     forward, backward = ForwardSchedule(*parts["forward"]), BackwardSchedule(*parts["backward"])
-    return Schedule(forward, backward, values["interval"], values["tanh"])
+    return Schedule(forward, backward, values["interval"], values["tanh"], values["layouts"])
 
 
 def enumerate_space(subject: Subject) -> Space:
@@ -140,24 +142,24 @@ def enumerate_space(subject: Subject) -> Space:
     size = 1
     for values in axes.values():
         size *= len(values)
-    shared = list(product(axes["interval"], axes["tanh"]))
+    shared = list(product(axes["interval"], axes["tanh"], axes["layouts"]))
     pruned: Counter[str] = Counter()
     backward_count = _count(axes, "backward.")
     points: list[Schedule] = []
-    for interval, tanh in shared:
+    for both in shared:
         forwards: list[ForwardSchedule] = []
         for forward in (ForwardSchedule(*v) for v in _product(axes, "forward.")):  # type: ignore[arg-type]
             other = BackwardSchedule(MIN_TILE, 1, 1, Reduction.ATOMIC)
-            reason = _reason(subject, Schedule(forward, other, interval, tanh), forward)  # type: ignore[arg-type]
+            reason = _reason(subject, Schedule(forward, other, *both), forward)  # type: ignore[arg-type]
             if reason is None:
                 forwards.append(forward)
             else:
                 pruned[reason] += backward_count
         for backward in (BackwardSchedule(*v) for v in _product(axes, "backward.")):  # type: ignore[arg-type]
             first = ForwardSchedule(MIN_TILE, 1, 1, Reduction.ATOMIC)
-            reason = _reason(subject, Schedule(first, backward, interval, tanh), backward)  # type: ignore[arg-type]
+            reason = _reason(subject, Schedule(first, backward, *both), backward)  # type: ignore[arg-type]
             if reason is None:
-                points += (Schedule(forward, backward, interval, tanh) for forward in forwards)  # type: ignore[arg-type]
+                points += (Schedule(forward, backward, *both) for forward in forwards)  # type: ignore[arg-type]
             else:
                 pruned[reason] += len(forwards)
     kept = tuple(point for point in points if fits(subject, point))

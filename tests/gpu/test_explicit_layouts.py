@@ -1,0 +1,43 @@
+"""Kernels whose layouts are written down, on a GPU: the interpreter runs none of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support import make_variant
+
+from m2gen.device import detect
+from m2gen.schedule import Layouts, default
+from m2gen.spec import Objective
+from m2gen.tune.candidate import load
+from m2gen.tune.gate import STEPS, Candidate, pass_gate, questions
+from m2gen.variant import Variant
+
+pytestmark = pytest.mark.gpu
+
+VARIANTS = {
+    "published": make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx"),
+    "rows": make_variant(256, 16, (1, 1, 2, 2, 2), "fp16", tanh="approx"),
+    "masked_softplus": make_variant(24, 9, (2, 1, 4, 2, 4), "fp16", "total", gate="softplus"),
+    "square": make_variant(64, 64, (2, 2, 2, 2, 2), "bf16", tanh="approx"),
+    "wide": make_variant(32, 128, (1, 1, 2, 2, 2), "bf16"),
+}
+
+
+@pytest.mark.parametrize("warps", [None, 2])
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_output_and_gradient(variant: Variant, warps: int | None) -> None:
+    """Against float64, on the gate's problems and those that it holds back; with warps that share a program, too."""
+    device = detect()
+    assert device is not None
+    schedule = replace(default(variant, device), layouts=Layouts.EXPLICIT)
+    if warps is not None:
+        parts = {side: replace(getattr(schedule, side), warps=warps) for side in ("forward", "backward")}
+        schedule = replace(schedule, **parts)
+    candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
+    asked = (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True))
+    verdict = pass_gate(candidate, asked, torch.device("cuda"))
+    assert verdict.failure is None, verdict.failure
+    assert {"y", "state", "dq", "dk", "dv", "dweight", "dforget"} <= {error.tensor for error in verdict.errors}

@@ -1,0 +1,97 @@
+"""Kernels whose layouts are written down: where they are valid, what they compile to, and what they share."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support import ROOT, make_variant
+
+from m2gen.compile import Job, Resources, compile_all, load_kernels
+from m2gen.device import PORTABLE, TARGETS
+from m2gen.render import render_kernel
+from m2gen.schedule import Layouts, Schedule, default, problems
+from m2gen.signature import Direction
+from m2gen.variant import Variant
+
+VARIANTS = {
+    "published": make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx"),
+    "masked_softplus": make_variant(24, 9, (2, 1, 4, 2, 4), "fp16", "total", gate="softplus"),
+    "square": make_variant(64, 64, (2, 2, 2, 2, 2), "bf16", tanh="approx"),
+}
+
+
+def explicit(variant: Variant, arch: str) -> Schedule:
+    return replace(default(variant, TARGETS[arch]), layouts=Layouts.EXPLICIT)
+
+
+def source(variant: Variant, arch: str = "sm_90") -> str:
+    return render_kernel(variant, explicit(variant, arch), "")
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "portable"])
+def test_they_need_nvidia(arch: str) -> None:
+    """Their products are NVIDIA's, and no interpreter runs them."""
+    variant, device = VARIANTS["published"], TARGETS.get(arch, PORTABLE)
+    schedule = replace(default(variant, device), layouts=Layouts.EXPLICIT)
+    assert problems(variant, schedule, device) == (f"layouts must be auto for bf16 on {arch}, got explicit",)
+
+
+def test_they_need_operands_of_16_bits() -> None:
+    """Registers of a product of float32 operands are laid out otherwise."""
+    variant = make_variant(64, 16, dtype="fp32")
+    schedule = replace(default(variant, TARGETS["sm_90"]), layouts=Layouts.EXPLICIT)
+    reasons = problems(variant, schedule, TARGETS["sm_90"])
+    assert reasons == ("layouts must be auto for fp32 on sm_90, got explicit",)
+
+
+def test_they_compile() -> None:
+    """With no GPU; where one warp holds a program, its operands pass through no shared memory."""
+    targets = {"published": ("sm_80", "sm_90"), "masked_softplus": ("sm_90",), "square": ("sm_90",)}
+    jobs = [
+        Job(variant, explicit(variant, arch), direction, TARGETS[arch], source(variant, arch))
+        for name, variant in VARIANTS.items()
+        for arch in targets[name]
+        for direction in Direction
+    ]
+    found = compile_all(jobs, 2, lambda _: None)
+    for job in jobs:
+        resources = found[job]
+        assert isinstance(resources, Resources), resources
+        assert not resources.limits(job.device, job.warps)
+        assert resources.shared_bytes == 0 or job.variant is VARIANTS["square"]
+
+
+def test_both_texts_have_the_same_steps() -> None:
+    """One template: what the two differ in are words for layouts, never an operation of the recurrence."""
+    variant = VARIANTS["published"]
+    auto = render_kernel(variant, default(variant, TARGETS["sm_90"]), "").splitlines()
+    explicit = source(variant).splitlines()
+    only = {line.strip() for line in set(explicit) - set(auto)}
+    words = (
+        "gluon",
+        "Layout",
+        "LAYOUT",
+        "_TILE",
+        "layout",
+        "mma_v2",
+        "barrier",
+        "permute",
+        "PropagateNan",
+        "TILE",
+        "schedule",
+    )
+    assert {line for line in only if not any(word in line for word in words)} <= {"import triton.language"}
+
+
+def test_the_interpreter_imports_them(tmp_path: Path) -> None:
+    """A package that has them for a GPU works in the interpreter, which runs others."""
+    (tmp_path / "kernels.py").write_text(source(VARIANTS["published"]))
+    code = "import kernels; assert callable(kernels.forward)"
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert load_kernels(source(VARIANTS["published"])).INTERVAL.value == 16
