@@ -22,6 +22,7 @@ ALLOWED: dict[str, str] = {
     "bucket": "",
     "cache": "",
     "pool": "",
+    "clock": "",
     "device": "errors",
     "spec": "errors",
     "variant": "spec",
@@ -38,7 +39,7 @@ ALLOWED: dict[str, str] = {
     "choice": "bucket db device schedule spec variant",
     "emit": "bucket choice device errors outputs render schedule spec variant",
     "directory": "errors",
-    "tune": "bucket cache compile db device errors outputs pool problem render schedule spec variant verify",
+    "tune": "bucket cache clock compile db device errors outputs pool problem render schedule spec variant verify",
     "pipeline": "bench bucket cache choice compile db device directory emit errors pool render schedule signature"
     " spec tune variant verify",
     "report": "verify bench",

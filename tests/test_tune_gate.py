@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import make_schedule, make_variant
 
+import m2gen.clock
 from m2gen.compile import load_kernels
 from m2gen.db import Reason
 from m2gen.device import TARGETS
@@ -161,8 +162,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "max_memory_allocated": lambda: next(memory),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(clock, "_FLUSH", [torch.empty(8)])
-    monkeypatch.setattr(clock, "WARM_SECONDS", 0.01)
+    monkeypatch.setattr(m2gen.clock, "_FLUSH", [torch.empty(8)])
+    monkeypatch.setattr(m2gen.clock, "WARM_SECONDS", 0.01)
     monkeypatch.setattr(gpu, "TORCH_DEVICE", "cpu")
     monkeypatch.setattr(gate, "STEPS", STEPS)
     gpu._CLOCKS.clear()
