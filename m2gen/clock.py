@@ -49,6 +49,15 @@ def warm(replays: Sequence[Replay[Result]]) -> list[tuple[float, ...]]:
     return found
 
 
+def aside(run: Callable[[], object]) -> None:
+    """Run a call on a stream of its own, as torch asks for before a backward is captured."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
 _FLUSH: list[torch.Tensor] = []
 
 
