@@ -69,7 +69,7 @@ def show_bench(book: Book, *, as_json: bool) -> None:
     ]
     if limits:
         names = list(limits[0][2].floors_ms)
-        columns = ("layer", "dtype", "workload", "contender", "what", "ms", "floor ms", *names)
+        columns = ("layer", "dtype", "workload", "contender", "what", "ms", "µs/step", "floor ms", *names)
         print_table("Achieved parts of the GPU's limits", columns, [_limit_cells(*limit) for limit in limits])
 
 
@@ -103,7 +103,9 @@ def _ms(value: float) -> str:
 def _limit_cells(row: Row, what: str, times: Times) -> tuple[Any, ...]:
     what = "step" if row.call is Call.DECODE else what
     parts = [f"{part:.0%}" for part in times.parts.values()]
-    return (*_where(row), row.contender, what, _ms(times.median_ms), _ms(max(times.floors_ms.values())), *parts)
+    a_step = f"{1e3 * times.median_ms / row.steps:.3f}"
+    floor = _ms(max(times.floors_ms.values()))
+    return (*_where(row), row.contender, what, _ms(times.median_ms), a_step, floor, *parts)
 
 
 def run_against(found: Iterable[Comparison], before: Baseline, stand: Stand, *, as_json: bool) -> int:

@@ -26,7 +26,7 @@ class Kind(StrEnum):
     @property
     def most_steps(self) -> int | None:
         """Steps that are timed at most: a loop of PyTorch takes minutes for thousands, compiling one takes hours."""
-        return {Kind.EAGER: 128, Kind.COMPILED: 32}.get(self)
+        return {Kind.EAGER: 128, Kind.COMPILED: 16}.get(self)
 
 
 class Call(StrEnum):
