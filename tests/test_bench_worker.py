@@ -84,9 +84,9 @@ def test_loops_are_timed_on_fewer_steps() -> None:
     """Of a long sequence only as many steps as the kind allows, and the gate of a compiled one has that size."""
     long = Workload("base", VARIANT, 2, 4096)
     steps = {kind: Entry(long, contender).steps for kind, contender in LOOPS.items()}
-    assert steps == {Kind.EAGER: 128, Kind.COMPILED: 16}
+    assert steps == {Kind.EAGER: 128, Kind.COMPILED: 8}
     (question,) = gate._questions(Entry(long, LOOPS[Kind.COMPILED]))
-    assert (question.case.problem.batch, question.case.problem.seq) == (2, 16)
+    assert (question.case.problem.batch, question.case.problem.seq) == (2, 8)
 
 
 def test_state_of_decoding_is_judged(generated: Contender, monkeypatch: pytest.MonkeyPatch) -> None:
