@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m2gen import __version__
+from m2gen.cli_bench import bench
 from m2gen.cli_db import db_app
 from m2gen.cli_options import (
     DbOption,
@@ -45,6 +46,7 @@ app = typer.Typer(
 spec_app = typer.Typer(no_args_is_help=True, help="Look at specs: their schema, and the variants they expand to.")
 app.add_typer(spec_app, name="spec")
 app.add_typer(db_app, name="db")
+app.command()(bench)
 app.command()(tune)
 
 
@@ -143,25 +145,6 @@ def verify(
         if junit is not None:
             write_junit(junit, f"m2gen verify {spec or '--full'}", outcome)
         raise typer.Exit(show_verify(outcome, as_json=json, quiet=quiet, verbose=verbose))
-
-
-@app.command()
-def bench(
-    spec: SpecOption,
-    layer: Annotated[str | None, typer.Option("--layer", help="Only this layer of the spec.")] = None,
-    db: DbOption = None,
-    no_db: NoDbOption = False,
-    json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Time forward and training step of every layer on its workloads; needs a GPU."""
-    from m2gen import pipeline
-    from m2gen.cli_output import show_bench
-
-    with reporting(debug):
-        planned = _plan(spec, records=records_of(db, no_db))
-        show_bench(pipeline.bench(planned, layer, terminal_progress(quiet)), as_json=json)
 
 
 @spec_app.command("show")

@@ -13,23 +13,11 @@ from m2gen import __version__
 from m2gen.cache import cache_dir
 from m2gen.choice import Choice
 from m2gen.device import PORTABLE, TARGETS, detect
-from m2gen.pipeline import BenchRow, BuildOutcome, CheckRow, Plan, shipped_database, shipped_specs, state
+from m2gen.pipeline import BuildOutcome, CheckRow, Plan, shipped_database, shipped_specs, state
 from m2gen.render import templates_dir
 from m2gen.report import print_json, print_table
 
 KERNEL_COLUMNS = ("variant", "kernel", "target", "registers", "spills B", "shared B", "code B", "from", "problems")
-BENCH_COLUMNS = (
-    "layer",
-    "variant",
-    "batch",
-    "seq",
-    "forward ms",
-    "forward+backward ms",
-    "extra GB",
-    "host µs",
-    "schedule",
-    "from",
-)
 SCHEDULE_COLUMNS = ("variant", "target", "programs/SM", "schedule", "from", "of")
 
 
@@ -115,22 +103,6 @@ def show_check(rows: Sequence[CheckRow], *, as_json: bool, quiet: bool, verbose:
     for row in broken if not as_json else ():
         print(f"m2gen: {row.variant} {row.kernel} on {row.arch}: {'; '.join(row.problems)}", file=sys.stderr)
     return 1 if broken else 0
-
-
-def show_bench(results: Sequence[BenchRow], *, as_json: bool) -> None:
-    """Print medians and peak memory of every workload, and the schedule it ran by."""
-    if as_json:
-        rows = [(row.layer, asdict(row.measurement), _choice_json(row.choice)) for row in results]
-        kept = ("schedule", "tier", "record")
-        print_json([{"layer": layer, **measured, **{name: c[name] for name in kept}} for layer, measured, c in rows])
-        return
-    print_table("Medians", BENCH_COLUMNS, map(_bench_cells, results))
-
-
-def _bench_cells(row: BenchRow) -> tuple[Any, ...]:
-    m = row.measurement
-    times = (f"{m.forward_ms:.3f}", f"{m.step_ms:.3f}", f"{m.extra_bytes / 1e9:.3f}", f"{m.call_us:.0f}")
-    return (row.layer, m.variant, m.batch, m.seq, *times, row.choice.schedule.slug, row.choice.source)
 
 
 def show_spec(planned: Plan, *, as_json: bool) -> None:

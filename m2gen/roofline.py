@@ -80,6 +80,18 @@ def work_of(variant: Variant, schedule: Schedule, sizes: tuple[int, int], *, tra
     return Work((1 + passes) * elements, flops * elements, products * 2 * cols * elements, traffic)
 
 
+def decoding_work(variant: Variant, batch: int) -> Work:
+    """Return what one step of decoding for ``batch`` sequences does at least: a forward of one step whose float32
+    states are read and written."""
+    rows, cols, heads = variant.state_expansion, variant.head_dim, variant.heads
+    elements = batch * variant.total_heads * rows * cols
+    element = BYTES[variant.dtype]
+    operands = batch * (heads.q * rows + heads.k * rows + heads.v * cols + heads.f + variant.total_heads * cols)
+    weight = heads.w * cols * cols
+    traffic = 2 * 4 * elements + (operands + weight) * element
+    return Work(elements, FORWARD_FLOPS * elements, 2 * cols * elements, traffic)
+
+
 def floors_ms(work: Work, peaks: Peaks, sm_count: int, dtype: Dtype) -> dict[str, float]:
     """Return how many milliseconds each limit alone makes a call take."""
     per_second = peaks.clock_ghz * 1e9 * sm_count

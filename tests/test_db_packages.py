@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,16 +14,13 @@ from records import H100, VARIANT, environment, failed, winner
 from support import ROOT, make_schedule
 
 from m2gen import directory, emit, pipeline
-from m2gen.bench import Measurement
 from m2gen.bucket import BUCKETS, Bucket
-from m2gen.cli_output import show_bench
 from m2gen.compile import Job, Resources
 from m2gen.db import Database, Record, Tier, read_export, write_export
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.pipeline import Plan
 from m2gen.schedule import default
 from m2gen.spec import Objective
-from m2gen.variant import Variant
 
 TINY = str(ROOT / "specs" / "tiny.yaml")
 LOW, HIGH = winner(Bucket.ONE), winner(Bucket.EIGHT, schedule=make_schedule(interval=6, unroll=3, chunk=3))
@@ -168,25 +164,3 @@ def test_verification_runs_every_schedule() -> None:
     second = [job for job in jobs if job.schedule == HIGH.schedule.slug]
     assert len(jobs) == len(plain) + len(second)
     assert {job.variant for job in second} == {VARIANT}
-
-
-def test_bench_says_which_schedule_a_workload_ran_by(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The bucket of each workload on the GPU at hand names its record."""
-    stage = sys.modules["m2gen.pipeline.bench"]
-    text = Path(TINY).read_text(encoding="utf-8").replace("[{batch: 1,", "[{batch: 66, seq: 8}, {batch: 500,")
-    (tmp_path / "tiny.yaml").write_text(text, encoding="utf-8")
-    monkeypatch.setattr(stage, "detect", lambda: TARGETS["sm_90"])
-    monkeypatch.setattr(stage, "load_module", lambda *_: SimpleNamespace(m2rnn=None))
-
-    def measure(_: object, variant: Variant, batch: int, seq: int, place: object) -> Measurement:
-        return Measurement(variant.key, batch, seq, 1.0, 2.0, 0, 3.0)
-
-    monkeypatch.setattr("m2gen.bench.measure", measure)
-    plan = pipeline.plan(str(tmp_path / "tiny.yaml"), records=(LOW, HIGH))
-    rows = {(r.measurement.batch, r.measurement.variant): r for r in pipeline.bench(plan, "base", Silent())}
-    assert rows[66, VARIANT.key].choice.source == f"exact {LOW.id}"
-    assert rows[500, VARIANT.key].choice.source == f"exact {HIGH.id}"
-    show_bench(list(rows.values()), as_json=False)
-    assert f" {HIGH.schedule.slug} exact {HIGH.id}" in " ".join(capsys.readouterr().out.split())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from stand_in import stand_in_gpu
 from support import make_schedule, make_variant
 
 from m2gen.compile import load_kernels
@@ -116,53 +115,11 @@ def test_the_held_out_problems_are_others() -> None:
         assert question.case.problem.seq % 16 == 0
 
 
-class _Event:
-    """A time as the host sees it."""
-
-    def __init__(self, enable_timing: bool) -> None:
-        self.at = 0.0
-
-    def record(self) -> None:
-        self.at = time.monotonic()
-
-    def elapsed_time(self, end: _Event) -> float:
-        return (end.at - self.at) * 1e3
-
-
-class _Graph:
-    """A graph whose replays take a millisecond."""
-
-    replays = 0
-
-    def replay(self) -> None:
-        _Graph.replays += 1
-        time.sleep(1e-3)
-
-
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have the worker use the CPU, and a clock that counts replays."""
 
-    @contextmanager
-    def capture(graph: _Graph) -> Iterator[None]:
-        yield
-
-    def nothing(*_: object) -> None: ...
-
-    memory = iter(range(0, 10**9, 1000))
-    for name, value in {
-        "CUDAGraph": _Graph,
-        "Event": _Event,
-        "graph": capture,
-        "synchronize": nothing,
-        "reset_peak_memory_stats": nothing,
-        "empty_cache": nothing,
-        "memory_allocated": lambda: next(memory),
-        "max_memory_allocated": lambda: next(memory),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(clock, "_FLUSH", [torch.empty(8)])
-    monkeypatch.setattr(clock, "WARM_SECONDS", 0.01)
+    stand_in_gpu(monkeypatch)
     monkeypatch.setattr(gpu, "TORCH_DEVICE", "cpu")
     monkeypatch.setattr(gate, "STEPS", STEPS)
     gpu._CLOCKS.clear()

@@ -1,6 +1,6 @@
 """The tuning database: measured, verified schedules as lines of JSON that can be read, merged and shared."""
 
-from m2gen.db.codec import NotARecord, decode, encode
+from m2gen.db.codec import NotARecord, decode, encode, worded
 from m2gen.db.database import Change, Database, merged
 from m2gen.db.exchange import export_text, read_export, read_other, write_export
 from m2gen.db.files import Contents, Fault, slug
@@ -61,5 +61,6 @@ __all__ = [
     "stale",
     "usual_device",
     "verdict",
+    "worded",
     "write_export",
 ]

@@ -60,13 +60,14 @@ def _parse(text: str) -> Record:
     try:
         record = _adapter().validate_json(text, strict=True)
     except ValidationError as error:
-        raise NotARecord(_worded(error.errors()[0])) from error
+        raise NotARecord(worded(error.errors()[0])) from error
     for problem in _contradictions(record):
         raise NotARecord(problem)
     return record
 
 
-def _worded(error: ErrorDetails) -> str:
+def worded(error: ErrorDetails) -> str:
+    """Return what pydantic found as ``$.place must ..., got ...``."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
     must = re.sub(r"^(Input|String|Value) should", "must", error["msg"])
     given = repr(error["input"])

@@ -1,6 +1,7 @@
 """The only module that chains the stages: each file is one command's way from a plan to its outcome."""
 
-from m2gen.pipeline.bench import BenchRow, bench
+from m2gen.bench.against import baseline
+from m2gen.pipeline.bench import BenchRequest, Stand, Swept, bench, regressions, sweep, this_stand, workloads
 from m2gen.pipeline.build import BuildOutcome, build, committed_specs, difference
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.db import Answer, Question, Superfluous, open_database, state, superfluous, why
@@ -11,7 +12,7 @@ from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_
 
 __all__ = [
     "Answer",
-    "BenchRow",
+    "BenchRequest",
     "BuildOutcome",
     "CheckRow",
     "Plan",
@@ -21,11 +22,14 @@ __all__ = [
     "Replay",
     "Rig",
     "Size",
+    "Stand",
     "Superfluous",
+    "Swept",
     "TuneRequest",
     "Tuned",
     "VerifyOutcome",
     "VerifyRequest",
+    "baseline",
     "bench",
     "build",
     "check",
@@ -38,6 +42,7 @@ __all__ = [
     "open_database",
     "open_spec",
     "plan",
+    "regressions",
     "relevant",
     "render",
     "replay",
@@ -46,10 +51,13 @@ __all__ = [
     "shipped_specs",
     "state",
     "superfluous",
+    "sweep",
     "this_rig",
+    "this_stand",
     "tune",
     "verify",
     "verify_full",
     "verify_records",
     "why",
+    "workloads",
 ]

@@ -1,59 +1,199 @@
-"""Time a plan's package on the GPU at hand."""
+"""Time a plan's packages beside other implementations, on the GPU at hand."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from m2gen.bench.against import Baseline, Comparison, compare
+from m2gen.bench.contest import Contender, Timer, Workload
+from m2gen.bench.measure import Gpu, Result, contest
+from m2gen.bench.peers import peers
+from m2gen.bench.sweep import Point, points
+from m2gen.bench.words import Axis, Call, Kind
 from m2gen.bucket import bucket_of
 from m2gen.cache import materialise
-from m2gen.choice import Choice
-from m2gen.compile import load_module
-from m2gen.device import detect
+from m2gen.choice import Choice, choose
+from m2gen.db import Environment, Record
+from m2gen.device import Device, detect
 from m2gen.errors import UsageError
-from m2gen.pipeline.plan import Plan, Progress, render
-
-if TYPE_CHECKING:
-    from m2gen.bench import Measurement
+from m2gen.pipeline.plan import Plan, Progress, relevant, render
+from m2gen.roofline import peaks_of
+from m2gen.schedule import default
+from m2gen.tune import lock
+from m2gen.variant import BuiltVariant
 
 
 @dataclass(frozen=True)
-class BenchRow:
-    """One workload of one layer: how long it takes, and the schedule that it ran by."""
+class BenchRequest:
+    """What to time of a plan, beside what."""
 
+    layer: str | None = None
+    """All layers where None."""
+    kinds: tuple[Kind, ...] = tuple(Kind)
+    peers: tuple[str, ...] = ()
+    """Adapters as ``module:function``, beside those that installed packages register."""
+    decode: tuple[int, ...] = ()
+    """Batches of which one token is decoded."""
+    seed: int = 0
+    """Of the order of turns and of resampling."""
+
+
+@dataclass(frozen=True)
+class Stand:
+    """What times: a device, what it runs with, and the timer that has it, real or scripted."""
+
+    device: Device
+    environment: Environment
+    timer: Timer
+
+    @property
+    def gpu(self) -> Gpu:
+        """What floors depend on."""
+        return Gpu(peaks_of(self.device.name), self.device.sm_count)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """The results at each point of a sweep of one layer."""
+
+    axis: Axis
     layer: str
-    measurement: Measurement
-    choice: Choice
+    at: tuple[tuple[Point, tuple[Result, ...]], ...]
 
 
-def bench(planned: Plan, layer: str | None, progress: Progress) -> list[BenchRow]:
-    """Time every variant on its layer's workloads on the GPU; raises UsageError where there is none."""
+@contextmanager
+def this_stand(command: str) -> Iterator[Stand]:
+    """Hold the GPU at hand with a worker process; raises UsageError where there is none."""
     device = detect()
     if device is None:
-        raise UsageError("m2gen bench must run on a machine whose GPU torch can use, got none")
-    import torch
+        raise UsageError(f"{command} must run on a machine whose GPU torch can use, got none")
+    from m2gen.bench.worker import IsolatedTimer
+    from m2gen.tune.environment import environment, gpu_name
 
-    from m2gen.bench import measure
+    timer = IsolatedTimer()
+    try:
+        with lock.exclusive(gpu_name()):
+            yield Stand(device, environment(device), timer)
+    finally:
+        timer.close()
 
-    folder = materialise(f"packages/{planned.origin.name}", render(planned).files)
-    module = load_module(folder / "__init__.py", f"m2gen_package_{folder.name}")
+
+@dataclass(frozen=True)
+class _Field:
+    """Everyone who can take part: packages with and without records, and peers."""
+
+    planned: Plan
+    plain: Plan
+    device: Device
+    request: BenchRequest
+    folders: dict[Kind, Path]
+
+    def contenders(self, workload: Workload) -> list[Contender]:
+        """Return who takes part in a workload; the tuned package where it has a schedule of its own."""
+        variant, kinds = workload.variant, self.request.kinds
+        base = self._generated(Kind.DEFAULT, self.plain, workload)
+        tuned = self._generated(Kind.TUNED, self.planned, workload)
+        loops = [Contender(kind, default(variant, self.device)) for kind in (Kind.EAGER, Kind.COMPILED)]
+        found = [base, *([tuned] if tuned.schedule != base.schedule else []), *loops]
+        if workload.call is Call.SEQUENCE:
+            named = peers(self.request.peers).items()
+            found += [Contender(Kind.PEER, base.schedule, adapter, label=name) for name, adapter in named]
+        return [contender for contender in found if contender.kind in kinds]
+
+    def _generated(self, kind: Kind, plan: Plan, workload: Workload) -> Contender:
+        bucket = bucket_of(workload.batch, workload.variant.total_heads, self.device.sm_count)
+        (choice,) = (c for c in plan.serving(workload.variant, self.device.arch) if bucket in c.buckets)
+        return Contender(kind, choice.schedule, choice.source, self.folders[kind])
+
+
+def _field(planned: Plan, plain: Plan, device: Device, request: BenchRequest) -> _Field:
+    folders = {}
+    for kind, plan in ((Kind.DEFAULT, plain), (Kind.TUNED, planned)):
+        folders[kind] = materialise(f"packages/{plan.origin.name}", render(plan).files)
+    return _Field(planned, plain, device, request, folders)
+
+
+def workloads(planned: Plan, request: BenchRequest) -> list[Workload]:
+    """Return every variant on its layers' workloads, then its decoding; raises UsageError for an unknown layer."""
     layers = planned.spec.layers
-    if layer is not None and layer not in layers:
-        raise UsageError(f"--layer must be among {', '.join(layers)}, got {layer!r}")
-    jobs = [
-        (name, built.variant, workload)
+    if request.layer is not None and request.layer not in layers:
+        raise UsageError(f"--layer must be among {', '.join(layers)}, got {request.layer!r}")
+    named = [
+        (name, built.variant)
         for built in planned.variants
         for name in built.layers
-        for workload in layers[name].workloads
-        if layer in (None, name)
+        if request.layer in (None, name) and layers[name].workloads
     ]
+    sequences = [Workload(name, variant, w.batch, w.seq) for name, variant in named for w in layers[name].workloads]
+    decoding = [Workload(name, variant, batch, 1, Call.DECODE) for name, variant in named for batch in request.decode]
+    if not sequences:
+        raise UsageError(f"{request.layer or 'the spec'} must have workloads to be timed, got none")
+    return sequences + decoding
+
+
+def bench(planned: Plan, request: BenchRequest, stand: Stand, progress: Progress) -> Iterator[tuple[Result, ...]]:
+    """Yield the results of each workload as they are known."""
+    jobs = workloads(planned, request)
+    field = _field(planned, planned.without_records(), stand.device, request)
     progress.start("bench", len(jobs))
-    results = []
-    for name, variant, workload in jobs:
-        measured = measure(module.m2rnn, variant, workload.batch, workload.seq, torch.device("cuda"))
-        bucket = bucket_of(workload.batch, variant.total_heads, device.sm_count)
-        (choice,) = (c for c in planned.serving(variant, device.arch) if bucket in c.buckets)
-        results.append(BenchRow(name, measured, choice))
-        progress.advance(f"{name} {variant.dtype} B{workload.batch} S{workload.seq}")
-    progress.finish()
-    return results
+    try:
+        for workload in jobs:
+            yield tuple(contest(workload, field.contenders(workload), stand.timer, stand.gpu, seed=request.seed))
+            progress.advance(workload.name)
+    finally:
+        progress.finish()
+
+
+def sweep(
+    planned: Plan, axis: Axis, request: BenchRequest, stand: Stand, records: Sequence[Record], progress: Progress
+) -> Swept:
+    """Time generated kernels and peers along an axis, from the first workload of the first layer that is asked for."""
+    base = workloads(planned, request)[0]
+    every = points(axis, base, stand.device.sm_count)
+    built = [BuiltVariant(variant, (base.layer,)) for variant in dict.fromkeys(p.workload.variant for p in every)]
+    grown = replace(planned, choices=_choices(planned, built, relevant(records, built)))
+    kinds = tuple(kind for kind in request.kinds if kind.most_steps is None)
+    field = _field(grown, grown.without_records(), stand.device, replace(request, kinds=kinds))
+    progress.start(f"sweep {axis}", len(every))
+    found = []
+    try:
+        for point in every:
+            entered = field.contenders(point.workload)
+            results = contest(point.workload, entered, stand.timer, stand.gpu, seed=request.seed)
+            found.append((point, tuple(results)))
+            progress.advance(f"{axis} {point.x}")
+    finally:
+        progress.finish()
+    return Swept(axis, base.layer, tuple(found))
+
+
+def _choices(planned: Plan, built: Sequence[BuiltVariant], records: Sequence[Record]) -> tuple[Choice, ...]:
+    devices = dict.fromkeys(choice.device for choice in planned.choices)
+    objective = planned.spec.tuning.objective
+    return tuple(c for device in devices for each in built for c in choose(each, device, objective, records))
+
+
+def regressions(
+    planned: Plan, request: BenchRequest, stand: Stand, before: Baseline, progress: Progress
+) -> Iterator[Comparison]:
+    """Yield every recorded time beside one of now, each binary timed in turns with itself.
+
+    Raises UsageError where no workload of the plan has a recorded time.
+    """
+    jobs = [workload for workload in workloads(planned, request) if before.has(workload)]
+    if not jobs:
+        raise UsageError("--against must have times of the spec's workloads, got none")
+    request = replace(request, kinds=(Kind.DEFAULT, Kind.TUNED))
+    field = _field(planned, planned.without_records(), stand.device, request)
+    progress.start("bench", len(jobs))
+    try:
+        for workload in jobs:
+            entered = field.contenders(workload)
+            results = contest(workload, entered, stand.timer, stand.gpu, seed=request.seed, arms=2)
+            yield from compare(results, before, request.seed)
+            progress.advance(workload.name)
+    finally:
+        progress.finish()

@@ -48,6 +48,12 @@ class Plan:
         """Return the checkpoint interval that serves ``variant`` on ``arch`` in the smallest bucket."""
         return self.serving(variant, arch)[0].schedule.interval
 
+    def without_records(self) -> Plan:
+        """Return the plan that an empty tuning database gives: default schedules everywhere."""
+        pairs = dict.fromkeys((choice.built, choice.device) for choice in self.choices)
+        chosen = (c for built, device in pairs for c in choose(built, device, self.spec.tuning.objective, ()))
+        return replace(self, choices=tuple(chosen))
+
     def uniform(self) -> tuple[Plan, ...]:
         """Return plans in which a variant has one schedule for all calls, and which together have every schedule.
 

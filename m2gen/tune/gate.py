@@ -55,7 +55,7 @@ def questions(variant: Variant, steps: int, *, held_out: bool = False) -> tuple[
 
 
 @lru_cache(maxsize=8)
-def _answered(variant: Variant, question: Question, device: torch.device) -> tuple[Inputs, Oracle]:
+def answered(variant: Variant, question: Question, device: torch.device) -> tuple[Inputs, Oracle]:
     """Return a question's inputs and the oracle's answer, worked out once for all candidates."""
     inputs = inputs_of(variant, question.case, question.seed, device)
     return inputs, oracle(variant, question.case, inputs, question.seed)
@@ -64,7 +64,7 @@ def _answered(variant: Variant, question: Question, device: torch.device) -> tup
 def prepare(variant: Variant, asked: Iterable[Question], device: torch.device) -> None:
     """Work out the answers before the first candidate needs them."""
     for question in asked:
-        _answered(variant, question, device)
+        answered(variant, question, device)
     with poisoned():  # whose first use imports a compiler
         pass
 
@@ -111,7 +111,7 @@ def call_of(module: ModuleType, objective: Objective, case: Case, inputs: Inputs
 
 def _judged(candidate: Candidate, question: Question, device: torch.device) -> Iterator[TensorResult]:
     """Yield every tensor's error, then whether a second run has the bits that the schedule claims."""
-    inputs, known = _answered(candidate.variant, question, device)
+    inputs, known = answered(candidate.variant, question, device)
     call = call_of(candidate.module, candidate.objective, question.case, inputs)
     with poisoned():
         first = call.results()

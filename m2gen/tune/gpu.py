@@ -44,11 +44,12 @@ def serve(task: Task) -> Measured:
         found = _serve(task)
     except Exception as error:  # of a compiler, a driver or a kernel
         message = " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_MESSAGE]
-        found = Measured(failure=Failure(_reason(error), message), details=traceback.format_exc())
+        found = Measured(failure=Failure(reason_of(error), message), details=traceback.format_exc())
     return replace(found, seconds=time.monotonic() - start)
 
 
-def _reason(error: Exception) -> Reason:
+def reason_of(error: Exception) -> Reason:
+    """Say what an exception of a compiler, a driver or a kernel makes of the candidate that raised it."""
     names = {kind.__name__ for kind in type(error).__mro__}
     if "OutOfMemoryError" in names:
         return Reason.MEMORY

@@ -1,4 +1,4 @@
-"""One tuner for each GPU of a machine: what two measure at once, neither measures."""
+"""One tuner or benchmark for each GPU of a machine: what two measure at once, neither measures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def exclusive(gpu: str) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             owner = os.pread(handle, 20, 0).decode(errors="replace").strip() or "unknown"
-            raise TuneError(f"one tuner at a time must use {gpu}: process {owner} does ({path})") from None
+            raise TuneError(f"one tuner or benchmark at a time must use {gpu}: process {owner} does ({path})") from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield

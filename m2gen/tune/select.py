@@ -44,6 +44,12 @@ def estimate(samples: Sequence[float], seed: int) -> Estimate:
     return Estimate(median, min(float(low), median), max(float(high), median))
 
 
+def difference(one: Sequence[float], other: Sequence[float], seed: int) -> float:
+    """Return how far apart two medians may be, as a part of the first: the end of the interval of the difference."""
+    apart = np.abs(_medians(other, seed + 1) / _medians(one, seed) - 1)
+    return float(np.quantile(apart, LEVEL))
+
+
 def choose(samples: Mapping[Schedule, Samples], eligible: Collection[Schedule], default: Schedule, seed: int) -> Choice:
     """Return the fastest eligible finalist, or of those within noise of it the default, else the one most like it.
 

@@ -1,0 +1,136 @@
+"""An entry's calls on the inputs of its workload: captured once, replayed by the GPU's clock."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import lru_cache, partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m2gen.bench.contest import Entry, Found, Workload
+from m2gen.bench.operators import Stepper, sequence_operator, stepper
+from m2gen.bench.words import Call
+from m2gen.clock import Replay, aside, peak_bytes, timed, warm
+from m2gen.problem import Inputs, Problem, make_inputs
+from m2gen.verify import Case, Operator
+from m2gen.verify.oracle import GATE_PARAMETERS, call, named_operands
+
+COUNTED_SECONDS = 0.15
+FEWEST, MOST = 3, 10
+"""Samples of one turn."""
+CALLS = 200
+"""Calls that one timing of the host spans: few enough for the driver's queue, which holds about a thousand."""
+TIMINGS = 20
+WARM_UPS = 2
+"""Calls outside a graph: the first compiles."""
+
+
+class Clock:
+    """Forward, and for sequences a forward that saves and its backward, each a graph of its own."""
+
+    def __init__(self, entry: Entry, device: torch.device) -> None:
+        workload, contender = entry.timed, entry.contender
+        inputs = _inputs(workload, device)
+        self.host_us: float | None = None
+        if workload.call is Call.DECODE:
+            step = _decoding(stepper(contender, workload.variant), inputs)
+            for _ in range(WARM_UPS):
+                aside(step)
+            self.extra_bytes = peak_bytes(step)
+            self._replays: list[Replay[Any]] = [Replay(step)]
+        else:
+            operator = sequence_operator(contender, workload.variant)
+            training = _Training(operator, inputs)
+            for _ in range(WARM_UPS):
+                aside(training.forward)
+                aside(training.both)
+            self.extra_bytes = peak_bytes(training.both)
+            self._replays = training.captured()
+        if contender.kind.generated:
+            self.host_us = _host_us(entry, device)
+
+    def sample(self) -> Found:
+        """Warm up and return the samples of one turn."""
+        estimate = median(map(sum, warm(self._replays)))
+        count = min(MOST, max(FEWEST, int(COUNTED_SECONDS * 1e3 / estimate)))
+        turns = timed(self._replays, count)
+        forward = tuple(turn[0] for turn in turns)
+        return Found(forward, tuple(turn[1] + turn[2] for turn in turns if turn[1:]))
+
+
+class _Training:
+    """An operator on leaves that require gradients."""
+
+    def __init__(self, operator: Operator, inputs: Inputs) -> None:
+        self._operator, self._inputs = operator, inputs
+        self._leaves = {name: x.detach().requires_grad_() for name, x in named_operands(inputs).items()}
+        self._case = Case("timed", Problem(*inputs.q.shape[:2]))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Run without gradients: nothing is saved."""
+        with torch.no_grad():
+            return self.saving()
+
+    def saving(self) -> tuple[Tensor, Tensor]:
+        """Run forward and save what the backward needs."""
+        return call(self._operator, self._leaves, self._inputs, self._case)
+
+    def backward(self, y: Tensor) -> Any:
+        """Return the gradients of every operand; y cannot be differentiated again."""
+        return torch.autograd.grad(y, list(self._leaves.values()), self._inputs.dy)
+
+    def both(self) -> Any:
+        """Run forward and backward."""
+        y, state = self.saving()
+        return y, state, self.backward(y)
+
+    def captured(self) -> list[Replay[Any]]:
+        """Return graphs of the forward without gradients, of the one that saves, and of the backward."""
+        forward, saving = Replay(self.forward), Replay(self.saving)
+        y, state = saving.results
+        saving.results = (y.detach(), state.detach())  # which keep the memory, and not what autograd knows of it
+        return [forward, saving, Replay(partial(self.backward, y))]
+
+
+def _decoding(step: Stepper, inputs: Inputs) -> Callable[[], Any]:
+    """Return a call of one token, which starts from the state that the last one left."""
+    token = [x[:, 0] for x in (inputs.q, inputs.k, inputs.v)]
+    gate = {name: x for name in GATE_PARAMETERS if (x := getattr(inputs, name)) is not None}
+
+    def run() -> Any:
+        with torch.no_grad():
+            return step(*token, inputs.weight, inputs.forget[:, 0], inputs.initial_state, **gate)
+
+    return run
+
+
+@lru_cache(maxsize=1)
+def _inputs(workload: Workload, device: torch.device) -> Inputs:
+    decode = workload.call is Call.DECODE
+    problem = Problem(workload.batch, 1 if decode else workload.seq, initial_state=decode)
+    return make_inputs(workload.variant, problem, seed=0).to(device)
+
+
+def _host_us(entry: Entry, device: torch.device) -> float:
+    """Return the microseconds that a call of one step of one sequence takes of the host.
+
+    The least of ``TIMINGS``, as timeit advises: whatever else the host does only adds to it.
+    """
+    variant, decode = entry.workload.variant, entry.workload.call is Call.DECODE
+    inputs = make_inputs(variant, Problem(1, 1, initial_state=decode), seed=0).to(device)
+    if decode:
+        run = _decoding(stepper(entry.contender, variant), inputs)
+    else:
+        run = _Training(sequence_operator(entry.contender, variant), inputs).forward
+    times = []
+    for _ in range(TIMINGS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            run()
+        times.append((time.perf_counter() - start) / CALLS * 1e6)
+    return min(times)

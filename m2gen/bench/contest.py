@@ -1,0 +1,105 @@
+"""What is timed beside what, and who times it. Imports neither torch nor triton."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from m2gen.bench.words import Call, Kind, Step
+from m2gen.db import Failure
+from m2gen.schedule import Schedule
+from m2gen.variant import Variant
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A call of one variant, of one size."""
+
+    layer: str
+    variant: Variant
+    batch: int
+    seq: int
+    call: Call = Call.SEQUENCE
+
+    @property
+    def name(self) -> str:
+        size = f"B{self.batch} one token" if self.call is Call.DECODE else f"B{self.batch} S{self.seq}"
+        return f"{self.layer} {self.variant.dtype} {size}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation that is timed."""
+
+    kind: Kind
+    schedule: Schedule
+    """Its own where it is generated, else the default, by which floors are counted."""
+    source: str = ""
+    """Tier and record of a generated one's schedule; the adapter of a peer, as ``module:function``."""
+    package: Path | None = None
+    """Folder of the package that a generated one is in."""
+    label: str = ""
+    """Name of a peer."""
+
+    @property
+    def name(self) -> str:
+        return self.label or str(self.kind)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender on a workload."""
+
+    workload: Workload
+    contender: Contender
+    arm: int = 0
+    """Tells entries apart that are the same binary, timed beside itself to see what noise is."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of each timed call."""
+        return min(self.workload.seq, self.contender.kind.most_steps or self.workload.seq)
+
+    @property
+    def timed(self) -> Workload:
+        """The workload as far as it is timed."""
+        return replace(self.workload, seq=self.steps)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One step with one entry."""
+
+    entry: Entry
+    step: Step
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a timer found: times of single calls in milliseconds, or why there are none."""
+
+    forward_ms: tuple[float, ...] = ()
+    """Without gradients: nothing is saved. Of decoding: the step."""
+    step_ms: tuple[float, ...] = ()
+    """Forward that saves what the backward needs, and the backward; none of decoding."""
+    extra_bytes: int = 0
+    """Peak allocation of a forward and backward beyond the inputs."""
+    host_us: float | None = None
+    """What a forward without gradients takes of the host; of generated operators alone."""
+    failure: Failure | None = None
+
+    def __add__(self, other: Found) -> Found:
+        return Found(
+            self.forward_ms + other.forward_ms,
+            self.step_ms + other.step_ms,
+            max(self.extra_bytes, other.extra_bytes),
+            self.host_us if other.host_us is None else other.host_us,
+            self.failure or other.failure,
+        )
+
+
+class Timer(Protocol):
+    """Whoever holds contenders against the oracle and times them: a GPU, or in tests a script."""
+
+    def ask(self, task: Task) -> Found: ...

@@ -1,0 +1,94 @@
+"""One workload: every contender is held against the oracle, and those that pass are timed in turns."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from m2gen.bench.contest import Contender, Entry, Found, Task, Timer, Workload
+from m2gen.bench.words import Call, Step
+from m2gen.db import Estimate, Failure
+from m2gen.roofline import Peaks, decoding_work, floors_ms, work_of
+from m2gen.tune.select import estimate
+
+ROUNDS = 6
+"""Turns of every contender: whatever changes in the meantime, clocks or neighbours, changes for all of them."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What floors depend on."""
+
+    peaks: Peaks | None
+    """None where they are not known for the GPU at hand, and so no floor is."""
+    sm_count: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """A median with its interval, and how long each limit of the GPU alone makes the call take."""
+
+    estimate: Estimate
+    floors_ms: dict[str, float]
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Return the achieved part of each floor: 1 is as fast as the limit allows."""
+        return {name: ms / self.estimate.median_ms for name, ms in self.floors_ms.items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one contender on one workload."""
+
+    entry: Entry
+    found: Found
+    forward: Timing | None = None
+    step: Timing | None = None
+    """Forward and backward."""
+
+    @property
+    def failure(self) -> Failure | None:
+        return self.found.failure
+
+
+def contest(
+    workload: Workload, contenders: Iterable[Contender], timer: Timer, gpu: Gpu, *, seed: int = 0, arms: int = 1
+) -> list[Result]:
+    """Return the result of every contender, in their order; with two ``arms``, of each of them twice.
+
+    One that fails the gate, or breaks off later, is never timed again, and its result has no times.
+    """
+    entries = [Entry(workload, contender, arm) for contender in contenders for arm in range(arms)]
+    found = {entry: timer.ask(Task(entry, Step.ADMIT)) for entry in entries}
+    order = random.Random(seed)
+    for _ in range(ROUNDS):
+        left = [entry for entry in entries if found[entry].failure is None]
+        order.shuffle(left)
+        for entry in left:
+            found[entry] += timer.ask(Task(entry, Step.SAMPLE))
+    return [_result(entry, found[entry], gpu, seed) for entry in entries]
+
+
+def _result(entry: Entry, found: Found, gpu: Gpu, seed: int) -> Result:
+    if found.failure is not None:
+        return Result(entry, found)
+
+    def timing(samples: tuple[float, ...], *, training: bool) -> Timing | None:
+        return Timing(estimate(samples, seed), floors(entry, gpu, training=training)) if samples else None
+
+    return Result(entry, found, timing(found.forward_ms, training=False), timing(found.step_ms, training=True))
+
+
+def floors(entry: Entry, gpu: Gpu, *, training: bool) -> dict[str, float]:
+    """Return the floors of a call of ``entry`` in milliseconds; none on a GPU whose peaks are not known."""
+    if gpu.peaks is None:
+        return {}
+    workload = entry.timed
+    if workload.call is Call.DECODE:
+        work = decoding_work(workload.variant, workload.batch)
+    else:
+        sizes = (workload.batch, workload.seq)
+        work = work_of(workload.variant, entry.contender.schedule, sizes, training=training)
+    return floors_ms(work, gpu.peaks, gpu.sm_count, workload.variant.dtype)

@@ -1,0 +1,75 @@
+"""From a contender to what is called: a sequence's operator, and one step of decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m2gen.bench import peers
+from m2gen.bench.contest import Contender
+from m2gen.bench.words import Kind
+from m2gen.compile import load_module
+from m2gen.problem import TORCH_DTYPE
+from m2gen.reference import Arithmetic
+from m2gen.variant import Variant
+from m2gen.verify import Operator
+from m2gen.verify.oracle import eager
+
+Stepper = Callable[..., tuple[Tensor, Tensor]]
+"""Takes the operands of one token and the state, as ``m2rnn_step`` does; returns y and the new state."""
+
+
+class CannotServe(Exception):
+    """A contender has no operator for a variant."""
+
+
+def sequence_operator(contender: Contender, variant: Variant) -> Operator:
+    """Return what is called on whole sequences; raises CannotServe, or whatever a package or a peer raises."""
+    if contender.kind.generated:
+        return partial(_package(contender.package).m2rnn, deterministic=False)
+    if contender.kind is Kind.PEER:
+        found = peers.operator_of(contender.source, variant)
+        if found is None:
+            raise CannotServe(f"{contender.source} does not serve {variant.key}")
+        operator: Operator = found
+        return operator
+    return _maybe_compiled(contender, _reference(variant))
+
+
+def stepper(contender: Contender, variant: Variant) -> Stepper:
+    """Return what advances states by one token; raises CannotServe, or whatever a package raises."""
+    if contender.kind.generated:
+        return _package(contender.package).m2rnn_step  # type: ignore[no-any-return]
+    if contender.kind is Kind.PEER:
+        raise CannotServe("adapters of peers are for sequences")
+    reference = _reference(variant)
+
+    def step(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor, state: Tensor, **gate: Any) -> Any:
+        token = [x.unsqueeze(1) for x in (q, k, v)]
+        y, after = reference(*token, weight, forget.unsqueeze(1), state, None, clip=None, **gate)
+        return y.squeeze(1), after
+
+    return _maybe_compiled(contender, step)
+
+
+def _package(folder: Path | None) -> ModuleType:
+    assert folder is not None
+    return load_module(folder / "__init__.py", f"m2gen_package_{folder.name}")
+
+
+def _reference(variant: Variant) -> Operator:
+    """Return the eager recurrence with a float32 state, and products in the variant's dtype."""
+    return eager(variant, Arithmetic(torch.float32, TORCH_DTYPE[variant.dtype]))
+
+
+def _maybe_compiled(contender: Contender, call: Callable[..., Any]) -> Callable[..., Any]:
+    if contender.kind is not Kind.COMPILED:
+        return call
+    torch.compiler.reset()  # every variant is the same code, of which dynamo compiles only so many
+    return torch.compile(call, dynamic=False, fullgraph=True)

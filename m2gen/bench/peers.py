@@ -1,0 +1,52 @@
+"""Other implementations that are timed beside the generated kernels, each behind an adapter of a few lines.
+
+An adapter takes a variant and returns what is called as the generated ``m2rnn`` is, or None where it cannot serve it:
+
+    def adapter(variant):
+        from peer import scan
+        return lambda q, k, v, weight, forget, initial_state, cu_seqlens, clip: scan(q, k, v, weight, forget, clip)
+
+q (B, S, Nq, K), k (B, S, Nk, K), v (B, S, Nv, V), weight (Nw, V, V), forget (B, S, Nf) in, y (B, S, N, V) and the final
+state (B, N, K, V) in float32 out; ``initial_state`` and ``cu_seqlens`` are None. A variant that computes its gate also
+gets ``A_log`` and ``dt_bias``. The call must be differentiable and capturable in a CUDA graph. An installed package
+registers its adapter as an entry point of the group ``m2gen.bench``; ``m2gen bench --peer module:function`` names one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable
+from importlib import metadata
+from typing import Any
+
+from m2gen.bench.words import Kind
+from m2gen.errors import UsageError
+from m2gen.variant import Variant
+
+GROUP = "m2gen.bench"
+_ADAPTER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
+
+
+def peers(named: Iterable[str] = ()) -> dict[str, str]:
+    """Return the adapters of installed packages by the peer's name, and those that are ``named`` under their own.
+
+    Raises UsageError for a name that is not ``module:function``.
+    """
+    points = metadata.entry_points(group=GROUP)
+    found = {f"peer {p.name}" if p.name in set(Kind) else p.name: p.value for p in points}
+    for adapter in named:
+        if not _ADAPTER.fullmatch(adapter):
+            raise UsageError(f"--peer must be module:function, got {adapter!r}")
+        found[adapter] = adapter
+    return found
+
+
+def operator_of(adapter: str, variant: Variant) -> Callable[..., Any] | None:
+    """Import an adapter and return its operator for a variant, or None; raises whatever the peer raises."""
+    module, _, function = adapter.partition(":")
+    if os.getcwd() not in sys.path:  # an installed command does not look where it was typed, its user does
+        sys.path.append(os.getcwd())
+    return getattr(importlib.import_module(module), function)(variant)  # type: ignore[no-any-return]

@@ -1,0 +1,93 @@
+"""How cost grows: workloads along one axis, and the straight line through their times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from m2gen.bench.contest import Workload
+from m2gen.bench.words import Axis
+from m2gen.spec import Heads
+from m2gen.variant import MIN_TILE, Variant
+
+LENGTHS = tuple(128 << i for i in range(8))
+ROWS = tuple(2 << i for i in range(8))
+HEADS = tuple(1 << i for i in range(8))
+PER_SM = (0.5, *(float(1 << i) for i in range(11)))
+"""Heads of all sequences for each SM."""
+FULL = 8
+"""Heads an SM from which on every SM has more programs than it can hold at once, so that they take turns."""
+SHORT = 32
+"""Steps where thousands of sequences must fit into memory."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place on the axis."""
+
+    x: int
+    workload: Workload
+    fitted: bool = True
+    """Whether the line has to go through it."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The line ms = intercept + slope x with the least squares of relative deviations."""
+
+    intercept_ms: float
+    slope_ms: float
+    """For each unit of x."""
+    worst: float
+    """The largest relative deviation of a point from the line."""
+    points: int
+
+    def at(self, x: float) -> float:
+        """Return milliseconds at x."""
+        return self.intercept_ms + self.slope_ms * x
+
+
+def points(axis: Axis, base: Workload, sm_count: int) -> tuple[Point, ...]:
+    """Return the workloads of a sweep, which start from a layer's first one."""
+    variant = base.variant
+    heads = variant.total_heads
+    if axis is Axis.SEQ:
+        return tuple(Point(seq, replace(base, seq=seq)) for seq in LENGTHS)
+    if axis is Axis.ROWS:
+        grown = ((rows, replace(variant, state_expansion=rows)) for rows in ROWS)
+        return tuple(Point(rows, replace(base, variant=v), rows >= MIN_TILE) for rows, v in grown)
+    if axis is Axis.HEADS:
+        batch = FULL * sm_count
+        of_heads = ((count * batch, with_heads(variant, count)) for count in HEADS)
+        return tuple(Point(x, replace(base, variant=v, batch=batch, seq=SHORT)) for x, v in of_heads)
+    batches = dict.fromkeys(max(1, round(per_sm * sm_count / heads)) for per_sm in PER_SM)
+    return tuple(
+        Point(batch * heads, replace(base, batch=batch, seq=SHORT), batch * heads >= FULL * sm_count)
+        for batch in batches
+    )
+
+
+def with_heads(variant: Variant, total: int) -> Variant:
+    """Return the variant with ``total`` heads: one stays one, other groups keep their part as far as it divides."""
+
+    def scaled(count: int) -> int:
+        if count == variant.total_heads:
+            return total
+        most = 1 if count == 1 else max(1, total * count // variant.total_heads)
+        return next(n for n in range(most, 0, -1) if total % n == 0)
+
+    counts = zip(Heads.model_fields, map(scaled, variant.heads.counts), strict=True)
+    return replace(variant, heads=Heads(**dict(counts)))
+
+
+def fit(xs: Sequence[float], ms: Sequence[float]) -> Fit | None:
+    """Return the line through times; None for fewer than three, which say nothing about one."""
+    if len(xs) < 3:
+        return None
+    x, t = np.asarray(xs, dtype=np.float64), np.asarray(ms, dtype=np.float64)
+    columns = np.stack([1 / t, x / t], axis=1)
+    (intercept, slope), *_ = np.linalg.lstsq(columns, np.ones_like(t), rcond=None)
+    worst = float(np.max(np.abs(t / (intercept + slope * x) - 1)))
+    return Fit(float(intercept), float(slope), worst, len(xs))

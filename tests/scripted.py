@@ -1,0 +1,80 @@
+"""A timer that does what a script says: times, noise and failures of contenders, with no GPU and no torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from records import H200, environment
+
+from m2gen.bench.contest import Entry, Found, Task
+from m2gen.bench.words import Call, Kind, Step
+from m2gen.db import Failure, Reason
+from m2gen.device import TARGETS
+from m2gen.pipeline import Stand
+
+DEVICE = replace(TARGETS["sm_90"], name=H200)
+SAMPLES = 5
+FASTER = {"default": 1.0, "tuned": 0.5, "eager": 40.0, "compiled": 10.0}
+"""Times a step, as parts of the default's."""
+
+
+def by_steps(entry: Entry) -> float:
+    """Return milliseconds of a forward: a hundredth for each step of each sequence."""
+    return 0.01 * entry.steps * entry.workload.batch * FASTER.get(entry.contender.name, 2.0)
+
+
+@dataclass
+class Script:
+    """A timer whose forwards take ``ms``, and whose steps take three times as long."""
+
+    ms: Callable[[Entry], float] = by_steps
+    noise: float = 0.001
+    """Part by which samples differ from each other."""
+    drift: float = 0.0
+    """Part by which the second arm of an entry is slower than the first."""
+    broken: Mapping[str, Failure] = field(default_factory=dict)
+    """Failures of contenders at the gate."""
+    breaks: Mapping[str, Failure] = field(default_factory=dict)
+    """Failures of contenders that passed it, when they are timed."""
+    asked: list[Task] = field(default_factory=list)
+    draw: random.Random = field(default_factory=lambda: random.Random(0))
+
+    def ask(self, task: Task) -> Found:
+        """Do one step as the script says."""
+        self.asked.append(task)
+        name = task.entry.contender.name
+        if task.step is Step.ADMIT:
+            host = 20.0 if task.entry.contender.kind.generated else None
+            return Found(extra_bytes=10**9, host_us=host, failure=self.broken.get(name))
+        if name in self.breaks:
+            return Found(failure=self.breaks[name])
+        middle = self.ms(task.entry) * (1 + self.drift * task.entry.arm)
+        forward = tuple(middle * (1 + self.noise * self.draw.uniform(-1, 1)) for _ in range(SAMPLES))
+        sequence = task.entry.workload.call is Call.SEQUENCE
+        return Found(forward, tuple(3 * ms for ms in forward) if sequence else ())
+
+    def sampled(self) -> list[str]:
+        """Return the contenders that were timed, in their order."""
+        return [task.entry.contender.name for task in self.asked if task.step is Step.SAMPLE]
+
+
+def stand(script: Script) -> Stand:
+    """Return a stand of an H200 whose timer is a script."""
+    return Stand(DEVICE, environment(), script)
+
+
+def given(script: Script) -> Callable[[str], object]:
+    """Return what gives the command line a scripted stand in place of the GPU at hand."""
+
+    @contextmanager
+    def this_stand(command: str) -> Iterator[Stand]:
+        yield stand(script)
+
+    return this_stand
+
+
+WRONG = Failure(Reason.WRONG, "dq of plain must be within 1.00e-03, got 2.00e-01")
+__all__ = ["DEVICE", "WRONG", "Kind", "Script", "given", "stand"]

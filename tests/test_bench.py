@@ -1,0 +1,426 @@
+"""Benchmarks on a scripted timer: who is timed, what is said of them, and never a speed-up of what failed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scripted
+from command_line import TINY, document, fails, run
+from records import H100, VARIANT, environment, winner
+from scripted import WRONG, Script
+from support import make_variant
+
+from m2gen import pipeline
+from m2gen.bench import book, peers, sweep
+from m2gen.bench.contest import Contender, Workload
+from m2gen.bench.measure import ROUNDS, Gpu, contest
+from m2gen.bench.words import Axis, Call, Kind
+from m2gen.bucket import Bucket
+from m2gen.db import Database, Failure, Reason
+from m2gen.device import TARGETS
+from m2gen.roofline import decoding_work, floors_ms, peaks_of, work_of
+from m2gen.schedule import default
+from m2gen.spec import Dtype
+
+SPEC = """schema: 1
+name: raced
+targets: sm_90
+layers:
+  wide:
+    head_dim: 16
+    state_expansion: 16
+    heads: {q: 1, k: 1, v: 2, f: 2, w: 2}
+    dtypes: fp32
+    workloads: [{batch: 66, seq: 256}]
+numerics: {tanh: exact}
+"""
+H200_GPU = Gpu(peaks_of("NVIDIA H200"), 132)
+LAYER_7B = make_variant(64, 16, (1, 1, 132, 132, 132), dtype="bf16", tanh="approx")
+BASE = Workload("m2rnn_7b", LAYER_7B, 4, 4096)
+RECORD = winner(Bucket.ONE)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Script:
+    """Return the script of the timer that the command line finds."""
+    made = Script()
+    monkeypatch.setattr(pipeline, "this_stand", scripted.given(made))
+    return made
+
+
+@pytest.fixture
+def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return a spec whose one workload is in the bucket of a record in ./db."""
+    monkeypatch.chdir(tmp_path)
+    Path("raced.yaml").write_text(SPEC, encoding="utf-8")
+    Database(Path("db")).add([RECORD])
+    return "raced.yaml"
+
+
+def bench(*arguments: str, status: int = 0) -> Any:
+    """Return the document of a run on the raced spec and its record."""
+    return document("bench", "--spec", "raced.yaml", "--db", "db", "--quiet", *arguments, status=status)
+
+
+def rows(found: Any) -> dict[tuple[str, str], Any]:
+    """Return the rows of a document by call and contender."""
+    return {(row["call"], row["contender"]): row for row in found["rows"]}
+
+
+def test_everyone_side_by_side(spec: str, script: Script) -> None:
+    """Default, tuned, eager and compiled on the workload and on one token, in turns, with the record that serves."""
+    found = rows(bench())
+    kinds = ["default", "tuned", "eager", "compiled"]
+    assert list(found) == [("sequence", kind) for kind in kinds] + [("decode", kind) for kind in kinds]
+    tuned = found["sequence", "tuned"]
+    assert (tuned["schedule"], tuned["source"]) == (RECORD.schedule.slug, f"exact {RECORD.id}")
+    assert found["sequence", "default"]["schedule"] == default(VARIANT, TARGETS["sm_90"]).slug
+    assert {row["host_us"] for row in found.values() if row["schedule"]} == {20.0}
+    assert found["decode", "default"]["batch"] == 64
+    assert found["decode", "default"]["step"] is None
+    turns = [script.sampled()[4 * i : 4 * i + 4] for i in range(2 * ROUNDS)]
+    assert all(sorted(turn) == sorted(kinds) for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 2, "in another order each time"
+
+
+def test_medians_intervals_and_speed_ups(spec: str, script: Script) -> None:
+    """The median is the script's, within its interval; speed-ups compare steps, of which loops are timed on fewer."""
+    found = rows(bench())
+    base = found["sequence", "default"]
+    assert base["step"]["low_ms"] <= base["step"]["median_ms"] <= base["step"]["high_ms"]
+    assert base["step"]["median_ms"] == pytest.approx(3 * 0.01 * 256 * 66, rel=2e-3)
+    assert base["speed_up"] == 1
+    assert found["sequence", "tuned"]["speed_up"] == pytest.approx(2, rel=5e-3)
+    assert found["sequence", "eager"]["steps"] == 128
+    assert found["sequence", "eager"]["speed_up"] == pytest.approx(1 / 40, rel=5e-3)
+    assert found["sequence", "compiled"]["steps"] == 8
+    assert found["sequence", "compiled"]["speed_up"] == pytest.approx(1 / 10, rel=5e-3)
+
+
+@pytest.mark.parametrize("when", ["broken", "breaks"])
+def test_no_speed_up_of_what_failed(spec: str, script: Script, when: str) -> None:
+    """What fails the gate, or breaks off when it is timed, has no times and no speed-up; the command says so."""
+    setattr(script, when, {"tuned": WRONG})
+    found = rows(bench(status=1))
+    tuned = found["sequence", "tuned"]
+    assert (tuned["forward"], tuned["step"], tuned["speed_up"]) == (None, None, None)
+    assert tuned["failure"] == f"wrong: {WRONG.message}"
+    assert script.sampled().count("tuned") == (0 if when == "broken" else 2)
+    shown = run("bench", "--spec", spec, "--db", "db", "--quiet")
+    assert shown.exit_code == 1
+    assert f"wrong: {WRONG.message}" in " ".join(shown.stdout.split())
+
+
+def test_nothing_is_faster_than_a_default_that_failed(spec: str, script: Script) -> None:
+    """Without a default that passed there is nothing to compare with."""
+    script.broken = {"default": WRONG}
+    assert all(row["speed_up"] is None for row in rows(bench(status=1)).values())
+
+
+def test_what_pytorch_cannot_do_fails_no_benchmark(spec: str, script: Script) -> None:
+    """An eager loop that is out of memory is a row that says so; the kernels' status is 0."""
+    script.broken = {"eager": Failure(Reason.MEMORY, "OutOfMemoryError: 80 GiB")}
+    assert rows(bench())["sequence", "eager"]["failure"] == "memory: OutOfMemoryError: 80 GiB"
+
+
+def test_only_decode_and_peer(spec: str, script: Script) -> None:
+    """Contenders and batches of decoding can be chosen, and peers added; peers decode nothing."""
+    found = bench("--only", "default", "--only", "peer", "--peer", "other.kernels:adapter", "--decode", "8")
+    assert [(row["contender"], row["call"], row["batch"]) for row in found["rows"]] == [
+        ("default", "sequence", 66),
+        ("other.kernels:adapter", "sequence", 66),
+        ("default", "decode", 8),
+    ]
+    assert rows(found)["sequence", "other.kernels:adapter"]["source"] == "other.kernels:adapter"
+    assert [row["call"] for row in bench("--only", "default", "--decode", "0")["rows"]] == ["sequence"]
+
+
+def test_installed_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry point is a peer under its name, which cannot be that of a contender of ours."""
+    from importlib.metadata import EntryPoint
+
+    points = [EntryPoint(name, f"{name}:f", peers.GROUP) for name in ("published", "default")]
+    monkeypatch.setattr(peers.metadata, "entry_points", lambda group: points if group == peers.GROUP else [])
+    assert peers.peers(["a.b:c"]) == {"published": "published:f", "peer default": "default:f", "a.b:c": "a.b:c"}
+
+
+def test_the_tables(spec: str, script: Script) -> None:
+    """Times with intervals, then achieved parts of each limit for whatever is no loop of PyTorch."""
+    text = run("bench", "--spec", spec, "--db", "db", "--quiet").stdout
+    times, limits = text.split("Achieved parts of the GPU's limits")
+    assert "B66 S256" in times
+    assert "B64 token" in times
+    assert f"{RECORD.schedule.slug} exact {RECORD.id}" in " ".join(times.split())
+    for name in ("tanh", "float32 arithmetic", "products", "memory traffic", "floor ms"):
+        assert name in limits
+    assert "eager" not in limits
+    assert "host µs" in times
+
+
+def test_floors_of_the_7b_layer() -> None:
+    """Those that docs/performance.md names: on an H200, tanh takes 0.53 ms for each pass over the sequence."""
+    entry = Contender(Kind.DEFAULT, default(LAYER_7B, TARGETS["sm_90"]))
+    (result,) = contest(BASE, [entry], Script(), H200_GPU)
+    assert result.forward is not None
+    assert result.forward.floors_ms["tanh"] == pytest.approx(0.53, rel=0.02)
+    assert result.forward.floors_ms["float32 arithmetic"] == pytest.approx(0.2, rel=0.2)
+    assert result.forward.floors_ms["memory traffic"] == pytest.approx(0.03, rel=0.2)
+    assert result.step is not None
+    assert result.step.floors_ms["tanh"] == pytest.approx(3 * result.forward.floors_ms["tanh"])
+    part = result.forward.parts["tanh"]
+    assert part == pytest.approx(result.forward.floors_ms["tanh"] / result.forward.estimate.median_ms)
+    assert contest(BASE, [entry], Script(), Gpu(None, 1))[0].forward.floors_ms == {}  # type: ignore[union-attr]
+
+
+def test_the_floor_of_decoding_is_the_states_there_and_back() -> None:
+    """B64 of the 7B layer: 64 * 132 * 64 * 16 floats of 4 bytes, read and written, and little else."""
+    states = 64 * 132 * 64 * 16 * 4
+    work = decoding_work(LAYER_7B, 64)
+    assert 2 * states < work.traffic < 2.02 * states
+    peaks = H200_GPU.peaks
+    assert peaks is not None
+    assert floors_ms(work, peaks, 132, Dtype.BF16)["memory traffic"] == pytest.approx(2e3 * states / 4.8e12, rel=0.02)
+    forward = work_of(LAYER_7B, default(LAYER_7B, TARGETS["sm_90"]), (64, 1), training=False)
+    assert work.tanh == forward.tanh
+
+
+# ------------------------------------------------------------------------------------------------ against records
+
+
+def recorded(script: Script, *, factor: float = 1.0, device: str | None = None) -> Path:
+    """Write what a run printed, with every time multiplied by ``factor``."""
+    found = bench("--decode", "4")
+    for row in found["rows"]:
+        for times in filter(None, (row["forward"], row["step"])):
+            for name in ("median_ms", "low_ms", "high_ms"):
+                times[name] *= factor
+    if device:
+        found["environment"]["device"] = device
+    Path("before.json").write_text(json.dumps(found), encoding="utf-8")
+    script.asked.clear()
+    return Path("before.json")
+
+
+def against(path: object, status: int, *more: str) -> Any:
+    """Return the comparisons of a run."""
+    return bench("--decode", "4", "--against", str(path), *more, status=status)["comparisons"]
+
+
+def test_against_an_earlier_run(spec: str, script: Script) -> None:
+    """The same speed passes; each binary is timed beside itself in the same turns, and loops are not timed."""
+    found = against(recorded(script), 0)
+    assert len(found) == 2 * 2 + 2, "two contenders: forward and both of the workload, forward of a token"
+    assert {c["place"]["contender"] for c in found} == {"default", "tuned"}
+    assert all(0.01 <= c["noise"] < 0.02 for c in found)
+    arms = [task.entry.arm for task in script.asked]
+    assert arms.count(0) == arms.count(1)
+    assert set(script.sampled()) == {"default", "tuned"}
+
+
+def test_a_slowdown_fails(spec: str, script: Script, capsys: pytest.CaptureFixture[str]) -> None:
+    """Five percent slower than recorded is beyond one percent of noise; half a percent is not; faster is no failure."""
+    assert all(c["slower"] for c in against(recorded(script, factor=0.95), 1))
+    assert not any(c["slower"] for c in against(recorded(script, factor=0.995), 0))
+    assert not any(c["slower"] for c in against(recorded(script, factor=2.0), 0))
+    recorded(script, factor=0.9)
+    result = run("bench", "--spec", spec, "--db", "db", "--quiet", "--decode", "0", "--against", "before.json")
+    assert result.exit_code == 1
+    assert "SLOWER" in result.stdout
+    assert "4 of 4 times are slower beyond noise" in result.stderr
+
+
+def test_noise_that_a_run_beside_itself_shows_is_allowed(spec: str, script: Script) -> None:
+    """Where the same binary differs from itself by 10 %, 5 % slower says nothing, and 30 % still does."""
+    recorded(script, factor=0.95)
+    script.drift = 0.1
+    found = against("before.json", 0)
+    assert all(c["noise"] == pytest.approx(0.1, abs=0.01) for c in found)
+    assert all(c["slower"] for c in against(recorded(script, factor=0.7), 1))
+
+
+def test_kernels_that_fail_now_are_a_regression(spec: str, script: Script) -> None:
+    """What was timed then and is wrong now has no time, and fails."""
+    recorded(script)
+    script.broken = {"tuned": WRONG}
+    found = against("before.json", 1)
+    assert {c["place"]["contender"] for c in found if c["slower"]} == {"tuned"}
+    assert all(WRONG.message in c["failure"] for c in found if c["slower"])
+
+
+def test_losing_a_record_is_a_regression(spec: str, script: Script) -> None:
+    """Where what was tuned is not any more, the default that serves now is held against it."""
+    recorded(script)
+    found = document("bench", "--spec", spec, "--no-db", "--quiet", "--against", "before.json", status=1)
+    slower = [c for c in found["comparisons"] if c["slower"]]
+    assert {c["place"]["contender"] for c in slower} == {"tuned"}
+    assert slower[0]["change"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_against_a_database(spec: str, script: Script) -> None:
+    """A record's time is held against the tuned schedule, and its default's against the default."""
+    sizes = RECORD.problem
+    text = SPEC.replace("{batch: 66, seq: 256}", f"{{batch: {sizes.batch}, seq: {sizes.seq}}}")
+    Path("raced.yaml").write_text(text, encoding="utf-8")
+    timing = RECORD.timing
+    assert timing is not None
+
+    def ms(entry: Any) -> float:
+        then = timing.tuned if entry.contender.name == "tuned" else timing.default
+        return then.median_ms / 3
+
+    script.ms = ms
+    found = bench("--against", "db")["comparisons"]
+    assert [(c["place"]["contender"], c["place"]["what"]) for c in found] == [
+        ("default", "forward+backward"),
+        ("tuned", "forward+backward"),
+    ]
+    script.ms = lambda entry: ms(entry) * 1.2
+    assert all(c["slower"] for c in bench("--against", "db", status=1)["comparisons"])
+
+
+def test_records_that_cannot_be_used(spec: str, script: Script) -> None:
+    """Each is one line that says what is wrong and where; nothing is timed."""
+    command = ("bench", "--spec", spec, "--quiet", "--against")
+    line = fails(2, *command, str(recorded(script, device=H100)))
+    assert line == f"m2gen: --against before.json must be of {environment().device}, got one of {H100}"
+    Path("torn.json").write_text('{"environment"', encoding="utf-8")
+    assert "torn.json: $ must be what `m2gen bench --json` prints" in fails(2, *command, "torn.json")
+    found = json.loads(Path("before.json").read_text(encoding="utf-8"))
+    found["rows"][1]["step"]["median_ms"] = -1
+    Path("negative.json").write_text(json.dumps(found), encoding="utf-8")
+    assert "negative.json: $.rows[1].step.median_ms must be greater than 0, got -1" in fails(
+        2, *command, "negative.json"
+    )
+    assert "none.json must be readable" in fails(2, *command, "none.json")
+    Path("empty").mkdir()
+    assert "must have records of NVIDIA H200, got none" in fails(2, *command, "empty")
+    other = ("bench", "--spec", TINY, "--quiet", "--against", str(recorded(script)))
+    assert "--against must have times of the spec's workloads, got none" in fails(2, *other)
+    assert script.asked == []
+
+
+# ---------------------------------------------------------------------------------------------------------- sweeps
+
+
+@pytest.mark.parametrize("axis", list(Axis))
+def test_points_of_a_sweep(axis: Axis) -> None:
+    """Two decades or more on every axis, all valid variants, and the line through where cost should be linear."""
+    points = sweep.points(axis, BASE, 132)
+    xs = [point.x for point in points]
+    assert xs == sorted(set(xs))
+    assert xs[-1] / xs[0] >= 100
+    for point in points:
+        heads = point.workload.variant.heads
+        assert all(heads.total % count == 0 for count in heads.counts)
+        assert (heads.q, heads.k) == (1, 1)
+        programs = point.workload.batch * heads.total
+        if axis in (Axis.BATCH, Axis.HEADS):
+            assert point.x == programs
+            assert point.fitted == (programs >= 8 * 132)
+    fitted = [point.x for point in points if point.fitted]
+    assert len(fitted) >= 5
+    assert axis is Axis.ROWS or fitted[-1] / fitted[0] >= 100
+
+
+def test_other_head_counts() -> None:
+    """Groups keep their part as far as it divides, and what is a head of its own stays one for each."""
+    grouped = make_variant(heads=(3, 12, 12, 4, 1))
+    assert sweep.with_heads(grouped, 24).heads.counts == (6, 24, 24, 8, 1)
+    assert sweep.with_heads(grouped, 4).heads.counts == (1, 4, 4, 1, 1)
+    assert sweep.with_heads(make_variant(heads=(1, 1, 1, 1, 1)), 4).heads.counts == (4, 4, 4, 4, 4)
+
+
+def test_the_line_through_times() -> None:
+    """Exact times give their line; a bend shows as a deviation; two points are no evidence."""
+    exact = sweep.fit([100, 1000, 10000], [0.2, 1.1, 10.1])
+    assert exact is not None
+    assert (exact.intercept_ms, exact.slope_ms) == (pytest.approx(0.1), pytest.approx(1e-3))
+    assert exact.worst == pytest.approx(0, abs=1e-9)
+    bent = sweep.fit([100, 1000, 10000], [0.2, 1.1, 20.0])
+    assert bent is not None
+    assert bent.worst > 0.2
+    assert sweep.fit([1, 2], [1.0, 2.0]) is None
+
+
+def test_a_sweep(spec: str, script: Script) -> None:
+    """The table over S and its lines, whose slope is the script's; only kernels are timed."""
+    swept = bench("--sweep", "seq")["sweeps"][0]
+    assert [point["x"] for point in swept["points"]] == [128 << i for i in range(8)]
+    lines = {(line["contender"], line["what"]): line for line in swept["lines"]}
+    assert set(lines) == {(name, what) for name in ("default", "tuned") for what in ("forward", "forward+backward")}
+    assert lines["default", "forward"]["slope_ms"] == pytest.approx(0.01 * 66, rel=2e-3)
+    assert lines["tuned", "forward+backward"]["worst"] < 5e-3
+    text = run("bench", "--spec", spec, "--db", "db", "--quiet", "--sweep", "rows").stdout
+    assert "wide over rows" in text
+    assert "worst deviation" in text
+
+
+def test_failures_along_a_sweep(spec: str, script: Script) -> None:
+    """A point that fails is listed, and the others are still shown."""
+    script.broken = {"tuned": Failure(Reason.MEMORY, "80 GiB")}
+    result = run("bench", "--spec", spec, "--db", "db", "--quiet", "--sweep", "seq")
+    assert result.exit_code == 1
+    assert "memory: 80 GiB" in result.stdout
+    assert "default forward ms" in result.stdout
+
+
+@pytest.mark.parametrize("suffix", [".svg", ".png"])
+def test_a_figure(spec: str, script: Script, suffix: str) -> None:
+    """Sweeps side by side in one file, of the format that its name says."""
+    run("bench", "--spec", spec, "--db", "db", "--quiet", "--sweep", "seq", "--sweep", "batch", "--plot", f"a{suffix}")
+    content = Path(f"a{suffix}").read_bytes()
+    assert content.startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+
+
+def test_a_figure_needs_matplotlib(spec: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is timed."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    line = fails(2, "bench", "--spec", spec, "--db", "db", "--sweep", "seq", "--plot", "a.svg")
+    assert "pip install 'm2gen[plot]'" in line
+    assert script.asked == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--plot", "a.svg"), "--plot must be given with --sweep"),
+        (("--sweep", "seq", "--plot", "a.pdf"), "--plot must end in .png or .svg, got 'a.pdf'"),
+        (("--sweep", "seq", "--against", "x"), "--against must be given without --sweep"),
+        (("--peer", "nothing"), "--peer must be module:function, got 'nothing'"),
+        (("--sweep", "time"), "--sweep"),
+        (("--only", "best"), "--only"),
+    ],
+)
+def test_requests_that_cannot_be_met(spec: str, script: Script, arguments: tuple[str, ...], message: str) -> None:
+    """One line and status 2, before anything is timed."""
+    result = run("bench", "--spec", spec, "--quiet", *arguments)
+    assert result.exit_code == 2
+    assert script.asked == []
+    if result.stderr:  # what the parser refuses is printed by main()
+        assert message in result.stderr
+
+
+def test_a_document_reads_back(spec: str, script: Script, tmp_path: Path) -> None:
+    """What is printed is what is read, to the last digit."""
+    found = bench()
+    (tmp_path / "a.json").write_text(json.dumps(found), encoding="utf-8")
+    again = book.dump(book.load(tmp_path / "a.json"))
+    assert json.loads(json.dumps(again)) == found
+
+
+def test_interrupted_runs_show_what_there_is(spec: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the second workload leaves the first one's rows."""
+    right = script.ask
+
+    def ask(task: Any) -> Any:
+        if task.entry.workload.call is Call.DECODE:
+            raise KeyboardInterrupt
+        return right(task)
+
+    monkeypatch.setattr(script, "ask", ask)
+    result = run("bench", "--spec", spec, "--db", "db", "--quiet")
+    assert result.exit_code == 130
+    assert "B66 S256" in result.stdout
