@@ -198,6 +198,7 @@ def _operator(origin: Origin, namespace: str, choices: list[Choice]) -> dict[str
             clamp_total=clip is ClipMode.TOTAL,
             varying=_varying(choices),
         ),
+        "parallel.py": render_template("parallel.py.j2", provenance=header),
         "reference.py": _reference(header),
     }
     if clip is ClipMode.CARRY and any(not choice.variant.computes_gate for choice in choices):
