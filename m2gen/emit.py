@@ -190,6 +190,7 @@ def _operator(origin: Origin, namespace: str, choices: list[Choice]) -> dict[str
             "checks.py.j2", provenance=header, spec_file=origin.spec_file, command=origin.command
         ),
         "layer.py": render_template("layer.py.j2", provenance=header, layers=_layers(variants)),
+        "layers.py": render_template("layers.py.j2", provenance=header),
         "library.py": render_template("library.py.j2", provenance=header, namespace=namespace),
         "op.py": render_template(
             "op.py.j2",
