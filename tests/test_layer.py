@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from calls import assert_close, assert_same, distance, module_of, offsets_of
+from layer import by_hand
 from support import SCHEDULES, build_package, import_package, make_variant
 from torch import Tensor, nn
 
@@ -109,47 +110,12 @@ def test_outputs_and_every_gradient_against_float64(package, device, shape, dtyp
     assert all(x.norm() > 0 for x in exact.values())
 
 
-def _by_hand(layer: nn.Module, x: Tensor) -> Tensor:
-    """Evaluate the layer's definition token by token in the dtype of its parameters, from the paper's equations."""
-    p = {name: parameter.detach() for name, parameter in layer.named_parameters()}
-    rows, cols, heads = layer.state_expansion, layer.head_dim, layer.heads
-    total = max(heads)
-    sizes = [heads.q * rows, heads.k * rows, heads.v * cols, heads.f, layer.gate_heads * cols]
-    projected = x @ p["input_projection.weight"].T + p["input_projection.bias"]
-    mixed, f, g = projected.split([sum(sizes[:3]), *sizes[3:]], -1)
-
-    def of(head: int, part: Tensor, count: int) -> Tensor:
-        return part.unflatten(-1, (count, -1))[..., head // (total // count), :]
-
-    taps = p["conv1d.weight"][:, 0]
-    outputs = []
-    state = x.new_zeros(total, rows, cols)
-    for t in range(x.shape[0]):
-        window = sum(taps[:, 3 - back] * mixed[t - back] for back in range(4) if t >= back) + p["conv1d.bias"]
-        q, k, v = (window * window.sigmoid()).split(sizes[:3], -1)
-        step = torch.log(1 + torch.exp(f[t] + p["decay_gate.dt_bias"]))
-        gate = torch.exp(-torch.exp(p["decay_gate.A_log"]) * step)
-        mixture = []
-        for n in range(total):
-            head = n // (total // heads.f)
-            outer = torch.outer(of(n, k, heads.k), of(n, v, heads.v))
-            weight = p["state_weight"][n // (total // heads.w)]
-            state[n] = gate[head] * state[n] + (1 - gate[head]) * torch.tanh(state[n] @ weight + outer)
-            y = of(n, q, heads.q) @ state[n] + p["D"][n] * of(n, v, heads.v)
-            out = of(n, g[t], layer.gate_heads)
-            mixture.append(y * out * out.sigmoid())
-        row = torch.cat(mixture)
-        row = row / (row.square().mean() + 1e-5).sqrt() * p["g_norm.weight"]
-        outputs.append(p["output_projection.weight"] @ row)
-    return torch.stack(outputs)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_reference_layer_is_the_papers(package, shape) -> None:
     """The layer in float64 agrees with its definition written out again, head by head and token by token."""
     layer = twin(package, make_layer(package, shape), shape, torch.float64)
     x = tokens(torch.device("cpu"), 6).double()
-    assert distance(layer(x[None])[0], _by_hand(layer, x)) < 1e-13
+    assert distance(layer(x[None])[0], by_hand(layer, x)) < 1e-13
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -105,7 +105,8 @@ def test_a_wheel_holds_the_package(spec: Path) -> None:
 HUB_LOAD = """
 import importlib.util
 place = "dist/one/torch-ext/one"
-found = importlib.util.spec_from_file_location("one_0123abc", place + "/__init__.py", submodule_search_locations=[place])
+begin, search = place + "/__init__.py", [place]
+found = importlib.util.spec_from_file_location("one_0123abc", begin, submodule_search_locations=search)
 one = sys.modules["one_0123abc"] = importlib.util.module_from_spec(found)
 found.loader.exec_module(one)
 """
