@@ -28,6 +28,7 @@ from m2gen.cli_options import (
     terminal_progress,
 )
 from m2gen.cli_tune import tune
+from m2gen.directory import Format
 from m2gen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,7 +60,12 @@ def _plan(spec: str, target: str | None = None, *, records: Iterable[Record] = (
 @app.command()
 def build(
     spec: OptionalSpecOption = None,
-    out: OutOption = Path("generated"),
+    out: OutOption = None,
+    form: Annotated[
+        Format,
+        typer.Option("--format", help="A package to import, a wheel to install, or a repository of the kernels Hub."),
+    ] = Format.PACKAGE,
+    wheel: Annotated[bool, typer.Option("--wheel", help="The same as --format wheel.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit 1 with a diff if a package is stale.")
     ] = False,
@@ -71,12 +77,18 @@ def build(
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Take a spec to a verified package of kernels in OUT/<name>/."""
+    """Take a spec to a verified package of kernels in OUT/<name>/, to a wheel in OUT, or to a Hub repository there."""
     from m2gen import pipeline
     from m2gen.cli_output import show_build, show_difference
 
     with reporting(debug):
         records = records_of(db, no_db)
+        if wheel and form is Format.HF_KERNEL:
+            raise UsageError("build must be given --wheel or --format hf-kernel, not both")
+        form = Format.WHEEL if wheel else form
+        if check and form is not Format.PACKAGE:
+            raise UsageError("build --check compares packages, and takes neither --wheel nor --format")
+        out = form.folder if out is None else out
         if check:
             names = [spec] if spec else pipeline.committed_specs(out)
             plans = [_plan(name, records=records) for name in names]
@@ -85,7 +97,7 @@ def build(
         if spec is None:
             raise UsageError("build must be given --spec, or --check alone for every package in --out")
         planned = _plan(spec, records=records)
-        outcome = pipeline.build(planned, out, terminal_progress(quiet), verified=not no_verify)
+        outcome = pipeline.build(planned, out, terminal_progress(quiet), verified=not no_verify, form=form)
         show_build(planned, outcome, as_json=json, quiet=quiet, verbose=verbose)
 
 

@@ -26,7 +26,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and no tables but results.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder of generated packages; the package is OUT/<name>/.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder of what is built instead of generated/, or dist/ for wheels and Hub kernels."),
+]
 TargetOption = Annotated[str | None, typer.Option("--target", help="Comma-separated arches instead of the spec's.")]
 DbOption = Annotated[
     Path | None,

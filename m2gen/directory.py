@@ -8,11 +8,25 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from enum import StrEnum
 from pathlib import Path
 
 from m2gen.errors import EmitError
 
 MANIFEST = "MANIFEST.json"
+
+
+class Format(StrEnum):
+    """What a build makes of a package: folders but for the wheel."""
+
+    PACKAGE = "package"
+    WHEEL = "wheel"
+    HF_KERNEL = "hf-kernel"
+
+    @property
+    def folder(self) -> Path:
+        """Where builds put it unless they are told otherwise."""
+        return Path("generated" if self is Format.PACKAGE else "dist")
 
 
 def diff(directory: Path, expected: Mapping[str, str]) -> list[str]:
@@ -43,15 +57,17 @@ def _without_resources(path: str, text: str) -> str:
     return json.dumps(parsed, indent=2)
 
 
-def write(directory: Path, files: Mapping[str, str]) -> None:
+def write(directory: Path, files: Mapping[str, str], mark: str = MANIFEST) -> None:
     """Make ``directory`` hold exactly ``files``: whoever looks, even after a kill, finds the old ones or the new.
+
+    ``mark`` is a file that only a folder of this kind has; no other is replaced.
 
     Raises EmitError where the directory holds something else than a generated package, or cannot be written.
     """
     if directory.exists() and not directory.is_dir():
         raise EmitError(f"{directory} must be a folder, got a file")
-    if directory.exists() and any(directory.iterdir()) and not (directory / MANIFEST).is_file():
-        raise EmitError(f"{directory} must be absent, empty or a generated package, got a folder without {MANIFEST}")
+    if directory.exists() and any(directory.iterdir()) and not (directory / mark).is_file():
+        raise EmitError(f"{directory} must be absent, empty or a generated package, got a folder without {mark}")
     staging = directory.parent / f".{directory.name}.new"
     try:
         shutil.rmtree(staging, ignore_errors=True)

@@ -91,6 +91,17 @@ def _varying(choices: Iterable[Choice]) -> str:
     return ", ".join(names) or "no result"
 
 
+def _layers(variants: Iterable[BuiltVariant]) -> list[dict[str, Any]]:
+    """Return every layer of the spec with its dims and heads, once for each point of its grid."""
+    points: dict[str, dict[str, None]] = {}
+    for built in variants:
+        variant = built.variant
+        point = f"({variant.state_expansion}, {variant.head_dim}, Heads({', '.join(map(str, variant.heads.counts))}))"
+        for name in built.layers:
+            points.setdefault(name, {})[point] = None
+    return [{"name": name, "points": list(having)} for name, having in points.items()]
+
+
 def _variant_line(built: BuiltVariant) -> str:
     return _wrapped(f"{built.variant.key}  ({', '.join(built.layers)})", "        ")
 
@@ -170,13 +181,16 @@ def _reference(header: str) -> str:
 
 
 def _operator(origin: Origin, namespace: str, choices: list[Choice]) -> dict[str, str]:
-    """Render what stands around the kernels: arguments' checks, registration, and the functions that models call."""
+    """Render what stands around the kernels: arguments' checks, registration, what models call, and the layer."""
+    variants = dict.fromkeys(choice.built for choice in choices)
     clip = choices[0].variant.clip  # one spec, one numerics
     header = origin.header()
     files = {
         "checks.py": render_template(
             "checks.py.j2", provenance=header, spec_file=origin.spec_file, command=origin.command
         ),
+        "layer.py": render_template("layer.py.j2", provenance=header, layers=_layers(variants)),
+        "layers.py": render_template("layers.py.j2", provenance=header),
         "library.py": render_template("library.py.j2", provenance=header, namespace=namespace),
         "op.py": render_template(
             "op.py.j2",
@@ -185,6 +199,7 @@ def _operator(origin: Origin, namespace: str, choices: list[Choice]) -> dict[str
             clamp_total=clip is ClipMode.TOTAL,
             varying=_varying(choices),
         ),
+        "parallel.py": render_template("parallel.py.j2", provenance=header),
         "reference.py": _reference(header),
     }
     if clip is ClipMode.CARRY and any(not choice.variant.computes_gate for choice in choices):
@@ -207,6 +222,7 @@ def package(origin: Origin, choices: Iterable[Choice]) -> Package:
         title=f"M2RNN kernels built from {origin.spec_file}.",
         provenance=origin.header(f"Operators are registered with torch.library as {namespace}."),
         name=origin.name,
+        layer=variants[0].layers[0],
         variants=[_variant_line(built) for built in variants],
     )
     manifest = _manifest(origin, namespace, variants, choices)

@@ -38,8 +38,9 @@ def reference_source() -> str:
 def template_hash() -> str:
     """Return 12 hex digits that change when any template does."""
     digest = hashlib.sha256()
-    for path in sorted(templates_dir().glob("*.j2")):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(templates_dir().rglob("*.j2")):
+        name = path.relative_to(templates_dir()).as_posix()
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from calls import Spy, arguments, packed
 from support import OPERANDS, make_variant
 
@@ -161,6 +162,8 @@ def test_an_unbuilt_variant_says_what_to_build(package, device, monkeypatch, nam
     assert asked in message
     assert make_variant().key in message
     assert f"{layer}, dtypes: [{variant.dtype}], gate: given" in message
+    lines = yaml.safe_load(message.split("`")[1])
+    assert lines["my_layer"]["heads"] == dict(zip("qkvfw", variant.heads.counts, strict=True))
     assert "m2gen build --spec one_level_atomic_carry.yaml" in message
     assert "\n" not in message
     assert spy.launched == []

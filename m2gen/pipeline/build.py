@@ -12,16 +12,18 @@ from m2gen import directory, emit
 from m2gen.cache import key_of, load_result, store_result
 from m2gen.compile import toolchain
 from m2gen.device import detect
+from m2gen.directory import Format
 from m2gen.emit import Package
 from m2gen.errors import CompileError, UsageError, VerifyError
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.plan import Plan, Progress, render
 from m2gen.pipeline.verify import VerifyRequest, failure_lines, verify
+from m2gen.ship import deliver
 
 
 @dataclass(frozen=True)
 class BuildOutcome:
-    """What a build made: the package, where it lies, what its kernels take, and how they were verified."""
+    """What a build made: the package, the folder or wheel it is in, what its kernels take, how they were verified."""
 
     package: Package
     directory: Path
@@ -30,8 +32,10 @@ class BuildOutcome:
     """Backend that verified the package, or why none did."""
 
 
-def build(planned: Plan, out: Path, progress: Progress, *, verified: bool = True) -> BuildOutcome:
-    """Render, compile, verify and write ``out/<name>/``; a failure at any stage writes nothing."""
+def build(
+    planned: Plan, out: Path, progress: Progress, *, verified: bool = True, form: Format = Format.PACKAGE
+) -> BuildOutcome:
+    """Render, compile, verify and write ``out/<name>/``, or another form; a failure at any stage writes nothing."""
     rendered = render(planned)
     rows = check(planned, progress)
     broken = [row for row in rows if row.problems]
@@ -39,10 +43,8 @@ def build(planned: Plan, out: Path, progress: Progress, *, verified: bool = True
         reasons = (f"{row.variant} {row.kernel} on {row.arch}: {'; '.join(row.problems)}" for row in broken)
         raise CompileError("\n".join(reasons))
     backend = _verified_once(planned, rendered, progress) if verified else "not verified"
-    folder = out / planned.origin.name
-    files = {**rendered.files, directory.MANIFEST: emit.manifest_text(rendered, _resources(rows))}
-    directory.write(folder, files)
-    return BuildOutcome(rendered, folder, tuple(rows), backend)
+    place = deliver(form, out, planned.origin, rendered, emit.manifest_text(rendered, _resources(rows)))
+    return BuildOutcome(rendered, place, tuple(rows), backend)
 
 
 def _resources(rows: Iterable[CheckRow]) -> dict[str, Any]:

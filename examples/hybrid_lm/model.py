@@ -1,0 +1,120 @@
+"""What config.yaml says, the model that it describes, and one step of its training."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from data import TOKENS
+from decoder import Decoder, groups_of, mixer, package_of
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the benchmark measures: batches of ``tokens`` tokens at several lengths."""
+
+    lengths: tuple[int, ...]
+    tokens: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """What config.yaml says."""
+
+    package: str
+    layer: str
+    backend: str
+    mixers: tuple[str, ...]
+    width: int
+    heads: int
+    dtype: str
+    compile: bool
+    seq: int
+    batch: int
+    steps: int
+    warmup: int
+    learning_rate: float
+    weight_decay: float
+    seed: int
+    save_every: int
+    text: tuple[str, ...]
+    bench: Bench
+
+
+def load(path: Path, changes: dict[str, Any]) -> Config:
+    """Read a config file and change some of its values; what is missing or unknown ends the program."""
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {field.name for field in fields(Config)}
+    wrong = sorted((values.keys() ^ known) | (changes.keys() - known))
+    if wrong:
+        raise SystemExit(f"{path} and --set must give {', '.join(sorted(known))}; see {', '.join(wrong)}")
+    values = {key: tuple(x) if isinstance(x, list) else x for key, x in (values | changes).items()}
+    if values["dtype"] not in ("bf16", "fp32"):
+        raise SystemExit(f"dtype must be bf16 or fp32, got {values['dtype']!r}")
+    bench = {key: tuple(x) if isinstance(x, list) else x for key, x in values["bench"].items()}
+    return replace(Config(**values), bench=Bench(**bench))
+
+
+class Trainer:
+    """A model, its optimizer and its step; two trainers of one config and state do the same."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        package = package_of(config.package)
+        mixers = [mixer(k, config.width, config.heads, package, config.layer, config.backend) for k in config.mixers]
+        self.config, self.device = config, device
+        self.model = Decoder(mixers, config.width, TOKENS, TOKENS).to(device)
+        self.called = torch.compile(self.model) if config.compile else self.model
+        self.optimizer = torch.optim.AdamW(
+            groups_of(self.model, config.weight_decay),
+            lr=config.learning_rate,
+            betas=(0.9, 0.95),
+            fused=device.type == "cuda",
+        )
+        self.done = 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context of the forward."""
+        if self.config.dtype == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def step(self, tokens: Tensor, following: Tensor) -> Tensor:
+        """Train on one batch and return its loss."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * self._rate()
+        with self.autocast():
+            logits = self.called(tokens.to(self.device))
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), following.to(self.device).flatten())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.done += 1
+        return loss.detach()
+
+    def _rate(self) -> float:
+        """Return the part of the learning rate at this step: a linear rise, and half a cosine down to a tenth."""
+        config = self.config
+        if self.done < config.warmup:
+            return (self.done + 1) / config.warmup
+        part = (self.done - config.warmup) / max(1, config.steps - config.warmup)
+        return 0.55 + 0.45 * math.cos(math.pi * min(1.0, part))
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the next step depends on."""
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "done": self.done}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.done = state["done"]

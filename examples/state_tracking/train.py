@@ -1,0 +1,185 @@
+"""One run: a model, a group and a seed, trained on short words and judged at every position of long ones."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import yaml
+from decoder import Decoder, groups_of, mixer
+from torch import Tensor
+from torch.nn import functional as F
+from words import Group, group
+
+READ_EVERY = 10
+"""Steps between looks at the accuracy, each of which waits for the GPU."""
+KNOWN = 0.995
+"""Accuracy at the longest words so far at which longer ones come."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The words that a trained model is asked about."""
+
+    length: int
+    words: int
+    at_once: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """What config.yaml says."""
+
+    package: str
+    layer: str
+    backend: str
+    groups: tuple[str, ...]
+    models: tuple[str, ...]
+    seeds: tuple[int, ...]
+    width: int
+    layers: int
+    heads: int
+    lengths: tuple[int, ...]
+    batch: int
+    steps: int
+    settle: int
+    learning_rate: float
+    weight_decay: float
+    forget: float | None
+    evaluate: Evaluation
+    budget: float
+
+
+def load(path: Path, changes: dict[str, Any]) -> Config:
+    """Read a config file and change some of its values; what is missing or unknown ends the program."""
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known = {field.name for field in fields(Config)}
+    wrong = sorted(({*found} ^ known) | ({*changes} - known))
+    if wrong:
+        raise SystemExit(f"{path} and --set must give {', '.join(sorted(known))}; see {', '.join(wrong)}")
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in (found | changes).items()}
+    return replace(Config(**values), evaluate=Evaluation(**values["evaluate"]))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave; ``errors`` counts the wrong answers at each position, over ``words`` words."""
+
+    group: str
+    model: str
+    seed: int
+    steps: int
+    trained_to: int
+    seconds: float
+    losses: list[float]
+    words: int
+    errors: list[int]
+
+    def accuracy(self, start: int, end: int) -> float:
+        """Share of right answers at positions from ``start`` up to ``end``."""
+        part = self.errors[start:end]
+        return 1 - sum(part) / (self.words * max(len(part), 1))
+
+    @property
+    def perfect_to(self) -> int:
+        """Positions before the first wrong answer to any word."""
+        return next((i for i, wrong in enumerate(self.errors) if wrong), len(self.errors))
+
+
+def make_model(config: Config, kind: str, problem: Group, package: ModuleType) -> Decoder:
+    """Return an untrained model; kinds differ in nothing but the mixer."""
+    mixers = [
+        mixer(kind, config.width, config.heads, package, config.layer, config.backend) for _ in range(config.layers)
+    ]
+    for gate in (part for one in mixers for part in one.modules() if hasattr(part, "dt_bias")):
+        if config.forget is not None:
+            with torch.no_grad():
+                gate.A_log.zero_()
+                gate.dt_bias.fill_(math.log(math.expm1(-math.log(config.forget))))
+    return Decoder(mixers, config.width, problem.order, problem.order)
+
+
+def loss_and_accuracy(model: Decoder, letters: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean loss over all positions, and the share of right answers."""
+    logits = model(letters)
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten())
+    return loss, (logits.detach().argmax(-1) == answers).float().mean()
+
+
+class Curriculum:
+    """Which lengths are trained: the longest so far more than half of the time, and the shorter ones."""
+
+    def __init__(self, config: Config, seed: int) -> None:
+        self.lengths, self.settle = config.lengths, config.settle
+        self.stage, self.known_for = 0, 0
+        self.random = random.Random(seed)
+
+    def draw(self) -> int:
+        """Return the next step's length."""
+        longest = self.random.random() < 0.6
+        return self.lengths[self.stage if longest else self.random.randint(0, self.stage)]
+
+    def see(self, accuracies: list[float]) -> bool:
+        """Take the accuracies of the last steps; return whether everything has been known for long enough."""
+        known = bool(accuracies) and sum(accuracies) / len(accuracies) >= KNOWN
+        if known and self.stage + 1 < len(self.lengths):
+            self.stage += 1
+            return False
+        perfect = bool(accuracies) and min(accuracies) >= 0.9999
+        self.known_for = self.known_for + READ_EVERY if perfect and self.stage + 1 == len(self.lengths) else 0
+        return self.known_for >= self.settle
+
+
+def train(config: Config, kind: str, name: str, seed: int, package: ModuleType, device: torch.device) -> Outcome:
+    """Train one model and judge it."""
+    began, problem = time.perf_counter(), group(name)
+    torch.manual_seed(seed)
+    model = make_model(config, kind, problem, package).to(device)
+    optimizer = torch.optim.AdamW(
+        groups_of(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), fused=device.type == "cuda"
+    )
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config.steps))
+    generator = torch.Generator(device).manual_seed(1000 + seed)
+    curriculum, losses, longest = Curriculum(config, seed), [], []
+    step = 0
+    for step in range(1, config.steps + 1):
+        length = curriculum.draw()
+        loss, accuracy = loss_and_accuracy(model, *problem.words(config.batch, length, generator))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        warm.step()
+        if length == config.lengths[curriculum.stage]:
+            longest.append(accuracy)
+        if step % READ_EVERY == 0 or step == config.steps:
+            losses.append(round(loss.item(), 5))
+            if curriculum.see([x.item() for x in longest]):
+                break
+            longest = []
+    errors = judge(model, problem, config.evaluate, device)
+    seconds, words = time.perf_counter() - began, config.evaluate.words
+    return Outcome(name, kind, seed, step, config.lengths[curriculum.stage], seconds, losses, words, errors)
+
+
+def rate(step: int, steps: int) -> float:
+    """Return the part of the learning rate at a step: up over 50 steps, level, and down over the last fifth."""
+    return min(1.0, (step + 1) / 50, max(0.02, (steps - step) / (0.2 * steps)))
+
+
+@torch.no_grad()
+def judge(model: Decoder, problem: Group, asked: Evaluation, device: torch.device) -> list[int]:
+    """Return how many of the words are answered wrong at each position; the words are the same for every model."""
+    generator = torch.Generator(device).manual_seed(987654321)
+    wrong = torch.zeros(asked.length, dtype=torch.long, device=device)
+    for first in range(0, asked.words, asked.at_once):
+        count = min(asked.at_once, asked.words - first)
+        letters, answers = problem.words(count, asked.length, generator)
+        wrong += (model(letters).argmax(-1) != answers).sum(0)
+    return [int(x) for x in wrong.tolist()]

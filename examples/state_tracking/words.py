@@ -1,0 +1,53 @@
+"""Word problems of permutation groups: a sequence of elements, and at every position their product so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+from torch import Tensor
+
+NAMES = ("S3", "A5", "S5")
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group by its multiplication table: table[a, b] is a followed by b; element 0 is the identity."""
+
+    name: str
+    table: Tensor
+
+    @property
+    def order(self) -> int:
+        """How many elements there are."""
+        return self.table.shape[0]
+
+    def words(self, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw words (batch, length) and their products at every position, on the generator's device."""
+        letters = torch.randint(self.order, (batch, length), device=generator.device, generator=generator)
+        return letters, products(letters, self.table.to(generator.device))
+
+
+def products(letters: Tensor, table: Tensor) -> Tensor:
+    """Return the product of every prefix, in as many gathers as the length has bits."""
+    found, reach = letters, 1
+    while reach < letters.shape[1]:
+        found = torch.cat((found[:, :reach], table[found[:, :-reach], found[:, reach:]]), 1)
+        reach *= 2
+    return found
+
+
+def _even(p: tuple[int, ...]) -> bool:
+    return sum(p[i] > p[j] for i in range(len(p)) for j in range(i + 1, len(p))) % 2 == 0
+
+
+def group(name: str) -> Group:
+    """Return a symmetric group S<n>, or an alternating group A<n>, by name."""
+    kind, size = name[:1], name[1:]
+    if kind not in ("S", "A") or not size.isdecimal() or not 1 <= int(size) <= 6:
+        raise SystemExit(f"groups must be S1 to S6 or A1 to A6, got {name!r}")
+    elements = [p for p in permutations(range(int(size))) if kind == "S" or _even(p)]
+    index = {p: i for i, p in enumerate(elements)}
+    table = [[index[tuple(b[i] for i in a)] for b in elements] for a in elements]
+    return Group(name, torch.tensor(table))

@@ -1,0 +1,66 @@
+"""Checks that run on several ranks of one host: each rank a process, gloo between them, a file of results for each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+Check = Callable[[Any], None]
+
+
+def launch(script: Path, folder: Path, ranks: int) -> dict[str, str]:
+    """Run ``script FOLDER RANK RANKS`` on every rank and return what each check said: nothing, or what went wrong."""
+    tests = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(tests.parent), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, str(script), str(folder), str(rank), str(ranks)] for rank in range(ranks)]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for command in commands
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    results: dict[str, str] = {}
+    for rank, output in enumerate(said):
+        place = folder / f"results.{rank}.json"
+        found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
+        for name, failure in found.items():
+            results[name] = results.get(name, "") + failure
+        if processes[rank].returncode:
+            results["exit"] = f"rank {rank} exited with {processes[rank].returncode}: {output}"
+    return results
+
+
+def serve(checks: Mapping[str, Check], prepare: Callable[[Path], Any]) -> None:
+    """Run checks in this process, one of the ranks, up to the first that fails."""
+    folder, rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", f"file://{folder}/store", timedelta(seconds=60), rank=rank, world_size=ranks
+    )  # fmt: skip
+    subject = prepare(folder)
+    results = {}
+    for name, check in checks.items():
+        try:
+            check(subject)
+            distributed.barrier()
+            results[name] = ""
+        except Exception:
+            results[name] = f"rank {rank}: {traceback.format_exc()}"
+        (folder / f"results.{rank}.json").write_text(json.dumps(results), encoding="utf-8")
+        if results[name]:
+            return  # the ranks are no longer in step; the other one's barrier fails
+    distributed.destroy_process_group()

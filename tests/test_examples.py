@@ -1,0 +1,186 @@
+"""The larger examples: their data and models against something independent, and their commands at sizes of seconds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import permutations
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from calls import distance
+from layer import by_hand
+from support import ROOT
+from torch import nn
+
+from m2gen.compile import load_module
+
+EXAMPLES = ROOT / "examples"
+LOCAL = ("decoder", "words", "train", "data", "model")
+"""Modules that the examples find beside them."""
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Return a function that imports an example's command, or one of the modules beside it."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in LOCAL:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    def imported(folder: str, module: str = "run") -> ModuleType:
+        for place in (EXAMPLES, EXAMPLES / folder, ROOT):
+            sys.path.insert(0, str(place))
+        return load_module(EXAMPLES / folder / f"{module}.py", f"example_{folder}_{module}")
+
+    yield imported
+    for name in LOCAL:
+        sys.modules.pop(name, None)
+
+
+def command(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Run an example's command in this process."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    module.main()
+
+
+@pytest.mark.parametrize(("name", "order"), [("S3", 6), ("A4", 12), ("A5", 60), ("S5", 120)])
+def test_products_of_words(example, name, order) -> None:
+    """Answers are products of permutations, composed here one by one."""
+    words = example("state_tracking", "words")
+    group = words.group(name)
+    assert group.order == order
+    assert torch.equal(group.table[0], torch.arange(order))  # the identity
+    assert all(sorted(row.tolist()) == list(range(order)) for row in group.table)
+    degree = int(name[1:])
+    elements = [p for p in permutations(range(degree)) if name[0] == "S" or words._even(p)]
+    letters, answers = group.words(3, 11, torch.Generator().manual_seed(0))
+    for row, products in zip(letters.tolist(), answers.tolist(), strict=True):
+        so_far = tuple(range(degree))
+        for letter, product in zip(row, products, strict=True):
+            so_far = tuple(elements[letter][i] for i in so_far)
+            assert elements[product] == so_far
+
+
+def test_unknown_groups_and_settings_end_the_program(example, monkeypatch, tmp_path) -> None:
+    """A name that is none is answered in one line."""
+    run = example("state_tracking")
+    with pytest.raises(SystemExit, match="groups must be S1 to S6"):
+        sys.modules["words"].group("Z60")
+    with pytest.raises(SystemExit, match="see width_"):
+        command(run, monkeypatch, "--out", str(tmp_path), "--set", "width_=3")
+    with pytest.raises(SystemExit, match="must be a generated package, got none"):
+        command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "package=generated.none")
+
+
+def test_the_linear_mixer_is_the_recurrence_without_tanh_and_weight(example) -> None:
+    """The quadratic form agrees with the layer written out step by step, whose writes are k v^T alone."""
+    example("state_tracking", "words")
+    decoder = load_module(EXAMPLES / "decoder.py", "example_decoder")
+    tiny = decoder.package_of("generated.tiny")
+    torch.manual_seed(0)
+    heads = {"q": 2, "k": 1, "v": 4, "f": 2, "w": 4, "g": 2}
+    layer = tiny.M2RNN(8, 5, 3, heads, bias=True, backend="reference", dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    x = torch.randn(7, 8, dtype=torch.float64)
+    expected = by_hand(layer, x, lambda state, weight, outer: outer)
+    assert distance(decoder.Linear(layer)(x[None])[0], expected) < 1e-6  # the gate is computed in float32
+
+
+def test_attention_is_causal_and_knows_only_distances(example) -> None:
+    """A later token changes nothing before it, and one constant sequence looks the same everywhere."""
+    example("state_tracking", "words")
+    decoder = load_module(EXAMPLES / "decoder.py", "example_decoder")
+    torch.manual_seed(0)
+    attention = decoder.Attention(8, 2)
+    x = torch.randn(1, 6, 8)
+    changed = x.clone()
+    changed[:, 4:] += 1
+    assert torch.allclose(attention(x)[:, :4], attention(changed)[:, :4], atol=1e-6)
+    q, k = torch.randn(2, 1, 1, 1, 8)
+    q, k = decoder.rotated(q.expand(1, 1, 9, 8)), decoder.rotated(k.expand(1, 1, 9, 8))
+    scores = (q @ k.mT)[0, 0]
+    assert torch.allclose(scores[3:, 3:], scores[:-3, :-3], atol=1e-5)
+
+
+def test_state_tracking_smoke(example, monkeypatch, tmp_path, capsys) -> None:
+    """Every model trains and is judged; the table and the figure are there, and a second call runs nothing again."""
+    run = example("state_tracking")
+    command(run, monkeypatch, "--smoke", "--out", str(tmp_path))
+    table = capsys.readouterr().out
+    assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == ["m2rnn", "attention", "linear", "gru"]
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == table
+    outcome = json.loads((tmp_path / "S3_m2rnn_0.json").read_text(encoding="utf-8"))
+    assert (outcome["steps"], outcome["words"], len(outcome["errors"])) == (2, 2, 5)
+    (tmp_path / "S3_gru_0.json").unlink()
+    command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "budget=-1")
+    assert "| S3 | gru |  |  |  | 0 of 1 (0 run) |" in capsys.readouterr().out
+
+
+def test_a_short_word_problem_is_learned(example, tmp_path) -> None:
+    """The loop, the curriculum and the judge together: a GRU learns S3 for words of the lengths it saw."""
+    run = example("state_tracking")
+    changes = {
+        **run.SMOKE, "models": ["gru"], "width": 64, "lengths": [2, 4], "batch": 64, "steps": 400, "settle": 10,
+        "evaluate": {"length": 4, "words": 64, "at_once": 64},
+    }  # fmt: skip
+    config = run.load(EXAMPLES / "state_tracking" / "config.yaml", changes)
+    outcome = run.train(config, "gru", "S3", 0, None, torch.device("cpu"))
+    assert outcome.trained_to == 4
+    assert outcome.accuracy(0, 4) > 0.99
+
+
+def test_hybrid_lm_interrupted_and_resumed_has_the_same_losses(example, monkeypatch, tmp_path) -> None:
+    """Killed between checkpoints, the same command goes on and ends with the losses of a run in one piece."""
+    run = example("hybrid_lm")
+    command(run, monkeypatch, "train", "--smoke", "--out", str(tmp_path / "whole"))
+    step = run.Trainer.step
+
+    def interrupted(trainer: Any, *batch: Any) -> Any:
+        if trainer.done == 3:
+            raise KeyboardInterrupt
+        return step(trainer, *batch)
+
+    monkeypatch.setattr(run.Trainer, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command(run, monkeypatch, "train", "--smoke", "--out", str(tmp_path / "parts"))
+    monkeypatch.setattr(run.Trainer, "step", step)
+    command(run, monkeypatch, "train", "--smoke", "--out", str(tmp_path / "parts"))
+    whole, parts = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("whole", "parts"))
+    assert whole == parts
+    assert len(whole["losses"]) == 4
+    with pytest.raises(SystemExit, match="has another width; choose another --out"):
+        command(run, monkeypatch, "train", "--smoke", "--out", str(tmp_path / "parts"), "--set", "width=16")
+
+
+def test_hybrid_lm_on_the_reference_backend_has_the_same_losses(example, monkeypatch, tmp_path) -> None:
+    """Kernels and the eager reference train alike, up to rounding."""
+    run = example("hybrid_lm")
+    losses = []
+    for backend in ("kernels", "reference"):
+        out = tmp_path / backend
+        command(run, monkeypatch, "train", "--smoke", "--out", str(out), "--set", f"backend={backend}")
+        losses.append(json.loads((out / "losses.json").read_text(encoding="utf-8"))["losses"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_groups_of_parameters(example) -> None:
+    """Gates, D, norms and biases have no weight decay; every parameter that trains is in one group."""
+    example("hybrid_lm", "data")
+    decoder = load_module(EXAMPLES / "decoder.py", "example_decoder")
+    tiny = decoder.package_of("generated.tiny")
+    mixers = [tiny.M2RNN.from_variant("base", 8, bias=True), decoder.Attention(8, 2)]
+    model = decoder.Decoder(mixers, 8, 4, 4)
+    decayed, free = (group["params"] for group in decoder.groups_of(model, 0.1))
+    assert len(decayed) + len(free) == len(list(model.parameters()))
+    names = {id(p): name for name, p in model.named_parameters()}
+    layer = model.blocks[0].mixer
+    own = {id(p) for p in (layer.decay_gate.A_log, layer.decay_gate.dt_bias, layer.D, layer.g_norm.weight)}
+    assert own <= {id(p) for p in free}
+    assert all(p.dim() > 1 for p in decayed)
+    assert {"head.weight", "blocks.0.mixer.state_weight"} <= {names[id(p)] for p in decayed}
+    assert isinstance(model.blocks[1].mixer, nn.Module)
