@@ -138,7 +138,7 @@ class Curriculum:
 
 def train(config: Config, kind: str, name: str, seed: int, package: ModuleType, device: torch.device) -> Outcome:
     """Train one model and judge it."""
-    began, problem = time.perf_counter(), group(name)
+    began, problem = time.perf_counter(), group(name).to(device)
     torch.manual_seed(seed)
     model = make_model(config, kind, problem, package).to(device)
     optimizer = torch.optim.AdamW(
