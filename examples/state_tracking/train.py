@@ -112,6 +112,8 @@ def begin(part: nn.Module, config: Config) -> None:
     if hasattr(part, "state_weight") and config.orthogonal:
         for weight in part.state_weight:
             nn.init.orthogonal_(weight)
+    if hasattr(part, "conv1d") and config.conv_width == 1:
+        part.conv1d.weight.fill_(1)  # no convolution
 
 
 def loss_and_accuracy(model: Decoder, letters: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
