@@ -94,12 +94,12 @@ class Gru(nn.Module):
         return self.gru(x)[0]
 
 
-def mixer(kind: str, width: int, heads: int, package: ModuleType, layer: str, backend: str = "kernels") -> nn.Module:
-    """Return a mixer of one of ``KINDS``; ``layer`` is the M2RNN layer's name in the package."""
+def mixer(kind: str, width: int, heads: int, package: ModuleType, layer: str, **options: object) -> nn.Module:
+    """Return a mixer of one of ``KINDS``; ``layer`` is the M2RNN layer's name in the package, options are its own."""
     if kind == "m2rnn":
-        return package.M2RNN.from_variant(layer, width, backend=backend)
+        return package.M2RNN.from_variant(layer, width, **options)
     if kind == "linear":
-        return Linear(package.M2RNN.from_variant(layer, width, backend=backend))
+        return Linear(package.M2RNN.from_variant(layer, width, **options))
     if kind == "gru":
         return Gru(width)
     if kind == "attention":

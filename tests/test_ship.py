@@ -126,7 +126,7 @@ def test_a_hub_repository_loads_where_there_is_no_m2gen(spec: Path) -> None:
     assert not (spec.parent / "generated").exists()
 
 
-def test_hub_layers_have_no_state_of_their_own(modules) -> None:
+def test_hub_layers_have_no_state_of_their_own(modules, device) -> None:
     """The rules of the kernels library: no constructor, no other members, and the forward of the layer replaced."""
     package = modules("one_level_atomic", "carry")
     layer = package.layers.M2RNN
@@ -137,8 +137,8 @@ def test_hub_layers_have_no_state_of_their_own(modules) -> None:
     }
     assert members <= {"can_torch_compile", "has_backward"}
     assert inspect.signature(layer.forward) == inspect.signature(package.M2RNN.forward)
-    own = package.M2RNN(8, 16, 16, dict.fromkeys("qkvfw", 1))
-    x = torch.randn(1, 2, 8)
+    own = package.M2RNN(8, 16, 16, dict.fromkeys("qkvfw", 1), device=device)
+    x = torch.randn(1, 2, 8, device=device)
     assert torch.equal(layer.forward(own, x), own(x))
     assert set(layer.__annotations__) - {"can_torch_compile"} <= {*vars(own), *own._modules, *own._parameters}
 

@@ -69,7 +69,8 @@ class Trainer:
     def __init__(self, config: Config, device: torch.device) -> None:
         torch.manual_seed(config.seed)
         package = package_of(config.package)
-        mixers = [mixer(k, config.width, config.heads, package, config.layer, config.backend) for k in config.mixers]
+        sizes = (config.width, config.heads)
+        mixers = [mixer(kind, *sizes, package, config.layer, backend=config.backend) for kind in config.mixers]
         self.config, self.device = config, device
         self.model = Decoder(mixers, config.width, TOKENS, TOKENS).to(device)
         self.called = torch.compile(self.model) if config.compile else self.model

@@ -131,6 +131,7 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
 
 def timed(config: Config) -> float:
     """Return the milliseconds of a training step."""
+    torch.compiler.reset()  # another model, not another shape of one
     trainer = Trainer(config, torch.device("cuda"))
     tokens = torch.randint(data.TOKENS, (config.batch, config.seq), device="cuda")
     return milliseconds(lambda: trainer.step(tokens, tokens), config.bench.steps)
@@ -140,6 +141,7 @@ def mixer_time(config: Config) -> float:
     """Return the milliseconds of one M2RNN layer's forward and backward, compiled as the model is; 0 without one."""
     if "m2rnn" not in config.mixers:
         return 0.0
+    torch.compiler.reset()
     trainer = Trainer(config, torch.device("cuda"))
     layer = trainer.model.blocks[config.mixers.index("m2rnn")].mixer
     called = torch.compile(layer) if config.compile else layer

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from decoder import Decoder, groups_of, mixer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from words import Group, group
 
@@ -52,6 +52,8 @@ class Config:
     learning_rate: float
     weight_decay: float
     forget: float | None
+    orthogonal: bool
+    conv_width: int
     evaluate: Evaluation
     budget: float
 
@@ -94,15 +96,24 @@ class Outcome:
 
 def make_model(config: Config, kind: str, problem: Group, package: ModuleType) -> Decoder:
     """Return an untrained model; kinds differ in nothing but the mixer."""
-    mixers = [
-        mixer(kind, config.width, config.heads, package, config.layer, config.backend) for _ in range(config.layers)
-    ]
-    for gate in (part for one in mixers for part in one.modules() if hasattr(part, "dt_bias")):
-        if config.forget is not None:
-            with torch.no_grad():
-                gate.A_log.zero_()
-                gate.dt_bias.fill_(math.log(math.expm1(-math.log(config.forget))))
+    options = {"backend": config.backend, "conv_width": config.conv_width}
+    mixers = [mixer(kind, config.width, config.heads, package, config.layer, **options) for _ in range(config.layers)]
+    for part in (part for one in mixers for part in one.modules()):
+        begin(part, config)
     return Decoder(mixers, config.width, problem.order, problem.order)
+
+
+@torch.no_grad()
+def begin(part: nn.Module, config: Config) -> None:
+    """Change what a layer of the recurrence begins with, where the config says so."""
+    if hasattr(part, "dt_bias") and config.forget is not None:
+        part.A_log.zero_()
+        part.dt_bias.fill_(math.log(math.expm1(-math.log(config.forget))))
+    if hasattr(part, "state_weight") and config.orthogonal:
+        for weight in part.state_weight:
+            nn.init.orthogonal_(weight)
+    if hasattr(part, "conv1d") and config.conv_width == 1:
+        part.conv1d.weight.fill_(1)  # no convolution
 
 
 def loss_and_accuracy(model: Decoder, letters: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +149,7 @@ class Curriculum:
 
 def train(config: Config, kind: str, name: str, seed: int, package: ModuleType, device: torch.device) -> Outcome:
     """Train one model and judge it."""
-    began, problem = time.perf_counter(), group(name)
+    began, problem = time.perf_counter(), group(name).to(device)
     torch.manual_seed(seed)
     model = make_model(config, kind, problem, package).to(device)
     optimizer = torch.optim.AdamW(

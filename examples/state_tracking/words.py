@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 
 import torch
@@ -23,10 +23,14 @@ class Group:
         """How many elements there are."""
         return self.table.shape[0]
 
+    def to(self, device: torch.device) -> Group:
+        """Return the group with its table on a device."""
+        return replace(self, table=self.table.to(device))
+
     def words(self, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw words (batch, length) and their products at every position, on the generator's device."""
+        """Draw words (batch, length) and their products at every position; the generator is on the table's device."""
         letters = torch.randint(self.order, (batch, length), device=generator.device, generator=generator)
-        return letters, products(letters, self.table.to(generator.device))
+        return letters, products(letters, self.table)
 
 
 def products(letters: Tensor, table: Tensor) -> Tensor:
