@@ -29,8 +29,10 @@ from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
 TRIALS = 40
-LONGEST = 0.15
-"""Seconds before a kill, at most: less than a search takes here."""
+EARLY = 0.5
+"""Half of the kills come at a time up to this part of what a search takes here, which its start takes most of; the
+others after some more trials."""
+MORE = 3
 
 
 class Silent:
@@ -69,17 +71,45 @@ def state() -> dict[str, Any]:
     }
 
 
-def series(kills: int, draw: random.Random) -> list[dict[str, Any]]:
-    """Kill tuners in an empty folder, then let one finish; return the states in between and at the end."""
+def start() -> int:
+    """Start a tuner in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        run()
+        os._exit(0)
+    return child
+
+
+def enter(folder: Path, spec: str) -> None:
+    """Make a folder with the spec, and nothing else that a tuner leaves, the current one."""
+    folder.mkdir()
+    os.chdir(folder)
+    Path("one.yaml").write_text(spec, encoding="utf-8")
     simulated.script(Path("script.json").absolute(), sleep=0.0005)
     os.environ["M2GEN_CACHE_DIR"] = str(Path("cache").absolute())
+
+
+def wait_for_more(child: int, lines: int) -> None:
+    """Wait until the journal has so many more lines, or the tuner is about to end."""
+    journals = cache_dir() / "tune"
+
+    def written() -> int:
+        return sum(path.read_bytes().count(b"\n") for path in journals.glob("*.jsonl"))
+
+    before = written()
+    while written() < before + lines and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.0005)
+
+
+def series(kills: int, draw: random.Random, seconds: float) -> list[dict[str, Any]]:
+    """Kill tuners at random points, then let one finish; return the states in between and at the end."""
     states = []
     for _ in range(kills):
-        child = os.fork()
-        if child == 0:
-            run()
-            os._exit(0)
-        time.sleep(draw.uniform(0, LONGEST))
+        child = start()
+        if draw.random() < 0.5:
+            time.sleep(draw.uniform(0, seconds))
+        else:
+            wait_for_more(child, draw.randint(1, MORE))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         states.append(state())
@@ -90,13 +120,17 @@ def series(kills: int, draw: random.Random) -> list[dict[str, Any]]:
 def main() -> None:
     """Run every series in a folder of its own."""
     draw, home = random.Random(0), Path.cwd()
+    spec = Path("one.yaml").read_text(encoding="utf-8")
+    enter(home / "imports", spec)
+    run()
+    enter(home / "whole", spec)
+    begin = time.monotonic()
+    os.waitpid(start(), 0)
+    seconds = EARLY * (time.monotonic() - begin)
     found = []
     for index in range(int(sys.argv[1])):
-        folder = home / f"series{index}"
-        folder.mkdir()
-        (folder / "one.yaml").write_text((home / "one.yaml").read_text(encoding="utf-8"), encoding="utf-8")
-        os.chdir(folder)
-        found.append(series(int(sys.argv[2]), draw))
+        enter(home / f"series{index}", spec)
+        found.append(series(int(sys.argv[2]), draw, seconds))
     print(json.dumps(found))
 
 

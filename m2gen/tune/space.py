@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -162,7 +162,7 @@ def enumerate_space(subject: Subject) -> Space:
                 points += (Schedule(forward, backward, *both) for forward in forwards)  # type: ignore[arg-type]
             else:
                 pruned[reason] += len(forwards)
-    kept = tuple(point for point in points if fits(subject, point))
+    kept = _within_memory(subject, points)
     if len(kept) != len(points):
         pruned[MEMORY] = len(points) - len(kept)
     return Space(size, kept, dict(pruned))
@@ -188,12 +188,33 @@ def _reason(subject: Subject, schedule: Schedule, part: Part) -> str | None:
 
 def fits(subject: Subject, schedule: Schedule) -> bool:
     """Whether what a call allocates is within the subject's bound."""
+    return bool(_within_memory(subject, [schedule]))
+
+
+def _within_memory(subject: Subject, points: Iterable[Schedule]) -> tuple[Schedule, ...]:
+    """Return the points within the subject's bound; of the many that take the same memory, one is worked out."""
+    limit = _limit(subject)
+    if limit is None:
+        return tuple(points)
+    known: dict[object, bool] = {}
+
+    def within(point: Schedule) -> bool:
+        forward, backward = point.forward, point.backward
+        facts = forward.rows, forward.reduction, backward.rows, backward.reduction, backward.chunk, point.interval
+        if facts not in known:
+            known[facts] = _taken(subject, point) <= limit
+        return known[facts]
+
+    return tuple(point for point in points if within(point))
+
+
+def _limit(subject: Subject) -> float | None:
     bound = subject.memory
     if bound.size is not None:
-        return _taken(subject, schedule) <= bound.size
+        return bound.size
     if bound.times is None or subject.objective is Objective.INFER:  # which keeps nothing when a call returns
-        return True
-    return _taken(subject, schedule) <= bound.times * _taken(subject, default(subject.variant, subject.device))
+        return None
+    return bound.times * _taken(subject, default(subject.variant, subject.device))
 
 
 def _taken(subject: Subject, schedule: Schedule) -> int:
