@@ -131,3 +131,14 @@ def test_fake_tensors_run_no_kernel(package, device, monkeypatch) -> None:
     assert spy.launched == []
     assert y.shape == inputs.dy.shape
     assert state.dtype is torch.float32
+
+
+def test_numbers_that_memory_holds_negated(package, operands, monkeypatch) -> None:
+    """The imaginary part of a conjugate is a view with a flag, which torch's dispatcher resolves before a kernel."""
+    spy = Spy(package, monkeypatch)
+    q = torch.complex(torch.zeros_like(operands["q"]), -operands["q"]).conj().imag
+    assert q.is_neg()
+    assert torch.equal(q, operands["q"])
+    y, state = package.m2rnn(**operands | {"q": q})
+    assert spy.names == ["FORWARD"]
+    assert_same({"y": y, "state": state}, dict(zip(("y", "state"), package.m2rnn(**operands), strict=True)))
