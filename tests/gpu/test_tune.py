@@ -68,7 +68,8 @@ def test_the_gpu_worker_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_short_search(tmp_path: Path) -> None:
     """As a person types it: a record whose winner is no slower than the default, and a second run that repeats none."""
     (tmp_path / "one.yaml").write_text(SPEC, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "M2GEN_CACHE_DIR": str(tmp_path / "cache")}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "M2GEN_CACHE_DIR": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "m2gen", "tune", "--spec", "one.yaml", "--budget", "120s", "--trials", "8"]
     for _ in range(2):
         done = subprocess.run(
