@@ -29,7 +29,8 @@ class Output:
     dim: int | None
     """Extent of the last dim; None for a scalar per head."""
     offsets: str
-    mask: str
+    mask: str | None
+    """Name of the mask over the last dim."""
     known: bool = False
     """Whether the launcher keeps launches for calls alike."""
 
@@ -64,11 +65,14 @@ class Output:
         partial = self.total * self.parts * (self.dim or 1)
         return f"{self.groups * (self.dim or 1)} if ATOMIC else {partial}" if self.shared else str(partial)
 
-    def write(self, row: str, value: str) -> str:
-        """Return the statement that writes one step's ``value`` to the row at address ``row``."""
+    def write(self, row: str, value: str, guarded: bool) -> str:
+        """Return the statement that writes one step's ``value`` to the row at address ``row``, if it is ``inside``."""
+        mask = self.mask or "None"
+        if guarded:
+            mask = f"tl.where(inside, {self.mask}, False)" if self.mask else "inside"
         if self.shared:
-            return f"contribute({row}{self.offsets}, {value}, {self.mask}, ATOMIC)"
-        return f"tl.store({row}{self.offsets}, {value}, mask={self.mask})"
+            return f"contribute({row}{self.offsets}, {value}, {mask}, ATOMIC)"
+        return f"tl.store({row}{self.offsets}, {value}, mask={mask})"
 
     @property
     def allocate(self) -> str:
@@ -90,19 +94,17 @@ class Output:
 def forward_output(variant: Variant, schedule: Schedule) -> Output:
     """Return how y is written: rows are summed, and every head has its own."""
     total, parts = variant.total_heads, schedule.forward.parts(variant)
-    mask = "tl.where(inside, col_mask, False)"
-    return Output("y", "v", total, total, parts, variant.head_dim, " + cols", mask, known=True)
+    return Output("y", "v", total, total, parts, variant.head_dim, " + cols", "col_mask", known=True)
 
 
 def backward_outputs(variant: Variant, schedule: Schedule) -> tuple[Output, ...]:
     """Return how dq, dk, dv and df are written; dv and df sum over rows, all sum over the heads of a group."""
     heads, total, parts = variant.heads, variant.total_heads, schedule.backward.parts(variant)
-    rows, cols = "tl.where(inside, row_mask, False)", "tl.where(inside, col_mask, False)"
     return (
-        Output("dq", "q", total, heads.q, 1, variant.state_expansion, " + rows", rows),
-        Output("dk", "k", total, heads.k, 1, variant.state_expansion, " + rows", rows),
-        Output("dv", "v", total, heads.v, parts, variant.head_dim, " + cols", cols),
-        Output("df", "forget", total, heads.f, parts, None, "", "inside"),
+        Output("dq", "q", total, heads.q, 1, variant.state_expansion, " + rows", "row_mask"),
+        Output("dk", "k", total, heads.k, 1, variant.state_expansion, " + rows", "row_mask"),
+        Output("dv", "v", total, heads.v, parts, variant.head_dim, " + cols", "col_mask"),
+        Output("df", "forget", total, heads.f, parts, None, "", None),
     )
 
 

@@ -142,10 +142,10 @@ SABOTAGE = {
     "tanh_derivative": ("(1.0 - z_1 * z_1)", "1.0", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),
     "clamp": ("g = clamp(c, bound)", "g = c", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),
     "own_state": ("dq_0 = tl.sum(h_1 *", "dq_0 = tl.sum(h_0 *", {"dq"}),
-    "gradient_of_carry": ("f_0 * g)", "g)", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),
+    "gradient_of_carry": ("c = f_0 * g", "c = g", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),
     "store_of_dq": ("tl.store(dq +", None, {"dq"}),
     "store_of_state": ("tl.store(h_last +", None, {"state"}),
-    "output": ("y_1 = tl.sum(q_1", "y_1 = tl.sum(q_0", {"y"}),
+    "output": ("y_1 = tl.sum(column(q_1", "y_1 = tl.sum(column(q_0", {"y"}),
 }
 """What is broken, by what text, and the results that it must push over budget."""
 
