@@ -156,8 +156,8 @@ def test_a_run_ends_after_the_last_length_has_settled(example) -> None:
     assert {length for length, _ in known.steps[:10]} == {2}
     assert {length for length, _ in known.steps[10:]} == {2, 3}
     rates = [rate for _, rate in known.steps]
-    assert rates[0] == 1 / 50
-    assert rates[:20] == sorted(rates[:20])
+    assert (rates[0], rates[9]) == (1 / 50, 10 / 50)
+    assert rates[19] == pytest.approx(20 / 50 * (2 / 3) ** 0.5)  # longer words have less
     assert rates[-1] < 2 / 30
     assert len(losses) == 5
 

@@ -18,9 +18,10 @@ WARM = 2
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every model is trained."""
+    """How every model is trained; a step has ``batch`` words, or fewer where they are long, of ``tokens`` together."""
 
     batch: int
+    tokens: int
     learning_rate: float
     weight_decay: float
     clip: float
@@ -64,7 +65,8 @@ class Stepper:
     def step(self, length: int, rate: float) -> None:
         """Train on fresh words of a length, at a part of the learning rate."""
         if length not in self.words:
-            letters = torch.empty(self.recipe.batch, length, dtype=torch.long, device=self.rate.device)
+            count = max(1, min(self.recipe.batch, self.recipe.tokens // length))
+            letters = torch.empty(count, length, dtype=torch.long, device=self.rate.device)
             self.words[length] = Words(letters)
         words = self.words[length]
         self.rate.fill_(rate * self.recipe.learning_rate)

@@ -49,6 +49,7 @@ class Config:
     steps: int
     settle: int
     batch: int
+    tokens: int
     learning_rate: float
     weight_decay: float
     clip: float
@@ -63,7 +64,7 @@ class Config:
     @property
     def recipe(self) -> Recipe:
         """What a step of training asks for."""
-        return Recipe(self.batch, self.learning_rate, self.weight_decay, self.clip, self.graphs)
+        return Recipe(self.batch, self.tokens, self.learning_rate, self.weight_decay, self.clip, self.graphs)
 
 
 def load(path: Path, changes: dict[str, Any]) -> Config:
@@ -139,6 +140,11 @@ class Curriculum:
         """The longest length so far."""
         return self.lengths[self.stage]
 
+    @property
+    def caution(self) -> float:
+        """The part of the learning rate that is left at these lengths: gradients of longer words vary more."""
+        return math.sqrt(self.lengths[0] / self.longest)
+
     def draw(self) -> int:
         """Return the next step's length."""
         longest = self.random.random() < 0.6
@@ -175,7 +181,7 @@ def fit(stepper: Stepper, curriculum: Curriculum, config: Config, losses: list[f
     step, end = 0, config.steps
     while step < end:
         length = curriculum.draw()
-        stepper.step(length, rate(step, end, config))
+        stepper.step(length, rate(step, end, config) * curriculum.caution)
         step += 1
         if length == curriculum.longest:
             seen.append(stepper.accuracy.clone())
