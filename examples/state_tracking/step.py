@@ -56,7 +56,7 @@ class Stepper:
         self.optimizer = torch.optim.AdamW(
             groups_of(model, recipe.weight_decay),
             lr=self.rate,  # a tensor, since a replay reads what is there then
-            betas=(0.9, 0.98),
+            betas=(0.9, 0.99),
             fused=device.type == "cuda",
             capturable=self.graphs,
         )
