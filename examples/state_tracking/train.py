@@ -188,7 +188,7 @@ def fit(stepper: Stepper, curriculum: Curriculum, config: Config, losses: list[f
         if step % READ_EVERY == 0 or step == end:
             losses.append(round(stepper.loss.item(), 5))
             if not curriculum.finished:
-                curriculum.see([x.item() for x in seen])
+                curriculum.see(torch.stack(seen).tolist() if seen else [])
                 end = min(end, step + config.settle) if curriculum.finished else end
             seen = []
     return step
