@@ -162,6 +162,30 @@ def test_a_run_ends_after_the_last_length_has_settled(example) -> None:
     assert len(losses) == 5
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["m2rnn", "attention", "linear", "gru"])
+def test_captured_steps_train_as_eager_ones(example, device, kind) -> None:
+    """Steps of two lengths in turns have the losses of eager steps, up to what the order of atomics changes."""
+    example("state_tracking")
+    train = example("state_tracking", "train")
+    losses = {}
+    for graphs in (True, False):
+        changes = {"batch": 16, "graphs": graphs}
+        config = train.load(EXAMPLES / "state_tracking" / "config.yaml", changes)
+        package = load_module(EXAMPLES / "decoder.py", "example_decoder").package_of(config.package)
+        with train.own_stream(device):
+            problem = train.group("S3").to(device)
+            torch.manual_seed(0)
+            model = train.make_model(config, kind, problem, package).to(device)
+            stepper = train.Stepper(model, problem, config.recipe, torch.Generator(device).manual_seed(0))
+            losses[graphs] = []
+            for step in range(12):
+                stepper.step((5, 9)[step % 2], 0.1)
+                losses[graphs].append(stepper.loss.item())
+        assert all((words.graph is not None) is graphs for words in stepper.words.values())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
 def test_hybrid_lm_interrupted_and_resumed_has_the_same_losses(example, monkeypatch, tmp_path) -> None:
     """Killed between checkpoints, the same command goes on and ends with the losses of a run in one piece."""
     run = example("hybrid_lm")
