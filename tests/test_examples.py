@@ -19,7 +19,7 @@ from torch import nn
 from m2gen.compile import load_module
 
 EXAMPLES = ROOT / "examples"
-LOCAL = ("decoder", "words", "train", "data", "model")
+LOCAL = ("decoder", "words", "step", "train", "data", "model")
 """Modules that the examples find beside them."""
 
 
@@ -132,6 +132,58 @@ def test_a_short_word_problem_is_learned(example, tmp_path) -> None:
     outcome = run.train(config, "gru", "S3", 0, None, torch.device("cpu"))
     assert outcome.trained_to == 4
     assert outcome.accuracy(0, 4) > 0.99
+
+
+def test_a_run_ends_after_the_last_length_has_settled(example) -> None:
+    """Longer words come as the last are known; then the learning rate falls, and the run ends before all its steps."""
+    run = example("state_tracking")
+    train = example("state_tracking", "train")
+    changes = {**run.SMOKE, "lengths": [2, 3], "steps": 200, "settle": 30}
+    config = train.load(EXAMPLES / "state_tracking" / "config.yaml", changes)
+
+    class Known:
+        """Stands for a model that is right about everything, and notes what it was asked for."""
+
+        def __init__(self) -> None:
+            self.loss = self.accuracy = torch.ones(())
+            self.steps: list[tuple[int, float]] = []
+
+        def step(self, length: int, rate: float) -> None:
+            self.steps.append((length, rate))
+
+    known, losses = Known(), []
+    assert train.fit(known, train.Curriculum(config, 0), config, losses) == 50
+    assert {length for length, _ in known.steps[:10]} == {2}
+    assert {length for length, _ in known.steps[10:]} == {2, 3}
+    rates = [rate for _, rate in known.steps]
+    assert (rates[0], rates[9]) == (1 / 50, 10 / 50)
+    assert rates[19] == pytest.approx(20 / 50 * (2 / 3) ** 0.5)  # longer words have less
+    assert rates[-1] < 2 / 30
+    assert len(losses) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["m2rnn", "attention", "linear", "gru"])
+def test_captured_steps_train_as_eager_ones(example, device, kind) -> None:
+    """Steps of two lengths in turns have the losses of eager steps, up to what the order of atomics changes."""
+    example("state_tracking")
+    train = example("state_tracking", "train")
+    losses = {}
+    for graphs in (True, False):
+        changes = {"batch": 16, "graphs": graphs}
+        config = train.load(EXAMPLES / "state_tracking" / "config.yaml", changes)
+        package = load_module(EXAMPLES / "decoder.py", "example_decoder").package_of(config.package)
+        with train.own_stream(device):
+            problem = train.group("S3").to(device)
+            torch.manual_seed(0)
+            model = train.make_model(config, kind, problem, package).to(device)
+            stepper = train.Stepper(model, problem, config.recipe, torch.Generator(device).manual_seed(0))
+            losses[graphs] = []
+            for step in range(12):
+                stepper.step((5, 9)[step % 2], 0.1)
+                losses[graphs].append(stepper.loss.item())
+        assert all((words.graph is not None) is graphs for words in stepper.words.values())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
 
 
 def test_hybrid_lm_interrupted_and_resumed_has_the_same_losses(example, monkeypatch, tmp_path) -> None:

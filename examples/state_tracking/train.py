@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import yaml
-from decoder import Decoder, groups_of, mixer
+from decoder import Decoder, mixer
+from step import Recipe, Stepper, own_stream
 from torch import Tensor, nn
-from torch.nn import functional as F
 from words import Group, group
 
 READ_EVERY = 10
@@ -46,16 +46,25 @@ class Config:
     layers: int
     heads: int
     lengths: tuple[int, ...]
-    batch: int
     steps: int
     settle: int
+    batch: int
+    tokens: int
     learning_rate: float
     weight_decay: float
+    clip: float
+    graphs: bool
     forget: float | None
     orthogonal: bool
     conv_width: int
+    scale: float
     evaluate: Evaluation
     budget: float
+
+    @property
+    def recipe(self) -> Recipe:
+        """What a step of training asks for."""
+        return Recipe(self.batch, self.tokens, self.learning_rate, self.weight_decay, self.clip, self.graphs)
 
 
 def load(path: Path, changes: dict[str, Any]) -> Config:
@@ -113,75 +122,81 @@ def begin(part: nn.Module, config: Config) -> None:
         for weight in part.state_weight:
             nn.init.orthogonal_(weight)
     if hasattr(part, "conv1d") and config.conv_width == 1:
-        part.conv1d.weight.fill_(1)  # no convolution
-
-
-def loss_and_accuracy(model: Decoder, letters: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean loss over all positions, and the share of right answers."""
-    logits = model(letters)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), answers.flatten())
-    return loss, (logits.detach().argmax(-1) == answers).float().mean()
+        part.conv1d.weight.fill_(config.scale)  # no convolution
 
 
 class Curriculum:
     """Which lengths are trained: the longest so far more than half of the time, and the shorter ones."""
 
     def __init__(self, config: Config, seed: int) -> None:
-        self.lengths, self.settle = config.lengths, config.settle
-        self.stage, self.known_for = 0, 0
+        self.lengths = config.lengths
+        self.stage = 0
+        self.finished = False
+        """Whether the last length has been known once; what remains is to settle."""
         self.random = random.Random(seed)
+
+    @property
+    def longest(self) -> int:
+        """The longest length so far."""
+        return self.lengths[self.stage]
+
+    @property
+    def caution(self) -> float:
+        """The part of the learning rate that is left at these lengths: gradients of longer words vary more."""
+        return math.sqrt(self.lengths[0] / self.longest)
 
     def draw(self) -> int:
         """Return the next step's length."""
         longest = self.random.random() < 0.6
         return self.lengths[self.stage if longest else self.random.randint(0, self.stage)]
 
-    def see(self, accuracies: list[float]) -> bool:
-        """Take the accuracies of the last steps; return whether everything has been known for long enough."""
-        known = bool(accuracies) and sum(accuracies) / len(accuracies) >= KNOWN
-        if known and self.stage + 1 < len(self.lengths):
+    def see(self, accuracies: list[float]) -> None:
+        """Take the accuracies of the last steps at the longest length; go on to the next if it is known."""
+        if not accuracies or sum(accuracies) / len(accuracies) < KNOWN:
+            return
+        if self.stage + 1 < len(self.lengths):
             self.stage += 1
-            return False
-        perfect = bool(accuracies) and min(accuracies) >= 0.9999
-        self.known_for = self.known_for + READ_EVERY if perfect and self.stage + 1 == len(self.lengths) else 0
-        return self.known_for >= self.settle
+        else:
+            self.finished = True
 
 
 def train(config: Config, kind: str, name: str, seed: int, package: ModuleType, device: torch.device) -> Outcome:
     """Train one model and judge it."""
-    began, problem = time.perf_counter(), group(name).to(device)
-    torch.manual_seed(seed)
-    model = make_model(config, kind, problem, package).to(device)
-    optimizer = torch.optim.AdamW(
-        groups_of(model, config.weight_decay), lr=config.learning_rate, betas=(0.9, 0.98), fused=device.type == "cuda"
-    )
-    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, config.steps))
-    generator = torch.Generator(device).manual_seed(1000 + seed)
-    curriculum, losses, longest = Curriculum(config, seed), [], []
-    step = 0
-    for step in range(1, config.steps + 1):
-        length = curriculum.draw()
-        loss, accuracy = loss_and_accuracy(model, *problem.words(config.batch, length, generator))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        warm.step()
-        if length == config.lengths[curriculum.stage]:
-            longest.append(accuracy)
-        if step % READ_EVERY == 0 or step == config.steps:
-            losses.append(round(loss.item(), 5))
-            if curriculum.see([x.item() for x in longest]):
-                break
-            longest = []
-    errors = judge(model, problem, config.evaluate, device)
+    began = time.perf_counter()
+    with own_stream(device):
+        problem = group(name).to(device)
+        torch.manual_seed(seed)
+        model = make_model(config, kind, problem, package).to(device)
+        stepper = Stepper(model, problem, config.recipe, torch.Generator(device).manual_seed(1000 + seed))
+        curriculum, losses = Curriculum(config, seed), list[float]()
+        step = fit(stepper, curriculum, config, losses)
+        errors = judge(model, problem, config.evaluate, device)
     seconds, words = time.perf_counter() - began, config.evaluate.words
-    return Outcome(name, kind, seed, step, config.lengths[curriculum.stage], seconds, losses, words, errors)
+    return Outcome(name, kind, seed, step, curriculum.longest, seconds, losses, words, errors)
 
 
-def rate(step: int, steps: int) -> float:
-    """Return the part of the learning rate at a step: up over 50 steps, level, and down over the last fifth."""
-    return min(1.0, (step + 1) / 50, max(0.02, (steps - step) / (0.2 * steps)))
+def fit(stepper: Stepper, curriculum: Curriculum, config: Config, losses: list[float]) -> int:
+    """Train until every length is known and ``settle`` more steps, or for all steps; return how many were done."""
+    seen: list[Tensor] = []
+    step, end = 0, config.steps
+    while step < end:
+        length = curriculum.draw()
+        stepper.step(length, rate(step, end, config) * curriculum.caution)
+        step += 1
+        if length == curriculum.longest:
+            seen.append(stepper.accuracy.clone())
+        if step % READ_EVERY == 0 or step == end:
+            losses.append(round(stepper.loss.item(), 5))
+            if not curriculum.finished:
+                curriculum.see(torch.stack(seen).tolist() if seen else [])
+                end = min(end, step + config.settle) if curriculum.finished else end
+            seen = []
+    return step
+
+
+def rate(step: int, end: int, config: Config) -> float:
+    """Return the part of the learning rate at a step: up over 50 steps, level, and down over the last ``settle``."""
+    return min(1.0, (step + 1) / 50, max(0.02, (end - step) / config.settle))
 
 
 @torch.no_grad()
