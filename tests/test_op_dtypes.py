@@ -102,6 +102,18 @@ def test_autocast_off_inside_autocast(package, device) -> None:
         assert package.m2rnn(**arguments(inputs))[0].dtype == torch.float32
 
 
+def test_the_reference_rounds_no_products_under_autocast(package, device) -> None:
+    """Under autocast the reference backend computes what it does of operands in autocast's dtype."""
+    inputs = make_inputs(make_variant(dtype="bf16"), PROBLEM, seed=0).to(device)
+    expected = differentiate(package.m2rnn, inputs, backend="reference")
+
+    def autocast(**named):
+        with torch.autocast(device.type, torch.bfloat16):
+            return package.m2rnn(**named, backend="reference")
+
+    assert_same(differentiate(autocast, inputs), expected)
+
+
 def test_a_step_under_autocast(package, device) -> None:
     """Decoding under autocast is decoding in autocast's dtype."""
     inputs = make_inputs(make_variant(), Problem(2, 1, initial_state=True), seed=0).to(device)
