@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from dataclasses import replace
+from functools import partial
 from itertools import permutations
 from pathlib import Path
 from types import ModuleType
@@ -15,11 +18,12 @@ from calls import distance
 from layer import by_hand
 from support import ROOT
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from m2gen.compile import load_module
 
 EXAMPLES = ROOT / "examples"
-LOCAL = ("decoder", "words", "step", "train", "data", "model")
+LOCAL = ("decoder", "words", "step", "train", "data", "model", "loop", "compare")
 """Modules that the examples find beside them."""
 
 
@@ -218,6 +222,65 @@ def test_hybrid_lm_on_the_reference_backend_has_the_same_losses(example, monkeyp
         command(run, monkeypatch, "train", "--smoke", "--out", str(out), "--set", f"backend={backend}")
         losses.append(json.loads((out / "losses.json").read_text(encoding="utf-8"))["losses"])
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+@pytest.mark.parametrize(("how", "graphs"), [(True, 1), ("blocks", 3)])
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+def test_hybrid_lm_compiled_has_the_same_losses(example, monkeypatch, backend, how, graphs) -> None:
+    """Under autocast the model is one graph, or one for each kind of block, forward and backward, for every seed."""
+    run = example("hybrid_lm")
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    changes = {**run.SMOKE, "dtype": "bf16", "backend": backend, "mixers": ["attention", "m2rnn", "linear", "m2rnn"]}
+    config = run.load(EXAMPLES / "hybrid_lm" / "config.yaml", changes)
+    text = run.data.read(config.text)
+    for seed in (0, 1):
+        losses = []
+        for compiled in (how, False):
+            trainer = run.Trainer(replace(config, seed=seed, compile=compiled), torch.device("cpu"))
+            losses.append(torch.stack([trainer.step(*run.data.batch(text, 1, 4, seed, step)) for step in (0, 1)]))
+        assert torch.allclose(*losses, rtol=0, atol=2**-8)
+    assert counter.frame_count == graphs
+    torch.compiler.reset()
+
+
+def test_hybrid_lm_compare_smoke(example, monkeypatch, tmp_path, capsys) -> None:
+    """Every run trains, one of them goes on in another process, and the table says that all is as it should be."""
+    run = example("hybrid_lm")
+    command(run, monkeypatch, "compare", "--smoke", "--out", str(tmp_path))
+    assert not torch.are_deterministic_algorithms_enabled()
+    report = capsys.readouterr().out
+    assert (tmp_path / "compare.md").read_text(encoding="utf-8") == report
+    assert "within seed noise of the reference: yes\nthe same losses after an interruption: yes\n" in report
+    losses = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["losses"]
+    assert losses["whole"] == losses["resumed"]
+    assert losses["kernels"]["1"] == pytest.approx(losses["reference"]["1"], abs=1e-4)
+    assert losses["kernels"]["0"] != losses["kernels"]["1"]
+
+
+@pytest.mark.parametrize(
+    ("kernels", "resumed", "verdict"),
+    [
+        ([2.0, 1.0], [2.0, 1.0], None),
+        ([2.0, 1.5], [2.0, 1.0], "reference: NO"),
+        ([2.0, math.nan], [2.0, 1.0], "reference: NO"),
+        ([2.0, 1.0], [2.0, 1.0 + 1e-7], "interruption: NO"),
+    ],
+)
+def test_hybrid_lm_compare_says_no(example, monkeypatch, tmp_path, capsys, kernels, resumed, verdict) -> None:
+    """Curves further apart than seeds, or a resumed run that differs in the last bits, fail the command."""
+    run = example("hybrid_lm")
+    curves = {0: [2.0, 1.0], 1: [2.1, 1.1]}
+    outcome = run.compare.Outcome({0: kernels, 1: [2.1, 1.1]}, curves, kernels, [2.0, 1.0], resumed)
+    monkeypatch.setattr(run.compare, "measured", lambda config: outcome)
+    arguments = ("compare", "--smoke", "--out", str(tmp_path))
+    if verdict is None:
+        command(run, monkeypatch, *arguments)
+    else:
+        with pytest.raises(SystemExit, match="1"):
+            command(run, monkeypatch, *arguments)
+        assert verdict in capsys.readouterr().out
 
 
 def test_groups_of_parameters(example) -> None:

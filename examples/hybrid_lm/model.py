@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,16 @@ class Bench:
     lengths: tuple[int, ...]
     tokens: int
     steps: int
+    compile: bool | str
+
+
+@dataclass(frozen=True)
+class Compare:
+    """What the comparison of backends trains: the first ``steps`` steps of some seeds, on sequences of ``seq``."""
+
+    seeds: tuple[int, ...]
+    seq: int
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,8 @@ class Config:
     width: int
     heads: int
     dtype: str
-    compile: bool
+    compile: bool | str
+    deterministic: bool
     seq: int
     batch: int
     steps: int
@@ -46,6 +58,7 @@ class Config:
     seed: int
     save_every: int
     text: tuple[str, ...]
+    compare: Compare
     bench: Bench
 
 
@@ -56,11 +69,18 @@ def load(path: Path, changes: dict[str, Any]) -> Config:
     wrong = sorted((values.keys() ^ known) | (changes.keys() - known))
     if wrong:
         raise SystemExit(f"{path} and --set must give {', '.join(sorted(known))}; see {', '.join(wrong)}")
-    values = {key: tuple(x) if isinstance(x, list) else x for key, x in (values | changes).items()}
+    values = _with_tuples(values | changes)
     if values["dtype"] not in ("bf16", "fp32"):
         raise SystemExit(f"dtype must be bf16 or fp32, got {values['dtype']!r}")
-    bench = {key: tuple(x) if isinstance(x, list) else x for key, x in values["bench"].items()}
-    return replace(Config(**values), bench=Bench(**bench))
+    compare, bench = Compare(**_with_tuples(values["compare"])), Bench(**_with_tuples(values["bench"]))
+    for compiled in (values["compile"], bench.compile):
+        if compiled not in (True, False, "blocks"):
+            raise SystemExit(f"compile must be true, false or blocks, got {compiled!r}")
+    return replace(Config(**values), compare=compare, bench=bench)
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
 
 
 class Trainer:
@@ -73,7 +93,7 @@ class Trainer:
         mixers = [mixer(kind, *sizes, package, config.layer, backend=config.backend) for kind in config.mixers]
         self.config, self.device = config, device
         self.model = Decoder(mixers, config.width, TOKENS, TOKENS).to(device)
-        self.called = torch.compile(self.model) if config.compile else self.model
+        self.called = self._compiled()
         self.optimizer = torch.optim.AdamW(
             groups_of(self.model, config.weight_decay),
             lr=config.learning_rate,
@@ -81,6 +101,15 @@ class Trainer:
             fused=device.type == "cuda",
         )
         self.done = 0
+
+    def _compiled(self) -> Callable[[Tensor], Tensor]:
+        """Return the model as steps call it; blocks of one kind share what is compiled of one of them."""
+        options = {"fullgraph": "gru" not in self.config.mixers, "dynamic": False}  # torch compiles no GRU
+        if self.config.compile == "blocks":
+            for block in self.model.blocks:
+                block.compile(**options)
+            return self.model
+        return torch.compile(self.model, **options) if self.config.compile else self.model
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context of the forward."""

@@ -2,20 +2,18 @@
 
 m2gen build --spec examples.yaml
 python examples/hybrid_lm/run.py train      # losses.json and losses.png in --out; interrupted, the same goes on
+python examples/hybrid_lm/run.py compare    # kernels and the reference backend over some seeds; minutes on a GPU
 python examples/hybrid_lm/run.py bench      # tokens a second: attention, M2RNN, and one layer of it; needs a GPU
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -24,78 +22,34 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS is not deterministic
 
+import compare  # noqa: E402
 import data  # noqa: E402
+from loop import device_at_hand, draw, facts_of, store, train, write_json  # noqa: E402
 from model import Config, Trainer, load  # noqa: E402
 
 SMOKE = {
     "package": "generated.tiny", "layer": "base", "mixers": ["attention", "m2rnn"], "width": 8, "heads": 2, "seq": 4,
     "batch": 1, "steps": 4, "warmup": 1, "dtype": "fp32", "compile": False, "save_every": 2,
-    "text": [str(HERE.parent.parent / "LICENSE")],
+    "text": [str(HERE.parent.parent / "LICENSE")], "compare": {"seeds": [0, 1], "seq": 4, "steps": 4},
 }  # fmt: skip
 """A run of seconds on a CPU, which shows that everything works and nothing else."""
 
 
-def store(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all."""
-    staging = path.with_suffix(".new")
-    write(staging)
-    os.replace(staging, path)
-
-
-def train(config: Config, out: Path) -> None:
-    """Train up to the config's last step, from the checkpoint where there is one, and draw the losses."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trainer, losses, text = Trainer(config, device), [], data.read(config.text)
-    place, facts = out / "checkpoint.pt", json.loads(json.dumps(asdict(config)))
-    if place.is_file():
-        saved = torch.load(place, map_location=device, weights_only=True)
-        changed = [key for key in facts if facts[key] != saved["config"][key] and key != "save_every"]
-        if changed:
-            raise SystemExit(
-                f"{place} must be of this config, but has another {', '.join(changed)}; choose another --out"
-            )
-        trainer.restore(saved["trainer"])
-        losses = saved["losses"]
-        print(f"going on at step {trainer.done} from {place}", file=sys.stderr)
-    recent: list[torch.Tensor] = []
-    began, before = time.perf_counter(), trainer.done
-    while trainer.done < config.steps:
-        recent.append(trainer.step(*data.batch(text, config.batch, config.seq, config.seed, trainer.done)))
-        if trainer.done % config.save_every == 0 or trainer.done == config.steps:
-            losses += torch.stack(recent).tolist()
-            recent = []
-            saved = {"config": facts, "trainer": trainer.state(), "losses": losses}
-            store(place, lambda path, saved=saved: torch.save(saved, path))
-            rate = (trainer.done - before) * config.batch * config.seq / (time.perf_counter() - began)
-            print(f"step {trainer.done}: loss {losses[-1]:.4f}, {rate:,.0f} tokens/s", file=sys.stderr)
-    text_of_losses = json.dumps({"config": facts, "losses": losses}) + "\n"
-    store(out / "losses.json", lambda path: path.write_text(text_of_losses, encoding="utf-8"))
-    draw(losses, out / "losses.png")
+def train_and_draw(config: Config, out: Path) -> None:
+    """Train up to the config's last step, and write the losses and their figure."""
+    losses = train(config, out)
+    write_json({"config": facts_of(config), "losses": losses}, out / "losses.json")
+    draw({"loss": (losses, "-")}, out / "losses.png")
     print(f"loss {losses[0]:.4f} at step 1, {losses[-1]:.4f} at step {len(losses)}")
-
-
-def draw(losses: list[float], place: Path) -> None:
-    """Draw the losses, where matplotlib is at hand."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: matplotlib is missing (pip install -e '.[examples]')", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.5))
-    axes.plot(range(1, len(losses) + 1), losses, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss (nats a byte)")
-    figure.tight_layout()
-    figure.savefig(place, dpi=120)
 
 
 def bench(config: Config, out: Path) -> None:
     """Print tokens a second of training for three choices of mixers, and the part that one M2RNN layer takes."""
     if not torch.cuda.is_available():
         raise SystemExit("bench needs a GPU that torch can use")
+    config = replace(config, compile=config.bench.compile)
     layers = len(config.mixers)
     one = tuple("m2rnn" if i == layers // 2 else "attention" for i in range(layers))
     models = {"attention": ("attention",) * layers, "one M2RNN layer": one, "all M2RNN": ("m2rnn",) * layers}
@@ -111,8 +65,10 @@ def bench(config: Config, out: Path) -> None:
             share = f"{100 * inside / whole:.0f} %" if inside else "none"
             rows.append(f"| {length} | {name} | {1e3 * tokens / whole:,.0f} | {whole:.2f} | {share} |")
             print(rows[-1], f"({base / whole:.2f} of attention's)", file=sys.stderr)
-    report = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {config.dtype}\n\n" + "\n".join(rows) + "\n"
-    store(out / "bench.md", lambda path: path.write_text(report, encoding="utf-8"))
+            report = "\n".join(
+                [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {config.dtype}\n", *rows, ""]
+            )
+            store(out / "bench.md", lambda path, report=report: path.write_text(report, encoding="utf-8"))
     print(report, end="")
 
 
@@ -132,8 +88,8 @@ def milliseconds(call: Callable[[], object], repeats: int) -> float:
 def timed(config: Config) -> float:
     """Return the milliseconds of a training step."""
     torch.compiler.reset()  # another model, not another shape of one
-    trainer = Trainer(config, torch.device("cuda"))
-    tokens = torch.randint(data.TOKENS, (config.batch, config.seq), device="cuda")
+    trainer = Trainer(config, device_at_hand())
+    tokens = torch.randint(data.TOKENS, (config.batch, config.seq), device=trainer.device)
     return milliseconds(lambda: trainer.step(tokens, tokens), config.bench.steps)
 
 
@@ -142,15 +98,16 @@ def mixer_time(config: Config) -> float:
     if "m2rnn" not in config.mixers:
         return 0.0
     torch.compiler.reset()
-    trainer = Trainer(config, torch.device("cuda"))
+    trainer = Trainer(config, device_at_hand())
     layer = trainer.model.blocks[config.mixers.index("m2rnn")].mixer
-    called = torch.compile(layer) if config.compile else layer
-    x = torch.randn(config.batch, config.seq, config.width, device="cuda", requires_grad=True)
+    called = torch.compile(layer, fullgraph=True, dynamic=False) if config.compile else layer
+    x = torch.randn(config.batch, config.seq, config.width, device=trainer.device, requires_grad=True)
+    wanted = [x, *layer.parameters()]
 
     def step() -> None:
         with trainer.autocast():
             y = called(x)
-        y.backward(torch.ones_like(y))
+        torch.autograd.grad(y, wanted, torch.ones_like(y))
 
     return milliseconds(step, config.bench.steps)
 
@@ -158,7 +115,7 @@ def mixer_time(config: Config) -> float:
 def main() -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train", "bench"))
+    parser.add_argument("what", choices=("train", "compare", "bench"))
     parser.add_argument("--config", type=Path, default=HERE / "config.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value; YAML")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the checkpoint and results")
@@ -168,7 +125,7 @@ def main() -> None:
     changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
     config = load(arguments.config, changes)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (train if arguments.what == "train" else bench)(config, arguments.out)
+    {"train": train_and_draw, "compare": compare.compare, "bench": bench}[arguments.what](config, arguments.out)
 
 
 if __name__ == "__main__":

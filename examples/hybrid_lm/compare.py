@@ -1,0 +1,148 @@
+"""Whether the model trains on kernels as it does on the reference backend, and goes on as if never interrupted."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from statistics import mean
+
+import data
+import torch
+import yaml
+from loop import device_at_hand, draw, facts_of, steps, store, train, write_json
+from model import Config, Trainer
+
+HERE = Path(__file__).resolve().parent
+LAST = 20
+"""Steps at the end whose mean loss is shown."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Losses of every run, step by step: kernels and reference of each seed, and of the first seed again."""
+
+    kernels: dict[int, list[float]]
+    reference: dict[int, list[float]]
+    again: list[float]
+    whole: list[float]
+    resumed: list[float]
+
+    @property
+    def between_backends(self) -> float:
+        """How far kernels and reference of one seed are apart, on average over steps and seeds."""
+        return mean(apart(self.kernels[seed], self.reference[seed]) for seed in self.kernels)
+
+    @property
+    def between_repeats(self) -> float:
+        """How far two runs of the kernels with one seed are apart."""
+        return apart(self.kernels[next(iter(self.kernels))], self.again)
+
+    @property
+    def between_seeds(self) -> float:
+        """How far runs of the reference with two seeds are apart, on average over steps and pairs of seeds."""
+        return mean(apart(one, other) for one, other in combinations(self.reference.values(), 2))
+
+    @property
+    def trains_alike(self) -> bool:
+        """Whether the backends are closer to each other than seeds are."""
+        return self.between_backends < self.between_seeds
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the interrupted run has the losses of the other, to the last bit."""
+        return self.whole == self.resumed
+
+
+def apart(one: list[float], other: list[float]) -> float:
+    """Return the mean |difference| of two runs' losses."""
+    return mean(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def curve(config: Config, name: str, until: int) -> list[float]:
+    """Train anew up to step ``until`` and return the losses."""
+    began = time.perf_counter()
+    trainer = Trainer(config, device_at_hand())
+    losses = torch.stack(list(steps(trainer, data.read(config.text), until))).tolist()
+    print(f"{name}: loss {losses[-1]:.4f} at step {until}, {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    return [float(loss) for loss in losses]
+
+
+def resumed(config: Config) -> list[float]:
+    """Return the losses of a run that stops between two checkpoints and goes on in another process."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train(config, folder, until=config.steps // 2 + 1)
+        (folder / "config.yaml").write_text(yaml.safe_dump(facts_of(config)), encoding="utf-8")
+        command = [sys.executable, str(HERE / "run.py"), "train", "--config", str(folder / "config.yaml")]
+        subprocess.run([*command, "--out", name], check=True, stdout=subprocess.DEVNULL)
+        saved = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        return [float(loss) for loss in saved["losses"]]
+
+
+def measured(config: Config) -> Outcome:
+    """Train every run."""
+    choice = config.compare
+    kernels = replace(config, seq=choice.seq, backend="kernels")
+    reference = replace(kernels, backend="reference", compile=False)  # compiled, its steps are unrolled: minutes
+    first = replace(kernels, seed=choice.seeds[0])
+    # Half of the steps is a checkpoint, and the step after it is lost.
+    exact = replace(first, deterministic=True, steps=choice.steps, save_every=max(1, choice.steps // 2))
+    return Outcome(
+        {seed: curve(replace(kernels, seed=seed), f"kernels, seed {seed}", choice.steps) for seed in choice.seeds},
+        {seed: curve(replace(reference, seed=seed), f"reference, seed {seed}", choice.steps) for seed in choice.seeds},
+        curve(first, f"kernels, seed {first.seed} again", choice.steps),
+        curve(exact, "deterministic, in one piece", choice.steps),
+        resumed(exact),
+    )
+
+
+def table(config: Config, outcome: Outcome) -> str:
+    """Return what was measured, and whether it is as it should be."""
+    seeds = ", ".join(str(seed) for seed in outcome.kernels)
+    ends = [
+        f"| {name}, seeds {seeds} | " + ", ".join(f"{mean(run[-LAST:]):.4f}" for run in runs.values()) + " |"
+        for name, runs in (("kernels", outcome.kernels), ("reference", outcome.reference))
+    ]
+    rows = [
+        f"| mean loss of the last {min(LAST, config.compare.steps)} of {config.compare.steps} steps | |",
+        "| --- | --- |",
+        *ends,
+        "| **mean difference of the losses of a step** | |",
+        f"| kernels and reference, one seed | {outcome.between_backends:.3g} |",
+        f"| kernels twice, one seed | {outcome.between_repeats:.3g} |",
+        f"| reference, two seeds | {outcome.between_seeds:.3g} |",
+        f"| in one piece and interrupted, deterministic | {apart(outcome.whole, outcome.resumed):.3g} |",
+    ]
+    words = {True: "yes", False: "NO"}
+    verdicts = [
+        f"within seed noise of the reference: {words[outcome.trains_alike]}",
+        f"the same losses after an interruption: {words[outcome.resumes]}",
+    ]
+    return "\n".join([*rows, "", *verdicts]) + "\n"
+
+
+def compare(config: Config, out: Path) -> None:
+    """Write and print the comparison; the exit status is 1 unless all is as it should be."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, Triton's interpreter"
+    if len(set(config.compare.seeds)) < 2 or config.compare.steps < 2:
+        raise SystemExit(f"compare must have at least two seeds and two steps, got {config.compare}")
+    outcome = measured(config)
+    runs = {"kernels": outcome.kernels, "reference": outcome.reference}
+    runs |= {"again": outcome.again, "whole": outcome.whole, "resumed": outcome.resumed}
+    facts = {"device": device, "torch": torch.__version__, "config": facts_of(config)}
+    write_json({**facts, "losses": runs}, out / "compare.json")
+    curves = {}
+    for name, style, losses in (("kernels", "-", outcome.kernels), ("reference", ":", outcome.reference)):
+        for i, (seed, run) in enumerate(losses.items()):
+            curves[f"{name}, seed {seed}"] = (run, f"C{i}{style}")
+    draw(curves, out / "compare.png")
+    report = f"{device}, torch {torch.__version__}, {config.dtype}\n\n{table(config, outcome)}"
+    store(out / "compare.md", lambda path: path.write_text(report, encoding="utf-8"))
+    print(report, end="")
+    if not (outcome.trains_alike and outcome.resumes):
+        raise SystemExit(1)
