@@ -19,8 +19,8 @@ from words import Group, group
 
 READ_EVERY = 10
 """Steps between looks at the accuracy, each of which waits for the GPU."""
-KNOWN = 0.995
-"""Accuracy at the longest words so far at which longer ones come."""
+KNOWN, SETTLED = 0.98, 0.999
+"""Accuracy at the longest words so far at which longer ones come, and at the longest of all at which a run settles."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,11 @@ class Curriculum:
 
     def see(self, accuracies: list[float]) -> None:
         """Take the accuracies of the last steps at the longest length; go on to the next if it is known."""
-        if not accuracies or sum(accuracies) / len(accuracies) < KNOWN:
-            return
-        if self.stage + 1 < len(self.lengths):
+        accuracy = sum(accuracies) / max(len(accuracies), 1)
+        if self.stage + 1 == len(self.lengths):
+            self.finished = accuracy >= SETTLED
+        elif accuracy >= KNOWN:
             self.stage += 1
-        else:
-            self.finished = True
 
 
 def train(config: Config, kind: str, name: str, seed: int, package: ModuleType, device: torch.device) -> Outcome:
