@@ -156,7 +156,9 @@ def test_a_run_ends_after_the_last_length_has_settled(example) -> None:
             self.steps.append((length, rate))
 
     known, losses = Known(), []
-    assert train.fit(known, train.Curriculum(config, 0), config, losses) == 50
+    curriculum = train.Curriculum(config, 0)
+    assert train.fit(known, curriculum, config, losses) == 50
+    assert (curriculum.known_at, curriculum.longest) == ([10, 20], 3)
     assert {length for length, _ in known.steps[:10]} == {2}
     assert {length for length, _ in known.steps[10:]} == {2, 3}
     rates = [rate for _, rate in known.steps]

@@ -69,8 +69,9 @@ def run_all(config: Config, out: Path) -> None:
         outcome = train(config, kind, name, seed, package, device)
         store(place, outcome)
         print(
-            f"{name} {kind} seed {seed}: {outcome.steps} steps, trained to {outcome.trained_to}, loss "
-            f"{outcome.losses[-1]:.4f}, right to {outcome.perfect_to}, {outcome.seconds:.1f} s",
+            f"{name} {kind} seed {seed}: {outcome.steps} steps, trained to {outcome.trained_to} (lengths known at "
+            f"{outcome.known_at}), loss {outcome.losses[-1]:.4f}, right to {outcome.perfect_to}, "
+            f"{outcome.seconds:.1f} s",
             file=sys.stderr,
         )
 

@@ -19,8 +19,8 @@ from words import Group, group
 
 READ_EVERY = 10
 """Steps between looks at the accuracy, each of which waits for the GPU."""
-KNOWN = 0.995
-"""Accuracy at the longest words so far at which longer ones come."""
+KNOWN, SETTLED = 0.97, 0.999
+"""Accuracy at the longest words so far at which longer ones come, and at the longest of all at which a run settles."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,17 @@ def load(path: Path, changes: dict[str, Any]) -> Config:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave; ``errors`` counts the wrong answers at each position, over ``words`` words."""
+    """What a run gave; ``errors`` counts the wrong answers at each position, over ``words`` words.
+
+    ``known_at`` has the step at which each length was known, for as many as were.
+    """
 
     group: str
     model: str
     seed: int
     steps: int
     trained_to: int
+    known_at: list[int]
     seconds: float
     losses: list[float]
     words: int
@@ -130,10 +134,18 @@ class Curriculum:
 
     def __init__(self, config: Config, seed: int) -> None:
         self.lengths = config.lengths
-        self.stage = 0
-        self.finished = False
-        """Whether the last length has been known once; what remains is to settle."""
+        self.known_at: list[int] = []
         self.random = random.Random(seed)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last length has been known once; what remains is to settle."""
+        return len(self.known_at) == len(self.lengths)
+
+    @property
+    def stage(self) -> int:
+        """Which of the lengths is the longest so far."""
+        return min(len(self.known_at), len(self.lengths) - 1)
 
     @property
     def longest(self) -> int:
@@ -150,14 +162,11 @@ class Curriculum:
         longest = self.random.random() < 0.6
         return self.lengths[self.stage if longest else self.random.randint(0, self.stage)]
 
-    def see(self, accuracies: list[float]) -> None:
+    def see(self, step: int, accuracies: list[float]) -> None:
         """Take the accuracies of the last steps at the longest length; go on to the next if it is known."""
-        if not accuracies or sum(accuracies) / len(accuracies) < KNOWN:
-            return
-        if self.stage + 1 < len(self.lengths):
-            self.stage += 1
-        else:
-            self.finished = True
+        wanted = SETTLED if self.stage + 1 == len(self.lengths) else KNOWN
+        if accuracies and sum(accuracies) / len(accuracies) >= wanted:
+            self.known_at.append(step)
 
 
 def train(config: Config, kind: str, name: str, seed: int, package: ModuleType, device: torch.device) -> Outcome:
@@ -172,7 +181,8 @@ def train(config: Config, kind: str, name: str, seed: int, package: ModuleType, 
         step = fit(stepper, curriculum, config, losses)
         errors = judge(model, problem, config.evaluate, device)
     seconds, words = time.perf_counter() - began, config.evaluate.words
-    return Outcome(name, kind, seed, step, curriculum.longest, seconds, losses, words, errors)
+    reached, known_at = curriculum.longest, curriculum.known_at
+    return Outcome(name, kind, seed, step, reached, known_at, seconds, losses, words, errors)
 
 
 def fit(stepper: Stepper, curriculum: Curriculum, config: Config, losses: list[float]) -> int:
@@ -188,7 +198,7 @@ def fit(stepper: Stepper, curriculum: Curriculum, config: Config, losses: list[f
         if step % READ_EVERY == 0 or step == end:
             losses.append(round(stepper.loss.item(), 5))
             if not curriculum.finished:
-                curriculum.see(torch.stack(seen).tolist() if seen else [])
+                curriculum.see(step, torch.stack(seen).tolist() if seen else [])
                 end = min(end, step + config.settle) if curriculum.finished else end
             seen = []
     return step
