@@ -65,11 +65,11 @@ class Output:
         partial = self.total * self.parts * (self.dim or 1)
         return f"{self.groups * (self.dim or 1)} if ATOMIC else {partial}" if self.shared else str(partial)
 
-    def write(self, row: str, value: str, guarded: bool) -> str:
-        """Return the statement that writes one step's ``value`` to the row at address ``row``, if it is ``inside``."""
+    def write(self, row: str, value: str, inside: str | None) -> str:
+        """Return the statement that writes one step's ``value`` to the row at address ``row``, if ``inside`` holds."""
         mask = self.mask or "None"
-        if guarded:
-            mask = f"tl.where(inside, {self.mask}, False)" if self.mask else "inside"
+        if inside:
+            mask = f"tl.where({inside}, {self.mask}, False)" if self.mask else inside
         if self.shared:
             return f"contribute({row}{self.offsets}, {value}, {mask}, ATOMIC)"
         return f"tl.store({row}{self.offsets}, {value}, mask={mask})"

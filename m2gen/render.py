@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from m2gen import layouts
 from m2gen.outputs import backward_outputs, forward_output
-from m2gen.schedule import BackwardSchedule, ForwardSchedule, Layouts, Reduction, Schedule, Tanh
+from m2gen.schedule import Reduction, Schedule, Tanh
 from m2gen.signature import Direction, arguments
 from m2gen.spec import ClipMode, Dtype, Fp32Products
-from m2gen.variant import MIN_TILE, Variant
+from m2gen.variant import Variant
 
 SUM_ELEMENTS = 256
 """Elements that one warp of the kernel that adds contributors' rows."""
@@ -187,105 +187,6 @@ def _launch(variant: Variant, schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def _down(part: ForwardSchedule | BackwardSchedule) -> int:
-    """Return how many warps share the rows of a tile; the others share its columns."""
-    return min(part.warps, part.rows // MIN_TILE)
-
-
-def _tile(variant: Variant, part: ForwardSchedule | BackwardSchedule) -> str:
-    """Return the layout of a part's products: warps share the rows, and columns where there are more of them."""
-    down = _down(part)
-    return f"tl.NVMMADistributedLayout([2, 0], [{down}, {part.warps // down}], [16, 8])"
-
-
-def _bases(*steps: tuple[int, ...]) -> str:
-    return f"[{', '.join(str(list(step)) for step in steps)}]"
-
-
-def _powers(first: int, end: int) -> list[int]:
-    """Return first, 2 first, 4 first, ... below end."""
-    return [first << bit for bit in range((end // first).bit_length() - 1)]
-
-
-def _sums_layout(variant: Variant, part: ForwardSchedule) -> str:
-    """Return the layout of what is left of a tile whose threads have summed their rows: 8 rows of every column."""
-    across = 8 * part.warps
-    registers = _bases((0, 1), *((0, col) for col in _powers(across, variant.padded_cols)))
-    lanes = _bases((0, 2), (0, 4), (1, 0), (2, 0), (4, 0))
-    warps = _bases(*((0, col) for col in _powers(8, across)))
-    return f"tl.DistributedLinearLayout({registers}, {lanes}, {warps}, [], [8, {variant.padded_cols}])"
-
-
-def _halvings(steps: int) -> list[str]:
-    """Return the statements that add 8 rows of every step's sums: first rows 4 apart, last neighbours.
-
-    A lane's bits 2 to 4 number its rows. While a thread has the sums of several steps, it gives half of them away.
-    """
-    lines = []
-    for row in (4, 2, 1):
-        steps //= 2
-        for i in range(steps):
-            lines.append(f"y_{i} = added(y_{i}, y_{i + steps}, sum_row & {row} != 0, {4 * row})")
-        if not steps:
-            lines.append(f"y_0 += exchanged(y_0, {4 * row})")
-    return lines
-
-
-def _vector(part: ForwardSchedule | BackwardSchedule) -> str:
-    """Return the layout of a vector over a part's rows: a thread has neighbours, which one instruction loads.
-
-    Rows never mix, so which of them a thread has does not matter to the products.
-    """
-    down = _down(part)
-    each = part.rows // (8 * down)
-    registers = _bases(*((row,) for row in _powers(1, each)))
-    lanes = _bases((0,), (0,), (each,), (2 * each,), (4 * each,))
-    across = [(0,)] * ((part.warps // down).bit_length() - 1)
-    warps = _bases(*across, *((row,) for row in _powers(8 * each, part.rows)))
-    return f"tl.DistributedLinearLayout({registers}, {lanes}, {warps}, [], [{part.rows}])"
-
-
-def _layouts(variant: Variant, schedule: Schedule) -> dict[str, Any]:
-    """Return the words in which the two dialects of the templates differ: Gluon's tensors have layouts."""
-    explicit = schedule.layouts is Layouts.EXPLICIT
-    sides: dict[str, ForwardSchedule | BackwardSchedule] = {"forward": schedule.forward, "backward": schedule.backward}
-    named = {
-        **{f"{side.upper()}_TILE": _tile(variant, part) for side, part in sides.items()},
-        **{f"{side.upper()}_VECTOR": _vector(part) for side, part in sides.items()},
-        "SUM_LAYOUT": f"tl.BlockedLayout([1], [32], [{schedule.forward.warps}], [0])",
-    }
-
-    def only(text: str) -> str:
-        return f", {text}" if explicit else ""
-
-    together = explicit and _down(schedule.forward) == 1 and schedule.forward.unroll in (2, 4, 8)
-    if together:
-        named["FORWARD_SUMS"] = _sums_layout(variant, schedule.forward)
-    words = {
-        "sums_together": _halvings(schedule.forward.unroll) if together else [],
-        "y_together": replace(forward_output(variant, schedule), offsets="", mask="sum_mask"),
-        "explicit_layouts": explicit,
-        "layouts": list(named.items()) if explicit else [],
-        "jit": "gluon.jit" if explicit else "triton.jit",
-        "language": "triton.language" if explicit else "tl",
-        "barrier": "barrier" if explicit else "tl.debug_barrier",
-        "right_operand": (lambda x: f"transposed({x}).permute((1, 0))") if explicit else str,
-        "sum_layout": only("SUM_LAYOUT"),
-        "as_loaded": (lambda x: f"as_loaded({x}, BACKWARD_VECTOR)") if explicit else str,
-        "tile_parameter": only("TILE: tl.constexpr"),
-        "tile_rows": only("tl.SliceLayout(1, TILE)"),
-        "tile_cols": only("tl.SliceLayout(0, TILE)"),
-    }
-    for side in sides:
-        tile = f"{side.upper()}_TILE"
-        words[f"{side}_tile"] = only(tile)
-        words[f"{side}_rows"] = only(f"{side.upper()}_VECTOR")
-        words[f"{side}_state_rows"] = f"in_tile(rows, {tile})" if explicit else "rows"
-        words[f"{side}_weight_rows"] = only(f"tl.SliceLayout(1, {tile})")
-        words[f"{side}_cols"] = only(f"tl.SliceLayout(0, {tile})")
-    return words
-
-
 def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
     """Return the module of one variant run by one schedule: kernels, then the functions that launch them."""
     return render_template(
@@ -303,7 +204,7 @@ def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
         **_sums(variant, schedule),
         **_checkpoints(variant, schedule),
         **_launch(variant, schedule),
-        **_layouts(variant, schedule),
+        **layouts.words(variant, schedule),
     )
 
 
