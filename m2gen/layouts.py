@@ -70,6 +70,15 @@ def _vector(part: Part) -> str:
     return _linear((part.rows,), registers, lanes, [*across, *((row,) for row in _powers(8 * each, part.rows))])
 
 
+def _keys(part: Part) -> str:
+    """Return the layout of 16 steps' vectors over a part's rows, as the left operand of a product has them."""
+    each = part.rows // (8 * _down(part))
+    registers = [*((row, 0) for row in _powers(1, each)), (0, 1), (0, 8)]
+    lanes = [*LANE_COLS, *((row * each, 0) for row, _ in LANE_ROWS)]
+    across = [(0, 0)] * ((part.warps // _down(part)).bit_length() - 1)
+    return _linear((part.rows, 16), registers, lanes, [*across, *((row, 0) for row in _powers(8 * each, part.rows))])
+
+
 def _row_sums(variant: Variant, part: Part) -> str:
     """Return the layout of what is left of a tile whose threads have summed their rows: 8 rows of every column."""
     across = 8 * part.warps
@@ -87,6 +96,15 @@ def _col_sums(part: Part) -> dict[str, str]:
     return {"COL_SUMS": tile, "COL_SUMS_LOADED": loaded, "ALL_SUMS": _linear((8, 4), [], (*cols, *LANE_ROWS), [])}
 
 
+def outer_on_tensor_cores(schedule: Schedule) -> bool:
+    """Whether the forward has k v^T from a product of its own, rather than as one multiplication an element.
+
+    It saves instructions and takes longer: with 16 rows a warp, latency is all there is (docs/performance.md).
+    """
+    part = schedule.forward
+    return schedule.layouts is Layouts.EXPLICIT and (part.rows, part.warps) != (MIN_TILE, 1)
+
+
 def named(variant: Variant, schedule: Schedule) -> dict[str, str]:
     """Return the layouts that a kernel's text names; none where the compiler chooses."""
     if schedule.layouts is Layouts.AUTO:
@@ -94,6 +112,8 @@ def named(variant: Variant, schedule: Schedule) -> dict[str, str]:
     forward, backward = schedule.forward, schedule.backward
     found = {"FORWARD_TILE": _tile(forward), "BACKWARD_TILE": _tile(backward)}
     found |= {"FORWARD_VECTOR": _vector(forward), "BACKWARD_VECTOR": _vector(backward)}
+    if outer_on_tensor_cores(schedule):
+        found |= {"FORWARD_KEYS": _keys(forward), "FORWARD_VALUES": "tl.DotOperandLayout(1, FORWARD_TILE, 2)"}
     found["SUM_LAYOUT"] = f"tl.BlockedLayout([1], [32], [{forward.warps}], [0])"
     if forward_together(variant, schedule):
         found["FORWARD_SUMS"] = _row_sums(variant, forward)
@@ -164,6 +184,7 @@ def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
     found: dict[str, object] = {
         "explicit_layouts": explicit,
         "layouts": list(named(variant, schedule).items()),
+        "outer_on_tensor_cores": outer_on_tensor_cores(schedule),
         "forward_together": forward_together(variant, schedule),
         "backward_together": backward_together(variant, schedule),
         "jit": "gluon.jit" if explicit else "triton.jit",

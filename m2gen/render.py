@@ -16,6 +16,9 @@ from m2gen.signature import Direction, arguments
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import Variant
 
+SHORT = 64
+"""Tokens up to which y's contributors store rows of their own, whatever the schedule says. Fewer than any problem by
+which a schedule is tuned, so that the kernels that are timed are those that were verified."""
 SUM_ELEMENTS = 256
 """Elements that one warp of the kernel that adds contributors' rows."""
 TRITON_DTYPE = {Dtype.BF16: "tl.bfloat16", Dtype.FP16: "tl.float16", Dtype.FP32: "tl.float32"}
@@ -179,6 +182,7 @@ def _launch(variant: Variant, schedule: Schedule) -> dict[str, Any]:
         "backward_programs": heads * schedule.backward.parts(variant),
         "step_programs": heads,
         "forward_warps": schedule.forward.warps,
+        "short": SHORT,
         "sum_block": SUM_ELEMENTS * schedule.forward.warps,
         "backward_warps": schedule.backward.warps,
         "state_shape": f"{heads}, {rows}, {cols}",

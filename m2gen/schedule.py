@@ -29,7 +29,8 @@ class Layouts(StrEnum):
     """Triton's compiler: the portable templates."""
     EXPLICIT = "explicit"
     """The templates, in Gluon: operands are loaded into the layouts of the products, and move through no shared memory.
-    Products of 16-bit operands on NVIDIA only."""
+    Products of 16-bit operands on NVIDIA only. A NaN or an infinity in k or v may reach the y of the same iteration's
+    earlier steps, since one product makes every step's k v^T."""
 
 
 class Reduction(StrEnum):
@@ -157,6 +158,11 @@ def check(variant: Variant, schedule: Schedule, device: Device) -> Schedule:
     return schedule
 
 
+MOST_EXPLICIT_COLS = 64
+"""Columns up to which threads have registers for the state weight; a compiler that chooses layouts keeps it in shared
+memory, where explicit ones spill 350 bytes a thread at 128."""
+
+
 def _tile(variant: Variant, device: Device) -> tuple[int, int]:
     """Return rows and warps of a program: 32 rows of up to 16 columns, else 16 rows and a warp per 16 columns.
 
@@ -169,16 +175,21 @@ def _tile(variant: Variant, device: Device) -> tuple[int, int]:
 def default(variant: Variant, device: Device) -> Schedule:
     """Return the schedule that serves ``variant`` on ``device`` until a tuned one does.
 
-    Measured on an H200 (docs/performance.md). States of up to 16 columns: one warp and 32 rows, since rows are
+    Measured on an H200 and H100s (docs/performance.md). Operands of 16 bits on NVIDIA have explicit layouts, with which
+    both kernels take 0.8 of the time, up to 64 columns. States of up to 16 columns: one warp and 32 rows, since rows are
     independent and a barrier between warps costs more than the arithmetic. Wider states: 16 rows, and as many
-    warps as keep the state weight's operands in registers. Loads four steps ahead cover their latency; two steps of
+    warps as keep the state weight's operands in registers. Loads four steps ahead cover their latency,
+    and eight share the sums of y where the state leaves registers for them; two steps of
     states are what the backward's registers hold (one where products of float32 take them). A checkpoint every 16
     steps costs 4 % of the forward's time and a sixteenth of all states; the scratch of one interval stays in L2.
     """
     rows, warps = _tile(variant, device)
     single = variant.dtype is Dtype.FP32
     tanh = Tanh.PTX if device.is_nvidia and variant.tanh is TanhMode.APPROX else Tanh.EXP
-    forward = ForwardSchedule(rows, warps, 2 if single and warps > 1 else 4, Reduction.ATOMIC)
+    explicit = device.is_nvidia and not single and variant.padded_cols <= MOST_EXPLICIT_COLS
+    unroll = 8 if explicit and (rows, warps) == (32, 1) else 2 if single and warps > 1 else 4
+    forward = ForwardSchedule(rows, warps, unroll, Reduction.ATOMIC)
     backward = BackwardSchedule(rows, warps, 1 if single else 2, Reduction.ATOMIC)
-    schedule = Schedule(forward, backward, interval=16, tanh=tanh)
+    layouts = Layouts.EXPLICIT if explicit else Layouts.AUTO
+    schedule = Schedule(forward, backward, interval=16, tanh=tanh, layouts=layouts)
     return check(variant, schedule, device)
