@@ -1,6 +1,6 @@
 """Which thread of explicit kernels holds what: layouts by name, and sums that several steps share.
 
-Products are 16 x 8 tiles of ``mma.sync``: lane l has rows l // 4 and l // 4 + 8, and columns 2 (l % 4) and its neighbour
+Products are 16 x 8 tiles of ``mma.sync``: lane l has rows l // 4 and l // 4 + 8, and columns 2 (l % 4) and the next
 (PTX ISA, m16n8k16). Everything else is laid out so that it meets those tiles without moving between threads.
 """
 
@@ -40,8 +40,19 @@ def _bases(steps: Iterable[tuple[int, ...]]) -> str:
     return f"[{', '.join(str(list(step)) for step in steps)}]"
 
 
-def _linear(shape: tuple[int, ...], registers: Iterable[tuple[int, ...]], lanes: Iterable[tuple[int, ...]], warps: Iterable[tuple[int, ...]]) -> str:  # fmt: skip
-    return f"tl.DistributedLinearLayout({_bases(registers)}, {_bases(lanes)}, {_bases(warps)}, [], {list(shape)})"
+@dataclass(frozen=True)
+class _Linear:
+    """A layout by what each bit of a register's, a lane's and a warp's number adds to an element's index."""
+
+    shape: tuple[int, ...]
+    registers: tuple[tuple[int, ...], ...]
+    lanes: tuple[tuple[int, ...], ...]
+    warps: tuple[tuple[int, ...], ...] = ()
+
+    def __str__(self) -> str:
+        first = f"reg_bases={_bases(self.registers)}, lane_bases={_bases(self.lanes)},"
+        rest = f"warp_bases={_bases(self.warps)}, block_bases=[], shape={list(self.shape)},"
+        return f"tl.DistributedLinearLayout(\n    {first}\n    {rest}\n)"
 
 
 def _powers(first: int, end: int) -> list[int]:
@@ -64,36 +75,39 @@ def _vector(part: Part) -> str:
     Rows never mix, so which of them a thread has does not matter to the products.
     """
     each = part.rows // (8 * _down(part))
-    registers = [(row,) for row in _powers(1, each)]
-    lanes = [(0,), (0,), (each,), (2 * each,), (4 * each,)]
-    across = [(0,)] * ((part.warps // _down(part)).bit_length() - 1)
-    return _linear((part.rows,), registers, lanes, [*across, *((row,) for row in _powers(8 * each, part.rows))])
+    registers = tuple((row,) for row in _powers(1, each))
+    lanes = ((0,), (0,), (each,), (2 * each,), (4 * each,))
+    across = ((0,),) * ((part.warps // _down(part)).bit_length() - 1)
+    down = ((row,) for row in _powers(8 * each, part.rows))
+    return str(_Linear((part.rows,), registers, lanes, (*across, *down)))
 
 
 def _keys(part: Part) -> str:
     """Return the layout of 16 steps' vectors over a part's rows, as the left operand of a product has them."""
     each = part.rows // (8 * _down(part))
-    registers = [*((row, 0) for row in _powers(1, each)), (0, 1), (0, 8)]
-    lanes = [*LANE_COLS, *((row * each, 0) for row, _ in LANE_ROWS)]
-    across = [(0, 0)] * ((part.warps // _down(part)).bit_length() - 1)
-    return _linear((part.rows, 16), registers, lanes, [*across, *((row, 0) for row in _powers(8 * each, part.rows))])
+    registers = (*((row, 0) for row in _powers(1, each)), (0, 1), (0, 8))
+    lanes = (*LANE_COLS, *((row * each, 0) for row, _ in LANE_ROWS))
+    across = ((0, 0),) * ((part.warps // _down(part)).bit_length() - 1)
+    down = ((row, 0) for row in _powers(8 * each, part.rows))
+    return str(_Linear((part.rows, 16), registers, lanes, (*across, *down)))
 
 
 def _row_sums(variant: Variant, part: Part) -> str:
     """Return the layout of what is left of a tile whose threads have summed their rows: 8 rows of every column."""
     across = 8 * part.warps
-    registers = [(0, 1), *((0, col) for col in _powers(across, variant.padded_cols))]
-    warps = [(0, col) for col in _powers(8, across)]
-    return _linear((8, variant.padded_cols), registers, (*LANE_COLS, *LANE_ROWS), warps)
+    registers = ((0, 1), *((0, col) for col in _powers(across, variant.padded_cols)))
+    warps = tuple((0, col) for col in _powers(8, across))
+    return str(_Linear((8, variant.padded_cols), registers, (*LANE_COLS, *LANE_ROWS), warps))
 
 
 def _col_sums(part: Part) -> dict[str, str]:
     """Return the layouts of what is left of a tile whose threads have summed their columns, and of its neighbours."""
     cols, each = ((0, 1), (0, 2)), part.rows // 8
-    tile = _linear((part.rows, 4), [(row, 0) for row in _powers(8, part.rows)], (*cols, *LANE_ROWS), [])
+    tile = _Linear((part.rows, 4), tuple((row, 0) for row in _powers(8, part.rows)), (*cols, *LANE_ROWS))
     lanes = (*cols, *((row * each, 0) for row, _ in LANE_ROWS))
-    loaded = _linear((part.rows, 4), [(row, 0) for row in _powers(1, each)], lanes, [])
-    return {"COL_SUMS": tile, "COL_SUMS_LOADED": loaded, "ALL_SUMS": _linear((8, 4), [], (*cols, *LANE_ROWS), [])}
+    loaded = _Linear((part.rows, 4), tuple((row, 0) for row in _powers(1, each)), lanes)
+    every = _Linear((8, 4), (), (*cols, *LANE_ROWS))
+    return {"COL_SUMS": str(tile), "COL_SUMS_LOADED": str(loaded), "ALL_SUMS": str(every)}
 
 
 def outer_on_tensor_cores(schedule: Schedule) -> bool:
@@ -123,7 +137,7 @@ def named(variant: Variant, schedule: Schedule) -> dict[str, str]:
 
 
 def _halved(name: str, steps: int, exchanges: Iterable[tuple[str, int]]) -> tuple[str, ...]:
-    """Return the statements that sum over threads: each exchange is what tells its two sides apart, and a lane's bit."""
+    """Return the statements that sum over threads; an exchange is what tells its two sides apart, and a lane's bit."""
     lines = []
     for upper, lanes in exchanges:
         steps //= 2
@@ -162,7 +176,8 @@ def backward_together(variant: Variant, schedule: Schedule) -> dict[str, Togethe
     found = {}
     for name in ("dq", "dk"):
         output = replace(outputs[name], offsets="", mask="col_sum_mask")
-        lines = (*_halved(name, part.chunk, _over_cols("sum_lane")), f"{name}_0 = columns_as_loaded({name}_0, COL_SUMS_LOADED)")  # fmt: skip
+        lines = _halved(name, part.chunk, _over_cols("sum_lane"))
+        lines += (f"{name}_0 = columns_as_loaded({name}_0, COL_SUMS_LOADED)",)
         found[name] = Together(lines, "col_step", f"col_step * {name}_step + col_rows", output)
     output = replace(outputs["dv"], offsets="", mask="row_sum_mask")
     lines = _halved("dv", part.chunk, _over_rows("sum_row"))

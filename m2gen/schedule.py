@@ -176,10 +176,10 @@ def default(variant: Variant, device: Device) -> Schedule:
     """Return the schedule that serves ``variant`` on ``device`` until a tuned one does.
 
     Measured on an H200 and H100s (docs/performance.md). Operands of 16 bits on NVIDIA have explicit layouts, with which
-    both kernels take 0.8 of the time, up to 64 columns. States of up to 16 columns: one warp and 32 rows, since rows are
+    both kernels take 0.8 of the time, up to 64 columns. States of up to 16 columns: one warp and 32 rows, as rows are
     independent and a barrier between warps costs more than the arithmetic. Wider states: 16 rows, and as many
     warps as keep the state weight's operands in registers. Loads four steps ahead cover their latency,
-    and eight share the sums of y where the state leaves registers for them; two steps of
+    and eight share the sums of y where registers are left for them; two steps of
     states are what the backward's registers hold (one where products of float32 take them). A checkpoint every 16
     steps costs 4 % of the forward's time and a sixteenth of all states; the scratch of one interval stays in L2.
     """

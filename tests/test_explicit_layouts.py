@@ -65,26 +65,20 @@ def test_they_compile() -> None:
         assert resources.shared_bytes == 0 or job.variant is VARIANTS["square"]
 
 
-def test_both_texts_have_the_same_steps() -> None:
-    """One template: what the two differ in are words for layouts, never an operation of the recurrence."""
+def test_both_texts_have_the_same_recurrence() -> None:
+    """One template: what the two differ in is where things lie and how they are summed, never the recurrence."""
     variant = VARIANTS["published"]
-    auto = render_kernel(variant, default(variant, TARGETS["sm_90"]), "").splitlines()
-    explicit = source(variant).splitlines()
-    only = {line.strip() for line in set(explicit) - set(auto)}
-    words = (
-        "gluon",
-        "Layout",
-        "LAYOUT",
-        "_TILE",
-        "layout",
-        "mma_v2",
-        "barrier",
-        "permute",
-        "PropagateNan",
-        "TILE",
-        "schedule",
-    )
-    assert {line for line in only if not any(word in line for word in words)} <= {"import triton.language"}
+    auto = render_kernel(variant, replace(default(variant, TARGETS["sm_90"]), layouts=Layouts.AUTO), "")
+    explicit = source(variant)
+    for statement in (
+        "return f * h + u * z",
+        "h_1 = advance(h_0, z_0, f_0, u_0)",
+        "g = clamp(c, bound) + column(q_0, c) * dy_0.to(tl.float32)[None, :]",
+        "d = u_0 * g * (1.0 - z_0 * z_0)",
+        "c = f_0 * g + product(d_operand, w_t, zeros)",
+    ):
+        assert statement in auto
+        assert statement in explicit
 
 
 def test_the_interpreter_imports_them(tmp_path: Path) -> None:
