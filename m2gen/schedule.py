@@ -179,7 +179,7 @@ def default(variant: Variant, device: Device) -> Schedule:
     both kernels take 0.8 of the time, up to 64 columns. States of up to 16 columns: one warp and 32 rows, as rows are
     independent and a barrier between warps costs more than the arithmetic. Wider states: 16 rows, and as many
     warps as keep the state weight's operands in registers. Loads four steps ahead cover their latency,
-    and eight share the sums of y where registers are left for them; two steps of
+    and eight share the sums of y where registers and instructions are few; two steps of
     states are what the backward's registers hold (one where products of float32 take them). A checkpoint every 16
     steps costs 4 % of the forward's time and a sixteenth of all states; the scratch of one interval stays in L2.
     """
@@ -187,7 +187,7 @@ def default(variant: Variant, device: Device) -> Schedule:
     single = variant.dtype is Dtype.FP32
     tanh = Tanh.PTX if device.is_nvidia and variant.tanh is TanhMode.APPROX else Tanh.EXP
     explicit = device.is_nvidia and not single and variant.padded_cols <= MOST_EXPLICIT_COLS
-    unroll = 8 if explicit and (rows, warps) == (32, 1) else 2 if single and warps > 1 else 4
+    unroll = 8 if explicit and tanh is Tanh.PTX and (rows, warps) == (32, 1) else 2 if single and warps > 1 else 4
     forward = ForwardSchedule(rows, warps, unroll, Reduction.ATOMIC)
     backward = BackwardSchedule(rows, warps, 1 if single else 2, Reduction.ATOMIC)
     layouts = Layouts.EXPLICIT if explicit else Layouts.AUTO

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -24,6 +25,7 @@ from calls import arguments, differentiate
 from support import GATED_HEADS, build_package, import_package, make_schedule, make_variant
 
 from m2gen.problem import Inputs, Problem, make_inputs
+from m2gen.schedule import Layouts, Schedule
 from m2gen.variant import Variant
 
 TOOLS = {
@@ -34,10 +36,25 @@ LIMIT = 90
 """Seconds a tool may take."""
 CLEAN = "SUMMARY: 0 "
 """What either tool prints last when it has looked and found nothing."""
+
+
+def explicit(schedule: Schedule) -> Schedule:
+    """Return a schedule with the layouts written down."""
+    return replace(schedule, layouts=Layouts.EXPLICIT)
+
+
 MATRIX = {
     "masked": (make_variant(9, 9, (2, 1, 4, 4, 2), "bf16"), make_schedule("atomic", interval=4, chunk=2)),
     "two_row_blocks": (make_variant(24, 17), make_schedule("atomic", interval=2, chunk=2)),
     "several_warps": (make_variant(32, 64, (1, 1, 2, 1, 2), "fp16"), make_schedule("atomic", interval=4, warps=4)),
+    "explicit": (
+        make_variant(40, 16, (1, 1, 4, 2, 4), "bf16"),
+        explicit(make_schedule("atomic", interval=8, unroll=8, forward_rows=32, backward_rows=32)),
+    ),
+    "explicit_warps": (
+        make_variant(32, 64, (1, 1, 2, 1, 2), "fp16"),
+        explicit(make_schedule("atomic", interval=4, unroll=4, warps=4)),
+    ),
     "softplus": (make_variant(heads=GATED_HEADS, dtype="bf16", gate="softplus"), make_schedule("atomic")),
 }
 PROBLEMS = {

@@ -10,7 +10,7 @@ from types import ModuleType
 from m2gen import emit
 from m2gen.compile import load_module
 from m2gen.device import PORTABLE, detect
-from m2gen.schedule import BackwardSchedule, ForwardSchedule, Reduction, Schedule, Tanh, check, default
+from m2gen.schedule import BackwardSchedule, ForwardSchedule, Layouts, Reduction, Schedule, Tanh, check, default
 from m2gen.spec import ClipMode, Dtype, Fp32Products, GateKind, Heads, StateDtype, TanhMode
 from m2gen.variant import BuiltVariant, Variant
 
@@ -87,11 +87,17 @@ def variants(clip: str) -> list[Variant]:
 
 
 def build_package(name: str, chosen: Iterable[Variant], schedule: Schedule) -> emit.Package:
-    """Render a package whose variants all run by one schedule, on every device."""
-    choices = [
-        emit.Choice(BuiltVariant(variant, ("layer",)), PORTABLE, check(variant, schedule, PORTABLE))
-        for variant in chosen
-    ]
+    """Render a package whose variants all run by one schedule, on this GPU alone if layouts are explicit."""
+    choices = []
+    for variant in chosen:
+        built = BuiltVariant(variant, ("layer",))
+        if schedule.layouts is Layouts.AUTO:
+            choices.append(emit.Choice(built, PORTABLE, check(variant, schedule, PORTABLE)))
+            continue
+        device = detect()
+        assert device is not None, "nothing but a GPU runs explicit layouts"
+        choices.append(emit.Choice(built, PORTABLE, default(variant, PORTABLE)))
+        choices.append(emit.Choice(built, device, check(variant, schedule, device)))
     return emit.package(emit.Origin(name, f"{name}.yaml", "0" * 12), choices)
 
 

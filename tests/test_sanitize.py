@@ -8,9 +8,9 @@ import pytest
 import sanitize
 import torch
 
-from m2gen.device import PORTABLE
+from m2gen.device import PORTABLE, TARGETS
 from m2gen.problem import Problem
-from m2gen.schedule import problems
+from m2gen.schedule import Layouts, problems
 
 
 @pytest.mark.parametrize("name", ["masked", "softplus"])
@@ -37,7 +37,9 @@ def test_the_matrix_covers_what_it_should() -> None:
     assert any(s.backward.warps > 1 for _, s in sanitize.MATRIX.values())
     assert {s.two_level for _, s in sanitize.MATRIX.values()} == {False, True}
     assert 0 in (sanitize.PROBLEMS["packed"].lengths or ())
-    assert [problems(v, s, PORTABLE) for v, s in sanitize.MATRIX.values()] == [()] * len(variants)
+    devices = {Layouts.AUTO: PORTABLE, Layouts.EXPLICIT: TARGETS["sm_90"]}
+    assert [problems(v, s, devices[s.layouts]) for v, s in sanitize.MATRIX.values()] == [()] * len(variants)
+    assert {s.layouts for _, s in sanitize.MATRIX.values()} == set(Layouts)
 
 
 FAKES = {

@@ -14,7 +14,7 @@ import torch
 from .kernels import (
     k16_v64_q4_k4_v4_f4_w4_fp32_carry_exact_softplus__f16x4u2a_b16x4c1a_i16_exp,
     k64_v16_q1_k1_v48_f48_w48_bf16_carry_exact_softplus__f32x1u4a_b32x1c2a_i16_exp,
-    k64_v16_q1_k1_v48_f48_w48_bf16_carry_exact_softplus__f32x1u8a_b32x1c2a_i16_exp_explicit,
+    k64_v16_q1_k1_v48_f48_w48_bf16_carry_exact_softplus__f32x1u4a_b32x1c2a_i16_exp_explicit,
 )
 
 PACKAGE = "examples"
@@ -35,7 +35,7 @@ KERNELS = {
             k16_v64_q4_k4_v4_f4_w4_fp32_carry_exact_softplus__f16x4u2a_b16x4c1a_i16_exp,
         ),
         "k64_v16_q1_k1_v48_f48_w48_bf16_carry_exact_softplus": (
-            k64_v16_q1_k1_v48_f48_w48_bf16_carry_exact_softplus__f32x1u8a_b32x1c2a_i16_exp_explicit,
+            k64_v16_q1_k1_v48_f48_w48_bf16_carry_exact_softplus__f32x1u4a_b32x1c2a_i16_exp_explicit,
         ),
     },
     "portable": {
