@@ -28,10 +28,11 @@ ALLOWED: dict[str, str] = {
     "variant": "spec",
     "schedule": "errors spec variant device",
     "outputs": "schedule variant",
+    "layouts": "outputs schedule variant",
     "signature": "outputs schedule spec variant",
     "problem": "spec variant",
     "reference": "spec variant problem",
-    "render": "outputs schedule signature spec variant",
+    "render": "layouts outputs schedule signature spec variant",
     "db": "bucket device errors render schedule spec variant",
     "compile": "cache device errors render schedule signature variant",
     "verify": "problem reference spec variant",
@@ -125,7 +126,8 @@ def test_only_the_entry_point_imports_the_command_line() -> None:
 
 def test_rendering_is_pure() -> None:
     """What goes into a rendered text imports no torch, no triton, no clock and no random numbers."""
-    pure = {"errors", "device", "spec", "variant", "schedule", "outputs", "signature", "render", "db", "bucket"}
+    texts = {"layouts", "outputs", "render", "schedule", "signature", "spec", "variant"}
+    pure = {"bucket", "db", "device", "errors"} | texts
     for path in SOURCES:
         if module_of(path) in pure - {"device"}:  # detect() asks torch
             roots = {name.split(".")[0] for name in imported(path)}
