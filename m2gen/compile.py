@@ -120,7 +120,8 @@ def compile_kernel(job: Job) -> Resources:
     try:
         compiled = triton.compile(source, target=target, options={"num_warps": job.warps, "num_stages": 1})
     except Exception as error:  # whatever a compiler raises, the user needs the kernel's name
-        raise CompileError(f"{job.name}: {type(error).__name__}: {_last_line(error)}") from error
+        told = telling(error)
+        raise CompileError(f"{job.name}: {type(told).__name__}: {_last_line(told)}") from error
     return resources_of(compiled, job.device)
 
 
@@ -151,7 +152,14 @@ def resources_of(compiled: Any, device: Device) -> Resources:
     return (_nvidia_resources if device.is_nvidia else _amd_resources)(compiled)
 
 
-def _last_line(error: Exception) -> str:
+def telling(error: BaseException) -> BaseException:
+    """Return the error that says what is wrong: of an inlined function's, Triton's end with a caret under the call."""
+    while error.__cause__ is not None and str(error).endswith("^"):
+        error = error.__cause__
+    return error
+
+
+def _last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[-1]
 
 

@@ -10,7 +10,7 @@ from support import make_schedule, make_variant
 from m2gen.db import Reason
 from m2gen.device import TARGETS
 from m2gen.pool import run_isolated
-from m2gen.schedule import Tanh, default
+from m2gen.schedule import Layouts, Tanh, default, parse
 from m2gen.spec import Objective
 from m2gen.tune import precompile as module
 from m2gen.tune.precompile import PRECOMPILE
@@ -20,7 +20,8 @@ from m2gen.tune.trial import Compiled, CompileTask
 VARIANT = make_variant(dtype="bf16", tanh="approx")
 DEVICE = TARGETS["sm_90"]
 SUBJECT = Subject(VARIANT, DEVICE, Objective.TRAIN, 2, 64)
-BASE = default(VARIANT, DEVICE)
+BASE = parse("f16x1u4a_b16x1c2a_i16_ptx")
+"""The compiler chooses its layouts, so that it takes shared memory, and compiles for every vendor but for its tanh."""
 
 
 def compiled(*tasks: CompileTask) -> list[Compiled]:
@@ -49,6 +50,18 @@ def test_resources_binaries_and_limits() -> None:
     assert "shared memory must be at most 64 bytes, got" in refused.failure.message
 
 
+def test_explicit_layouts_of_one_warp_fit_where_there_is_no_shared_memory() -> None:
+    """The default's threads have all that their products and sums need; its machine code is not the compiler's."""
+    explicit = default(VARIANT, DEVICE)
+    assert explicit == replace(BASE, layouts=Layouts.EXPLICIT)
+    none = replace(SUBJECT, device=replace(DEVICE, shared_bytes=0))
+    found, other = compiled(CompileTask(none, explicit), CompileTask(SUBJECT, BASE))
+    assert found.failure is None, found.details
+    assert 32 < found.registers <= 255
+    assert found.shared_bytes == 0
+    assert found.binary != other.binary
+
+
 def test_a_compiler_that_dies_costs_its_candidate() -> None:
     """PTX has no place on another vendor's GPU, whose assembler takes its process down; the next one compiles."""
     amd = replace(SUBJECT, device=TARGETS["gfx942"])
@@ -71,6 +84,22 @@ def test_whatever_a_compiler_raises_is_the_candidates_failure(monkeypatch: pytes
     assert found.failure is not None
     assert (found.failure.reason, found.failure.message) == (Reason.LAUNCH, "second line")
     assert "Traceback" in found.details
+
+
+def test_the_message_is_that_of_the_error_below_the_carets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's error in a function that kernels call shows each call with a caret under it, and why in its cause."""
+
+    def refuse(task: CompileTask) -> Compiled:
+        try:
+            raise ValueError("rows must be a power of two")
+        except ValueError as error:
+            raise RuntimeError("at 1:4:\ny = sums(x)\n    ^") from error
+
+    monkeypatch.setattr(module, "_compile", refuse)
+    found = module.precompile(CompileTask(replace(SUBJECT, seq=80), BASE))
+    assert found.failure is not None
+    assert found.failure.message == "ValueError: rows must be a power of two"
+    assert "y = sums(x)" in found.details
 
 
 def test_what_was_compiled_is_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from functools import cache
 from typing import Any
 
 from m2gen.cache import key_of, load_result, store_result
-from m2gen.compile import Resources, backend_of, binary_of, resources_of, toolchain
+from m2gen.compile import Resources, backend_of, binary_of, resources_of, telling, toolchain
 from m2gen.db.record import Failure, Reason
 from m2gen.device import Device
 from m2gen.pool import Lost, Service
@@ -56,7 +56,8 @@ def precompile(task: CompileTask) -> Compiled:
     try:
         found = _compile(task)
     except Exception as error:  # of a compiler: whatever it raises, the candidate is not one
-        message = f"{type(error).__name__}: {error}".strip().splitlines()[-1][:LONGEST_MESSAGE]
+        told = telling(error)
+        message = f"{type(told).__name__}: {told}".strip().splitlines()[-1][:LONGEST_MESSAGE]
         return Compiled(
             failure=Failure(Reason.LAUNCH, message),
             seconds=time.monotonic() - start,
