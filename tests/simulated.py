@@ -23,7 +23,7 @@ from m2gen.db import Environment, Failure, Reason, TensorError
 from m2gen.device import TARGETS, Device
 from m2gen.pipeline.tune import Rig
 from m2gen.pool import Lane, Lost, Service
-from m2gen.schedule import Schedule, default
+from m2gen.schedule import Layouts, Schedule, default
 from m2gen.tune.book import Stations
 from m2gen.tune.records import Bench
 from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task
@@ -63,10 +63,11 @@ def milliseconds(schedule: Schedule, base: Schedule) -> tuple[float, float]:
         return abs(value.bit_length() - best.bit_length())
 
     forward, backward = schedule.forward, schedule.backward
+    layouts = 0.05 if schedule.layouts is Layouts.EXPLICIT else 0.0
     one = 1.0 + 0.1 * apart(forward.rows, 16) + 0.15 * apart(forward.warps, 1) + 0.05 * apart(forward.unroll, 8)
     other = 2.0 + 0.3 * apart(backward.rows, 16) + 0.2 * apart(backward.warps, 1) + 0.2 * apart(backward.chunk, 4)
     shared = 0.05 * apart(schedule.interval, 32) + (0.5 if schedule.tanh != base.tanh else 0.0)
-    return one + shared, other + shared
+    return one + layouts + shared, other + shared
 
 
 def measure(task: Task) -> Measured:
