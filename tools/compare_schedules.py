@@ -1,0 +1,71 @@
+"""Time schedules of one layer side by side, each held against the oracle first, as m2gen bench times packages.
+
+    python tools/compare_schedules.py specs/h200.yaml m2rnn_7b 0 default f32x1u4a_b32x1c2a_i16_ptx
+
+The number is that of the layer's workload in the spec. Needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from m2gen.bench.contest import Contender, Workload
+from m2gen.bench.measure import Result, contest
+from m2gen.bench.words import Kind
+from m2gen.cache import materialise
+from m2gen.choice import Choice
+from m2gen.device import PORTABLE, Device
+from m2gen.emit import Origin, package
+from m2gen.pipeline.bench import this_stand
+from m2gen.schedule import Schedule, check, default, parse
+from m2gen.spec import load_spec
+from m2gen.variant import BuiltVariant, expand
+
+
+def contender(built: BuiltVariant, schedule: Schedule, device: Device) -> Contender:
+    """Return a package that runs a variant by one schedule on ``device``."""
+    choices = [Choice(built, PORTABLE, default(built.variant, PORTABLE)), Choice(built, device, schedule)]
+    made = package(Origin("compared", "compared.yaml", "0" * 12), choices)
+    return Contender(Kind.DEFAULT, schedule, "named", materialise(f"packages/{schedule.slug}", made.files))
+
+
+def line(result: Result) -> str:
+    """Return a result as a line of a Markdown table."""
+    slug = result.entry.contender.schedule.slug
+    if result.failure is not None:
+        return f"| `{slug}` | {result.failure.message} | | | |"
+    assert result.forward is not None
+    assert result.step is not None
+    forward, step = result.forward.estimate, result.step.estimate
+    times = [f"{x.median_ms:.3f} ({x.low_ms:.3f} to {x.high_ms:.3f})" for x in (forward, step)]
+    return f"| `{slug}` | {' | '.join(times)} | {result.found.extra_bytes / 1e9:.2f} | {result.found.host_us:.0f} |"
+
+
+def main() -> None:
+    """Print the table of the schedules that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("layer")
+    parser.add_argument("workload", type=int)
+    parser.add_argument("schedules", nargs="+", help="as m2gen names them, or default")
+    given = parser.parse_args()
+    spec = load_spec(given.spec)
+    built = next(built for built in expand(spec) if given.layer in built.layers)
+    size = spec.layers[given.layer].workloads[given.workload]
+    with this_stand("compare_schedules") as stand:
+        usual = default(built.variant, stand.device)
+        named = [usual if slug == "default" else parse(slug) for slug in given.schedules]
+        entered = [contender(built, check(built.variant, s, stand.device), stand.device) for s in named]
+        print(f"{given.layer}, B{size.batch} S{size.seq}\n")
+        print(
+            "| schedule | forward ms | forward and backward ms | extra GB | host us |\n| --- | --- | --- | --- | --- |"
+        )
+        for result in contest(
+            Workload(given.layer, built.variant, size.batch, size.seq), entered, stand.timer, stand.gpu
+        ):
+            print(line(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
