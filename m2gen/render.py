@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from m2gen import layouts
+from m2gen.operands import forward_words
 from m2gen.outputs import backward_outputs, forward_output
 from m2gen.schedule import Reduction, Schedule, Tanh
 from m2gen.signature import Direction, arguments
@@ -208,6 +209,7 @@ def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
         **_sums(variant, schedule),
         **_checkpoints(variant, schedule),
         **_launch(variant, schedule),
+        **forward_words(schedule),
         **layouts.words(variant, schedule),
     )
 
