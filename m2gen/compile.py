@@ -110,6 +110,11 @@ def load_module(path: Path, name: str) -> ModuleType:
 
 def compile_kernel(job: Job) -> Resources:
     """Cross-compile one kernel in this process; raises CompileError with the compiler's first line."""
+    return resources_of(compiled(job), job.device)
+
+
+def compiled(job: Job) -> Any:
+    """Return what Triton compiles one kernel to; raises CompileError with the compiler's first line."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -118,11 +123,10 @@ def compile_kernel(job: Job) -> Resources:
     target = GPUTarget(*backend_of(job.device))
     source = _source(job.schedule)(kernel, *_specialisation(described))
     try:
-        compiled = triton.compile(source, target=target, options={"num_warps": job.warps, "num_stages": 1})
+        return triton.compile(source, target=target, options={"num_warps": job.warps, "num_stages": 1})
     except Exception as error:  # whatever a compiler raises, the user needs the kernel's name
         told = telling(error)
         raise CompileError(f"{job.name}: {type(told).__name__}: {_last_line(told)}") from error
-    return resources_of(compiled, job.device)
 
 
 def _source(schedule: Schedule) -> Any:

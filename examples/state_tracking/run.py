@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -104,6 +105,14 @@ def table(config: Config, outcomes: list[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def windows(positions: int, each: float = 1.15) -> list[int]:
+    """Return the edges of windows of positions that grow with the position: a point of a curve each."""
+    edges = [0]
+    while edges[-1] < positions:
+        edges.append(min(positions, max(edges[-1] + 1, round(edges[-1] * each))))
+    return edges
+
+
 def draw(config: Config, outcomes: list[Outcome], place: Path) -> None:
     """Draw the share of right answers by position: a panel for each group, a line for each run."""
     try:
@@ -117,17 +126,17 @@ def draw(config: Config, outcomes: list[Outcome], place: Path) -> None:
     figure, axes = pyplot.subplots(1, len(config.groups), figsize=(4.2 * len(config.groups), 3.2), squeeze=False)
     colors = dict(zip(config.models, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     for name, panel in zip(config.groups, axes[0], strict=True):
-        for outcome in (x for x in outcomes if x.group == name):
-            window = max(1, len(outcome.errors) // 64)
-            places = range(0, len(outcome.errors), window)
-            shares = [outcome.accuracy(i, i + window) for i in places]
-            first = outcome.seed == config.seeds[0]
-            label = outcome.model if first else None
-            panel.plot([i + 1 for i in places], shares, color=colors[outcome.model], alpha=0.8, label=label)
+        for outcome in reversed([x for x in outcomes if x.group == name]):  # the first model on top
+            edges = windows(len(outcome.errors))
+            shares = [outcome.accuracy(start, end) for start, end in pairwise(edges)]
+            label = outcome.model if outcome.seed == config.seeds[0] else None
+            width = 2.5 if outcome.model == config.models[-1] else 1.2  # and the last shows at its sides
+            panel.plot([i + 1 for i in edges[:-1]], shares, color=colors[outcome.model], linewidth=width, label=label)
         panel.axvline(config.lengths[-1], color="grey", linestyle=":", linewidth=1)
         panel.set(title=name, xlabel="position", ylim=(-0.03, 1.03), xscale="log")
     axes[0][0].set_ylabel("right answers")
-    axes[0][0].legend(fontsize=8)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    axes[0][0].legend(handles[::-1], labels[::-1], fontsize=8)
     figure.tight_layout()
     figure.savefig(place, dpi=120)
 
