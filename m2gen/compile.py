@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
-import struct
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -16,13 +13,14 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from types import ModuleType
 from typing import Any
 
 from m2gen.cache import key_of, load_result, materialise, store_result
 from m2gen.device import Device
 from m2gen.errors import CompileError
+from m2gen.layouts import TOO_NEW
+from m2gen.resources import Resources, resources_of
 from m2gen.schedule import Layouts, Schedule
 from m2gen.signature import Argument, Direction, arguments
 from m2gen.variant import Variant
@@ -55,31 +53,6 @@ class Job:
         return key_of(*parts, self.source)
 
 
-@dataclass(frozen=True)
-class Resources:
-    """What one compiled kernel takes."""
-
-    registers: int
-    """32-bit registers a thread."""
-    spill_bytes: int
-    """Local (scratch) memory a thread: spills and arrays that left the registers."""
-    shared_bytes: int
-    """Shared memory (LDS) a program."""
-    code_bytes: int
-
-    def limits(self, device: Device, warps: int) -> tuple[str, ...]:
-        """Return why the kernel cannot launch on ``device``; empty when it can."""
-        reasons = []
-        if self.shared_bytes > device.shared_bytes:
-            reasons.append(f"shared memory must be at most {device.shared_bytes} bytes, got {self.shared_bytes}")
-        if self.registers > device.registers:
-            reasons.append(f"registers must be at most {device.registers} a thread, got {self.registers}")
-        used = self.registers * warps * device.warp_size
-        if device.is_nvidia and used > device.register_file:
-            reasons.append(f"registers must be at most {device.register_file} a program, got {used}")
-        return tuple(reasons)
-
-
 def triton_version() -> str:
     """Return the version of Triton, whose wheel carries the assembler."""
     return metadata.version("triton")
@@ -108,6 +81,10 @@ def load_module(path: Path, name: str) -> ModuleType:
     return module
 
 
+def _minor(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
 def compile_kernel(job: Job) -> Resources:
     """Cross-compile one kernel in this process; raises CompileError with the compiler's first line."""
     return resources_of(compiled(job), job.device)
@@ -117,6 +94,10 @@ def compiled(job: Job) -> Any:
     """Return what Triton compiles one kernel to; raises CompileError with the compiler's first line."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    if job.schedule.layouts is Layouts.EXPLICIT and _minor(triton.__version__) >= TOO_NEW:
+        needed = ".".join(map(str, TOO_NEW))
+        raise CompileError(f"{job.name}: explicit layouts must have Triton before {needed}, got {triton.__version__}")
 
     kernel = getattr(load_kernels(job.source), f"m2rnn_{job.direction}_kernel")
     described = arguments(job.variant, job.schedule, job.direction)
@@ -151,11 +132,6 @@ def backend_of(device: Device) -> tuple[str, int | str, int]:
     return ("cuda", int(device.arch[3:]), 32) if device.is_nvidia else ("hip", device.arch, device.warp_size)
 
 
-def resources_of(compiled: Any, device: Device) -> Resources:
-    """Return what a kernel that Triton compiled takes; raises CompileError where its compiled form cannot be read."""
-    return (_nvidia_resources if device.is_nvidia else _amd_resources)(compiled)
-
-
 def telling(error: BaseException) -> BaseException:
     """Return the error that says what is wrong: of an inlined function's, Triton's end with a caret under the call."""
     while error.__cause__ is not None and str(error).endswith("^"):
@@ -173,55 +149,6 @@ def _specialisation(described: tuple[Argument, ...]) -> tuple[dict[str, str], di
     constants = {(i,): a.value for i, a in enumerate(described) if a.type == "constexpr"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(described) if a.even}
     return signature, constants, attributes
-
-
-def _nvidia_resources(compiled: Any) -> Resources:
-    cubin = compiled.asm["cubin"]
-    with NamedTemporaryFile(suffix=".cubin") as stream:
-        stream.write(cubin)
-        stream.flush()
-        command = [_cuobjdump(), "-res-usage", stream.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if usage is None:
-        raise CompileError(f"cuobjdump must report REG and STACK, got {text[-200:]!r}")
-    return Resources(int(usage[1]), int(usage[2]), compiled.metadata.shared, len(machine_code(cubin)))
-
-
-def _cuobjdump() -> str:
-    import triton.backends.nvidia
-
-    beside = Path(triton.backends.nvidia.__file__ or "").parent / "bin" / "cuobjdump"
-    return str(beside) if beside.is_file() else "cuobjdump"
-
-
-def machine_code(elf: bytes) -> bytes:
-    """Return the executable sections of a 64-bit little-endian ELF file: instructions, without names or lines."""
-    table, entry, count = struct.unpack_from("<Q", elf, 0x28)[0], *struct.unpack_from("<HH", elf, 0x3A)
-    executable, code = 0x4, b""
-    for index in range(count):
-        _, _, flags, _, offset, size = struct.unpack_from("<IIQQQQ", elf, table + index * entry)
-        code += elf[offset : offset + size] if flags & executable else b""
-    return code
-
-
-def binary_of(compiled: Any, device: Device) -> bytes:
-    """Return the machine code of a kernel that Triton compiled."""
-    return machine_code(compiled.asm["cubin" if device.is_nvidia else "hsaco"])
-
-
-def _amd_resources(compiled: Any) -> Resources:
-    text = compiled.asm["amdgcn"]
-
-    def number(pattern: str) -> int:
-        found = re.search(pattern, text)
-        if found is None:
-            raise CompileError(f"AMD assembly must state {pattern!r}")
-        return int(found[1])
-
-    spills = number(r"\.private_segment_fixed_size:\s*(\d+)")
-    registers = number(r"\.vgpr_count:\s*(\d+)")
-    return Resources(registers, spills, compiled.metadata.shared, len(machine_code(compiled.asm["hsaco"])))
 
 
 def workers() -> int:

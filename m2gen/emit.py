@@ -15,6 +15,7 @@ from m2gen.bucket import BUCKETS, HALVES
 from m2gen.choice import Choice, modules_by_bucket
 from m2gen.device import PORTABLE
 from m2gen.errors import EmitError
+from m2gen.layouts import TOO_NEW
 from m2gen.outputs import varying
 from m2gen.render import reference_source, render_kernel, render_template, template_hash
 from m2gen.spec import ClipMode, Dtype
@@ -146,6 +147,7 @@ def _dispatch(origin: Origin, variants: list[BuiltVariant], choices: list[Choice
         halves=HALVES,
         buckets=", ".join(BUCKETS),
         portable_sms=PORTABLE.sm_count,
+        too_new=TOO_NEW,
     )
 
 

@@ -14,8 +14,8 @@ from command_line import KEY, SPEC, TINY, document, fails, outcome, row, run
 from support import ROOT
 
 from m2gen import __version__, cli_output, pipeline
-from m2gen.compile import Resources
 from m2gen.device import TARGETS
+from m2gen.resources import Resources
 
 
 def test_the_installed_command_and_the_module_are_the_same() -> None:

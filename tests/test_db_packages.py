@@ -15,10 +15,11 @@ from support import ROOT, make_schedule
 
 from m2gen import directory, emit, pipeline
 from m2gen.bucket import BUCKETS, Bucket
-from m2gen.compile import Job, Resources
+from m2gen.compile import Job
 from m2gen.db import Database, Record, Tier, read_export, write_export
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.pipeline import Plan
+from m2gen.resources import Resources
 from m2gen.schedule import default
 from m2gen.spec import Objective
 

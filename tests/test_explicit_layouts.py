@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 from support import ROOT, make_variant
 
-from m2gen.compile import Job, Resources, compile_all, load_kernels
+from m2gen.compile import Job, compile_all, compiled, load_kernels
 from m2gen.device import PORTABLE, TARGETS
+from m2gen.errors import CompileError
 from m2gen.render import render_kernel
+from m2gen.resources import Resources
 from m2gen.schedule import Layouts, Schedule, default, problems
 from m2gen.signature import Direction
 from m2gen.variant import Variant
@@ -89,3 +91,12 @@ def test_the_interpreter_imports_them(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert load_kernels(source(VARIANTS["published"])).INTERVAL.value == 16
+
+
+def test_a_triton_whose_assembler_never_ends_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error says which versions do, before anything is compiled."""
+    monkeypatch.setattr("triton.__version__", "3.9.0")
+    variant = VARIANTS["published"]
+    job = Job(variant, explicit(variant, "sm_90"), Direction.FORWARD, TARGETS["sm_90"], source(variant))
+    with pytest.raises(CompileError, match=r"explicit layouts must have Triton before 3\.9, got 3\.9\.0"):
+        compiled(job)

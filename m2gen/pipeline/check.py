@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m2gen.choice import Choice
-from m2gen.compile import Job, Resources, compile_all, workers
+from m2gen.compile import Job, compile_all, workers
 from m2gen.device import PORTABLE
 from m2gen.errors import CompileError
 from m2gen.pipeline.plan import Plan, Progress
 from m2gen.render import render_kernel
+from m2gen.resources import Resources
 from m2gen.signature import Direction
 
 
