@@ -46,8 +46,8 @@ ALLOWED: dict[str, str] = {
     " verify",
     "roofline": "schedule spec variant",
     "bench": "clock compile db errors pool problem reference roofline schedule spec tune variant verify",
-    "pipeline": "bench bucket cache choice compile db device directory emit errors pool render resources roofline schedule"
-    " ship signature spec tune variant verify",
+    "pipeline": "bench bucket cache choice compile db device directory emit errors pool render resources roofline"
+    " schedule ship signature spec tune variant verify",
     "report": "verify",
     "plot": "bench errors pipeline",
     "page": "db pipeline roofline schedule spec tune",
