@@ -14,6 +14,7 @@ from m2gen.device import TARGETS
 from m2gen.schedule import (
     BackwardSchedule,
     ForwardSchedule,
+    Layouts,
     Reduction,
     Schedule,
     Tanh,
@@ -25,7 +26,7 @@ from m2gen.spec import Objective
 from m2gen.tune.knobs import importances
 from m2gen.tune.memory import MemoryBound, extra_bytes
 from m2gen.tune.sampler import Sampler
-from m2gen.tune.search import Proposer, best_combination, indices, neighbours
+from m2gen.tune.search import Proposer, best_combination, indices, neighbours, tiles
 from m2gen.tune.select import NOISE, choose
 from m2gen.tune.space import AXES, Subject, enumerate_space, fits, schedule_of, space_hash, values_of
 from m2gen.tune.trial import Samples, Trial
@@ -129,6 +130,21 @@ def test_neighbours_are_one_step_away() -> None:
         one, other = indices(schedule), indices(BASE)
         assert sorted(abs(one[name] - other[name]) for name in AXES)[-2:] == [0, 1]
         assert schedule in set(POINTS)
+
+
+def test_tiles_change_the_rows_of_both_kernels() -> None:
+    """Half, as many and twice, in either dialect; none but those in the space, and never the schedule itself."""
+
+    def tiled(rows: int, layouts: Layouts) -> Schedule:
+        parts = {side: replace(getattr(BASE, side), rows=rows) for side in ("forward", "backward")}
+        return replace(BASE, **parts, layouts=layouts)
+
+    assert tiled(32, Layouts.EXPLICIT) == BASE
+    wide, narrow = ([tiled(rows, layouts) for layouts in Layouts] for rows in (64, 16))
+    auto = tiled(32, Layouts.AUTO)
+    points = [*wide, *narrow, auto, BASE, tiled(128, Layouts.AUTO)]
+    assert tiles(BASE, points) == [wide[1], narrow[1], wide[0], narrow[0], auto]
+    assert tiles(BASE, [narrow[0], BASE]) == [narrow[0]]
 
 
 def _trial(schedule: Schedule, ms: float | None = None) -> Trial:

@@ -26,7 +26,7 @@ from m2gen.tune.memory import USUAL, MemoryBound
 from m2gen.tune.precompile import PRECOMPILE
 from m2gen.tune.records import Bench, key_of_subject, known_failures, records_of, seeds
 from m2gen.tune.sampler import Sampler
-from m2gen.tune.search import Proposer, neighbours
+from m2gen.tune.search import Proposer, neighbours, tiles
 from m2gen.tune.space import Space, Subject, enumerate_space, space_hash
 
 GPU_SECONDS_EACH = 1.0
@@ -172,6 +172,7 @@ def _tune_one(goal: Goal, request: TuneRequest, rig: Rig, limits: Limits, others
     sampler = Sampler.RANDOM if _exhaustive(space, limits, rig) else request.sampler
     first = seeds(subject, environment, every)
     if sampler is Sampler.TPE:
+        first += [(point, "tile") for point in tiles(first[0][0], space.points)]
         first += [(point, "neighbour") for point in neighbours(first[0][0], space.points)]
     proposer = Proposer(space.points, first, sampler, request.seed)
     with _ledger(subject, request, rig) as ledger:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from m2gen.schedule import Schedule
+from m2gen.schedule import Layouts, Schedule
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.space import AXES, Value, schedule_of, values_of
 from m2gen.tune.trial import Trial
@@ -48,6 +48,23 @@ def neighbours(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]
             if 0 <= index < len(values):
                 found.append(schedule_of({**values_of(schedule), name: values[index]}))
     return [point for point in found if point in every]
+
+
+def tiles(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
+    """Return the points whose kernels both have half, as many, or twice the rows, with either of the layouts.
+
+    Rows trade programs for the work of each, in both kernels alike, and which layouts are faster depends on them: a
+    step of one axis from the default misses what two of them gain together.
+    """
+    every = set(points)
+    found = []
+    for layouts in (schedule.layouts, *(other for other in Layouts if other is not schedule.layouts)):
+        for scale in (2, 0.5, 1):
+            forward, backward = (
+                replace(part, rows=int(part.rows * scale)) for part in (schedule.forward, schedule.backward)
+            )
+            found.append(replace(schedule, forward=forward, backward=backward, layouts=layouts))
+    return [point for point in found if point in every and point != schedule]
 
 
 class Proposer:
