@@ -60,9 +60,8 @@ def tiles(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
     found = []
     for layouts in (schedule.layouts, *(other for other in Layouts if other is not schedule.layouts)):
         for scale in (2, 0.5, 1):
-            forward, backward = (
-                replace(part, rows=int(part.rows * scale)) for part in (schedule.forward, schedule.backward)
-            )
+            forward = replace(schedule.forward, rows=int(schedule.forward.rows * scale))
+            backward = replace(schedule.backward, rows=int(schedule.backward.rows * scale))
             found.append(replace(schedule, forward=forward, backward=backward, layouts=layouts))
     return [point for point in found if point in every and point != schedule]
 
