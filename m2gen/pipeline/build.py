@@ -59,7 +59,7 @@ def _resources(rows: Iterable[CheckRow]) -> dict[str, Any]:
 def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
     """Verify unless this very package passed with this very m2gen on this kind of device before."""
     device = detect()
-    backend = device.name if device else "interpreter"
+    backend = device.name if device else "interpreter (its portable kernels)"
     sources = (path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.parent.rglob("*.py")))
     key = key_of(rendered.content_hash, backend, toolchain(), *sources)
     if load_result("verified", key) is None:
