@@ -219,7 +219,7 @@ def test_a_triton_that_compiles_no_gluon_gets_portable_kernels(tmp_path: Path, v
     gpu, chosen = TARGETS["sm_90"], make_variant(heads=(1, 1, HEADS, 1, 1), dtype="bf16")
     built = BuiltVariant(chosen, ("layer",))
     choices = [emit.Choice(built, device, default(chosen, device)) for device in (PORTABLE, gpu)]
-    package = import_package(tmp_path / "gluon", emit.package(emit.Origin("gluon", "s.yaml", "0" * 12), choices))
+    package = import_package(tmp_path / expected, emit.package(emit.Origin(expected, "s.yaml", "0" * 12), choices))
     dispatch = module_of(package, "dispatch")
     dispatch.TRITON, dispatch.device_of = version, lambda device: ("sm_90", gpu.sm_count)
     (key,) = dispatch.VARIANTS
