@@ -139,6 +139,10 @@ def _problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[
             yield f"interval must be a multiple of {name} = {steps}, got {schedule.interval}"
     if schedule.layouts is Layouts.EXPLICIT and not (device.is_nvidia and variant.dtype is not Dtype.FP32):
         yield f"layouts must be auto for {variant.dtype} on {device.arch}, got {schedule.layouts}"
+    for direction, part in (("forward", schedule.forward), ("backward", schedule.backward)):
+        most = max(1, part.rows // MIN_TILE) * max(1, variant.padded_cols // 8)
+        if schedule.layouts is Layouts.EXPLICIT and part.warps > most:
+            yield f"{direction}.warps must be at most {most}, a 16 x 8 tile each, for explicit layouts, got {part.warps}"
     if schedule.tanh is Tanh.PTX and not device.is_nvidia:
         yield f"tanh must be exp on {device.arch}, got {schedule.tanh}"
     if schedule.tanh is Tanh.PTX and variant.tanh is TanhMode.EXACT:
@@ -176,7 +180,7 @@ def default(variant: Variant, device: Device) -> Schedule:
     """Return the schedule that serves ``variant`` on ``device`` until a tuned one does.
 
     Measured on an H200 and H100s (docs/performance.md). Operands of 16 bits on NVIDIA have explicit layouts, with which
-    both kernels take 0.8 of the time, up to 64 columns. States of up to 16 columns: one warp and 32 rows, as rows are
+    a step takes 0.8 to 0.9 of the time, up to 64 columns. States of up to 16 columns: one warp and 32 rows, as rows are
     independent and a barrier between warps costs more than the arithmetic. Wider states: 16 rows, and as many
     warps as keep the state weight's operands in registers. Loads four steps ahead cover their latency,
     and eight share the sums of y where registers and instructions are few; two steps of

@@ -59,6 +59,7 @@ MATRIX = {
 }
 PROBLEMS = {
     "padded": Problem(2, 7, initial_state=True),
+    "long": Problem(2, 35),  # more tokens than those up to which y is summed without atomics
     "packed": Problem(0, 0, lengths=(0, 5, 0, 1, 8, 0), initial_state=True),
 }
 

@@ -129,7 +129,7 @@ def test_only_the_entry_point_imports_the_command_line() -> None:
 
 def test_rendering_is_pure() -> None:
     """What goes into a rendered text imports no torch, no triton, no clock and no random numbers."""
-    texts = {"layouts", "outputs", "render", "schedule", "signature", "spec", "variant"}
+    texts = {"layouts", "operands", "outputs", "render", "schedule", "signature", "spec", "variant"}
     pure = {"bucket", "db", "device", "errors"} | texts
     for path in SOURCES:
         if module_of(path) in pure - {"device"}:  # detect() asks torch

@@ -43,6 +43,16 @@ def test_what_fails_the_gate_has_no_time(monkeypatch, capsys, tmp_path: Path) ->
     assert row == f"| `{SLUGS[0]}` | {WRONG.message} | | | |"
 
 
+def test_a_layer_that_is_not_there(monkeypatch, capsys) -> None:
+    """An error names those that are."""
+    monkeypatch.setattr(
+        sys, "argv", ["compare_schedules.py", str(ROOT / "specs" / "h200.yaml"), "m2rnn", "0", "default"]
+    )
+    with pytest.raises(SystemExit):
+        tool.main()
+    assert "layer must be among m2rnn_7b, m2rnn_410m, square, odd, square_16, got 'm2rnn'" in capsys.readouterr().err
+
+
 def test_a_schedule_that_is_not_valid_is_an_error(monkeypatch, tmp_path: Path) -> None:
     """Before anything is timed."""
     monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path))

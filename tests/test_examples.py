@@ -123,6 +123,8 @@ def test_state_tracking_smoke(example, monkeypatch, tmp_path, capsys) -> None:
     (tmp_path / "S3_gru_0.json").unlink()
     command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "budget=-1")
     assert "| S3 | gru |  |  |  | 0 of 1 (0 run) |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="must have runs of this config, but has others: steps; give another --out"):
+        command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "steps=3")
 
 
 def test_a_short_word_problem_is_learned(example, tmp_path) -> None:

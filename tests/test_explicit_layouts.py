@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,12 +11,12 @@ from pathlib import Path
 import pytest
 from support import ROOT, make_variant
 
-from m2gen.compile import Job, compile_all, compiled, load_kernels
+from m2gen.compile import Job, compile_all, compiled, load_kernels, worker_pool
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.errors import CompileError
 from m2gen.render import render_kernel
-from m2gen.resources import Resources
-from m2gen.schedule import Layouts, Schedule, default, problems
+from m2gen.resources import Resources, binary_of
+from m2gen.schedule import Layouts, Schedule, default, parse, problems
 from m2gen.signature import Direction
 from m2gen.variant import Variant
 
@@ -24,6 +25,16 @@ VARIANTS = {
     "masked_softplus": make_variant(24, 9, (2, 1, 4, 2, 4), "fp16", "total", gate="softplus"),
     "square": make_variant(64, 64, (2, 2, 2, 2, 2), "bf16", tanh="approx"),
 }
+
+
+def start_worker() -> None:
+    """Compile in this process, which is not that of the interpreter's tests."""
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def machine_code(job: Job) -> bytes:
+    """Return what a kernel is compiled to."""
+    return binary_of(compiled(job), job.device)
 
 
 def explicit(variant: Variant, arch: str) -> Schedule:
@@ -100,3 +111,30 @@ def test_a_triton_whose_assembler_never_ends_on_them(monkeypatch: pytest.MonkeyP
     job = Job(variant, explicit(variant, "sm_90"), Direction.FORWARD, TARGETS["sm_90"], source(variant))
     with pytest.raises(CompileError, match=r"explicit layouts must have Triton before 3\.9, got 3\.9\.0"):
         compiled(job)
+
+
+@pytest.mark.parametrize("schedule", ["f16x4u4a_b16x1c2a_i16_ptx_explicit", "f16x1u4a_b16x4c2a_i16_ptx_explicit"])
+def test_every_warp_has_a_tile(schedule: str) -> None:
+    """Layouts of more warps than a tile has parts are none."""
+    side = "forward" if "f16x4" in schedule else "backward"
+    expected = f"{side}.warps must be at most 2, a 16 x 8 tile each, for explicit layouts, got 4"
+    assert problems(VARIANTS["published"], parse(schedule), TARGETS["sm_90"]) == (expected,)
+
+
+@pytest.mark.parametrize("layouts", Layouts)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_what_is_not_loaded_is_zero(dtype: str, layouts: Layouts) -> None:
+    """Rows beyond K and columns beyond V enter sums as loaded: Triton clears what a masked load leaves alone.
+
+    Its language promises nothing without ``other``; with one, the machine code is the same.
+    """
+    variant, device = make_variant(9, 9, dtype=dtype, tanh="approx"), TARGETS["sm_90"]
+    schedule = replace(default(variant, device), layouts=layouts)
+    text = render_kernel(variant, schedule, "")
+    load = "return tl.load(address, mask=tl.where(there, mask, False))"
+    cleared = text.replace(load, f"{load[:-1]}, other=0.0)")
+    assert cleared != text
+    jobs = [Job(variant, schedule, Direction.BACKWARD, device, source) for source in (text, cleared)]
+    with worker_pool(2, start_worker) as pool:
+        one, other = pool.map(machine_code, jobs)
+    assert one == other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 
@@ -10,6 +11,7 @@ import torch
 from support import DIMS, DTYPES, GATED_HEADS, HEADS, SCHEDULES, make_variant
 
 from m2gen.problem import Gates, Problem
+from m2gen.render import SHORT
 from m2gen.variant import Variant
 from m2gen.verify import TENSORS, Case, CaseReport, Loss, run_case
 
@@ -66,6 +68,14 @@ def test_dims_and_dtypes(run, schedule, dims, dtype) -> None:
 def test_narrow_dtypes_far_from_the_bound(run, scale, dtype) -> None:
     """Gradients that are tiny or large for their dtype neither vanish nor overflow."""
     assert_within_budget(run(make_variant(9, 9, dtype=dtype), "two_level_atomic", dy_scale=scale))
+
+
+@pytest.mark.parametrize("problem", [Problem(2, 35), Problem(0, 0, lengths=(3, 64, 0, 2))], ids=["padded", "packed"])
+def test_atomics_of_long_calls(run, problem) -> None:
+    """Above the tokens up to which y is summed in rows, whatever the schedule says: rows of two programs add to it."""
+    assert math.prod(problem.lead) > SHORT
+    tensors = tuple(name for name in TENSORS if name != "dinitial_state")
+    assert_within_budget(run(make_variant(24, 17), "one_level_atomic", problem), tensors)
 
 
 @pytest.mark.parametrize("heads", HEADS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.problem import Problem
+from m2gen.render import SHORT
 from m2gen.schedule import Layouts, problems
 
 
@@ -36,6 +38,7 @@ def test_the_matrix_covers_what_it_should() -> None:
     assert any(s.backward.parts(v) > 1 for v, s in sanitize.MATRIX.values())
     assert any(s.backward.warps > 1 for _, s in sanitize.MATRIX.values())
     assert {s.two_level for _, s in sanitize.MATRIX.values()} == {False, True}
+    assert math.prod(sanitize.PROBLEMS["long"].lead) > SHORT
     assert 0 in (sanitize.PROBLEMS["packed"].lengths or ())
     devices = {Layouts.AUTO: PORTABLE, Layouts.EXPLICIT: TARGETS["sm_90"]}
     assert [problems(v, s, devices[s.layouts]) for v, s in sanitize.MATRIX.values()] == [()] * len(variants)

@@ -17,6 +17,7 @@ from m2gen.cache import materialise
 from m2gen.choice import Choice
 from m2gen.device import PORTABLE, Device
 from m2gen.emit import Origin, package
+from m2gen.errors import M2genError
 from m2gen.pipeline.bench import this_stand
 from m2gen.schedule import Schedule, check, default, parse
 from m2gen.spec import load_spec
@@ -51,6 +52,10 @@ def main() -> None:
     parser.add_argument("schedules", nargs="+", help="as m2gen names them, or default")
     given = parser.parse_args()
     spec = load_spec(given.spec)
+    if given.layer not in spec.layers:
+        parser.error(f"layer must be among {', '.join(spec.layers)}, got {given.layer!r}")
+    if not 0 <= given.workload < len(spec.layers[given.layer].workloads):
+        parser.error(f"workload must be below {len(spec.layers[given.layer].workloads)}, got {given.workload}")
     built = next(built for built in expand(spec) if given.layer in built.layers)
     size = spec.layers[given.layer].workloads[given.workload]
     with this_stand("compare_schedules") as stand:
@@ -68,4 +73,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except M2genError as error:
+        raise SystemExit(f"compare_schedules: {error}") from None

@@ -65,7 +65,10 @@ def main() -> None:
     parser.add_argument("--target", default="sm_90")
     given = parser.parse_args()
     device = TARGETS[given.target]
-    variant = next(built.variant for built in expand(load_spec(given.spec)) if given.layer in built.layers)
+    spec = load_spec(given.spec)
+    if given.layer not in spec.layers:
+        parser.error(f"layer must be among {', '.join(spec.layers)}, got {given.layer!r}")
+    variant = next(built.variant for built in expand(spec) if given.layer in built.layers)
     named = default(variant, device) if given.schedule == "default" else parse(given.schedule)
     schedule = check(variant, named, device)
     for direction in Direction:

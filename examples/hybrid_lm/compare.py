@@ -129,8 +129,8 @@ def table(config: Config, outcome: Outcome) -> str:
 def compare(config: Config, out: Path) -> None:
     """Write and print the comparison; the exit status is 1 unless all is as it should be."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, Triton's interpreter"
-    if len(set(config.compare.seeds)) < 2 or config.compare.steps < 2:
-        raise SystemExit(f"compare must have at least two seeds and two steps, got {config.compare}")
+    if len(set(config.compare.seeds)) < 2 or config.compare.steps < 4:  # fewer leave nothing to go on with
+        raise SystemExit(f"compare must have at least two seeds and four steps, got {config.compare}")
     outcome = measured(config)
     runs = {"kernels": outcome.kernels, "reference": outcome.reference}
     runs |= {"again": outcome.again, "whole": outcome.whole, "resumed": outcome.resumed}

@@ -56,6 +56,21 @@ def store(path: Path, outcome: Outcome) -> None:
     os.replace(staging, path)
 
 
+def keep(config: Config, out: Path) -> None:
+    """Note what the folder's runs are of; ends the program where it has runs of another config."""
+    facts = json.loads(json.dumps(asdict(config)))
+    for name in ("groups", "models", "seeds", "budget"):  # which runs there are, and not what they do
+        del facts[name]
+    place = out / "config.json"
+    before = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else facts
+    changed = sorted(name for name in {*facts, *before} if facts.get(name) != before.get(name))
+    if changed:
+        raise SystemExit(
+            f"{out} must have runs of this config, but has others: {', '.join(changed)}; give another --out"
+        )
+    place.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
 def run_all(config: Config, out: Path) -> None:
     """Do the runs that have no file yet, while the budget lasts."""
     began, device = time.monotonic(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -158,6 +173,7 @@ def main() -> None:
     changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
     config = load(arguments.config, changes)
     arguments.out.mkdir(parents=True, exist_ok=True)
+    keep(config, arguments.out)
     run_all(config, arguments.out)
     outcomes = found(config, arguments.out)
     text = table(config, outcomes)

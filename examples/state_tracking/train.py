@@ -206,7 +206,7 @@ def fit(stepper: Stepper, curriculum: Curriculum, config: Config, losses: list[f
 
 def rate(step: int, end: int, config: Config) -> float:
     """Return the part of the learning rate at a step: up over 50 steps, level, and down over the last ``settle``."""
-    return min(1.0, (step + 1) / 50, max(0.02, (end - step) / config.settle))
+    return min(1.0, (step + 1) / 50, max(0.02, (end - step) / max(1, config.settle)))
 
 
 @torch.no_grad()

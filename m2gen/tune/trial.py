@@ -103,7 +103,7 @@ class Trial:
 
     schedule: Schedule
     origin: str
-    """Why it was tried: default, record, similar, elsewhere, neighbour, combined, search; resumed."""
+    """Why it was tried: default, record, similar, elsewhere, tile, neighbour, combined, search; resumed."""
     compiled: Compiled | None = None
     errors: tuple[TensorError, ...] = ()
     samples: Samples | None = None
