@@ -142,7 +142,8 @@ def _problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[
     for direction, part in (("forward", schedule.forward), ("backward", schedule.backward)):
         most = max(1, part.rows // MIN_TILE) * max(1, variant.padded_cols // 8)
         if schedule.layouts is Layouts.EXPLICIT and part.warps > most:
-            yield f"{direction}.warps must be at most {most}, a 16 x 8 tile each, for explicit layouts, got {part.warps}"
+            each = "each with a 16 x 8 tile, for explicit layouts"
+            yield f"{direction}.warps must be at most {most}, {each}, got {part.warps}"
     if schedule.tanh is Tanh.PTX and not device.is_nvidia:
         yield f"tanh must be exp on {device.arch}, got {schedule.tanh}"
     if schedule.tanh is Tanh.PTX and variant.tanh is TanhMode.EXACT:

@@ -117,7 +117,7 @@ def test_a_triton_whose_assembler_never_ends_on_them(monkeypatch: pytest.MonkeyP
 def test_every_warp_has_a_tile(schedule: str) -> None:
     """Layouts of more warps than a tile has parts are none."""
     side = "forward" if "f16x4" in schedule else "backward"
-    expected = f"{side}.warps must be at most 2, a 16 x 8 tile each, for explicit layouts, got 4"
+    expected = f"{side}.warps must be at most 2, each with a 16 x 8 tile, for explicit layouts, got 4"
     assert problems(VARIANTS["published"], parse(schedule), TARGETS["sm_90"]) == (expected,)
 
 
