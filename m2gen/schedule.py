@@ -124,6 +124,11 @@ def _power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
 
+def most_warps(variant: Variant, part: ForwardSchedule | BackwardSchedule) -> int:
+    """Return how many warps have a 16 x 8 tile of a product of their own."""
+    return max(1, part.rows // MIN_TILE * (variant.padded_cols // 8))
+
+
 def _problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[str]:
     for direction, part in (("forward", schedule.forward), ("backward", schedule.backward)):
         if not (_power_of_two(part.rows) and MIN_TILE <= part.rows <= variant.padded_rows):
@@ -140,7 +145,7 @@ def _problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[
     if schedule.layouts is Layouts.EXPLICIT and not (device.is_nvidia and variant.dtype is not Dtype.FP32):
         yield f"layouts must be auto for {variant.dtype} on {device.arch}, got {schedule.layouts}"
     for direction, part in (("forward", schedule.forward), ("backward", schedule.backward)):
-        most = max(1, part.rows // MIN_TILE) * max(1, variant.padded_cols // 8)
+        most = most_warps(variant, part)
         if schedule.layouts is Layouts.EXPLICIT and part.warps > most:
             each = "each with a 16 x 8 tile, for explicit layouts"
             yield f"{direction}.warps must be at most {most}, {each}, got {part.warps}"

@@ -49,10 +49,10 @@ def place_of(out: Path, kind: str, name: str, seed: int) -> Path:
     return out / f"{name}_{kind}_{seed}.json"
 
 
-def store(path: Path, outcome: Outcome) -> None:
-    """Write a run's file whole or not at all."""
+def store(path: Path, facts: dict[str, object]) -> None:
+    """Write a file whole or not at all."""
     staging = path.with_suffix(".new")
-    staging.write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
+    staging.write_text(json.dumps(facts) + "\n", encoding="utf-8")
     os.replace(staging, path)
 
 
@@ -68,7 +68,7 @@ def keep(config: Config, out: Path) -> None:
         raise SystemExit(
             f"{out} must have runs of this config, but has others: {', '.join(changed)}; give another --out"
         )
-    place.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    store(place, facts)
 
 
 def run_all(config: Config, out: Path) -> None:
@@ -83,7 +83,7 @@ def run_all(config: Config, out: Path) -> None:
             print(f"{config.budget:.0f} s are over; run the same command again for what is missing", file=sys.stderr)
             return
         outcome = train(config, kind, name, seed, package, device)
-        store(place, outcome)
+        store(place, asdict(outcome))
         print(
             f"{name} {kind} seed {seed}: {outcome.steps} steps, trained to {outcome.trained_to} (lengths known at "
             f"{outcome.known_at}), loss {outcome.losses[-1]:.4f}, right to {outcome.perfect_to}, "

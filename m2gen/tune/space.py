@@ -11,7 +11,17 @@ from typing import Any
 from m2gen.cache import key_of
 from m2gen.device import Device
 from m2gen.outputs import backward_outputs, forward_output
-from m2gen.schedule import BackwardSchedule, ForwardSchedule, Layouts, Reduction, Schedule, Tanh, default, problems
+from m2gen.schedule import (
+    BackwardSchedule,
+    ForwardSchedule,
+    Layouts,
+    Reduction,
+    Schedule,
+    Tanh,
+    default,
+    most_warps,
+    problems,
+)
 from m2gen.spec import Objective
 from m2gen.tune.memory import USUAL, MemoryBound, extra_bytes
 from m2gen.variant import MIN_TILE, Variant
@@ -65,7 +75,7 @@ def _alone(variant: Variant, schedule: Schedule, part: Part) -> bool:
 
 
 def _idle(variant: Variant, schedule: Schedule, part: Part) -> bool:
-    return part.warps > max(1, part.rows // 16 * (variant.padded_cols // 8))
+    return part.warps > most_warps(variant, part)
 
 
 def _over_registers(variant: Variant, schedule: Schedule, part: Part) -> bool:
