@@ -131,6 +131,7 @@ def named(variant: Variant, schedule: Schedule) -> dict[str, str]:
     found |= {"FORWARD_VECTOR": _vector(forward), "BACKWARD_VECTOR": _vector(backward)}
     if outer_on_tensor_cores(schedule):
         found |= {"FORWARD_KEYS": _keys(forward), "FORWARD_VALUES": "tl.DotOperandLayout(1, FORWARD_TILE, 2)"}
+    found["BACKWARD_SPREAD"] = f"tl.BlockedLayout([1], [32], [{backward.warps}], [0])"
     found["SUM_LAYOUT"] = f"tl.BlockedLayout([1], [32], [{forward.warps}], [0])"
     if forward_together(variant, schedule):
         found["FORWARD_SUMS"] = _row_sums(variant, forward)
@@ -207,7 +208,6 @@ def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
         "backward_together": backward_together(variant, schedule),
         "jit": "gluon.jit" if explicit else "triton.jit",
         "language": "triton.language" if explicit else "tl",
-        "barrier": "barrier" if explicit else "tl.debug_barrier",
         "right_operand": (lambda x: f"transposed({x}).permute((1, 0))") if explicit else str,
         "as_loaded": (lambda x: f"as_loaded({x}, BACKWARD_VECTOR)") if explicit else str,
         "sum_layout": only("SUM_LAYOUT"),

@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 
 from m2gen import layouts
-from m2gen.operands import forward_words
+from m2gen.operands import backward_words, forward_words
 from m2gen.outputs import backward_outputs, forward_output
-from m2gen.schedule import Reduction, Schedule, Tanh
+from m2gen.schedule import Layouts, Reduction, Schedule, Tanh
 from m2gen.signature import Direction, arguments
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import Variant
@@ -141,12 +141,12 @@ def _gate(variant: Variant, schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def _products(variant: Variant) -> dict[str, Any]:
+def _products(variant: Variant, schedule: Schedule) -> dict[str, Any]:
     """Return how operands of products are rounded and multiplied."""
     return {
         "dot_precision": f', input_precision="{variant.products}"' if variant.dtype is Dtype.FP32 else "",
         "tf32": variant.products is Fp32Products.TF32,
-        "widens": variant.dtype is Dtype.BF16,
+        "widens": variant.dtype is Dtype.BF16 and schedule.layouts is Layouts.AUTO,  # the interpreter runs no others
         "operand_cast": f".to({TRITON_DTYPE[variant.dtype]})",
     }
 
@@ -179,6 +179,7 @@ def _launch(variant: Variant, schedule: Schedule) -> dict[str, Any]:
     weight_parts = heads // variant.heads.w * schedule.backward.parts(variant)
     return {
         "interval": schedule.interval,
+        "interval_padded": 1 << (schedule.interval - 1).bit_length(),
         "forward_programs": heads * schedule.forward.parts(variant),
         "backward_programs": heads * schedule.backward.parts(variant),
         "step_programs": heads,
@@ -204,12 +205,13 @@ def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
         backward_steps=range(schedule.backward.chunk),
         tanh_ptx=schedule.tanh is Tanh.PTX,
         clip_carry=variant.clip is ClipMode.CARRY,
-        **_products(variant),
+        **_products(variant, schedule),
         **_gate(variant, schedule),
         **_sums(variant, schedule),
         **_checkpoints(variant, schedule),
         **_launch(variant, schedule),
         **forward_words(schedule),
+        **backward_words(variant, schedule),
         **layouts.words(variant, schedule),
     )
 

@@ -32,7 +32,7 @@ ALLOWED: dict[str, str] = {
     "signature": "outputs schedule spec variant",
     "problem": "spec variant",
     "reference": "spec variant problem",
-    "operands": "layouts schedule",
+    "operands": "layouts schedule variant",
     "render": "layouts operands outputs schedule signature spec variant",
     "db": "bucket device errors render schedule spec variant",
     "resources": "device errors",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support import ROOT, make_variant
 
-from m2gen.compile import Job, compile_all, compiled, load_kernels, worker_pool
+from m2gen.compile import Job, compile_all, compiled, load_kernels
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.errors import CompileError
 from m2gen.render import render_kernel
@@ -87,7 +87,8 @@ def test_both_texts_have_the_same_recurrence() -> None:
         "return f * h + u * z",
         "h_1 = advance(h_0, z_0, f_0, u_0)",
         "g = clamp(c, bound) + column(q_0, c) * dy_0.to(tl.float32)[None, :]",
-        "d = u_0 * g * (1.0 - z_0 * z_0)",
+        "slope_0 = u_0 - u_0 * z_0 * z_0",
+        "d = g * slope_0",
         "c = f_0 * g + product(d_operand, w_t, zeros)",
     ):
         assert statement in auto
@@ -119,22 +120,3 @@ def test_every_warp_has_a_tile(schedule: str) -> None:
     side = "forward" if "f16x4" in schedule else "backward"
     expected = f"{side}.warps must be at most 2, each with a 16 x 8 tile, for explicit layouts, got 4"
     assert problems(VARIANTS["published"], parse(schedule), TARGETS["sm_90"]) == (expected,)
-
-
-@pytest.mark.parametrize("layouts", Layouts)
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_what_is_not_loaded_is_zero(dtype: str, layouts: Layouts) -> None:
-    """Rows beyond K and columns beyond V enter sums as loaded: Triton clears what a masked load leaves alone.
-
-    Its language promises nothing without ``other``; with one, the machine code is the same.
-    """
-    variant, device = make_variant(9, 9, dtype=dtype, tanh="approx"), TARGETS["sm_90"]
-    schedule = replace(default(variant, device), layouts=layouts)
-    text = render_kernel(variant, schedule, "")
-    load = "return tl.load(address, mask=tl.where(there, mask, False))"
-    cleared = text.replace(load, f"{load[:-1]}, other=0.0)")
-    assert cleared != text
-    jobs = [Job(variant, schedule, Direction.BACKWARD, device, source) for source in (text, cleared)]
-    with worker_pool(2, start_worker) as pool:
-        one, other = pool.map(machine_code, jobs)
-    assert one == other

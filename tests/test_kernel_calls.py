@@ -138,8 +138,8 @@ def test_no_sequences_at_all(package, device) -> None:
 
 
 SABOTAGE = {
-    "gate_factor": ("d = u_0 * g", "d = g", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),
-    "tanh_derivative": ("(1.0 - z_1 * z_1)", "1.0", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),
+    "gate_factor": ("slope_0 = u_0 - u_0 *", "slope_0 = 1.0 -", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),
+    "tanh_derivative": ("u_1 - u_1 * z_1 * z_1", "u_1", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),
     "clamp": ("g = clamp(c, bound)", "g = c", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),
     "own_state": ("dq_0 = tl.sum(h_1 *", "dq_0 = tl.sum(h_0 *", {"dq"}),
     "gradient_of_carry": ("c = f_0 * g", "c = g", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),

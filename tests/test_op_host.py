@@ -25,8 +25,8 @@ class FakeKernel:
             self.log.append(("compiled", grid, values, options))
             return self if self.compiles else None
 
-        def again(*values: Any) -> None:
-            self.log.append(("launched", grid, values))
+        def again(*values: Any, stream: int) -> None:
+            self.log.append(("launched", grid, values, stream))
 
         return again if self.log else first
 
@@ -46,15 +46,22 @@ def _module(kernels: Any) -> Any:
     return kernels
 
 
-def test_a_launch_is_looked_up_once(kernels) -> None:
-    """The first launch compiles; what is kept hands the same binary other pointers, then scalars and flags."""
-    kernel, known = FakeKernel(), {}
-    _module(kernels).launch(known, "key", kernel, 5, ("p", "q"), (1, 2), {"SAVE": False, "ATOMIC": True})
+def test_a_launch_is_looked_up_once(kernels, monkeypatch) -> None:
+    """The first launch compiles; what is kept hands the same binary other addresses, then scalars and flags.
+
+    It launches on the stream that is current at the time, not on the one that was.
+    """
+    kernel, known, first, other = FakeKernel(), {}, torch.zeros(1), torch.zeros(1)
+    streams = iter((7, 8))
+    monkeypatch.setattr(_module(kernels), "current_stream_of", lambda: lambda device: (device, next(streams)))
+    _module(kernels).launch(known, "key", kernel, 5, (first, None), (1, 2), {"SAVE": False, "ATOMIC": True})
     ((_, grid, values, options),) = kernel.log
-    assert (grid, values) == ((5, 1, 1), ("p", "q", 1, 2))
+    assert (grid, values) == ((5, 1, 1), (first, None, 1, 2))
     assert options.items() >= {"SAVE": False, "ATOMIC": True, "num_stages": 1}.items()
-    known["key"](("r", "s"))
-    assert kernel.log[1] == ("launched", (5, 1, 1), ("r", "s", 1, 2, False, True))
+    known["key"]((other, None))
+    known["key"]((first, None))
+    assert kernel.log[1] == ("launched", (5, 1, 1), (other.data_ptr(), None, 1, 2, False, True), (-1, 7))
+    assert kernel.log[2] == ("launched", (5, 1, 1), (first.data_ptr(), None, 1, 2, False, True), (-1, 8))
 
 
 @pytest.mark.parametrize("compiles", [False, True])
