@@ -19,12 +19,13 @@ from .kernels import (
     k9_v9_q7_k7_v7_f7_w7_fp16_carry_approx__f16x1u4a_b16x1c2a_i16_ptx_explicit,
     k9_v9_q7_k7_v7_f7_w7_fp32_carry_approx__f16x1u4a_b16x1c1a_i16_exp,
     k9_v9_q7_k7_v7_f7_w7_fp32_carry_approx__f16x1u4a_b16x1c1a_i16_ptx,
+    k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx__f32x1u4a_b16x1c4a_i16_ptx_explicit,
     k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx__f32x1u4a_b32x1c2a_i16_exp,
-    k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx__f32x1u8a_b32x1c2a_i16_ptx_explicit,
+    k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx__f16x2u4a_b16x1c4a_i16_ptx_explicit,
     k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx__f32x1u4a_b32x1c2a_i16_exp,
-    k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx__f32x1u8a_b32x1c2a_i16_ptx_explicit,
+    k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx__f32x1u8p_b32x1c2a_i16_ptx_explicit,
     k64_v64_q8_k8_v8_f8_w8_bf16_carry_approx__f16x4u4a_b16x4c2a_i16_exp,
-    k64_v64_q8_k8_v8_f8_w8_bf16_carry_approx__f16x4u4a_b16x4c2a_i16_ptx_explicit,
+    k64_v64_q8_k8_v8_f8_w8_bf16_carry_approx__f16x8u8a_b16x4c2p_i16_ptx_explicit,
 )
 
 PACKAGE = "h100"
@@ -51,13 +52,18 @@ VARIANTS = {
 KERNELS = {
     "sm_90": {
         "k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx": (
-            k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx__f32x1u8a_b32x1c2a_i16_ptx_explicit,
+            k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx__f16x2u4a_b16x1c4a_i16_ptx_explicit,
+            k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx__f16x2u4a_b16x1c4a_i16_ptx_explicit,
+            k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx__f16x2u4a_b16x1c4a_i16_ptx_explicit,
+            k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx__f32x1u8p_b32x1c2a_i16_ptx_explicit,
+            k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx__f32x1u8p_b32x1c2a_i16_ptx_explicit,
+            k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx__f32x1u8p_b32x1c2a_i16_ptx_explicit,
         ),
         "k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx": (
-            k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx__f32x1u8a_b32x1c2a_i16_ptx_explicit,
+            k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx__f32x1u4a_b16x1c4a_i16_ptx_explicit,
         ),
         "k64_v64_q8_k8_v8_f8_w8_bf16_carry_approx": (
-            k64_v64_q8_k8_v8_f8_w8_bf16_carry_approx__f16x4u4a_b16x4c2a_i16_ptx_explicit,
+            k64_v64_q8_k8_v8_f8_w8_bf16_carry_approx__f16x8u8a_b16x4c2p_i16_ptx_explicit,
         ),
         "k9_v9_q7_k7_v7_f7_w7_bf16_carry_approx": (
             k9_v9_q7_k7_v7_f7_w7_bf16_carry_approx__f16x1u4a_b16x1c2a_i16_ptx_explicit,
