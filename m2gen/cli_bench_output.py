@@ -138,24 +138,40 @@ def _faster(c: Comparison) -> bool:
     return c.now is not None and c.now.high_ms * (1 + c.noise) < c.before.low_ms
 
 
-def run_sweeps(swept: Iterable[Swept], stand: Stand, plot: Path | None, *, as_json: bool) -> int:
-    """Show each sweep and the lines through it, and draw them; return 1 if a generated kernel failed."""
+def run_sweeps(sweeps: Iterable[Iterable[Swept]], stand: Stand, plot: Path | None, *, as_json: bool) -> int:
+    """Show each sweep and the lines through it, and draw them, also where one is interrupted.
+
+    Returns 1 if a generated kernel failed.
+    """
     every: list[Swept] = []
     try:
-        for each in swept:
-            every.append(each)
-            if not as_json:
-                show_sweep(each)
+        for growing in sweeps:
+            _follow(growing, every, show=not as_json)
     finally:
         if as_json and every:
             print_json({"environment": asdict(stand.environment), "sweeps": [_sweep_json(each) for each in every]})
-    if plot is not None:
-        try:
-            draw(every, stand.environment.device, plot)
-        except OSError as error:
-            raise UsageError(f"--plot {plot} must be writable: {error.strerror or error}") from error
+        if plot is not None and every:
+            _draw(every, stand, plot)
     results = [result for each in every for _, found in each.at for result in found]
     return 1 if any(result.failure and result.entry.contender.kind.generated for result in results) else 0
+
+
+def _follow(growing: Iterable[Swept], every: list[Swept], *, show: bool) -> None:
+    """Add to ``every`` what a sweep came to before it ended or was interrupted."""
+    before = len(every)
+    try:
+        for latest in growing:
+            every[before:] = [latest]
+    finally:
+        for swept in every[before:] if show else ():
+            show_sweep(swept)
+
+
+def _draw(every: Sequence[Swept], stand: Stand, plot: Path) -> None:
+    try:
+        draw(every, stand.environment.device, plot)
+    except OSError as error:
+        raise UsageError(f"--plot {plot} must be writable: {error.strerror or error}") from error
 
 
 def show_sweep(swept: Swept) -> None:

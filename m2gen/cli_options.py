@@ -58,7 +58,7 @@ def reporting(debug: bool) -> Iterator[None]:
         print(f"m2gen: {kind}{' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        print("m2gen: interrupted; nothing was written", file=sys.stderr)
+        print("m2gen: interrupted", file=sys.stderr)
         raise typer.Exit(130) from None
 
 

@@ -186,7 +186,7 @@ def default(variant: Variant, device: Device) -> Schedule:
     """Return the schedule that serves ``variant`` on ``device`` until a tuned one does.
 
     Measured on an H200 and H100s (docs/performance.md). Operands of 16 bits on NVIDIA have explicit layouts, with which
-    a step takes 0.8 to 0.9 of the time, up to 64 columns. States of up to 16 columns: one warp and 32 rows, as rows are
+    a step takes less time up to 64 columns. States of up to 16 columns: one warp and 32 rows, as rows are
     independent and a barrier between warps costs more than the arithmetic. Wider states: 16 rows, and as many
     warps as keep the state weight's operands in registers. Loads four steps ahead cover their latency,
     and eight share the sums of y where registers and instructions are few; two steps of

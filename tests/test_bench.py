@@ -424,3 +424,23 @@ def test_interrupted_runs_show_what_there_is(spec: str, script: Script, monkeypa
     result = run("bench", "--spec", spec, "--db", "db", "--quiet")
     assert result.exit_code == 130
     assert "B66 S256" in result.stdout
+
+
+def test_an_interrupted_sweep_shows_and_draws_what_there_is(spec: str, script: Script, monkeypatch) -> None:
+    """Ctrl-C at the fourth length leaves the axis before it, and three points with the line through them."""
+    right = script.ask
+
+    def ask(task: Any) -> Any:
+        if task.entry.workload.seq == 1024:
+            raise KeyboardInterrupt
+        return right(task)
+
+    monkeypatch.setattr(script, "ask", ask)
+    sweeps = ("--sweep", "batch", "--sweep", "seq")
+    result = run("bench", "--spec", spec, "--db", "db", "--quiet", *sweeps, "--plot", "a.svg")
+    assert result.exit_code == 130
+    assert "wide over batch" in result.stdout
+    assert "wide over seq" in result.stdout
+    assert "B66 S512" in result.stdout
+    assert "B66 S1024" not in result.stdout
+    assert Path("a.svg").read_bytes().startswith(b"<?xml")

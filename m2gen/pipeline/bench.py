@@ -149,8 +149,11 @@ def bench(planned: Plan, request: BenchRequest, stand: Stand, progress: Progress
 
 def sweep(
     planned: Plan, axis: Axis, request: BenchRequest, stand: Stand, records: Sequence[Record], progress: Progress
-) -> Swept:
-    """Time generated kernels and peers along an axis, from the first workload of the first layer that is asked for."""
+) -> Iterator[Swept]:
+    """Time generated kernels and peers along an axis, from the first workload of the first layer that is asked for.
+
+    Yields what is known after each point, so that whoever is interrupted has it.
+    """
     base = workloads(planned, request)[0]
     every = points(axis, base, stand.device.sm_count)
     built = [BuiltVariant(variant, (base.layer,)) for variant in dict.fromkeys(p.workload.variant for p in every)]
@@ -158,16 +161,16 @@ def sweep(
     kinds = tuple(kind for kind in request.kinds if kind.most_steps is None)
     field = _field(grown, grown.without_records(), stand.device, replace(request, kinds=kinds))
     progress.start(f"sweep {axis}", len(every))
-    found = []
+    found = Swept(axis, base.layer, ())
     try:
         for point in every:
             entered = field.contenders(point.workload)
             results = contest(point.workload, entered, stand.timer, stand.gpu, seed=request.seed)
-            found.append((point, tuple(results)))
+            found = replace(found, at=(*found.at, (point, tuple(results))))
+            yield found
             progress.advance(f"{axis} {point.x}")
     finally:
         progress.finish()
-    return Swept(axis, base.layer, tuple(found))
 
 
 def _choices(planned: Plan, built: Sequence[BuiltVariant], records: Sequence[Record]) -> tuple[Choice, ...]:
