@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,11 @@ def run_sweeps(sweeps: Iterable[Iterable[Swept]], stand: Stand, plot: Path | Non
     try:
         for growing in sweeps:
             _follow(growing, every, show=not as_json)
-    finally:
-        if as_json and every:
-            print_json({"environment": asdict(stand.environment), "sweeps": [_sweep_json(each) for each in every]})
-        if plot is not None and every:
-            _draw(every, stand, plot)
+    except BaseException:
+        with suppress(UsageError):  # what ended the sweeps is said, rather than that they cannot be drawn
+            _finish(every, stand, plot, as_json=as_json)
+        raise
+    _finish(every, stand, plot, as_json=as_json)
     results = [result for each in every for _, found in each.at for result in found]
     return 1 if any(result.failure and result.entry.contender.kind.generated for result in results) else 0
 
@@ -167,7 +168,11 @@ def _follow(growing: Iterable[Swept], every: list[Swept], *, show: bool) -> None
             show_sweep(swept)
 
 
-def _draw(every: Sequence[Swept], stand: Stand, plot: Path) -> None:
+def _finish(every: Sequence[Swept], stand: Stand, plot: Path | None, *, as_json: bool) -> None:
+    if as_json and every:
+        print_json({"environment": asdict(stand.environment), "sweeps": [_sweep_json(each) for each in every]})
+    if plot is None or not every:
+        return
     try:
         draw(every, stand.environment.device, plot)
     except OSError as error:

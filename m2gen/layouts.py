@@ -131,7 +131,8 @@ def named(variant: Variant, schedule: Schedule) -> dict[str, str]:
     found |= {"FORWARD_VECTOR": _vector(forward), "BACKWARD_VECTOR": _vector(backward)}
     if outer_on_tensor_cores(schedule):
         found |= {"FORWARD_KEYS": _keys(forward), "FORWARD_VALUES": "tl.DotOperandLayout(1, FORWARD_TILE, 2)"}
-    found["BACKWARD_SPREAD"] = f"tl.BlockedLayout([1], [32], [{backward.warps}], [0])"
+    if schedule.two_level:
+        found["BACKWARD_SPREAD"] = f"tl.BlockedLayout([1], [32], [{backward.warps}], [0])"
     found["SUM_LAYOUT"] = f"tl.BlockedLayout([1], [32], [{forward.warps}], [0])"
     if forward_together(variant, schedule):
         found["FORWARD_SUMS"] = _row_sums(variant, forward)
@@ -208,6 +209,11 @@ def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
         "backward_together": backward_together(variant, schedule),
         "jit": "gluon.jit" if explicit else "triton.jit",
         "language": "triton.language" if explicit else "tl",
+        "prefetches": explicit and schedule.two_level,
+        # Rebuilt states are stored and loaded in one layout, which gives no element to two threads
+        # (``schedule.most_warps``), so a thread reads what it wrote. Where the compiler chooses, others may.
+        "after_rebuilding": ["_backward_prefetch.py.j2" if explicit else "_backward_barrier.py.j2"],
+        "after_chunks": [] if explicit else ["_backward_barrier.py.j2"],
         "right_operand": (lambda x: f"transposed({x}).permute((1, 0))") if explicit else str,
         "as_loaded": (lambda x: f"as_loaded({x}, BACKWARD_VECTOR)") if explicit else str,
         "sum_layout": only("SUM_LAYOUT"),

@@ -86,9 +86,9 @@ def forward_words(schedule: Schedule) -> dict[str, object]:
 def backward_words(variant: Variant, schedule: Schedule) -> dict[str, object]:
     """Return when the backward loads the operands of the chunk before the one that it works on.
 
-    One warp loads each as soon as the registers of this chunk's are free (1.6 % less time than all of them first, for
-    the 7B layer). Where warps share sums, barriers would have them wait for what has just been asked for, so all loads
-    come first (docs/performance.md).
+    Where the steps of a chunk share their sums, which one warp with explicit layouts has alone, each as soon as the
+    registers of this chunk's are free: 1.6 % less time than all of them first, for the 7B layer. Elsewhere all loads
+    come first, since barriers would have a warp wait for what it has just asked for (docs/performance.md).
     """
     q, k, x = Operand("q", "row", "row_mask"), Operand("k", "row", "row_mask"), Operand("x", "at", None)
     v, dy = Operand("v", "col", "col_mask"), Operand("dy", "col", "col_mask")

@@ -125,7 +125,11 @@ def _power_of_two(value: int) -> bool:
 
 
 def most_warps(variant: Variant, part: ForwardSchedule | BackwardSchedule) -> int:
-    """Return how many warps have a 16 x 8 tile of a product of their own."""
+    """Return how many warps have a 16 x 8 tile of a product of their own.
+
+    More would hold copies. Explicit backward kernels count on there being none: their threads read back from the
+    scratch what they wrote themselves, with no barrier.
+    """
     return max(1, part.rows // MIN_TILE * (variant.padded_cols // 8))
 
 
@@ -185,13 +189,13 @@ def _tile(variant: Variant, device: Device) -> tuple[int, int]:
 def default(variant: Variant, device: Device) -> Schedule:
     """Return the schedule that serves ``variant`` on ``device`` until a tuned one does.
 
-    Measured on an H200 and H100s (docs/performance.md). Operands of 16 bits on NVIDIA have explicit layouts, with which
-    a step takes less time up to 64 columns. States of up to 16 columns: one warp and 32 rows, as rows are
-    independent and a barrier between warps costs more than the arithmetic. Wider states: 16 rows, and as many
-    warps as keep the state weight's operands in registers. Loads four steps ahead cover their latency,
-    and eight share the sums of y where registers and instructions are few; two steps of
-    states are what the backward's registers hold (one where products of float32 take them). A checkpoint every 16
-    steps costs 4 % of the forward's time and a sixteenth of all states; the scratch of one interval stays in L2.
+    Measured on an H200 and H100s (docs/performance.md). Operands of 16 bits on NVIDIA have explicit layouts up to 64
+    columns, with which a step of the published layers takes 0.8 to 0.9 of the time. States of up to 16 columns: one
+    warp and 32 rows, as rows are independent and a barrier between warps costs more than the arithmetic. Wider states:
+    16 rows, and as many warps as keep the state weight's operands in registers. Loads four steps ahead cover their
+    latency, and eight share the sums of y where registers and instructions are few; two steps of states are what the
+    backward's registers hold (one where products of float32 take them). A checkpoint every 16 steps costs 4 % of the
+    forward's time and a sixteenth of all states; the scratch of one interval stays in L2.
     """
     rows, warps = _tile(variant, device)
     single = variant.dtype is Dtype.FP32

@@ -444,3 +444,18 @@ def test_an_interrupted_sweep_shows_and_draws_what_there_is(spec: str, script: S
     assert "B66 S512" in result.stdout
     assert "B66 S1024" not in result.stdout
     assert Path("a.svg").read_bytes().startswith(b"<?xml")
+
+
+def test_what_ended_a_sweep_is_said_before_that_it_cannot_be_drawn(spec: str, script: Script, monkeypatch) -> None:
+    """An interruption stays one where the figure's folder does not exist, and the points are still shown."""
+    right = script.ask
+
+    def ask(task: Any) -> Any:
+        if task.entry.workload.seq == 512:
+            raise KeyboardInterrupt
+        return right(task)
+
+    monkeypatch.setattr(script, "ask", ask)
+    result = run("bench", "--spec", spec, "--db", "db", "--quiet", "--sweep", "seq", "--plot", "nowhere/a.svg")
+    assert result.exit_code == 130
+    assert "B66 S256" in result.stdout
