@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -411,16 +412,21 @@ def test_a_document_reads_back(spec: str, script: Script, tmp_path: Path) -> Non
     assert json.loads(json.dumps(again)) == found
 
 
-def test_interrupted_runs_show_what_there_is(spec: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C in the second workload leaves the first one's rows."""
+def interrupt(script: Script, monkeypatch: pytest.MonkeyPatch, when: Callable[[Workload], bool]) -> None:
+    """Have Ctrl-C come at the first task of such a workload."""
     right = script.ask
 
     def ask(task: Any) -> Any:
-        if task.entry.workload.call is Call.DECODE:
+        if when(task.entry.workload):
             raise KeyboardInterrupt
         return right(task)
 
     monkeypatch.setattr(script, "ask", ask)
+
+
+def test_interrupted_runs_show_what_there_is(spec: str, script: Script, monkeypatch) -> None:
+    """Ctrl-C in the second workload leaves the first one's rows."""
+    interrupt(script, monkeypatch, lambda workload: workload.call is Call.DECODE)
     result = run("bench", "--spec", spec, "--db", "db", "--quiet")
     assert result.exit_code == 130
     assert "B66 S256" in result.stdout
@@ -428,14 +434,7 @@ def test_interrupted_runs_show_what_there_is(spec: str, script: Script, monkeypa
 
 def test_an_interrupted_sweep_shows_and_draws_what_there_is(spec: str, script: Script, monkeypatch) -> None:
     """Ctrl-C at the fourth length leaves the axis before it, and three points with the line through them."""
-    right = script.ask
-
-    def ask(task: Any) -> Any:
-        if task.entry.workload.seq == 1024:
-            raise KeyboardInterrupt
-        return right(task)
-
-    monkeypatch.setattr(script, "ask", ask)
+    interrupt(script, monkeypatch, lambda workload: workload.seq == 1024)
     sweeps = ("--sweep", "batch", "--sweep", "seq")
     result = run("bench", "--spec", spec, "--db", "db", "--quiet", *sweeps, "--plot", "a.svg")
     assert result.exit_code == 130
@@ -448,14 +447,7 @@ def test_an_interrupted_sweep_shows_and_draws_what_there_is(spec: str, script: S
 
 def test_what_ended_a_sweep_is_said_before_that_it_cannot_be_drawn(spec: str, script: Script, monkeypatch) -> None:
     """An interruption stays one where the figure's folder does not exist, and the points are still shown."""
-    right = script.ask
-
-    def ask(task: Any) -> Any:
-        if task.entry.workload.seq == 512:
-            raise KeyboardInterrupt
-        return right(task)
-
-    monkeypatch.setattr(script, "ask", ask)
+    interrupt(script, monkeypatch, lambda workload: workload.seq == 512)
     result = run("bench", "--spec", spec, "--db", "db", "--quiet", "--sweep", "seq", "--plot", "nowhere/a.svg")
     assert result.exit_code == 130
     assert "B66 S256" in result.stdout
