@@ -96,7 +96,7 @@ def backward_words(variant: Variant, schedule: Schedule) -> dict[str, object]:
     freed = bool(backward_together(variant, schedule))
     return {
         "backward_operands": every,
-        "loads_first": [] if freed else [(x, i) for i in range(schedule.backward.chunk) for x in every],
+        "loads_first": [] if freed else [(each, i) for i in range(schedule.backward.chunk) for each in every],
         "loads_freed": (k, v, x, q, dy) if freed else (),  # those first that are needed first
         "loads_late": [(k, 0), (v, 0), (x, 0)] if freed else [],
         "loads_last": [(q, 0), (dy, 0)] if freed else [],
