@@ -24,7 +24,7 @@ SCHEDULE_COLUMNS = ("variant", "target", "programs/SM", "schedule", "from", "of"
 def _kernel_cells(row: CheckRow) -> tuple[Any, ...]:
     taken = row.resources
     numbers = (taken.registers, taken.spill_bytes, taken.shared_bytes, taken.code_bytes) if taken else ("",) * 4
-    return (row.variant, row.kernel, row.arch, *numbers, row.source, "; ".join(row.problems))
+    return (row.variant, row.kernel, row.arch, *numbers, row.source, "; ".join((*row.problems, *row.notes)))
 
 
 def _kernel_json(row: CheckRow) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def _kernel_json(row: CheckRow) -> dict[str, Any]:
         "from": row.source,
         "resources": asdict(row.resources) if row.resources else None,
         "problems": list(row.problems),
+        "notes": list(row.notes),
     }
 
 

@@ -88,6 +88,8 @@ class Arithmetic:
     """Significant bits of tanh; None for all of the state's dtype."""
     gate_bits: int | None = None
     """Likewise of the functions that a gate is computed with."""
+    kept: torch.dtype | None = None
+    """That the state is rounded to before and after every step, as decoding keeps it; None for ``state``."""
     grid: float = 1.0
     """From 1 up to 2: H and function values are rounded as multiples of their last place over ``grid``. The errors are
     as large on every grid, and independent of each other, so several grids show what a tensor's error may be."""
@@ -97,7 +99,14 @@ class Arithmetic:
         wide = x.to(self.state)
         if self.operand is self.state:
             return _rounded(wide, TF32_BITS, grid) if self.tf32 else wide
-        return _on_grid(wide, lambda values: values.to(self.operand).to(self.state), grid)
+        return self._through(wide, self.operand, grid)
+
+    def as_kept(self, state: Tensor) -> Tensor:
+        """Return the state as the next step finds it."""
+        return state if self.kept is None else self._through(state, self.kept, self.grid)
+
+    def _through(self, x: Tensor, dtype: torch.dtype, grid: float) -> Tensor:
+        return _on_grid(x, lambda values: values.to(dtype).to(self.state), grid)
 
     def tanh(self, x: Tensor) -> Tensor:
         """Return tanh of x as a kernel's instructions give it."""
@@ -154,6 +163,7 @@ def _sequence(operands: tuple[Tensor, ...], weight: Tensor, state: Tensor, rules
         outputs.append((q[:, t, :, :, None] * state).sum(-2))
         if not rules.clamp_total:
             state = _clamp_gradient(state, rules.bound)
+        state = arithmetic.as_kept(state)
     y = torch.stack(outputs, 1) if outputs else v.new_zeros(v.shape)
     return y, state
 
@@ -193,7 +203,7 @@ def m2rnn(
     batch = len(spans) if packed else q.shape[0]
     if initial_state is None:
         initial_state = q.new_zeros(batch, total, q.shape[-1], v.shape[-1], dtype=arithmetic.state)
-    starts = initial_state.to(arithmetic.state)
+    starts = arithmetic.as_kept(initial_state.to(arithmetic.state))
     starts = starts.unsqueeze(1) if packed else starts.unsqueeze(0)
     runs = [
         _sequence(tuple(x[:, a:b] for x in operands), matrix, start, rules)

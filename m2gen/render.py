@@ -12,10 +12,10 @@ import jinja2
 from m2gen import layouts
 from m2gen.operands import backward_words, forward_words
 from m2gen.outputs import backward_outputs, forward_output
-from m2gen.schedule import Layouts, Reduction, Schedule, Tanh
+from m2gen.schedule import Layouts, Reduction, Schedule, Scratch, Tanh
 from m2gen.signature import Direction, arguments
 from m2gen.spec import ClipMode, Dtype, Fp32Products
-from m2gen.variant import Variant
+from m2gen.variant import Variant, padded
 
 SHORT = 64
 """Tokens up to which y's contributors store rows of their own, whatever the schedule says. Fewer than any problem by
@@ -143,32 +143,55 @@ def _gate(variant: Variant, schedule: Schedule) -> dict[str, Any]:
 
 def _products(variant: Variant, schedule: Schedule) -> dict[str, Any]:
     """Return how operands of products are rounded and multiplied."""
+    interpretable = schedule.layouts is Layouts.AUTO  # the interpreter runs no others
+    narrows = variant.dtype is Dtype.BF16 and interpretable
     return {
         "dot_precision": f', input_precision="{variant.products}"' if variant.dtype is Dtype.FP32 else "",
         "tf32": variant.products is Fp32Products.TF32,
-        "widens": variant.dtype is Dtype.BF16 and schedule.layouts is Layouts.AUTO,  # the interpreter runs no others
-        "operand_cast": f".to({TRITON_DTYPE[variant.dtype]})",
+        "interpretable": interpretable,
+        "widens": narrows,
+        # A sum that begins with a large number rounds each of its terms to that number's last place. Triton makes one
+        # of a product and what is added to it, but for this function's.
+        "added_apart": interpretable,
+        "weight_added_apart": variant.dtype is Dtype.FP32,
+        "as_operand": "to_bfloat16(x)" if narrows else f"x.to({TRITON_DTYPE[variant.dtype]})",
     }
 
 
 def _checkpoints(variant: Variant, schedule: Schedule) -> dict[str, Any]:
     """Return where the backward finds the states that it starts from."""
-    tile = schedule.interval // schedule.backward.chunk * schedule.backward.rows * variant.padded_cols
-    if schedule.two_level:
-        chunk = "tl.maximum(before - first, 0) // CHUNK"
+    chunk = "tl.maximum(before - first, 0) // CHUNK"
+    if schedule.backward.scratch is Scratch.SHARED:
+        shape = "tl.float32, [INTERVAL // CHUNK, BACKWARD_ROWS, V_PAD]"
         return {
             "two_level": True,
+            "begin_scratch": (f"rebuilt = tl.allocate_shared_memory({shape}, BACKWARD_SCRATCH)",),
+            "keep_state": "rebuilt.index(tl.cast(t // CHUNK, tl.int32)).store(h_0)",
             "chunk_range": "last, first - 1",
-            "chunk_states": f"scratch + {chunk} * (BACKWARD_ROWS * V_PAD) + scratch_offsets",
-            "chunk_mask": "",
-            "scratch": f"q.new_empty(programs, {tile}, dtype=torch.float32)",
+            "chunk_state": f"rebuilt.index(tl.cast({chunk}, tl.int32))",
+            "load_chunk_state": "kept.load(BACKWARD_TILE)",
+            "scratch": "None",
+        }
+    if schedule.two_level:
+        elements = schedule.scratch_bytes(variant) // 4
+        return {
+            "two_level": True,
+            "begin_scratch": (
+                "scratch += program.to(tl.int64) * (INTERVAL // CHUNK * BACKWARD_ROWS * V_PAD)",
+                "scratch_offsets = (state_rows - part * BACKWARD_ROWS) * V_PAD + cols[None, :]",
+            ),
+            "keep_state": "tl.store(scratch + t // CHUNK * (BACKWARD_ROWS * V_PAD) + scratch_offsets, h_0)",
+            "chunk_range": "last, first - 1",
+            "chunk_state": f"scratch + {chunk} * (BACKWARD_ROWS * V_PAD) + scratch_offsets",
+            "load_chunk_state": "tl.load(kept)",
+            "scratch": f"q.new_empty(programs, {elements}, dtype=torch.float32)",
         }
     checkpoint = "tl.cast(tl.maximum(before, 0) // INTERVAL, tl.int64) * (N * K * V)"
     return {
         "two_level": False,
         "chunk_range": "end, -1",
-        "chunk_states": f"checkpoints + {checkpoint} + state_offsets",
-        "chunk_mask": ", mask=state_mask, other=0.0",
+        "chunk_state": f"checkpoints + {checkpoint} + state_offsets",
+        "load_chunk_state": "tl.load(kept, mask=state_mask, other=0.0)",
         "scratch": "None",
     }
 
@@ -179,7 +202,7 @@ def _launch(variant: Variant, schedule: Schedule) -> dict[str, Any]:
     weight_parts = heads // variant.heads.w * schedule.backward.parts(variant)
     return {
         "interval": schedule.interval,
-        "interval_padded": 1 << (schedule.interval - 1).bit_length(),
+        "interval_padded": padded(schedule.interval),
         "forward_programs": heads * schedule.forward.parts(variant),
         "backward_programs": heads * schedule.backward.parts(variant),
         "step_programs": heads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from m2gen.device import Device
@@ -42,6 +42,15 @@ class Reduction(StrEnum):
     """One float32 row a contributor, summed afterwards: deterministic; memory grows with the contributors."""
 
 
+class Scratch(StrEnum):
+    """Where the backward keeps the states of an interval that it has rebuilt."""
+
+    L2 = "l2"
+    """A buffer in global memory, one interval a program, which the L2 holds."""
+    SHARED = "shared"
+    """Shared memory; with explicit layouts only, whose threads read back what they wrote. It limits programs an SM."""
+
+
 @dataclass(frozen=True)
 class ForwardSchedule:
     """How the forward kernel runs."""
@@ -71,6 +80,7 @@ class BackwardSchedule:
     chunk: int
     """Steps whose states live in registers between their recomputation and their gradients."""
     reduction: Reduction
+    scratch: Scratch = Scratch.L2
 
     def parts(self, variant: Variant) -> int:
         """Return how many programs share one head's state."""
@@ -78,7 +88,8 @@ class BackwardSchedule:
 
     @property
     def slug(self) -> str:
-        return f"b{self.rows}x{self.warps}c{self.chunk}{self.reduction[0]}"
+        shared = "s" if self.scratch is Scratch.SHARED else ""
+        return f"b{self.rows}x{self.warps}c{self.chunk}{self.reduction[0]}{shared}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +100,7 @@ class Schedule:
     backward: BackwardSchedule
     interval: int
     """Steps between the states that the forward saves. Above ``chunk``, the backward rebuilds the states of one
-    interval into an L2-resident scratch, ``chunk`` steps apart."""
+    interval into a scratch, ``chunk`` steps apart."""
     tanh: Tanh
     layouts: Layouts = Layouts.AUTO
 
@@ -98,6 +109,17 @@ class Schedule:
         """Whether the backward rebuilds states into a scratch, rather than loading every chunk's checkpoint."""
         return self.interval > self.backward.chunk
 
+    def scratch_bytes(self, variant: Variant) -> int:
+        """Return what one program's scratch takes, wherever it is."""
+        if not self.two_level:
+            return 0
+        return self.interval // self.backward.chunk * self.backward.rows * variant.padded_cols * 4
+
+    def laid_out(self, layouts: Layouts) -> Schedule:
+        """Return the schedule with other layouts, and its scratch where they can have it."""
+        scratch = self.backward.scratch if layouts is Layouts.EXPLICIT else Scratch.L2
+        return replace(self, backward=replace(self.backward, scratch=scratch), layouts=layouts)
+
     @property
     def slug(self) -> str:
         """Name the schedule as an identifier, for file names and tables."""
@@ -105,7 +127,7 @@ class Schedule:
         return f"{self.forward.slug}_{self.backward.slug}_i{self.interval}_{self.tanh}{explicit}"
 
 
-_SLUG = re.compile(r"f(\d+)x(\d+)u(\d+)([ap])_b(\d+)x(\d+)c(\d+)([ap])_i(\d+)_(ptx|exp)(_explicit)?")
+_SLUG = re.compile(r"f(\d+)x(\d+)u(\d+)([ap])_b(\d+)x(\d+)c(\d+)([ap])(s?)_i(\d+)_(ptx|exp)(_explicit)?")
 
 
 def parse(slug: str) -> Schedule:
@@ -115,9 +137,10 @@ def parse(slug: str) -> Schedule:
         raise ScheduleError(f"a schedule must be named as f32x1u4a_b32x1c2a_i16_ptx is, got {slug!r}")
     reduction = {str(kind)[0]: kind for kind in Reduction}
     forward = ForwardSchedule(int(found[1]), int(found[2]), int(found[3]), reduction[found[4]])
-    backward = BackwardSchedule(int(found[5]), int(found[6]), int(found[7]), reduction[found[8]])
-    layouts = Layouts.EXPLICIT if found[11] else Layouts.AUTO
-    return Schedule(forward, backward, int(found[9]), Tanh(found[10]), layouts)
+    scratch = Scratch.SHARED if found[9] else Scratch.L2
+    backward = BackwardSchedule(int(found[5]), int(found[6]), int(found[7]), reduction[found[8]], scratch)
+    layouts = Layouts.EXPLICIT if found[12] else Layouts.AUTO
+    return Schedule(forward, backward, int(found[10]), Tanh(found[11]), layouts)
 
 
 def _power_of_two(value: int) -> bool:
@@ -127,8 +150,8 @@ def _power_of_two(value: int) -> bool:
 def most_warps(variant: Variant, part: ForwardSchedule | BackwardSchedule) -> int:
     """Return how many warps have a 16 x 8 tile of a product of their own.
 
-    More would hold copies. Explicit backward kernels count on there being none: their threads read back from the
-    scratch what they wrote themselves, with no barrier.
+    More would hold copies. Explicit backward kernels count on there being none: their threads read back from a
+    scratch in the L2 what they wrote themselves, with no barrier.
     """
     return max(1, part.rows // MIN_TILE * (variant.padded_cols // 8))
 
@@ -153,10 +176,23 @@ def _problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[
         if schedule.layouts is Layouts.EXPLICIT and part.warps > most:
             each = "each with a 16 x 8 tile, for explicit layouts"
             yield f"{direction}.warps must be at most {most}, {each}, got {part.warps}"
+    if schedule.backward.scratch is Scratch.SHARED:
+        yield from _shared_problems(variant, schedule, device)
     if schedule.tanh is Tanh.PTX and not device.is_nvidia:
         yield f"tanh must be exp on {device.arch}, got {schedule.tanh}"
     if schedule.tanh is Tanh.PTX and variant.tanh is TanhMode.EXACT:
         yield f"tanh must be exp where the spec asks for exact, got {schedule.tanh}"
+
+
+def _shared_problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[str]:
+    if schedule.layouts is Layouts.AUTO:
+        yield f"backward.scratch must be l2 for layouts auto, got {schedule.backward.scratch}"
+    if not schedule.two_level:
+        limit = f"unless interval is above backward.chunk = {schedule.backward.chunk}"
+        yield f"backward.scratch must be l2 {limit}, got {schedule.backward.scratch}"
+    taken = schedule.scratch_bytes(variant)
+    if taken > device.shared_bytes:
+        yield f"backward.scratch must take at most {device.shared_bytes} bytes of shared memory, got {taken}"
 
 
 def problems(variant: Variant, schedule: Schedule, device: Device) -> tuple[str, ...]:
@@ -177,6 +213,10 @@ MOST_EXPLICIT_COLS = 64
 memory, where explicit ones spill 350 bytes a thread at 128."""
 
 
+RESIDENT_WARPS = 8
+"""That an SM of NVIDIA has registers for, with the 255 a thread that a backward takes."""
+
+
 def _tile(variant: Variant, device: Device) -> tuple[int, int]:
     """Return rows and warps of a program: 32 rows of up to 16 columns, else 16 rows and a warp per 16 columns.
 
@@ -195,7 +235,8 @@ def default(variant: Variant, device: Device) -> Schedule:
     16 rows, and as many warps as keep the state weight's operands in registers. Loads four steps ahead cover their
     latency, and eight share the sums of y where registers and instructions are few; two steps of states are what the
     backward's registers hold (one where products of float32 take them). A checkpoint every 16 steps costs 4 % of the
-    forward's time and a sixteenth of all states; the scratch of one interval stays in L2.
+    forward's time and a sixteenth of all states. States are rebuilt into shared memory, if that leaves an SM as many
+    programs as its registers do: 3 to 5 % of a step.
     """
     rows, warps = _tile(variant, device)
     single = variant.dtype is Dtype.FP32
@@ -206,4 +247,6 @@ def default(variant: Variant, device: Device) -> Schedule:
     backward = BackwardSchedule(rows, warps, 1 if single else 2, Reduction.ATOMIC)
     layouts = Layouts.EXPLICIT if explicit else Layouts.AUTO
     schedule = Schedule(forward, backward, interval=16, tanh=tanh, layouts=layouts)
+    if explicit and schedule.scratch_bytes(variant) * (RESIDENT_WARPS // warps) <= device.shared_bytes:
+        schedule = replace(schedule, backward=replace(backward, scratch=Scratch.SHARED))
     return check(variant, schedule, device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from m2gen.outputs import backward_outputs, forward_output
-from m2gen.schedule import BackwardSchedule, ForwardSchedule, Reduction, Schedule
+from m2gen.schedule import BackwardSchedule, ForwardSchedule, Reduction, Schedule, Scratch
 from m2gen.spec import Dtype
 from m2gen.variant import Variant
 
@@ -110,7 +110,8 @@ def _backward(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
     yield _pointer("dy", element)
     yield Argument("dh_last", "constexpr")
     yield _pointer("checkpoints", STATE)
-    yield _pointer("scratch", STATE) if schedule.two_level else Argument("scratch", "constexpr")
+    buffered = schedule.two_level and schedule.backward.scratch is Scratch.L2
+    yield _pointer("scratch", STATE) if buffered else Argument("scratch", "constexpr")
     yield Argument("cu_seqlens", "constexpr")
     for name in ("dq", "dk", "dv", "dw", "df"):
         yield _pointer(name, types.get(name, STATE))

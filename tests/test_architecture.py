@@ -29,12 +29,14 @@ ALLOWED: dict[str, str] = {
     "spec": "errors",
     "variant": "spec",
     "schedule": "errors spec variant device",
+    "demand": "schedule spec variant",
     "outputs": "schedule variant",
-    "layouts": "outputs schedule variant",
+    "sums": "outputs schedule spec variant",
+    "layouts": "schedule sums variant",
     "signature": "outputs schedule spec variant",
     "problem": "spec variant",
     "reference": "spec variant problem",
-    "operands": "layouts schedule variant",
+    "operands": "layouts schedule sums variant",
     "render": "layouts operands outputs schedule signature spec variant",
     "db": "bucket device errors render schedule spec variant",
     "resources": "device errors",
@@ -44,12 +46,12 @@ ALLOWED: dict[str, str] = {
     "emit": "bucket choice device errors layouts outputs render schedule spec variant",
     "directory": "errors",
     "ship": "directory emit errors render",
-    "tune": "bucket cache clock compile db device errors outputs pool problem render resources schedule spec variant"
-    " verify",
+    "tune": "bucket cache clock compile db demand device errors outputs pool problem render resources schedule"
+    " spec variant verify",
     "roofline": "schedule spec variant",
     "bench": "clock compile db errors pool problem reference roofline schedule spec tune variant verify",
-    "pipeline": "bench bucket cache choice compile db device directory emit errors pool render resources roofline"
-    " schedule ship signature spec tune variant verify",
+    "pipeline": "bench bucket cache choice compile db demand device directory emit errors pool render resources"
+    " roofline schedule ship signature spec tune variant verify",
     "report": "verify",
     "plot": "bench errors pipeline",
     "page": "db pipeline roofline schedule spec tune",
@@ -131,7 +133,7 @@ def test_only_the_entry_point_imports_the_command_line() -> None:
 
 def test_rendering_is_pure() -> None:
     """What goes into a rendered text imports no torch, no triton, no clock and no random numbers."""
-    texts = {"layouts", "operands", "outputs", "render", "schedule", "signature", "spec", "variant"}
+    texts = {"layouts", "operands", "outputs", "render", "schedule", "signature", "spec", "sums", "variant"}
     pure = {"bucket", "db", "device", "errors"} | texts
     for path in SOURCES:
         if module_of(path) in pure - {"device"}:  # detect() asks torch

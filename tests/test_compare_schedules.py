@@ -14,7 +14,7 @@ from m2gen.compile import load_module
 from m2gen.errors import ScheduleError
 
 tool = load_module(ROOT / "tools" / "compare_schedules.py", "m2gen_test_compare_schedules")
-SLUGS = ("f32x1u8a_b32x1c2a_i16_ptx_explicit", "f32x1u4p_b32x1c2p_i16_ptx")
+SLUGS = ("f32x1u8a_b32x1c2as_i16_ptx_explicit", "f32x1u4p_b32x1c2p_i16_ptx")
 
 
 def compared(monkeypatch: pytest.MonkeyPatch, script: Script, *schedules: str) -> None:

@@ -114,7 +114,7 @@ def test_finding(tmp_path: Path) -> None:
 BAD = {
     "torn": (b'{"environment": {"arch', "the file ends within a line; $ must be JSON"),
     "conflict": (b"<<<<<<< ours\n", "$ must be JSON"),
-    "schema": (encode(winner(seed=9)).replace('"schema": 1', '"schema": 2').encode() + b"\n", "$.schema must be 1"),
+    "schema": (encode(winner(seed=9)).replace('"schema": 2', '"schema": 3').encode() + b"\n", "$.schema must be 2"),
     "edited": (encode(winner(seed=9)).replace('"seed": 9', '"seed": 8').encode() + b"\n", "$.id must be"),
     "latin": (b"\xff\xfe\n", "$ must be UTF-8"),
     "moved": (encode(winner(where=environment(H100))).encode() + b"\n", "$ must be in sm_90/nvidia_h100_80gb_hbm3/"),
@@ -319,7 +319,7 @@ UNTRUSTED = {
     "empty": (b"\n", "must hold at least one record"),
     "repeated": (encode(winner()).encode() + b"\n" + encode(winner()).encode(), "each record must be there once"),
     "torn": (encode(winner()).encode() + b"\n" + encode(failed()).encode()[:-1], "x.jsonl:2: the file ends within"),
-    "one of two": (b"{}\n" + encode(winner()).encode(), r"x.jsonl:1: \$.schema must be 1"),
+    "one of two": (b"{}\n" + encode(winner()).encode(), r"x.jsonl:1: \$.schema must be 2"),
     "many": (b"{}\n" * 50, "x.jsonl: 30 more"),
 }
 

@@ -61,7 +61,7 @@ def test_status() -> None:
 
 
 WRONG = {
-    "schema": (SCHEMA + 1, r"\$.schema must be 1, got '2'"),
+    "schema": (SCHEMA + 1, r"\$.schema must be 2, got '3'"),
     "id": ("0" * 12, r"\$.id must be [0-9a-f]{12}, which the content gives, got '0{12}'"),
     "extra": (1, r"\$.id must be|\$ must be canonical"),
     "key.objective": ("fast", r"\$.key.objective must be 'train' or 'infer', got 'fast'"),

@@ -142,7 +142,11 @@ SABOTAGE = {
     "tanh_derivative": ("u_1 - u_1 * z_1 * z_1", "u_1", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),
     "clamp": ("g = clamp(c, bound)", "g = c", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),
     "own_state": ("dq_0 = tl.sum(h_1 *", "dq_0 = tl.sum(h_0 *", {"dq"}),
-    "gradient_of_carry": ("c = f_0 * g", "c = g", {"dk", "dv", "dweight", "dforget", "dinitial_state"}),
+    "gradient_of_carry": (
+        "c = tl.fma(f_0, g,",
+        "c = tl.fma(1.0, g,",
+        {"dk", "dv", "dweight", "dforget", "dinitial_state"},
+    ),
     "store_of_dq": ("tl.store(dq +", None, {"dq"}),
     "store_of_state": ("tl.store(h_last +", None, {"state"}),
     "output": ("y_1 = tl.sum(column(q_1", "y_1 = tl.sum(column(q_0", {"y"}),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from calls import Spy, arguments, assert_same, module_of
 from support import build_package, import_package, make_schedule, make_variant
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,7 +15,9 @@ from m2gen.problem import Problem, make_inputs
 
 
 class FakeKernel:
-    """A kernel as Triton's: compiled by a call with a grid, then launched by what that returned."""
+    """A kernel as Triton's: compiled by a call with a grid, then launched by what that returned, or its launcher."""
+
+    function, packed_metadata = "function", "metadata"
 
     def __init__(self, *, compiles: bool = True) -> None:
         self.log: list[tuple[Any, ...]] = []
@@ -29,6 +32,9 @@ class FakeKernel:
             self.log.append(("launched", grid, values, stream))
 
         return again if self.log else first
+
+    def run(self, *values: Any) -> None:
+        self.log.append(("run", *values))
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +66,21 @@ def test_a_launch_is_looked_up_once(kernels, monkeypatch) -> None:
     assert options.items() >= {"SAVE": False, "ATOMIC": True, "num_stages": 1}.items()
     known["key"]((other, None))
     known["key"]((first, None))
-    assert kernel.log[1] == ("launched", (5, 1, 1), (other.data_ptr(), None, 1, 2, False, True), (-1, 7))
-    assert kernel.log[2] == ("launched", (5, 1, 1), (first.data_ptr(), None, 1, 2, False, True), (-1, 8))
+    binary, hooks, rest = ("function", "metadata"), (None, None, None), (None, 1, 2, False, True)
+    assert kernel.log[1:] == [
+        ("run", 5, 1, 1, (-1, 7), *binary, *hooks, other.data_ptr(), *rest),
+        ("run", 5, 1, 1, (-1, 8), *binary, *hooks, first.data_ptr(), *rest),
+    ]
+
+
+def test_hooks_see_known_launches(kernels, monkeypatch) -> None:
+    """A profiler that hooks Triton's launches, even after the first, sees those that are looked up no more."""
+    kernel, known, x = FakeKernel(), {}, torch.zeros(1)
+    monkeypatch.setattr(_module(kernels), "current_stream_of", lambda: lambda device: device)
+    _module(kernels).launch(known, "key", kernel, 5, (x,), (), {"SAVE": True})
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    known["key"]((x,))
+    assert kernel.log[1] == ("launched", (5, 1, 1), (x.data_ptr(), True), -1)
 
 
 @pytest.mark.parametrize("compiles", [False, True])

@@ -109,6 +109,19 @@ def test_a_state_of_any_strides_is_updated(package, call) -> None:
     assert bool((cache[:, ::2] == 7.0).all())
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_bf16_state_is_rounded_at_the_end_of_a_step(package, device, name) -> None:
+    """A step on a bf16 state computes what one on the same values in float32 does, and rounds only what it keeps."""
+    inputs = draw(VARIANTS[name], device)
+    narrow = inputs.initial_state.bfloat16()
+    wide = narrow.float()
+    y, state = package.m2rnn_step(**token(inputs, 0), state=narrow)
+    expected, _ = package.m2rnn_step(**token(inputs, 0), state=wide)
+    assert state is narrow
+    assert torch.equal(y, expected)
+    assert torch.equal(narrow, wide.bfloat16())
+
+
 def test_operands_of_any_strides(package, call) -> None:
     """Slices of a fused projection give the same bits as their copies."""
     fused = {
@@ -149,7 +162,11 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "device": ({"v": lambda x: x.to("meta")}, ValueError, "got meta"),
     "state_shape": ({"state": lambda x: x[:, 1:]}, ValueError, "state must be (2, 2, 16, 16), got (2, 1, 16, 16)"),
     "state_batch": ({"state": lambda x: x[:1]}, ValueError, "state must be (2, 2, 16, 16), got (1, 2, 16, 16)"),
-    "state_dtype": ({"state": lambda x: x.bfloat16()}, TypeError, "state must be torch.float32, got torch.bfloat16"),
+    "state_dtype": (
+        {"state": lambda x: x.half()},
+        TypeError,
+        "state must be torch.float32 or torch.bfloat16, got torch.float16",
+    ),
     "state_device": ({"state": lambda x: x.to("meta")}, ValueError, "got meta"),
     "no_state": ({"state": lambda x: None}, TypeError, "state must be"),
     "one_parameter": ({"A_log": lambda x: torch.zeros(2)}, ValueError, "dt_bias"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,14 +12,14 @@ from support import SCHEDULES, make_schedule, make_variant
 
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.errors import ScheduleError
-from m2gen.schedule import Schedule, Tanh, check, default, problems
+from m2gen.schedule import Layouts, Schedule, Scratch, Tanh, check, default, problems
 from m2gen.variant import Variant
 
 DEVICES = (*TARGETS.values(), PORTABLE)
 WIDE = make_variant(64, 64)
 
 
-def _with(direction: str, **facts: int) -> Schedule:
+def _with(direction: str, **facts: Any) -> Schedule:
     """Return a valid schedule with some facts of one direction replaced."""
     base = make_schedule(interval=16)
     return replace(base, **{direction: replace(getattr(base, direction), **facts)})
@@ -39,6 +40,18 @@ INVALID = {
     "chunk_off_interval": (_with("backward", chunk=3), "interval must be a multiple of backward.chunk = 3, got 16"),
     "unroll_off_interval": (_with("forward", unroll=5), "interval must be a multiple of forward.unroll = 5, got 16"),
     "no_interval": (make_schedule(interval=0), "interval must be a multiple of forward.unroll = 2, got 0"),
+    "shared_without_layouts": (
+        _with("backward", scratch=Scratch.SHARED),
+        "backward.scratch must be l2 for layouts auto, got shared",
+    ),
+    "shared_for_nothing": (
+        replace(_with("backward", scratch=Scratch.SHARED), interval=2),
+        "backward.scratch must be l2 unless interval is above backward.chunk = 2, got shared",
+    ),
+    "shared_for_too_much": (
+        replace(_with("backward", scratch=Scratch.SHARED, rows=64), interval=64),
+        "backward.scratch must take at most 65536 bytes of shared memory, got 524288",
+    ),
 }
 
 
@@ -48,6 +61,17 @@ def test_each_reason_is_given(schedule: Schedule, reason: str) -> None:
     assert reason in problems(WIDE, schedule, PORTABLE)
     with pytest.raises(ScheduleError, match="portable"):
         check(WIDE, schedule, PORTABLE)
+
+
+def test_the_scratch_is_in_shared_memory_where_that_costs_no_programs() -> None:
+    """Eight warps an SM: 16 KiB each of the published state fit the 227 of sm_90 and the 163 of sm_80, not 99."""
+    published = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
+    chosen = {arch: default(published, TARGETS[arch]) for arch in TARGETS}
+    assert all(schedule.scratch_bytes(published) == 16384 for schedule in chosen.values())
+    shared = {arch for arch, schedule in chosen.items() if schedule.backward.scratch is Scratch.SHARED}
+    assert shared == {"sm_80", "sm_90", "sm_100"}
+    assert chosen["sm_90"].laid_out(Layouts.AUTO).backward.scratch is Scratch.L2
+    assert problems(published, chosen["sm_90"].laid_out(Layouts.AUTO), TARGETS["sm_90"]) == ()
 
 
 def test_every_reason_at_once() -> None:

@@ -49,7 +49,7 @@ def problems_of(text: str | bytes) -> list[str]:
 
 
 WHY = {
-    128: " (a program's registers hold the V x V state weight)",
+    128: " (registers sum the gradient of the V x V state weight)",
     256: " (the most rows that kernels are verified for)",
 }
 

@@ -10,7 +10,7 @@ from support import make_schedule, make_variant
 from m2gen.db import Reason
 from m2gen.device import TARGETS
 from m2gen.pool import run_isolated
-from m2gen.schedule import Layouts, Tanh, default, parse
+from m2gen.schedule import Layouts, Scratch, Tanh, default, parse
 from m2gen.spec import Objective
 from m2gen.tune import precompile as module
 from m2gen.tune.precompile import PRECOMPILE
@@ -51,15 +51,17 @@ def test_resources_binaries_and_limits() -> None:
 
 
 def test_explicit_layouts_of_one_warp_fit_where_there_is_no_shared_memory() -> None:
-    """The default's threads have all that their products and sums need; its machine code is not the compiler's."""
-    explicit = default(VARIANT, DEVICE)
-    assert explicit == replace(BASE, layouts=Layouts.EXPLICIT)
+    """Threads have all that their products and sums need; the default adds its scratch; none is the compiler's code."""
+    explicit, usual = replace(BASE, layouts=Layouts.EXPLICIT), default(VARIANT, DEVICE)
+    assert explicit == replace(usual, backward=replace(usual.backward, scratch=Scratch.L2))
     none = replace(SUBJECT, device=replace(DEVICE, shared_bytes=0))
-    found, other = compiled(CompileTask(none, explicit), CompileTask(SUBJECT, BASE))
-    assert found.failure is None, found.details
-    assert 32 < found.registers <= 255
-    assert found.shared_bytes == 0
-    assert found.binary != other.binary
+    tasks = (CompileTask(none, explicit), CompileTask(SUBJECT, usual), CompileTask(SUBJECT, BASE))
+    found, scratch, other = compiled(*tasks)
+    for compiles in (found, scratch):
+        assert compiles.failure is None, compiles.details
+        assert 32 < compiles.registers <= 255
+    assert (found.shared_bytes, scratch.shared_bytes) == (0, usual.scratch_bytes(VARIANT))
+    assert len({found.binary, scratch.binary, other.binary}) == 3
 
 
 def test_a_compiler_that_dies_costs_its_candidate() -> None:

@@ -17,6 +17,7 @@ from m2gen.schedule import (
     Layouts,
     Reduction,
     Schedule,
+    Scratch,
     Tanh,
     default,
     parse,
@@ -61,7 +62,7 @@ def _product() -> Iterator[Schedule]:
 def test_every_valid_point_is_enumerated_or_counted_with_a_reason() -> None:
     """Against the validity predicate on a sample of the whole product: no valid point is lost without a reason."""
     space = enumerate_space(TRAIN)
-    assert len(space.points) + sum(space.pruned.values()) == space.size == 819200
+    assert len(space.points) + sum(space.pruned.values()) == space.size == 2 * 819200
     assert len(set(space.points)) == len(space.points)
     every = set(space.points)
     assert BASE in every
@@ -80,7 +81,9 @@ def test_every_valid_point_is_enumerated_or_counted_with_a_reason() -> None:
 def test_inference_has_the_forwards_knobs_only() -> None:
     """What it never runs is the default's."""
     space = enumerate_space(replace(TRAIN, objective=Objective.INFER))
-    assert {(point.backward, point.interval) for point in space.points} == {(BASE.backward, BASE.interval)}
+    for point in space.points:
+        assert (point.backward, point.interval) == (BASE.laid_out(point.layouts).backward, BASE.interval)
+    assert {point.layouts for point in space.points} == set(Layouts)
     assert len({point.forward for point in space.points}) > 8
 
 
@@ -101,9 +104,13 @@ def test_memory_is_that_of_the_equations() -> None:
     )  # docs/performance.md
     states = 4 * 4096 * 132 * 64 * 16 * 4
     longer = replace(schedule, interval=32)
+    assert schedule.backward.scratch is Scratch.SHARED
     saved = extra_bytes(LARGE, schedule, 4, 4096, training=True) - extra_bytes(LARGE, longer, 4, 4096, training=True)
+    assert saved == states // 16 - states // 32
+    buffered = replace(schedule, backward=replace(schedule.backward, scratch=Scratch.L2))
     scratch = 4 * 132 * 2 * 8 * 32 * 16 * 4
-    assert saved == states // 16 - states // 32 - scratch
+    more = extra_bytes(LARGE, buffered, 4, 4096, training=True) - extra_bytes(LARGE, schedule, 4, 4096, training=True)
+    assert more == scratch
 
 
 def test_the_hash_names_the_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +144,7 @@ def test_tiles_change_the_rows_of_both_kernels() -> None:
 
     def tiled(rows: int, layouts: Layouts) -> Schedule:
         parts = {side: replace(getattr(BASE, side), rows=rows) for side in ("forward", "backward")}
-        return replace(BASE, **parts, layouts=layouts)
+        return replace(BASE, **parts).laid_out(layouts)
 
     assert tiled(32, Layouts.EXPLICIT) == BASE
     wide, narrow = ([tiled(rows, layouts) for layouts in Layouts] for rows in (64, 16))

@@ -13,7 +13,7 @@ from m2gen.bucket import Bucket
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective
 
-SCHEMA = 1
+SCHEMA = 2
 """Version of the records' format; a line of another version is kept, and not used."""
 POLICY = "float64_draws4_x2"
 """The numerics policy that records must have passed: docs/design.md, section 6. A budget that is derived in another

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from m2gen.choice import Choice
 from m2gen.compile import Job, compile_all, workers
+from m2gen.demand import demand_of
 from m2gen.device import PORTABLE
 from m2gen.errors import CompileError
 from m2gen.pipeline.plan import Plan, Progress
@@ -26,6 +27,8 @@ class CheckRow:
     problems: tuple[str, ...]
     source: str = "default"
     """Tiers, and ids of records, that the schedule comes from."""
+    notes: tuple[str, ...] = ()
+    """What is slow rather than wrong: spills, and what takes the registers."""
 
 
 def check(planned: Plan, progress: Progress) -> list[CheckRow]:
@@ -48,4 +51,15 @@ def _check_row(job: Job, choices: list[Choice], result: Resources | CompileError
     resources = result if isinstance(result, Resources) else None
     problems = (str(result),) if resources is None else resources.limits(job.device, job.warps)
     schedule, source = choices[0].schedule.slug, ", ".join(dict.fromkeys(choice.source for choice in choices))
-    return CheckRow(job.variant.key, str(job.direction), job.device.arch, schedule, resources, problems, source)
+    notes = () if resources is None else _notes(job, resources)
+    return CheckRow(job.variant.key, str(job.direction), job.device.arch, schedule, resources, problems, source, notes)
+
+
+def _notes(job: Job, resources: Resources) -> tuple[str, ...]:
+    """Say what takes the registers of a kernel that spills."""
+    if not resources.spill_bytes:
+        return ()
+    part = job.schedule.backward if job.direction is Direction.BACKWARD else job.schedule.forward
+    demand = demand_of(job.variant, part, job.device.warp_size)
+    tiles = f"tiles of the state alone take {demand.states} of {job.device.registers} registers a thread"
+    return (f"spills: {tiles}, and state weights {demand.weights}",)

@@ -105,7 +105,7 @@ SpecName = Annotated[
 HeadDim = Annotated[
     int,
     Field(strict=True, ge=1, le=MAX_HEAD_DIM),
-    must_be(f"an integer from 1 to {MAX_HEAD_DIM} (a program's registers hold the V x V state weight)"),
+    must_be(f"an integer from 1 to {MAX_HEAD_DIM} (registers sum the gradient of the V x V state weight)"),
 ]
 StateExpansion = Annotated[
     int,

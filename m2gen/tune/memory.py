@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m2gen.outputs import Output, backward_outputs, forward_output
-from m2gen.schedule import Reduction, Schedule
+from m2gen.schedule import Reduction, Schedule, Scratch
 from m2gen.variant import Variant
 
 SINGLE = 4
@@ -14,12 +14,16 @@ SINGLE = 4
 
 @dataclass(frozen=True)
 class MemoryBound:
-    """Most memory beyond inputs and gradients that a call may take: of the one that is set; no bound where none is."""
+    """Most memory that a call may take: of the one that is set; no bound where none is.
+
+    It holds twice: by arithmetic for what lies beyond inputs, gradients and y, before anything runs; and for the
+    measured peak beyond the inputs, which has the gradients and y in it.
+    """
 
     size: int | None = None
-    """Bytes, by arithmetic and as measured."""
+    """Bytes."""
     times: float | None = None
-    """What the default schedule takes, that many times, by arithmetic."""
+    """What the default schedule takes, that many times."""
 
 
 USUAL = MemoryBound(times=1.5)
@@ -38,9 +42,8 @@ def extra_bytes(variant: Variant, schedule: Schedule, batch: int, seq: int, *, t
     total += sum(_buffer(out, schedule.backward.reduction, tokens) for out in backward_outputs(variant, schedule))
     programs = batch * heads * schedule.backward.parts(variant)
     total += programs * variant.head_dim**2 * SINGLE  # dW of each
-    if schedule.two_level:
-        tile = schedule.backward.rows * variant.padded_cols * SINGLE
-        total += programs * (schedule.interval // schedule.backward.chunk) * tile
+    if schedule.backward.scratch is Scratch.L2:
+        total += programs * schedule.scratch_bytes(variant)
     return total
 
 

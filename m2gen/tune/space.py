@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 from m2gen.cache import key_of
+from m2gen.demand import demand_of
 from m2gen.device import Device
 from m2gen.outputs import backward_outputs, forward_output
 from m2gen.schedule import (
@@ -17,6 +18,7 @@ from m2gen.schedule import (
     Layouts,
     Reduction,
     Schedule,
+    Scratch,
     Tanh,
     default,
     most_warps,
@@ -27,7 +29,7 @@ from m2gen.tune.memory import USUAL, MemoryBound, extra_bytes
 from m2gen.variant import MIN_TILE, Variant
 
 Part = ForwardSchedule | BackwardSchedule
-Value = int | Reduction | Tanh | Layouts
+Value = int | Reduction | Scratch | Tanh | Layouts
 
 AXES: dict[str, tuple[Value, ...]] = {
     "forward.rows": (16, 32, 64, 128, 256),
@@ -38,6 +40,7 @@ AXES: dict[str, tuple[Value, ...]] = {
     "backward.warps": (1, 2, 4, 8),
     "backward.chunk": (1, 2, 4, 8),
     "backward.reduction": tuple(Reduction),
+    "backward.scratch": tuple(Scratch),
     "interval": (1, 2, 4, 8, 16, 32, 64, 128),
     "tanh": tuple(Tanh),
     "layouts": tuple(Layouts),
@@ -55,6 +58,11 @@ class Subject:
     batch: int
     seq: int
     memory: MemoryBound = USUAL
+
+    @property
+    def times(self) -> float | None:
+        """How many times the default's memory a call may take; no bound for inference, which keeps nothing after it."""
+        return self.memory.times if self.objective is Objective.TRAIN else None
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,7 @@ def _idle(variant: Variant, schedule: Schedule, part: Part) -> bool:
 
 def _over_registers(variant: Variant, schedule: Schedule, part: Part) -> bool:
     """Whether the tiles of states alone take more than twice the registers that a thread can have."""
-    tiles = 3 if isinstance(part, ForwardSchedule) else 2 * part.chunk + 3
-    return tiles * part.rows * variant.padded_cols > 2 * 256 * part.warps * 32
+    return demand_of(variant, part).states > 2 * 256
 
 
 CONSTRAINTS = (
@@ -131,6 +138,7 @@ def values_of(schedule: Schedule) -> dict[str, Value]:
         "backward.warps": backward.warps,
         "backward.chunk": backward.chunk,
         "backward.reduction": backward.reduction,
+        "backward.scratch": backward.scratch,
         "interval": schedule.interval,
         "tanh": schedule.tanh,
         "layouts": schedule.layouts,
@@ -165,7 +173,7 @@ def enumerate_space(subject: Subject) -> Space:
                 forwards.append(forward)
             else:
                 pruned[reason] += backward_count
-        for backward in (BackwardSchedule(*v) for v in _product(axes, "backward.")):  # type: ignore[arg-type]
+        for backward in _backwards(subject, axes, both[2]):  # type: ignore[arg-type]
             first = ForwardSchedule(MIN_TILE, 1, 1, Reduction.ATOMIC)
             reason = _reason(subject, Schedule(first, backward, *both), backward)  # type: ignore[arg-type]
             if reason is None:
@@ -176,6 +184,13 @@ def enumerate_space(subject: Subject) -> Space:
     if len(kept) != len(points):
         pruned[MEMORY] = len(points) - len(kept)
     return Space(size, kept, dict(pruned))
+
+
+def _backwards(subject: Subject, axes: dict[str, tuple[Value, ...]], layouts: Layouts) -> list[BackwardSchedule]:
+    """Return what the backward may be with these layouts: for inference, which runs none, the default's."""
+    if subject.objective is Objective.INFER:
+        return [default(subject.variant, subject.device).laid_out(layouts).backward]
+    return [BackwardSchedule(*values) for values in _product(axes, "backward.")]  # type: ignore[arg-type]
 
 
 def _product(axes: dict[str, tuple[Value, ...]], prefix: str) -> Iterator[tuple[Value, ...]]:
@@ -197,7 +212,7 @@ def _reason(subject: Subject, schedule: Schedule, part: Part) -> str | None:
 
 
 def fits(subject: Subject, schedule: Schedule) -> bool:
-    """Whether what a call allocates is within the subject's bound."""
+    """Whether what a call allocates is within the subject's bound, by arithmetic."""
     return bool(_within_memory(subject, [schedule]))
 
 
@@ -210,7 +225,8 @@ def _within_memory(subject: Subject, points: Iterable[Schedule]) -> tuple[Schedu
 
     def within(point: Schedule) -> bool:
         forward, backward = point.forward, point.backward
-        facts = forward.rows, forward.reduction, backward.rows, backward.reduction, backward.chunk, point.interval
+        of_backward = backward.rows, backward.reduction, backward.chunk, backward.scratch
+        facts = forward.rows, forward.reduction, of_backward, point.interval
         if facts not in known:
             known[facts] = _taken(subject, point) <= limit
         return known[facts]
@@ -219,12 +235,9 @@ def _within_memory(subject: Subject, points: Iterable[Schedule]) -> tuple[Schedu
 
 
 def _limit(subject: Subject) -> float | None:
-    bound = subject.memory
-    if bound.size is not None:
-        return bound.size
-    if bound.times is None or subject.objective is Objective.INFER:  # which keeps nothing when a call returns
-        return None
-    return bound.times * _taken(subject, default(subject.variant, subject.device))
+    if subject.memory.size is not None or subject.times is None:
+        return subject.memory.size
+    return subject.times * _taken(subject, default(subject.variant, subject.device))
 
 
 def _taken(subject: Subject, schedule: Schedule) -> int:

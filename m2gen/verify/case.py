@@ -93,6 +93,8 @@ class Case:
     wide: bool = False
     layout: Layout = Layout.PLAIN
     deterministic: bool = False
+    narrow_state: bool = False
+    """Decoding keeps the state in bf16 between steps, and so does the oracle that draws its budget."""
     feature: Feature = Feature.RECURRENCE
     check: Check = Check.GRADIENTS
 

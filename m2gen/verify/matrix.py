@@ -134,6 +134,8 @@ def _decoding(s: Setting) -> Iterator[Case]:
     seq = s.brief.seq if s.interpreted else 2 * s.interval
     yield Case("prefill_and_steps", Problem(2, seq, initial_state=True), check=Check.DECODING)
     yield Case("steps_from_zero", Problem(1, 1), check=Check.DECODING)
+    narrow = Problem(2, s.brief.seq, initial_state=True)
+    yield Case("steps_on_bf16_state", narrow, narrow_state=True, check=Check.DECODING)
     yield Case("steps_replayed", Problem(2, 1), check=Check.STEP_GRAPH)
 
 

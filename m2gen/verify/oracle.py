@@ -56,7 +56,7 @@ def oracle(variant: Variant, case: Case, inputs: Inputs, seed: int) -> Oracle:
     exact = differentiate(eager(variant, EXACT), inputs, case, dtype=torch.float64)
     draws = DRAWS * 2 if math.prod(case.problem.lead) <= FEW_TOKENS else DRAWS
     errors = [_drawn_errors(variant, inputs, case, exact, seed + i, nominal=i == 0) for i in range(draws)]
-    dtypes = _dtypes(inputs, exact)
+    dtypes = _dtypes(inputs, case, exact)
     budgets = {
         name: FACTOR * max(error[name] for error in errors) + torch.finfo(dtypes[name]).eps / 2 for name in exact
     }
@@ -165,10 +165,11 @@ def _gradients(outputs: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> Se
     return torch.autograd.grad(results, leaves, incoming, materialize_grads=True)
 
 
-def _dtypes(inputs: Inputs, exact: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """Return the dtype of every result: y as q, the state in float32, gradients as their operands."""
+def _dtypes(inputs: Inputs, case: Case, exact: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Return the dtype of every result: y as q, the state in float32 unless narrow, gradients as their operands."""
     operands = {f"d{name}": x.dtype for name, x in named_operands(inputs).items()}
-    every = {"y": inputs.q.dtype, "state": torch.float32, **operands}
+    state = torch.bfloat16 if case.narrow_state else torch.float32
+    every = {"y": inputs.q.dtype, "state": state, **operands}
     return {name: every[name] for name in exact}
 
 
@@ -182,7 +183,8 @@ def _drawn_errors(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(inputs.q.shape[-1], generator=generator).to(inputs.q.device)
     grid = 1.0 if nominal else 2.0 ** torch.rand((), generator=generator).item()
-    operator = eager(variant, replace(own_arithmetic(variant), grid=grid))
+    kept = torch.bfloat16 if case.narrow_state else None
+    operator = eager(variant, replace(own_arithmetic(variant), kept=kept, grid=grid))
     initial_state = None if inputs.initial_state is None else inputs.initial_state[..., order, :]
     reordered = replace(
         inputs,

@@ -72,13 +72,17 @@ def isolated(subject: Subject) -> Iterable[TensorResult]:
 
 
 def decoding(subject: Subject) -> Iterable[TensorResult]:
-    """Judge a call on half of the steps and one ``m2rnn_step`` for each of the rest, on the same state."""
+    """Judge a call on half of the steps and one ``m2rnn_step`` for each of the rest, on the same state.
+
+    A state in bf16 is rounded at every step, so there every step is one of decoding.
+    """
     q, k, v, weight, forget, state, _ = subject.arguments
-    half = q.shape[1] // 2
+    half = 0 if subject.case.narrow_state else q.shape[1] // 2
     with poisoned(), torch.no_grad():
         first = (q[:, :half], k[:, :half], v[:, :half], weight, forget[:, :half], state)
         y, state = subject.operator(*first, **subject.gate)
         outputs = [y]
+        state = state.bfloat16() if subject.case.narrow_state else state
         for t in range(half, q.shape[1]):
             token = (q[:, t], k[:, t], v[:, t], weight, forget[:, t])
             y, after = subject.package.m2rnn_step(*token, state, **subject.gate)

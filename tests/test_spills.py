@@ -1,0 +1,56 @@
+"""Registers that do not hold a kernel: shipped specs spill nothing but what is named here, and check says why."""
+
+from __future__ import annotations
+
+import pytest
+from support import make_variant
+
+from m2gen.choice import Choice
+from m2gen.demand import demand_of
+from m2gen.device import TARGETS
+from m2gen.emit import Origin
+from m2gen.pipeline import check, open_spec, plan
+from m2gen.pipeline.plan import Plan
+from m2gen.schedule import default
+from m2gen.variant import BuiltVariant
+
+SPILLS = {
+    "k9_v9_q7_k7_v7_f7_w7_fp32_carry_approx": 8,
+    "k16_v64_q4_k4_v4_f4_w4_fp32_carry_exact_softplus": 16,
+}
+"""Variants of shipped specs whose defaults spill, and how many bytes a thread at most."""
+
+
+class Silent:
+    """Progress that nobody sees."""
+
+    def start(self, stage: str, total: int) -> None: ...
+    def advance(self, item: str) -> None: ...
+    def finish(self) -> None: ...
+
+
+@pytest.mark.parametrize("spec", ["a100", "b200", "mi300x", "h200", "examples"])
+def test_defaults_of_shipped_specs_spill_nothing(spec: str) -> None:
+    """On every target of the spec, or what is named spills no more than it did."""
+    for row in check(plan(f"{spec}.yaml", records=()), Silent()):
+        assert row.resources is not None, row
+        assert row.resources.spill_bytes <= SPILLS.get(row.variant, 0), row
+        assert bool(row.notes) == bool(row.resources.spill_bytes)
+
+
+def test_a_weight_of_128_columns_lies_in_shared_memory() -> None:
+    """Its kernels have it there; what spills in the backward is said, with what takes the registers."""
+    variant, device = make_variant(64, 128, (1, 1, 8, 8, 8), "bf16", tanh="approx"), TARGETS["sm_90"]
+    schedule = default(variant, device)
+    spec, _ = open_spec("tiny.yaml")
+    choices = (Choice(BuiltVariant(variant, ("wide",)), device, schedule),)
+    forward, backward, _ = check(Plan(spec, Origin("wide", "wide.yaml", "0" * 12), choices), Silent())
+    for row in (forward, backward):
+        assert row.resources is not None
+        assert row.resources.shared_bytes >= 128 * 128 * 2
+        assert not row.problems
+    assert forward.notes == ()
+    demand = demand_of(variant, schedule.backward)
+    assert (demand.states, demand.weights) == (56, 128)  # 7 tiles of 16 x 128; two operands of bf16 and a float32 sum
+    note = "spills: tiles of the state alone take 56 of 255 registers a thread, and state weights 128"
+    assert backward.notes == (note,)
