@@ -11,8 +11,9 @@ from typing import Any
 
 from m2gen.bench.against import Baseline, Comparison
 from m2gen.bench.book import Book, Row, Times, dump, row_of, speed_ups
+from m2gen.bench.contest import sized
 from m2gen.bench.measure import Result
-from m2gen.bench.words import Call, Kind
+from m2gen.bench.words import Kind
 from m2gen.errors import UsageError
 from m2gen.pipeline import Stand, Swept
 from m2gen.plot import Curve, curves, draw
@@ -75,15 +76,11 @@ def show_bench(book: Book, *, as_json: bool) -> None:
 
 
 def _where(row: Row) -> tuple[str, str, str]:
-    return (row.layer, _dtype(row.variant), _workload(row.call, row.batch, row.seq))
+    return (row.layer, _dtype(row.variant), sized(row.call, row.batch, row.seq))
 
 
 def _dtype(variant: str) -> str:
     return str(parse_variant(variant).dtype)
-
-
-def _workload(call: Call, batch: int, seq: int) -> str:
-    return f"B{batch} token" if call is Call.DECODE else f"B{batch} S{seq}"
 
 
 def _time_cells(row: Row, speed: float | None) -> tuple[Any, ...]:
@@ -102,7 +99,7 @@ def _ms(value: float) -> str:
 
 
 def _limit_cells(row: Row, what: str, times: Times) -> tuple[Any, ...]:
-    what = "step" if row.call is Call.DECODE else what
+    what = "step" if row.call.decodes else what
     parts = [f"{part:.0%}" for part in times.parts.values()]
     a_step = f"{1e3 * times.median_ms / row.steps:.3f}"
     floor = _ms(max(times.floors_ms.values()))
@@ -128,7 +125,7 @@ def run_against(found: Iterable[Comparison], before: Baseline, stand: Stand, *, 
 
 def _against_cells(c: Comparison) -> tuple[Any, ...]:
     place = c.place
-    where = (c.layer, _dtype(place.variant), _workload(place.call, place.batch, place.seq), place.contender, place.what)
+    where = (c.layer, _dtype(place.variant), sized(place.call, place.batch, place.seq), place.contender, place.what)
     now = "" if c.now is None else _ms(c.now.median_ms)
     change = "" if c.change is None else f"{c.change:+.1%}"
     verdict = c.failure or ("SLOWER" if c.slower else "faster" if _faster(c) else "same")
@@ -186,7 +183,7 @@ def show_sweep(swept: Swept) -> None:
     rows = [
         (
             point.x,
-            _workload(point.workload.call, point.workload.batch, point.workload.seq),
+            sized(point.workload.call, point.workload.batch, point.workload.seq),
             *("" if (ms := curve.median_at(point.x)) is None else _ms(ms) for curve in drawn),
         )
         for point, _ in swept.at

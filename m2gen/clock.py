@@ -19,6 +19,7 @@ class Replay(Generic[Result]):
     """A call captured once; every replay writes the memory of ``results``, which the captured run returned."""
 
     def __init__(self, run: Callable[[], Result]) -> None:
+        self._run = run  # has the operands, whose memory every replay reads: nobody else may keep them
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self.results = run()

@@ -165,7 +165,7 @@ def _floors(tuned: Tuned, environment: Environment) -> dict[str, Any] | None:
     training = subject.objective is Objective.TRAIN
     work = work_of(subject.variant, winner, (subject.batch, subject.seq), training=training)
     peaks = peaks_of(environment.device)
-    floors = floors_ms(work, peaks, environment.sm_count, subject.variant.dtype) if peaks else {}
+    floors = floors_ms(work, peaks, environment.sm_count, subject.variant) if peaks else {}
     rows = [
         {"name": name, "ms": f"{ms:.3f}", "part": f"{ms / measured:.0%}", "width": round(300 * min(1.0, ms / measured))}
         for name, ms in sorted(floors.items(), key=lambda item: -item[1])

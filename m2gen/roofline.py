@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m2gen.schedule import Schedule
-from m2gen.spec import Dtype
+from m2gen.spec import Dtype, Fp32Products
 from m2gen.variant import Variant
 
 FORWARD_FLOPS = 7
@@ -39,7 +39,7 @@ class Peaks:
     flops: float
     """Of float32, per clock and SM."""
     product_flops: float
-    """Of bf16 or fp16 matrices with float32 sums, dense, per clock and SM."""
+    """Of bf16 or fp16 matrices with float32 sums, dense, per clock and SM; half of it of tf32."""
     bytes_per_second: float
 
 
@@ -80,22 +80,29 @@ def work_of(variant: Variant, schedule: Schedule, sizes: tuple[int, int], *, tra
     return Work((1 + passes) * elements, flops * elements, products * 2 * cols * elements, traffic)
 
 
-def decoding_work(variant: Variant, batch: int) -> Work:
-    """Return what one step of decoding for ``batch`` sequences does at least: a forward of one step whose float32
-    states are read and written."""
+def decoding_work(variant: Variant, batch: int, state_bytes: int) -> Work:
+    """Return what one step of decoding for ``batch`` sequences does at least: a forward of one step whose states, of
+    ``state_bytes`` an element, are read and written."""
     rows, cols, heads = variant.state_expansion, variant.head_dim, variant.heads
     elements = batch * variant.total_heads * rows * cols
     element = BYTES[variant.dtype]
     operands = batch * (heads.q * rows + heads.k * rows + heads.v * cols + heads.f + variant.total_heads * cols)
     weight = heads.w * cols * cols
-    traffic = 2 * 4 * elements + (operands + weight) * element
+    traffic = 2 * state_bytes * elements + (operands + weight) * element
     return Work(elements, FORWARD_FLOPS * elements, 2 * cols * elements, traffic)
 
 
-def floors_ms(work: Work, peaks: Peaks, sm_count: int, dtype: Dtype) -> dict[str, float]:
+def _product_flops(variant: Variant, peaks: Peaks) -> float:
+    """Return what a GPU can do of the variant's products: IEEE ones have no tensor cores."""
+    if variant.dtype is not Dtype.FP32:
+        return peaks.product_flops
+    return peaks.product_flops / 2 if variant.products is Fp32Products.TF32 else peaks.flops
+
+
+def floors_ms(work: Work, peaks: Peaks, sm_count: int, variant: Variant) -> dict[str, float]:
     """Return how many milliseconds each limit alone makes a call take."""
     per_second = peaks.clock_ghz * 1e9 * sm_count
-    products = peaks.flops if dtype is Dtype.FP32 else peaks.product_flops
+    products = _product_flops(variant, peaks)
     return {
         "tanh": 1e3 * work.tanh / (peaks.tanh * per_second),
         "float32 arithmetic": 1e3 * work.flops / (peaks.flops * per_second),

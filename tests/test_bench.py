@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from m2gen.bucket import Bucket
 from m2gen.db import Database, Failure, Reason
 from m2gen.device import TARGETS
 from m2gen.roofline import decoding_work, floors_ms, peaks_of, work_of
-from m2gen.schedule import default
-from m2gen.spec import Dtype
+from m2gen.schedule import Layouts, default, parse
+from m2gen.spec import Fp32Products
 
 SPEC = """schema: 1
 name: raced
@@ -75,16 +76,26 @@ def test_everyone_side_by_side(spec: str, script: Script) -> None:
     """Default, tuned, eager and compiled on the workload and on one token, in turns, with the record that serves."""
     found = rows(bench())
     kinds = ["default", "tuned", "eager", "compiled"]
-    assert list(found) == [("sequence", kind) for kind in kinds] + [("decode", kind) for kind in kinds]
+    calls = ["sequence", "decode", "decode_bf16"]
+    assert list(found) == [(call, kind) for call in calls for kind in kinds]
     tuned = found["sequence", "tuned"]
     assert (tuned["schedule"], tuned["source"]) == (RECORD.schedule.slug, f"exact {RECORD.id}")
     assert found["sequence", "default"]["schedule"] == default(VARIANT, TARGETS["sm_90"]).slug
     assert {row["host_us"] for row in found.values() if row["schedule"]} == {20.0}
     assert found["decode", "default"]["batch"] == 64
     assert found["decode", "default"]["step"] is None
-    turns = [script.sampled()[4 * i : 4 * i + 4] for i in range(2 * ROUNDS)]
+    turns = [script.sampled()[4 * i : 4 * i + 4] for i in range(len(calls) * ROUNDS)]
     assert all(sorted(turn) == sorted(kinds) for turn in turns)
     assert len({tuple(turn) for turn in turns}) > 2, "in another order each time"
+
+
+def test_the_portable_templates_take_part_where_the_default_is_another(spec: str, script: Script) -> None:
+    """bf16 on sm_90 has explicit layouts by default: beside them, the same knobs in the compiler's layouts."""
+    Path(spec).write_text(SPEC.replace("fp32", "bf16"), encoding="utf-8")
+    found = rows(bench("--only", "default", "--only", "portable"))
+    usual, portable = (parse(found["sequence", kind]["schedule"]) for kind in ("default", "portable"))
+    assert usual.layouts is Layouts.EXPLICIT
+    assert portable == usual.laid_out(Layouts.AUTO)
 
 
 def test_medians_intervals_and_speed_ups(spec: str, script: Script) -> None:
@@ -109,7 +120,7 @@ def test_no_speed_up_of_what_failed(spec: str, script: Script, when: str) -> Non
     tuned = found["sequence", "tuned"]
     assert (tuned["forward"], tuned["step"], tuned["speed_up"]) == (None, None, None)
     assert tuned["failure"] == f"wrong: {WRONG.message}"
-    assert script.sampled().count("tuned") == (0 if when == "broken" else 2)
+    assert script.sampled().count("tuned") == (0 if when == "broken" else 3), "once on each workload"
     shown = run("bench", "--spec", spec, "--db", "db", "--quiet")
     assert shown.exit_code == 1
     assert f"wrong: {WRONG.message}" in " ".join(shown.stdout.split())
@@ -134,6 +145,7 @@ def test_only_decode_and_peer(spec: str, script: Script) -> None:
         ("default", "sequence", 66),
         ("other.kernels:adapter", "sequence", 66),
         ("default", "decode", 8),
+        ("default", "decode_bf16", 8),
     ]
     assert rows(found)["sequence", "other.kernels:adapter"]["source"] == "other.kernels:adapter"
     assert [row["call"] for row in bench("--only", "default", "--decode", "0")["rows"]] == ["sequence"]
@@ -176,14 +188,29 @@ def test_floors_of_the_7b_layer() -> None:
     assert contest(BASE, [entry], Script(), Gpu(None, 1))[0].forward.floors_ms == {}  # type: ignore[union-attr]
 
 
-def test_the_floor_of_decoding_is_the_states_there_and_back() -> None:
-    """B64 of the 7B layer: 64 * 132 * 64 * 16 floats of 4 bytes, read and written, and little else."""
-    states = 64 * 132 * 64 * 16 * 4
-    work = decoding_work(LAYER_7B, 64)
-    assert 2 * states < work.traffic < 2.02 * states
+def test_the_floor_of_products_is_that_of_what_multiplies() -> None:
+    """IEEE products run where float32 arithmetic does; tensor cores take half as many of tf32 as of bf16."""
+    peaks = peaks_of("NVIDIA H100")
+    assert peaks is not None
+    single = make_variant(64, 16, (1, 1, 132, 132, 132), dtype="fp32")
+    work = work_of(single, default(single, TARGETS["sm_90"]), (4, 4096), training=False)
+    ieee, tf32, bf16 = (
+        floors_ms(work, peaks, 132, variant)["products"]
+        for variant in (single, replace(single, products=Fp32Products.TF32), LAYER_7B)
+    )
+    assert tf32 == pytest.approx(2 * bf16)
+    assert ieee == pytest.approx(bf16 * peaks.product_flops / peaks.flops)
+
+
+@pytest.mark.parametrize("width", [2, 4])
+def test_the_floor_of_decoding_is_the_states_there_and_back(width: int) -> None:
+    """B64 of the 7B layer: 64 * 132 * 64 * 16 numbers of the state's width, read and written, and little else."""
+    states = 64 * 132 * 64 * 16 * width
+    work = decoding_work(LAYER_7B, 64, width)
+    assert 2 * states < work.traffic < 2.04 * states
     peaks = H200_GPU.peaks
     assert peaks is not None
-    assert floors_ms(work, peaks, 132, Dtype.BF16)["memory traffic"] == pytest.approx(2e3 * states / 4.8e12, rel=0.02)
+    assert floors_ms(work, peaks, 132, LAYER_7B)["memory traffic"] == pytest.approx(2e3 * states / 4.8e12, rel=0.04)
     forward = work_of(LAYER_7B, default(LAYER_7B, TARGETS["sm_90"]), (64, 1), training=False)
     assert work.tanh == forward.tanh
 
@@ -213,7 +240,7 @@ def against(path: object, status: int, *more: str) -> Any:
 def test_against_an_earlier_run(spec: str, script: Script) -> None:
     """The same speed passes; each binary is timed beside itself in the same turns, and loops are not timed."""
     found = against(recorded(script), 0)
-    assert len(found) == 2 * 2 + 2, "two contenders: forward and both of the workload, forward of a token"
+    assert len(found) == 2 * (2 + 2), "two contenders: forward and both of the workload, a token on either state"
     assert {c["place"]["contender"] for c in found} == {"default", "tuned"}
     assert all(0.01 <= c["noise"] < 0.02 for c in found)
     arms = [task.entry.arm for task in script.asked]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from m2gen.bench import clock, gate, operators, worker
 from m2gen.bench.contest import Contender, Entry, Found, Task, Workload
 from m2gen.bench.words import Call, Kind, Step
 from m2gen.cache import materialise
+from m2gen.clock import Replay
 from m2gen.db import Failure, Reason
 from m2gen.pool import Lost, Service
 
@@ -23,6 +26,7 @@ GATED = make_variant(heads=(1, 1, 2, 2, 2), gate="softplus")
 SCHEDULE = make_schedule("atomic", interval=4)
 SEQUENCE = Workload("base", VARIANT, 2, 6)
 TOKEN = Workload("base", VARIANT, 3, 1, Call.DECODE)
+NARROW = replace(TOKEN, call=Call.DECODE_BF16)
 LOOPS = {Kind.EAGER: Contender(Kind.EAGER, SCHEDULE), Kind.COMPILED: Contender(Kind.COMPILED, SCHEDULE)}
 
 
@@ -53,7 +57,7 @@ def served(contender: Contender, workload: Workload = SEQUENCE, step: Step = Ste
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["given", "softplus"])
-@pytest.mark.parametrize("workload", [SEQUENCE, TOKEN], ids=lambda w: str(w.call))
+@pytest.mark.parametrize("workload", [SEQUENCE, TOKEN, NARROW], ids=lambda w: str(w.call))
 def test_a_generated_operator(generated: Contender, workload: Workload, gated: bool) -> None:
     """Admitted with its memory and its host's time, then sampled; of a token there is no backward."""
     workload = Workload("base", GATED if gated else VARIANT, workload.batch, workload.seq, workload.call)
@@ -70,7 +74,7 @@ def test_a_generated_operator(generated: Contender, workload: Workload, gated: b
 
 
 @pytest.mark.parametrize("kind", LOOPS)
-@pytest.mark.parametrize("workload", [SEQUENCE, TOKEN], ids=lambda w: str(w.call))
+@pytest.mark.parametrize("workload", [SEQUENCE, TOKEN, NARROW], ids=lambda w: str(w.call))
 def test_loops_of_pytorch(kind: Kind, workload: Workload) -> None:
     """The reference passes the gate of the kernels, as it is and compiled in one graph."""
     contender = LOOPS[kind]
@@ -190,3 +194,15 @@ def test_a_cuda_error_makes_a_process_suspect() -> None:
     assert worker._suspect(Found(failure=Failure(Reason.CRASH, "illegal access")))
     assert not worker._suspect(Found(failure=Failure(Reason.WRONG, "y")))
     assert worker._lost(Task(Entry(SEQUENCE, LOOPS[Kind.EAGER]), Step.ADMIT), Lost("x")).failure
+
+
+def test_a_replay_keeps_what_its_graph_reads() -> None:
+    """A graph holds addresses and no memory: operands that nobody else has are there for the last replay, too."""
+    operand = torch.ones(1)
+    kept = weakref.ref(operand)
+    replay = Replay(partial(torch.Tensor.sum, operand))
+    del operand
+    replay.enqueue()
+    assert kept() is not None
+    del replay
+    assert kept() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from statistics import median
 from typing import Any
@@ -17,7 +18,7 @@ from m2gen.bench.words import Call
 from m2gen.clock import Replay, aside, peak_bytes, timed, warm
 from m2gen.problem import Inputs, Problem, make_inputs
 from m2gen.verify import Case, Operator
-from m2gen.verify.oracle import GATE_PARAMETERS, call, named_operands
+from m2gen.verify.oracle import GATE_PARAMETERS, OPERANDS, call, named_operands
 
 COUNTED_SECONDS = 0.15
 FEWEST, MOST = 3, 10
@@ -36,7 +37,7 @@ class Clock:
         workload, contender = entry.timed, entry.contender
         inputs = _inputs(workload, device)
         self.host_us: float | None = None
-        if workload.call is Call.DECODE:
+        if workload.call.decodes:
             step = _decoding(stepper(contender, workload.variant), inputs)
             for _ in range(WARM_UPS):
                 aside(step)
@@ -99,38 +100,46 @@ class _Training:
 def _decoding(step: Stepper, inputs: Inputs) -> Callable[[], Any]:
     """Return a call of one token, which starts from the state that the last one left."""
     token = [x[:, 0] for x in (inputs.q, inputs.k, inputs.v)]
-    gate = {name: x for name in GATE_PARAMETERS if (x := getattr(inputs, name)) is not None}
+    return partial(step, *token, inputs.weight, inputs.forget[:, 0], inputs.initial_state, **_gate(inputs))
 
-    def run() -> Any:
-        with torch.no_grad():
-            return step(*token, inputs.weight, inputs.forget[:, 0], inputs.initial_state, **gate)
 
-    return run
+def _gate(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: x for name in GATE_PARAMETERS if (x := getattr(inputs, name)) is not None}
 
 
 @lru_cache(maxsize=1)
 def _inputs(workload: Workload, device: torch.device) -> Inputs:
-    decode = workload.call is Call.DECODE
-    problem = Problem(workload.batch, 1 if decode else workload.seq, initial_state=decode)
-    return make_inputs(workload.variant, problem, seed=0).to(device)
+    seq = 1 if workload.call.decodes else workload.seq
+    return _drawn(replace(workload, seq=seq), device)
+
+
+def _drawn(workload: Workload, device: torch.device) -> Inputs:
+    """Return inputs of the workload's size; of decoding with states of its dtype."""
+    problem = Problem(workload.batch, workload.seq, initial_state=workload.call.decodes)
+    inputs = make_inputs(workload.variant, problem, seed=0).to(device)
+    if workload.call is not Call.DECODE_BF16 or inputs.initial_state is None:
+        return inputs
+    return replace(inputs, initial_state=inputs.initial_state.bfloat16())
 
 
 def _host_us(entry: Entry, device: torch.device) -> float:
-    """Return the microseconds that a call of one step of one sequence takes of the host.
+    """Return the microseconds that a call of one step of one sequence takes of the host, without gradients.
 
     The least of ``TIMINGS``, as timeit advises: whatever else the host does only adds to it.
     """
-    variant, decode = entry.workload.variant, entry.workload.call is Call.DECODE
-    inputs = make_inputs(variant, Problem(1, 1, initial_state=decode), seed=0).to(device)
-    if decode:
-        run = _decoding(stepper(entry.contender, variant), inputs)
+    workload, contender = replace(entry.workload, batch=1, seq=1), entry.contender
+    inputs = _drawn(workload, device)
+    if workload.call.decodes:
+        run = _decoding(stepper(contender, workload.variant), inputs)
     else:
-        run = _Training(sequence_operator(entry.contender, variant), inputs).forward
+        operands = (getattr(inputs, name) for name in OPERANDS)
+        run = partial(sequence_operator(contender, workload.variant), *operands, **_gate(inputs))
     times = []
     for _ in range(TIMINGS):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(CALLS):
-            run()
+        with torch.no_grad():
+            for _ in range(CALLS):
+                run()
         times.append((time.perf_counter() - start) / CALLS * 1e6)
     return min(times)

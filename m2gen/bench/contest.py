@@ -12,6 +12,13 @@ from m2gen.schedule import Schedule
 from m2gen.variant import Variant
 
 
+def sized(call: Call, batch: int, seq: int) -> str:
+    """Return the size of a call as tables and progress show it."""
+    if not call.decodes:
+        return f"B{batch} S{seq}"
+    return f"B{batch} token" + (", bf16 state" if call is Call.DECODE_BF16 else "")
+
+
 @dataclass(frozen=True)
 class Workload:
     """A call of one variant, of one size."""
@@ -24,8 +31,7 @@ class Workload:
 
     @property
     def name(self) -> str:
-        size = f"B{self.batch} one token" if self.call is Call.DECODE else f"B{self.batch} S{self.seq}"
-        return f"{self.layer} {self.variant.dtype} {size}"
+        return f"{self.layer} {self.variant.dtype} {sized(self.call, self.batch, self.seq)}"
 
 
 @dataclass(frozen=True)

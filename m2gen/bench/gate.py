@@ -37,9 +37,10 @@ def _questions(entry: Entry) -> tuple[Question, ...]:
     ``torch.compile`` unrolls a sequence, so that it has the size that is timed; decoding has its batch.
     """
     workload = entry.timed
-    if workload.call is Call.DECODE:
+    if workload.call.decodes:
         problem = Problem(workload.batch, TOKENS, initial_state=True)
-        return (Question(Case(DECODING, problem, Loss.Y), SEED),)
+        case = Case(DECODING, problem, Loss.Y, narrow_state=workload.call is Call.DECODE_BF16)
+        return (Question(case, SEED),)
     if entry.contender.kind is Kind.COMPILED:
         problem = Problem(workload.batch, workload.seq)
         return (Question(Case("plain_clipped", problem, Loss.Y, dy_scale=3.0), SEED + 1),)
@@ -63,15 +64,16 @@ def _failure(
 
 def _results(contender: Contender, variant: Variant, case: Case, inputs: Inputs) -> Mapping[str, Tensor]:
     if case.name == DECODING:
-        return _decoded(stepper(contender, variant), inputs)
+        return _decoded(stepper(contender, variant), inputs, case)
     return differentiate(sequence_operator(contender, variant), inputs, case)
 
 
-def _decoded(step: Stepper, inputs: Inputs) -> Mapping[str, Tensor]:
+def _decoded(step: Stepper, inputs: Inputs, case: Case) -> Mapping[str, Tensor]:
     """Return y of every token, one step after the other, and the state after the last."""
     gate = {name: x for name in GATE_PARAMETERS if (x := getattr(inputs, name)) is not None}
     assert inputs.initial_state is not None
-    state, outputs = inputs.initial_state.clone(), []
+    state = inputs.initial_state.to(torch.bfloat16 if case.narrow_state else torch.float32, copy=True)
+    outputs = []
     with torch.no_grad():
         for t in range(inputs.q.shape[1]):
             token = [x[:, t] for x in (inputs.q, inputs.k, inputs.v)]

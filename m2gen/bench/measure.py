@@ -86,9 +86,9 @@ def floors(entry: Entry, gpu: Gpu, *, training: bool) -> dict[str, float]:
     if gpu.peaks is None:
         return {}
     workload = entry.timed
-    if workload.call is Call.DECODE:
-        work = decoding_work(workload.variant, workload.batch)
+    if workload.call.decodes:
+        work = decoding_work(workload.variant, workload.batch, 2 if workload.call is Call.DECODE_BF16 else 4)
     else:
         sizes = (workload.batch, workload.seq)
         work = work_of(workload.variant, entry.contender.schedule, sizes, training=training)
-    return floors_ms(work, gpu.peaks, gpu.sm_count, workload.variant.dtype)
+    return floors_ms(work, gpu.peaks, gpu.sm_count, workload.variant)

@@ -53,7 +53,7 @@ def stepper(contender: Contender, variant: Variant) -> Stepper:
     def step(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor, state: Tensor, **gate: Any) -> Any:
         token = [x.unsqueeze(1) for x in (q, k, v)]
         y, after = reference(*token, weight, forget.unsqueeze(1), state, None, clip=None, **gate)
-        return y.squeeze(1), after
+        return y.squeeze(1), after.to(state.dtype)
 
     return _maybe_compiled(contender, step)
 

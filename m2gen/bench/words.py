@@ -10,6 +10,8 @@ class Kind(StrEnum):
 
     DEFAULT = "default"
     """A package whose schedules are the defaults."""
+    PORTABLE = "portable"
+    """A package whose schedules are the defaults in the layouts of Triton's compiler, where others are the default."""
     TUNED = "tuned"
     """A package whose schedules come from the tuning database."""
     EAGER = "eager"
@@ -21,7 +23,7 @@ class Kind(StrEnum):
 
     @property
     def generated(self) -> bool:
-        return self in (Kind.DEFAULT, Kind.TUNED)
+        return self in (Kind.DEFAULT, Kind.PORTABLE, Kind.TUNED)
 
     @property
     def most_steps(self) -> int | None:
@@ -36,7 +38,13 @@ class Call(StrEnum):
     SEQUENCE = "sequence"
     """The operator on B sequences of S steps: forward, then forward and backward."""
     DECODE = "decode"
-    """One step for B sequences, whose states are updated in place."""
+    """One step for B sequences, whose float32 states are updated in place."""
+    DECODE_BF16 = "decode_bf16"
+    """The same with states in bf16, which are half the traffic."""
+
+    @property
+    def decodes(self) -> bool:
+        return self is not Call.SEQUENCE
 
 
 class Step(StrEnum):

@@ -83,37 +83,34 @@ def this_stand(command: str) -> Iterator[Stand]:
 
 @dataclass(frozen=True)
 class _Field:
-    """Everyone who can take part: packages with and without records, and peers."""
+    """Everyone who can take part: packages by the plans that they come from, and peers."""
 
-    planned: Plan
-    plain: Plan
+    plans: dict[Kind, Plan]
     device: Device
     request: BenchRequest
     folders: dict[Kind, Path]
 
     def contenders(self, workload: Workload) -> list[Contender]:
-        """Return who takes part in a workload; the tuned package where it has a schedule of its own."""
+        """Return who takes part in a workload; packages beside the default one where their schedule is another."""
         variant, kinds = workload.variant, self.request.kinds
-        base = self._generated(Kind.DEFAULT, self.plain, workload)
-        tuned = self._generated(Kind.TUNED, self.planned, workload)
+        base, *others = (self._generated(kind, workload) for kind in self.plans)
         loops = [Contender(kind, default(variant, self.device)) for kind in (Kind.EAGER, Kind.COMPILED)]
-        found = [base, *([tuned] if tuned.schedule != base.schedule else []), *loops]
+        found = [base, *(other for other in others if other.schedule != base.schedule), *loops]
         if workload.call is Call.SEQUENCE:
             named = peers(self.request.peers).items()
             found += [Contender(Kind.PEER, base.schedule, adapter, label=name) for name, adapter in named]
         return [contender for contender in found if contender.kind in kinds]
 
-    def _generated(self, kind: Kind, plan: Plan, workload: Workload) -> Contender:
+    def _generated(self, kind: Kind, workload: Workload) -> Contender:
         bucket = bucket_of(workload.batch, workload.variant.total_heads, self.device.sm_count)
-        (choice,) = (c for c in plan.serving(workload.variant, self.device.arch) if bucket in c.buckets)
+        (choice,) = (c for c in self.plans[kind].serving(workload.variant, self.device.arch) if bucket in c.buckets)
         return Contender(kind, choice.schedule, choice.source, self.folders[kind])
 
 
-def _field(planned: Plan, plain: Plan, device: Device, request: BenchRequest) -> _Field:
-    folders = {}
-    for kind, plan in ((Kind.DEFAULT, plain), (Kind.TUNED, planned)):
-        folders[kind] = materialise(f"packages/{plan.origin.name}", render(plan).files)
-    return _Field(planned, plain, device, request, folders)
+def _field(planned: Plan, device: Device, request: BenchRequest) -> _Field:
+    plans = {Kind.DEFAULT: planned.without_records(), Kind.PORTABLE: planned.portable(), Kind.TUNED: planned}
+    folders = {kind: materialise(f"packages/{plan.origin.name}", render(plan).files) for kind, plan in plans.items()}
+    return _Field(plans, device, request, folders)
 
 
 def workloads(planned: Plan, request: BenchRequest) -> list[Workload]:
@@ -128,7 +125,12 @@ def workloads(planned: Plan, request: BenchRequest) -> list[Workload]:
         if request.layer in (None, name) and layers[name].workloads
     ]
     sequences = [Workload(name, variant, w.batch, w.seq) for name, variant in named for w in layers[name].workloads]
-    decoding = [Workload(name, variant, batch, 1, Call.DECODE) for name, variant in named for batch in request.decode]
+    decoding = [
+        Workload(name, variant, batch, 1, call)
+        for name, variant in named
+        for batch in request.decode
+        for call in (Call.DECODE, Call.DECODE_BF16)
+    ]
     if not sequences:
         raise UsageError(f"{request.layer or 'the spec'} must have workloads to be timed, got none")
     return sequences + decoding
@@ -137,7 +139,7 @@ def workloads(planned: Plan, request: BenchRequest) -> list[Workload]:
 def bench(planned: Plan, request: BenchRequest, stand: Stand, progress: Progress) -> Iterator[tuple[Result, ...]]:
     """Yield the results of each workload as they are known."""
     jobs = workloads(planned, request)
-    field = _field(planned, planned.without_records(), stand.device, request)
+    field = _field(planned, stand.device, request)
     progress.start("bench", len(jobs))
     try:
         for workload in jobs:
@@ -159,7 +161,7 @@ def sweep(
     built = [BuiltVariant(variant, (base.layer,)) for variant in dict.fromkeys(p.workload.variant for p in every)]
     grown = replace(planned, choices=_choices(planned, built, relevant(records, built)))
     kinds = tuple(kind for kind in request.kinds if kind.most_steps is None)
-    field = _field(grown, grown.without_records(), stand.device, replace(request, kinds=kinds))
+    field = _field(grown, stand.device, replace(request, kinds=kinds))
     progress.start(f"sweep {axis}", len(every))
     found = Swept(axis, base.layer, ())
     try:
@@ -190,7 +192,7 @@ def regressions(
     if not jobs:
         raise UsageError("--against must have times of the spec's workloads, got none")
     request = replace(request, kinds=(Kind.DEFAULT, Kind.TUNED))
-    field = _field(planned, planned.without_records(), stand.device, request)
+    field = _field(planned, stand.device, request)
     progress.start("bench", len(jobs))
     try:
         for workload in jobs:

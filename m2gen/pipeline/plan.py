@@ -14,7 +14,7 @@ from m2gen.db import Database, Record
 from m2gen.device import PORTABLE, Device, target
 from m2gen.emit import Origin, Package
 from m2gen.render import templates_dir
-from m2gen.schedule import Schedule
+from m2gen.schedule import Layouts, Schedule
 from m2gen.spec import Spec, find_spec, load_spec, spec_hash
 from m2gen.variant import BuiltVariant, Variant, expand
 
@@ -53,6 +53,12 @@ class Plan:
         pairs = dict.fromkeys((choice.built, choice.device) for choice in self.choices)
         chosen = (c for built, device in pairs for c in choose(built, device, self.spec.tuning.objective, ()))
         return replace(self, choices=tuple(chosen))
+
+    def portable(self) -> Plan:
+        """Return the plan of the default schedules in layouts that Triton's compiler chooses."""
+        plain = self.without_records()
+        chosen = (replace(choice, schedule=choice.schedule.laid_out(Layouts.AUTO)) for choice in plain.choices)
+        return replace(plain, choices=tuple(chosen))
 
     def uniform(self) -> tuple[Plan, ...]:
         """Return plans in which a variant has one schedule for all calls, and which together have every schedule.

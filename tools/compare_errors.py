@@ -1,0 +1,77 @@
+"""Hold schedules of one layer against float64, beside the portable templates on the same problems; needs a GPU.
+
+    python tools/compare_errors.py specs/h200.yaml m2rnn_7b default
+
+For each problem of the tuner's gate and each tensor: the relative error of the default schedule's portable kernels,
+and every other schedule's as a multiple of it. Exits with 1 where a multiple is over 1.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from m2gen.errors import M2genError, UsageError
+from m2gen.pipeline.bench import this_stand
+from m2gen.schedule import Layouts, Schedule, check, default, parse
+from m2gen.spec import Objective, load_spec
+from m2gen.tune.candidate import load
+from m2gen.tune.gate import STEPS, Candidate, Question, pass_gate, questions
+from m2gen.variant import Variant, expand
+
+MOST = 1.1
+"""How many times the error of the portable kernels another schedule's may be."""
+
+
+def errors(variant: Variant, schedule: Schedule, question: Question) -> dict[str, float]:
+    """Return the relative error of every tensor; raises UsageError for a schedule that fails the gate."""
+    candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
+    verdict = pass_gate(candidate, (question,), torch.device("cuda"))
+    if verdict.failure is not None:
+        raise UsageError(f"{schedule.slug}: {verdict.failure.message}")
+    return {error.tensor: error.error for error in verdict.errors}
+
+
+def compared(variant: Variant, schedules: list[Schedule]) -> Iterator[tuple[str, str, float, list[float]]]:
+    """Yield problem, tensor, the first schedule's error, and the multiples of it that the others have."""
+    portable, *others = schedules
+    for question in (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True)):
+        usual = errors(variant, portable, question)
+        found = [errors(variant, schedule, question) for schedule in others]
+        for tensor, error in usual.items():
+            yield f"{question.case.name} {question.seed}", tensor, error, [x[tensor] / error for x in found]
+
+
+def main() -> int:
+    """Print the table of the schedules that the command line names; return 1 if one errs too much."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("layer")
+    parser.add_argument("schedules", nargs="+", help="as m2gen names them, or default")
+    given = parser.parse_args()
+    spec = load_spec(given.spec)
+    if given.layer not in spec.layers:
+        parser.error(f"layer must be among {', '.join(spec.layers)}, got {given.layer!r}")
+    variant = next(built.variant for built in expand(spec) if given.layer in built.layers)
+    with this_stand("compare_errors") as stand:
+        usual = default(variant, stand.device)
+        named = [usual if slug == "default" else parse(slug) for slug in given.schedules]
+        every = [usual.laid_out(Layouts.AUTO), *(check(variant, s, stand.device) for s in named)]
+        slugs = " | ".join(f"`{schedule.slug}`" for schedule in every)
+        print(f"{variant.key}\n\n| problem | tensor | {slugs} |\n| --- | --- |{' --- |' * len(every)}")
+        worst = 0.0
+        for problem, tensor, error, multiples in compared(variant, every):
+            worst = max(worst, *multiples)
+            print(f"| {problem} | {tensor} | {error:.2e} | {' | '.join(f'{x:.3f}' for x in multiples)} |", flush=True)
+    print(f"\nThe largest multiple is {worst:.3f}.")
+    return int(worst > MOST)
+
+
+if __name__ == "__main__":
+    try:
+        raise SystemExit(main())
+    except M2genError as error:
+        raise SystemExit(f"compare_errors: {error}") from None
