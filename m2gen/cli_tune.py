@@ -35,7 +35,7 @@ def tune(
     max_memory: Annotated[
         str,
         typer.Option(
-            "--max-memory", help="Most memory beyond inputs and gradients: 2GB, 3x the default schedule's, or any."
+            "--max-memory", help="Most memory beyond a call's inputs: 2GB, 3x the default schedule's, or any."
         ),
     ] = "1.5x",
     db: DbOption = None,

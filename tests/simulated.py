@@ -1,8 +1,9 @@
 """A GPU whose every candidate does what a script says: times, noise, hangs, crashes, wrong results. No torch here.
 
 The script is a JSON file that ``M2GEN_SIMULATION`` names, so that worker processes find it: lists of slugs under
-``hang``, ``crash``, ``wrong`` and ``unlaunchable``, a part of noise for ``noisy`` ones, milliseconds for some under
-``ms`` or for all under ``every``. Whatever reaches the GPU or the compiler is a line of the file ``log``.
+``hang``, ``crash``, ``sticky``, ``wrong``, ``unlaunchable`` and ``spilling``, a part of noise for ``noisy`` ones,
+milliseconds for some under ``ms`` or for all under ``every``, bytes for some under ``peak``. Whatever reaches the GPU
+or the compiler is a line of the file ``log``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from dataclasses import replace
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from m2gen.bucket import bucket_of
 from m2gen.db import Environment, Failure, Reason, TensorError
@@ -25,12 +26,27 @@ from m2gen.pipeline.tune import Rig
 from m2gen.pool import Lane, Lost, Service
 from m2gen.schedule import Layouts, Schedule, default
 from m2gen.tune.book import Stations
+from m2gen.tune.gpu import GPU, reason_of
 from m2gen.tune.records import Bench
 from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task
+
+if TYPE_CHECKING:
+    import pytest
 
 VARIABLE = "M2GEN_SIMULATION"
 DEVICE = replace(TARGETS["sm_90"], name="Simulated GPU")
 ENVIRONMENT = Environment("sm_90", DEVICE.name, DEVICE.sm_count, "1.0", "2.11", "3.6", "12.9")
+PEAK = 1000
+"""Bytes that a candidate takes of which the script says nothing."""
+
+
+def place(folder: Path, patch: pytest.MonkeyPatch, spec: str) -> Path:
+    """Work in a folder with a cache of its own, no script yet, and a spec, whose path is returned."""
+    patch.chdir(folder)
+    patch.setenv("M2GEN_CACHE_DIR", str(folder / "cache"))
+    patch.setenv(VARIABLE, "")
+    (folder / "one.yaml").write_text(spec, encoding="utf-8")
+    return folder / "one.yaml"
 
 
 def script(path: Path, **says: Any) -> Path:
@@ -70,6 +86,14 @@ def milliseconds(schedule: Schedule, base: Schedule) -> tuple[float, float]:
     return one + layouts + shared, other + shared
 
 
+class AcceleratorError(RuntimeError):
+    """As torch raises it: an error of a kernel, which stays with the process."""
+
+
+_ERRORS: list[AcceleratorError] = []
+"""Of this process, since no call of it works any more."""
+
+
 def measure(task: Task) -> Measured:
     """Do one step as the script says."""
     says, slug = _script(), task.schedule.slug
@@ -77,6 +101,10 @@ def measure(task: Task) -> Measured:
         return Measured()
     _note(says, str(task.step), task.schedule)
     time.sleep(says.get("sleep", 0.0))
+    if slug in says.get("sticky", ()):
+        _ERRORS.append(AcceleratorError("CUDA error: an illegal memory access was encountered"))
+    for error in _ERRORS:
+        return Measured(failure=Failure(reason_of(error), f"{type(error).__name__}: {error}"), seconds=0.01)
     if slug in says.get("hang", ()):
         time.sleep(600)
     if slug in says.get("crash", ()):
@@ -104,7 +132,8 @@ def _samples(says: dict[str, Any], task: Task) -> Samples:
     def each(middle: float) -> tuple[float, ...]:
         return tuple(middle * (1 + noise * draw.uniform(-1, 1)) for _ in range(10))
 
-    return Samples(each(forward), each(backward) if task.subject.objective == "train" else (), 1000)
+    backwards = each(backward) if task.subject.objective == "train" else ()
+    return Samples(each(forward), backwards, says.get("peak", {}).get(slug, PEAK))
 
 
 def compile_(task: CompileTask) -> Compiled:
@@ -117,21 +146,12 @@ def compile_(task: CompileTask) -> Compiled:
     return Compiled(64, spills, 1024, says.get("same", {}).get(slug, slug), seconds=0.01)
 
 
-def _lost(task: Task, lost: Lost) -> Measured:
-    return Measured(failure=Failure(Reason.HANG if lost.hung else Reason.CRASH, lost.reason))
-
-
 def _compile_lost(task: CompileTask, lost: Lost) -> Compiled:
     return Compiled(failure=Failure(Reason.LAUNCH, lost.reason))
 
 
 def nothing() -> None:
     """Prepare nothing."""
-
-
-def suspect(found: Measured) -> bool:
-    """Whether the process may be unusable."""
-    return found.failure is not None and found.failure.reason is Reason.CRASH
 
 
 class Inline(Lane[Any, Any]):
@@ -149,12 +169,12 @@ class Inline(Lane[Any, Any]):
 
 
 def rig(device: Device = DEVICE, *, inline: bool = True, compilers: int = 2, seconds: float = 6.0) -> Rig:
-    """Return a rig whose GPU is simulated, in this process or in workers of its own."""
-    measuring: Service[Task, Measured] = Service(measure, nothing, seconds, _lost, suspect)
+    """Return a rig whose GPU is simulated, in this process or in workers of its own, and lost as a real one is."""
+    measuring = replace(GPU, serve=measure, prepare=nothing, seconds=seconds)
     compiling: Service[CompileTask, Compiled] = Service(compile_, nothing, 30.0, _compile_lost)
     stations = Stations(compiling, measuring, compilers, "simulated:0", Inline if inline else Lane)
     environment = replace(ENVIRONMENT, device=device.name, sm_count=device.sm_count)
     return Rig(device, Bench(environment, 0, "simulated:0", ""), stations, f"simulated-{os.getpid()}")
 
 
-__all__ = ["DEVICE", "bucket_of", "lines", "measure", "rig", "script"]
+__all__ = ["DEVICE", "bucket_of", "lines", "measure", "place", "rig", "script"]

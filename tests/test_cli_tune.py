@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,11 +12,14 @@ import pytest
 import simulated
 import torch
 from command_line import document, fails, run
-from test_tune_loop import NEIGHBOUR, SPEC
+from test_tune_loop import DEFAULT, NEIGHBOUR, SPEC
 
+from m2gen.bucket import BUCKETS
 from m2gen.db import Database
 from m2gen.pipeline import Rig
 
+BUILD = sys.modules["m2gen.pipeline.build"]
+"""The module, whose name in the package is that of its function."""
 TUNE = ("tune", "--spec", "one.yaml")
 DB = ("--db", "db")
 
@@ -23,10 +27,7 @@ DB = ("--db", "db")
 @pytest.fixture
 def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
     """Have commands find a simulated GPU; the working directory has a spec, and a cache of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv(simulated.VARIABLE, "")
-    (tmp_path / "one.yaml").write_text(SPEC, encoding="utf-8")
+    simulated.place(tmp_path, monkeypatch, SPEC)
     simulated.script(tmp_path / "script.json")
     found = simulated.rig()
     monkeypatch.setattr("m2gen.cli_tune_output.this_rig", lambda command, seed: found)
@@ -140,6 +141,33 @@ def test_the_closing_table_and_progress(rig: Rig) -> None:
     trials = [line for line in result.stderr.splitlines() if " ms; best " in line]
     assert len(trials) == 30
     assert "left" in trials[-1]
+
+
+def test_the_next_build_uses_what_was_found(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, the default serves every call; after, the record, and the build's table says which tier of it where."""
+    monkeypatch.setattr(BUILD, "check", lambda planned, progress: [])
+    build = ("build", "--spec", "one.yaml", "--no-verify", *DB)
+    Path("db").mkdir()
+    assert [served["tier"] for served in document(*build)["schedules"]] == ["default"]
+    assert run(*TUNE, *DB, "--trials", "30", "--budget", "60s").exit_code == 0
+    (record,) = Database(Path("db")).records()
+    slug, bucket = record.schedule.slug, str(record.key.bucket)
+    assert slug != DEFAULT
+    text = run(*build).stdout
+    table = [line for line in text.splitlines() if slug in line]
+    tiers = {f"exact {record.id}": bucket, f"nearest {record.id}": " ".join(b for b in BUCKETS if b != bucket)}
+    assert len(table) == len(tiers)
+    for tier, calls in tiers.items():
+        (line,) = (line for line in table if tier in line)
+        assert calls in line
+        assert "Simulated GPU" in line
+    served = document(*build)["schedules"]
+    assert {(each["tier"], each["schedule"], each["record"]) for each in served} == {
+        (tier, slug, record.id) for tier in ("exact", "nearest")
+    }
+    kernels = {path.stem for path in Path("generated/one").rglob(f"{record.key.variant}__*.py")}
+    assert f"{record.key.variant}__{slug}" in kernels
+    assert f"{record.key.variant}__{DEFAULT}" not in kernels
 
 
 def test_json_is_one_document(rig: Rig) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import postgresql
@@ -17,19 +18,24 @@ from simulated import lines
 from support import ROOT
 from test_tune_loop import SPEC, Silent
 
-from m2gen.db import Database
+from m2gen.db import Database, Environment
 from m2gen.errors import TuneError, UsageError
 from m2gen.pipeline import plan
-from m2gen.pipeline.tune import TuneRequest, tune
+from m2gen.pipeline.tune import TuneRequest, study_name, tune
 from m2gen.schedule import default
+from m2gen.spec import Objective
+from m2gen.tune.memory import MemoryBound
 from m2gen.tune.shared import SharedStudy, open_study
+from m2gen.tune.space import Subject
 from m2gen.tune.trial import Samples, Trial
 from m2gen.variant import parse_variant
 
 needs_server = pytest.mark.skipif(
     postgresql.binaries() is None, reason="needs PostgreSQL's server (Debian: apt-get install postgresql)"
 )
-SCHEDULE = default(parse_variant("k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx"), simulated.DEVICE)
+VARIANT = parse_variant("k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx")
+SCHEDULE = default(VARIANT, simulated.DEVICE)
+SUBJECT = Subject(VARIANT, simulated.DEVICE, Objective.TRAIN, 8, 4096)
 TRIAL = Trial(SCHEDULE, "default", samples=Samples((1.0, 1.1), (2.0, 2.1), 10), worker="one")
 
 
@@ -43,11 +49,7 @@ def url() -> Iterator[str]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a working directory with a spec and a cache of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv(simulated.VARIABLE, "")
-    (tmp_path / "one.yaml").write_text(SPEC, encoding="utf-8")
-    return tmp_path
+    return simulated.place(tmp_path, monkeypatch, SPEC).parent
 
 
 def _worker(folder: Path, url: str, name: str, trials: int) -> subprocess.Popen[str]:
@@ -94,6 +96,32 @@ def _study(url: str) -> list[Trial]:
     storage = RDBStorage(url.replace("postgresql", "postgresql+psycopg"))
     (name,) = [summary.study_name for summary in optuna.get_all_study_summaries(storage)]
     return open_study(url, name, "reader").trials()
+
+
+FACTS = {
+    "device": "Another GPU",
+    "arch": "sm_80",
+    "sm_count": 100,
+    "driver": "2.0",
+    "torch": "2.12",
+    "triton": "3.7",
+    "ptxas": "13.0",
+}
+"""Of an environment, each other than the simulated one's."""
+
+
+def test_workers_share_a_study_only_on_one_kind_of_gpu_and_toolchain() -> None:
+    """Another GPU, driver, torch, Triton or problem names another study; another worker, seed or bound does not."""
+    rig = simulated.rig()
+    environments = [replace(simulated.ENVIRONMENT, **{name: value}) for name, value in FACTS.items()]
+    others = [replace(rig, bench=replace(rig.bench, environment=environment)) for environment in environments]
+    subjects = [replace(SUBJECT, seq=8192), replace(SUBJECT, batch=64), replace(SUBJECT, objective=Objective.INFER)]
+    names = [study_name(SUBJECT, rig), *(study_name(SUBJECT, other) for other in others)]
+    names += [study_name(subject, rig) for subject in subjects]
+    assert len(set(names)) == 1 + len(FACTS) + len(subjects)
+    assert set(FACTS) == {field.name for field in fields(Environment)}
+    beside = replace(rig, bench=replace(rig.bench, worker="host:1", seed=7), stations=replace(rig.stations, worker="b"))
+    assert study_name(replace(SUBJECT, memory=MemoryBound()), beside) == names[0]
 
 
 def _open(path: Path, worker: str, grace: float = 60.0) -> SharedStudy:

@@ -169,7 +169,7 @@ def _tune_one(goal: Goal, request: TuneRequest, rig: Rig, limits: Limits, others
     subject, environment = goal.subject, rig.bench.environment
     every = request.database.records()
     space = enumerate_space(subject)
-    sampler = Sampler.RANDOM if _exhaustive(space, limits, rig) else request.sampler
+    sampler = None if _exhaustive(space, limits, rig) else request.sampler
     first = seeds(subject, environment, every)
     if sampler is Sampler.TPE:
         first += [(point, "tile") for point in tiles(first[0][0], space.points)]

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from m2gen.pool import Lane, Service
 from m2gen.schedule import Schedule
 from m2gen.tune.select import Choice
-from m2gen.tune.space import Subject
+from m2gen.tune.space import Subject, fits
 from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Task, Trial
 
 FINALS_SECONDS = 25.0
@@ -138,6 +138,7 @@ class Book:
         self.subject, self.default, self.limits = subject, default, limits
         self.ledger, self.watcher = ledger, watcher
         self.trials: dict[Schedule, Trial] = {}
+        self._fitting: set[Schedule] = set()
         self.most = 0
         """Trials that there will be."""
         self._start = time.monotonic()
@@ -150,6 +151,8 @@ class Book:
     def learn(self, trial: Trial) -> None:
         """Take in a trial that is on disk."""
         self.trials[trial.schedule] = trial
+        if fits(self.subject, trial.schedule):
+            self._fitting.add(trial.schedule)
         self.watcher.trial(trial, self.standing())
 
     def amend(self, trial: Trial, found: Measured) -> Trial:
@@ -177,9 +180,22 @@ class Book:
         return sorted(passed, key=lambda trial: (trial.median_ms or 0.0, trial.schedule.slug))
 
     def may_win(self, trial: Trial) -> bool:
-        """Whether a trial's memory is within the subject's bound."""
-        most = self.subject.memory.size
-        return most is None or (trial.samples is not None and trial.samples.peak_bytes <= most)
+        """Whether a trial's memory is within the subject's bound, both by arithmetic and as measured.
+
+        The default is tried though it be over, and so may be what a journal or another worker brings.
+        """
+        if trial.schedule not in self._fitting or trial.samples is None:
+            return False
+        most = self._most_bytes
+        return most is None or trial.samples.peak_bytes <= most
+
+    @property
+    def _most_bytes(self) -> float | None:
+        """Return the largest measured peak that may win: none before the default's, where that is what counts."""
+        times, default = self.subject.times, self.trials.get(self.default)
+        if times is None or default is None or default.samples is None:
+            return self.subject.memory.size
+        return times * default.samples.peak_bytes
 
     @property
     def baseline(self) -> Trial | None:

@@ -13,7 +13,7 @@ from m2gen.pool import finished
 from m2gen.schedule import Schedule
 from m2gen.tune.book import Book, Crew, Outcome
 from m2gen.tune.final import FINALISTS, hold_final
-from m2gen.tune.search import Proposal, Proposer
+from m2gen.tune.search import EVERY, SEARCHED, Proposal, Proposer
 from m2gen.tune.select import choose
 from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task, Trial
 
@@ -24,7 +24,7 @@ DEFAULT_SECONDS = 120.0
 
 @dataclass(order=True)
 class _Ready:
-    """A compiled candidate; what spills waits for what does not."""
+    """A compiled candidate; of points that only the search proposes, what spills waits for what does not."""
 
     spills: bool
     number: int
@@ -157,7 +157,8 @@ class Search:
             self._book.watcher.details(compiled.details)
             self._finish(proposal, Trial(schedule, proposal.origin, compiled, failure=compiled.failure))
             return
-        ready = _Ready(compiled.spill_bytes > 0 and proposal.origin == "search", self._compiled, proposal, compiled)
+        spills = compiled.spill_bytes > 0 and proposal.origin in (SEARCHED, EVERY)  # what else is tried has its reason
+        ready = _Ready(spills, self._compiled, proposal, compiled)
         twin = next(
             (t for t in self._book.trials.values() if t.compiled and t.compiled.binary == compiled.binary), None
         )

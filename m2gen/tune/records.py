@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from m2gen import __version__
 from m2gen.bucket import bucket_of
 from m2gen.db import POLICY, Environment, Key, Provenance, Reason, Record, Sizes, Timing
-from m2gen.db.rank import failures, preference
+from m2gen.db.rank import failures, preference, stale
 from m2gen.render import kernel_hash
 from m2gen.schedule import Schedule, default, problems
 from m2gen.tune.book import Outcome
 from m2gen.tune.select import estimate
-from m2gen.tune.space import Subject, space_hash
+from m2gen.tune.space import Subject, fits, space_hash
 from m2gen.tune.trial import Trial
 
 LASTING = (Reason.HANG, Reason.CRASH, Reason.WRONG, Reason.LAUNCH)
@@ -42,7 +42,8 @@ def seeds(subject: Subject, environment: Environment, records: Iterable[Record])
     """Return what is tried first, the default before all others.
 
     Then what the database has for this key and device, the records of the same arch nearest first (the same variant,
-    then those of the same dims), and winners of other GPUs, as far as they are valid here.
+    then those of the same dims), and winners of other GPUs, as far as they are valid here and within the memory bound.
+    Stale records count, too: kernels change more often than what makes a schedule fast, and a seed is tried, not used.
     """
     key, variant = key_of_subject(subject), subject.variant
     winners = [r for r in records if r.failure is None and r.key.objective is subject.objective]
@@ -51,8 +52,11 @@ def seeds(subject: Subject, environment: Environment, records: Iterable[Record])
         same = record.key.variant == key.variant
         return (not same, abs(record.key.bucket.place - key.bucket.place), *preference(record))
 
+    def usable(record: Record) -> bool:
+        return not problems(variant, record.schedule, subject.device) and fits(subject, record.schedule)
+
     dims = f"k{variant.state_expansion}_v{variant.head_dim}_"
-    alike = sorted((r for r in winners if r.key.variant.startswith(dims)), key=distance)
+    alike = sorted((r for r in winners if r.key.variant.startswith(dims) and usable(r)), key=distance)
     here = [r for r in alike if r.environment.arch == environment.arch]
     exact = [r for r in here if r.key == key and r.environment.device == environment.device]
     near = [r for r in here if r not in exact][:NEIGHBOURS]
@@ -61,13 +65,15 @@ def seeds(subject: Subject, environment: Environment, records: Iterable[Record])
     found = {default(variant, subject.device): "default"}
     for origin, group in groups:
         for record in group:
-            if not problems(variant, record.schedule, subject.device):
-                found.setdefault(record.schedule, origin)
+            found.setdefault(record.schedule, origin)
     return list(found.items())
 
 
 def known_failures(subject: Subject, environment: Environment, records: Iterable[Record]) -> list[Trial]:
-    """Return the trials that need not be made: schedules that failed on this device with this toolchain."""
+    """Return the trials that need not be made: schedules that failed on this device with this toolchain.
+
+    Kernels that are rendered otherwise now did not fail: a stale failure excludes nothing, as in look-ups of records.
+    """
     found = []
     for record in failures(records).values():
         same = (record.key.variant, record.environment.device, record.environment.triton) == (
@@ -75,7 +81,7 @@ def known_failures(subject: Subject, environment: Environment, records: Iterable
             environment.device,
             environment.triton,
         )
-        if same and record.environment.arch == environment.arch:
+        if same and record.environment.arch == environment.arch and not stale(record):
             found.append(Trial(record.schedule, "record", failure=record.failure))
     return found
 

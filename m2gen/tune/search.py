@@ -23,6 +23,8 @@ COMBINED_EVERY = 3
 """Every so many proposals is the best pair of parts that were timed in different candidates."""
 COMBINED_AFTER = 12
 """Candidates that passed before parts are combined."""
+SEARCHED, EVERY = "search", "every"
+"""Origins of what a sampler proposes, and of the points of a space that is tried as a whole."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def tiles(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
         for scale in (2, 0.5, 1):
             forward = replace(schedule.forward, rows=int(schedule.forward.rows * scale))
             backward = replace(schedule.backward, rows=int(schedule.backward.rows * scale))
-            found.append(replace(schedule, forward=forward, backward=backward, layouts=layouts))
+            found.append(replace(schedule, forward=forward, backward=backward).laid_out(layouts))
     return [point for point in found if point in every and point != schedule]
 
 
@@ -70,9 +72,12 @@ class Proposer:
     """Proposes points of a space, each at most once."""
 
     def __init__(
-        self, points: Sequence[Schedule], seeds: Sequence[tuple[Schedule, str]], sampler: Sampler, seed: int
+        self, points: Sequence[Schedule], seeds: Sequence[tuple[Schedule, str]], sampler: Sampler | None, seed: int
     ) -> None:
-        """``seeds`` are tried first, the default before all others, whether they are points of the space or not."""
+        """``seeds`` are tried first, the default before all others, whether they are points of the space or not.
+
+        Without a ``sampler`` all points follow, in an order drawn from ``seed``.
+        """
         self.default = seeds[0][0]
         self._points = list(dict.fromkeys((*points, *(schedule for schedule, _ in seeds))))
         self._left = dict.fromkeys(self._points)
@@ -102,8 +107,9 @@ class Proposer:
         if not self._left:
             return None
         self._proposed += 1
-        if self._sampler is Sampler.RANDOM:
-            return self._take(Proposal(next(p for p in self._order if p in self._left), "search"))
+        if self._sampler is not Sampler.TPE:
+            origin = EVERY if self._sampler is None else SEARCHED
+            return self._take(Proposal(next(p for p in self._order if p in self._left), origin))
         if self._proposed % COMBINED_EVERY == 0:
             combined = best_combination(self._trials, self._left)
             if combined is not None:
@@ -116,7 +122,7 @@ class Proposer:
 
         self._trials.append(trial)
         self._left.pop(trial.schedule, None)
-        if self._sampler is Sampler.RANDOM:
+        if self._sampler is not Sampler.TPE:
             return
         if proposal is not None and proposal.asked is not None:
             self._study.tell(proposal.asked, state=TrialState.FAIL)
@@ -146,7 +152,7 @@ class Proposer:
 
     def _ask_study(self) -> Proposal:
         asked = self._study.ask(distributions())
-        return Proposal(self._nearest(asked.params), "search", asked)
+        return Proposal(self._nearest(asked.params), SEARCHED, asked)
 
     def _nearest(self, params: dict[str, int]) -> Schedule:
         """Return the point not yet proposed that is fewest steps of the axes away; the first of several."""

@@ -103,7 +103,8 @@ class Trial:
 
     schedule: Schedule
     origin: str
-    """Why it was tried: default, record, similar, elsewhere, tile, neighbour, combined, search; resumed."""
+    """Why it was tried: default, record, similar, elsewhere, tile, neighbour, combined, search, every; adopted from a
+    worker that is gone, resumed after its machine went down."""
     compiled: Compiled | None = None
     errors: tuple[TensorError, ...] = ()
     samples: Samples | None = None
