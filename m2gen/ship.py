@@ -21,19 +21,21 @@ from m2gen.render import render_template
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time of every file in a wheel, the earliest that zip can say, so that the same package gives the same bytes."""
 LICENSE = "Apache-2.0"
+KERNEL_NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]")
+"""What kernel-builder takes for the name of a repository."""
 
 
 def deliver(form: Format, out: Path, origin: Origin, package: Package, manifest: str) -> Path:
     """Write a package below ``out`` in one of its forms, in one step, and return the folder or file that it is.
 
-    Raises EmitError where that cannot be written, or something else is in its place.
+    Raises EmitError where that cannot be written, something else is in its place, or the Hub takes no such name.
     """
     files = {**package.files, directory.MANIFEST: manifest}
     if form is Format.WHEEL:
         return _write_wheel(out, origin, files, package.content_hash)
     if form is Format.HF_KERNEL:
-        directory.write(out / _kernel_name(origin), kernel_repository(origin, files), mark="build.toml")
-        return out / _kernel_name(origin)
+        directory.write(out / kernel_name(origin), kernel_repository(origin, files), mark="build.toml")
+        return out / kernel_name(origin)
     directory.write(out / origin.name, files)
     return out / origin.name
 
@@ -91,9 +93,16 @@ def _write_wheel(out: Path, origin: Origin, files: Mapping[str, str], content: s
     return out / name
 
 
-def _kernel_name(origin: Origin) -> str:
-    """Return the name of the Hub's repository, whose module has underscores instead."""
-    return origin.name.replace("_", "-")
+def kernel_name(origin: Origin) -> str:
+    """Return the name of the Hub's repository, whose module has underscores instead.
+
+    Raises EmitError for one that kernel-builder refuses.
+    """
+    name = origin.name.replace("_", "-")
+    if KERNEL_NAME.fullmatch(name) is None:
+        words = "two or more of a-z, 0-9 and _, a letter first and no _ last, for the Hub"
+        raise EmitError(f"{origin.spec_file}: $.name must be {words}, got {origin.name!r}")
+    return name
 
 
 def kernel_repository(origin: Origin, files: Mapping[str, str]) -> dict[str, str]:
@@ -102,6 +111,6 @@ def kernel_repository(origin: Origin, files: Mapping[str, str]) -> dict[str, str
     The package is ``torch-ext/<name>/``; its ``layers`` have no state, so that their forward can replace others'.
     """
     module = {f"torch-ext/{origin.name}/{path}": text for path, text in files.items()}
-    facts = {"name": origin.name, "repository": _kernel_name(origin), "command": f"{origin.command} --format hf-kernel"}
+    facts = {"name": origin.name, "repository": kernel_name(origin), "command": f"{origin.command} --format hf-kernel"}
     shared = {name: render_template(f"hub/{name}.j2", **facts) for name in ("build.toml", "flake.nix", "CARD.md")}
     return {**shared, **module}

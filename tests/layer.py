@@ -1,12 +1,23 @@
-"""A layer that uses the operator, as a model would write it, and one step of its training."""
+"""Layers and one step of their training: one as a model would write it around the operator, and the packages' own."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from itertools import pairwise
+from types import ModuleType
 from typing import Any
 
 import torch
+from calls import distance
 from torch import Tensor, nn
+
+HIDDEN = 24
+GROUPED = (2, 1, 4, 2, 4)
+PLAIN = {"state_expansion": 16, "head_dim": 16, "heads": {"q": 1, "k": 1, "v": 2, "f": 2, "w": 2}}
+GATED = {"state_expansion": 9, "head_dim": 9, "heads": {**dict(zip("qkvfw", GROUPED, strict=True)), "g": 2}}
+SHAPES = {"given": PLAIN, "softplus": GATED}
+"""Of layers whose variant is given the gate, and whose variant computes it."""
 
 
 class Mixer(nn.Module):
@@ -75,3 +86,83 @@ def by_hand(layer: nn.Module, x: Tensor, written: Callable[..., Tensor] = tanh_o
         row = row / (row.square().mean() + 1e-5).sqrt() * p["g_norm.weight"]
         outputs.append(p["output_projection.weight"] @ row)
     return torch.stack(outputs)
+
+
+def make_layer(package: ModuleType, shape: str = "given", **options: Any) -> nn.Module:
+    """Return a layer whose parameters are all drawn, so that none hides in a one or a zero."""
+    torch.manual_seed(0)
+    layer = package.M2RNN(HIDDEN, **{**SHAPES[shape], "bias": True, **options})
+    with torch.no_grad():
+        for parameter in (layer.D, layer.g_norm.weight, layer.state_weight, layer.input_projection.bias):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        layer.decay_gate.A_log.sub_(2)
+        layer.decay_gate.dt_bias.add_(2)
+    return layer
+
+
+def tokens(device: torch.device, *lead: int, seed: int = 1) -> Tensor:
+    """Return inputs of a layer."""
+    return torch.randn(*lead, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def loss_weights(y: Tensor) -> Tensor:
+    """Return the gradient of a fixed, uneven loss by y."""
+    return torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y).cos()
+
+
+def with_gradients(layer: nn.Module, x: Tensor, **call: Any) -> dict[str, Tensor]:
+    """Return the output and the gradients of the input and of every parameter for a fixed, uneven loss."""
+    leaf = x.detach().requires_grad_()
+    y = layer(leaf, **call)
+    names = [name for name, _ in layer.named_parameters()]
+    gradients = torch.autograd.grad(y, [leaf, *layer.parameters()], loss_weights(y))
+    return {"y": y.detach(), **dict(zip(["x", *names], gradients, strict=True))}
+
+
+def twin(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return the same layer on the reference backend."""
+    other = copy.deepcopy(layer)
+    other.backend = "reference"
+    return other.to(dtype)
+
+
+def _shuffled(layer: nn.Module, order: Tensor) -> nn.Module:
+    """Return the layer for inputs whose channels are in another order: the same function, rounded differently."""
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.input_projection.weight.copy_(layer.input_projection.weight[:, order])
+    return other
+
+
+def budgets(exact: dict[str, Tensor], plain: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Return twice the largest error that the eager layer makes in the layer's own dtype, plus one rounding."""
+    worst = dict.fromkeys(exact, 0.0)
+    for seed in range(6):
+        order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(seed)).to(x.device)
+        back = order.argsort()
+        results = with_gradients(_shuffled(plain, order), x.to(dtype)[..., order])
+        results["x"] = results["x"][..., back]
+        results["input_projection.weight"] = results["input_projection.weight"][:, back]
+        worst = {name: max(worst[name], distance(results[name], exact[name])) for name in exact}
+    return {name: 2 * error + torch.finfo(dtype).eps / 2 for name, error in worst.items()}
+
+
+def assert_within(given: dict[str, Tensor], exact: dict[str, Tensor], allowed: dict[str, float]) -> None:
+    """Fail unless every tensor's relative error is at most what it is allowed."""
+    assert given.keys() == exact.keys()
+    errors = {name: distance(given[name], exact[name]) for name in exact}
+    assert {name: (error, allowed[name]) for name, error in errors.items() if not error <= allowed[name]} == {}
+
+
+def in_pieces(layer: nn.Module, x: Tensor, cache: Any, *, rounds: bool = False) -> Tensor:
+    """Return what a layer makes of x (B, S, hidden_size) by a prefill of 2 tokens, one of 3, and steps of decoding.
+
+    With ``rounds`` the state is rounded to bfloat16 after each call, whatever dtype it is kept in.
+    """
+    pieces = []
+    with torch.no_grad():
+        for start, end in pairwise((0, 2, *range(5, x.shape[1] + 1))):
+            pieces.append(layer(x[:, start:end], cache))
+            if rounds:
+                cache.state.copy_(cache.state.bfloat16())
+    return torch.cat(pieces, 1)

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from calls import distance
+from calls import distance, module_of, offsets_of
 from interpreter import quicken
-from ranks import serve
+from layer import loss_weights
+from ranks import gathered, serve
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 from m2gen.compile import load_module
 
 HIDDEN = 12
-TOLERANCE = 1e-12
-"""Of float64 on the reference backend: sums over ranks are in another order."""
-KERNEL_TOLERANCE = 2e-6
+SMS = 12
+"""Of a GPU on which few sequences already make a difference: 3 fill the first bucket with 2 heads, 1 does with 4."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """What computes, and how far apart results may be: sums over ranks are in another order."""
+
+    dtype: torch.dtype
+    backend: str
+    tolerance: float
+
+
+EXACT = Numerics(torch.float64, "reference", 1e-12)
+KERNELS = Numerics(torch.float32, "kernels", 2e-6)
 
 
 @dataclass(frozen=True)
@@ -33,20 +51,29 @@ class Subject:
     parallel: ModuleType
     ranks: int
     rank: int
+    split: Subject | None = None
+    """The same of the package that has two schedules to choose from."""
 
 
 def prepare(folder: Path) -> Subject:
-    """Import the package that the test wrote."""
+    """Import the packages that the test wrote."""
     quicken()
-    package = load_module(folder / "package" / "__init__.py", "on_ranks")
-    parallel = load_module(folder / "package" / "parallel.py", "on_ranks.parallel")
+    split = imported(folder, "by_bucket")
+    module_of(split.package, "dispatch").device_of = lambda device: ("portable", SMS)
+    return replace(imported(folder, "on_ranks"), split=split)
+
+
+def imported(folder: Path, name: str) -> Subject:
+    """Import one of the packages."""
+    package = load_module(folder / name / "__init__.py", name)
+    parallel = load_module(folder / name / "parallel.py", f"{name}.parallel")
     return Subject(package, parallel, distributed.get_world_size(), distributed.get_rank())
 
 
-def make_layer(subject: Subject, heads: dict[str, int], dtype: torch.dtype, backend: str = "reference") -> nn.Module:
+def make_layer(subject: Subject, heads: dict[str, int], numerics: Numerics) -> nn.Module:
     """Return the same layer on every rank, no parameter a one or a zero."""
     torch.manual_seed(0)
-    layer = subject.package.M2RNN(HIDDEN, 9, 9, heads, bias=True, backend=backend, dtype=dtype)
+    layer = subject.package.M2RNN(HIDDEN, 9, 9, heads, bias=True, backend=numerics.backend, dtype=numerics.dtype)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -60,19 +87,19 @@ def tokens(dtype: torch.dtype, *lead: int) -> Tensor:
     return torch.randn(*lead, HIDDEN, dtype=dtype, generator=torch.Generator().manual_seed(1))
 
 
-def backward(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def backward(layer: Callable[..., Tensor], x: Tensor, **call: Any) -> tuple[Tensor, Tensor]:
     """Return the output and the gradient of x; parameters have theirs."""
     leaf = x.detach().requires_grad_()
-    y = layer(leaf)
-    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).cos())
+    y = layer(leaf, **call)
+    y.backward(loss_weights(y))
     assert leaf.grad is not None
     return y.detach(), leaf.grad
 
 
-def close(given: Tensor, expected: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
+def close(given: Tensor, expected: Tensor, what: str, numerics: Numerics = EXACT) -> None:
     """Fail, naming the tensor, where two are further apart than rounding."""
     found = distance(given, expected)
-    assert found <= tolerance, f"{what}: {found}"
+    assert found <= numerics.tolerance, f"{what}: {found}"
 
 
 HEADS = {
@@ -80,34 +107,36 @@ HEADS = {
     "sharded_q": {"q": 4, "k": 2, "v": 4, "f": 2, "w": 1, "g": 2},
     "shared_gates": {"q": 2, "k": 1, "v": 2, "f": 1, "w": 4, "g": 1},
 }
+CALLS: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]] = {
+    "batch": ((2, 5), {}),
+    "packed": ((8,), {"cu_seqlens": offsets_of((5, 0, 3))}),
+    "padded": ((3, 4), {"attention_mask": torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]])}),
+}
+"""How tokens lie: their leading dims, and what says where sequences are."""
 
 
-def heads_match(subject: Subject, heads: dict[str, int], dtype: torch.dtype, backend: str, tolerance: float) -> None:
+def heads_match(subject: Subject, heads: dict[str, int], numerics: Numerics, how: str = "batch") -> None:
     """Compare outputs, the input's gradient and every parameter's gradient with the layer on one rank."""
     mesh = init_device_mesh("cpu", (subject.ranks,))
-    whole = make_layer(subject, heads, dtype, backend)
+    whole = make_layer(subject, heads, numerics)
     sharded = subject.parallel.HeadParallelM2RNN(whole, mesh)
-    x = tokens(dtype, 2, 5)
-    expected, given = backward(whole, x), backward(sharded, x)
-    close(given[0], expected[0], "y", tolerance)
-    close(given[1], expected[1], "dx", tolerance)
+    lead, call = CALLS[how]
+    x = tokens(numerics.dtype, *lead)
+    expected, given = backward(whole, x, **call), backward(sharded, x, **call)
+    close(given[0], expected[0], "y", numerics)
+    close(given[1], expected[1], "dx", numerics)
     with torch.no_grad():
         for name, parameter in sharded.named_parameters():
             assert isinstance(parameter.grad, DTensor), f"{name}: {type(parameter.grad)}"
             parameter.copy_(parameter.grad)  # so that gathering the parameters gathers their gradients
     for name, gradient in sharded.gathered_state_dict().items():
-        close(gradient, whole.get_parameter(name).grad, name, tolerance)
-
-
-def heads_kernels(subject: Subject) -> None:
-    """The same on the kernels of each rank's share of the heads, in float32."""
-    heads_match(subject, HEADS["shared_q_k"], torch.float32, "kernels", KERNEL_TOLERANCE)
+        close(gradient, whole.get_parameter(name).grad, name, numerics)
 
 
 def heads_hold_their_share(subject: Subject) -> None:
     """A rank holds its rows of sharded parameters, and gathering gives the layer's own back."""
     mesh = init_device_mesh("cpu", (subject.ranks,))
-    layer = make_layer(subject, HEADS["shared_q_k"], torch.float64)
+    layer = make_layer(subject, HEADS["shared_q_k"], EXACT)
     sharded = subject.parallel.HeadParallelM2RNN(layer, mesh)
     held = sum(parameter.to_local().numel() for parameter in sharded.parameters())
     shared = 2 * 9 * (HIDDEN + 1 + 4 + 1)  # q's and k's projection and convolution
@@ -117,16 +146,54 @@ def heads_hold_their_share(subject: Subject) -> None:
         assert torch.equal(x, layer.state_dict()[name]), name
 
 
-def heads_decode(subject: Subject) -> None:
+def heads_decode(subject: Subject, heads: dict[str, int], numerics: Numerics) -> None:
     """Prefill and decoding over ranks give what the whole layer gives in one call."""
     mesh = init_device_mesh("cpu", (subject.ranks,))
-    layer = make_layer(subject, HEADS["sharded_q"], torch.float64)
+    layer = make_layer(subject, heads, numerics)
     sharded = subject.parallel.HeadParallelM2RNN(layer, mesh)
-    x = tokens(torch.float64, 2, 6)
+    x = tokens(numerics.dtype, 2, 6)
     with torch.no_grad():
         cache = sharded.allocate_cache(2)
         pieces = [sharded(x[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 6))]
-        close(torch.cat(pieces, 1), layer(x), "y")
+        close(torch.cat(pieces, 1), layer(x), "y", numerics)
+    assert sharded.allocate_cache(2, state_dtype=torch.bfloat16).state.dtype == torch.bfloat16
+
+
+def served(subject: Subject, call: Callable[[], Any]) -> list[list[str]]:
+    """Return which modules of kernels served a call, in order, on each rank."""
+    dispatch, library = (module_of(subject.package, name) for name in ("dispatch", "library"))
+    chosen: list[str] = []
+
+    def noting(*operands: Any) -> ModuleType:
+        kernels: ModuleType = dispatch.kernels_for(*operands)
+        chosen.append(kernels.__name__)
+        return kernels
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "kernels_for", noting)
+        call()
+    return gathered(chosen)
+
+
+def heads_schedules(subject: Subject) -> None:
+    """Ranks run their heads by the same schedule, forward and backward, which is another one for more sequences."""
+    layer = make_layer(subject, HEADS["shared_q_k"], KERNELS)
+    sharded = subject.parallel.HeadParallelM2RNN(layer, init_device_mesh("cpu", (subject.ranks,)))
+    few, many = (served(subject, partial(backward, sharded, tokens(torch.float32, count, 2))) for count in (3, 4))
+    for found in (few, many):
+        assert found == [[found[0][0]] * 2] * subject.ranks, found
+    assert few != many
+
+
+def sequence_schedules(subject: Subject) -> None:
+    """Ranks run each micro-batch by the same schedule, however many of its tokens they hold; sizes decide on it."""
+    layer = make_layer(subject, HEADS["shared_q_k"], KERNELS)
+    scan = partial(subject.parallel.scan_over_ranks, layer, micro_batches=2)  # of 2 and of 1 sequences
+    found = served(subject, partial(backward, scan, tokens(torch.float32, 3, 1 + 2 * subject.rank)))
+    assert found == [found[0]] * subject.ranks, found
+    more, one = found[0][:2]
+    assert found[0][2:] == [one, more]
+    assert more != one
 
 
 def heads_errors(subject: Subject) -> None:
@@ -142,10 +209,10 @@ def heads_errors(subject: Subject) -> None:
             subject.parallel.HeadParallelM2RNN(layer, mesh)
 
 
-def sequence_match(subject: Subject, micro_batches: int, dtype: torch.dtype, backend: str, tolerance: float) -> None:
+def sequence_match(subject: Subject, micro_batches: int, numerics: Numerics) -> None:
     """Compare a sequence cut over ranks with it on one: y, dx, and the parameters' gradients summed over ranks."""
-    layer = make_layer(subject, HEADS["shared_q_k"], dtype, backend)
-    x = tokens(dtype, 3, 7)
+    layer = make_layer(subject, HEADS["shared_q_k"], numerics)
+    x = tokens(numerics.dtype, 3, 7)
     y, dx = backward(layer, x)
     expected = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     layer.zero_grad()
@@ -153,23 +220,17 @@ def sequence_match(subject: Subject, micro_batches: int, dtype: torch.dtype, bac
     start, end = cut[subject.rank], cut[subject.rank + 1]
     leaf = x[:, start:end].clone().requires_grad_()
     part = subject.parallel.scan_over_ranks(layer, leaf, micro_batches=micro_batches)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).cos()
-    part.backward(weights[:, start:end])
-    close(part, y[:, start:end], "y", tolerance)
-    close(leaf.grad, dx[:, start:end], "dx", tolerance)
+    part.backward(loss_weights(y)[:, start:end])
+    close(part, y[:, start:end], "y", numerics)
+    close(leaf.grad, dx[:, start:end], "dx", numerics)
     for name, parameter in layer.named_parameters():
         distributed.all_reduce(parameter.grad)
-        close(parameter.grad, expected[name], name, tolerance)
-
-
-def sequence_kernels(subject: Subject) -> None:
-    """The same on kernels, in float32."""
-    sequence_match(subject, 2, torch.float32, "kernels", KERNEL_TOLERANCE)
+        close(parameter.grad, expected[name], name, numerics)
 
 
 def sequence_without_gradients(subject: Subject) -> None:
     """Inference over ranks works, and a batch that is too small is refused before anything is sent."""
-    layer = make_layer(subject, HEADS["shared_q_k"], torch.float64)
+    layer = make_layer(subject, HEADS["shared_q_k"], EXACT)
     x = tokens(torch.float64, 2, 6)
     with torch.no_grad():
         part = subject.parallel.scan_over_ranks(layer, x.tensor_split(2, 1)[subject.rank], micro_batches=2)
@@ -179,22 +240,23 @@ def sequence_without_gradients(subject: Subject) -> None:
 
 
 class Block(nn.Module):
-    """A layer as a model holds it."""
+    """A layer as a model holds it, recomputed in the backward if ``recomputed``."""
 
-    def __init__(self, mixer: nn.Module) -> None:
+    def __init__(self, mixer: nn.Module, recomputed: bool = False) -> None:
         super().__init__()
-        self.mixer = mixer
+        self.mixer, self.recomputed = mixer, recomputed
         self.head = nn.Linear(HIDDEN, HIDDEN, dtype=mixer.D.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(x + self.mixer(x))
+        mixed = checkpoint(self.mixer, x, use_reentrant=False) if self.recomputed else self.mixer(x)
+        return self.head(x + mixed)
 
 
 def fsdp(subject: Subject) -> None:
     """Under ``fully_shard`` outputs and gradients are those of one rank on the whole batch."""
-    layer = make_layer(subject, HEADS["shared_q_k"], torch.float32, "kernels")
+    layer = make_layer(subject, HEADS["shared_q_k"], KERNELS)
     torch.manual_seed(7)
-    model, whole = Block(layer), Block(make_layer(subject, HEADS["shared_q_k"], torch.float32, "kernels"))
+    model, whole = Block(layer), Block(make_layer(subject, HEADS["shared_q_k"], KERNELS))
     whole.load_state_dict(model.state_dict())
     x = tokens(torch.float32, 2 * subject.ranks, 4)
     y, dx = backward(whole, x)
@@ -203,15 +265,45 @@ def fsdp(subject: Subject) -> None:
     fully_shard(model, mesh=mesh)
     own = x.tensor_split(subject.ranks)[subject.rank].clone().requires_grad_()
     part = model(own)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y).cos()
-    part.backward(weights.tensor_split(subject.ranks)[subject.rank])
-    close(part, y.tensor_split(subject.ranks)[subject.rank], "y", KERNEL_TOLERANCE)
-    close(own.grad, dx.tensor_split(subject.ranks)[subject.rank], "dx", KERNEL_TOLERANCE)
+    part.backward(loss_weights(y).tensor_split(subject.ranks)[subject.rank])
+    close(part, y.tensor_split(subject.ranks)[subject.rank], "y", KERNELS)
+    close(own.grad, dx.tensor_split(subject.ranks)[subject.rank], "dx", KERNELS)
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         assert isinstance(parameter.grad, DTensor)
         mean = whole.get_parameter(name).grad / subject.ranks
-        close(parameter.grad.full_tensor(), mean, name, KERNEL_TOLERANCE)
+        close(parameter.grad.full_tensor(), mean, name, KERNELS)
+
+
+def fsdp_in_bf16(subject: Subject) -> None:
+    """With mixed precision and recomputed activations, outputs and gradients have the bits of a bf16 layer on one rank.
+
+    Gradients are the mean over ranks of those of each rank's part, in float32.
+    """
+    torch.manual_seed(7)
+    model = Block(make_layer(subject, HEADS["shared_q_k"], KERNELS), recomputed=True)
+    narrow = copy.deepcopy(model).bfloat16()
+    narrow.recomputed = False
+    parts = tokens(torch.float32, subject.ranks, 3).split(1)
+    results = []
+    sums = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for part in parts:
+        narrow.zero_grad()
+        results.append(backward(narrow, part.bfloat16()))
+        for name, parameter in narrow.named_parameters():
+            sums[name] += parameter.grad
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (subject.ranks,))
+    for module in (model.mixer, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    y, dx = backward(model, parts[subject.rank])
+    expected_y, expected_dx = results[subject.rank]
+    assert (y.dtype, dx.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(y, expected_y)
+    assert torch.equal(dx, expected_dx.float())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.float32, name
+        assert torch.equal(parameter.grad.full_tensor(), sums[name] / subject.ranks), name
 
 
 def fsdp_from_meta(subject: Subject) -> None:
@@ -230,21 +322,21 @@ def fsdp_from_meta(subject: Subject) -> None:
 
 
 CHECKS = {
-    **{
-        f"heads_{name}": lambda s, heads=heads: heads_match(s, heads, torch.float64, "reference", TOLERANCE)
-        for name, heads in HEADS.items()
-    },
-    "heads_kernels": heads_kernels,
+    **{f"heads_{name}": lambda s, heads=heads: heads_match(s, heads, EXACT) for name, heads in HEADS.items()},
+    "heads_packed": lambda s: heads_match(s, HEADS["sharded_q"], EXACT, "packed"),
+    "heads_padded": lambda s: heads_match(s, HEADS["sharded_q"], EXACT, "padded"),
+    **{f"heads_kernels_{how}": lambda s, how=how: heads_match(s, HEADS["shared_q_k"], KERNELS, how) for how in CALLS},
     "heads_hold_their_share": heads_hold_their_share,
-    "heads_decode": heads_decode,
+    "heads_decode": lambda s: heads_decode(s, HEADS["sharded_q"], EXACT),
+    "heads_decode_kernels": lambda s: heads_decode(s, HEADS["shared_q_k"], KERNELS),
+    "heads_schedules": lambda s: heads_schedules(s.split),
     "heads_errors": heads_errors,
-    **{
-        f"sequence_{count}": lambda s, count=count: sequence_match(s, count, torch.float64, "reference", TOLERANCE)
-        for count in (1, 3)
-    },
-    "sequence_kernels": sequence_kernels,
+    **{f"sequence_{count}": lambda s, count=count: sequence_match(s, count, EXACT) for count in (1, 3)},
+    "sequence_kernels": lambda s: sequence_match(s, 2, KERNELS),
+    "sequence_schedules": lambda s: sequence_schedules(s.split),
     "sequence_without_gradients": sequence_without_gradients,
     "fsdp": fsdp,
+    "fsdp_in_bf16": fsdp_in_bf16,
     "fsdp_from_meta": fsdp_from_meta,
 }
 

@@ -45,6 +45,13 @@ def launch(script: Path, folder: Path, ranks: int) -> dict[str, str]:
     return results
 
 
+def gathered(value: Any) -> list[Any]:
+    """Return the value that each rank has; all ranks must call it."""
+    values = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values
+
+
 def serve(checks: Mapping[str, Check], prepare: Callable[[Path], Any]) -> None:
     """Run checks in this process, one of the ranks, up to the first that fails."""
     folder, rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -48,6 +49,11 @@ def command(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str
     """Run an example's command in this process."""
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
     module.main()
+
+
+def is_figure(place: Path) -> bool:
+    """Say whether a file is a PNG image."""
+    return place.read_bytes().startswith(b"\x89PNG\r\n")
 
 
 @pytest.mark.parametrize(("name", "order"), [("S3", 6), ("A4", 12), ("A5", 60), ("S5", 120)])
@@ -118,6 +124,7 @@ def test_state_tracking_smoke(example, monkeypatch, tmp_path, capsys) -> None:
     table = capsys.readouterr().out
     assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == ["m2rnn", "attention", "linear", "gru"]
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == table
+    assert is_figure(tmp_path / "curves.png")
     outcome = json.loads((tmp_path / "S3_m2rnn_0.json").read_text(encoding="utf-8"))
     assert (outcome["steps"], outcome["words"], len(outcome["errors"])) == (2, 2, 5)
     (tmp_path / "S3_gru_0.json").unlink()
@@ -194,10 +201,11 @@ def test_captured_steps_train_as_eager_ones(example, device, kind) -> None:
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
 
 
-def test_hybrid_lm_interrupted_and_resumed_has_the_same_losses(example, monkeypatch, tmp_path) -> None:
-    """Killed between checkpoints, the same command goes on and ends with the losses of a run in one piece."""
+def test_hybrid_lm_interrupted_and_resumed_has_the_same_losses(example, monkeypatch, tmp_path, capsys) -> None:
+    """Killed between checkpoints, the same command goes on, says so, and ends with the losses of a run in one piece."""
     run = example("hybrid_lm")
     command(run, monkeypatch, "train", "--smoke", "--out", str(tmp_path / "whole"))
+    said = capsys.readouterr()
     step = run.Trainer.step
 
     def interrupted(trainer: Any, *batch: Any) -> Any:
@@ -212,7 +220,14 @@ def test_hybrid_lm_interrupted_and_resumed_has_the_same_losses(example, monkeypa
     command(run, monkeypatch, "train", "--smoke", "--out", str(tmp_path / "parts"))
     whole, parts = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("whole", "parts"))
     assert whole == parts
-    assert len(whole["losses"]) == 4
+    losses = whole["losses"]
+    assert len(losses) == 4
+    assert said.out == f"loss {losses[0]:.4f} at step 1, {losses[3]:.4f} at step 4\n"
+    saved = [re.escape(f"step {done}: loss {losses[done - 1]:.4f}, ") + r"[\d,]+ tokens/s\n" for done in (2, 4)]
+    assert re.search("".join(saved), said.err)
+    resumed = re.escape(f"going on at step 2 from {tmp_path / 'parts' / 'checkpoint.pt'}\n")
+    assert re.search(saved[0] + resumed + saved[1], capsys.readouterr().err)
+    assert is_figure(tmp_path / "parts" / "losses.png")
     with pytest.raises(SystemExit, match="has another width; choose another --out"):
         command(run, monkeypatch, "train", "--smoke", "--out", str(tmp_path / "parts"), "--set", "width=16")
 
@@ -256,6 +271,7 @@ def test_hybrid_lm_compare_smoke(example, monkeypatch, tmp_path, capsys) -> None
     assert not torch.are_deterministic_algorithms_enabled()
     report = capsys.readouterr().out
     assert (tmp_path / "compare.md").read_text(encoding="utf-8") == report
+    assert is_figure(tmp_path / "compare.png")
     assert "within seed noise of the reference: yes\nthe same losses after an interruption: yes\n" in report
     losses = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["losses"]
     assert losses["whole"] == losses["resumed"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from itertools import pairwise
@@ -13,15 +12,25 @@ from typing import Any
 import pytest
 import torch
 from calls import assert_close, assert_same, distance, module_of, offsets_of
-from layer import by_hand
+from layer import (
+    GATED,
+    GROUPED,
+    HIDDEN,
+    PLAIN,
+    SHAPES,
+    assert_within,
+    budgets,
+    by_hand,
+    in_pieces,
+    loss_weights,
+    make_layer,
+    tokens,
+    twin,
+    with_gradients,
+)
 from support import SCHEDULES, build_package, import_package, make_variant
 from torch import Tensor, nn
 
-HIDDEN = 24
-GROUPED = (2, 1, 4, 2, 4)
-PLAIN = {"state_expansion": 16, "head_dim": 16, "heads": {"q": 1, "k": 1, "v": 2, "f": 2, "w": 2}}
-GATED = {"state_expansion": 9, "head_dim": 9, "heads": {**dict(zip("qkvfw", GROUPED, strict=True)), "g": 2}}
-SHAPES = {"given": PLAIN, "softplus": GATED}
 LENGTHS = (5, 0, 1, 3)
 """Of packed sequences: longer than the convolution, empty, and shorter."""
 
@@ -36,84 +45,24 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return import_package(tmp_path_factory.mktemp("layer") / "layered", built)
 
 
-def make_layer(package: ModuleType, shape: str = "given", **options: Any) -> nn.Module:
-    """Return a layer whose parameters are all drawn, so that none hides in a one or a zero."""
-    torch.manual_seed(0)
-    layer = package.M2RNN(HIDDEN, **SHAPES[shape], **{"bias": True, **options})
-    with torch.no_grad():
-        for parameter in (layer.D, layer.g_norm.weight, layer.state_weight, layer.input_projection.bias):
-            parameter.add_(0.3 * torch.randn_like(parameter))
-        layer.decay_gate.A_log.sub_(2)
-        layer.decay_gate.dt_bias.add_(2)
-    return layer
-
-
-def tokens(device: torch.device, *lead: int, seed: int = 1) -> Tensor:
-    """Return inputs of a layer."""
-    return torch.randn(*lead, HIDDEN, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
-def loss_weights(y: Tensor) -> Tensor:
-    """Return the gradient of a fixed, uneven loss by y."""
-    return torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y).cos()
-
-
-def trained(layer: nn.Module, x: Tensor, **call: Any) -> dict[str, Tensor]:
-    """Return the output and the gradients of the input and of every parameter for a fixed, uneven loss."""
-    leaf = x.detach().requires_grad_()
-    y = layer(leaf, **call)
-    names = [name for name, _ in layer.named_parameters()]
-    gradients = torch.autograd.grad(y, [leaf, *layer.parameters()], loss_weights(y))
-    return {"y": y.detach(), **dict(zip(["x", *names], gradients, strict=True))}
-
-
-def twin(package: ModuleType, layer: nn.Module, shape: str, dtype: torch.dtype) -> nn.Module:
-    """Return the same layer on the reference backend."""
-    other = make_layer(package, shape, backend="reference")
-    other.load_state_dict(layer.state_dict())
-    return other.to(layer.D.device, dtype)
-
-
-def _shuffled(layer: nn.Module, order: Tensor) -> nn.Module:
-    """Return the layer for inputs whose channels are in another order: the same function, rounded differently."""
-    other = copy.deepcopy(layer)
-    with torch.no_grad():
-        other.input_projection.weight.copy_(layer.input_projection.weight[:, order])
-    return other
-
-
-def budgets(exact: dict[str, Tensor], plain: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, float]:
-    """Return twice the largest error that the eager layer makes in the layer's own dtype, plus one rounding."""
-    worst = dict.fromkeys(exact, 0.0)
-    for seed in range(6):
-        order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(seed)).to(x.device)
-        back = order.argsort()
-        results = trained(_shuffled(plain, order), x.to(dtype)[..., order])
-        results["x"] = results["x"][..., back]
-        results["input_projection.weight"] = results["input_projection.weight"][:, back]
-        worst = {name: max(worst[name], distance(results[name], exact[name])) for name in exact}
-    return {name: 2 * error + torch.finfo(dtype).eps / 2 for name, error in worst.items()}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_outputs_and_every_gradient_against_float64(package, device, shape, dtype) -> None:
     """The output, and the gradients of the input and of all parameters, are within what the dtype leaves them."""
     layer = make_layer(package, shape).to(device, dtype)
     x = tokens(device, 2, 6).to(dtype)
-    exact = trained(twin(package, layer, shape, torch.float64), x.double())
-    allowed = budgets(exact, twin(package, layer, shape, dtype), x, dtype)
-    given = trained(layer, x)
+    exact = with_gradients(twin(layer, torch.float64), x.double())
+    allowed = budgets(exact, twin(layer, dtype), x, dtype)
+    given = with_gradients(layer, x)
     assert {name: x.dtype for name, x in given.items()} == dict.fromkeys(exact, dtype)
-    errors = {name: distance(given[name], exact[name]) for name in exact}
-    assert {name: (error, allowed[name]) for name, error in errors.items() if not error <= allowed[name]} == {}
+    assert_within(given, exact, allowed)
     assert all(x.norm() > 0 for x in exact.values())
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_reference_layer_is_the_papers(package, shape) -> None:
     """The layer in float64 agrees with its definition written out again, head by head and token by token."""
-    layer = twin(package, make_layer(package, shape), shape, torch.float64)
+    layer = twin(make_layer(package, shape), torch.float64)
     x = tokens(torch.device("cpu"), 6).double()
     assert distance(layer(x[None])[0], by_hand(layer, x)) < 1e-13
 
@@ -158,7 +107,7 @@ def test_a_packed_batch_is_its_sequences_one_by_one(package, device, shape) -> N
     """No sequence sees its neighbour, in the convolution or in the state; gradients of the input neither."""
     layer, x = make_layer(package, shape).to(device), tokens(device, sum(LENGTHS))
     offsets = offsets_of(LENGTHS).to(device)
-    together = trained(layer, x, cu_seqlens=offsets)
+    together = with_gradients(layer, x, cu_seqlens=offsets)
     weights = loss_weights(together["y"])
     for start, end in pairwise(offsets.tolist()):
         if start == end:
@@ -191,6 +140,79 @@ def test_a_padded_batch_is_its_sequences_one_by_one(package, device, name) -> No
         for i in range(3):
             if mask[i].any():
                 assert distance(y[i][mask[i]], layer(x[i][mask[i]][None])[0]) < 2e-6
+
+
+@pytest.mark.parametrize(("shape", "name"), [("given", "right"), ("given", "left"), ("softplus", "holes")])
+def test_gradients_of_a_padded_batch_are_its_sequences_one_by_one(package, device, shape, name) -> None:
+    """Each token's gradient is its own sequence's, others have none, and parameters have the sum of the sequences'."""
+    layer, x = make_layer(package, shape).to(device), tokens(device, 3, 5)
+    rows, dtype = MASKS[name]
+    mask = torch.tensor(rows, device=device).bool()
+    spoilt = x.masked_fill(~mask[..., None], math.nan)
+    together = with_gradients(layer, spoilt, attention_mask=mask.to(dtype))
+    weights = loss_weights(together["y"])
+    expected = {key: torch.zeros_like(value) for key, value in together.items()}
+    for i, present in enumerate(mask):
+        if present.any():
+            leaf = x[i, present][None].requires_grad_()
+            y = layer(leaf)
+            dx, *gradients = torch.autograd.grad(y, [leaf, *layer.parameters()], weights[i, present][None])
+            expected["y"][i, present], expected["x"][i, present] = y[0].detach(), dx[0]
+            for (key, _), gradient in zip(layer.named_parameters(), gradients, strict=True):
+                expected[key] += gradient
+    assert bool((together["x"][~mask] == 0).all())
+    assert_close(together, expected, 2e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_step_with_a_mask(package, device, shape) -> None:
+    """On both backends a row without a token gives 0 and keeps its cache's bits; others go on as without a mask."""
+    mask = torch.tensor([[1], [0], [1]], device=device)
+    present, x = mask[:, 0].bool(), tokens(device, 3, 4)
+    token = x[:, 3:].masked_fill(~present[:, None, None], math.nan)
+    results = {}
+    for backend in ("kernels", "reference"):
+        layer = make_layer(package, shape, backend=backend).to(device)
+        cache, whole = layer.allocate_cache(3), layer.allocate_cache(3)
+        with torch.no_grad():
+            layer(x[:, :3], cache)
+            before = {"conv": cache.conv[~present].clone(), "state": cache.state[~present].clone()}
+            y = layer(token, cache, attention_mask=mask)
+            full = layer(x, whole)[:, 3:]
+        assert bool((y[~present] == 0).all())
+        assert_same({"conv": cache.conv[~present], "state": cache.state[~present]}, before)
+        results[backend] = {"y": y, "conv": cache.conv, "state": cache.state}
+        moved = {key: value[present] for key, value in results[backend].items()}
+        assert_close(moved, {"y": full[present], "conv": whole.conv[present], "state": whole.state[present]}, 2e-6)
+    assert_close(results["kernels"], results["reference"], 2e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_mask_of_another_shape_is_refused_with_a_cache(package, device, steps) -> None:
+    """A step looks at its mask as other calls do, and moves nothing on before that."""
+    layer, x = make_layer(package).to(device), tokens(device, 2, steps)
+    cache = layer.allocate_cache(2)
+    message = re.escape(f"attention_mask must be (2, {steps}), got (1, {steps})")
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        layer(x, cache, attention_mask=torch.ones(1, steps, device=device))
+    assert not cache.state.any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_state_kept_in_bf16(package, device, shape) -> None:
+    """A call rounds the state that it leaves, to the bit, and y is off by what these roundings make in float64."""
+    layer, x = make_layer(package, shape).to(device), tokens(device, 2, 8)
+    caches = [layer.allocate_cache(2, state_dtype=dtype) for dtype in (torch.bfloat16, torch.float32, None)]
+    narrow, rounded, wide = caches
+    assert [cache.state.dtype for cache in caches] == [torch.bfloat16, torch.float32, torch.float32]
+    assert {cache.conv.dtype for cache in caches} == {torch.float32}
+    y = in_pieces(layer, x, narrow)
+    assert_same({"y": y, "conv": narrow.conv}, {"y": in_pieces(layer, x, rounded, rounds=True), "conv": rounded.conv})
+    assert torch.equal(narrow.state.float(), rounded.state)
+    exact = twin(layer, torch.float64)
+    off, plain = (in_pieces(exact, x.double(), exact.allocate_cache(2), rounds=rounds) for rounds in (True, False))
+    # twice, as float32 rounds to the other neighbour where a state is nearly halfway
+    assert 0 < distance(y, in_pieces(layer, x, wide)) <= 2 * distance(off, plain)
 
 
 def test_states_of_scan_have_gradients(package, device) -> None:
@@ -262,7 +284,7 @@ def test_state_dict_round_trip(package, device, tmp_path: Path) -> None:
     other = package.M2RNN(HIDDEN, **GATED, bias=True).to(device)
     assert not torch.equal(other(x), layer(x))
     other.load_state_dict(torch.load(tmp_path / "layer.pt", weights_only=True))
-    assert_same(trained(other, x), trained(layer, x))
+    assert_same(with_gradients(other, x), with_gradients(layer, x))
 
 
 def test_meta_device(package) -> None:
@@ -283,7 +305,7 @@ def test_meta_device(package) -> None:
 def test_activation_checkpointing(package, device, reentrant) -> None:
     """A recomputed layer gives the same bits."""
     layer, x = make_layer(package, "softplus").to(device), tokens(device, 1, 4)
-    expected = trained(layer, x)
+    expected = with_gradients(layer, x)
     leaf = x.detach().requires_grad_()
     y = torch.utils.checkpoint.checkpoint(layer, leaf, use_reentrant=reentrant)
     y.backward(loss_weights(y))
@@ -295,14 +317,14 @@ def test_autocast(package, device) -> None:
     """Under autocast a float32 layer runs the bf16 kernels, and decodes; gradients stay in float32."""
     layer, x = make_layer(package, "softplus").to(device), tokens(device, 1, 4)
     with torch.autocast(device.type, torch.bfloat16):
-        results = trained(layer, x)
+        results = with_gradients(layer, x)
         with torch.no_grad():
             cache = layer.allocate_cache(1)
             pieces = torch.cat((layer(x[:, :3], cache), layer(x[:, 3:], cache)), 1)
     assert results["y"].dtype == torch.bfloat16
     assert {results[name].dtype for name, _ in layer.named_parameters()} == {torch.float32}
     assert_close({"y": pieces}, {"y": results["y"]}, 2**-7)
-    exact = trained(twin(package, layer, "softplus", torch.float64), x.double())
+    exact = with_gradients(twin(layer, torch.float64), x.double())
     assert distance(results["y"], exact["y"]) < 2**-5
 
 
@@ -313,8 +335,8 @@ def test_compiled_without_breaks(package, device, packed) -> None:
     call = {"cu_seqlens": offsets_of((4, 2)).to(device)} if packed else {}
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     names = {name: name.removeprefix("_orig_mod.") for name, _ in compiled.named_parameters()}
-    given = {names.get(name, name): value for name, value in trained(compiled, x, **call).items()}
-    assert_close(given, trained(layer, x, **call), 2e-6)
+    given = {names.get(name, name): value for name, value in with_gradients(compiled, x, **call).items()}
+    assert_close(given, with_gradients(layer, x, **call), 2e-6)
 
 
 @pytest.mark.parametrize("backend", ["kernels", "reference"])
@@ -324,7 +346,7 @@ def test_compiled_without_breaks_under_autocast(package, device, shape, backend)
     layer, x = make_layer(package, shape, backend=backend).to(device), tokens(device, 1, 3)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     with torch.autocast(device.type, torch.bfloat16):
-        given, expected = trained(compiled, x), trained(layer, x)
+        given, expected = with_gradients(compiled, x), with_gradients(layer, x)
     assert given["y"].dtype == torch.bfloat16
     # aot_eager keeps what autocast casts, but may add up gradients of a tensor with two uses in another order
     assert_close(dict(zip(expected, given.values(), strict=True)), expected, 2**-7)

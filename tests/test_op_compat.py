@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from collections.abc import Callable
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -10,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from calls import Results, arguments, assert_same, differentiate, distance, packed
+from layer import trained
 from support import build_package, make_schedule, make_variant
-from torch import Tensor
+from torch import Tensor, nn
 
+from m2gen.compile import load_module
 from m2gen.problem import Draw, Inputs, Problem, make_inputs
 
 HEADS = (2, 4, 4, 1, 2)
@@ -110,6 +114,63 @@ def test_the_clippings_of_that_test_differ(device) -> None:
     inputs = draw(device)
     free, bound = (call(published, inputs, torch.float64, gradient_clipping=c) for c in (None, 1.0))
     assert min(distance(bound[f"d{name}"], free[f"d{name}"]) for name in ("k", "v", "weight", "forget")) > 0.01
+
+
+MODEL = """
+from {origin} import m2rnn
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(8, 16 + 16 + 32 + 2)
+        self.weight = nn.Parameter(torch.eye(16).repeat(2, 1, 1))
+        self.start = nn.Parameter(torch.zeros(2, 16, 16))
+
+    def forward(self, x):
+        q, k, v, gate = self.project(x).split([16, 16, 32, 2], -1)
+        output, state = m2rnn(
+            query=q.unflatten(-1, (1, 16)),
+            key=k.unflatten(-1, (1, 16)),
+            value=v.unflatten(-1, (2, 16)),
+            weight=self.weight,
+            forget_input=gate.sigmoid(),
+            input_state=self.start.expand(x.shape[0], -1, -1, -1),
+            gradient_clipping=0.1,
+        )
+        return output.flatten(-2) + state.mean((1, 2, 3))[:, None, None]
+"""
+"""A model's file, but for where the recurrence comes from."""
+
+
+@pytest.fixture
+def model_on(tmp_path, monkeypatch, device) -> Callable[[str], nn.Module]:
+    """Return a function that makes a model whose file imports the recurrence from a module, always of equal weights."""
+    stand_in = ModuleType("published_m2rnn")
+    stand_in.m2rnn = published  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+
+    def make(origin: str) -> nn.Module:
+        path = tmp_path / f"model_on_{origin.replace('.', '_')}.py"
+        path.write_text(MODEL.format(origin=origin), encoding="utf-8")
+        torch.manual_seed(0)
+        model: nn.Module = load_module(path, f"{tmp_path.name}_{path.stem}").Model()
+        return model.to(device)
+
+    return make
+
+
+@pytest.mark.parametrize("of_package", [False, True], ids=["published", "compat"])
+def test_a_model_switches_by_its_import(compat, device, model_on, of_package) -> None:
+    """The same file trains alike, with the same parameters, whichever module its ``m2rnn`` is imported from."""
+    x = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1)).to(device)
+    exact = trained(model_on("published_m2rnn").double(), x.double())
+    given = trained(model_on(compat.__name__ if of_package else "published_m2rnn"), x)
+    assert given.keys() == exact.keys()
+    assert {name: e for name in exact if (e := distance(given[name], exact[name])) > 64 * EPS} == {}
+    assert all(x.dtype is torch.float32 and x.norm() > 0 for x in given.values())
 
 
 def test_packed_as_published(compat, device) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +19,8 @@ from calls import (
     module_of,
     packed,
 )
-from layer import Mixer, trained
-from support import GATED_HEADS, STEPS, make_variant
+from layer import Mixer, make_layer, tokens, trained, with_gradients
+from support import GATED_HEADS, STEPS, build_package, import_package, make_schedule, make_variant
 from torch import Tensor
 
 from m2gen.problem import Inputs, Problem, make_inputs
@@ -101,7 +104,10 @@ def mixer(package, device) -> tuple[Mixer, Tensor]:
     return Mixer(package.m2rnn).to(device), torch.randn(2, 3, 8).to(device)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
 def test_copies_of_a_module(mixer, copied) -> None:
     """A module that holds the operator can be copied and pickled, and the copy has parameters of its own."""
     module, x = mixer
@@ -111,6 +117,47 @@ def test_copies_of_a_module(mixer, copied) -> None:
     with torch.no_grad():
         other.weight.mul_(0.5)
     assert not torch.equal(other(x), module(x))
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES.keys())
+def test_copies_of_the_generated_layer(package, device, copied) -> None:
+    """``M2RNN``, after a call, is copied and pickled with its dims, and the copy has parameters of its own."""
+    layer, x = make_layer(package).to(device), tokens(device, 2, 3)
+    expected = with_gradients(layer, x)
+    other = copied(layer)
+    assert type(other) is package.M2RNN
+    assert repr(other) == repr(layer)
+    assert_same(with_gradients(other, x), expected)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+    assert_same(with_gradients(layer, x), expected)
+    assert not torch.equal(other(x), expected["y"])
+
+
+ELSEWHERE = """
+import pickle, sys, torch
+torch.set_num_threads(1)
+with open("layer.pickle", "rb") as stream:
+    layer, x = pickle.load(stream)
+assert "m2gen" not in sys.modules
+torch.save(layer(x).detach(), "y.pt")
+"""
+"""What a process does with a pickle that finds the package it is of, and nothing of m2gen."""
+
+
+def test_a_pickled_layer_in_another_process(tmp_path, device) -> None:
+    """It needs the package on the path, gives the same bits, and does not import m2gen."""
+    package = import_package(tmp_path / "pickled", build_package("pickled", [PLAIN], make_schedule()), "pickled")
+    layer, x = make_layer(package).to(device), tokens(device, 2, 3)
+    with torch.no_grad():
+        expected = layer(x)
+    (tmp_path / "layer.pickle").write_bytes(pickle.dumps((layer, x)))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", ELSEWHERE]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "y.pt"), expected)
 
 
 def test_functional_call(mixer) -> None:

@@ -19,9 +19,11 @@ import m2gen.pipeline  # noqa: F401  (fills sys.modules)
 from m2gen.directory import MANIFEST
 
 STAGE = sys.modules["m2gen.pipeline.build"]
-BLOCKED = ("m2gen", "jinja2", "optuna", "pydantic", "yaml", "typer", "sqlalchemy")
+BLOCKED = ("jinja2", "optuna", "pydantic", "yaml", "typer", "sqlalchemy")
 USE = f"""
+import importlib.util
 import sys
+assert importlib.util.find_spec("m2gen") is None
 sys.modules.update(dict.fromkeys({BLOCKED!r}))  # importing them raises, as where they are not installed
 import torch
 {{load}}
@@ -50,8 +52,8 @@ def build(*options: str) -> str:
     return str(result.stdout)
 
 
-def use(python: Path | str, folder: Path, load: str) -> str:
-    """Load a package in an isolated interpreter, train its layer for a step, and return where it came from."""
+def use(python: Path, folder: Path, load: str) -> str:
+    """Load a package in an isolated interpreter without m2gen, train its layer for a step, and return its place."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [str(python), "-I", "-c", USE.format(load=load)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -60,10 +62,15 @@ def use(python: Path | str, folder: Path, load: str) -> str:
 
 
 def new_environment(folder: Path) -> Path:
-    """Return the interpreter of a new environment that finds torch and triton, and no package that is being tested."""
+    """Return the interpreter of a new environment that finds torch and triton, and no package that is being tested.
+
+    An editable m2gen is in site-packages by its data files and a .pth file, so what lies beside them is linked.
+    """
     venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    (site / "shared.pth").write_text(f"{Path(torch.__file__).parents[1]}\n", encoding="utf-8")
+    for place in Path(torch.__file__).parents[1].iterdir():
+        if "m2gen" not in place.name and place.suffix != ".pth":
+            (site / place.name).symlink_to(place)
     return folder / "bin" / "python"
 
 
@@ -103,7 +110,6 @@ def test_a_wheel_holds_the_package(spec: Path) -> None:
 
 
 HUB_LOAD = """
-import importlib.util
 place = "dist/one/torch-ext/one"
 begin, search = place + "/__init__.py", [place]
 found = importlib.util.spec_from_file_location("one_0123abc", begin, submodule_search_locations=search)
@@ -114,7 +120,7 @@ found.loader.exec_module(one)
 
 
 @pytest.mark.usefixtures("no_compiling")
-def test_a_hub_repository_loads_where_there_is_no_m2gen(spec: Path) -> None:
+def test_a_hub_repository_loads_where_there_is_no_m2gen(spec: Path, tmp_path: Path) -> None:
     """The layout is what kernel-builder wants, and the module loads under any name."""
     assert "dist/one: " in build("--format", "hf-kernel")
     folder = spec.parent / "dist" / "one"
@@ -122,8 +128,31 @@ def test_a_hub_repository_loads_where_there_is_no_m2gen(spec: Path) -> None:
     assert facts["general"]["name"] == "one"
     assert {"torch-noarch", "kernel"} <= facts.keys()
     assert (folder / "torch-ext" / "one" / MANIFEST).is_file()
-    assert use(sys.executable, spec.parent, HUB_LOAD).endswith("torch-ext/one/__init__.py")
+    python = new_environment(tmp_path / "environment")
+    assert use(python, spec.parent, HUB_LOAD).endswith("torch-ext/one/__init__.py")
     assert not (spec.parent / "generated").exists()
+
+
+@pytest.mark.usefixtures("no_compiling")
+@pytest.mark.parametrize(("name", "repository"), [("x1", "x1"), ("m2rnn_7b", "m2rnn-7b"), ("a__0", "a--0")])
+def test_names_that_the_hub_takes(spec: Path, name: str, repository: str) -> None:
+    """The repository is named as the package, with dashes."""
+    spec.write_text(spec.read_text(encoding="utf-8").replace("name: one", f"name: {name}"), encoding="utf-8")
+    build("--format", "hf-kernel")
+    facts = tomllib.loads((spec.parent / "dist" / repository / "build.toml").read_text(encoding="utf-8"))
+    assert facts["general"]["name"] == repository
+
+
+@pytest.mark.usefixtures("no_compiling")
+@pytest.mark.parametrize("name", ["x", "One", "m2RNN", "one_"])
+def test_names_that_the_hub_does_not_take(spec: Path, name: str) -> None:
+    """kernel-builder wants ^[a-z][-a-z0-9]*[a-z0-9]$: nothing is written for another name, which a wheel may have."""
+    spec.write_text(spec.read_text(encoding="utf-8").replace("name: one", f"name: {name}"), encoding="utf-8")
+    line = fails(1, "build", "--spec", "one.yaml", "--no-verify", "--quiet", "--format", "hf-kernel")
+    assert "one.yaml: $.name must be two or more of a-z, 0-9 and _" in line
+    assert f"got {name!r}" in line
+    assert not (spec.parent / "dist").exists()
+    build("--wheel")
 
 
 def test_hub_layers_have_no_state_of_their_own(modules, device) -> None:

@@ -18,7 +18,7 @@ from m2gen.errors import CompileError, UsageError, VerifyError
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.plan import Plan, Progress, render
 from m2gen.pipeline.verify import VerifyRequest, failure_lines, verify
-from m2gen.ship import deliver
+from m2gen.ship import deliver, kernel_name
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ def build(
     planned: Plan, out: Path, progress: Progress, *, verified: bool = True, form: Format = Format.PACKAGE
 ) -> BuildOutcome:
     """Render, compile, verify and write ``out/<name>/``, or another form; a failure at any stage writes nothing."""
+    if form is Format.HF_KERNEL:
+        kernel_name(planned.origin)  # one that the Hub refuses is said before minutes are spent
     rendered = render(planned)
     rows = check(planned, progress)
     broken = [row for row in rows if row.problems]
