@@ -2,9 +2,10 @@
 
     python tests/sanitize.py            # both tools; exit status 1 if either finds anything, or cannot run
     python tests/sanitize.py memcheck   # one of them
-    python tests/sanitize.py --calls    # the calls alone, without a tool
+    python tests/sanitize.py --calls    # the calls alone, without a tool; of the entries that follow, if any do
 
-The calls run once without a tool first, which compiles the kernels into Triton's cache: a tool then only loads them.
+The calls run once without a tool first, each entry of the matrix in a process, which compiles the kernels into Triton's
+cache: a tool then only loads them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -25,22 +27,22 @@ from calls import arguments, differentiate
 from support import GATED_HEADS, build_package, import_package, make_schedule, make_variant
 
 from m2gen.problem import Inputs, Problem, make_inputs
-from m2gen.schedule import Layouts, Schedule
+from m2gen.schedule import Layouts, Schedule, Scratch
 from m2gen.variant import Variant
 
 TOOLS = {
     "memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # an allocation each, so that each has its own bounds
     "racecheck": {},
 }
-LIMIT = 90
+LIMIT = 200
 """Seconds a tool may take."""
 CLEAN = "SUMMARY: 0 "
 """What either tool prints last when it has looked and found nothing."""
 
 
-def explicit(schedule: Schedule) -> Schedule:
-    """Return a schedule with the layouts written down."""
-    return replace(schedule, layouts=Layouts.EXPLICIT)
+def explicit(schedule: Schedule, scratch: Scratch = Scratch.SHARED) -> Schedule:
+    """Return a schedule with the layouts written down, and its scratch in shared memory or in the L2."""
+    return replace(schedule, backward=replace(schedule.backward, scratch=scratch), layouts=Layouts.EXPLICIT)
 
 
 MATRIX = {
@@ -55,7 +57,13 @@ MATRIX = {
         make_variant(32, 64, (1, 1, 2, 1, 2), "fp16"),
         explicit(make_schedule("atomic", interval=4, unroll=4, warps=4)),
     ),
+    "explicit_four_steps": (  # of states in the registers of one warp
+        make_variant(32, 16, (1, 1, 2, 2, 2), "bf16"),
+        explicit(make_schedule("atomic", interval=8, unroll=4, chunk=4, forward_rows=32, backward_rows=32), Scratch.L2),
+    ),
     "softplus": (make_variant(heads=GATED_HEADS, dtype="bf16", gate="softplus"), make_schedule("atomic")),
+    "total": (make_variant(16, 24, (1, 2, 4, 4, 2), "fp16", "total"), make_schedule("atomic")),
+    "tf32": (make_variant(32, 16, products="tf32"), make_schedule("atomic")),
 }
 PROBLEMS = {
     "padded": Problem(2, 7, initial_state=True),
@@ -65,38 +73,49 @@ PROBLEMS = {
 
 
 def calls(name: str, folder: Path, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield what to run for one entry of the matrix: a training step of each kind, and a step of decoding."""
+    """Yield what to run for one entry: training steps of each kind, calls without gradients, steps of decoding."""
     variant, schedule = MATRIX[name]
     package = import_package(folder / name, build_package(f"sanitize_{name}", [variant], schedule))
     for problem in PROBLEMS:
         inputs = make_inputs(variant, PROBLEMS[problem], seed=0).to(device)
         for mode in (True, False):
             yield f"{name} {problem} {'deterministic' if mode else 'default'}", _training(package, inputs, mode)
-    yield f"{name} step", _decoding(package, variant, device)
+        yield f"{name} {problem} without gradients", partial(package.m2rnn, **arguments(inputs))
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"{name} step on {dtype}", _decoding(package, variant, device, dtype)
 
 
 def _training(package: ModuleType, inputs: Inputs, deterministic: bool) -> Callable[[], object]:
     return lambda: differentiate(package.m2rnn, inputs, deterministic=deterministic)
 
 
-def _decoding(package: ModuleType, variant: Variant, device: torch.device) -> Callable[[], object]:
+def _decoding(package: ModuleType, variant: Variant, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     inputs = make_inputs(variant, Problem(2, 1, initial_state=True), seed=0).to(device)
     token = {key: getattr(inputs, key)[:, 0] for key in ("q", "k", "v", "forget")}
     shared = arguments(inputs, ("weight", "A_log", "dt_bias"))
-    return lambda: package.m2rnn_step(**token, **shared, state=inputs.initial_state)
+    assert inputs.initial_state is not None
+    state = inputs.initial_state.to(dtype)
+    return lambda: package.m2rnn_step(**token, **shared, state=state)
 
 
-def run_calls() -> int:
-    """Run the matrix on the GPU; return how many calls ran."""
+def run_calls(names: Iterable[str]) -> int:
+    """Run entries of the matrix on the GPU; return how many calls ran."""
     count = 0
     with tempfile.TemporaryDirectory() as folder:
-        for name in MATRIX:
+        for name in names:
             for label, call in calls(name, Path(folder), torch.device("cuda")):
                 call()
                 torch.cuda.synchronize()
                 print(f"  {label}", flush=True)
                 count += 1
     return count
+
+
+def compiled() -> bool:
+    """Run every entry in a process of its own, all at once; return whether they all did."""
+    running = [subprocess.Popen([sys.executable, __file__, "--calls", name]) for name in MATRIX]
+    statuses = [process.wait() for process in running]
+    return not any(statuses)
 
 
 def check(tool: str, command: list[str]) -> str:
@@ -119,18 +138,24 @@ def check(tool: str, command: list[str]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Run the calls, plainly and then under each tool; return the exit status."""
-    unknown = set(arguments) - set(TOOLS) - {"--calls"}
+    only_calls, known = arguments[:1] == ["--calls"], (*TOOLS, "--calls")
+    unknown = set(arguments[1:]) - set(MATRIX) if only_calls else set(arguments) - set(TOOLS)
     if unknown:
-        print(f"sanitize: arguments must be among {', '.join(TOOLS)} and --calls, got {', '.join(sorted(unknown))}")
+        expected = "entries of the matrix after --calls" if only_calls else f"among {', '.join(known)}"
+        print(f"sanitize: arguments must be {expected}, got {', '.join(sorted(unknown))}")
         return 2
     if not torch.cuda.is_available():
         print("sanitize: needs a GPU that torch can use")
         return 1
     start = time.monotonic()
-    count = run_calls()
-    print(f"calls: {count} ran, {time.monotonic() - start:.0f} s")
+    if only_calls:
+        print(f"calls: {run_calls(arguments[1:] or MATRIX)} ran, {time.monotonic() - start:.0f} s")
+        return 0
+    if not compiled():
+        return 1
+    print(f"compiled, {time.monotonic() - start:.0f} s", flush=True)
     status = 0
-    for tool in () if "--calls" in arguments else (arguments or TOOLS):
+    for tool in arguments or TOOLS:
         start = time.monotonic()
         problem = check(tool, [sys.executable, __file__, "--calls"])
         print(f"{tool}: {problem or 'clean'}, {time.monotonic() - start:.0f} s", flush=True)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import sanitize
 import torch
+from calls import Spy
 
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.problem import Problem
 from m2gen.render import SHORT
 from m2gen.schedule import Layouts, problems
+from m2gen.spec import ClipMode, Fp32Products
 
 
-@pytest.mark.parametrize("name", ["masked", "softplus"])
+@pytest.mark.parametrize("name", ["masked", "softplus", "total", "tf32"])
 def test_the_calls_run(tmp_path: Path, device: torch.device, monkeypatch, name: str) -> None:
     """Every call of an entry runs, here on shorter sequences, and gives finite results."""
     short = {"padded": Problem(1, 1, initial_state=True), "packed": Problem(0, 0, lengths=(0, 1), initial_state=True)}
@@ -26,18 +29,35 @@ def test_the_calls_run(tmp_path: Path, device: torch.device, monkeypatch, name: 
         tensors = results.values() if isinstance(results, dict) else results
         assert all(x.isfinite().all() for x in tensors)
         labels.append(label)
-    assert len(labels) == 5
+    kinds = ("deterministic", "default", "without gradients")
+    expected = [f"{name} {problem} {kind}" for problem in short for kind in kinds]
+    assert labels == [*expected, f"{name} step on torch.float32", f"{name} step on torch.bfloat16"]
+
+
+def test_calls_without_gradients_save_nothing(tmp_path: Path, device: torch.device, monkeypatch) -> None:
+    """They run the forward alone, without checkpoints, which is another kernel than that of training."""
+    monkeypatch.setattr(sanitize, "PROBLEMS", {"padded": Problem(1, 1)})
+    found = dict(sanitize.calls("masked", tmp_path, device))
+    spy = Spy(sys.modules["m2gen_test_masked"], monkeypatch)
+    found["masked padded without gradients"]()
+    assert spy.launched == ["forward"]
+    ((_, _, checkpoints),) = spy.results["forward"]
+    assert checkpoints is None
 
 
 def test_the_matrix_covers_what_it_should() -> None:
-    """Masked rows and columns, rows over two programs, several warps, a computed gate, empty sequences."""
+    """Masked rows and columns, rows over two programs, several warps, every gate, clip and product, empty sequences."""
     variants = [variant for variant, _ in sanitize.MATRIX.values()]
     assert any(v.masks_rows for v in variants)
     assert any(v.masks_cols for v in variants)
     assert any(v.computes_gate for v in variants)
     assert any(s.backward.parts(v) > 1 for v, s in sanitize.MATRIX.values())
     assert any(s.backward.warps > 1 for _, s in sanitize.MATRIX.values())
+    assert {v.clip for v in variants} == set(ClipMode)
+    assert {v.products for v in variants} == set(Fp32Products)
     assert {s.two_level for _, s in sanitize.MATRIX.values()} == {False, True}
+    explicit = [s.backward for _, s in sanitize.MATRIX.values() if s.layouts is Layouts.EXPLICIT]
+    assert {(1, 4), (1, 2)} <= {(part.warps, part.chunk) for part in explicit}
     assert math.prod(sanitize.PROBLEMS["long"].lead) > SHORT
     assert 0 in (sanitize.PROBLEMS["packed"].lengths or ())
     devices = {Layouts.AUTO: PORTABLE, Layouts.EXPLICIT: TARGETS["sm_90"]}

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 from support import make_variant
 
+from m2gen.device import TARGETS
 from m2gen.pipeline import open_spec
 from m2gen.pipeline.verify import MATRIX
+from m2gen.schedule import Layouts, default
 from m2gen.spec import Dtype
 from m2gen.variant import expand
 from m2gen.verify import Check, Feature, cases, quick
@@ -49,6 +51,17 @@ def test_long_sequences_are_for_small_states() -> None:
     assert max(case.problem.seq for case in cases(large, 16, interpreted=False)) <= 65
 
 
+def test_long_sequences_reach_the_kernels_of_the_published_models() -> None:
+    """A variant of the shipped matrix with their state, dtype and numerics has the cases of thousands of steps."""
+    variants = [built.variant for built in expand(open_spec("matrix.yaml")[0])]
+    published = [v for v in variants if (v.state_expansion, v.head_dim, v.dtype, v.gate) == (64, 16, "bf16", "given")]
+    schedules = {v: default(v, TARGETS["sm_90"]) for v in published}
+    assert {s.forward.rows for s in schedules.values()} == {32}
+    assert {s.layouts for s in schedules.values()} == {Layouts.EXPLICIT}
+    names = {case.name for v, s in schedules.items() for case in cases(v, s.interval, interpreted=False)}
+    assert {"steps_4096", "steps_16384"} <= names
+
+
 def test_the_interpreter_walks_no_large_state() -> None:
     """With too many tiles a single short case is left."""
     (case,) = cases(make_variant(64, 16, (1, 1, 132, 132, 132)), 16, interpreted=True)
@@ -81,3 +94,4 @@ def test_the_full_matrix_has_what_the_contract_lists() -> None:
     assert {(v.clip, v.tanh) for v in variants} == {("carry", "approx"), ("total", "exact")}
     assert {v.gate for v in variants} == {"given", "softplus"}
     assert {v.products for v in variants} == {"ieee", "tf32"}
+    assert {v.dtype for v in variants if v.clip == "total"} == set(Dtype)

@@ -21,6 +21,8 @@ VARIANTS = {
     "given": make_variant(heads=HEADS, dtype="bf16"),
     "softplus": make_variant(heads=HEADS, dtype="bf16", gate="softplus"),
 }
+WARM = 3
+"""Runs before a capture."""
 FLOATS = ("q", "k", "v", "weight", "forget", "initial_state", "A_log", "dt_bias", "dy", "dstate")
 
 
@@ -29,7 +31,7 @@ def capture(run: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(WARM):
             run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -120,7 +122,48 @@ def test_decoding(built, device, name) -> None:
         assert torch.equal(state, expected)
 
 
+def training(operator: Callable[..., Any], inputs: Inputs) -> tuple[list[Tensor], Callable[[], None]]:
+    """Return float32 parameters of their own, and a step of AdamW on them, which reads all else where it lies."""
+    given = arguments(inputs)
+    trained = {name: given[name].float().clone().requires_grad_() for name in ("weight", "initial_state")}
+    optimiser = torch.optim.AdamW(trained.values(), lr=1e-2, capturable=True)
+
+    def step() -> None:
+        optimiser.zero_grad()
+        y, state = operator(**{**given, **trained}, deterministic=True)
+        torch.autograd.backward([y, state], [inputs.dy.to(y.dtype), inputs.dstate.to(state.dtype)])
+        optimiser.step()
+
+    return list(trained.values()), step
+
+
 def test_a_whole_optimiser_step(built, device) -> None:
+    """Forward, backward and AdamW in one graph train parameters, replay by replay, as eager steps do."""
+    variant = VARIANTS["given"]
+    operator = built(variant).m2rnn
+
+    def draw(seed: int) -> Inputs:
+        return make_inputs(variant, Problem(2, 37, initial_state=True), seed).to(device)
+
+    static, other = draw(0), draw(0)
+    parameters, step = training(operator, static)
+    expected, eager = training(operator, other)
+    graph, _ = capture(step)
+    for _ in range(WARM):
+        eager()
+    for seed in (1, 2, 0):
+        before = [x.detach().clone() for x in parameters]
+        for inputs in (static, other):
+            overwrite(inputs, draw(seed))
+        graph.replay()
+        eager()
+        for x, y, old in zip(parameters, expected, before, strict=True):
+            assert torch.equal(x, y)
+            assert x.isfinite().all()
+            assert not torch.equal(x, old)
+
+
+def test_a_graphed_callable(built, device) -> None:
     """torch.cuda.make_graphed_callables takes a function of the operator, forward and backward."""
     variant = VARIANTS["given"]
     operator = built(variant).m2rnn

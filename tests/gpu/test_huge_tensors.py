@@ -19,6 +19,9 @@ SMALL = 2**12
 GPU = pytest.mark.gpu
 SIZES = [pytest.param(SMALL, id="small"), pytest.param(BEYOND, marks=GPU, id="beyond_2_to_32")]
 GIB = 2**30
+TILE = make_variant(heads=(2, 2, 2, 2, 2), dtype="bf16")
+PUBLISHED = make_variant(64, 16, (2, 2, 2, 2, 2), "bf16", tanh="approx")
+"""The published models' state: programs of 32 rows whose iterations make k v^T of many steps on tensor cores."""
 STREAMED = ("q", "k", "v", "weight", "forget", "dy")
 
 
@@ -42,14 +45,20 @@ def far_apart(x: Tensor, dim: int, reach: int) -> Tensor:
     return view.copy_(x)
 
 
-@pytest.mark.parametrize("reach", SIZES)
+@pytest.mark.parametrize(
+    ("variant", "reach"),
+    [
+        pytest.param(TILE, SMALL, id="small"),
+        pytest.param(TILE, BEYOND, marks=GPU, id="beyond_2_to_32"),
+        pytest.param(PUBLISHED, BEYOND, marks=GPU, id="published_beyond_2_to_32"),
+    ],
+)
 @pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["batch", "step", "head", "element"])
-def test_operands_with_far_strides(built, device, dim, reach) -> None:
+def test_operands_with_far_strides(built, device, dim, variant, reach) -> None:
     """Every operand and dy at once with one dim's elements 2^32 apart give the bits of contiguous ones.
 
     The stride of ``element`` and ``step`` itself fits 32 bits; its product with an index does not.
     """
-    variant = make_variant(heads=(2, 2, 2, 2, 2), dtype="bf16")
     inputs = make_inputs(variant, Problem(2, 5, initial_state=True), seed=dim).to(device)
     needs(device, len(STREAMED) * 2 * (reach + reach // 8))
     far = changed(inputs, STREAMED, lambda x: far_apart(x, dim, reach))
@@ -61,21 +70,41 @@ def test_operands_with_far_strides(built, device, dim, reach) -> None:
 @pytest.mark.parametrize("reach", SIZES)
 def test_packed_operands_with_far_steps(built, device, reach) -> None:
     """A sequence of a packed batch may start 2^32 elements after the first."""
-    variant = make_variant(heads=(2, 2, 2, 2, 2), dtype="bf16")
-    inputs = packed(make_inputs(variant, Problem(2, 3, initial_state=True), seed=4).to(device))
+    inputs = packed(make_inputs(TILE, Problem(2, 3, initial_state=True), seed=4).to(device))
     needs(device, len(STREAMED) * 2 * (reach + reach // 8))
-    check(built(variant), changed(inputs, STREAMED, lambda x: far_apart(x, 0, reach)), inputs)
+    check(built(TILE), changed(inputs, STREAMED, lambda x: far_apart(x, 0, reach)), inputs)
 
 
 @pytest.mark.parametrize("reach", SIZES)
 def test_far_elements_expanded_over_everything_else(built, device, reach) -> None:
     """Element-major operands of one step, expanded with stride 0 over the batch, the steps and the heads."""
-    variant = make_variant(heads=(2, 2, 2, 2, 2), dtype="bf16")
-    inputs = make_inputs(variant, Problem(2, 5, initial_state=True), seed=5).to(device)
+    inputs = make_inputs(TILE, Problem(2, 5, initial_state=True), seed=5).to(device)
     names = ("q", "k", "v", "dy")
     needs(device, len(names) * 2 * (reach + reach // 8))
     far = changed(inputs, names, lambda x: far_apart(x[:1, :1, :1], 3, reach).expand(x.shape))
-    check(built(variant), far, changed(far, names, lambda x: x.contiguous()))
+    check(built(TILE), far, changed(far, names, lambda x: x.contiguous()))
+
+
+@pytest.mark.parametrize("reach", SIZES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dim", [0, 1, 2, 3], ids=["sequence", "head", "row", "column"])
+def test_a_step_on_a_state_with_far_strides(built, device, dim, dtype, reach) -> None:
+    """A state whose one dim reaches beyond 2^32 elements is read and written where it lies, and nothing around it."""
+    inputs = make_inputs(PUBLISHED, Problem(2, 1, initial_state=True), seed=dim).to(device)
+    needs(device, dtype.itemsize * (reach + reach // 8) + GIB)
+    token = {name: getattr(inputs, name)[:, 0] for name in ("q", "k", "v", "forget")}
+    near = inputs.initial_state.to(dtype)
+    far = far_apart(near, dim, reach)
+    assert (far.shape[dim] - 1) * far.stride(dim) >= reach
+    results = {}
+    for name, state in (("far", far), ("near", near)):
+        y, returned = built(PUBLISHED).m2rnn_step(**token, weight=inputs.weight, state=state)
+        assert returned is state
+        results[name] = {"y": y, "state": state.contiguous()}
+    assert_same(results["far"], results["near"])
+    assert all(x.isfinite().all() for x in results["far"].values())
+    memory = far.as_strided((far.untyped_storage().nbytes() // dtype.itemsize,), (1,))
+    assert sum(int(part.isnan().logical_not().sum()) for part in memory.split(2**28)) == far.numel()
 
 
 def check(package: ModuleType, far: Inputs, near: Inputs) -> None:

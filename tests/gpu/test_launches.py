@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 import pytest
 import torch
-from calls import DIFFERENTIABLE, Spy, arguments, assert_same, changed, differentiate, packed
+from calls import DIFFERENTIABLE, Results, Spy, arguments, assert_same, changed, differentiate, module_of, packed
 from support import OPERANDS, make_variant
 
 from m2gen.problem import Inputs, Problem, make_inputs
@@ -104,16 +105,67 @@ def test_offsets_that_lie_never_reach_the_gpu(built, device, monkeypatch, offset
     torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("flat", [False, True], ids=["padded", "packed"])
-def test_a_device_that_is_not_current(built, flat) -> None:
-    """Tensors on the second GPU are served there while the first is current, and the first stays current."""
+@pytest.fixture
+def two_gpus() -> tuple[torch.device, torch.device]:
+    """Return two GPUs, the first of which is current."""
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+    return torch.device("cuda", 0), torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["padded", "packed"])
+def test_a_device_that_is_not_current(built, two_gpus, flat) -> None:
+    """Tensors on the second GPU are served there while the first is current, and the first stays current."""
     operator = built(VARIANT).m2rnn
     results = []
-    for index in (0, 1):
-        inputs = draw(torch.device("cuda", index))
+    for device in two_gpus:
+        inputs = draw(device)
         results.append(differentiate(operator, packed(inputs) if flat else inputs, deterministic=True))
         assert torch.cuda.current_device() == 0
+    assert_same_on_both(results)
+
+
+def assert_same_on_both(results: list[Results]) -> None:
+    """Fail unless the second GPU holds the second results, and they have the bits of the first."""
     assert all(x.device.index == 1 for x in results[1].values())
     assert_same({name: x.to("cuda:0") for name, x in results[1].items()}, results[0])
+
+
+def _inferred(package: ModuleType, inputs: Inputs) -> Results:
+    y, state = package.m2rnn(**arguments(inputs), deterministic=True)
+    return {"y": y, "state": state}
+
+
+def _stepped(package: ModuleType, inputs: Inputs) -> Results:
+    token = {name: getattr(inputs, name)[:, 0] for name in ("q", "k", "v", "forget")}
+    y, state = package.m2rnn_step(**token, weight=inputs.weight, state=inputs.initial_state.clone())
+    return {"y": y, "state": state}
+
+
+CALLS = {
+    "padded": _inferred,
+    "packed": lambda package, inputs: _inferred(package, packed(inputs)),
+    "step": _stepped,
+}
+"""Calls that need no gradient: from the second of a kind on, their launches are remembered."""
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_a_remembered_launch_on_a_device_that_is_not_current(built, two_gpus, monkeypatch, kind) -> None:
+    """The second call of a kind runs where its tensors are, by the launch of the first, and gives the same bits."""
+    package, call = built(VARIANT), CALLS[kind]
+    every = [draw(device) for device in two_gpus]
+    first = [call(package, inputs) for inputs in every]
+    for kernels in kernels_of(package):
+        monkeypatch.setattr(kernels, "launch", lambda *_: pytest.fail("must not be looked up again"))
+    again = [call(package, inputs) for inputs in every]
+    assert torch.cuda.current_device() == 0
+    assert_same_on_both(again)
+    for one, other in zip(again, first, strict=True):
+        assert_same(one, other)
+
+
+def kernels_of(package: ModuleType) -> set[ModuleType]:
+    """Return the modules of kernels that a package dispatches to."""
+    tables = [table for by_variant in module_of(package, "dispatch").KERNELS.values() for table in by_variant.values()]
+    return {kernels for table in tables for kernels in table}

@@ -41,3 +41,14 @@ def test_every_output_and_gradient(variant: Variant, warps: int | None) -> None:
     verdict = pass_gate(candidate, asked, torch.device("cuda"))
     assert verdict.failure is None, verdict.failure
     assert {"y", "state", "dq", "dk", "dv", "dweight", "dforget"} <= {error.tensor for error in verdict.errors}
+
+
+def test_the_widest_state() -> None:
+    """128 columns, whose layouts the compiler chooses, with gradients of initial states over 145 steps near f = 1."""
+    variant = make_variant(128, 128, (8, 8, 8, 8, 8), "bf16", tanh="approx")
+    device = detect()
+    assert device is not None
+    schedule = default(variant, device)
+    candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
+    asked = (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True))
+    assert pass_gate(candidate, asked, torch.device("cuda")).failure is None

@@ -48,6 +48,33 @@ def test_25_repeats_of_several_waves(built, device, name) -> None:
     repeat(built(variant), make_inputs(variant, problem, seed=0).to(device), REPEATS)
 
 
+STRICT = [
+    pytest.param(make_variant(32, 16, (2, 2, 1, 1, 1), "bf16"), Problem(1, 3, initial_state=True), id="small"),
+    *(
+        pytest.param(
+            make_variant(64, 16, heads, "bf16", tanh="approx"),
+            Problem(4, 33, initial_state=True),
+            marks=pytest.mark.gpu,
+            id=name,
+        )
+        for name, heads in LAYERS.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("variant", "problem"), STRICT)
+def test_under_torchs_strict_mode(built, device, variant, problem) -> None:
+    """Where torch refuses what may vary, it refuses nothing of a call, and the bits are those of deterministic=True."""
+    operator, inputs = built(variant).m2rnn, make_inputs(variant, problem, seed=1).to(device)
+    expected = differentiate(operator, inputs, deterministic=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert_same(differentiate(operator, inputs), expected)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_the_same_in_small(built, device) -> None:
     """The logic of the test above, where the interpreter can run it."""
     variant = make_variant(32, 16, (2, 2, 1, 1, 1), "bf16")
