@@ -4,12 +4,12 @@ PYTHON ?= python3
 SPEC ?= h100.yaml
 BIN := .venv/bin
 
-.PHONY: build test lint types tests golden gpu sanitize clean
+.PHONY: build test lint types tests verify golden gpu sanitize clean
 
 build: .venv/installed
 	$(BIN)/m2gen build --spec $(SPEC)
 
-test: lint types tests
+test: lint types tests verify
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -20,6 +20,10 @@ types: .venv/installed
 
 tests: .venv/installed
 	$(BIN)/pytest -n 2 -q
+
+# On the GPU, else in Triton's interpreter.
+verify: .venv/installed
+	$(BIN)/m2gen verify --spec tiny.yaml --quick --quiet
 
 golden: .venv/installed
 	$(BIN)/pytest -q tests/test_golden.py --update-golden
