@@ -348,6 +348,7 @@ def test_points_of_a_sweep(axis: Axis) -> None:
         if axis in (Axis.BATCH, Axis.HEADS):
             assert point.x == programs
             assert point.fitted == (programs >= 8 * 132)
+        assert axis is not Axis.ROWS or programs == 8 * 132, "a program for every place, whatever K is"
     fitted = [point.x for point in points if point.fitted]
     assert len(fitted) >= 5
     assert axis is Axis.ROWS or fitted[-1] / fitted[0] >= 100

@@ -56,8 +56,9 @@ def points(axis: Axis, base: Workload, sm_count: int) -> tuple[Point, ...]:
     if axis is Axis.SEQ:
         return tuple(Point(seq, replace(base, seq=seq)) for seq in LENGTHS)
     if axis is Axis.ROWS:
+        full = replace(base, batch=max(base.batch, -(-FULL * sm_count // heads)))
         grown = ((rows, replace(variant, state_expansion=rows)) for rows in ROWS)
-        return tuple(Point(rows, replace(base, variant=v), rows >= MIN_TILE) for rows, v in grown)
+        return tuple(Point(rows, replace(full, variant=v), rows >= MIN_TILE) for rows, v in grown)
     if axis is Axis.HEADS:
         batch = FULL * sm_count
         of_heads = ((count * batch, with_heads(variant, count)) for count in HEADS)

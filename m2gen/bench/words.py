@@ -66,4 +66,4 @@ class Axis(StrEnum):
     HEADS = "heads"
     """B times N, by the heads of a batch that fills the GPU."""
     ROWS = "rows"
-    """K, on the layer's first workload; below a tile of 16 rows the cost is that of 16."""
+    """K, on the layer's first workload with a batch that fills the GPU; up to 16 rows the cost is that of a tile."""
