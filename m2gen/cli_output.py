@@ -17,7 +17,8 @@ from m2gen.pipeline import BuildOutcome, CheckRow, Plan, shipped_database, shipp
 from m2gen.render import templates_dir
 from m2gen.report import print_json, print_table
 
-KERNEL_COLUMNS = ("variant", "kernel", "target", "registers", "spills B", "shared B", "code B", "from", "problems")
+NUMBERS = ("registers", "spills B", "shared B", "code B")
+KERNEL_COLUMNS = ("variant", "kernel", "target", *NUMBERS, "from", "problems, notes")
 SCHEDULE_COLUMNS = ("variant", "target", "programs/SM", "schedule", "from", "of")
 
 

@@ -156,11 +156,11 @@ def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
         "tile_rows": only("tl.SliceLayout(1, TILE)"),
         "tile_cols": only("tl.SliceLayout(0, TILE)"),
     }
+    found["backward_weight_rows"] = only("tl.SliceLayout(1, BACKWARD_TILE)")
     for side in ("forward", "backward"):
         tile = f"{side.upper()}_TILE"
         found[f"{side}_tile"] = only(tile)
         found[f"{side}_rows"] = only(f"{side.upper()}_VECTOR")
         found[f"{side}_state_rows"] = f"in_tile(rows, {tile})" if explicit else "rows"
-        found[f"{side}_weight_rows"] = only(f"tl.SliceLayout(1, {tile})")
         found[f"{side}_cols"] = only(f"tl.SliceLayout(0, {tile})")
     return found

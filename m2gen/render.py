@@ -151,7 +151,7 @@ def _products(variant: Variant, schedule: Schedule) -> dict[str, Any]:
         "interpretable": interpretable,
         "widens": narrows,
         # A sum that begins with a large number rounds each of its terms to that number's last place. Triton makes one
-        # of a product and what is added to it, but for this function's.
+        # sum of a product and what is added to it, but for what tl.fma adds.
         "added_apart": interpretable,
         "weight_added_apart": variant.dtype is Dtype.FP32,
         "as_operand": "to_bfloat16(x)" if narrows else f"x.to({TRITON_DTYPE[variant.dtype]})",

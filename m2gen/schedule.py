@@ -242,7 +242,9 @@ def default(variant: Variant, device: Device) -> Schedule:
     single = variant.dtype is Dtype.FP32
     tanh = Tanh.PTX if device.is_nvidia and variant.tanh is TanhMode.APPROX else Tanh.EXP
     explicit = device.is_nvidia and not single and variant.padded_cols <= MOST_EXPLICIT_COLS
-    unroll = 8 if explicit and tanh is Tanh.PTX and (rows, warps) == (32, 1) else 2 if single and warps > 1 else 4
+    unroll = 2 if single and warps > 1 else 4
+    if explicit and tanh is Tanh.PTX and (rows, warps) == (32, 1):
+        unroll = 8
     forward = ForwardSchedule(rows, warps, unroll, Reduction.ATOMIC)
     backward = BackwardSchedule(rows, warps, 1 if single else 2, Reduction.ATOMIC)
     layouts = Layouts.EXPLICIT if explicit else Layouts.AUTO

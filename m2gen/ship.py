@@ -15,7 +15,7 @@ from pathlib import Path
 from m2gen import __version__, directory
 from m2gen.directory import Format
 from m2gen.emit import Origin, Package
-from m2gen.errors import EmitError
+from m2gen.errors import EmitError, SpecError
 from m2gen.render import render_template
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -28,7 +28,8 @@ KERNEL_NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]")
 def deliver(form: Format, out: Path, origin: Origin, package: Package, manifest: str) -> Path:
     """Write a package below ``out`` in one of its forms, in one step, and return the folder or file that it is.
 
-    Raises EmitError where that cannot be written, something else is in its place, or the Hub takes no such name.
+    Raises EmitError where that cannot be written or something else is in its place, SpecError for a name that the Hub
+    does not take.
     """
     files = {**package.files, directory.MANIFEST: manifest}
     if form is Format.WHEEL:
@@ -96,12 +97,12 @@ def _write_wheel(out: Path, origin: Origin, files: Mapping[str, str], content: s
 def kernel_name(origin: Origin) -> str:
     """Return the name of the Hub's repository, whose module has underscores instead.
 
-    Raises EmitError for one that kernel-builder refuses.
+    Raises SpecError for one that kernel-builder refuses.
     """
     name = origin.name.replace("_", "-")
     if KERNEL_NAME.fullmatch(name) is None:
         words = "two or more of a-z, 0-9 and _, a letter first and no _ last, for the Hub"
-        raise EmitError(f"{origin.spec_file}: $.name must be {words}, got {origin.name!r}")
+        raise SpecError([f"{origin.spec_file}: $.name must be {words}, got {origin.name!r}"])
     return name
 
 

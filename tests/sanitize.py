@@ -113,9 +113,19 @@ def run_calls(names: Iterable[str]) -> int:
 
 def compiled() -> bool:
     """Run every entry in a process of its own, all at once; return whether they all did."""
-    running = [subprocess.Popen([sys.executable, __file__, "--calls", name]) for name in MATRIX]
-    statuses = [process.wait() for process in running]
-    return not any(statuses)
+    running = {name: subprocess.Popen([sys.executable, __file__, "--calls", name]) for name in MATRIX}
+    end, failed = time.monotonic() + LIMIT, []
+    for name, process in running.items():
+        try:
+            status: int | str = process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = f"none within {LIMIT} s"
+        if status:
+            failed.append(f"{name} (exit status {status})")
+    if failed:
+        print(f"sanitize: every entry must run without a tool first, got {', '.join(failed)}")
+    return not failed
 
 
 def check(tool: str, command: list[str]) -> str:
@@ -138,10 +148,11 @@ def check(tool: str, command: list[str]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Run the calls, plainly and then under each tool; return the exit status."""
-    only_calls, known = arguments[:1] == ["--calls"], (*TOOLS, "--calls")
+    only_calls = arguments[:1] == ["--calls"]
     unknown = set(arguments[1:]) - set(MATRIX) if only_calls else set(arguments) - set(TOOLS)
     if unknown:
-        expected = "entries of the matrix after --calls" if only_calls else f"among {', '.join(known)}"
+        tools = f"--calls first, or among {', '.join(TOOLS)}"
+        expected = "entries of the matrix after --calls" if only_calls else tools
         print(f"sanitize: arguments must be {expected}, got {', '.join(sorted(unknown))}")
         return 2
     if not torch.cuda.is_available():

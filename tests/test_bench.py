@@ -89,13 +89,13 @@ def test_everyone_side_by_side(spec: str, script: Script) -> None:
     assert len({tuple(turn) for turn in turns}) > 2, "in another order each time"
 
 
-def test_the_portable_templates_take_part_where_the_default_is_another(spec: str, script: Script) -> None:
+def test_the_compilers_layouts_take_part_where_the_default_has_others(spec: str, script: Script) -> None:
     """bf16 on sm_90 has explicit layouts by default: beside them, the same knobs in the compiler's layouts."""
     Path(spec).write_text(SPEC.replace("fp32", "bf16"), encoding="utf-8")
-    found = rows(bench("--only", "default", "--only", "portable"))
-    usual, portable = (parse(found["sequence", kind]["schedule"]) for kind in ("default", "portable"))
+    found = rows(bench("--only", "default", "--only", "auto"))
+    usual, auto = (parse(found["sequence", kind]["schedule"]) for kind in ("default", "auto"))
     assert usual.layouts is Layouts.EXPLICIT
-    assert portable == usual.laid_out(Layouts.AUTO)
+    assert auto == usual.laid_out(Layouts.AUTO)
 
 
 def test_medians_intervals_and_speed_ups(spec: str, script: Script) -> None:

@@ -202,6 +202,10 @@ def test_a_mask_of_another_shape_is_refused_with_a_cache(package, device, steps)
 def test_a_state_kept_in_bf16(package, device, shape) -> None:
     """A call rounds the state that it leaves, to the bit, and y is off by what these roundings make in float64."""
     layer, x = make_layer(package, shape).to(device), tokens(device, 2, 8)
+    with pytest.raises(
+        TypeError, match=r"^M2RNN: state_dtype must be torch.float32 or torch.bfloat16, got torch.float16$"
+    ):
+        layer.allocate_cache(2, state_dtype=torch.float16)
     caches = [layer.allocate_cache(2, state_dtype=dtype) for dtype in (torch.bfloat16, torch.float32, None)]
     narrow, rounded, wide = caches
     assert [cache.state.dtype for cache in caches] == [torch.bfloat16, torch.float32, torch.float32]

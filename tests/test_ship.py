@@ -148,7 +148,7 @@ def test_names_that_the_hub_takes(spec: Path, name: str, repository: str) -> Non
 def test_names_that_the_hub_does_not_take(spec: Path, name: str) -> None:
     """kernel-builder wants ^[a-z][-a-z0-9]*[a-z0-9]$: nothing is written for another name, which a wheel may have."""
     spec.write_text(spec.read_text(encoding="utf-8").replace("name: one", f"name: {name}"), encoding="utf-8")
-    line = fails(1, "build", "--spec", "one.yaml", "--no-verify", "--quiet", "--format", "hf-kernel")
+    line = fails(2, "build", "--spec", "one.yaml", "--no-verify", "--quiet", "--format", "hf-kernel")
     assert "one.yaml: $.name must be two or more of a-z, 0-9 and _" in line
     assert f"got {name!r}" in line
     assert not (spec.parent / "dist").exists()

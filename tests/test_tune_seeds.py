@@ -119,7 +119,22 @@ def test_failures_of_these_kernels_on_this_gpu_are_known() -> None:
         winner(variant=VARIANT, schedule=SIXTH),
     )
     (trial,) = known_failures(SUBJECT, HERE, (*others, known))
-    assert (trial.schedule, trial.failure, trial.origin) == (FIRST, known.failure, "record")
+    assert (trial.schedule, trial.failure, trial.origin) == (FIRST, known.failure, "known")
+
+
+def test_a_record_that_fails_now_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that seeds a search is tried as anything is: what becomes of it is recorded, so that it serves no more."""
+    spec = simulated.place(tmp_path, monkeypatch, SPEC)
+    schedule, variant = parse("f32x1u8a_b32x1c2a_i64_ptx"), parse_variant("k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx")
+    simulated.script(tmp_path / "script.json", ms={schedule.slug: 1.0}, wrong=[schedule.slug])
+    database = Database(tmp_path / "db")
+    database.add([winner(Bucket.EIGHT, variant=variant, schedule=schedule, where=simulated.ENVIRONMENT)])
+    request = TuneRequest(database, seconds=60, trials=4)
+    (tuned,) = tune(plan(str(spec)), request, simulated.rig(compilers=1), Silent())
+    (trial,) = (trial for trial in tuned.outcome.trials if trial.schedule == schedule)
+    assert trial.origin == "record"
+    (failure,) = (record for record in tuned.records if record.failure is not None)
+    assert (failure.schedule, failure.failure) == (schedule, trial.failure)
 
 
 def test_a_search_begins_with_a_stale_record_and_replaces_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

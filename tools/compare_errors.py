@@ -1,9 +1,9 @@
-"""Hold schedules of one layer against float64, beside the portable templates on the same problems; needs a GPU.
+"""Hold schedules of one layer against float64, beside the portable templates' on the same problems; needs a GPU.
 
     python tools/compare_errors.py specs/h200.yaml m2rnn_7b default
 
-For each problem of the tuner's gate and each tensor: the relative error of the default schedule's portable kernels,
-and every other schedule's as a multiple of it. Exits with 1 where a multiple is over 1.1.
+For each problem of the tuner's gate and each tensor: the relative error of the default's knobs in the compiler's
+layouts, and every other schedule's as a multiple of it. Exits with 1 where a multiple is over 1.1.
 """
 
 from __future__ import annotations

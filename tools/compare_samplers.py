@@ -19,10 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from m2gen.errors import M2genError, UsageError
 from m2gen.report import print_table
+from m2gen.schedule import Schedule
 from m2gen.tune.journal import decode_trial
 from m2gen.tune.sampler import Sampler
-from m2gen.tune.search import Proposer, neighbours
+from m2gen.tune.search import Proposer, neighbours, tiles
 from m2gen.tune.trial import Trial
 
 AFTER = (5, 10, 20, 40, 80, 160)
@@ -41,13 +43,23 @@ def recorded(path: Path) -> list[Trial]:
     return list(trials.values())
 
 
+def default_of(trials: Sequence[Trial]) -> Schedule:
+    """Return the default schedule of then; raises UsageError for a journal that has none."""
+    found = next((trial.schedule for trial in trials if trial.origin == "default"), None)
+    if found is None:
+        raise UsageError("a journal must have a trial of the default schedule, got none")
+    return found
+
+
 def replay(trials: Sequence[Trial], sampler: Sampler, seed: int) -> list[float]:
     """Return the best time after each proposal; infinity before one passed."""
     table = {trial.schedule: trial for trial in trials}
-    first = [(trials[0].schedule, "default")]
+    points, start = list(table), default_of(trials)
+    first = [(start, "default")]
     if sampler is Sampler.TPE:
-        first += [(point, "neighbour") for point in neighbours(trials[0].schedule, list(table))]
-    proposer = Proposer(list(table), first, sampler, seed)
+        first += [(point, "tile") for point in tiles(start, points)]
+        first += [(point, "neighbour") for point in neighbours(start, points)]
+    proposer = Proposer(points, first, sampler, seed)
     best, curve = float("inf"), []
     while (proposal := proposer.ask()) is not None:
         trial = table[proposal.schedule]
@@ -89,4 +101,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except M2genError as error:
+        raise SystemExit(f"compare_samplers: {error}") from None

@@ -93,7 +93,7 @@ class _Training:
         """Return graphs of the forward without gradients, of the one that saves, and of the backward."""
         forward, saving = Replay(self.forward), Replay(self.saving)
         y, state = saving.results
-        saving.results = (y.detach(), state.detach())  # which keep the memory, and not what autograd knows of it
+        saving.results = (y.detach(), state.detach())
         return [forward, saving, Replay(partial(self.backward, y))]
 
 

@@ -10,7 +10,7 @@ class Kind(StrEnum):
 
     DEFAULT = "default"
     """A package whose schedules are the defaults."""
-    PORTABLE = "portable"
+    AUTO = "auto"
     """A package whose schedules are the defaults in the layouts of Triton's compiler, where others are the default."""
     TUNED = "tuned"
     """A package whose schedules come from the tuning database."""
@@ -23,7 +23,7 @@ class Kind(StrEnum):
 
     @property
     def generated(self) -> bool:
-        return self in (Kind.DEFAULT, Kind.PORTABLE, Kind.TUNED)
+        return self in (Kind.DEFAULT, Kind.AUTO, Kind.TUNED)
 
     @property
     def most_steps(self) -> int | None:

@@ -108,7 +108,7 @@ class _Field:
 
 
 def _field(planned: Plan, device: Device, request: BenchRequest) -> _Field:
-    plans = {Kind.DEFAULT: planned.without_records(), Kind.PORTABLE: planned.portable(), Kind.TUNED: planned}
+    plans = {Kind.DEFAULT: planned.without_records(), Kind.AUTO: planned.in_auto_layouts(), Kind.TUNED: planned}
     folders = {kind: materialise(f"packages/{plan.origin.name}", render(plan).files) for kind, plan in plans.items()}
     return _Field(plans, device, request, folders)
 

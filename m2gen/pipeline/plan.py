@@ -54,7 +54,7 @@ class Plan:
         chosen = (c for built, device in pairs for c in choose(built, device, self.spec.tuning.objective, ()))
         return replace(self, choices=tuple(chosen))
 
-    def portable(self) -> Plan:
+    def in_auto_layouts(self) -> Plan:
         """Return the plan of the default schedules in layouts that Triton's compiler chooses."""
         plain = self.without_records()
         chosen = (replace(choice, schedule=choice.schedule.laid_out(Layouts.AUTO)) for choice in plain.choices)

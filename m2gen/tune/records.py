@@ -14,7 +14,7 @@ from m2gen.schedule import Schedule, default, problems
 from m2gen.tune.book import Outcome
 from m2gen.tune.select import estimate
 from m2gen.tune.space import Subject, fits, space_hash
-from m2gen.tune.trial import Trial
+from m2gen.tune.trial import KNOWN, Trial
 
 LASTING = (Reason.HANG, Reason.CRASH, Reason.WRONG, Reason.LAUNCH)
 """Failures that a schedule has on every problem; memory is one problem's, or one limit's."""
@@ -82,7 +82,7 @@ def known_failures(subject: Subject, environment: Environment, records: Iterable
             environment.triton,
         )
         if same and record.environment.arch == environment.arch and not stale(record):
-            found.append(Trial(record.schedule, "record", failure=record.failure))
+            found.append(Trial(record.schedule, KNOWN, failure=record.failure))
     return found
 
 
@@ -121,7 +121,7 @@ def _winner(outcome: Outcome, bench: Bench) -> Iterator[Record]:
 def _failed(outcome: Outcome, bench: Bench) -> Iterator[Record]:
     subject = outcome.subject
     for trial in outcome.trials:
-        if trial.failure is not None and trial.failure.reason in LASTING and trial.origin != "record":
+        if trial.failure is not None and trial.failure.reason in LASTING and trial.origin != KNOWN:
             yield Record(
                 key_of_subject(subject),
                 bench.environment,

@@ -162,6 +162,7 @@ class SharedStudy:
             _CLAIMS.c.candidate == candidate,
             _CLAIMS.c.worker == worker,
             ~_CLAIMS.c.done,
+            self._grace < _AGE,  # still: its worker may have renewed it since
         )
         with self._errors(), self._engine.begin() as connection:
             done = connection.execute(_CLAIMS.update().where(held).values(worker=self._worker, seen=sql.func.now()))

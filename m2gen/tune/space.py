@@ -70,25 +70,26 @@ class Constraint:
     """A class of points that cannot win, which the validity predicate allows."""
 
     reason: str
-    excludes: Callable[[Variant, Schedule, Part], bool]
+    excludes: Callable[[Subject, Schedule, Part], bool]
 
 
-def _alone(variant: Variant, schedule: Schedule, part: Part) -> bool:
+def _alone(subject: Subject, schedule: Schedule, part: Part) -> bool:
     """Whether the kernel has one writer for every element, so that both reductions are the same text."""
     if part.reduction is Reduction.ATOMIC:
         return False
     if isinstance(part, ForwardSchedule):
-        return not forward_output(variant, schedule).shared
-    return not any(out.shared for out in backward_outputs(variant, schedule))
+        return not forward_output(subject.variant, schedule).shared
+    return not any(out.shared for out in backward_outputs(subject.variant, schedule))
 
 
-def _idle(variant: Variant, schedule: Schedule, part: Part) -> bool:
-    return part.warps > most_warps(variant, part)
+def _idle(subject: Subject, schedule: Schedule, part: Part) -> bool:
+    return part.warps > most_warps(subject.variant, part)
 
 
-def _over_registers(variant: Variant, schedule: Schedule, part: Part) -> bool:
+def _over_registers(subject: Subject, schedule: Schedule, part: Part) -> bool:
     """Whether the tiles of states alone take more than twice the registers that a thread can have."""
-    return demand_of(variant, part).states > 2 * 256
+    device = subject.device
+    return demand_of(subject.variant, part, device.warp_size).states > 2 * device.registers
 
 
 CONSTRAINTS = (
@@ -206,7 +207,7 @@ def _reason(subject: Subject, schedule: Schedule, part: Part) -> str | None:
     for problem in problems(subject.variant, schedule, subject.device):
         return problem.split(", got")[0]
     for constraint in CONSTRAINTS:
-        if constraint.excludes(subject.variant, schedule, part):
+        if constraint.excludes(subject, schedule, part):
             return constraint.reason
     return None
 

@@ -10,6 +10,9 @@ from m2gen.db.record import Failure, TensorError
 from m2gen.schedule import Schedule
 from m2gen.tune.space import Subject
 
+KNOWN = "known"
+"""Origin of what a record says that it fails: it is not tried."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -104,7 +107,7 @@ class Trial:
     schedule: Schedule
     origin: str
     """Why it was tried: default, record, similar, elsewhere, tile, neighbour, combined, search, every; adopted from a
-    worker that is gone, resumed after its machine went down."""
+    worker that is gone, resumed after its machine went down. Or known: a record says that it fails."""
     compiled: Compiled | None = None
     errors: tuple[TensorError, ...] = ()
     samples: Samples | None = None
