@@ -13,13 +13,14 @@ GROUPED = (1, 2, 4, 4, 2)
 FEATURES = (Feature.RECURRENCE, Feature.PACKED, Feature.STATES)
 VARIANTS = {
     "total_ieee": make_variant(64, 16, GROUPED, "fp32", "total"),
-    "total_ieee_masked": make_variant(24, 9, GROUPED, "fp32", "total"),
     "total_ieee_several_warps": make_variant(64, 64, GROUPED, "fp32", "total"),
     "total_fp16_approx": make_variant(64, 16, GROUPED, "fp16", "total", "approx"),
     "carry_tf32": make_variant(64, 16, GROUPED, "fp32", "carry", "approx", products="tf32"),
 }
 CASES = [
-    pytest.param(make_variant(16, 16, (1, 1, 2, 2, 2), "fp32", "total"), {"ragged", "dy_large"}, id="small"),
+    pytest.param(
+        make_variant(24, 9, GROUPED, "fp32", "total"), {"ragged", "dy_large", "gates_slow", "saturated"}, id="masked"
+    ),
     *(pytest.param(variant, None, marks=pytest.mark.gpu, id=name) for name, variant in VARIANTS.items()),
 ]
 """Variants, and the names of their cases; all of ``FEATURES`` if None."""
