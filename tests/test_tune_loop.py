@@ -139,7 +139,7 @@ def test_hanging_and_crashing_candidates_cost_themselves(spec: Path) -> None:
         path.unlink()  # so that only the database knows
     before = len(lines(log))
     again = search(spec, trials=12)
-    assert {of(again, hang).origin, of(again, crash).origin} == {"record"}
+    assert {of(again, hang).origin, of(again, crash).origin} == {"known"}
     assert not {f"screen {hang}", f"screen {crash}"} & set(lines(log)[before:])
 
 
