@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.schedule import BackwardSchedule, ForwardSchedule
+from m2gen.schedule import ForwardSchedule, Part
 from m2gen.spec import Dtype
 from m2gen.variant import Variant
 
@@ -19,7 +19,7 @@ class Demand:
     """Of the state weight as an operand, twice in the backward, which also sums its gradient."""
 
 
-def demand_of(variant: Variant, part: ForwardSchedule | BackwardSchedule, warp_size: int = 32) -> Demand:
+def demand_of(variant: Variant, part: Part, warp_size: int = 32) -> Demand:
     """Return what one kernel's tiles take."""
     threads = part.warps * warp_size
     cols, operand = variant.padded_cols, 1.0 if variant.dtype is Dtype.FP32 else 0.5

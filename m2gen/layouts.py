@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from m2gen.schedule import Layouts, Schedule, Scratch
-from m2gen.sums import Part, backward_together, forward_together, sums_by_product, warps_down
+from m2gen.schedule import Layouts, Part, Schedule, Scratch
+from m2gen.sums import backward_together, forward_together, sums_by_product, warps_down
 from m2gen.variant import MIN_TILE, Variant
 
 TOO_NEW = (3, 9)
@@ -130,7 +130,8 @@ def named(variant: Variant, schedule: Schedule) -> dict[str, str]:
 
 def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
     """Return the words in which the two dialects of the templates differ: Gluon's tensors have layouts."""
-    explicit = schedule.layouts is Layouts.EXPLICIT
+    explicit, by_product = schedule.layouts is Layouts.EXPLICIT, sums_by_product(variant, schedule)
+    over_cols = "col_sums_of({}, {}, COL_SUMS)" if by_product else "col_sums({} * {}.to(tl.float32)[None, :], COL_SUMS)"
 
     def only(text: str) -> str:
         return f", {text}" if explicit else ""
@@ -141,7 +142,8 @@ def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
         "outer_on_tensor_cores": outer_on_tensor_cores(schedule),
         "forward_together": forward_together(variant, schedule),
         "backward_together": backward_together(variant, schedule),
-        "sums_by_product": sums_by_product(variant, schedule),
+        "sums_by_product": by_product,
+        "over_cols": over_cols.format,
         "jit": "gluon.jit" if explicit else "triton.jit",
         "language": "triton.language" if explicit else "tl",
         "prefetches": explicit and schedule.two_level,

@@ -92,6 +92,9 @@ class BackwardSchedule:
         return f"b{self.rows}x{self.warps}c{self.chunk}{self.reduction[0]}{shared}"
 
 
+Part = ForwardSchedule | BackwardSchedule
+
+
 @dataclass(frozen=True)
 class Schedule:
     """One way to run a variant, forward and backward, coupled by the checkpoint interval."""
@@ -147,7 +150,7 @@ def _power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
 
-def most_warps(variant: Variant, part: ForwardSchedule | BackwardSchedule) -> int:
+def most_warps(variant: Variant, part: Part) -> int:
     """Return how many warps have a 16 x 8 tile of a product of their own.
 
     More would hold copies. Explicit backward kernels count on there being none: their threads read back from a

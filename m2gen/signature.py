@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from m2gen.outputs import backward_outputs, forward_output
-from m2gen.schedule import BackwardSchedule, ForwardSchedule, Reduction, Schedule, Scratch
+from m2gen.schedule import Part, Reduction, Schedule, Scratch
 from m2gen.spec import Dtype
 from m2gen.variant import Variant
 
@@ -82,7 +82,7 @@ def _flag(name: str, value: bool) -> Argument:
     return Argument(name, "constexpr", value, flag=True)
 
 
-def _atomic(shares: bool, schedule_part: ForwardSchedule | BackwardSchedule) -> Argument:
+def _atomic(shares: bool, schedule_part: Part) -> Argument:
     return _flag("ATOMIC", shares and schedule_part.reduction is Reduction.ATOMIC)
 
 

@@ -9,11 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from m2gen.outputs import Output, backward_outputs, forward_output
-from m2gen.schedule import BackwardSchedule, ForwardSchedule, Layouts, Schedule
+from m2gen.schedule import Layouts, Part, Schedule
 from m2gen.spec import Dtype
 from m2gen.variant import MIN_TILE, Variant
-
-Part = ForwardSchedule | BackwardSchedule
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from m2gen.bench.contest import Entry, Found, Workload
 from m2gen.bench.operators import Stepper, sequence_operator, stepper
-from m2gen.bench.words import Call
 from m2gen.clock import Replay, aside, peak_bytes, timed, warm
 from m2gen.problem import Inputs, Problem, make_inputs
 from m2gen.verify import Case, Operator
-from m2gen.verify.oracle import GATE_PARAMETERS, OPERANDS, call, named_operands
+from m2gen.verify.oracle import OPERANDS, call, gate_of, named_operands
 
 COUNTED_SECONDS = 0.15
 FEWEST, MOST = 3, 10
@@ -100,11 +99,7 @@ class _Training:
 def _decoding(step: Stepper, inputs: Inputs) -> Callable[[], Any]:
     """Return a call of one token, which starts from the state that the last one left."""
     token = [x[:, 0] for x in (inputs.q, inputs.k, inputs.v)]
-    return partial(step, *token, inputs.weight, inputs.forget[:, 0], inputs.initial_state, **_gate(inputs))
-
-
-def _gate(inputs: Inputs) -> dict[str, Tensor]:
-    return {name: x for name in GATE_PARAMETERS if (x := getattr(inputs, name)) is not None}
+    return partial(step, *token, inputs.weight, inputs.forget[:, 0], inputs.initial_state, **gate_of(inputs))
 
 
 @lru_cache(maxsize=1)
@@ -117,7 +112,7 @@ def _drawn(workload: Workload, device: torch.device) -> Inputs:
     """Return inputs of the workload's size; of decoding with states of its dtype."""
     problem = Problem(workload.batch, workload.seq, initial_state=workload.call.decodes)
     inputs = make_inputs(workload.variant, problem, seed=0).to(device)
-    if workload.call is not Call.DECODE_BF16 or inputs.initial_state is None:
+    if not workload.call.narrow_state or inputs.initial_state is None:
         return inputs
     return replace(inputs, initial_state=inputs.initial_state.bfloat16())
 
@@ -133,7 +128,7 @@ def _host_us(entry: Entry, device: torch.device) -> float:
         run = _decoding(stepper(contender, workload.variant), inputs)
     else:
         operands = (getattr(inputs, name) for name in OPERANDS)
-        run = partial(sequence_operator(contender, workload.variant), *operands, **_gate(inputs))
+        run = partial(sequence_operator(contender, workload.variant), *operands, **gate_of(inputs))
     times = []
     for _ in range(TIMINGS):
         torch.cuda.synchronize()

@@ -16,7 +16,7 @@ def sized(call: Call, batch: int, seq: int) -> str:
     """Return the size of a call as tables and progress show it."""
     if not call.decodes:
         return f"B{batch} S{seq}"
-    return f"B{batch} token" + (", bf16 state" if call is Call.DECODE_BF16 else "")
+    return f"B{batch} token" + (", bf16 state" if call.narrow_state else "")
 
 
 @dataclass(frozen=True)

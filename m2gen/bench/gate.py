@@ -11,13 +11,13 @@ from torch import Tensor
 
 from m2gen.bench.contest import Contender, Entry
 from m2gen.bench.operators import Stepper, sequence_operator, stepper
-from m2gen.bench.words import Call, Kind
+from m2gen.bench.words import Kind
 from m2gen.db import Failure, Reason
 from m2gen.problem import Inputs, Problem
 from m2gen.tune.gate import STEPS, Question, answered, questions
 from m2gen.variant import Variant
 from m2gen.verify import Case, Loss, differentiate, judge
-from m2gen.verify.oracle import GATE_PARAMETERS
+from m2gen.verify.oracle import gate_of
 from m2gen.verify.subject import poisoned
 
 TOKENS = 4
@@ -39,7 +39,7 @@ def _questions(entry: Entry) -> tuple[Question, ...]:
     workload = entry.timed
     if workload.call.decodes:
         problem = Problem(workload.batch, TOKENS, initial_state=True)
-        case = Case(DECODING, problem, Loss.Y, narrow_state=workload.call is Call.DECODE_BF16)
+        case = Case(DECODING, problem, Loss.Y, narrow_state=workload.call.narrow_state)
         return (Question(case, SEED),)
     if entry.contender.kind is Kind.COMPILED:
         problem = Problem(workload.batch, workload.seq)
@@ -70,7 +70,7 @@ def _results(contender: Contender, variant: Variant, case: Case, inputs: Inputs)
 
 def _decoded(step: Stepper, inputs: Inputs, case: Case) -> Mapping[str, Tensor]:
     """Return y of every token, one step after the other, and the state after the last."""
-    gate = {name: x for name in GATE_PARAMETERS if (x := getattr(inputs, name)) is not None}
+    gate = gate_of(inputs)
     assert inputs.initial_state is not None
     state = inputs.initial_state.to(torch.bfloat16 if case.narrow_state else torch.float32, copy=True)
     outputs = []

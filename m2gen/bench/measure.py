@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from m2gen.bench.contest import Contender, Entry, Found, Task, Timer, Workload
-from m2gen.bench.words import Call, Step
+from m2gen.bench.words import Step
 from m2gen.db import Estimate, Failure
 from m2gen.roofline import Peaks, decoding_work, floors_ms, work_of
 from m2gen.tune.select import estimate
@@ -87,7 +87,7 @@ def floors(entry: Entry, gpu: Gpu, *, training: bool) -> dict[str, float]:
         return {}
     workload = entry.timed
     if workload.call.decodes:
-        work = decoding_work(workload.variant, workload.batch, 2 if workload.call is Call.DECODE_BF16 else 4)
+        work = decoding_work(workload.variant, workload.batch, 2 if workload.call.narrow_state else 4)
     else:
         sizes = (workload.batch, workload.seq)
         work = work_of(workload.variant, entry.contender.schedule, sizes, training=training)

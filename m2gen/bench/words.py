@@ -46,6 +46,11 @@ class Call(StrEnum):
     def decodes(self) -> bool:
         return self is not Call.SEQUENCE
 
+    @property
+    def narrow_state(self) -> bool:
+        """Whether states are in bf16 between calls."""
+        return self is Call.DECODE_BF16
+
 
 class Step(StrEnum):
     """What a timer is asked to do with an entry."""

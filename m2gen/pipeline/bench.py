@@ -109,8 +109,9 @@ class _Field:
 
 def _field(planned: Plan, device: Device, request: BenchRequest) -> _Field:
     plans = {Kind.DEFAULT: planned.without_records(), Kind.AUTO: planned.in_auto_layouts(), Kind.TUNED: planned}
-    folders = {kind: materialise(f"packages/{plan.origin.name}", render(plan).files) for kind, plan in plans.items()}
-    return _Field(plans, device, request, folders)
+    asked = {kind: plan for kind, plan in plans.items() if kind in (Kind.DEFAULT, *request.kinds)}
+    folders = {kind: materialise(f"packages/{plan.origin.name}", render(plan).files) for kind, plan in asked.items()}
+    return _Field(asked, device, request, folders)
 
 
 def workloads(planned: Plan, request: BenchRequest) -> list[Workload]:

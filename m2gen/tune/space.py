@@ -16,6 +16,7 @@ from m2gen.schedule import (
     BackwardSchedule,
     ForwardSchedule,
     Layouts,
+    Part,
     Reduction,
     Schedule,
     Scratch,
@@ -28,7 +29,6 @@ from m2gen.spec import Objective
 from m2gen.tune.memory import USUAL, MemoryBound, extra_bytes
 from m2gen.variant import MIN_TILE, Variant
 
-Part = ForwardSchedule | BackwardSchedule
 Value = int | Reduction | Scratch | Tanh | Layouts
 
 AXES: dict[str, tuple[Value, ...]] = {

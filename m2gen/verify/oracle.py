@@ -122,6 +122,12 @@ def named_operands(inputs: Inputs) -> dict[str, Tensor]:
     return {name: x for name, x in every.items() if x is not None}
 
 
+def gate_of(inputs: Inputs) -> dict[str, Tensor]:
+    """Return A_log and dt_bias by name, where the variant computes its gate."""
+    every = {name: getattr(inputs, name) for name in GATE_PARAMETERS}
+    return {name: x for name, x in every.items() if x is not None}
+
+
 def call(operator: Operator, operands: Mapping[str, Tensor], inputs: Inputs, case: Case) -> tuple[Tensor, Tensor]:
     """Call ``operator`` on operands by name, with the offsets of ``inputs`` and the bound of ``case``."""
     gate = {name: operands[name] for name in GATE_PARAMETERS if name in operands}

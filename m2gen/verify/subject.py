@@ -16,7 +16,7 @@ from torch import Tensor
 from m2gen.problem import Inputs, make_inputs
 from m2gen.variant import Variant
 from m2gen.verify.case import Case
-from m2gen.verify.oracle import GATE_PARAMETERS, OPERANDS, Operator, Oracle, differentiate, oracle
+from m2gen.verify.oracle import OPERANDS, Operator, Oracle, differentiate, gate_of, oracle
 
 
 class Package(Protocol):
@@ -58,8 +58,7 @@ class Subject:
     @property
     def gate(self) -> dict[str, Tensor]:
         """A_log and dt_bias where the variant computes its gate."""
-        every = {name: getattr(self.inputs, name) for name in GATE_PARAMETERS}
-        return {name: x for name, x in every.items() if x is not None}
+        return gate_of(self.inputs)
 
     @property
     def arguments(self) -> tuple[Any, ...]:
