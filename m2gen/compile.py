@@ -21,7 +21,7 @@ from m2gen.device import Device
 from m2gen.errors import CompileError
 from m2gen.layouts import TOO_NEW
 from m2gen.resources import Resources, resources_of
-from m2gen.schedule import Layouts, Schedule
+from m2gen.schedule import Schedule
 from m2gen.signature import Argument, Direction, arguments
 from m2gen.variant import Variant
 
@@ -95,7 +95,7 @@ def compiled(job: Job) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    if job.schedule.layouts is Layouts.EXPLICIT and _minor(triton.__version__) >= TOO_NEW:
+    if job.schedule.layouts.written and _minor(triton.__version__) >= TOO_NEW:
         needed = ".".join(map(str, TOO_NEW))
         raise CompileError(f"{job.name}: explicit layouts must have Triton before {needed}, got {triton.__version__}")
 
@@ -112,7 +112,7 @@ def compiled(job: Job) -> Any:
 
 def _source(schedule: Schedule) -> Any:
     """Return Triton's class of kernels to compile: Gluon's are not those that its compiler lays out itself."""
-    if schedule.layouts is Layouts.EXPLICIT:
+    if schedule.layouts.written:
         from triton.experimental.gluon._runtime import GluonASTSource
 
         return GluonASTSource

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.schedule import ForwardSchedule, Part
+from m2gen.schedule import ForwardSchedule, Layouts, Part
 from m2gen.spec import Dtype
 from m2gen.variant import Variant
 
@@ -16,13 +16,16 @@ class Demand:
     states: int
     """Of tiles of the state: the forward's three, or the backward's two a step of its chunk and three more."""
     weights: int
-    """Of the state weight as an operand, twice in the backward, which also sums its gradient."""
+    """Of the state weight as an operand, twice in the backward, which also sums its gradient. Products of warpgroups
+    read their operand from shared memory."""
 
 
-def demand_of(variant: Variant, part: Part, warp_size: int = 32) -> Demand:
+def demand_of(variant: Variant, part: Part, warp_size: int = 32, layouts: Layouts = Layouts.AUTO) -> Demand:
     """Return what one kernel's tiles take."""
     threads = part.warps * warp_size
     cols, operand = variant.padded_cols, 1.0 if variant.dtype is Dtype.FP32 else 0.5
+    if layouts is Layouts.WARPGROUP:
+        operand = 0.0
     if isinstance(part, ForwardSchedule):
         tiles, weights = 3, operand
     else:

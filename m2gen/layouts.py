@@ -10,12 +10,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from m2gen.schedule import Layouts, Part, Schedule, Scratch
-from m2gen.sums import backward_together, forward_together, sums_by_product, warps_down
+from m2gen.sums import (
+    EIGHTHS,
+    backward_together,
+    forward_together,
+    group_outputs,
+    lane_sums,
+    sums_by_product,
+    warps_down,
+)
 from m2gen.variant import MIN_TILE, Variant
 
 TOO_NEW = (3, 9)
 """The first Triton that compiles no explicit layouts: 3.9.0 brings ptxas of CUDA 13.4, which never ends on a forward of
 32 rows and four or more steps an iteration (CONTRIBUTING.md)."""
+CHOSEN = ("forward", "backward", "load_weight", "products")
+"""Templates of which warpgroups have their own."""
+HOPPER_PRODUCTS = "hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait"
+"""What kernels of warpgroups import of Gluon."""
 LANE_COLS = ((0, 2), (0, 4))
 LANE_ROWS = ((1, 0), (2, 0), (4, 0))
 
@@ -45,6 +57,7 @@ def _powers(first: int, end: int) -> list[int]:
 
 
 def _tile(part: Part) -> str:
+    """Return the layout of a product of 16 x 8 tiles."""
     return f"tl.NVMMADistributedLayout([2, 0], [{warps_down(part)}, {part.warps // warps_down(part)}], [16, 8])"
 
 
@@ -89,6 +102,36 @@ def _col_sums(part: Part) -> dict[str, str]:
     return {"COL_SUMS": str(tile), "COL_SUMS_LOADED": str(loaded), "ALL_SUMS": str(every)}
 
 
+def _warpgroup(variant: Variant) -> dict[str, str]:
+    """Return the layouts of kernels whose four warps have 16 rows each of all columns.
+
+    Lanes with the same columns share what they have summed over rows, an eighth of the columns each.
+    """
+    cols = variant.padded_cols
+    quads = (*((0, col) for col in (1, 2)), *LANE_ROWS)
+    loaded = (*((0, col) for col in (1, 2)), *((2 * row, 0) for row, _ in LANE_ROWS))
+    wide = ((0, 1), *((0, col) for col in _powers(8, cols)))
+    rows, sums = ((16, 0), (32, 0)), ((8, 0), (16, 0))
+    linear = {
+        "ROW_SUMS": _Linear((32, cols), wide, (*LANE_COLS, *LANE_ROWS), sums),
+        "ROW_EIGHTHS": _Linear((32, cols // 8), ((0, 1),), (*LANE_COLS, *LANE_ROWS), sums),
+        "COL_SUMS": _Linear((64, 4), ((8, 0),), quads, rows),
+        "COL_SUMS_LOADED": _Linear((64, 4), ((1, 0),), loaded, rows),
+        "ALL_SUMS": _Linear((32, 4), (), quads, sums),
+    }
+    return {
+        **{name: str(layout) for name, layout in linear.items()},
+        "COLS": "tl.SliceLayout(0, FORWARD_TILE)",
+        "SUMS": "tl.BlockedLayout([1], [32], [4], [0])",
+        "THREADS_SUMS": "tl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])",
+        "INTERVAL_LINE": "tl.SliceLayout(1, THREADS_SUMS)",
+        "INTERVAL_LOADED": "tl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])",
+        "OPERANDS": "tl.NVMMASharedLayout(128, 16, 2)",
+        "PLAIN": "tl.SwizzledSharedLayout(1, 1, 1, [1, 0])",
+        "LINE": "tl.SwizzledSharedLayout(1, 1, 1, [0])",
+    }
+
+
 def _scratch(variant: Variant) -> str:
     """Return the layout of a state in shared memory: groups of 8 columns change places by rows.
 
@@ -112,7 +155,9 @@ def named(variant: Variant, schedule: Schedule) -> dict[str, str]:
     if schedule.layouts is Layouts.AUTO:
         return {}
     forward, backward = schedule.forward, schedule.backward
-    found = {"FORWARD_TILE": _tile(forward), "BACKWARD_TILE": _tile(backward)}
+    group = schedule.layouts is Layouts.WARPGROUP
+    tile = f"tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {variant.padded_cols}, 16])" if group else _tile(backward)
+    found = {"FORWARD_TILE": tile if group else _tile(forward), "BACKWARD_TILE": tile}
     found |= {"FORWARD_VECTOR": _vector(forward), "BACKWARD_VECTOR": _vector(backward)}
     if outer_on_tensor_cores(schedule):
         found |= {"FORWARD_KEYS": _keys(forward), "FORWARD_VALUES": "tl.DotOperandLayout(1, FORWARD_TILE, 2)"}
@@ -121,16 +166,19 @@ def named(variant: Variant, schedule: Schedule) -> dict[str, str]:
     if backward.scratch is Scratch.SHARED:
         found["BACKWARD_SCRATCH"] = _scratch(variant)
     found["SUM_LAYOUT"] = f"tl.BlockedLayout([1], [32], [{forward.warps}], [0])"
-    if forward_together(variant, schedule):
+    if forward_together(variant, schedule) and not group:
         found["FORWARD_SUMS"] = _row_sums(variant, forward)
-    if backward_together(variant, schedule):
+    if group:
+        found |= {**_warpgroup(variant), "KEYS": _keys(backward)}
+    elif backward_together(variant, schedule):
         found |= {"ROW_SUMS": _row_sums(variant, backward), **_col_sums(backward)}
     return found
 
 
 def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
     """Return the words in which the two dialects of the templates differ: Gluon's tensors have layouts."""
-    explicit, by_product = schedule.layouts is Layouts.EXPLICIT, sums_by_product(variant, schedule)
+    group = schedule.layouts is Layouts.WARPGROUP
+    explicit, by_product = schedule.layouts.written, sums_by_product(variant, schedule)
     over_cols = "col_sums_of({}, {}, COL_SUMS)" if by_product else "col_sums({} * {}.to(tl.float32)[None, :], COL_SUMS)"
 
     def only(text: str) -> str:
@@ -138,6 +186,7 @@ def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
 
     found: dict[str, object] = {
         "explicit_layouts": explicit,
+        "warpgroup": group,
         "layouts": list(named(variant, schedule).items()),
         "outer_on_tensor_cores": outer_on_tensor_cores(schedule),
         "forward_together": forward_together(variant, schedule),
@@ -153,6 +202,12 @@ def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
         "after_chunks": [] if explicit else ["_backward_barrier.py.j2"],
         "right_operand": (lambda x: f"transposed({x}).permute((1, 0))") if explicit else str,
         "as_loaded": (lambda x: f"as_loaded({x}, BACKWARD_VECTOR)") if explicit else str,
+        **{f"{each}_template": f"_{each}{'_warpgroup' * group}.py.j2" for each in CHOSEN},
+        "products_of": HOPPER_PRODUCTS if group else "ampere import mma_v2",
+        "rows_as_loaded": explicit and not group,
+        "lane_sums": lane_sums(),
+        "group_outputs": group_outputs(variant, schedule),
+        "eighths": lambda name: ", ".join(f"{name}_{i}" for i in range(EIGHTHS)),
         "sum_layout": only("SUM_LAYOUT"),
         "tile_parameter": only("TILE: tl.constexpr"),
         "tile_rows": only("tl.SliceLayout(1, TILE)"),

@@ -10,9 +10,9 @@ from typing import Any
 import jinja2
 
 from m2gen import layouts
-from m2gen.operands import backward_words, forward_words
+from m2gen.operands import BACKWARD_VECTORS, FORWARD_VECTORS, backward_words, forward_words
 from m2gen.outputs import backward_outputs, forward_output
-from m2gen.schedule import Layouts, Reduction, Schedule, Scratch, Tanh
+from m2gen.schedule import WARPGROUP_ROWS, Layouts, Reduction, Schedule, Scratch, Tanh
 from m2gen.signature import Direction, arguments
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import Variant, padded
@@ -236,6 +236,9 @@ def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
         **forward_words(schedule),
         **backward_words(variant, schedule),
         **layouts.words(variant, schedule),
+        forward_vectors=FORWARD_VECTORS,
+        backward_vectors=BACKWARD_VECTORS,
+        group_rows=WARPGROUP_ROWS,
     )
 
 

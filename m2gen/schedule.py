@@ -22,6 +22,20 @@ class Tanh(StrEnum):
     """From ``exp2`` with a series near 0: float32 accuracy everywhere, also in the interpreter."""
 
 
+HOPPER = "sm_90"
+"""The one architecture that has ``wgmma``."""
+WARPGROUP_ROWS, WARPGROUP_WARPS = 64, 4
+"""Of a product that a warpgroup makes."""
+WARPGROUP_OPERANDS = 44_160
+"""Bytes of shared memory that a backward of a warpgroup needs beside its states: three operands of products, an
+interval's vectors, and sums of warps."""
+WARPGROUP_INTERVAL = 12
+"""As many states as fit beside them."""
+
+
+USUAL_INTERVAL = 16
+
+
 class Layouts(StrEnum):
     """Who decides which thread holds which element of a kernel's tensors."""
 
@@ -31,6 +45,15 @@ class Layouts(StrEnum):
     """The templates, in Gluon: operands are loaded into the layouts of the products, and move through no shared memory.
     Products of 16-bit operands on NVIDIA only. A NaN or an infinity in k or v may reach the y of the same iteration's
     earlier steps, since one product makes every step's k v^T."""
+    WARPGROUP = "warpgroup"
+    """Explicit ones, and products by ``wgmma``: four warps of 16 rows each, right operands in shared memory, where an
+    interval's vectors are loaded together. States of 64 columns on Hopper only. What explicit layouts may do with a NaN
+    or an infinity in k or v, these may within an interval."""
+
+    @property
+    def written(self) -> bool:
+        """Whether the templates say which thread holds what."""
+        return self is not Layouts.AUTO
 
 
 class Reduction(StrEnum):
@@ -116,21 +139,34 @@ class Schedule:
         """Return what one program's scratch takes, wherever it is."""
         if not self.two_level:
             return 0
-        return self.interval // self.backward.chunk * self.backward.rows * variant.padded_cols * 4
+        states = self.interval // self.backward.chunk
+        if self.layouts is Layouts.WARPGROUP:
+            states -= 1  # the last one is in registers
+        return states * self.backward.rows * variant.padded_cols * 4
 
     def laid_out(self, layouts: Layouts) -> Schedule:
-        """Return the schedule with other layouts, and its scratch where they can have it."""
-        scratch = self.backward.scratch if layouts is Layouts.EXPLICIT else Scratch.L2
-        return replace(self, backward=replace(self.backward, scratch=scratch), layouts=layouts)
+        """Return the schedule with other layouts, and what they can have: a scratch, the tiles of a warpgroup."""
+        if layouts is self.layouts:
+            return self
+        forward, backward, interval = self.forward, self.backward, self.interval
+        if Layouts.WARPGROUP in (layouts, self.layouts):
+            group = layouts is Layouts.WARPGROUP
+            rows, warps = WARPGROUP_ROWS if group else MIN_TILE, WARPGROUP_WARPS
+            forward = replace(forward, rows=rows, warps=warps, unroll=1 if group else 4)
+            backward = replace(backward, rows=rows, warps=warps, chunk=1 if group else 2, scratch=Scratch.SHARED)
+            interval = WARPGROUP_INTERVAL if group else USUAL_INTERVAL
+        if not layouts.written:
+            backward = replace(backward, scratch=Scratch.L2)
+        return Schedule(forward, backward, interval, self.tanh, layouts)
 
     @property
     def slug(self) -> str:
         """Name the schedule as an identifier, for file names and tables."""
-        explicit = "_explicit" if self.layouts is Layouts.EXPLICIT else ""
-        return f"{self.forward.slug}_{self.backward.slug}_i{self.interval}_{self.tanh}{explicit}"
+        layouts = f"_{self.layouts}" if self.layouts.written else ""
+        return f"{self.forward.slug}_{self.backward.slug}_i{self.interval}_{self.tanh}{layouts}"
 
 
-_SLUG = re.compile(r"f(\d+)x(\d+)u(\d+)([ap])_b(\d+)x(\d+)c(\d+)([ap])(s?)_i(\d+)_(ptx|exp)(_explicit)?")
+_SLUG = re.compile(r"f(\d+)x(\d+)u(\d+)([ap])_b(\d+)x(\d+)c(\d+)([ap])(s?)_i(\d+)_(ptx|exp)(?:_(explicit|warpgroup))?")
 
 
 def parse(slug: str) -> Schedule:
@@ -142,7 +178,7 @@ def parse(slug: str) -> Schedule:
     forward = ForwardSchedule(int(found[1]), int(found[2]), int(found[3]), reduction[found[4]])
     scratch = Scratch.SHARED if found[9] else Scratch.L2
     backward = BackwardSchedule(int(found[5]), int(found[6]), int(found[7]), reduction[found[8]], scratch)
-    layouts = Layouts.EXPLICIT if found[12] else Layouts.AUTO
+    layouts = Layouts(found[12] or Layouts.AUTO)
     return Schedule(forward, backward, int(found[10]), Tanh(found[11]), layouts)
 
 
@@ -172,13 +208,15 @@ def _problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[
     for name, steps in (("forward.unroll", schedule.forward.unroll), ("backward.chunk", schedule.backward.chunk)):
         if schedule.interval < 1 or steps < 1 or schedule.interval % steps:
             yield f"interval must be a multiple of {name} = {steps}, got {schedule.interval}"
-    if schedule.layouts is Layouts.EXPLICIT and not (device.is_nvidia and variant.dtype is not Dtype.FP32):
+    if schedule.layouts.written and not (device.is_nvidia and variant.dtype is not Dtype.FP32):
         yield f"layouts must be auto for {variant.dtype} on {device.arch}, got {schedule.layouts}"
     for direction, part in (("forward", schedule.forward), ("backward", schedule.backward)):
         most = most_warps(variant, part)
-        if schedule.layouts is Layouts.EXPLICIT and part.warps > most:
+        if schedule.layouts.written and part.warps > most:
             each = "each with a 16 x 8 tile, for explicit layouts"
             yield f"{direction}.warps must be at most {most}, {each}, got {part.warps}"
+    if schedule.layouts is Layouts.WARPGROUP:
+        yield from _warpgroup_problems(variant, schedule, device)
     if schedule.backward.scratch is Scratch.SHARED:
         yield from _shared_problems(variant, schedule, device)
     if schedule.tanh is Tanh.PTX and not device.is_nvidia:
@@ -187,13 +225,27 @@ def _problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[
         yield f"tanh must be exp where the spec asks for exact, got {schedule.tanh}"
 
 
+def _warpgroup_problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[str]:
+    if device.arch != HOPPER:
+        yield f"layouts must be auto or explicit on {device.arch}, got {schedule.layouts}"
+    if variant.padded_cols != WARPGROUP_ROWS:
+        yield f"layouts must be auto or explicit unless V is from 33 to 64, got {schedule.layouts}"
+    forward, backward = schedule.forward, schedule.backward
+    tile = (WARPGROUP_ROWS, WARPGROUP_WARPS, 1)
+    if (forward.rows, forward.warps, forward.unroll) != tile:
+        yield f"forward must have 64 rows, 4 warps and unroll 1 for layouts {schedule.layouts}, got {forward.slug}"
+    if (backward.rows, backward.warps, backward.chunk) != tile or backward.scratch is not Scratch.SHARED:
+        needed = "64 rows, 4 warps, chunk 1 and a shared scratch"
+        yield f"backward must have {needed} for layouts {schedule.layouts}, got {backward.slug}"
+
+
 def _shared_problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[str]:
     if schedule.layouts is Layouts.AUTO:
         yield f"backward.scratch must be l2 for layouts auto, got {schedule.backward.scratch}"
     if not schedule.two_level:
         limit = f"unless interval is above backward.chunk = {schedule.backward.chunk}"
         yield f"backward.scratch must be l2 {limit}, got {schedule.backward.scratch}"
-    taken = schedule.scratch_bytes(variant)
+    taken = schedule.scratch_bytes(variant) + (schedule.layouts is Layouts.WARPGROUP) * WARPGROUP_OPERANDS
     if taken > device.shared_bytes:
         yield f"backward.scratch must take at most {device.shared_bytes} bytes of shared memory, got {taken}"
 
@@ -209,49 +261,3 @@ def check(variant: Variant, schedule: Schedule, device: Device) -> Schedule:
     if reasons:
         raise ScheduleError(f"{variant.key} on {device.arch}: {'; '.join(reasons)}")
     return schedule
-
-
-MOST_EXPLICIT_COLS = 64
-"""Columns up to which threads have registers for the state weight; a compiler that chooses layouts keeps it in shared
-memory, where explicit ones spill 350 bytes a thread at 128."""
-
-
-RESIDENT_WARPS = 8
-"""That an SM of NVIDIA has registers for, with the 255 a thread that a backward takes."""
-
-
-def _tile(variant: Variant, device: Device) -> tuple[int, int]:
-    """Return rows and warps of a program: 32 rows of up to 16 columns, else 16 rows and a warp per 16 columns.
-
-    Above 256 threads a program, a thread's share of the register file is too small for the widest states.
-    """
-    warps = min(variant.padded_cols // MIN_TILE, 256 // device.warp_size)
-    return (min(variant.padded_rows, 32), 1) if warps == 1 else (MIN_TILE, warps)
-
-
-def default(variant: Variant, device: Device) -> Schedule:
-    """Return the schedule that serves ``variant`` on ``device`` until a tuned one does.
-
-    Measured on an H200 and H100s (docs/performance.md). Operands of 16 bits on NVIDIA have explicit layouts up to 64
-    columns, with which a step of the published layers takes 0.8 to 0.9 of the time. States of up to 16 columns: one
-    warp and 32 rows, as rows are independent and a barrier between warps costs more than the arithmetic. Wider states:
-    16 rows, and as many warps as keep the state weight's operands in registers. Loads four steps ahead cover their
-    latency, and eight share the sums of y where registers and instructions are few; two steps of states are what the
-    backward's registers hold (one where products of float32 take them). A checkpoint every 16 steps costs 4 % of the
-    forward's time and a sixteenth of all states. States are rebuilt into shared memory, if that leaves an SM as many
-    programs as its registers do: 3 to 5 % of a step.
-    """
-    rows, warps = _tile(variant, device)
-    single = variant.dtype is Dtype.FP32
-    tanh = Tanh.PTX if device.is_nvidia and variant.tanh is TanhMode.APPROX else Tanh.EXP
-    explicit = device.is_nvidia and not single and variant.padded_cols <= MOST_EXPLICIT_COLS
-    unroll = 2 if single and warps > 1 else 4
-    if explicit and tanh is Tanh.PTX and (rows, warps) == (32, 1):
-        unroll = 8
-    forward = ForwardSchedule(rows, warps, unroll, Reduction.ATOMIC)
-    backward = BackwardSchedule(rows, warps, 1 if single else 2, Reduction.ATOMIC)
-    layouts = Layouts.EXPLICIT if explicit else Layouts.AUTO
-    schedule = Schedule(forward, backward, interval=16, tanh=tanh, layouts=layouts)
-    if explicit and schedule.scratch_bytes(variant) * (RESIDENT_WARPS // warps) <= device.shared_bytes:
-        schedule = replace(schedule, backward=replace(backward, scratch=Scratch.SHARED))
-    return check(variant, schedule, device)

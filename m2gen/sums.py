@@ -13,6 +13,9 @@ from m2gen.schedule import Layouts, Part, Schedule
 from m2gen.spec import Dtype
 from m2gen.variant import MIN_TILE, Variant
 
+EIGHTHS = 8
+"""Into which a warpgroup cuts a step's sums over rows: as many as rows that lanes have, which exchange them."""
+
 
 @dataclass(frozen=True)
 class Together:
@@ -68,7 +71,7 @@ def _over_cols(index: str) -> list[tuple[str, int]]:
 def forward_together(variant: Variant, schedule: Schedule) -> Together | None:
     """Return how the steps of an iteration share the sums of y, if they do: where no two warps have rows."""
     part = schedule.forward
-    if schedule.layouts is Layouts.AUTO or warps_down(part) > 1 or part.unroll not in (2, 4, 8):
+    if schedule.layouts is not Layouts.EXPLICIT or warps_down(part) > 1 or part.unroll not in (2, 4, 8):
         return None
     output = replace(forward_output(variant, schedule), offsets="", mask="sum_mask")
     return Together(_halved("y", part.unroll, _over_rows("sum_row")), "sum_step", "sum_offsets", output)
@@ -104,6 +107,19 @@ def backward_together(variant: Variant, schedule: Schedule) -> dict[str, Togethe
         lines = _halved("df", part.chunk, [*_over_rows("all_row"), *_over_cols("all_lane")])
         found["df"] = Together(lines, "all_step", "all_step * df_step + 0 * all_lane", output)
     return found
+
+
+def group_outputs(variant: Variant, schedule: Schedule) -> dict[str, Output]:
+    """Return how warpgroups write their sums, by name; ``y_last`` is y of the last step, which comes alone."""
+    masks = {"dq": "col_sum_mask", "dk": "col_sum_mask", "dv": "(sum_cols < V)", "df": None}
+    found = {out.name: replace(out, offsets="", mask=masks[out.name]) for out in backward_outputs(variant, schedule)}
+    y = replace(forward_output(variant, schedule), offsets="")
+    return {**found, "y": replace(y, mask="(loaded_col < V)"), "y_last": replace(y, mask="(sum_cols < V)")}
+
+
+def lane_sums() -> tuple[str, ...]:
+    """Return the statements with which a warpgroup's lanes sum x_0, ... x_7 over rows, an eighth for each."""
+    return _halved("x", EIGHTHS, _over_rows("row"))
 
 
 def sums_by_product(variant: Variant, schedule: Schedule) -> bool:

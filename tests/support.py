@@ -10,7 +10,8 @@ from types import ModuleType
 from m2gen import emit
 from m2gen.compile import load_module
 from m2gen.device import PORTABLE, detect
-from m2gen.schedule import BackwardSchedule, ForwardSchedule, Layouts, Reduction, Schedule, Tanh, check, default
+from m2gen.heuristic import default
+from m2gen.schedule import BackwardSchedule, ForwardSchedule, Layouts, Reduction, Schedule, Tanh, check
 from m2gen.spec import ClipMode, Dtype, Fp32Products, GateKind, Heads, StateDtype, TanhMode
 from m2gen.variant import BuiltVariant, Variant
 

@@ -18,9 +18,9 @@ from m2gen.bucket import BUCKETS, Bucket
 from m2gen.compile import Job
 from m2gen.db import Database, Record, Tier, read_export, write_export
 from m2gen.device import PORTABLE, TARGETS
+from m2gen.heuristic import default
 from m2gen.pipeline import Plan
 from m2gen.resources import Resources
-from m2gen.schedule import default
 from m2gen.spec import Objective
 
 TINY = str(ROOT / "specs" / "tiny.yaml")

@@ -14,9 +14,10 @@ from support import ROOT, make_variant
 from m2gen.compile import Job, compile_all, compiled, load_kernels
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.errors import CompileError
+from m2gen.heuristic import default
 from m2gen.render import render_kernel
 from m2gen.resources import Resources, binary_of
-from m2gen.schedule import Layouts, Schedule, default, parse, problems
+from m2gen.schedule import WARPGROUP_OPERANDS, Layouts, Schedule, check, parse, problems
 from m2gen.signature import Direction
 from m2gen.variant import Variant
 
@@ -85,8 +86,8 @@ def test_both_texts_have_the_same_recurrence() -> None:
     auto = render_kernel(variant, default(variant, TARGETS["sm_90"]).laid_out(Layouts.AUTO), "")
     explicit = source(variant)
     for statement in (
-        "return f * h + u * z",
-        "h_1 = advance(h_0, z_0, f_0, u_0)",
+        "return tl.fma(u, z, f * h)",
+        "h_1 = f_0 * h_0 + u_0 * z_0",
         "g = clamp(c, bound) + column(q_0, c) * dy_0.to(tl.float32)[None, :]",
         "slope_0 = u_0 - u_0 * z_0 * z_0",
         "d = g * slope_0",
@@ -122,3 +123,71 @@ def test_every_warp_has_a_tile(schedule: str) -> None:
     side = "forward" if "f16x4" in schedule else "backward"
     expected = f"{side}.warps must be at most 2, each with a 16 x 8 tile, for explicit layouts, got 4"
     assert problems(VARIANTS["published"], parse(schedule), TARGETS["sm_90"]) == (expected,)
+
+
+GROUPED = {
+    "square": (make_variant(64, 64, (2, 2, 2, 2, 2), "bf16", tanh="approx"), "f64x4u1a_b64x4c1as_i12_ptx_warpgroup"),
+    "masked_softplus": (
+        make_variant(96, 40, (1, 2, 4, 2, 4), "fp16", "total", gate="softplus"),
+        "f64x4u1p_b64x4c1ps_i4_exp_warpgroup",
+    ),
+}
+
+
+@pytest.mark.parametrize(("variant", "slug"), GROUPED.values(), ids=GROUPED.keys())
+def test_warpgroups_compile(variant: Variant, slug: str) -> None:
+    """With no GPU: products of warpgroups, and as much shared memory as the validity predicate counts, or less."""
+    device = TARGETS["sm_90"]
+    schedule = check(variant, parse(slug), device)
+    assert schedule.slug == slug
+    jobs = [Job(variant, schedule, direction, device, render_kernel(variant, schedule, "")) for direction in Direction]
+    found = compile_all(jobs, 2, lambda _: None)
+    for job in jobs:
+        resources = found[job]
+        assert isinstance(resources, Resources), resources
+        assert not resources.limits(device, job.warps)
+        if job.direction is Direction.BACKWARD:
+            needed = schedule.scratch_bytes(variant) + WARPGROUP_OPERANDS
+            assert needed - 1024 < resources.shared_bytes <= needed + 1024
+    assert b"wgmma" in compiled(jobs[0]).asm["ptx"].encode()
+
+
+@pytest.mark.parametrize(
+    ("dims", "arch", "slug", "reason"),
+    [
+        ((64, 64), "sm_100", "f64x4u1a_b64x4c1as_i12_ptx_warpgroup", "layouts must be auto or explicit on sm_100"),
+        ((64, 32), "sm_90", "f64x4u1a_b64x4c1as_i12_ptx_warpgroup", "unless V is from 33 to 64"),
+        ((64, 64), "sm_90", "f64x4u2a_b64x4c1as_i12_ptx_warpgroup", "forward must have 64 rows, 4 warps and unroll 1"),
+        (
+            (64, 64),
+            "sm_90",
+            "f64x4u1a_b64x4c1a_i12_ptx_warpgroup",
+            "backward must have 64 rows, 4 warps, chunk 1",
+        ),
+        ((64, 64), "sm_90", "f64x4u1a_b64x4c1as_i16_ptx_warpgroup", "bytes of shared memory, got 289920"),
+    ],
+)
+def test_where_warpgroups_are_none(dims: tuple[int, int], arch: str, slug: str, reason: str) -> None:
+    """The predicate says which architecture, columns, tiles and memory they need."""
+    found = problems(make_variant(*dims, (2, 2, 2, 2, 2), "bf16", tanh="approx"), parse(slug), TARGETS[arch])
+    assert any(reason in line for line in found), found
+
+
+def test_layouts_change_to_warpgroups_and_back() -> None:
+    """Warpgroups have tiles of their own, and other layouts the usual ones again."""
+    device = TARGETS["sm_90"]
+    few, many = (make_variant(64, 64, (n, n, n, n, n), "bf16", tanh="approx") for n in (8, 16))
+    assert default(few, device).layouts is Layouts.EXPLICIT
+    assert default(many, device) == default(few, device).laid_out(Layouts.WARPGROUP)
+    assert default(many, device).laid_out(Layouts.EXPLICIT) == default(few, device)
+    assert default(many, device).laid_out(Layouts.AUTO) == default(few, device).laid_out(Layouts.AUTO)
+    assert default(many, TARGETS["sm_80"]).layouts is Layouts.EXPLICIT
+
+
+def test_loads_stay_ahead_of_a_branch() -> None:
+    """Whether the forward saves states or not, ptxas has a branch between the loads of an iteration and its steps."""
+    variant = VARIANTS["published"]
+    text = source(variant)
+    steps = text[text.index("for t in range(0, whole, UNROLL)") :]
+    assert steps.index("next_values = tl.load") < steps.index("if SAVE:") < steps.index("elif t & 0x40000000 != 0")
+    assert steps.index("elif t & 0x40000000 != 0") < steps.index("h = advance(")

@@ -60,7 +60,7 @@ def test_the_matrix_covers_what_it_should() -> None:
     assert {(1, 4), (1, 2)} <= {(part.warps, part.chunk) for part in explicit}
     assert math.prod(sanitize.PROBLEMS["long"].lead) > SHORT
     assert 0 in (sanitize.PROBLEMS["packed"].lengths or ())
-    devices = {Layouts.AUTO: PORTABLE, Layouts.EXPLICIT: TARGETS["sm_90"]}
+    devices = {Layouts.AUTO: PORTABLE, Layouts.EXPLICIT: TARGETS["sm_90"], Layouts.WARPGROUP: TARGETS["sm_90"]}
     assert [problems(v, s, devices[s.layouts]) for v, s in sanitize.MATRIX.values()] == [()] * len(variants)
     assert {s.layouts for _, s in sanitize.MATRIX.values()} == set(Layouts)
 

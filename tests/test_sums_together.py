@@ -9,7 +9,8 @@ import pytest
 from support import make_variant
 
 from m2gen.device import TARGETS
-from m2gen.schedule import Layouts, Schedule, default
+from m2gen.heuristic import default
+from m2gen.schedule import Layouts, Schedule
 from m2gen.spec import Dtype
 from m2gen.sums import Together, backward_together, forward_together
 

@@ -9,8 +9,10 @@ import pytest
 import simulated
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import make_variant
 
 from m2gen.device import TARGETS
+from m2gen.heuristic import default
 from m2gen.schedule import (
     BackwardSchedule,
     ForwardSchedule,
@@ -19,7 +21,6 @@ from m2gen.schedule import (
     Schedule,
     Scratch,
     Tanh,
-    default,
     parse,
     problems,
 )
@@ -62,7 +63,7 @@ def _product() -> Iterator[Schedule]:
 def test_every_valid_point_is_enumerated_or_counted_with_a_reason() -> None:
     """Against the validity predicate on a sample of the whole product: no valid point is lost without a reason."""
     space = enumerate_space(TRAIN)
-    assert len(space.points) + sum(space.pruned.values()) == space.size == 2 * 819200
+    assert len(space.points) + sum(space.pruned.values()) == space.size == 2_764_800
     assert len(set(space.points)) == len(space.points)
     every = set(space.points)
     assert BASE in every
@@ -83,8 +84,25 @@ def test_inference_has_the_forwards_knobs_only() -> None:
     space = enumerate_space(replace(TRAIN, objective=Objective.INFER))
     for point in space.points:
         assert (point.backward, point.interval) == (BASE.laid_out(point.layouts).backward, BASE.interval)
-    assert {point.layouts for point in space.points} == set(Layouts)
+    assert {point.layouts for point in space.points} == {Layouts.AUTO, Layouts.EXPLICIT}
     assert len({point.forward for point in space.points}) > 8
+
+
+def test_warpgroups_are_points_where_they_are_valid() -> None:
+    """Of 64 columns on Hopper: every interval that fits and either sum, for training and for inference."""
+    variant = make_variant(96, 64, (4, 4, 4, 4, 4), "bf16", tanh="approx")
+    subject = replace(TRAIN, variant=variant, memory=MemoryBound())
+    found = [point for point in enumerate_space(subject).points if point.layouts is Layouts.WARPGROUP]
+    assert {point.interval for point in found} == {2, 4, 8, 12}
+    assert (
+        {point.forward.reduction for point in found} == {point.backward.reduction for point in found} == set(Reduction)
+    )
+    usual = default(variant, DEVICE)
+    assert usual.laid_out(Layouts.WARPGROUP) in found
+    assert usual.laid_out(Layouts.WARPGROUP) in tiles(usual, enumerate_space(subject).points)
+    inference = enumerate_space(replace(subject, objective=Objective.INFER)).points
+    assert {p.interval for p in inference if p.layouts is Layouts.WARPGROUP} == {12}
+    assert len(set(inference)) == len(inference)
 
 
 @pytest.mark.parametrize("bound", [MemoryBound(size=200_000), MemoryBound(times=1.0), MemoryBound(times=1.5)])
@@ -129,14 +147,19 @@ def test_slugs_and_values_name_schedules(schedule: Schedule) -> None:
     assert [AXES[name][place] for name, place in indices(schedule).items()] == list(values_of(schedule).values())
 
 
-def test_neighbours_are_one_step_away() -> None:
-    """Of one axis; all in the space."""
-    found = neighbours(BASE, POINTS)
+def test_neighbours_are_the_next_points_of_one_axis() -> None:
+    """In the space, with none between them: 12 is no interval of eight steps an iteration, so 8 is the one below 16."""
+    found, every = neighbours(BASE, POINTS), set(POINTS)
     assert len(found) == len(set(found)) > 6
+    assert set(found) <= every
     for schedule in found:
         one, other = indices(schedule), indices(BASE)
-        assert sorted(abs(one[name] - other[name]) for name in AXES)[-2:] == [0, 1]
-        assert schedule in set(POINTS)
+        (name,) = (name for name in AXES if one[name] != other[name])
+        low, high = sorted((one[name], other[name]))
+        between = [schedule_of({**values_of(BASE), name: value}) for value in AXES[name][low + 1 : high]]
+        assert every.isdisjoint(between)
+    assert {8, 32} <= {schedule.interval for schedule in found}
+    assert BASE.forward.unroll == 8
 
 
 def test_tiles_change_the_rows_of_both_kernels() -> None:
@@ -147,7 +170,7 @@ def test_tiles_change_the_rows_of_both_kernels() -> None:
         return replace(BASE, **parts).laid_out(layouts)
 
     assert tiled(32, Layouts.EXPLICIT) == BASE
-    wide, narrow = ([tiled(rows, layouts) for layouts in Layouts] for rows in (64, 16))
+    wide, narrow = ([tiled(rows, layouts) for layouts in (Layouts.AUTO, Layouts.EXPLICIT)] for rows in (64, 16))
     auto = tiled(32, Layouts.AUTO)
     points = [*wide, *narrow, auto, BASE, tiled(128, Layouts.AUTO)]
     assert tiles(BASE, points) == [wide[1], narrow[1], wide[0], narrow[0], auto]

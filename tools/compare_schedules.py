@@ -18,8 +18,9 @@ from m2gen.choice import Choice
 from m2gen.device import PORTABLE, Device
 from m2gen.emit import Origin, package
 from m2gen.errors import M2genError
+from m2gen.heuristic import default
 from m2gen.pipeline.bench import this_stand
-from m2gen.schedule import Schedule, check, default, parse
+from m2gen.schedule import Schedule, check, parse
 from m2gen.spec import load_spec
 from m2gen.variant import BuiltVariant, expand
 

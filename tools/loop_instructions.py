@@ -20,9 +20,10 @@ import triton.backends.nvidia
 
 from m2gen.compile import Job, compiled
 from m2gen.device import TARGETS
+from m2gen.heuristic import default
 from m2gen.render import render_kernel
 from m2gen.resources import resources_of
-from m2gen.schedule import check, default, parse
+from m2gen.schedule import check, parse
 from m2gen.signature import Direction
 from m2gen.spec import load_spec
 from m2gen.variant import expand

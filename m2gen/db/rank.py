@@ -8,8 +8,9 @@ from functools import cache
 
 from m2gen.db.record import POLICY, Record
 from m2gen.device import limits
+from m2gen.heuristic import default
 from m2gen.render import kernel_hash
-from m2gen.schedule import Schedule, default
+from m2gen.schedule import Schedule
 from m2gen.variant import parse_variant
 
 

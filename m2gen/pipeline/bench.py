@@ -19,9 +19,9 @@ from m2gen.choice import Choice, choose
 from m2gen.db import Environment, Record
 from m2gen.device import Device, detect
 from m2gen.errors import UsageError
+from m2gen.heuristic import default
 from m2gen.pipeline.plan import Plan, Progress, relevant, render
 from m2gen.roofline import peaks_of
-from m2gen.schedule import default
 from m2gen.tune import lock
 from m2gen.variant import BuiltVariant
 

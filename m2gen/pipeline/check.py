@@ -60,6 +60,6 @@ def _notes(job: Job, resources: Resources) -> tuple[str, ...]:
     if not resources.spill_bytes:
         return ()
     part = job.schedule.backward if job.direction is Direction.BACKWARD else job.schedule.forward
-    demand = demand_of(job.variant, part, job.device.warp_size)
+    demand = demand_of(job.variant, part, job.device.warp_size, job.schedule.layouts)
     tiles = f"tiles of the state alone take {demand.states} of {job.device.registers} registers a thread"
     return (f"spills: {tiles}, and state weights {demand.weights}",)

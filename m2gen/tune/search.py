@@ -38,18 +38,17 @@ class Proposal:
 
 
 def neighbours(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
-    """Return the points that are one step of one axis away, in the order of the axes.
+    """Return the points that are one step of one axis away, or the next that there is, in the order of the axes.
 
     They say which knob matters, and share interval, tanh and layouts, so that their parts can be combined.
     """
-    place, every = indices(schedule), set(points)
+    every, values = set(points), values_of(schedule)
     found = []
-    for name, values in AXES.items():
-        for step in (-1, 1):
-            index = place[name] + step
-            if 0 <= index < len(values):
-                found.append(schedule_of({**values_of(schedule), name: values[index]}))
-    return [point for point in found if point in every]
+    for name, place in indices(schedule).items():
+        for further in (reversed(AXES[name][:place]), AXES[name][place + 1 :]):
+            candidates = (schedule_of({**values, name: value}) for value in further)
+            found += [point for point in candidates if point in every][:1]
+    return found
 
 
 def tiles(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
@@ -61,10 +60,11 @@ def tiles(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
     every = set(points)
     found = []
     for layouts in (schedule.layouts, *(other for other in Layouts if other is not schedule.layouts)):
+        start = schedule.laid_out(layouts)
         for scale in (2, 0.5, 1):
-            forward = replace(schedule.forward, rows=int(schedule.forward.rows * scale))
-            backward = replace(schedule.backward, rows=int(schedule.backward.rows * scale))
-            found.append(replace(schedule, forward=forward, backward=backward).laid_out(layouts))
+            forward = replace(start.forward, rows=int(start.forward.rows * scale))
+            backward = replace(start.backward, rows=int(start.backward.rows * scale))
+            found.append(replace(start, forward=forward, backward=backward))
     return [point for point in found if point in every and point != schedule]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from m2gen.cache import key_of
 from m2gen.demand import demand_of
 from m2gen.device import Device
+from m2gen.heuristic import default
 from m2gen.outputs import backward_outputs, forward_output
 from m2gen.schedule import (
     BackwardSchedule,
@@ -21,7 +22,6 @@ from m2gen.schedule import (
     Schedule,
     Scratch,
     Tanh,
-    default,
     most_warps,
     problems,
 )
@@ -41,7 +41,7 @@ AXES: dict[str, tuple[Value, ...]] = {
     "backward.chunk": (1, 2, 4, 8),
     "backward.reduction": tuple(Reduction),
     "backward.scratch": tuple(Scratch),
-    "interval": (1, 2, 4, 8, 16, 32, 64, 128),
+    "interval": (1, 2, 4, 8, 12, 16, 32, 64, 128),
     "tanh": tuple(Tanh),
     "layouts": tuple(Layouts),
 }
@@ -158,33 +158,53 @@ def schedule_of(values: Mapping[str, Any]) -> Schedule:
 def enumerate_space(subject: Subject) -> Space:
     """Return every point of a subject's space, and how many each constraint excludes."""
     axes = _axes(subject)
-    size = 1
-    for values in axes.values():
-        size *= len(values)
-    shared = list(product(axes["interval"], axes["tanh"], axes["layouts"]))
+    shared = _shared(subject, axes)
+    size = len(shared)
+    for name, values in axes.items():
+        size *= len(values) if "." in name else 1
     pruned: Counter[str] = Counter()
     backward_count = _count(axes, "backward.")
     points: list[Schedule] = []
     for both in shared:
         forwards: list[ForwardSchedule] = []
         for forward in (ForwardSchedule(*v) for v in _product(axes, "forward.")):  # type: ignore[arg-type]
-            other = BackwardSchedule(MIN_TILE, 1, 1, Reduction.ATOMIC)
-            reason = _reason(subject, Schedule(forward, other, *both), forward)  # type: ignore[arg-type]
+            _, other = _least(both[2])
+            reason = _reason(subject, Schedule(forward, other, *both), forward)
             if reason is None:
                 forwards.append(forward)
             else:
                 pruned[reason] += backward_count
-        for backward in _backwards(subject, axes, both[2]):  # type: ignore[arg-type]
-            first = ForwardSchedule(MIN_TILE, 1, 1, Reduction.ATOMIC)
-            reason = _reason(subject, Schedule(first, backward, *both), backward)  # type: ignore[arg-type]
+        for backward in _backwards(subject, axes, both[2]):
+            first, _ = _least(both[2])
+            reason = _reason(subject, Schedule(first, backward, *both), backward)
             if reason is None:
-                points += (Schedule(forward, backward, *both) for forward in forwards)  # type: ignore[arg-type]
+                points += (Schedule(forward, backward, *both) for forward in forwards)
             else:
                 pruned[reason] += len(forwards)
     kept = _within_memory(subject, points)
     if len(kept) != len(points):
         pruned[MEMORY] = len(points) - len(kept)
     return Space(size, kept, dict(pruned))
+
+
+def _shared(subject: Subject, axes: dict[str, tuple[Value, ...]]) -> list[tuple[int, Tanh, Layouts]]:
+    """Return what both kernels have alike; for inference, which saves none, the default's checkpoints."""
+    both = list(product(axes["interval"], axes["tanh"], axes["layouts"]))
+    if subject.objective is Objective.INFER:
+        usual = default(subject.variant, subject.device)
+        both = [(usual.laid_out(layouts).interval, tanh, layouts) for _, tanh, layouts in both]  # type: ignore[arg-type]
+    return both  # type: ignore[return-value]
+
+
+def _least(layouts: Layouts) -> tuple[ForwardSchedule, BackwardSchedule]:
+    """Return kernels that are valid with these layouts wherever any are, to ask about the other one of the two."""
+    small = Schedule(
+        ForwardSchedule(MIN_TILE, 1, 1, Reduction.ATOMIC),
+        BackwardSchedule(MIN_TILE, 1, 1, Reduction.ATOMIC),
+        interval=1,
+        tanh=Tanh.EXP,
+    ).laid_out(layouts)
+    return small.forward, small.backward
 
 
 def _backwards(subject: Subject, axes: dict[str, tuple[Value, ...]], layouts: Layouts) -> list[BackwardSchedule]:

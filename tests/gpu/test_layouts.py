@@ -9,7 +9,8 @@ import torch
 from support import make_variant
 
 from m2gen.device import detect
-from m2gen.schedule import Layouts, default
+from m2gen.heuristic import default
+from m2gen.schedule import HOPPER, Layouts
 from m2gen.spec import Objective
 from m2gen.tune.candidate import load
 from m2gen.tune.gate import STEPS, Candidate, pass_gate, questions
@@ -41,6 +42,30 @@ def test_every_output_and_gradient(variant: Variant, warps: int | None) -> None:
     verdict = pass_gate(candidate, asked, torch.device("cuda"))
     assert verdict.failure is None, verdict.failure
     assert {"y", "state", "dq", "dk", "dv", "dweight", "dforget"} <= {error.tensor for error in verdict.errors}
+
+
+GROUPED = {
+    "square": make_variant(64, 64, (2, 2, 2, 2, 2), "bf16", tanh="approx"),
+    "square_fp16": make_variant(64, 64, (1, 1, 4, 4, 2), "fp16", tanh="approx"),
+    "masked_softplus": make_variant(40, 40, (1, 2, 4, 2, 4), "bf16", "total", gate="softplus"),
+    "two_parts": make_variant(96, 64, (2, 1, 2, 2, 2), "bf16", tanh="approx"),
+    "four_parts_fp16": make_variant(256, 33, (1, 1, 2, 2, 1), "fp16", "total", gate="softplus", tanh="approx"),
+}
+
+
+@pytest.mark.parametrize("variant", GROUPED.values(), ids=GROUPED.keys())
+@pytest.mark.parametrize("interval", [12, 4])
+def test_warpgroups(variant: Variant, interval: int) -> None:
+    """Every output and gradient against float64, with one and several programs for a head's rows."""
+    device = detect()
+    assert device is not None
+    if device.arch != HOPPER:
+        pytest.skip("only Hopper has wgmma")
+    schedule = replace(default(variant, device).laid_out(Layouts.WARPGROUP), interval=interval)
+    candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
+    asked = (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True))
+    verdict = pass_gate(candidate, asked, torch.device("cuda"))
+    assert verdict.failure is None, verdict.failure
 
 
 def test_the_widest_state() -> None:
