@@ -28,7 +28,7 @@ TOKENS_OF = 64
 
 def bench(
     spec: SpecOption,
-    layer: Annotated[str | None, typer.Option("--layer", help="Only this layer of the spec.")] = None,
+    layer: Annotated[list[str] | None, typer.Option("--layer", help="Only this layer; may be repeated.")] = None,
     only: Annotated[
         list[Kind] | None, typer.Option("--only", help="Only these contenders; may be repeated. All if not given.")
     ] = None,
@@ -65,7 +65,7 @@ def bench(
         axes = list(dict.fromkeys(sweep or ()))
         _check(axes, plot, against)
         batches = tuple(batch for batch in ([TOKENS_OF] if decode is None else decode) if batch)
-        request = pipeline.BenchRequest(layer, tuple(only or Kind), tuple(peer or ()), batches, seed)
+        request = pipeline.BenchRequest(tuple(layer or ()), tuple(only or Kind), tuple(peer or ()), batches, seed)
         records = records_of(db, no_db)
         planned = pipeline.plan(spec, None, records)
         peers(request.peers)

@@ -279,6 +279,23 @@ def test_hybrid_lm_compare_smoke(example, monkeypatch, tmp_path, capsys) -> None
     assert losses["kernels"]["0"] != losses["kernels"]["1"]
 
 
+def test_hybrid_lm_compare_goes_on(example, monkeypatch, tmp_path, capsys) -> None:
+    """A finished run is not run again, unless its file is torn or is of other facts."""
+    run = example("hybrid_lm")
+    config = run.load(EXAMPLES / "hybrid_lm" / "config.yaml", {})
+    again = [[1.0, 0.1], [2.0], [3.0]]
+    monkeypatch.setattr(run.compare, "kernels_of", lambda config: "0" * 12)
+    kept = run.compare.Kept(tmp_path / "runs")
+    assert kept.run("kernels, seed 0", config, lambda: again[0]) == again[0]
+    assert kept.run("kernels, seed 0", config, lambda: pytest.fail("ran again")) == again[0]
+    (path,) = (tmp_path / "runs").iterdir()
+    assert str(path) in capsys.readouterr().err
+    path.write_text(path.read_text()[:40])
+    assert kept.run("kernels, seed 0", config, lambda: again[1]) == again[1]
+    monkeypatch.setattr(run.compare, "kernels_of", lambda config: "1" * 12)
+    assert kept.run("kernels, seed 0", config, lambda: again[2]) == again[2]
+
+
 @pytest.mark.parametrize(
     ("kernels", "resumed", "verdict"),
     [
@@ -293,7 +310,7 @@ def test_hybrid_lm_compare_says_no(example, monkeypatch, tmp_path, capsys, kerne
     run = example("hybrid_lm")
     curves = {0: [2.0, 1.0], 1: [2.1, 1.1]}
     outcome = run.compare.Outcome({0: kernels, 1: [2.1, 1.1]}, curves, kernels, [2.0, 1.0], resumed)
-    monkeypatch.setattr(run.compare, "measured", lambda config: outcome)
+    monkeypatch.setattr(run.compare, "measured", lambda config, kept: outcome)
     arguments = ("compare", "--smoke", "--out", str(tmp_path))
     if verdict is None:
         command(run, monkeypatch, *arguments)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
+import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -84,20 +88,60 @@ def resumed(config: Config) -> list[float]:
         return [float(loss) for loss in saved["losses"]]
 
 
-def measured(config: Config) -> Outcome:
-    """Train every run."""
+@dataclass(frozen=True)
+class Kept:
+    """Losses of finished runs, a file each: a command that is called again goes on where it was."""
+
+    folder: Path
+
+    def run(self, name: str, config: Config, train_anew: Callable[[], list[float]]) -> list[float]:
+        """Return a run's losses, from its file where config, GPU, torch and kernels are the same."""
+        path = self.folder / f"{name.replace(', ', ' ').replace(' ', '_')}.json"
+        facts = {"config": facts_of(config), "device": device_name(), "torch": torch.__version__}
+        facts |= {"python": sys.version, "kernels": kernels_of(config)}  # whose library is what the model learns
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        if isinstance(found, dict) and {key: found.get(key) for key in facts} == json.loads(json.dumps(facts)):
+            print(f"{name}: from {path}", file=sys.stderr)
+            return [float(loss) for loss in found["losses"]]
+        losses = train_anew()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json({**facts, "losses": losses}, path)
+        return losses
+
+
+def device_name() -> str:
+    """Name what runs the kernels."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, Triton's interpreter"
+
+
+def kernels_of(config: Config) -> str:
+    """Return 12 hex digits that change with the package of the config's layers."""
+    found = importlib.util.find_spec(config.package)
+    manifest = Path(str(found.origin)).parent / "MANIFEST.json" if found else None
+    return hashlib.sha256(manifest.read_bytes()).hexdigest()[:12] if manifest else ""
+
+
+def measured(config: Config, kept: Kept) -> Outcome:
+    """Train every run that is not kept."""
     choice = config.compare
     kernels = replace(config, seq=choice.seq, backend="kernels")
     reference = replace(kernels, backend="reference", compile=False)  # compiled, its steps are unrolled: minutes
     first = replace(kernels, seed=choice.seeds[0])
     # Half of the steps is a checkpoint, and the step after it is lost.
     exact = replace(first, deterministic=True, steps=choice.steps, save_every=max(1, choice.steps // 2))
+
+    def trained(config: Config, name: str) -> list[float]:
+        return kept.run(name, config, lambda: curve(config, name, choice.steps))
+
     return Outcome(
-        {seed: curve(replace(kernels, seed=seed), f"kernels, seed {seed}", choice.steps) for seed in choice.seeds},
-        {seed: curve(replace(reference, seed=seed), f"reference, seed {seed}", choice.steps) for seed in choice.seeds},
-        curve(first, f"kernels, seed {first.seed} again", choice.steps),
-        curve(exact, "deterministic, in one piece", choice.steps),
-        resumed(exact),
+        {seed: trained(replace(kernels, seed=seed), f"kernels, seed {seed}") for seed in choice.seeds},
+        {seed: trained(replace(reference, seed=seed), f"reference, seed {seed}") for seed in choice.seeds},
+        trained(first, f"kernels, seed {first.seed} again"),
+        trained(exact, "deterministic, in one piece"),
+        kept.run("deterministic, resumed", exact, lambda: resumed(exact)),
     )
 
 
@@ -128,10 +172,10 @@ def table(config: Config, outcome: Outcome) -> str:
 
 def compare(config: Config, out: Path) -> None:
     """Write and print the comparison; the exit status is 1 unless all is as it should be."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, Triton's interpreter"
+    device = device_name()
     if len(set(config.compare.seeds)) < 2 or config.compare.steps < 4:  # fewer leave nothing to go on with
         raise SystemExit(f"compare must have at least two seeds and four steps, got {config.compare}")
-    outcome = measured(config)
+    outcome = measured(config, Kept(out / "runs"))
     runs = {"kernels": outcome.kernels, "reference": outcome.reference}
     runs |= {"again": outcome.again, "whole": outcome.whole, "resumed": outcome.resumed}
     facts = {"device": device, "torch": torch.__version__, "config": facts_of(config)}

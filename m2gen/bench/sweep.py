@@ -10,7 +10,7 @@ import numpy as np
 from m2gen.bench.contest import Workload
 from m2gen.bench.words import Axis
 from m2gen.spec import Heads
-from m2gen.variant import MIN_TILE, Variant
+from m2gen.variant import Variant
 
 LENGTHS = tuple(128 << i for i in range(8))
 ROWS = tuple(2 << i for i in range(8))
@@ -49,8 +49,11 @@ class Fit:
         return self.intercept_ms + self.slope_ms * x
 
 
-def points(axis: Axis, base: Workload, sm_count: int) -> tuple[Point, ...]:
-    """Return the workloads of a sweep, which start from a layer's first one."""
+def points(axis: Axis, base: Workload, sm_count: int, tile: int) -> tuple[Point, ...]:
+    """Return the workloads of a sweep, which start from a layer's first one.
+
+    Up to ``tile`` rows one program has all of them, and their number says little about time.
+    """
     variant = base.variant
     heads = variant.total_heads
     if axis is Axis.SEQ:
@@ -58,7 +61,7 @@ def points(axis: Axis, base: Workload, sm_count: int) -> tuple[Point, ...]:
     if axis is Axis.ROWS:
         full = replace(base, batch=max(base.batch, -(-FULL * sm_count // heads)))
         grown = ((rows, replace(variant, state_expansion=rows)) for rows in ROWS)
-        return tuple(Point(rows, replace(full, variant=v), rows >= MIN_TILE) for rows, v in grown)
+        return tuple(Point(rows, replace(full, variant=v), rows >= tile) for rows, v in grown)
     if axis is Axis.HEADS:
         batch = FULL * sm_count
         of_heads = ((count * batch, with_heads(variant, count)) for count in HEADS)

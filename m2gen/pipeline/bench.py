@@ -11,7 +11,7 @@ from m2gen.bench.against import Baseline, Comparison, compare
 from m2gen.bench.contest import Contender, Timer, Workload
 from m2gen.bench.measure import Gpu, Result, contest
 from m2gen.bench.peers import peers
-from m2gen.bench.sweep import Point, points
+from m2gen.bench.sweep import ROWS, Point, points
 from m2gen.bench.words import Axis, Call, Kind
 from m2gen.bucket import bucket_of
 from m2gen.cache import materialise
@@ -30,8 +30,8 @@ from m2gen.variant import BuiltVariant
 class BenchRequest:
     """What to time of a plan, beside what."""
 
-    layer: str | None = None
-    """All layers where None."""
+    layers: tuple[str, ...] = ()
+    """Names of layers; all that have workloads where there are none."""
     kinds: tuple[Kind, ...] = tuple(Kind)
     peers: tuple[str, ...] = ()
     """Adapters as ``module:function``, beside those that installed packages register."""
@@ -117,13 +117,14 @@ def _field(planned: Plan, device: Device, request: BenchRequest) -> _Field:
 def workloads(planned: Plan, request: BenchRequest) -> list[Workload]:
     """Return every variant on its layers' workloads, then its decoding; raises UsageError for an unknown layer."""
     layers = planned.spec.layers
-    if request.layer is not None and request.layer not in layers:
-        raise UsageError(f"--layer must be among {', '.join(layers)}, got {request.layer!r}")
+    for name in request.layers:
+        if name not in layers:
+            raise UsageError(f"--layer must be among {', '.join(layers)}, got {name!r}")
     named = [
         (name, built.variant)
         for built in planned.variants
         for name in built.layers
-        if request.layer in (None, name) and layers[name].workloads
+        if (not request.layers or name in request.layers) and layers[name].workloads
     ]
     sequences = [Workload(name, variant, w.batch, w.seq) for name, variant in named for w in layers[name].workloads]
     decoding = [
@@ -133,7 +134,7 @@ def workloads(planned: Plan, request: BenchRequest) -> list[Workload]:
         for call in (Call.DECODE, Call.DECODE_BF16)
     ]
     if not sequences:
-        raise UsageError(f"{request.layer or 'the spec'} must have workloads to be timed, got none")
+        raise UsageError(f"{', '.join(request.layers) or 'the spec'} must have workloads to be timed, got none")
     return sequences + decoding
 
 
@@ -158,7 +159,8 @@ def sweep(
     Yields what is known after each point, so that whoever is interrupted has it.
     """
     base = workloads(planned, request)[0]
-    every = points(axis, base, stand.device.sm_count)
+    widest = replace(base.variant, state_expansion=ROWS[-1])
+    every = points(axis, base, stand.device.sm_count, default(widest, stand.device).forward.rows)
     built = [BuiltVariant(variant, (base.layer,)) for variant in dict.fromkeys(p.workload.variant for p in every)]
     grown = replace(planned, choices=_choices(planned, built, relevant(records, built)))
     kinds = tuple(kind for kind in request.kinds if kind.most_steps is None)
