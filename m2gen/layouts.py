@@ -166,7 +166,7 @@ def named(variant: Variant, schedule: Schedule) -> dict[str, str]:
     if backward.scratch is Scratch.SHARED:
         found["BACKWARD_SCRATCH"] = _scratch(variant)
     found["SUM_LAYOUT"] = f"tl.BlockedLayout([1], [32], [{forward.warps}], [0])"
-    if forward_together(variant, schedule) and not group:
+    if forward_together(variant, schedule):
         found["FORWARD_SUMS"] = _row_sums(variant, forward)
     if group:
         found |= {**_warpgroup(variant), "KEYS": _keys(backward)}
@@ -175,9 +175,22 @@ def named(variant: Variant, schedule: Schedule) -> dict[str, str]:
     return found
 
 
+def _group_words(variant: Variant, schedule: Schedule) -> dict[str, object]:
+    """Return the words in which kernels of warpgroups and others differ."""
+    group = schedule.layouts is Layouts.WARPGROUP
+    return {
+        "warpgroup": group,
+        **{f"{each}_template": f"_{each}{'_warpgroup' * group}.py.j2" for each in CHOSEN},
+        "products_of": HOPPER_PRODUCTS if group else "ampere import mma_v2",
+        "rows_as_loaded": schedule.layouts is Layouts.EXPLICIT,
+        "lane_sums": lane_sums(),
+        "group_outputs": group_outputs(variant, schedule),
+        "eighths": lambda name: ", ".join(f"{name}_{i}" for i in range(EIGHTHS)),
+    }
+
+
 def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
     """Return the words in which the two dialects of the templates differ: Gluon's tensors have layouts."""
-    group = schedule.layouts is Layouts.WARPGROUP
     explicit, by_product = schedule.layouts.written, sums_by_product(variant, schedule)
     over_cols = "col_sums_of({}, {}, COL_SUMS)" if by_product else "col_sums({} * {}.to(tl.float32)[None, :], COL_SUMS)"
 
@@ -186,7 +199,6 @@ def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
 
     found: dict[str, object] = {
         "explicit_layouts": explicit,
-        "warpgroup": group,
         "layouts": list(named(variant, schedule).items()),
         "outer_on_tensor_cores": outer_on_tensor_cores(schedule),
         "forward_together": forward_together(variant, schedule),
@@ -202,12 +214,7 @@ def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
         "after_chunks": [] if explicit else ["_backward_barrier.py.j2"],
         "right_operand": (lambda x: f"transposed({x}).permute((1, 0))") if explicit else str,
         "as_loaded": (lambda x: f"as_loaded({x}, BACKWARD_VECTOR)") if explicit else str,
-        **{f"{each}_template": f"_{each}{'_warpgroup' * group}.py.j2" for each in CHOSEN},
-        "products_of": HOPPER_PRODUCTS if group else "ampere import mma_v2",
-        "rows_as_loaded": explicit and not group,
-        "lane_sums": lane_sums(),
-        "group_outputs": group_outputs(variant, schedule),
-        "eighths": lambda name: ", ".join(f"{name}_{i}" for i in range(EIGHTHS)),
+        **_group_words(variant, schedule),
         "sum_layout": only("SUM_LAYOUT"),
         "tile_parameter": only("TILE: tl.constexpr"),
         "tile_rows": only("tl.SliceLayout(1, TILE)"),
