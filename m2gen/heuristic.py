@@ -60,7 +60,7 @@ def default(variant: Variant, device: Device) -> Schedule:
     backward's registers hold (one where products of float32 take them). A checkpoint every 16 steps costs 4 % of the
     forward's time and a sixteenth of all states. States are rebuilt into shared memory, if that leaves an SM as many
     programs as its registers do: 3 to 5 % of a step. Of 64 columns on Hopper, where there are many heads: warpgroups,
-    which take 0.6 of the time if a batch gives every SM one, and 1.3 times as long if it gives one to a quarter.
+    which take half the time if a batch gives every SM one, and 1.4 times as long if it gives one to a quarter.
     """
     rows, warps = _tile(variant, device)
     single = variant.dtype is Dtype.FP32

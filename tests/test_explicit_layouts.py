@@ -106,6 +106,8 @@ def test_the_interpreter_imports_them(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert load_kernels(source(VARIANTS["published"])).INTERVAL.value == 16
+    variant, slug = GROUPED["square"]
+    assert load_kernels(render_kernel(variant, parse(slug), "")).INTERVAL.value == 12
 
 
 def test_a_triton_whose_assembler_never_ends_on_them(monkeypatch: pytest.MonkeyPatch) -> None:

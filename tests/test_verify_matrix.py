@@ -10,7 +10,7 @@ from m2gen.heuristic import default
 from m2gen.pipeline import open_spec
 from m2gen.pipeline.verify import MATRIX
 from m2gen.schedule import Layouts
-from m2gen.spec import Dtype
+from m2gen.spec import ClipMode, Dtype, GateKind
 from m2gen.variant import expand
 from m2gen.verify import Check, Feature, cases, quick
 from m2gen.verify.checks import CHECKS
@@ -61,6 +61,19 @@ def test_long_sequences_reach_the_kernels_of_the_published_models() -> None:
     assert {s.layouts for s in schedules.values()} == {Layouts.EXPLICIT}
     names = {case.name for v, s in schedules.items() for case in cases(v, s.interval, interpreted=False)}
     assert {"steps_4096", "steps_16384"} <= names
+
+
+def test_the_matrix_reaches_warpgroups() -> None:
+    """With either clip, gate and narrow dtype, one and several programs for a head's rows, and masked tiles."""
+    specs = [open_spec(name)[0] for name in ("matrix.yaml", "matrix_total.yaml")]
+    variants = [built.variant for spec in specs for built in expand(spec)]
+    grouped = [v for v in variants if default(v, TARGETS["sm_90"]).layouts is Layouts.WARPGROUP]
+    assert {v.clip for v in grouped} == set(ClipMode)
+    assert {v.gate for v in grouped} == set(GateKind)
+    assert {v.dtype for v in grouped} == {Dtype.BF16, Dtype.FP16}
+    assert {v.padded_rows // 64 for v in grouped} == {1, 2, 4}
+    assert any(v.masks_rows and v.masks_cols for v in grouped)
+    assert any(len(set(v.heads.counts)) > 1 for v in grouped)
 
 
 def test_the_interpreter_walks_no_large_state() -> None:
