@@ -52,7 +52,7 @@ def neighbours(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]
 
 
 def tiles(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
-    """Return the points whose kernels both have half, as many, or twice the rows, with either of the layouts.
+    """Return the points whose kernels both have half, as many, or twice the rows, with each of the layouts.
 
     Rows trade programs for the work of each, in both kernels alike, and which layouts are faster depends on them: a
     step of one axis from the default misses what two of them gain together.
