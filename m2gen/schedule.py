@@ -32,8 +32,8 @@ interval's vectors, and sums of warps."""
 WARPGROUP_INTERVAL = 12
 """As many states as fit beside them."""
 
-
 USUAL_INTERVAL = 16
+"""Steps between checkpoints of other defaults."""
 
 
 class Layouts(StrEnum):

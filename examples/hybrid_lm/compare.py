@@ -97,8 +97,8 @@ class Kept:
     def run(self, name: str, config: Config, train_anew: Callable[[], list[float]]) -> list[float]:
         """Return a run's losses, from its file where config, GPU, torch and kernels are the same."""
         path = self.folder / f"{name.replace(', ', ' ').replace(' ', '_')}.json"
-        facts = {"config": facts_of(config), "device": device_name(), "torch": torch.__version__}
-        facts |= {"python": sys.version, "kernels": kernels_of(config)}  # whose library is what the model learns
+        # The model learns Python's library.
+        facts = {**setting(config), "python": sys.version, "kernels": kernels_of(config)}
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -115,6 +115,11 @@ class Kept:
 def device_name() -> str:
     """Name what runs the kernels."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, Triton's interpreter"
+
+
+def setting(config: Config) -> dict[str, object]:
+    """Return what losses are of."""
+    return {"device": device_name(), "torch": torch.__version__, "config": facts_of(config)}
 
 
 def kernels_of(config: Config) -> str:
@@ -172,20 +177,18 @@ def table(config: Config, outcome: Outcome) -> str:
 
 def compare(config: Config, out: Path) -> None:
     """Write and print the comparison; the exit status is 1 unless all is as it should be."""
-    device = device_name()
     if len(set(config.compare.seeds)) < 2 or config.compare.steps < 4:  # fewer leave nothing to go on with
         raise SystemExit(f"compare must have at least two seeds and four steps, got {config.compare}")
     outcome = measured(config, Kept(out / "runs"))
     runs = {"kernels": outcome.kernels, "reference": outcome.reference}
     runs |= {"again": outcome.again, "whole": outcome.whole, "resumed": outcome.resumed}
-    facts = {"device": device, "torch": torch.__version__, "config": facts_of(config)}
-    write_json({**facts, "losses": runs}, out / "compare.json")
+    write_json({**setting(config), "losses": runs}, out / "compare.json")
     curves = {}
     for name, style, losses in (("kernels", "-", outcome.kernels), ("reference", ":", outcome.reference)):
         for i, (seed, run) in enumerate(losses.items()):
             curves[f"{name}, seed {seed}"] = (run, f"C{i}{style}")
     draw(curves, out / "compare.png")
-    report = f"{device}, torch {torch.__version__}, {config.dtype}\n\n{table(config, outcome)}"
+    report = f"{device_name()}, torch {torch.__version__}, {config.dtype}\n\n{table(config, outcome)}"
     store(out / "compare.md", lambda path: path.write_text(report, encoding="utf-8"))
     print(report, end="")
     if not (outcome.trains_alike and outcome.resumes):

@@ -166,16 +166,15 @@ def enumerate_space(subject: Subject) -> Space:
     backward_count = _count(axes, "backward.")
     points: list[Schedule] = []
     for both in shared:
+        first, other = _least(both[2])
         forwards: list[ForwardSchedule] = []
         for forward in (ForwardSchedule(*v) for v in _product(axes, "forward.")):  # type: ignore[arg-type]
-            _, other = _least(both[2])
             reason = _reason(subject, Schedule(forward, other, *both), forward)
             if reason is None:
                 forwards.append(forward)
             else:
                 pruned[reason] += backward_count
         for backward in _backwards(subject, axes, both[2]):
-            first, _ = _least(both[2])
             reason = _reason(subject, Schedule(first, backward, *both), backward)
             if reason is None:
                 points += (Schedule(forward, backward, *both) for forward in forwards)
