@@ -22,7 +22,7 @@ from m2gen.errors import CompileError
 from m2gen.layouts import TOO_NEW
 from m2gen.resources import Resources, resources_of
 from m2gen.schedule import Schedule
-from m2gen.signature import Argument, Direction, arguments
+from m2gen.signature import Argument, Direction, arguments, options
 from m2gen.variant import Variant
 
 RESULT_VERSION = "1"
@@ -43,13 +43,17 @@ class Job:
         return f"{self.variant.key} {self.direction} for {self.device.arch}"
 
     @property
+    def options(self) -> dict[str, int]:
+        return options(self.variant, self.schedule, self.direction)
+
+    @property
     def warps(self) -> int:
-        return (self.schedule.backward if self.direction is Direction.BACKWARD else self.schedule.forward).warps
+        return self.options["num_warps"]
 
     @property
     def key(self) -> str:
         described = repr(arguments(self.variant, self.schedule, self.direction))
-        parts = (RESULT_VERSION, toolchain(), self.device.arch, self.direction, str(self.warps), described)
+        parts = (RESULT_VERSION, toolchain(), self.device.arch, self.direction, str(self.options), described)
         return key_of(*parts, self.source)
 
 
@@ -104,7 +108,7 @@ def compiled(job: Job) -> Any:
     target = GPUTarget(*backend_of(job.device))
     source = _source(job.schedule)(kernel, *_specialisation(described))
     try:
-        return triton.compile(source, target=target, options={"num_warps": job.warps, "num_stages": 1})
+        return triton.compile(source, target=target, options=job.options)
     except Exception as error:  # whatever a compiler raises, the user needs the kernel's name
         told = telling(error)
         raise CompileError(f"{job.name}: {type(told).__name__}: {_last_line(told)}") from error

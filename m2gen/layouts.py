@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from m2gen.schedule import Layouts, Part, Schedule, Scratch
+from m2gen.schedule import ForwardSchedule, Layouts, Part, Schedule, Scratch
 from m2gen.sums import (
     EIGHTHS,
     backward_together,
+    forward_apart,
     forward_together,
     group_outputs,
+    joined,
     lane_sums,
     sums_by_product,
     warps_down,
@@ -92,6 +94,44 @@ def _row_sums(variant: Variant, part: Part) -> str:
     return str(_Linear((8, variant.padded_cols), registers, (*LANE_COLS, *LANE_ROWS), warps))
 
 
+def _sums_apart(variant: Variant, part: ForwardSchedule) -> dict[str, str]:
+    """Return the layouts of sums over rows of which every warp has its own, and which meet in shared memory.
+
+    ``FORWARD_APART`` is what is left of an iteration's tiles, of every step 8 rows a warp, in the order in which a
+    lane's columns are neighbours, so that it stores them at once. ``FORWARD_EVERY`` has the same with all rows of a
+    pair of columns in a thread, and ``FORWARD_SUMS`` their sums, in the columns' own order.
+    """
+    cols, rows, steps = variant.padded_cols, 8 * part.warps, part.unroll
+    mine = cols // 4  # a lane's columns of a row
+    lanes = (*((0, col) for col in _powers(mine, cols)), *LANE_ROWS)
+    registers = (*((0, col) for col in _powers(1, mine)), *((row, 0) for row in _powers(rows, rows * steps)))
+    apart = _Linear((steps * rows, cols), registers, lanes, tuple((row, 0) for row in _powers(8, rows)))
+    shared = [*((0, col) for col in _powers(2, cols)), *((step, 0) for step in _powers(1, steps))]
+    threads = 5 + (part.warps.bit_length() - 1)
+    spread, rest = shared[:threads] + [(0, 0)] * (threads - len(shared)), shared[threads:]
+
+    def placed(column: int) -> int:
+        if column < 2:
+            return column
+        return column // 2 * 8 if column < mine else column // mine * 2
+
+    summed = [(step, placed(col)) for step, col in spread]
+    kept = ((0, 1), *((step, placed(col)) for step, col in rest))
+    parts = [(step * rows, col) for step, col in spread]
+    every = ((0, 1), *((row, 0) for row in _powers(1, rows)), *((step * rows, col) for step, col in rest))
+    return {
+        "FORWARD_APART": str(apart),
+        "FORWARD_EVERY": str(_Linear((steps * rows, cols), every, tuple(parts[:5]), tuple(parts[5:]))),
+        "FORWARD_SUMS": str(_Linear((steps, cols), kept, tuple(summed[:5]), tuple(summed[5:]))),
+        "PLAIN": "tl.SwizzledSharedLayout(1, 1, 1, [1, 0])",
+    }
+
+
+def _down(first: int, rows: int) -> tuple[tuple[int, int], ...]:
+    """Return what each bit of a warp's number adds to a row."""
+    return tuple((row, 0) for row in _powers(first, rows))
+
+
 def _col_sums(part: Part) -> dict[str, str]:
     """Return the layouts of what is left of a tile whose threads have summed their columns, and of its neighbours."""
     cols, each = ((0, 1), (0, 2)), part.rows // 8
@@ -166,7 +206,9 @@ def named(variant: Variant, schedule: Schedule) -> dict[str, str]:
     if backward.scratch is Scratch.SHARED:
         found["BACKWARD_SCRATCH"] = _scratch(variant)
     found["SUM_LAYOUT"] = f"tl.BlockedLayout([1], [32], [{forward.warps}], [0])"
-    if forward_together(variant, schedule):
+    if forward_apart(variant, schedule):
+        found |= _sums_apart(variant, forward)
+    elif forward_together(variant, schedule):
         found["FORWARD_SUMS"] = _row_sums(variant, forward)
     if group:
         found |= {**_warpgroup(variant), "KEYS": _keys(backward)}
@@ -203,6 +245,8 @@ def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
         "outer_on_tensor_cores": outer_on_tensor_cores(schedule),
         "forward_together": forward_together(variant, schedule),
         "backward_together": backward_together(variant, schedule),
+        "forward_apart": forward_apart(variant, schedule),
+        "joined": joined,
         "sums_by_product": by_product,
         "over_cols": over_cols.format,
         "jit": "gluon.jit" if explicit else "triton.jit",

@@ -13,7 +13,7 @@ from m2gen import layouts
 from m2gen.operands import BACKWARD_VECTORS, FORWARD_VECTORS, backward_words, forward_words
 from m2gen.outputs import backward_outputs, forward_output
 from m2gen.schedule import WARPGROUP_ROWS, Layouts, Reduction, Schedule, Scratch, Tanh
-from m2gen.signature import Direction, arguments
+from m2gen.signature import Direction, arguments, options
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import Variant, padded
 
@@ -85,6 +85,7 @@ def _constants(variant: Variant, schedule: Schedule) -> list[tuple[str, int]]:
         ("BACKWARD_ROWS", backward.rows),
         ("BACKWARD_PARTS", backward.parts(variant)),
         ("CHUNK", backward.chunk),
+        *([("SEGMENTS", schedule.segments), ("SHORTEST", schedule.shortest_segment)] if schedule.segments > 1 else []),
         *([("SUM_BLOCK", SUM_ELEMENTS * forward.warps)] if _shares(variant, schedule) else []),
     ]
 
@@ -104,6 +105,10 @@ def _parameters(variant: Variant, schedule: Schedule, direction: Direction) -> l
         else:
             lines.append(text)
     return lines
+
+
+def _options(variant: Variant, schedule: Schedule, direction: Direction) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options(variant, schedule, direction).items())
 
 
 def _sums(variant: Variant, schedule: Schedule) -> dict[str, Any]:
@@ -207,9 +212,10 @@ def _launch(variant: Variant, schedule: Schedule) -> dict[str, Any]:
         "backward_programs": heads * schedule.backward.parts(variant),
         "step_programs": heads,
         "forward_warps": schedule.forward.warps,
+        "forward_options": _options(variant, schedule, Direction.FORWARD),
+        "backward_options": _options(variant, schedule, Direction.BACKWARD),
         "short": SHORT,
         "sum_block": SUM_ELEMENTS * schedule.forward.warps,
-        "backward_warps": schedule.backward.warps,
         "state_shape": f"{heads}, {rows}, {cols}",
         "step_shape": f"{heads}, {cols}",
         "weight_shape": f"{variant.heads.w}, {weight_parts}, {cols}, {cols}",
@@ -228,6 +234,7 @@ def render_kernel(variant: Variant, schedule: Schedule, provenance: str) -> str:
         backward_steps=range(schedule.backward.chunk),
         tanh_ptx=schedule.tanh is Tanh.PTX,
         clip_carry=variant.clip is ClipMode.CARRY,
+        segmented=schedule.segments > 1,
         **_products(variant, schedule),
         **_gate(variant, schedule),
         **_sums(variant, schedule),

@@ -34,6 +34,11 @@ WARPGROUP_INTERVAL = 12
 
 USUAL_INTERVAL = 16
 """Steps between checkpoints of other defaults."""
+SHORTEST_SEGMENT = 128
+"""Steps below which a program's beginning takes much of its time. Fewer than the problems by which a schedule is tuned
+have, so that the kernels that are timed are those that were verified."""
+MOST_SEGMENTS = 64
+"""Above which nothing is left of a last turn that could be saved."""
 
 
 class Layouts(StrEnum):
@@ -129,6 +134,10 @@ class Schedule:
     interval into a scratch, ``chunk`` steps apart."""
     tanh: Tanh
     layouts: Layouts = Layouts.AUTO
+    segments: int = 1
+    """Parts of a sequence's walk, each a program that goes on from the state of the one before it. Where the GPU holds
+    more than half, but not all programs at once, or a few times as many, most of it is idle during the last turn;
+    shorter programs leave less of it. Bits are those of one part."""
 
     @property
     def two_level(self) -> bool:
@@ -157,16 +166,25 @@ class Schedule:
             interval = WARPGROUP_INTERVAL if group else USUAL_INTERVAL
         if not layouts.written:
             backward = replace(backward, scratch=Scratch.L2)
-        return Schedule(forward, backward, interval, self.tanh, layouts)
+        segments = 1 if layouts is Layouts.WARPGROUP else self.segments
+        return Schedule(forward, backward, interval, self.tanh, layouts, segments)
+
+    @property
+    def shortest_segment(self) -> int:
+        """Fewest steps that are a program of their own: whole intervals."""
+        return -(-SHORTEST_SEGMENT // self.interval) * self.interval
 
     @property
     def slug(self) -> str:
         """Name the schedule as an identifier, for file names and tables."""
         layouts = f"_{self.layouts}" if self.layouts.written else ""
-        return f"{self.forward.slug}_{self.backward.slug}_i{self.interval}_{self.tanh}{layouts}"
+        segments = f"_s{self.segments}" if self.segments > 1 else ""
+        return f"{self.forward.slug}_{self.backward.slug}_i{self.interval}{segments}_{self.tanh}{layouts}"
 
 
-_SLUG = re.compile(r"f(\d+)x(\d+)u(\d+)([ap])_b(\d+)x(\d+)c(\d+)([ap])(s?)_i(\d+)_(ptx|exp)(?:_(explicit|warpgroup))?")
+_SLUG = re.compile(
+    r"f(\d+)x(\d+)u(\d+)([ap])_b(\d+)x(\d+)c(\d+)([ap])(s?)_i(\d+)(?:_s(\d+))?_(ptx|exp)(?:_(explicit|warpgroup))?"
+)
 
 
 def parse(slug: str) -> Schedule:
@@ -178,8 +196,8 @@ def parse(slug: str) -> Schedule:
     forward = ForwardSchedule(int(found[1]), int(found[2]), int(found[3]), reduction[found[4]])
     scratch = Scratch.SHARED if found[9] else Scratch.L2
     backward = BackwardSchedule(int(found[5]), int(found[6]), int(found[7]), reduction[found[8]], scratch)
-    layouts = Layouts(found[12] or Layouts.AUTO)
-    return Schedule(forward, backward, int(found[10]), Tanh(found[11]), layouts)
+    layouts = Layouts(found[13] or Layouts.AUTO)
+    return Schedule(forward, backward, int(found[10]), Tanh(found[12]), layouts, int(found[11] or 1))
 
 
 def _power_of_two(value: int) -> bool:
@@ -208,6 +226,10 @@ def _problems(variant: Variant, schedule: Schedule, device: Device) -> Iterator[
     for name, steps in (("forward.unroll", schedule.forward.unroll), ("backward.chunk", schedule.backward.chunk)):
         if schedule.interval < 1 or steps < 1 or schedule.interval % steps:
             yield f"interval must be a multiple of {name} = {steps}, got {schedule.interval}"
+    if not 1 <= schedule.segments <= MOST_SEGMENTS:
+        yield f"segments must be from 1 to {MOST_SEGMENTS}, got {schedule.segments}"
+    if schedule.segments > 1 and schedule.layouts is Layouts.WARPGROUP:
+        yield f"segments must be 1 for layouts {schedule.layouts}, got {schedule.segments}"
     if schedule.layouts.written and not (device.is_nvidia and variant.dtype is not Dtype.FP32):
         yield f"layouts must be auto for {variant.dtype} on {device.arch}, got {schedule.layouts}"
     for direction, part in (("forward", schedule.forward), ("backward", schedule.backward)):

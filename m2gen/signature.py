@@ -9,12 +9,15 @@ from enum import StrEnum
 from m2gen.outputs import backward_outputs, forward_output
 from m2gen.schedule import Part, Reduction, Schedule, Scratch
 from m2gen.spec import Dtype
+from m2gen.sums import forward_apart
 from m2gen.variant import Variant
 
 Constant = int | bool | None
 
 ELEMENT = {Dtype.BF16: "*bf16", Dtype.FP16: "*fp16", Dtype.FP32: "*fp32"}
 STATE = "*fp32"
+MOST_REGISTERS = 255
+"""That a thread of NVIDIA has."""
 
 
 class Direction(StrEnum):
@@ -86,6 +89,17 @@ def _atomic(shares: bool, schedule_part: Part) -> Argument:
     return _flag("ATOMIC", shares and schedule_part.reduction is Reduction.ATOMIC)
 
 
+def _turns(schedule: Schedule) -> Iterator[Argument]:
+    """What programs know of each other where a walk has several segments."""
+    if schedule.segments > 1:
+        yield _pointer("turns", "*i32")
+
+
+def _segmented(schedule: Schedule) -> Iterator[Argument]:
+    if schedule.segments > 1:
+        yield _flag("SEGMENTED", True)
+
+
 def _forward(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
     element = ELEMENT[variant.dtype]
     y = forward_output(variant, schedule)
@@ -95,11 +109,13 @@ def _forward(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
     yield _pointer("h_last", STATE)
     yield _pointer("checkpoints", STATE)
     yield Argument("cu_seqlens", "constexpr")
+    yield from _turns(schedule)
     yield from _operand_strides(variant)
     yield Argument("S")
     yield Argument("intervals")
     yield from (_flag("HAS_FIRST", False), _flag("PACKED", False), _flag("SAVE", True))
     yield _atomic(y.shared, schedule.forward)
+    yield from _segmented(schedule)
 
 
 def _backward(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
@@ -113,6 +129,7 @@ def _backward(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
     buffered = schedule.two_level and schedule.backward.scratch is Scratch.L2
     yield _pointer("scratch", STATE) if buffered else Argument("scratch", "constexpr")
     yield Argument("cu_seqlens", "constexpr")
+    yield from _turns(schedule)
     for name in ("dq", "dk", "dv", "dw", "df"):
         yield _pointer(name, types.get(name, STATE))
     if variant.computes_gate:
@@ -125,6 +142,7 @@ def _backward(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
     yield Argument("bound", "fp32")
     yield from (_flag("HAS_LAST", False), _flag("PACKED", False))
     yield _atomic(any(out.shared for out in outputs), schedule.backward)
+    yield from _segmented(schedule)
     yield from (_flag(f"WANT_{name}", True) for name in "QKVWFH")
     yield _flag("CARRIES", True)
     if variant.computes_gate:
@@ -139,6 +157,19 @@ def _step(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
     yield from _operand_strides(variant, steps=False)
     yield from (_stride("h_b", variant.total_heads * rows * cols), _stride("h_n", rows * cols))
     yield from (_stride("h_i", cols), _stride("h_j", 1))
+
+
+def options(variant: Variant, schedule: Schedule, direction: Direction) -> dict[str, int]:
+    """Return how Triton compiles and launches one kernel.
+
+    Two warps that share a program have 255 registers a thread: ptxas would spill to have more programs at once, though
+    those that there are have all they need (docs/performance.md).
+    """
+    part = schedule.backward if direction is Direction.BACKWARD else schedule.forward
+    found = {"num_warps": part.warps, "num_stages": 1}
+    if direction is not Direction.BACKWARD and forward_apart(variant, schedule):
+        found["maxnreg"] = MOST_REGISTERS
+    return found
 
 
 def arguments(variant: Variant, schedule: Schedule, direction: Direction) -> tuple[Argument, ...]:

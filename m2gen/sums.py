@@ -5,7 +5,7 @@ A lane of a tile has rows l // 4 and l // 4 + 8, and columns 2 (l % 4) and the n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from m2gen.outputs import Output, backward_outputs, forward_output
@@ -75,6 +75,23 @@ def forward_together(variant: Variant, schedule: Schedule) -> Together | None:
         return None
     output = replace(forward_output(variant, schedule), offsets="", mask="sum_mask")
     return Together(_halved("y", part.unroll, _over_rows("sum_row")), "sum_step", "sum_offsets", output)
+
+
+def forward_apart(variant: Variant, schedule: Schedule) -> Output | None:
+    """Return how y is written, if warps with rows of their own add it up in shared memory, once an iteration."""
+    part = schedule.forward
+    if schedule.layouts is not Layouts.EXPLICIT or not 1 < part.warps == warps_down(part) or part.unroll < 2:
+        return None
+    if part.unroll & (part.unroll - 1):
+        return None
+    return replace(forward_output(variant, schedule), offsets="", mask="sum_mask")
+
+
+def joined(name: str, steps: Sequence[int]) -> str:
+    """Return the expression for the tensors of all steps as one, the step's bits as its last dims."""
+    if len(steps) == 1:
+        return f"{name}_{steps[0]}"
+    return f"tl.join({joined(name, steps[::2])}, {joined(name, steps[1::2])})"
 
 
 def _shared_sums(schedule: Schedule) -> bool:

@@ -27,7 +27,7 @@ from calls import arguments, differentiate
 from support import GATED_HEADS, build_package, import_package, make_schedule, make_variant
 
 from m2gen.problem import Inputs, Problem, make_inputs
-from m2gen.schedule import Layouts, Schedule, Scratch
+from m2gen.schedule import SHORTEST_SEGMENT, Layouts, Schedule, Scratch
 from m2gen.variant import Variant
 
 TOOLS = {
@@ -65,6 +65,10 @@ MATRIX = {
         make_variant(96, 40, (1, 1, 2, 1, 2), "fp16"),
         replace(make_schedule("atomic").laid_out(Layouts.WARPGROUP), interval=4),
     ),
+    "warps_apart": (
+        make_variant(24, 16, (1, 1, 2, 2, 2), "bf16"),
+        replace(make_schedule("atomic", forward_rows=32, interval=8, warps=2), layouts=Layouts.EXPLICIT, segments=2),
+    ),
     "softplus": (make_variant(heads=GATED_HEADS, dtype="bf16", gate="softplus"), make_schedule("atomic")),
     "total": (make_variant(16, 24, (1, 2, 4, 4, 2), "fp16", "total"), make_schedule("atomic")),
     "tf32": (make_variant(32, 16, products="tf32"), make_schedule("atomic")),
@@ -74,6 +78,7 @@ PROBLEMS = {
     "long": Problem(2, 35),  # more tokens than those up to which y is summed without atomics
     "packed": Problem(0, 0, lengths=(0, 5, 0, 1, 8, 0), initial_state=True),
 }
+CUT = {"segments": Problem(2, SHORTEST_SEGMENT + 3, initial_state=True)}
 
 
 def entries() -> list[str]:
@@ -86,8 +91,8 @@ def calls(name: str, folder: Path, device: torch.device) -> Iterator[tuple[str, 
     """Yield what to run for one entry: training steps of each kind, calls without gradients, steps of decoding."""
     variant, schedule = MATRIX[name]
     package = import_package(folder / name, build_package(f"sanitize_{name}", [variant], schedule))
-    for problem in PROBLEMS:
-        inputs = make_inputs(variant, PROBLEMS[problem], seed=0).to(device)
+    for problem, sizes in {**PROBLEMS, **(CUT if schedule.segments > 1 else {})}.items():
+        inputs = make_inputs(variant, sizes, seed=0).to(device)
         for mode in (True, False):
             yield f"{name} {problem} {'deterministic' if mode else 'default'}", _training(package, inputs, mode)
         yield f"{name} {problem} without gradients", partial(package.m2rnn, **arguments(inputs))

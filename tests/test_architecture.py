@@ -34,7 +34,7 @@ ALLOWED: dict[str, str] = {
     "outputs": "schedule variant",
     "sums": "outputs schedule spec variant",
     "layouts": "schedule sums variant",
-    "signature": "outputs schedule spec variant",
+    "signature": "outputs schedule spec sums variant",
     "problem": "spec variant",
     "reference": "spec variant problem",
     "operands": "layouts schedule sums variant",

@@ -45,6 +45,18 @@ def test_a_line_is_read_back_as_it_was_written(record) -> None:
     assert encode(again) == encode(record)
 
 
+def test_a_knob_that_came_later_is_written_where_it_is_used() -> None:
+    """Records without segments stay what they were, and one segment is not written."""
+    one = winner()
+    cut = replace(one, schedule=replace(one.schedule, segments=3))
+    assert "segments" not in json.loads(encode(one))["schedule"]
+    assert json.loads(encode(cut))["schedule"]["segments"] == 3
+    assert decode(encode(cut)) == cut
+    assert cut.id != one.id
+    with pytest.raises(NotARecord, match=r"\$\.id must be|canonical"):
+        decode(changed("schedule.segments", 1))
+
+
 def test_ids_name_content() -> None:
     """Two records have one id only if they are the same; numbers mean the same, however they are written."""
     one = winner()

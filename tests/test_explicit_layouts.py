@@ -80,6 +80,26 @@ def test_they_compile() -> None:
         assert resources.shared_bytes == scratch or job.variant is VARIANTS["square"]
 
 
+@pytest.mark.parametrize(
+    ("slug", "spilled"), [("f64x2u8a_b32x1c2as_i16_ptx_explicit", 0), ("f64x2u8a_b32x1c2as_i16_s7_ptx_explicit", 32)]
+)
+def test_warps_with_rows_of_their_own_compile(slug: str, spilled: int) -> None:
+    """They sum y in shared memory, have all registers, and spill next to nothing (with Triton 3.6.0, nothing)."""
+    variant, device = VARIANTS["published"], TARGETS["sm_90"]
+    schedule = check(variant, parse(slug), device)
+    jobs = [Job(variant, schedule, direction, device, render_kernel(variant, schedule, "")) for direction in Direction]
+    assert [job.options.get("maxnreg") for job in jobs] == [255, None, 255]
+    found = compile_all(jobs, 2, lambda _: None)
+    for job in jobs:
+        resources = found[job]
+        assert isinstance(resources, Resources), resources
+        assert resources.spill_bytes <= (spilled if job.direction is Direction.FORWARD else 0)
+        assert not resources.limits(device, job.warps)
+    forward = found[jobs[0]]
+    assert isinstance(forward, Resources)
+    assert forward.shared_bytes == 8 * 16 * 16 * 4  # steps of 8 rows a warp and 16 columns
+
+
 def test_both_texts_have_the_same_recurrence() -> None:
     """One template: what the two differ in is where things lie and how they are summed, never the recurrence."""
     variant = VARIANTS["published"]

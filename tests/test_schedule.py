@@ -13,7 +13,7 @@ from support import SCHEDULES, make_schedule, make_variant
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.errors import ScheduleError
 from m2gen.heuristic import default
-from m2gen.schedule import Layouts, Schedule, Scratch, Tanh, check, problems
+from m2gen.schedule import Layouts, Schedule, Scratch, Tanh, check, parse, problems
 from m2gen.variant import Variant
 
 DEVICES = (*TARGETS.values(), PORTABLE)
@@ -49,6 +49,7 @@ INVALID = {
         replace(_with("backward", scratch=Scratch.SHARED), interval=2),
         "backward.scratch must be l2 unless interval is above backward.chunk = 2, got shared",
     ),
+    "no_segments": (replace(make_schedule(), segments=0), "segments must be from 1 to 64, got 0"),
     "shared_for_too_much": (
         replace(_with("backward", scratch=Scratch.SHARED, rows=64), interval=64),
         "backward.scratch must take at most 65536 bytes of shared memory, got 524288",
@@ -139,4 +140,20 @@ def test_different_schedules_have_different_slugs() -> None:
     knobs = ({"interval": 8}, {"unroll": 4}, {"chunk": 4}, {"forward_rows": 32}, {"backward_rows": 32}, {"warps": 2})
     every = [make_schedule(**knob) for knob in knobs]  # type: ignore[arg-type]
     every += [make_schedule(), make_schedule("partial"), make_schedule(tanh="ptx")]
+    every += [replace(make_schedule(), segments=3), replace(make_schedule(), layouts=Layouts.EXPLICIT)]
     assert len({schedule.slug for schedule in every}) == len(every)
+    assert [parse(schedule.slug) for schedule in every] == every
+
+
+def test_segments_are_whole_intervals() -> None:
+    """Of 128 steps at least; warpgroups have none."""
+    schedules = {interval: make_schedule(interval=interval) for interval in (1, 12, 16, 128)}
+    assert {i: schedule.shortest_segment for i, schedule in schedules.items()} == {1: 128, 12: 132, 16: 128, 128: 128}
+    grouped = replace(
+        default(make_variant(64, 64, dtype="bf16"), TARGETS["sm_90"]).laid_out(Layouts.WARPGROUP), segments=3
+    )
+    reasons = problems(make_variant(64, 64, dtype="bf16"), grouped, TARGETS["sm_90"])
+    assert reasons == ("segments must be 1 for layouts warpgroup, got 3",)
+    cut = replace(make_schedule(), segments=3)
+    assert cut.laid_out(Layouts.EXPLICIT).segments == 3
+    assert cut.laid_out(Layouts.WARPGROUP).segments == 1

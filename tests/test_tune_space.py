@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from itertools import islice, product
 
 import pytest
 import simulated
@@ -14,6 +15,7 @@ from support import make_variant
 from m2gen.device import TARGETS
 from m2gen.heuristic import default
 from m2gen.schedule import (
+    SHORTEST_SEGMENT,
     BackwardSchedule,
     ForwardSchedule,
     Layouts,
@@ -53,30 +55,48 @@ def test_the_axes_are_all_knobs_of_a_schedule() -> None:
     assert all(value in AXES[name] for name, value in values_of(default(LARGE, DEVICE)).items())
 
 
-def _product() -> Iterator[Schedule]:
-    from itertools import product
-
-    for values in product(*AXES.values()):
+def _sampled(every: int) -> Iterator[Schedule]:
+    """Return points of the whole product, one of ``every``."""
+    for values in islice(product(*AXES.values()), 0, None, every):
         yield schedule_of(dict(zip(AXES, values, strict=True)))
 
 
 def test_every_valid_point_is_enumerated_or_counted_with_a_reason() -> None:
     """Against the validity predicate on a sample of the whole product: no valid point is lost without a reason."""
     space = enumerate_space(TRAIN)
-    assert len(space.points) + sum(space.pruned.values()) == space.size == 2_764_800
+    assert len(space.points) + sum(space.pruned.values()) == space.size == 8_294_400
     assert len(set(space.points)) == len(space.points)
     every = set(space.points)
     assert BASE in every
-    for number, schedule in enumerate(_product()):
-        if number % 37 == 0:
-            valid = not problems(SMALL, schedule, DEVICE)
-            assert valid or schedule not in every
-            if valid and schedule not in every:
-                warps = max(
-                    schedule.forward.warps / schedule.forward.rows, schedule.backward.warps / schedule.backward.rows
-                )
-                alone = Reduction.PARTIAL in (schedule.forward.reduction, schedule.backward.reduction)
-                assert warps > 2 / 16 or alone or schedule.backward.chunk == 8
+    for schedule in _sampled(37):
+        valid = not problems(SMALL, schedule, DEVICE)
+        assert valid or schedule not in every
+        if valid and schedule not in every:
+            warps = max(
+                schedule.forward.warps / schedule.forward.rows, schedule.backward.warps / schedule.backward.rows
+            )
+            alone = Reduction.PARTIAL in (schedule.forward.reduction, schedule.backward.reduction)
+            assert warps > 2 / 16 or alone or schedule.backward.chunk == 8 or schedule.segments > 1
+
+
+def test_segments_are_points_where_programs_take_turns() -> None:
+    """Not where the GPU holds all of either kernel's programs at once, and not where they would be short."""
+
+    def cut(subject: Subject) -> set[int]:
+        return {p.segments for p in enumerate_space(subject).points if p.layouts is Layouts.EXPLICIT}
+
+    variant = make_variant(64, 16, (1, 1, 84, 84, 84), "bf16", tanh="approx")
+    subject = replace(TRAIN, variant=variant, batch=8, seq=4096, memory=MemoryBound())
+    assert cut(subject) == set(AXES["segments"])
+    assert cut(replace(subject, batch=1)) == {1}  # 84 x 4 tiles of 16 rows, where 4 x 132 of two warps run at once
+    assert cut(replace(subject, seq=3 * SHORTEST_SEGMENT)) == {1, 3}
+    usual = default(variant, DEVICE)
+    pair = replace(usual.forward, rows=64, warps=2)
+    assert {replace(usual, forward=pair, segments=7), replace(usual, segments=7)} <= set(
+        tiles(usual, enumerate_space(subject).points)
+    )
+    infer = enumerate_space(replace(subject, objective=Objective.INFER)).points
+    assert {point.segments for point in infer} == set(AXES["segments"])
 
 
 def test_inference_has_the_forwards_knobs_only() -> None:

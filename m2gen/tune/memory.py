@@ -40,6 +40,8 @@ def extra_bytes(variant: Variant, schedule: Schedule, batch: int, seq: int, *, t
         return total
     total += batch * -(-seq // schedule.interval) * state
     total += sum(_buffer(out, schedule.backward.reduction, tokens) for out in backward_outputs(variant, schedule))
+    if schedule.segments > 1 and seq > schedule.shortest_segment:
+        total += batch * state  # the gradients that one segment hands to another
     programs = batch * heads * schedule.backward.parts(variant)
     total += programs * variant.head_dim**2 * SINGLE  # dW of each
     if schedule.backward.scratch is Scratch.L2:

@@ -40,7 +40,8 @@ class Proposal:
 def neighbours(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
     """Return the points that are one step of one axis away, or the next that there is, in the order of the axes.
 
-    They say which knob matters, and share interval, tanh and layouts, so that their parts can be combined.
+    They say which knob matters, and most share interval, tanh, layouts and segments, so that their parts can be
+    combined.
     """
     every, values = set(points), values_of(schedule)
     found = []
@@ -51,11 +52,16 @@ def neighbours(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]
     return found
 
 
+MANY_SEGMENTS = 7
+"""With which a turn that is a quarter full takes a little more than a quarter of its time."""
+
+
 def tiles(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
     """Return the points whose kernels both have half, as many, or twice the rows, with each of the layouts.
 
     Rows trade programs for the work of each, in both kernels alike, and which layouts are faster depends on them: a
-    step of one axis from the default misses what two of them gain together.
+    step of one axis from the default misses what two of them gain together. So do forwards of two warps, which sum y
+    in shared memory, and segments, which are worth most where both kernels have tiles that suit them.
     """
     every = set(points)
     found = []
@@ -65,6 +71,9 @@ def tiles(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
             forward = replace(start.forward, rows=int(start.forward.rows * scale))
             backward = replace(start.backward, rows=int(start.backward.rows * scale))
             found.append(replace(start, forward=forward, backward=backward))
+    pair = replace(schedule.forward, rows=2 * schedule.forward.rows, warps=2 * schedule.forward.warps)
+    for segments in (schedule.segments, MANY_SEGMENTS):
+        found += [replace(schedule, forward=each, segments=segments) for each in (pair, schedule.forward)]
     return [point for point in found if point in every and point != schedule]
 
 
@@ -210,7 +219,7 @@ def best_combination(trials: Iterable[Trial], left: Container[Schedule]) -> Sche
             (forwards, schedule.forward, samples.forward_ms),
             (backwards, schedule.backward, samples.backward_ms),
         ):
-            key = part, (schedule.tanh, schedule.layouts)
+            key = part, (schedule.tanh, schedule.layouts, schedule.segments)
             known = table.get(key, (float("inf"), schedule))
             table[key] = min(known, (float(np.median(times)), schedule), key=lambda pair: pair[0])
     best = min(trial.samples.median_ms for trial in passed if trial.samples)

@@ -11,7 +11,7 @@ from typing import Any
 from m2gen.cache import key_of
 from m2gen.demand import demand_of
 from m2gen.device import Device
-from m2gen.heuristic import default
+from m2gen.heuristic import RESIDENT_WARPS, default
 from m2gen.outputs import backward_outputs, forward_output
 from m2gen.schedule import (
     BackwardSchedule,
@@ -44,6 +44,7 @@ AXES: dict[str, tuple[Value, ...]] = {
     "interval": (1, 2, 4, 8, 12, 16, 32, 64, 128),
     "tanh": tuple(Tanh),
     "layouts": tuple(Layouts),
+    "segments": (1, 3, 7),
 }
 """Every knob of a schedule and the values that are searched; ``m2gen.schedule.problems`` says which combine."""
 
@@ -92,10 +93,22 @@ def _over_registers(subject: Subject, schedule: Schedule, part: Part) -> bool:
     return demand_of(subject.variant, part, device.warp_size).states > 2 * device.registers
 
 
+def _at_once(subject: Subject, schedule: Schedule, part: Part) -> bool:
+    """Whether there is no turn after the first, which segments could make shorter."""
+    programs = subject.batch * subject.variant.total_heads * part.parts(subject.variant)
+    return schedule.segments > 1 and programs <= subject.device.sm_count * max(1, RESIDENT_WARPS // part.warps)
+
+
+def _short(subject: Subject, schedule: Schedule, part: Part) -> bool:
+    return schedule.segments > 1 and subject.seq < schedule.segments * schedule.shortest_segment
+
+
 CONSTRAINTS = (
     Constraint("partial sums of one contributor are the kernel that atomic has", _alone),
     Constraint("a warp has no 16x8 tile of a product of its own", _idle),
     Constraint("tiles of the state take over twice the registers", _over_registers),
+    Constraint("segments of programs that the GPU holds all at once", _at_once),
+    Constraint("segments of fewer steps than a program should have", _short),
 )
 MEMORY = "memory over --max-memory"
 
@@ -122,7 +135,7 @@ def _axes(subject: Subject) -> dict[str, tuple[Value, ...]]:
         return AXES
     fixed = values_of(default(subject.variant, subject.device))
     return {
-        name: values if name.startswith("forward.") or name in ("tanh", "layouts") else (fixed[name],)
+        name: values if name.startswith("forward.") or name in ("tanh", "layouts", "segments") else (fixed[name],)
         for name, values in AXES.items()
     }
 
@@ -143,6 +156,7 @@ def values_of(schedule: Schedule) -> dict[str, Value]:
         "interval": schedule.interval,
         "tanh": schedule.tanh,
         "layouts": schedule.layouts,
+        "segments": schedule.segments,
     }
 
 
@@ -152,7 +166,7 @@ def schedule_of(values: Mapping[str, Any]) -> Schedule:
         side: [value for name, value in values.items() if name.startswith(side)] for side in ("forward", "backward")
     }
     forward, backward = ForwardSchedule(*parts["forward"]), BackwardSchedule(*parts["backward"])
-    return Schedule(forward, backward, values["interval"], values["tanh"], values["layouts"])
+    return Schedule(forward, backward, values["interval"], values["tanh"], values["layouts"], values["segments"])
 
 
 def enumerate_space(subject: Subject) -> Space:
@@ -186,12 +200,12 @@ def enumerate_space(subject: Subject) -> Space:
     return Space(size, kept, dict(pruned))
 
 
-def _shared(subject: Subject, axes: dict[str, tuple[Value, ...]]) -> list[tuple[int, Tanh, Layouts]]:
+def _shared(subject: Subject, axes: dict[str, tuple[Value, ...]]) -> list[tuple[int, Tanh, Layouts, int]]:
     """Return what both kernels have alike; for inference, which saves none, the default's checkpoints."""
-    both = list(product(axes["interval"], axes["tanh"], axes["layouts"]))
+    both = list(product(axes["interval"], axes["tanh"], axes["layouts"], axes["segments"]))
     if subject.objective is Objective.INFER:
         usual = default(subject.variant, subject.device)
-        both = [(usual.laid_out(layouts).interval, tanh, layouts) for _, tanh, layouts in both]  # type: ignore[arg-type]
+        both = [(usual.laid_out(layouts).interval, tanh, layouts, cut) for _, tanh, layouts, cut in both]  # type: ignore[arg-type]
     return both  # type: ignore[return-value]
 
 
@@ -246,7 +260,7 @@ def _within_memory(subject: Subject, points: Iterable[Schedule]) -> tuple[Schedu
     def within(point: Schedule) -> bool:
         forward, backward = point.forward, point.backward
         of_backward = backward.rows, backward.reduction, backward.chunk, backward.scratch
-        facts = forward.rows, forward.reduction, of_backward, point.interval
+        facts = forward.rows, forward.reduction, of_backward, point.interval, point.segments
         if facts not in known:
             known[facts] = _taken(subject, point) <= limit
         return known[facts]

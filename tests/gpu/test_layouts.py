@@ -10,7 +10,7 @@ from support import make_variant
 
 from m2gen.device import detect
 from m2gen.heuristic import default
-from m2gen.schedule import HOPPER, Layouts
+from m2gen.schedule import HOPPER, Layouts, check, parse
 from m2gen.spec import Objective
 from m2gen.tune.candidate import load
 from m2gen.tune.gate import STEPS, Candidate, pass_gate, questions
@@ -63,6 +63,27 @@ def test_warpgroups(variant: Variant, interval: int) -> None:
         pytest.skip("only Hopper has wgmma")
     schedule = replace(default(variant, device).laid_out(Layouts.WARPGROUP), interval=interval)
     candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
+    asked = (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True))
+    verdict = pass_gate(candidate, asked, torch.device("cuda"))
+    assert verdict.failure is None, verdict.failure
+
+
+APART = {
+    "published": (VARIANTS["published"], ("f64x2u8a", "f64x2u4p", "f64x4u2a", "f32x2u8a")),
+    "two_parts": (make_variant(128, 16, (1, 1, 2, 2, 2), "bf16", tanh="approx"), ("f64x2u8a", "f128x4u4a", "f64x2u8p")),
+    "masked_softplus": (VARIANTS["masked_softplus"], ("f32x2u8a", "f32x2u4p")),
+    "square": (VARIANTS["square"], ("f32x2u2a", "f64x4u4a")),
+}
+
+
+@pytest.mark.parametrize(("name", "forward"), [(name, f) for name, (_, every) in APART.items() for f in every])
+def test_warps_with_rows_of_their_own(name: str, forward: str) -> None:
+    """y from shared memory: one and several programs for a head's rows, as many outputs as threads, more and fewer."""
+    variant, device = APART[name][0], detect()
+    assert device is not None
+    usual = default(variant, device)
+    schedule = parse(f"{forward}_{usual.backward.slug}_i16_{usual.tanh}_explicit")
+    candidate = Candidate(load(variant, check(variant, schedule, device)), variant, schedule, Objective.TRAIN)
     asked = (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True))
     verdict = pass_gate(candidate, asked, torch.device("cuda"))
     assert verdict.failure is None, verdict.failure

@@ -1,0 +1,88 @@
+"""Walks in several segments: the bits of a walk in one, whatever the lengths, in the order in which programs begin."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+from calls import arguments, assert_same, differentiate
+from support import build_package, import_package, make_schedule, make_variant
+from torch import Tensor
+
+from m2gen.problem import Problem, make_inputs
+from m2gen.schedule import SHORTEST_SEGMENT, Schedule
+from m2gen.variant import Variant
+
+SEGMENTS = 3
+VARIANTS = {
+    "shared_q_k": make_variant(24, 9, (1, 1, 1, 1, 1)),  # two programs share the rows
+    "softplus": make_variant(9, 9, (1, 1, 2, 1, 2), gate="softplus"),
+}
+SCHEDULE = make_schedule("atomic", interval=8)
+PROBLEMS = {
+    "padded": Problem(1, 2 * SHORTEST_SEGMENT + 11, initial_state=True),
+    "packed": Problem(0, 0, lengths=(0, SHORTEST_SEGMENT + 3, 1), initial_state=True),
+}
+TAKEN = {"padded": [3], "packed": [1, 2, 1]}
+"""Segments of each sequence, none of which but the last is shorter than the shortest; an empty one has one."""
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory) -> dict[int, ModuleType]:
+    """Return packages with walks in one segment and in several."""
+
+    def package(schedule: Schedule) -> ModuleType:
+        folder = tmp_path_factory.mktemp(f"segments_{schedule.segments}")
+        return import_package(folder, build_package(folder.name, VARIANTS.values(), schedule))
+
+    return {count: package(replace(SCHEDULE, segments=count)) for count in (1, SEGMENTS)}
+
+
+@pytest.fixture
+def turns(packages, monkeypatch) -> list[Tensor]:
+    """Return what the kernels of the package with segments are handed to tell each other of."""
+    seen: list[Tensor] = []
+    inside = f"{packages[SEGMENTS].__name__}.kernels."
+    for name, module in list(sys.modules.items()):
+        if name.startswith(inside):
+            made = module.turns_of
+
+            def kept(*arguments, made=made):
+                seen.append(made(*arguments))
+                return seen[-1]
+
+            monkeypatch.setattr(module, "turns_of", kept)
+    return seen
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_segments_have_the_bits_of_one(packages, turns, device, name, variant: Variant) -> None:
+    """y, states and every gradient; every program has had its turn, and every segment of every walk has ended."""
+    inputs = make_inputs(variant, PROBLEMS[name], seed=4).to(device)
+    whole, cut = (packages[count].m2rnn for count in (1, SEGMENTS))
+    expected = differentiate(whole, inputs, deterministic=True)
+    assert not turns
+    assert_same(differentiate(cut, inputs, deterministic=True), expected)
+    programs = variant.total_heads * SCHEDULE.backward.parts(variant)
+    every = [count for count in TAKEN[name] for _ in range(programs)]
+    assert [x.tolist() for x in turns] == [[SEGMENTS * len(every), *every]] * 2
+
+
+def test_short_calls_have_one(packages, turns, device) -> None:
+    """Up to the shortest segment's steps, of all sequences together, no program waits for another one."""
+    variant = VARIANTS["softplus"]
+    inputs = make_inputs(variant, Problem(1, 5), seed=4).to(device)
+    expected = differentiate(packages[1].m2rnn, inputs, deterministic=True)
+    assert_same(differentiate(packages[SEGMENTS].m2rnn, inputs, deterministic=True), expected)
+    assert turns == [None, None]
+
+
+def test_no_sequences_have_none(packages, turns, device) -> None:
+    """An empty batch launches nothing."""
+    inputs = make_inputs(VARIANTS["softplus"], Problem(0, 2 * SHORTEST_SEGMENT), seed=4).to(device)
+    y, state = packages[SEGMENTS].m2rnn(**arguments(inputs))
+    assert (y.numel(), state.numel()) == (0, 0)
+    assert turns == [None]
