@@ -9,7 +9,7 @@ import torch
 from .checks import check_offsets
 from .dispatch import checkpoints_of, kernels_for
 
-NAMESPACE = "m2gen_h100_9d919354"
+NAMESPACE = "m2gen_h100_b8ce28bb"
 DIFFERENTIABLE = 8
 """Operands that may have a gradient come first: q, k, v, weight, forget, A_log, dt_bias, initial_state."""
 

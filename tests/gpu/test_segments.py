@@ -28,14 +28,14 @@ PROBLEMS = {
 REPEATS = 5
 
 
-@pytest.mark.parametrize("layouts", [Layouts.EXPLICIT, Layouts.AUTO])
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_segments_have_the_bits_of_one(tmp_path, device, variant, problem, layouts) -> None:
+def test_segments_have_the_bits_of_one(tmp_path, device, variant, problem) -> None:
     """y, states and every gradient, of more programs than the GPU holds at once, again and again."""
     found = detect()
     assert found is not None
-    schedule = default(variant, found).laid_out(layouts)
+    schedule = default(variant, found)
+    assert schedule.layouts is Layouts.EXPLICIT  # tests/test_op_segments.py has the others
     whole, cut = (
         import_package(tmp_path / (name := f"{variant.key}_{made.slug}"), build_package(name, [variant], made)).m2rnn
         for made in (schedule, replace(schedule, segments=SEGMENTS))
