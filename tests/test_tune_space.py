@@ -79,6 +79,23 @@ def test_every_valid_point_is_enumerated_or_counted_with_a_reason() -> None:
             assert warps > 2 / 16 or alone or schedule.backward.chunk == 8 or schedule.segments > 1
 
 
+def test_a_sampler_learns_of_axes_with_a_choice() -> None:
+    """It is asked for no place on an axis that all points share, and what it says is a point all the same."""
+    points = [point for point in POINTS if point.interval == BASE.interval and point.tanh is BASE.tanh]
+    proposer = Proposer(points, [(BASE, "default")], Sampler.TPE, 0)
+    first = proposer.ask()
+    assert first is not None
+    proposer.tell(first, _trial(BASE))
+    second = proposer.ask()
+    assert second is not None
+    assert second.schedule in points
+    assert second.asked is not None
+    assert set(second.asked.params) == set(AXES) - {"interval", "tanh", "segments"}
+    other = next(point for point in POINTS if point.interval != BASE.interval)
+    proposer.tell(None, _trial(other))  # of another run, beyond these points
+    assert proposer.ask() is not None
+
+
 def test_segments_are_points_where_programs_take_turns() -> None:
     """Not where the GPU holds all of either kernel's programs at once, and not where they would be short."""
 

@@ -139,8 +139,8 @@ class Proposer:
         self._study.add_trial(
             create_trial(
                 state=TrialState.COMPLETE,
-                params=indices(trial.schedule),
-                distributions=distributions(),
+                params=dict(zip(self._axes, self._place(trial.schedule), strict=True)),
+                distributions=distributions(self._axes),
                 value=_LARGE if value is None else float(np.log(value)),
             )
         )
@@ -160,12 +160,12 @@ class Proposer:
         return optuna.create_study(sampler=sampler)
 
     def _ask_study(self) -> Proposal:
-        asked = self._study.ask(distributions())
+        asked = self._study.ask(distributions(self._axes))
         return Proposal(self._nearest(asked.params), SEARCHED, asked)
 
     def _nearest(self, params: dict[str, int]) -> Schedule:
         """Return the point not yet proposed that is fewest steps of the axes away; the first of several."""
-        wanted = np.array([params[name] for name in AXES], dtype=np.int16)
+        wanted = np.array([params[name] for name in self._axes], dtype=np.int16)
         distance = np.abs(self._vectors - wanted).sum(1)
         for index in np.argsort(distance, kind="stable"):
             if self._points[int(index)] in self._left:
@@ -173,8 +173,21 @@ class Proposer:
         raise AssertionError("a point must be left")
 
     @cached_property
+    def _axes(self) -> tuple[str, ...]:
+        """The axes along which there is a choice: a sampler learns nothing of others, and spends trials on it."""
+        used: dict[str, set[int]] = {name: set() for name in AXES}
+        for point in self._points:
+            for name, place in indices(point).items():
+                used[name].add(place)
+        return tuple(name for name, places in used.items() if len(places) > 1)
+
+    def _place(self, schedule: Schedule) -> list[int]:
+        found = indices(schedule)
+        return [found[name] for name in self._axes]
+
+    @cached_property
     def _vectors(self) -> Any:
-        return np.array([list(indices(point).values()) for point in self._points], dtype=np.int16)
+        return np.array([self._place(point) for point in self._points], dtype=np.int16)
 
 
 _LARGE = 20.0
@@ -194,10 +207,11 @@ def _index(name: str, value: Value) -> int:
     return sum(isinstance(other, int) and isinstance(value, int) and other < value for other in places) - 1
 
 
-def distributions() -> dict[str, BaseDistribution]:
+def distributions(axes: Iterable[str] = AXES) -> dict[str, BaseDistribution]:
+    """Return what Optuna is told of axes: that their places are numbers in order."""
     from optuna.distributions import IntDistribution
 
-    return {name: IntDistribution(0, len(values) - 1) for name, values in AXES.items()}
+    return {name: IntDistribution(0, len(AXES[name]) - 1) for name in axes}
 
 
 def best_combination(trials: Iterable[Trial], left: Container[Schedule]) -> Schedule | None:
