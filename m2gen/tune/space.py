@@ -130,13 +130,15 @@ def space_hash() -> str:
 
 
 def _axes(subject: Subject) -> dict[str, tuple[Value, ...]]:
-    """Return the axes that matter to the objective: inference runs no backward and saves no checkpoint."""
+    """Return the axes that matter: inference has no backward and no checkpoint, and few programs take no turns."""
+    most = subject.batch * subject.variant.total_heads * (subject.variant.padded_rows // MIN_TILE)
+    axes = AXES if most > subject.device.sm_count else {**AXES, "segments": (1,)}
     if subject.objective is Objective.TRAIN:
-        return AXES
+        return axes
     fixed = values_of(default(subject.variant, subject.device))
     return {
         name: values if name.startswith("forward.") or name in ("tanh", "layouts", "segments") else (fixed[name],)
-        for name, values in AXES.items()
+        for name, values in axes.items()
     }
 
 
