@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support import make_variant
 
@@ -38,6 +40,19 @@ def test_defaults_of_shipped_specs_spill_nothing(spec: str) -> None:
         assert row.resources is not None, row
         assert row.resources.spill_bytes <= SPILLS.get(row.variant, 0), row
         assert bool(row.notes) == bool(row.resources.spill_bytes)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_segments_take_no_registers(arch: str) -> None:
+    """The published layers' defaults compile in segments for every kind of target, and spill as little as in one."""
+    variant, device = make_variant(64, 16, (1, 1, 84, 84, 84), "bf16", tanh="approx"), TARGETS[arch]
+    schedule = replace(default(variant, device), segments=7)
+    spec, _ = open_spec("tiny.yaml")
+    choices = (Choice(BuiltVariant(variant, ("cut",)), device, schedule),)
+    for row in check(Plan(spec, Origin("cut", "cut.yaml", "0" * 12), choices), Silent()):
+        assert row.resources is not None, row
+        assert row.resources.spill_bytes == 0
+        assert not row.problems
 
 
 def test_a_weight_of_128_columns_lies_in_shared_memory() -> None:
