@@ -127,11 +127,6 @@ def _sums_apart(variant: Variant, part: ForwardSchedule) -> dict[str, str]:
     }
 
 
-def _down(first: int, rows: int) -> tuple[tuple[int, int], ...]:
-    """Return what each bit of a warp's number adds to a row."""
-    return tuple((row, 0) for row in _powers(first, rows))
-
-
 def _col_sums(part: Part) -> dict[str, str]:
     """Return the layouts of what is left of a tile whose threads have summed their columns, and of its neighbours."""
     cols, each = ((0, 1), (0, 2)), part.rows // 8

@@ -135,9 +135,9 @@ class Schedule:
     tanh: Tanh
     layouts: Layouts = Layouts.AUTO
     segments: int = 1
-    """Parts of a sequence's walk, each a program that goes on from the state of the one before it. Where the GPU holds
-    more than half, but not all programs at once, or a few times as many, most of it is idle during the last turn;
-    shorter programs leave less of it. Bits are those of one part."""
+    """Parts of a sequence's walk, each a program that goes on from the state of the one before it. Where programs take
+    turns, since the GPU does not hold all of them at once, much of it may be idle during the last one, which is shorter
+    if programs are. Bits are those of one part."""
 
     @property
     def two_level(self) -> bool:

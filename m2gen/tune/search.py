@@ -139,7 +139,7 @@ class Proposer:
         self._study.add_trial(
             create_trial(
                 state=TrialState.COMPLETE,
-                params=dict(zip(self._axes, self._place(trial.schedule), strict=True)),
+                params={name: place for name, place in indices(trial.schedule).items() if name in self._axes},
                 distributions=distributions(self._axes),
                 value=_LARGE if value is None else float(np.log(value)),
             )
@@ -175,19 +175,15 @@ class Proposer:
     @cached_property
     def _axes(self) -> tuple[str, ...]:
         """The axes along which there is a choice: a sampler learns nothing of others, and spends trials on it."""
-        used: dict[str, set[int]] = {name: set() for name in AXES}
-        for point in self._points:
-            for name, place in indices(point).items():
-                used[name].add(place)
-        return tuple(name for name, places in used.items() if len(places) > 1)
-
-    def _place(self, schedule: Schedule) -> list[int]:
-        found = indices(schedule)
-        return [found[name] for name in self._axes]
+        return tuple(name for name, places in zip(AXES, self._places.T, strict=True) if np.ptp(places))
 
     @cached_property
     def _vectors(self) -> Any:
-        return np.array([self._place(point) for point in self._points], dtype=np.int16)
+        return self._places[:, [name in self._axes for name in AXES]]
+
+    @cached_property
+    def _places(self) -> Any:
+        return np.array([list(indices(point).values()) for point in self._points], dtype=np.int16)
 
 
 _LARGE = 20.0
