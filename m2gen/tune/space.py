@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -171,6 +172,7 @@ def schedule_of(values: Mapping[str, Any]) -> Schedule:
     return Schedule(forward, backward, values["interval"], values["tanh"], values["layouts"], values["segments"])
 
 
+@lru_cache(maxsize=1)
 def enumerate_space(subject: Subject) -> Space:
     """Return every point of a subject's space, and how many each constraint excludes."""
     axes = _axes(subject)
