@@ -28,6 +28,7 @@ from m2gen.schedule import (
     problems,
 )
 from m2gen.spec import Objective
+from m2gen.tune.gate import STEPS, questions
 from m2gen.tune.knobs import importances
 from m2gen.tune.memory import MemoryBound, extra_bytes
 from m2gen.tune.sampler import Sampler
@@ -98,6 +99,14 @@ def test_a_sampler_learns_of_axes_with_a_choice() -> None:
     other = next(point for point in POINTS if point.interval != BASE.interval)
     proposer.tell(None, _trial(other))  # of another run, beyond these points
     assert proposer.ask() is not None
+
+
+def test_the_gate_cuts_walks() -> None:
+    """Its problems are longer than a segment of any interval, so what is timed in segments was verified in segments."""
+    shortest = [replace(BASE, interval=interval, segments=3).shortest_segment for interval in AXES["interval"]]
+    assert max(shortest) < STEPS
+    for question in questions(SMALL, STEPS):
+        assert sum(question.case.problem.lengths or (question.case.problem.seq,)) > max(shortest)
 
 
 def test_segments_are_points_where_programs_take_turns() -> None:
