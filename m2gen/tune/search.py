@@ -6,6 +6,7 @@ import random
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -183,7 +184,7 @@ class Proposer:
 
     @cached_property
     def _places(self) -> Any:
-        return np.array([list(indices(point).values()) for point in self._points], dtype=np.int16)
+        return np.array([_column(name, self._points) for name in AXES], dtype=np.int16).T
 
 
 _LARGE = 20.0
@@ -201,6 +202,12 @@ def _index(name: str, value: Value) -> int:
     if value in places:
         return places[value]
     return sum(isinstance(other, int) and isinstance(value, int) and other < value for other in places) - 1
+
+
+def _column(name: str, points: Iterable[Schedule]) -> list[int]:
+    """Return the places of points on one axis, which is named as the knob's attribute is: there may be many points."""
+    places = _PLACES[name]
+    return [places[v] if v in places else _index(name, v) for v in map(attrgetter(name), points)]
 
 
 def distributions(axes: Iterable[str] = AXES) -> dict[str, BaseDistribution]:
