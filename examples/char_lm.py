@@ -78,7 +78,7 @@ def kernels_mixer(package: str) -> Mixer:
 
 def reference_mixer() -> Mixer:
     """Return the eager recurrence, its state and products in float32 whatever the operands' dtype."""
-    from m2gen.reference import Arithmetic, m2rnn
+    from m2gen.runtime.reference import Arithmetic, m2rnn
 
     arithmetic = Arithmetic(state=torch.float32, operand=torch.float32)
 

@@ -8,9 +8,9 @@ from typing import Any
 from support import ROOT
 from typer.testing import CliRunner
 
-from m2gen.cli import app
+from m2gen.cli.app import app
+from m2gen.kernels.resources import Resources
 from m2gen.pipeline import CheckRow, VerifyOutcome
-from m2gen.resources import Resources
 from m2gen.verify import CaseReport, Feature, TensorResult
 
 TINY = str(ROOT / "specs" / "tiny.yaml")

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from m2gen.compile import load_module
+from m2gen.kernels.compile import load_module
 
 HIDDEN = 12
 SMS = 12

@@ -20,7 +20,7 @@ from m2gen.db import (
     TensorError,
     Timing,
 )
-from m2gen.render import kernel_hash
+from m2gen.kernels.render import kernel_hash
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective
 from m2gen.variant import Variant

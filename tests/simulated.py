@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 from m2gen.bucket import bucket_of
 from m2gen.db import Environment, Failure, Reason, TensorError
 from m2gen.device import TARGETS, Device
-from m2gen.heuristic import default
+from m2gen.measure.workers import Lane, Lost, Service
 from m2gen.pipeline.tune import Rig
-from m2gen.pool import Lane, Lost, Service
 from m2gen.schedule import Layouts, Schedule
+from m2gen.schedule.heuristic import default
 from m2gen.tune.book import Stations
 from m2gen.tune.gpu import GPU, reason_of
 from m2gen.tune.records import Bench

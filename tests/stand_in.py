@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-import m2gen.clock
+import m2gen.measure.clock
 
 
 class _Event:
@@ -65,5 +65,5 @@ def stand_in_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "max_memory_allocated": lambda: next(memory),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(m2gen.clock, "_FLUSH", [torch.empty(8)])
-    monkeypatch.setattr(m2gen.clock, "WARM_SECONDS", 0.01)
+    monkeypatch.setattr(m2gen.measure.clock, "_FLUSH", [torch.empty(8)])
+    monkeypatch.setattr(m2gen.measure.clock, "WARM_SECONDS", 0.01)

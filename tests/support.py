@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-from m2gen import emit
-from m2gen.compile import load_module
 from m2gen.device import PORTABLE, detect
-from m2gen.heuristic import default
+from m2gen.kernels.compile import load_module
+from m2gen.package import emit
 from m2gen.schedule import BackwardSchedule, ForwardSchedule, Layouts, Reduction, Schedule, Tanh, check
+from m2gen.schedule.heuristic import default
 from m2gen.spec import ClipMode, Dtype, Fp32Products, GateKind, Heads, StateDtype, TanhMode
 from m2gen.variant import BuiltVariant, Variant
 

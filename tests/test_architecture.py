@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,59 +24,40 @@ ALLOWED: dict[str, str] = {
     "errors": "",
     "bucket": "",
     "cache": "",
-    "pool": "",
-    "clock": "",
+    "runtime": "",
     "device": "errors",
     "spec": "errors",
     "variant": "spec",
-    "schedule": "errors spec variant device",
-    "heuristic": "device schedule spec variant",
-    "demand": "schedule spec variant",
-    "outputs": "schedule variant",
-    "sums": "outputs schedule spec variant",
-    "layouts": "schedule sums variant",
-    "signature": "outputs schedule spec sums variant",
     "problem": "spec variant",
-    "reference": "spec variant problem",
-    "operands": "layouts schedule sums variant",
-    "render": "layouts operands outputs schedule signature spec variant",
-    "db": "bucket device errors heuristic render schedule spec variant",
-    "resources": "device errors",
-    "compile": "cache device errors layouts render resources schedule signature variant",
-    "verify": "problem reference spec variant",
-    "choice": "bucket db device heuristic schedule spec variant",
-    "emit": "bucket choice device errors layouts outputs render schedule spec variant",
-    "directory": "errors",
-    "ship": "directory emit errors render",
-    "tune": "bucket cache clock compile db demand device errors heuristic outputs pool problem render resources"
-    " schedule spec variant verify",
-    "roofline": "schedule spec variant",
-    "bench": "clock compile db errors pool problem reference roofline schedule spec tune variant verify",
-    "pipeline": "bench bucket cache choice compile db demand device directory emit errors heuristic pool render"
-    " resources roofline schedule ship signature spec tune variant verify",
-    "report": "verify",
-    "plot": "bench errors pipeline",
-    "page": "db pipeline roofline schedule spec tune",
-    "cli_output": "cache choice device errors pipeline render report",
-    "cli_verify": "errors pipeline report verify",
-    "cli_options": "db errors pipeline report",
-    "cli_bench_output": "bench errors pipeline plot report variant",
-    "cli_bench": "bench cli_bench_output cli_options errors pipeline plot",
-    "cli_db_output": "db pipeline report",
-    "cli_db": "cli_db_output cli_options cli_tune_output db errors pipeline spec",
-    "cli_tune_output": "errors page pipeline report tune",
-    "cli_tune": "cli_options cli_tune_output compile errors pipeline spec tune",
-    "cli": "cli_bench cli_db cli_options cli_output cli_tune cli_verify db directory errors pipeline report spec",
+    "schedule": "device errors spec variant",
+    "kernels": "cache device errors schedule spec variant",
+    "db": "bucket device errors kernels schedule spec variant",
+    "package": "bucket db device errors kernels spec variant",
+    "verify": "problem runtime spec variant",
+    "measure": "db device errors schedule spec variant",
+    "tune": "bucket cache db device errors kernels measure problem schedule spec variant verify",
+    "bench": "db errors kernels measure problem runtime schedule spec tune variant verify",
+    "pipeline": "bench bucket cache db device errors kernels measure package schedule spec tune variant verify",
+    "cli": "bench cache db device errors kernels measure package pipeline spec tune variant verify",
     "__main__": "cli",
 }
-"""Section 4 of the design as imports of one module by another; a package counts as one module."""
+"""Section 4 of the design: what each room, a folder or a module directly in m2gen/, may import of the others."""
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+MOST_AT_THE_TOP = 10
+
+
+def room_of(path: Path) -> str:
+    """Return the name in ``ALLOWED`` of the folder or module that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def module_of(path: Path) -> str:
-    """Return the name in ``ALLOWED`` of the module or package that a file belongs to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """Return the dotted name of a file's module."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in SOURCES}
 
 
 def _absolute(path: Path, node: ast.ImportFrom) -> str:
@@ -97,49 +79,78 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def arrows(path: Path) -> set[str]:
-    """Return the other modules of m2gen that a file imports."""
-    parts = [name.split(".") for name in imported(path)]
-    found = {part[1] for part in parts if part[0] == "m2gen" and not part[1].startswith("__version")}
+    """Return the modules of m2gen that a file imports; of ``from m2gen.a import b`` that is b where b is a module."""
+    names = {name for name in imported(path) if name.startswith("m2gen.") and not name.endswith(".__version__")}
+    found = {name if name in MODULES else name.rpartition(".")[0] for name in names}
+    assert found <= set(MODULES), found - set(MODULES)
     return found - {module_of(path)}
+
+
+def rooms(path: Path) -> set[str]:
+    """Return the other rooms that a file imports from."""
+    return {room_of(MODULES[name]) for name in arrows(path)} - {room_of(path)}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_follow_the_layers(path: Path) -> None:
-    """No module imports another that the table does not allow."""
-    module = module_of(path)
-    allowed = ALLOWED[module].split() if module != "__init__" else []
-    assert arrows(path) <= set(allowed), f"m2gen.{module} may import {allowed}"
+    """No file imports from a room that the table does not allow to its own."""
+    room = room_of(path)
+    allowed = ALLOWED[room].split() if room != "__init__" else []
+    assert rooms(path) <= set(allowed), f"m2gen.{room} may import {allowed}"
 
 
-def test_the_table_is_about_the_modules_that_exist() -> None:
-    """Every module has its row, and no row is about a module that is gone."""
-    assert set(ALLOWED) == {module_of(path) for path in SOURCES} - {"__init__"}
+def test_the_table_is_about_the_rooms_that_exist() -> None:
+    """Every room has its row, no row is about a room that is gone, and no row allows what nobody imports."""
+    used: dict[str, set[str]] = {room_of(path): set() for path in SOURCES}
+    for path in SOURCES:
+        used[room_of(path)] |= rooms(path)
+    del used["__init__"]
+    assert used == {room: set(allowed.split()) for room, allowed in ALLOWED.items()}
 
 
-def test_the_table_has_no_cycle() -> None:
-    """The modules can be put in an order in which each imports only earlier ones."""
-    left = {module: set(allowed.split()) for module, allowed in ALLOWED.items()}
-    while ready := [module for module, allowed in left.items() if not allowed & set(left)]:
-        for module in ready:
-            del left[module]
-    assert left == {}
+def in_order(graph: dict[str, set[str]]) -> None:
+    """Put what imports something after that; raises CycleError, with the circle, where there is no such order."""
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_no_imports_go_in_a_circle() -> None:
+    """Neither rooms nor modules do, imports in functions and for type checkers included."""
+    in_order({room: set(allowed.split()) for room, allowed in ALLOWED.items()})
+    in_order({name: arrows(path) for name, path in MODULES.items()})
+
+
+def test_a_circle_would_be_found() -> None:
+    """The check fails on two modules of one folder that import each other."""
+    with pytest.raises(graphlib.CycleError):
+        in_order({"m2gen.db.a": {"m2gen.db.b"}, "m2gen.db.b": {"m2gen.db.a"}})
+
+
+def test_few_modules_are_outside_the_folders() -> None:
+    """What is directly in m2gen/ are the nouns that every folder speaks of."""
+    assert len(list(PACKAGE.glob("*.py"))) <= MOST_AT_THE_TOP
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in SOURCES}), ids=lambda folder: folder.name)
+def test_folders_say_what_they_are_for(folder: Path) -> None:
+    """The docstring of a folder's ``__init__`` is where a newcomer looks."""
+    assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
 
 
 def test_only_the_entry_point_imports_the_command_line() -> None:
     """Nothing that is not the command line depends on it."""
-    interface = {name for name in ALLOWED if name.startswith("cli")}
-    users = {module_of(path) for path in SOURCES if interface & arrows(path)}
-    assert users <= {*interface, "__main__"}
+    assert {room_of(path) for path in SOURCES if "cli" in rooms(path)} == {"__main__"}
 
 
-def test_rendering_is_pure() -> None:
+PURE = {"bucket", "db", "errors", "schedule", "spec", "variant"}
+TEXTS = {"arguments", "demand", "layouts", "loads", "outputs", "reductions", "render"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_rendering_is_pure(path: Path) -> None:
     """What goes into a rendered text imports no torch, no triton, no clock and no random numbers."""
-    texts = {"layouts", "operands", "outputs", "render", "schedule", "signature", "spec", "sums", "variant"}
-    pure = {"bucket", "db", "device", "errors"} | texts
-    for path in SOURCES:
-        if module_of(path) in pure - {"device"}:  # detect() asks torch
-            roots = {name.split(".")[0] for name in imported(path)}
-            assert not roots & {"torch", "triton", "time", "datetime", "random", "uuid"}, path
+    if room_of(path) in PURE or (room_of(path) == "kernels" and path.stem in TEXTS | {"__init__"}):
+        roots = {name.split(".")[0] for name in imported(path)}
+        assert not roots & {"torch", "triton", "time", "datetime", "random", "uuid"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -150,7 +161,7 @@ def test_modules_stay_small(path: Path) -> None:
 
 HELP = """
 import sys
-from m2gen.cli import app
+from m2gen.cli.app import app
 try:
     app({arguments!r})
 except SystemExit as stop:

@@ -24,9 +24,9 @@ from m2gen.bucket import Bucket
 from m2gen.db import Database, Failure, Reason
 from m2gen.device import TARGETS
 from m2gen.errors import UsageError
-from m2gen.heuristic import default
-from m2gen.roofline import decoding_work, floors_ms, peaks_of, work_of
+from m2gen.measure.roofline import decoding_work, floors_ms, peaks_of, work_of
 from m2gen.schedule import Layouts, parse
+from m2gen.schedule.heuristic import default
 from m2gen.spec import Fp32Products
 
 SPEC = """schema: 1

@@ -17,9 +17,9 @@ from m2gen.bench import clock, gate, operators, worker
 from m2gen.bench.contest import Contender, Entry, Found, Task, Workload
 from m2gen.bench.words import Call, Kind, Step
 from m2gen.cache import materialise
-from m2gen.clock import Replay
 from m2gen.db import Failure, Reason
-from m2gen.pool import Lost, Service
+from m2gen.measure.clock import Replay
+from m2gen.measure.workers import Lost, Service
 
 VARIANT = make_variant(heads=(1, 1, 2, 2, 2))
 GATED = make_variant(heads=(1, 1, 2, 2, 2), gate="softplus")
@@ -113,11 +113,11 @@ def test_state_of_decoding_is_judged(generated: Contender, monkeypatch: pytest.M
 
 PEERS = """
 def right(variant):
-    from m2gen.reference import m2rnn
+    from m2gen.runtime.reference import m2rnn
     return lambda *operands, clip: m2rnn(*operands, clip=clip)
 
 def unclipped(variant):
-    from m2gen.reference import m2rnn
+    from m2gen.runtime.reference import m2rnn
     return lambda *operands, clip: m2rnn(*operands, clip=None)
 
 def other(variant):

@@ -13,9 +13,10 @@ import torch
 from command_line import KEY, SPEC, TINY, document, fails, outcome, row, run
 from support import ROOT
 
-from m2gen import __version__, cli_output, pipeline
+from m2gen import __version__, pipeline
+from m2gen.cli.show import build
 from m2gen.device import TARGETS
-from m2gen.resources import Resources
+from m2gen.kernels.resources import Resources
 
 
 def test_the_installed_command_and_the_module_are_the_same() -> None:
@@ -148,8 +149,8 @@ def test_kernels_that_cannot_launch_are_told_why(taken, warps, reasons) -> None:
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_kernel_that_cannot_launch_fails_the_check(capsys: pytest.CaptureFixture[str], as_json: bool) -> None:
     """One kernel over a limit is exit status 1 and, beside the table, one line on standard error."""
-    assert cli_output.show_check([row()], as_json=as_json, quiet=False) == 0
-    assert cli_output.show_check([row(), row("too many registers")], as_json=as_json, quiet=False) == 1
+    assert build.show_check([row()], as_json=as_json, quiet=False) == 0
+    assert build.show_check([row(), row("too many registers")], as_json=as_json, quiet=False) == 1
     lines = [f"m2gen: {KEY} forward on sm_90: too many registers"]
     assert capsys.readouterr().err.splitlines() == ([] if as_json else lines)
 

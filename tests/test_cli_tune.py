@@ -30,7 +30,7 @@ def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
     simulated.place(tmp_path, monkeypatch, SPEC)
     simulated.script(tmp_path / "script.json")
     found = simulated.rig()
-    monkeypatch.setattr("m2gen.cli_tune_output.this_rig", lambda command, seed: found)
+    monkeypatch.setattr("m2gen.cli.show.tune.this_rig", lambda command, seed: found)
     monkeypatch.setattr("m2gen.pipeline.this_rig", lambda command: found)
     return found
 
@@ -200,7 +200,7 @@ def test_the_report_is_one_page(rig: Rig) -> None:
 def test_the_report_of_a_known_gpu_has_its_limits(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As parts of what the winner took: tanh's is the largest of the 7B layer's kind."""
     known = replace(rig, bench=replace(rig.bench, environment=replace(rig.bench.environment, device="NVIDIA H200")))
-    monkeypatch.setattr("m2gen.cli_tune_output.this_rig", lambda command, seed: known)
+    monkeypatch.setattr("m2gen.cli.show.tune.this_rig", lambda command, seed: known)
     assert run(*TUNE, *DB, "--trials", "12", "--budget", "60s", "--report", "out.html").exit_code == 0
     words = " ".join(Page(Path("out.html").read_text(encoding="utf-8")).words)
     assert "peaks are not known" not in words

@@ -9,7 +9,7 @@ import scripted
 from scripted import Script
 from support import ROOT
 
-from m2gen.compile import load_module
+from m2gen.kernels.compile import load_module
 from m2gen.schedule import Layouts, Schedule
 from m2gen.tune.gate import STEPS, Question, questions
 from m2gen.variant import Variant, parse_variant

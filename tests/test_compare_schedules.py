@@ -10,8 +10,8 @@ import scripted
 from scripted import WRONG, Script
 from support import ROOT
 
-from m2gen.compile import load_module
 from m2gen.errors import ScheduleError
+from m2gen.kernels.compile import load_module
 
 tool = load_module(ROOT / "tools" / "compare_schedules.py", "m2gen_test_compare_schedules")
 SLUGS = ("f32x1u8a_b32x1c2as_i16_ptx_explicit", "f32x1u4p_b32x1c2p_i16_ptx")

@@ -24,7 +24,7 @@ from m2gen.db import Database, Record, encode, export_text, files, merged, read_
 from m2gen.db.files import LOCK
 from m2gen.device import TARGETS
 from m2gen.errors import DatabaseError
-from m2gen.heuristic import default
+from m2gen.schedule.heuristic import default
 
 RECORDS = (
     winner(),

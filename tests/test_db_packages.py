@@ -13,14 +13,16 @@ import pytest
 from records import H100, VARIANT, environment, failed, winner
 from support import ROOT, make_schedule
 
-from m2gen import directory, emit, pipeline
+from m2gen import pipeline
 from m2gen.bucket import BUCKETS, Bucket
-from m2gen.compile import Job
 from m2gen.db import Database, Record, Tier, read_export, write_export
 from m2gen.device import PORTABLE, TARGETS
-from m2gen.heuristic import default
+from m2gen.kernels.compile import Job
+from m2gen.kernels.resources import Resources
+from m2gen.package import emit
+from m2gen.package.write import MANIFEST, write
 from m2gen.pipeline import Plan
-from m2gen.resources import Resources
+from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
 
 TINY = str(ROOT / "specs" / "tiny.yaml")
@@ -148,7 +150,7 @@ def test_check_compiles_each_schedule_once_and_says_where_it_is_from(monkeypatch
 def test_a_committed_package_is_checked_against_the_database(tmp_path: Path) -> None:
     """A new record makes a package stale, as a template does."""
     package = pipeline.render(planned())
-    directory.write(tmp_path / "tiny", {**package.files, directory.MANIFEST: emit.manifest_text(package, {})})
+    write(tmp_path / "tiny", {**package.files, MANIFEST: emit.manifest_text(package, {})})
     assert pipeline.difference(planned(), tmp_path) == []
     lines = pipeline.difference(planned(LOW), tmp_path)
     assert any(json.dumps(LOW.id) in line for line in lines)

@@ -16,15 +16,18 @@ from pathlib import Path
 import pytest
 from support import ROOT, SCHEDULES, build_package, make_variant, variants
 
-from m2gen import directory, emit, pipeline
+from m2gen import pipeline
 from m2gen.device import PORTABLE
 from m2gen.errors import EmitError
+from m2gen.package import emit
+from m2gen.package.write import MANIFEST, write
 from m2gen.variant import BuiltVariant
 
 TINY = str(ROOT / "specs" / "tiny.yaml")
 RENDER = """
 import hashlib, json, sys
-from m2gen import emit, pipeline
+from m2gen import pipeline
+from m2gen.package import emit
 package = pipeline.render(pipeline.plan(sys.argv[1]))
 text = json.dumps(dict(package.files)) + emit.manifest_text(package, {})
 print(package.namespace, package.content_hash, hashlib.sha256(text.encode()).hexdigest())
@@ -53,7 +56,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("written")
     for index, (schedule, clip) in enumerate(zip(SCHEDULES.values(), ("carry", "total") * 2, strict=True)):
         package = build_package(f"p{index}", variants(clip), schedule)
-        directory.write(root / package.name, {**package.files, directory.MANIFEST: emit.manifest_text(package, {})})
+        write(root / package.name, {**package.files, MANIFEST: emit.manifest_text(package, {})})
     return root
 
 
@@ -76,7 +79,7 @@ def test_long_names_pass_the_projects_linter(tmp_path: Path) -> None:
     built = BuiltVariant(make_variant(), tuple(f"layer_{i}_{'x' * 40}" for i in range(5)))
     origin = emit.Origin("n" * 64, "n" * 64 + ".yaml", "0" * 12)
     package = emit.package(origin, [emit.Choice(built, PORTABLE, SCHEDULES["one_level_atomic"])])
-    directory.write(tmp_path / "p", package.files)
+    write(tmp_path / "p", package.files)
     assert _lint(tmp_path) == ""
 
 
@@ -110,9 +113,9 @@ def test_the_namespace_follows_the_content() -> None:
 
 def _complete(folder: Path) -> str:
     """Return the manifest's version after checking that exactly the files it lists are there, as it lists them."""
-    manifest = json.loads((folder / directory.MANIFEST).read_text(encoding="utf-8"))
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    del found[directory.MANIFEST]
+    del found[MANIFEST]
     assert {path: hashlib.sha256(text).hexdigest()[:16] for path, text in found.items()} == manifest["files"]
     return str(manifest["version"])
 
@@ -120,12 +123,12 @@ def _complete(folder: Path) -> str:
 WRITE_FOREVER = """
 import hashlib, json, sys
 from pathlib import Path
-from m2gen import directory
+from m2gen.package.write import MANIFEST, write
 version = 0
 while True:
     files = {f"kernels/{i}.py": f"{version} {i} " * 500 for i in range(6 + version % 3)}
     hashes = {path: hashlib.sha256(text.encode()).hexdigest()[:16] for path, text in files.items()}
-    directory.write(Path(sys.argv[1]), {**files, directory.MANIFEST: json.dumps({"version": version, "files": hashes})})
+    write(Path(sys.argv[1]), {**files, MANIFEST: json.dumps({"version": version, "files": hashes})})
     if version == 0:
         print("started", flush=True)
     version += 1
@@ -147,13 +150,13 @@ def test_a_kill_leaves_the_old_package_or_the_new(tmp_path: Path) -> None:
 
 
 def _package_files(mark: str) -> dict[str, str]:
-    return {"__init__.py": mark, "kernels/a.py": mark, directory.MANIFEST: "{}"}
+    return {"__init__.py": mark, "kernels/a.py": mark, MANIFEST: "{}"}
 
 
 def test_writing_replaces_everything(tmp_path: Path) -> None:
     """Files that the new package does not have are gone, and nothing else lies about."""
-    directory.write(tmp_path / "p", _package_files("old") | {"kernels/gone.py": "old"})
-    directory.write(tmp_path / "p", _package_files("new"))
+    write(tmp_path / "p", _package_files("old") | {"kernels/gone.py": "old"})
+    write(tmp_path / "p", _package_files("new"))
     assert sorted(path.name for path in tmp_path.rglob("*.py")) == ["__init__.py", "a.py"]
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
@@ -163,10 +166,10 @@ def test_a_folder_that_is_no_package_is_refused(tmp_path: Path, place: str) -> N
     """Somebody's own files are never replaced, while absent and empty folders are filled."""
     folder = tmp_path / place
     folder.mkdir(parents=True)
-    directory.write(folder, _package_files("new"))
-    (folder / directory.MANIFEST).unlink()
+    write(folder, _package_files("new"))
+    (folder / MANIFEST).unlink()
     with pytest.raises(EmitError, match=r"must be absent, empty or a generated package"):
-        directory.write(folder, _package_files("newer"))
+        write(folder, _package_files("newer"))
     assert (folder / "__init__.py").read_text(encoding="utf-8") == "new"
 
 
@@ -174,7 +177,7 @@ def test_a_file_in_the_packages_place_is_refused(tmp_path: Path) -> None:
     """A plain file where the package should go is an error in one line, and stays."""
     (tmp_path / "p").write_text("mine", encoding="utf-8")
     with pytest.raises(EmitError, match="p must be"):
-        directory.write(tmp_path / "p", _package_files("new"))
+        write(tmp_path / "p", _package_files("new"))
     assert (tmp_path / "p").read_text(encoding="utf-8") == "mine"
 
 
@@ -183,12 +186,12 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path, place: str) 
     """An output folder below a plain file, which not even root can make, is an EmitError."""
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     with pytest.raises(EmitError, match="must be writable"):
-        directory.write(tmp_path / place, _package_files("new"))
+        write(tmp_path / place, _package_files("new"))
 
 
 def test_a_failure_half_way_leaves_the_old_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that is full after the first file leaves what was there, and no remains."""
-    directory.write(tmp_path / "p", _package_files("old"))
+    write(tmp_path / "p", _package_files("old"))
     calls: list[int] = []
 
     def full(handle: int) -> None:
@@ -198,7 +201,7 @@ def test_a_failure_half_way_leaves_the_old_package(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(EmitError, match="No space left on device"):
-        directory.write(tmp_path / "p", _package_files("new"))
+        write(tmp_path / "p", _package_files("new"))
     assert (tmp_path / "p" / "__init__.py").read_text(encoding="utf-8") == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
@@ -207,8 +210,8 @@ def test_an_edit_and_a_stray_file_are_found(tmp_path: Path) -> None:
     """The comparison with a package on disk shows edits, strays and losses as a diff, and no resources."""
     planned = pipeline.plan(TINY)
     package = pipeline.render(planned)
-    files = {**package.files, directory.MANIFEST: emit.manifest_text(package, {"toolchain": "of another day"})}
-    directory.write(tmp_path / "tiny", files)
+    files = {**package.files, MANIFEST: emit.manifest_text(package, {"toolchain": "of another day"})}
+    write(tmp_path / "tiny", files)
     assert pipeline.difference(planned, tmp_path) == []
     (tmp_path / "tiny" / "op.py").write_text(files["op.py"] + "edited = True\n", encoding="utf-8")
     (tmp_path / "tiny" / "stray.txt").write_text("stray\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from support import ROOT
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from m2gen.compile import load_module
+from m2gen.kernels.compile import load_module
 
 EXAMPLES = ROOT / "examples"
 LOCAL = ("decoder", "words", "step", "train", "data", "model", "loop", "compare")

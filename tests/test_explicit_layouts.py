@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from support import ROOT, make_variant
 
-from m2gen.compile import Job, compile_all, compiled, load_kernels
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.errors import CompileError
-from m2gen.heuristic import default
-from m2gen.render import render_kernel
-from m2gen.resources import Resources, binary_of
+from m2gen.kernels.arguments import Direction
+from m2gen.kernels.compile import Job, compile_all, compiled, load_kernels
+from m2gen.kernels.render import render_kernel
+from m2gen.kernels.resources import Resources, binary_of
 from m2gen.schedule import WARPGROUP_OPERANDS, Layouts, Schedule, check, parse, problems
-from m2gen.signature import Direction
+from m2gen.schedule.heuristic import default
 from m2gen.variant import Variant
 
 VARIANTS = {

@@ -12,11 +12,11 @@ import pytest
 from calls import assert_close, differentiate
 from support import build_package, import_package, make_schedule, make_variant
 
-from m2gen import render
 from m2gen.device import TARGETS
-from m2gen.heuristic import default
-from m2gen.operands import backward_words
+from m2gen.kernels import render
+from m2gen.kernels.loads import backward_words
 from m2gen.problem import Problem, make_inputs
+from m2gen.schedule.heuristic import default
 
 EXPLICIT = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
 CHUNKS = {"one_level": (2, 2), "two_levels": (4, 2), "chunks_of_four": (8, 4), "odd": (6, 3)}

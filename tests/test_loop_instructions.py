@@ -8,7 +8,7 @@ import sys
 
 from support import ROOT
 
-from m2gen.compile import load_module
+from m2gen.kernels.compile import load_module
 
 tool = load_module(ROOT / "tools" / "loop_instructions.py", "m2gen_test_loop_instructions")
 TEXT = """

@@ -13,12 +13,12 @@ import torch
 from calls import assert_close, differentiate, module_of, packed
 from support import SCHEDULES, import_package, make_variant
 
-from m2gen import emit
 from m2gen.bucket import BUCKETS, Bucket, most_sequences
 from m2gen.device import PORTABLE, TARGETS
-from m2gen.heuristic import default
+from m2gen.package import emit
 from m2gen.problem import Inputs, Problem, make_inputs
 from m2gen.schedule import Schedule
+from m2gen.schedule.heuristic import default
 from m2gen.variant import BuiltVariant
 from m2gen.verify.oracle import eager, own_arithmetic
 

@@ -16,7 +16,7 @@ from layer import trained
 from support import build_package, make_schedule, make_variant
 from torch import Tensor, nn
 
-from m2gen.compile import load_module
+from m2gen.kernels.compile import load_module
 from m2gen.problem import Draw, Inputs, Problem, make_inputs
 
 HEADS = (2, 4, 4, 1, 2)

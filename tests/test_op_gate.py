@@ -22,8 +22,8 @@ from calls import (
 from support import GATED_HEADS, make_variant
 from torch import Tensor
 
-from m2gen import reference
 from m2gen.problem import Inputs, Problem, make_inputs
+from m2gen.runtime import reference
 
 VARIANT = make_variant(heads=GATED_HEADS, gate="softplus")
 EPS = torch.finfo(torch.float32).eps

@@ -11,8 +11,8 @@ import torch
 from calls import Spy, arguments, assert_same, changed, differentiate, module_of, packed
 from support import GATED_HEADS, build_package, import_package, make_schedule, make_variant
 
-from m2gen import reference
 from m2gen.problem import Inputs, Problem, make_inputs
+from m2gen.runtime import reference
 
 UNBUILT = make_variant(5, 3, (1, 3, 3, 3, 1))
 

@@ -9,9 +9,10 @@ from layer_on_ranks import CHECKS
 from ranks import launch
 from support import SCHEDULES, build_package, make_variant
 
-from m2gen import directory, emit
 from m2gen.bucket import BUCKETS
 from m2gen.device import PORTABLE
+from m2gen.package import emit
+from m2gen.package.write import write
 from m2gen.variant import BuiltVariant, Variant
 
 RANKS = 2
@@ -36,8 +37,8 @@ def test_the_layer_on_two_ranks(tmp_path: Path) -> None:
     shared = [make_variant(9, 9, heads) for heads in (SHARED, SHARE)]
     others = [make_variant(9, 9, SHARED, "bf16"), make_variant(heads=(2,) * 5)]
     package = build_package("on_ranks", [*shared, *others], SCHEDULES["two_level_partial"])
-    directory.write(tmp_path / "on_ranks", package.files)
-    directory.write(tmp_path / "by_bucket", by_bucket(shared).files)
+    write(tmp_path / "on_ranks", package.files)
+    write(tmp_path / "by_bucket", by_bucket(shared).files)
     said = launch(Path(__file__).with_name("layer_on_ranks.py"), tmp_path, RANKS)
     assert {name: failure for name, failure in said.items() if failure} == {}
     assert list(said) == list(CHECKS)

@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from m2gen.pool import Lost, Service, run_isolated
+from m2gen.measure.workers import Lost, Service, run_isolated
 
 
 def _prepare() -> None:

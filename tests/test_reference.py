@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from m2gen.reference import EXACT, m2rnn
+from m2gen.runtime.reference import EXACT, m2rnn
 from m2gen.spec import ClipMode
 
 BATCH, STEPS, ROWS, COLS, HEADS = 2, 6, 5, 3, 4

@@ -12,8 +12,8 @@ from support import SCHEDULES, make_schedule, make_variant
 
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.errors import ScheduleError
-from m2gen.heuristic import default
 from m2gen.schedule import Layouts, Schedule, Scratch, Tanh, check, parse, problems
+from m2gen.schedule.heuristic import default
 from m2gen.variant import Variant
 
 DEVICES = (*TARGETS.values(), PORTABLE)

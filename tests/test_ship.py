@@ -16,7 +16,7 @@ import torch
 from command_line import fails, run
 
 import m2gen.pipeline  # noqa: F401  (fills sys.modules)
-from m2gen.directory import MANIFEST
+from m2gen.package.write import MANIFEST
 
 STAGE = sys.modules["m2gen.pipeline.build"]
 BLOCKED = ("jinja2", "optuna", "pydantic", "yaml", "typer", "sqlalchemy")

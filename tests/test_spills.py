@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 from support import make_variant
 
-from m2gen.choice import Choice
-from m2gen.demand import demand_of
+from m2gen.db.choice import Choice
 from m2gen.device import TARGETS
-from m2gen.emit import Origin
-from m2gen.heuristic import default
+from m2gen.kernels.demand import demand_of
+from m2gen.package.emit import Origin
 from m2gen.pipeline import check, open_spec, plan
 from m2gen.pipeline.plan import Plan
 from m2gen.schedule import BackwardSchedule, Layouts, Reduction
+from m2gen.schedule.heuristic import default
 from m2gen.variant import BuiltVariant
 
 SPILLS = {

@@ -9,10 +9,10 @@ import pytest
 from support import make_variant
 
 from m2gen.device import TARGETS
-from m2gen.heuristic import default
+from m2gen.kernels.reductions import Together, backward_together, forward_together
 from m2gen.schedule import Layouts, Schedule
+from m2gen.schedule.heuristic import default
 from m2gen.spec import Dtype
-from m2gen.sums import Together, backward_together, forward_together
 
 LANES = np.arange(32)
 ROW, COL = LANES // 4, LANES % 4

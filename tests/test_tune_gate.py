@@ -10,10 +10,10 @@ import torch
 from stand_in import stand_in_gpu
 from support import make_schedule, make_variant
 
-from m2gen.compile import load_kernels
 from m2gen.db import Reason
 from m2gen.device import TARGETS
-from m2gen.render import render_kernel
+from m2gen.kernels.compile import load_kernels
+from m2gen.kernels.render import render_kernel
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective
 from m2gen.tune import clock, gate, gpu

@@ -14,12 +14,12 @@ from simulated import lines
 
 from m2gen.db import Database, Failure, Reason
 from m2gen.errors import DatabaseError, TuneError
-from m2gen.heuristic import default
+from m2gen.measure import lock
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import Rig, Tuned, TuneRequest, tune
 from m2gen.schedule import Schedule, parse
+from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
-from m2gen.tune import lock
 from m2gen.tune.book import Standing
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial

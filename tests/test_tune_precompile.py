@@ -9,9 +9,9 @@ from support import make_schedule, make_variant
 
 from m2gen.db import Reason
 from m2gen.device import TARGETS
-from m2gen.heuristic import default
-from m2gen.pool import run_isolated
+from m2gen.measure.workers import run_isolated
 from m2gen.schedule import Layouts, Scratch, Tanh, parse
+from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
 from m2gen.tune import precompile as module
 from m2gen.tune.precompile import PRECOMPILE

@@ -14,11 +14,11 @@ from test_tune_loop import SPEC, Silent
 from m2gen.bucket import Bucket
 from m2gen.db import Database, Reason, Record, stale
 from m2gen.device import TARGETS
-from m2gen.heuristic import default
+from m2gen.kernels.render import kernel_hash
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, tune
-from m2gen.render import kernel_hash
 from m2gen.schedule import Layouts, parse, problems
+from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
 from m2gen.tune.memory import USUAL, MemoryBound
 from m2gen.tune.records import NEIGHBOURS, known_failures, seeds

@@ -20,9 +20,9 @@ from test_tune_loop import SPEC, Silent
 
 from m2gen.db import Database, Environment
 from m2gen.errors import TuneError, UsageError
-from m2gen.heuristic import default
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, study_name, tune
+from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
 from m2gen.tune.memory import MemoryBound
 from m2gen.tune.shared import SharedStudy, open_study

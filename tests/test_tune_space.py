@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from support import make_variant
 
 from m2gen.device import TARGETS
-from m2gen.heuristic import default
 from m2gen.schedule import (
     SHORTEST_SEGMENT,
     BackwardSchedule,
@@ -27,6 +26,7 @@ from m2gen.schedule import (
     parse,
     problems,
 )
+from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
 from m2gen.tune.gate import STEPS, questions
 from m2gen.tune.knobs import importances

@@ -11,7 +11,7 @@ from reference_package import reference_package
 from support import make_variant
 
 from m2gen.problem import Draw, Gates, Problem, Weights, make_inputs
-from m2gen.reference import forget_gate
+from m2gen.runtime.reference import forget_gate
 from m2gen.verify import Case, Check, Feature, Layout, Loss, TensorResult, cases, differentiate, judge, oracle, run_case
 from m2gen.verify.checks.drop_in import published
 from m2gen.verify.checks.gradients import LAYOUTS

@@ -6,10 +6,10 @@ import pytest
 from support import make_variant
 
 from m2gen.device import TARGETS
-from m2gen.heuristic import default
 from m2gen.pipeline import open_spec
 from m2gen.pipeline.verify import MATRIX
 from m2gen.schedule import Layouts
+from m2gen.schedule.heuristic import default
 from m2gen.spec import ClipMode, Dtype, GateKind
 from m2gen.variant import expand
 from m2gen.verify import Check, Feature, cases, quick

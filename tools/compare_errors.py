@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from m2gen.errors import M2genError, UsageError
-from m2gen.heuristic import default
 from m2gen.pipeline.bench import this_stand
 from m2gen.schedule import Layouts, Schedule, check, parse
+from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective, load_spec
 from m2gen.tune.candidate import load
 from m2gen.tune.gate import STEPS, Candidate, Question, pass_gate, questions

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
+from m2gen.cli.show.report import print_table
 from m2gen.errors import M2genError, UsageError
-from m2gen.report import print_table
 from m2gen.schedule import Schedule
 from m2gen.tune.journal import decode_trial
 from m2gen.tune.sampler import Sampler

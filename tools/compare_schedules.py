@@ -14,13 +14,13 @@ from m2gen.bench.contest import Contender, Workload
 from m2gen.bench.measure import Result, contest
 from m2gen.bench.words import Kind
 from m2gen.cache import materialise
-from m2gen.choice import Choice
+from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE, Device
-from m2gen.emit import Origin, package
 from m2gen.errors import M2genError
-from m2gen.heuristic import default
+from m2gen.package.emit import Origin, package
 from m2gen.pipeline.bench import this_stand
 from m2gen.schedule import Schedule, check, parse
+from m2gen.schedule.heuristic import default
 from m2gen.spec import load_spec
 from m2gen.variant import BuiltVariant, expand
 

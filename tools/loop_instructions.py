@@ -18,13 +18,13 @@ from tempfile import NamedTemporaryFile
 
 import triton.backends.nvidia
 
-from m2gen.compile import Job, compiled
 from m2gen.device import TARGETS
-from m2gen.heuristic import default
-from m2gen.render import render_kernel
-from m2gen.resources import resources_of
+from m2gen.kernels.arguments import Direction
+from m2gen.kernels.compile import Job, compiled
+from m2gen.kernels.render import render_kernel
+from m2gen.kernels.resources import resources_of
 from m2gen.schedule import check, parse
-from m2gen.signature import Direction
+from m2gen.schedule.heuristic import default
 from m2gen.spec import load_spec
 from m2gen.variant import expand
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m2gen.bench.contest import Entry, Found, Workload
 from m2gen.bench.operators import Stepper, sequence_operator, stepper
-from m2gen.clock import Replay, aside, peak_bytes, timed, warm
+from m2gen.measure.clock import Replay, aside, peak_bytes, timed, warm
 from m2gen.problem import Inputs, Problem, make_inputs
 from m2gen.verify import Case, Operator
 from m2gen.verify.oracle import OPERANDS, call, gate_of, named_operands

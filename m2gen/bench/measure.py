@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from m2gen.bench.contest import Contender, Entry, Found, Task, Timer, Workload
 from m2gen.bench.words import Step
 from m2gen.db import Estimate, Failure
-from m2gen.roofline import Peaks, decoding_work, floors_ms, work_of
+from m2gen.measure.roofline import Peaks, decoding_work, floors_ms, work_of
 from m2gen.tune.select import estimate
 
 ROUNDS = 6

@@ -14,9 +14,9 @@ from torch import Tensor
 from m2gen.bench import peers
 from m2gen.bench.contest import Contender
 from m2gen.bench.words import Kind
-from m2gen.compile import load_module
+from m2gen.kernels.compile import load_module
 from m2gen.problem import TORCH_DTYPE
-from m2gen.reference import Arithmetic
+from m2gen.runtime.reference import Arithmetic
 from m2gen.variant import Variant
 from m2gen.verify import Operator
 from m2gen.verify.oracle import eager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from m2gen.bench.contest import Entry, Found, Task, Workload
 from m2gen.bench.words import Step
 from m2gen.db import Failure, Reason
-from m2gen.pool import Lane, Lost, Service, finished
+from m2gen.measure.workers import Lane, Lost, Service, finished
 from m2gen.tune.gpu import reason_of
 
 if TYPE_CHECKING:  # these import torch, and a worker must set its environment first

@@ -1,26 +1,24 @@
 """The tuning database: measured, verified schedules as lines of JSON that can be read, merged and shared."""
 
-from m2gen.db.codec import NotARecord, decode, encode, worded
 from m2gen.db.database import Change, Database, merged
 from m2gen.db.exchange import export_text, read_export, read_other, write_export
-from m2gen.db.files import Contents, Fault, slug
-from m2gen.db.lookup import Query, Rejection, Served, Tier, look_up, usual_device
-from m2gen.db.rank import failures, flag, is_default, preference, slot, stale, verdict
-from m2gen.db.record import (
+from m2gen.db.fields import (
     POLICY,
-    SCHEMA,
     Environment,
     Estimate,
     Failure,
     Key,
     Provenance,
     Reason,
-    Record,
     Sizes,
     Status,
     TensorError,
     Timing,
 )
+from m2gen.db.files import Contents, Fault, slug
+from m2gen.db.lookup import Query, Rejection, Served, Tier, look_up, usual_device
+from m2gen.db.rank import failures, flag, is_default, preference, slot, stale, verdict
+from m2gen.db.record import SCHEMA, NotARecord, Record, decode, encode, worded
 
 __all__ = [
     "POLICY",

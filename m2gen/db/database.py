@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from m2gen.db import files
-from m2gen.db.codec import encode
 from m2gen.db.files import Contents, Fault
 from m2gen.db.rank import preference, slot
-from m2gen.db.record import Record
+from m2gen.db.record import Record, encode
 from m2gen.errors import DatabaseError
 
 _Edit = Callable[[PurePosixPath, tuple[Record, ...]], tuple[Record, ...]]

@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
 
-from m2gen.db.codec import NotARecord, decode, encode
-from m2gen.db.record import Environment, Record
+from m2gen.db.fields import Environment
+from m2gen.db.record import NotARecord, Record, decode, encode
 from m2gen.errors import DatabaseError
 
 LOCK = ".lock"

@@ -6,11 +6,12 @@ import re
 from collections.abc import Hashable, Iterable
 from functools import cache
 
-from m2gen.db.record import POLICY, Record
+from m2gen.db.fields import POLICY
+from m2gen.db.record import Record
 from m2gen.device import limits
-from m2gen.heuristic import default
-from m2gen.render import kernel_hash
+from m2gen.kernels.render import kernel_hash
 from m2gen.schedule import Schedule
+from m2gen.schedule.heuristic import default
 from m2gen.variant import parse_variant
 
 

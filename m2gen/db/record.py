@@ -1,162 +1,39 @@
-"""What the tuning database holds: one schedule for one key on one GPU, measured and verified, or known to fail."""
+"""A record of the tuning database: one schedule for one key on one GPU, measured and verified, or known to fail.
+
+Records are canonical lines of JSON, so a record has one text, and its id is the hash of that.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
-from functools import cached_property
-from typing import Annotated
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field
+from pydantic import TypeAdapter, ValidationError
 
-from m2gen.bucket import Bucket
-from m2gen.schedule import Schedule
+from m2gen.bucket import bucket_of
+from m2gen.db.fields import Environment, Estimate, Failure, Key, Provenance, Sizes, Status, TensorError, Timing
+from m2gen.device import limits
+from m2gen.errors import DatabaseError
+from m2gen.schedule import Schedule, problems
 from m2gen.spec import Objective
+from m2gen.variant import parse_variant
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 SCHEMA = 2
 """Version of the records' format; a line of another version is kept, and not used."""
-POLICY = "float64_draws4_x2"
-"""The numerics policy that records must have passed: docs/design.md, section 6. A budget that is derived in another
-way gets another name, and every record is measured again."""
-
-_Count = Annotated[int, Field(ge=1, lt=2**31)]
-_Seed = Annotated[int, Field(ge=0, lt=2**63)]
-_Ms = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
-_Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Bytes = Annotated[int, Field(ge=0, lt=2**53)]
-_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
-_Fact = Annotated[str, Field(pattern=r"^[ -~]{0,100}$")]
-"""A version or a name: printable ASCII, empty where it is not known."""
-_Message = Annotated[str, Field(pattern=r"^[ -~]{0,500}$")]
+LONGEST_LINE = 16384
+"""Bytes of a line that may be a record; those that m2gen writes take about two thousand."""
 
 
-@dataclass(frozen=True)
-class Key:
-    """What a record answers: which schedule serves these calls?"""
-
-    variant: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,120}$")]
-    """``Variant.key``."""
-    objective: Objective
-    bucket: Bucket
-    policy: Annotated[str, Field(pattern=r"^[a-z0-9_.]{1,60}$")]
-    """``POLICY`` of the m2gen that verified the schedule."""
-
-
-@dataclass(frozen=True)
-class Environment:
-    """What a record was measured on and with."""
-
-    arch: Annotated[str, Field(pattern=r"^(sm_[0-9]{2,3}|gfx[0-9a-f]{3,4})$")]
-    device: Annotated[str, Field(pattern=r"^[A-Za-z0-9][ -~]{0,79}$")]
-    """Product name as the driver gives it."""
-    sm_count: _Count
-    driver: _Fact
-    torch: _Fact
-    triton: _Fact
-    ptxas: _Fact
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a record comes from."""
-
-    kernel: _Hash
-    """``render.kernel_hash`` of variant and schedule: another text makes the record stale."""
-    space: _Hash
-    """Hash of the declared search space."""
-    m2gen: _Fact
-    seed: _Seed
-    trials: _Count
-    """Candidates that were looked at in this search."""
-    worker: _Fact = ""
-    """Who measured: a host and a GPU, or any other name."""
-    study: _Fact = ""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The problem that was measured."""
-
-    batch: _Count
-    seq: _Count
-    lengths: tuple[_Count, ...] = ()
-    """Of packed sequences, in place of batch and seq."""
-
-    @property
-    def sequences(self) -> int:
-        return len(self.lengths) or self.batch
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A median of times in milliseconds and the ends of its 95 % confidence interval."""
-
-    median_ms: _Ms
-    low_ms: _Ms
-    high_ms: _Ms
-
-
-@dataclass(frozen=True)
-class Timing:
-    """How long one call takes, of what ``Key.objective`` says, and what it needs."""
-
-    tuned: Estimate
-    default: Estimate
-    """Of the default schedule, in turns with the tuned one."""
-    forward_ms: _Ms
-    backward_ms: _Ms | None
-    """None for ``Objective.INFER``."""
-    peak_bytes: _Bytes
-    """Peak allocation beyond the inputs."""
-
-    @property
-    def ratio(self) -> float:
-        """The end of the confidence interval as a part of the default's time: what merging and look-up compare."""
-        return self.tuned.high_ms / self.default.median_ms
-
-
-@dataclass(frozen=True)
-class TensorError:
-    """The worst error of one tensor over the whole gate, and its budget there."""
-
-    tensor: Annotated[str, Field(pattern=r"^[A-Za-z_]{1,40}$")]
-    error: _Error
-    budget: _Error
-
-
-class Reason(StrEnum):
-    """Why a schedule must not be used."""
-
-    HANG = "hang"
-    CRASH = "crash"
-    WRONG = "wrong"
-    """Over a budget, or other bits where the schedule claims determinism."""
-    LAUNCH = "launch"
-    """It does not compile, or takes more than the GPU has."""
-    MEMORY = "memory"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a schedule must not be used, and in one line what was seen."""
-
-    reason: Reason
-    message: _Message = ""
-
-    @classmethod
-    def of(cls, reason: Reason, text: str) -> Failure:
-        """Return a failure whose message is ``text`` on one line, printable, and no longer than it may be."""
-        line = " ".join(text.split()).encode("ascii", "backslashreplace").decode()
-        return cls(reason, "".join(c if " " <= c <= "~" else "?" for c in line)[:500])
-
-
-class Status(StrEnum):
-    """What a record is for."""
-
-    WINNER = "winner"
-    """Serves builds."""
-    FAILED = "failed"
-    """Keeps a schedule from being tried or served again."""
+class NotARecord(ValueError):
+    """Why a line is no record, as ``$.place must ..., got ...``."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +57,118 @@ class Record:
     @cached_property
     def id(self) -> str:
         """12 hex digits of the record's content; raises DatabaseError where that is not valid."""
-        from m2gen.db.codec import identify  # which knows the text of this type
+        return _written(self)[0]
 
-        return identify(self)
+
+@cache
+def _adapter() -> TypeAdapter[Record]:
+    return TypeAdapter(Record)
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def _checked(record: Record) -> Record:
+    """Return a record as it would be read, numbers in their fields' types; raises NotARecord."""
+    try:
+        return _parse(json.dumps(asdict(record), allow_nan=False))
+    except ValueError as error:
+        raise error if isinstance(error, NotARecord) else NotARecord(f"$ must hold finite numbers ({error})") from error
+
+
+def _line(record: Record) -> tuple[str, str]:
+    """Return the id and the line of a record that was read."""
+    content = {**asdict(record), "schema": SCHEMA}
+    if record.schedule.segments == 1:  # a knob that came later: records without it stay what they are
+        del content["schedule"]["segments"]
+    identity = hashlib.sha256(_dump(content).encode()).hexdigest()[:12]
+    return identity, _dump({**content, "id": identity})
+
+
+def _parse(text: str) -> Record:
+    """Return the record that ``text`` says, types and relations checked; raises NotARecord."""
+    try:
+        record = _adapter().validate_json(text, strict=True)
+    except ValidationError as error:
+        raise NotARecord(worded(error.errors()[0])) from error
+    for problem in _contradictions(record):
+        raise NotARecord(problem)
+    return record
+
+
+def worded(error: ErrorDetails) -> str:
+    """Return what pydantic found as ``$.place must ..., got ...``."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+    must = re.sub(r"^(Input|String|Value) should", "must", error["msg"])
+    given = repr(error["input"])
+    return f"${''.join(parts)} {must}, got {given if len(given) <= 60 else given[:57] + '...'}"
+
+
+def _contradictions(record: Record) -> Iterator[str]:
+    """Yield what no single value is wrong with, but several together are."""
+    try:
+        variant = parse_variant(record.key.variant)
+    except ValueError as error:
+        yield f"$.key.variant {error}"
+        return
+    for reason in problems(variant, record.schedule, limits(record.environment.arch)):
+        yield f"$.schedule.{reason}"
+    bucket = bucket_of(record.problem.sequences, variant.total_heads, record.environment.sm_count)
+    if bucket != record.key.bucket:
+        yield f"$.key.bucket must be {bucket} for the problem and the GPU, got {record.key.bucket}"
+    if (record.timing is None) != (record.failure is not None):
+        yield "$ must have either timing or failure, got " + ("none" if record.failure is None else "both")
+    if record.timing is not None:
+        yield from _impossible(record.timing.tuned, "tuned")
+        yield from _impossible(record.timing.default, "default")
+        if (record.timing.backward_ms is None) != (record.key.objective is Objective.INFER):
+            yield f"$.timing.backward_ms must fit objective {record.key.objective}, got {record.timing.backward_ms}"
+        for found in record.errors:
+            if found.error > found.budget:
+                yield f"$.errors must be within their budgets, got {found.tensor} {found.error:.2e}"
+
+
+def _impossible(estimate: Estimate, name: str) -> Iterator[str]:
+    if not estimate.low_ms <= estimate.median_ms <= estimate.high_ms:
+        yield f"$.timing.{name} must have low_ms <= median_ms <= high_ms, got {estimate.low_ms} and {estimate.high_ms}"
+
+
+def _written(record: Record) -> tuple[str, str]:
+    try:
+        return _line(_checked(record))
+    except NotARecord as error:
+        raise DatabaseError(f"a record of {record.key.variant}: {error}") from error
+
+
+def encode(record: Record) -> str:
+    """Return the record's line, without its end; raises DatabaseError where the record is not valid."""
+    return _written(record)[1]
+
+
+def _object(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise NotARecord(f"$ must be JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise NotARecord(f"$ must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def decode(line: str) -> Record:
+    """Return the record of a line; raises NotARecord for anything that ``encode`` would not have written."""
+    if len(line) > LONGEST_LINE:
+        raise NotARecord(f"$ must take at most {LONGEST_LINE} characters, got {len(line)}")
+    value = _object(line)
+    schema, identity = value.pop("schema", None), value.pop("id", None)
+    if schema != SCHEMA:
+        raise NotARecord(f"$.schema must be {SCHEMA}, got {str(schema)[:20]!r}")
+    record = _parse(json.dumps(value))
+    expected, text = _line(record)
+    if identity != expected:
+        raise NotARecord(f"$.id must be {expected}, which the content gives, got {str(identity)[:20]!r}")
+    if text != line:
+        raise NotARecord("$ must be canonical: sorted keys, single spaces, no other keys")
+    record.__dict__["id"] = expected  # the cached property, which would write the line again
+    return record

@@ -15,14 +15,14 @@ from m2gen.bench.sweep import ROWS, Point, points
 from m2gen.bench.words import Axis, Call, Kind
 from m2gen.bucket import bucket_of
 from m2gen.cache import materialise
-from m2gen.choice import Choice, choose
 from m2gen.db import Environment, Record
+from m2gen.db.choice import Choice, choose
 from m2gen.device import Device, detect
 from m2gen.errors import UsageError
-from m2gen.heuristic import default
+from m2gen.measure import lock
+from m2gen.measure.roofline import peaks_of
 from m2gen.pipeline.plan import Plan, Progress, relevant, render
-from m2gen.roofline import peaks_of
-from m2gen.tune import lock
+from m2gen.schedule.heuristic import default
 from m2gen.variant import BuiltVariant
 
 
@@ -71,7 +71,7 @@ def this_stand(command: str) -> Iterator[Stand]:
     if device is None:
         raise UsageError(f"{command} must run on a machine whose GPU torch can use, got none")
     from m2gen.bench.worker import IsolatedTimer
-    from m2gen.tune.environment import environment, gpu_name
+    from m2gen.measure.environment import environment, gpu_name
 
     timer = IsolatedTimer()
     try:

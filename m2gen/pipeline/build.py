@@ -8,17 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from m2gen import directory, emit
 from m2gen.cache import key_of, load_result, store_result
-from m2gen.compile import toolchain
 from m2gen.device import detect
-from m2gen.directory import Format
-from m2gen.emit import Package
 from m2gen.errors import CompileError, UsageError, VerifyError
+from m2gen.kernels.compile import toolchain
+from m2gen.package import emit
+from m2gen.package.deliver import deliver
+from m2gen.package.emit import Package
+from m2gen.package.hub import kernel_name
+from m2gen.package.write import MANIFEST, Format, diff
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.plan import Plan, Progress, render
 from m2gen.pipeline.verify import VerifyRequest, failure_lines, verify
-from m2gen.ship import deliver, kernel_name
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,11 @@ def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
 
 def committed_specs(out: Path) -> list[str]:
     """Return the spec file that each package in ``out`` names; raises UsageError where there is none."""
-    manifests = sorted(out.glob(f"*/{directory.MANIFEST}"))
+    manifests = sorted(out.glob(f"*/{MANIFEST}"))
     try:
         names = [str(json.loads(path.read_text(encoding="utf-8"))["spec"]["file"]) for path in manifests]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{out} must hold packages whose {directory.MANIFEST} names their spec ({error})") from error
+        raise UsageError(f"{out} must hold packages whose {MANIFEST} names their spec ({error})") from error
     if not names:
         raise UsageError(f"{out} must hold at least one generated package, got none")
     return names
@@ -91,5 +92,5 @@ def difference(planned: Plan, out: Path) -> list[str]:
     The manifest's resources depend on the toolchain, not on the sources, and are left out.
     """
     rendered = render(planned)
-    expected = {**rendered.files, directory.MANIFEST: emit.manifest_text(rendered, {})}
-    return directory.diff(out / planned.origin.name, expected)
+    expected = {**rendered.files, MANIFEST: emit.manifest_text(rendered, {})}
+    return diff(out / planned.origin.name, expected)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.choice import Choice
-from m2gen.compile import Job, compile_all, workers
-from m2gen.demand import demand_of
+from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE
 from m2gen.errors import CompileError
+from m2gen.kernels.arguments import Direction
+from m2gen.kernels.compile import Job, compile_all, workers
+from m2gen.kernels.demand import demand_of
+from m2gen.kernels.render import render_kernel
+from m2gen.kernels.resources import Resources
 from m2gen.pipeline.plan import Plan, Progress
-from m2gen.render import render_kernel
-from m2gen.resources import Resources
-from m2gen.signature import Direction
 
 
 @dataclass(frozen=True)

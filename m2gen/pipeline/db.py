@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from m2gen.bucket import BUCKETS, Bucket, bucket_of
-from m2gen.compile import triton_version
 from m2gen.db import (
     Database,
     Query,
@@ -24,6 +23,7 @@ from m2gen.db import (
 )
 from m2gen.device import detect, target
 from m2gen.errors import UsageError
+from m2gen.kernels.compile import triton_version
 from m2gen.pipeline.plan import open_spec, relevant, shipped_database
 from m2gen.spec import Objective
 from m2gen.variant import BuiltVariant, Variant, expand, parse_variant

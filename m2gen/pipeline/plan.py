@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from m2gen import emit
 from m2gen.bucket import BUCKETS
-from m2gen.choice import Choice, choose
 from m2gen.db import Database, Record
+from m2gen.db.choice import Choice, choose
 from m2gen.device import PORTABLE, Device, target
-from m2gen.emit import Origin, Package
-from m2gen.render import templates_dir
+from m2gen.kernels.render import templates_dir
+from m2gen.package import emit
+from m2gen.package.emit import Origin, Package
 from m2gen.schedule import Layouts, Schedule
 from m2gen.spec import Spec, find_spec, load_spec, spec_hash
 from m2gen.variant import BuiltVariant, Variant, expand

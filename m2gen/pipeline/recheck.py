@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 
 from m2gen.db import Database, Estimate, Record, failures, stale, verdict
 from m2gen.errors import UsageError, VerifyError
-from m2gen.heuristic import default
+from m2gen.measure import lock
+from m2gen.measure.workers import finished, run_isolated
 from m2gen.pipeline.plan import Progress
 from m2gen.pipeline.tune import Rig
-from m2gen.pool import finished, run_isolated
 from m2gen.schedule import Schedule
-from m2gen.tune import lock
+from m2gen.schedule.heuristic import default
 from m2gen.tune.final import ROUNDS
 from m2gen.tune.select import choose
 from m2gen.tune.space import Subject

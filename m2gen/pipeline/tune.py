@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from m2gen.cache import cache_dir, key_of
-from m2gen.compile import toolchain, workers
 from m2gen.db import Change, Database, Record
 from m2gen.device import Device, detect, target
 from m2gen.errors import DatabaseError, UsageError
+from m2gen.kernels.compile import toolchain, workers
+from m2gen.kernels.render import template_hash
+from m2gen.measure import lock
 from m2gen.pipeline.plan import Plan
-from m2gen.render import template_hash
 from m2gen.spec import Objective
-from m2gen.tune import lock
 from m2gen.tune.book import Book, Crew, Ledger, Limits, Outcome, Stations, Watcher, crew_of
 from m2gen.tune.gpu import GPU
 from m2gen.tune.journal import Journal
@@ -129,7 +129,7 @@ def dry_run_device(arch: str | None, targets: Sequence[str]) -> Device:
 
 def this_rig(command: str, seed: int = 0) -> Rig:
     """Return the GPU at hand with its workers; raises UsageError where there is none."""
-    from m2gen.tune.environment import environment, gpu_name, worker_name
+    from m2gen.measure.environment import environment, gpu_name, worker_name
 
     device = detect()
     if device is None:

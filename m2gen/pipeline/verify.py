@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m2gen.cache import materialise
-from m2gen.compile import load_module, workers
 from m2gen.device import PORTABLE, TARGETS, Device, detect
 from m2gen.errors import UsageError
+from m2gen.kernels.compile import load_module, workers
+from m2gen.measure.workers import Lost, Service, run_isolated
 from m2gen.pipeline.plan import Plan, Progress, plan, render
-from m2gen.pool import Lost, Service, run_isolated
 from m2gen.variant import BuiltVariant, Variant
 
 if TYPE_CHECKING:  # importing these imports torch, and the processes must set their environment first

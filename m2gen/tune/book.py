@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from m2gen.pool import Lane, Service
+from m2gen.measure.workers import Lane, Service
 from m2gen.schedule import Schedule
 from m2gen.tune.select import Choice
 from m2gen.tune.space import Subject, fits

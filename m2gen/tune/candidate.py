@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from m2gen.compile import load_kernels
+from m2gen.kernels.compile import load_kernels
+from m2gen.kernels.render import render_kernel
 from m2gen.problem import Inputs, Problem
-from m2gen.render import render_kernel
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective
 from m2gen.variant import Variant

@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from m2gen.clock import Replay, peak_bytes, timed, warm
+from m2gen.measure.clock import Replay, peak_bytes, timed, warm
 from m2gen.spec import Objective
 from m2gen.tune.candidate import Call
 from m2gen.tune.trial import Samples

@@ -10,8 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from m2gen.db.record import Failure, Reason, TensorError
-from m2gen.outputs import varying
+from m2gen.db import Failure, Reason, TensorError
+from m2gen.kernels.outputs import varying
 from m2gen.problem import Gates, Inputs, Problem
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective

@@ -10,8 +10,8 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from m2gen.db.record import Failure, Reason
-from m2gen.pool import Lost, Service
+from m2gen.db import Failure, Reason
+from m2gen.measure.workers import Lost, Service
 from m2gen.tune.space import Subject
 from m2gen.tune.trial import Measured, Step, Task
 

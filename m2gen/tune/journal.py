@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from m2gen.db.record import Failure, Reason
+from m2gen.db import Failure, Reason
 from m2gen.errors import ScheduleError, TuneError
 from m2gen.schedule import Schedule, parse
 from m2gen.tune.trial import Trial

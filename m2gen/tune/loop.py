@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from m2gen.errors import TuneError
-from m2gen.pool import finished
+from m2gen.measure.workers import finished
 from m2gen.schedule import Schedule
 from m2gen.tune.book import Book, Crew, Outcome
 from m2gen.tune.final import FINALISTS, hold_final

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.outputs import Output, backward_outputs, forward_output
+from m2gen.kernels.outputs import Output, backward_outputs, forward_output
 from m2gen.schedule import Reduction, Schedule, Scratch
 from m2gen.variant import Variant
 

@@ -17,12 +17,12 @@ from functools import cache
 from typing import Any
 
 from m2gen.cache import key_of, load_result, store_result
-from m2gen.compile import backend_of, telling, toolchain
-from m2gen.db.record import Failure, Reason
+from m2gen.db import Failure, Reason
 from m2gen.device import Device
-from m2gen.pool import Lost, Service
-from m2gen.render import render_kernel
-from m2gen.resources import Resources, binary_of, resources_of
+from m2gen.kernels.compile import backend_of, telling, toolchain
+from m2gen.kernels.render import render_kernel
+from m2gen.kernels.resources import Resources, binary_of, resources_of
+from m2gen.measure.workers import Lost, Service
 from m2gen.spec import Objective
 from m2gen.tune.space import Subject
 from m2gen.tune.trial import Compiled, CompileTask

@@ -9,9 +9,9 @@ from m2gen import __version__
 from m2gen.bucket import bucket_of
 from m2gen.db import POLICY, Environment, Key, Provenance, Reason, Record, Sizes, Timing
 from m2gen.db.rank import failures, preference, stale
-from m2gen.heuristic import default
-from m2gen.render import kernel_hash
+from m2gen.kernels.render import kernel_hash
 from m2gen.schedule import Schedule, problems
+from m2gen.schedule.heuristic import default
 from m2gen.tune.book import Outcome
 from m2gen.tune.select import estimate
 from m2gen.tune.space import Subject, fits, space_hash

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from m2gen.db.record import Estimate
+from m2gen.db import Estimate
 from m2gen.schedule import Schedule
 from m2gen.tune.space import values_of
 from m2gen.tune.trial import Samples

@@ -10,10 +10,9 @@ from itertools import product
 from typing import Any
 
 from m2gen.cache import key_of
-from m2gen.demand import demand_of
 from m2gen.device import Device
-from m2gen.heuristic import RESIDENT_WARPS, default
-from m2gen.outputs import backward_outputs, forward_output
+from m2gen.kernels.demand import demand_of
+from m2gen.kernels.outputs import backward_outputs, forward_output
 from m2gen.schedule import (
     BackwardSchedule,
     ForwardSchedule,
@@ -26,6 +25,7 @@ from m2gen.schedule import (
     most_warps,
     problems,
 )
+from m2gen.schedule.heuristic import RESIDENT_WARPS, default
 from m2gen.spec import Objective
 from m2gen.tune.memory import USUAL, MemoryBound, extra_bytes
 from m2gen.variant import MIN_TILE, Variant

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import median
 
-from m2gen.db.record import Failure, TensorError
+from m2gen.db import Failure, TensorError
 from m2gen.schedule import Schedule
 from m2gen.tune.space import Subject
 

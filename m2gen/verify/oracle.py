@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2gen import reference
 from m2gen.problem import TORCH_DTYPE, Inputs
-from m2gen.reference import EXACT, Arithmetic
+from m2gen.runtime import reference
+from m2gen.runtime.reference import EXACT, Arithmetic
 from m2gen.spec import ClipMode, Fp32Products, TanhMode
 from m2gen.variant import Variant
 from m2gen.verify.case import Case, Loss, TensorResult

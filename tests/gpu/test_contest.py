@@ -14,8 +14,8 @@ from m2gen.bench.words import Call, Kind
 from m2gen.bench.worker import IsolatedTimer
 from m2gen.cache import materialise
 from m2gen.device import detect
-from m2gen.heuristic import default
-from m2gen.roofline import peaks_of
+from m2gen.measure.roofline import peaks_of
+from m2gen.schedule.heuristic import default
 from m2gen.tune.select import difference
 
 pytestmark = pytest.mark.gpu

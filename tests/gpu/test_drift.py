@@ -7,9 +7,9 @@ import torch
 from calls import arguments, distance
 from support import make_variant
 
-from m2gen import reference
 from m2gen.problem import Draw, Gates, Problem, make_inputs
-from m2gen.reference import EXACT, Arithmetic
+from m2gen.runtime import reference
+from m2gen.runtime.reference import EXACT, Arithmetic
 from m2gen.verify import FACTOR
 
 

@@ -13,7 +13,7 @@ from layer import assert_within, budgets, in_pieces, make_layer, tokens, twin, w
 from support import make_variant
 from torch import Tensor, nn
 
-from m2gen.layouts import TOO_NEW
+from m2gen.kernels.layouts import TOO_NEW
 
 pytestmark = pytest.mark.gpu
 

@@ -9,8 +9,8 @@ import torch
 from support import make_variant
 
 from m2gen.device import detect
-from m2gen.heuristic import default
 from m2gen.schedule import HOPPER, Layouts, check, parse
+from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
 from m2gen.tune.candidate import load
 from m2gen.tune.gate import STEPS, Candidate, pass_gate, questions

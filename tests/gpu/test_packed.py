@@ -10,9 +10,9 @@ from calls import PER_SEQUENCE, PER_STEP, assert_same, changed, differentiate, o
 from support import make_variant
 
 from m2gen.device import detect
-from m2gen.heuristic import default
 from m2gen.problem import Inputs, Problem, make_inputs
 from m2gen.schedule import Layouts
+from m2gen.schedule.heuristic import default
 
 PUBLISHED = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
 LENGTHS = (7, 1, 0, 8, 37, 0, 16, 3)

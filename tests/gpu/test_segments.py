@@ -9,9 +9,9 @@ from calls import assert_same, differentiate
 from support import build_package, import_package, make_variant
 
 from m2gen.device import detect
-from m2gen.heuristic import default
 from m2gen.problem import Problem, make_inputs
 from m2gen.schedule import Layouts
+from m2gen.schedule.heuristic import default
 
 pytestmark = pytest.mark.gpu
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from m2gen.problem import TORCH_DTYPE
-from m2gen.reference import Arithmetic
+from m2gen.runtime.reference import Arithmetic
 from m2gen.verify.case import TensorResult
 from m2gen.verify.oracle import call, eager, judge, named_operands, relative_error
 from m2gen.verify.subject import Subject

@@ -1,6 +1,7 @@
 """The module that replaces the published implementation, against the published equations written out once more.
 
-Nothing here is shared with ``m2gen.reference``: the backward is section 2 of docs/design.md by hand, not autograd.
+Nothing here is shared with ``m2gen.runtime.reference``: the backward is section 2 of docs/design.md by hand, not
+autograd.
 """
 
 from __future__ import annotations

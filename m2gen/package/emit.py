@@ -12,12 +12,12 @@ from typing import Any
 
 from m2gen import __version__
 from m2gen.bucket import BUCKETS, HALVES
-from m2gen.choice import Choice, modules_by_bucket
+from m2gen.db.choice import Choice, modules_by_bucket
 from m2gen.device import PORTABLE
 from m2gen.errors import EmitError
-from m2gen.layouts import TOO_NEW
-from m2gen.outputs import varying
-from m2gen.render import reference_source, render_kernel, render_template, template_hash
+from m2gen.kernels.layouts import TOO_NEW
+from m2gen.kernels.outputs import varying
+from m2gen.kernels.render import reference_source, render_kernel, render_template, template_hash
 from m2gen.spec import ClipMode, Dtype
 from m2gen.variant import BuiltVariant, Variant
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import jinja2
 
-from m2gen import layouts
-from m2gen.operands import BACKWARD_VECTORS, FORWARD_VECTORS, backward_words, forward_words
-from m2gen.outputs import backward_outputs, forward_output
+from m2gen.kernels import layouts
+from m2gen.kernels.arguments import Direction, arguments, options
+from m2gen.kernels.loads import BACKWARD_VECTORS, FORWARD_VECTORS, backward_words, forward_words
+from m2gen.kernels.outputs import backward_outputs, forward_output
 from m2gen.schedule import WARPGROUP_ROWS, Layouts, Reduction, Schedule, Scratch, Tanh
-from m2gen.signature import Direction, arguments, options
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import Variant, padded
 
@@ -28,7 +28,7 @@ TRITON_DTYPE = {Dtype.BF16: "tl.bfloat16", Dtype.FP16: "tl.float16", Dtype.FP32:
 @cache
 def templates_dir() -> Path:
     """Return the templates' directory: beside the package in a checkout, inside it in an installed wheel."""
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve().parents[1]
     inside = here / "templates"
     return inside if inside.is_dir() else here.parent / "templates"
 
@@ -36,7 +36,7 @@ def templates_dir() -> Path:
 @cache
 def reference_source() -> str:
     """Return the eager reference's module, which packages carry as it is: it imports nothing of m2gen."""
-    return (Path(__file__).resolve().parent / "reference.py").read_text(encoding="utf-8")
+    return (Path(__file__).resolve().parents[1] / "runtime" / "reference.py").read_text(encoding="utf-8")
 
 
 @cache

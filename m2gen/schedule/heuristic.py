@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from m2gen.device import Device
-from m2gen.schedule import (
+from m2gen.schedule.knobs import (
     HOPPER,
     USUAL_INTERVAL,
     WARPGROUP_ROWS,

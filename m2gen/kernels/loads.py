@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from m2gen.layouts import outer_on_tensor_cores
+from m2gen.kernels.layouts import outer_on_tensor_cores
+from m2gen.kernels.reductions import backward_together
 from m2gen.schedule import Schedule
-from m2gen.sums import backward_together
 from m2gen.variant import Variant
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from m2gen.bucket import BUCKETS, Bucket
-from m2gen.db import Query, Record, Tier, look_up, usual_device
+from m2gen.db.lookup import Query, Tier, look_up, usual_device
+from m2gen.db.record import Record
 from m2gen.device import PORTABLE, Device
-from m2gen.heuristic import default
 from m2gen.schedule import Schedule
+from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
 from m2gen.variant import BuiltVariant, Variant
 

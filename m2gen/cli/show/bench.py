@@ -14,10 +14,10 @@ from m2gen.bench.book import Book, Row, Times, dump, row_of, speed_ups
 from m2gen.bench.contest import sized
 from m2gen.bench.measure import Result
 from m2gen.bench.words import Kind
+from m2gen.cli.show.plot import Curve, curves, draw
+from m2gen.cli.show.report import print_json, print_table
 from m2gen.errors import UsageError
 from m2gen.pipeline import Stand, Swept
-from m2gen.plot import Curve, curves, draw
-from m2gen.report import print_json, print_table
 from m2gen.variant import parse_variant
 
 TIME_COLUMNS = (

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m2gen.cli.show.report import junit, print_json, print_table
 from m2gen.errors import EmitError
 from m2gen.pipeline import VerifyOutcome, failed, failure_lines, reproduce
-from m2gen.report import junit, print_json, print_table
 
 if TYPE_CHECKING:
     from m2gen.verify import CaseReport, TensorResult

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from m2gen.cli.show.report import print_json, print_table
 from m2gen.db import Change, Database, Fault, Record, encode, slot
 from m2gen.pipeline import Answer, Recheck, Replay, Superfluous, state
-from m2gen.report import print_json, print_table
 
 LIST_COLUMNS = ("id", "device", "variant", "for", "programs/SM", "schedule", "ms", "default ms", "speed-up", "state")
 WHY_COLUMNS = ("id", "device", "programs/SM", "schedule", "of default", "why not")

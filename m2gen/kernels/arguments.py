@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from m2gen.outputs import backward_outputs, forward_output
+from m2gen.kernels.outputs import backward_outputs, forward_output
+from m2gen.kernels.reductions import forward_apart
 from m2gen.schedule import Part, Reduction, Schedule, Scratch
 from m2gen.spec import Dtype
-from m2gen.sums import forward_apart
 from m2gen.variant import Variant
 
 Constant = int | bool | None

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from m2gen.cli.show.page import tuning_page
+from m2gen.cli.show.report import print_json, print_table
 from m2gen.errors import TuneError, UsageError
-from m2gen.page import tuning_page
 from m2gen.pipeline import Plan, Rig, Size, Tuned, TuneRequest, this_rig
 from m2gen.pipeline import tune as search
-from m2gen.report import print_json, print_table
 from m2gen.tune.book import Standing
 from m2gen.tune.trial import Trial
 

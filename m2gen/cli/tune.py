@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from m2gen.cli_options import DbOption, DebugOption, JsonOption, QuietOption, SpecOption, reporting, warn_of_faults
+from m2gen.cli.options import DbOption, DebugOption, JsonOption, QuietOption, SpecOption, reporting, warn_of_faults
 from m2gen.errors import UsageError
 from m2gen.spec import Objective
 from m2gen.tune.memory import MemoryBound
@@ -57,7 +57,7 @@ def tune(
 ) -> None:
     """Search the fastest schedules on this GPU and put them into the tuning database."""
     from m2gen import pipeline
-    from m2gen.cli_tune_output import run, show_sizes
+    from m2gen.cli.show.tune import run, show_sizes
 
     with reporting(debug):
         database = pipeline.open_database(db, new=True)
@@ -85,7 +85,7 @@ def tune(
 
 def _sizes(planned: Plan, request: TuneRequest, target: str | None) -> list[Size]:
     from m2gen import pipeline
-    from m2gen.compile import workers
+    from m2gen.kernels.compile import workers
 
     device = pipeline.dry_run_device(target, planned.spec.targets)
     return pipeline.dry_run(planned, request, device, workers())

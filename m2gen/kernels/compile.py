@@ -19,10 +19,10 @@ from typing import Any
 from m2gen.cache import key_of, load_result, materialise, store_result
 from m2gen.device import Device
 from m2gen.errors import CompileError
-from m2gen.layouts import TOO_NEW
-from m2gen.resources import Resources, resources_of
+from m2gen.kernels.arguments import Argument, Direction, arguments, options
+from m2gen.kernels.layouts import TOO_NEW
+from m2gen.kernels.resources import Resources, resources_of
 from m2gen.schedule import Schedule
-from m2gen.signature import Argument, Direction, arguments, options
 from m2gen.variant import Variant
 
 RESULT_VERSION = "1"

@@ -13,8 +13,8 @@ import typer
 from m2gen.errors import M2genError, SpecError
 
 if TYPE_CHECKING:
+    from m2gen.cli.show.report import TerminalProgress
     from m2gen.db import Contents, Record
-    from m2gen.report import TerminalProgress
 
 SpecOption = Annotated[
     str, typer.Option("--spec", help="Spec file: as given, else in specs/, else among those shipped.")
@@ -64,7 +64,7 @@ def reporting(debug: bool) -> Iterator[None]:
 
 def terminal_progress(quiet: bool) -> TerminalProgress:
     """Return what shows progress, or with ``quiet`` none."""
-    from m2gen.report import TerminalProgress
+    from m2gen.cli.show.report import TerminalProgress
 
     return TerminalProgress(quiet=quiet)
 

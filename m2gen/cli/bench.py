@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from m2gen.bench.words import Axis, Kind
-from m2gen.cli_options import (
+from m2gen.cli.options import (
     DbOption,
     DebugOption,
     JsonOption,
@@ -59,7 +59,7 @@ def bench(
     """Time the kernels of every workload beside PyTorch and peers, each verified first; needs a GPU."""
     from m2gen import pipeline
     from m2gen.bench.peers import peers
-    from m2gen.cli_bench_output import run_against, run_bench, run_sweeps
+    from m2gen.cli.show.bench import run_against, run_bench, run_sweeps
 
     with reporting(debug):
         axes = list(dict.fromkeys(sweep or ()))
@@ -93,6 +93,6 @@ def _check(axes: list[Axis], plot: Path | None, against: Path | None) -> None:
         raise UsageError("--plot must be given with --sweep, which says what it is drawn over")
     if plot.suffix not in FIGURES:
         raise UsageError(f"--plot must end in {' or '.join(FIGURES)}, got {str(plot)!r}")
-    from m2gen.plot import require
+    from m2gen.cli.show.plot import require
 
     require()

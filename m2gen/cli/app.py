@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from m2gen import __version__
-from m2gen.cli_bench import bench
-from m2gen.cli_db import db_app
-from m2gen.cli_options import (
+from m2gen.cli.bench import bench
+from m2gen.cli.db import db_app
+from m2gen.cli.options import (
     DbOption,
     DebugOption,
     JsonOption,
@@ -27,9 +27,9 @@ from m2gen.cli_options import (
     reporting,
     terminal_progress,
 )
-from m2gen.cli_tune import tune
-from m2gen.directory import Format
+from m2gen.cli.tune import tune
 from m2gen.errors import UsageError
+from m2gen.package.write import Format
 
 if TYPE_CHECKING:
     from m2gen.db import Record
@@ -79,7 +79,7 @@ def build(
 ) -> None:
     """Take a spec to a verified package of kernels in OUT/<name>/, to a wheel in OUT, or to a Hub repository there."""
     from m2gen import pipeline
-    from m2gen.cli_output import show_build, show_difference
+    from m2gen.cli.show.build import show_build, show_difference
 
     with reporting(debug):
         records = records_of(db, no_db)
@@ -114,7 +114,7 @@ def check(
 ) -> None:
     """Cross-compile every kernel, with no GPU, and show what it takes of each target."""
     from m2gen import pipeline
-    from m2gen.cli_output import show_check
+    from m2gen.cli.show.build import show_check
 
     with reporting(debug):
         rows = pipeline.check(_plan(spec, target, records=records_of(db, no_db)), terminal_progress(quiet))
@@ -143,7 +143,7 @@ def verify(
 ) -> None:
     """Compare every output and gradient with the float64 reference: on the GPU, else in Triton's interpreter."""
     from m2gen import pipeline
-    from m2gen.cli_verify import show_verify, write_junit
+    from m2gen.cli.show.verify import show_verify, write_junit
 
     with reporting(debug):
         if full == (spec is not None) or (full and quick):
@@ -162,7 +162,7 @@ def verify(
 @spec_app.command("show")
 def spec_show(spec: SpecOption, json: JsonOption = False, debug: DebugOption = False) -> None:
     """Print the variants that a spec expands to."""
-    from m2gen.cli_output import show_spec
+    from m2gen.cli.show.build import show_spec
 
     with reporting(debug):
         show_spec(_plan(spec), as_json=json)
@@ -171,7 +171,7 @@ def spec_show(spec: SpecOption, json: JsonOption = False, debug: DebugOption = F
 @spec_app.command("schema")
 def spec_schema() -> None:
     """Print the JSON schema of specs."""
-    from m2gen.report import print_json
+    from m2gen.cli.show.report import print_json
     from m2gen.spec import json_schema
 
     print_json(json_schema())
@@ -180,7 +180,7 @@ def spec_schema() -> None:
 @app.command()
 def info(json: JsonOption = False, debug: DebugOption = False) -> None:
     """Print the device, versions, where files are looked for, and what is missing."""
-    from m2gen.cli_output import show_info
+    from m2gen.cli.show.build import show_info
 
     with reporting(debug):
         show_info(as_json=json)

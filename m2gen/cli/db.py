@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from m2gen.cli_options import (
+from m2gen.cli.options import (
     DbOption,
     DebugOption,
     JsonOption,
@@ -41,7 +41,7 @@ def list_(
     debug: DebugOption = False,
 ) -> None:
     """List records: what each serves, how fast it was, and whether it is stale, flagged or a failure."""
-    from m2gen.cli_db_output import show_list
+    from m2gen.cli.show.db import show_list
     from m2gen.pipeline import open_database
 
     with reporting(debug):
@@ -52,7 +52,7 @@ def list_(
 @db_app.command()
 def show(identity: IdArgument, db: DbOption = None, json: JsonOption = False, debug: DebugOption = False) -> None:
     """Show everything that one record says."""
-    from m2gen.cli_db_output import show_record
+    from m2gen.cli.show.db import show_record
     from m2gen.pipeline import open_database
 
     with reporting(debug):
@@ -74,7 +74,7 @@ def why(
 ) -> None:
     """Explain which record serves a call, by which tier, and what disqualified every other record of the variant."""
     from m2gen import pipeline
-    from m2gen.cli_db_output import show_why
+    from m2gen.cli.show.db import show_why
 
     with reporting(debug):
         database = pipeline.open_database(db)
@@ -92,7 +92,7 @@ def diff(
     debug: DebugOption = False,
 ) -> None:
     """Compare two records field by field, or two databases record by record; exit 1 if they differ."""
-    from m2gen.cli_db_output import show_differing_records, show_record_difference
+    from m2gen.cli.show.db import show_differing_records, show_record_difference
     from m2gen.db import read_other
     from m2gen.pipeline import open_database
 
@@ -115,7 +115,7 @@ def merge(
     debug: DebugOption = False,
 ) -> None:
     """Add another database's records to this one's."""
-    from m2gen.cli_db_output import show_change
+    from m2gen.cli.show.db import show_change
     from m2gen.db import read_other
     from m2gen.pipeline import open_database
 
@@ -134,7 +134,7 @@ def prune(
 ) -> None:
     """Remove records that can serve nothing any more: stale, outdone by another, or of kernels that failed since."""
     from m2gen import pipeline
-    from m2gen.cli_db_output import show_pruned
+    from m2gen.cli.show.db import show_pruned
 
     with reporting(debug):
         database = pipeline.open_database(db)
@@ -171,7 +171,7 @@ def import_(
     debug: DebugOption = False,
 ) -> None:
     """Add the records of a file, all of which must be valid, or nothing is written."""
-    from m2gen.cli_db_output import show_change
+    from m2gen.cli.show.db import show_change
     from m2gen.db import read_export
     from m2gen.pipeline import open_database
 
@@ -191,7 +191,7 @@ def verify(
 ) -> None:
     """Hold records against float64 again on this GPU; one that fails serves no build from then on, and exits 1."""
     from m2gen import pipeline
-    from m2gen.cli_db_output import show_rechecks
+    from m2gen.cli.show.db import show_rechecks
 
     with reporting(debug):
         database = pipeline.open_database(db)
@@ -211,7 +211,7 @@ def replay(
 ) -> None:
     """Run one record's measurement again on this GPU, in turns with the default schedule."""
     from m2gen import pipeline
-    from m2gen.cli_db_output import show_replay
+    from m2gen.cli.show.db import show_replay
 
     with reporting(debug):
         record = pipeline.open_database(db).find(identity)

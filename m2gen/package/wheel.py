@@ -1,4 +1,4 @@
-"""A generated package in the forms that others install: a wheel, and a kernel repository of the Hugging Face Hub."""
+"""A generated package as a wheel, the same bytes wherever it is made."""
 
 from __future__ import annotations
 
@@ -12,33 +12,13 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
-from m2gen import __version__, directory
-from m2gen.directory import Format
-from m2gen.emit import Origin, Package
-from m2gen.errors import EmitError, SpecError
-from m2gen.render import render_template
+from m2gen import __version__
+from m2gen.errors import EmitError
+from m2gen.package.emit import Origin
 
 EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time of every file in a wheel, the earliest that zip can say, so that the same package gives the same bytes."""
 LICENSE = "Apache-2.0"
-KERNEL_NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]")
-"""What kernel-builder takes for the name of a repository."""
-
-
-def deliver(form: Format, out: Path, origin: Origin, package: Package, manifest: str) -> Path:
-    """Write a package below ``out`` in one of its forms, in one step, and return the folder or file that it is.
-
-    Raises EmitError where that cannot be written or something else is in its place, SpecError for a name that the Hub
-    does not take.
-    """
-    files = {**package.files, directory.MANIFEST: manifest}
-    if form is Format.WHEEL:
-        return _write_wheel(out, origin, files, package.content_hash)
-    if form is Format.HF_KERNEL:
-        directory.write(out / kernel_name(origin), kernel_repository(origin, files), mark="build.toml")
-        return out / kernel_name(origin)
-    directory.write(out / origin.name, files)
-    return out / origin.name
 
 
 def _requirements() -> list[str]:
@@ -76,7 +56,8 @@ def _digest(data: bytes) -> str:
     return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
 
 
-def _write_wheel(out: Path, origin: Origin, files: Mapping[str, str], content: str) -> Path:
+def write_wheel(out: Path, origin: Origin, files: Mapping[str, str], content: str) -> Path:
+    """Put the wheel of a package into the folder ``out``, in one step; raises EmitError where that is not possible."""
     name, data = wheel(origin, files, content)
     staging = out / f".{name}.new"
     try:
@@ -92,26 +73,3 @@ def _write_wheel(out: Path, origin: Origin, files: Mapping[str, str], content: s
         if out.is_dir():
             staging.unlink(missing_ok=True)
     return out / name
-
-
-def kernel_name(origin: Origin) -> str:
-    """Return the name of the Hub's repository, whose module has underscores instead.
-
-    Raises SpecError for one that kernel-builder refuses.
-    """
-    name = origin.name.replace("_", "-")
-    if KERNEL_NAME.fullmatch(name) is None:
-        words = "two or more of a-z, 0-9 and _, a letter first and no _ last, for the Hub"
-        raise SpecError([f"{origin.spec_file}: $.name must be {words}, got {origin.name!r}"])
-    return name
-
-
-def kernel_repository(origin: Origin, files: Mapping[str, str]) -> dict[str, str]:
-    """Return the files of a source repository as the Hub's kernel-builder takes it; pure.
-
-    The package is ``torch-ext/<name>/``; its ``layers`` have no state, so that their forward can replace others'.
-    """
-    module = {f"torch-ext/{origin.name}/{path}": text for path, text in files.items()}
-    facts = {"name": origin.name, "repository": kernel_name(origin), "command": f"{origin.command} --format hf-kernel"}
-    shared = {name: render_template(f"hub/{name}.j2", **facts) for name in ("build.toml", "flake.nix", "CARD.md")}
-    return {**shared, **module}

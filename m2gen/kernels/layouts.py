@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from m2gen.schedule import ForwardSchedule, Layouts, Part, Schedule, Scratch
-from m2gen.sums import (
+from m2gen.kernels.reductions import (
     EIGHTHS,
     backward_together,
     forward_apart,
@@ -21,6 +20,7 @@ from m2gen.sums import (
     sums_by_product,
     warps_down,
 )
+from m2gen.schedule import ForwardSchedule, Layouts, Part, Schedule, Scratch
 from m2gen.variant import MIN_TILE, Variant
 
 TOO_NEW = (3, 9)

@@ -11,11 +11,11 @@ from typing import Any
 
 from m2gen import __version__
 from m2gen.cache import cache_dir
-from m2gen.choice import Choice
+from m2gen.cli.show.report import print_json, print_table
+from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE, TARGETS, detect
+from m2gen.kernels.render import templates_dir
 from m2gen.pipeline import BuildOutcome, CheckRow, Plan, shipped_database, shipped_specs, state
-from m2gen.render import templates_dir
-from m2gen.report import print_json, print_table
 
 NUMBERS = ("registers", "spills B", "shared B", "code B")
 KERNEL_COLUMNS = ("variant", "kernel", "target", *NUMBERS, "from", "problems, notes")

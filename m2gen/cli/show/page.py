@@ -12,8 +12,8 @@ from typing import Any
 import jinja2
 
 from m2gen.db import Environment
+from m2gen.measure.roofline import Work, floors_ms, peaks_of, work_of
 from m2gen.pipeline import Tuned
-from m2gen.roofline import Work, floors_ms, peaks_of, work_of
 from m2gen.spec import Objective
 from m2gen.tune.knobs import importances
 from m2gen.tune.trial import Trial

@@ -1,6 +1,6 @@
 """Sums over the threads of a warp that the steps of an iteration share, in kernels whose layouts are explicit.
 
-A lane of a tile has rows l // 4 and l // 4 + 8, and columns 2 (l % 4) and the next (``m2gen.layouts``).
+A lane of a tile has rows l // 4 and l // 4 + 8, and columns 2 (l % 4) and the next (``m2gen.kernels.layouts``).
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from m2gen.outputs import Output, backward_outputs, forward_output
+from m2gen.kernels.outputs import Output, backward_outputs, forward_output
 from m2gen.schedule import Layouts, Part, Schedule
 from m2gen.spec import Dtype
 from m2gen.variant import MIN_TILE, Variant

@@ -1,0 +1,155 @@
+"""What a record is made of: its key, where it comes from, what was measured and found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from m2gen.bucket import Bucket
+from m2gen.spec import Objective
+
+POLICY = "float64_draws4_x2"
+"""The numerics policy that records must have passed: docs/design.md, section 6. A budget that is derived in another
+way gets another name, and every record is measured again."""
+
+_Count = Annotated[int, Field(ge=1, lt=2**31)]
+_Seed = Annotated[int, Field(ge=0, lt=2**63)]
+_Ms = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
+_Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Bytes = Annotated[int, Field(ge=0, lt=2**53)]
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
+_Fact = Annotated[str, Field(pattern=r"^[ -~]{0,100}$")]
+"""A version or a name: printable ASCII, empty where it is not known."""
+_Message = Annotated[str, Field(pattern=r"^[ -~]{0,500}$")]
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a record answers: which schedule serves these calls?"""
+
+    variant: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,120}$")]
+    """``Variant.key``."""
+    objective: Objective
+    bucket: Bucket
+    policy: Annotated[str, Field(pattern=r"^[a-z0-9_.]{1,60}$")]
+    """``POLICY`` of the m2gen that verified the schedule."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a record was measured on and with."""
+
+    arch: Annotated[str, Field(pattern=r"^(sm_[0-9]{2,3}|gfx[0-9a-f]{3,4})$")]
+    device: Annotated[str, Field(pattern=r"^[A-Za-z0-9][ -~]{0,79}$")]
+    """Product name as the driver gives it."""
+    sm_count: _Count
+    driver: _Fact
+    torch: _Fact
+    triton: _Fact
+    ptxas: _Fact
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a record comes from."""
+
+    kernel: _Hash
+    """``render.kernel_hash`` of variant and schedule: another text makes the record stale."""
+    space: _Hash
+    """Hash of the declared search space."""
+    m2gen: _Fact
+    seed: _Seed
+    trials: _Count
+    """Candidates that were looked at in this search."""
+    worker: _Fact = ""
+    """Who measured: a host and a GPU, or any other name."""
+    study: _Fact = ""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The problem that was measured."""
+
+    batch: _Count
+    seq: _Count
+    lengths: tuple[_Count, ...] = ()
+    """Of packed sequences, in place of batch and seq."""
+
+    @property
+    def sequences(self) -> int:
+        return len(self.lengths) or self.batch
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A median of times in milliseconds and the ends of its 95 % confidence interval."""
+
+    median_ms: _Ms
+    low_ms: _Ms
+    high_ms: _Ms
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one call takes, of what ``Key.objective`` says, and what it needs."""
+
+    tuned: Estimate
+    default: Estimate
+    """Of the default schedule, in turns with the tuned one."""
+    forward_ms: _Ms
+    backward_ms: _Ms | None
+    """None for ``Objective.INFER``."""
+    peak_bytes: _Bytes
+    """Peak allocation beyond the inputs."""
+
+    @property
+    def ratio(self) -> float:
+        """The end of the confidence interval as a part of the default's time: what merging and look-up compare."""
+        return self.tuned.high_ms / self.default.median_ms
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """The worst error of one tensor over the whole gate, and its budget there."""
+
+    tensor: Annotated[str, Field(pattern=r"^[A-Za-z_]{1,40}$")]
+    error: _Error
+    budget: _Error
+
+
+class Reason(StrEnum):
+    """Why a schedule must not be used."""
+
+    HANG = "hang"
+    CRASH = "crash"
+    WRONG = "wrong"
+    """Over a budget, or other bits where the schedule claims determinism."""
+    LAUNCH = "launch"
+    """It does not compile, or takes more than the GPU has."""
+    MEMORY = "memory"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a schedule must not be used, and in one line what was seen."""
+
+    reason: Reason
+    message: _Message = ""
+
+    @classmethod
+    def of(cls, reason: Reason, text: str) -> Failure:
+        """Return a failure whose message is ``text`` on one line, printable, and no longer than it may be."""
+        line = " ".join(text.split()).encode("ascii", "backslashreplace").decode()
+        return cls(reason, "".join(c if " " <= c <= "~" else "?" for c in line)[:500])
+
+
+class Status(StrEnum):
+    """What a record is for."""
+
+    WINNER = "winner"
+    """Serves builds."""
+    FAILED = "failed"
+    """Keeps a schedule from being tried or served again."""

@@ -1,0 +1,1 @@
+"""What tuning and benchmarks share: the clock, isolated workers, the lock, the environment, the roofline."""
