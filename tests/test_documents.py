@@ -11,7 +11,7 @@ import pytest
 import typer
 from support import ROOT
 
-from m2gen.cli import app
+from m2gen.cli.app import app
 
 PAGES = sorted(
     [
