@@ -43,6 +43,12 @@ class EmitError(M2genError):
     """A package could not be written, or the one on disk is not what the sources render."""
 
 
+class PlaceError(EmitError):
+    """The place that a command is told to write to holds what m2gen did not write, or cannot be written."""
+
+    exit_status = 2
+
+
 class DatabaseError(M2genError):
     """The tuning database cannot be read or written, or is asked for a record that it does not have."""
 

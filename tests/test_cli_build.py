@@ -42,11 +42,54 @@ def test_build_check_without_a_package(spec: Path) -> None:
     assert not (spec.parent / "generated").exists()
 
 
-def test_build_refuses_a_folder_of_something_else(built: Path) -> None:
-    """Without its manifest a folder is somebody's own."""
+BUILD = ("build", "--spec", "one.yaml", "--no-verify", "--quiet")
+
+
+def test_build_refuses_a_folder_of_something_else(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What m2gen did not write is named before anything is compiled, and building anew is not needed to find out."""
+    monkeypatch.setattr(STAGE, "check", None)
+    (built / "notes.txt").write_text("mine", encoding="utf-8")
+    assert fails(2, *BUILD) == (
+        "m2gen: generated/one must be absent, empty or a generated package, got what m2gen did not write: notes.txt;"
+        " move that elsewhere, or build into another --out"
+    )
+    assert (built / "notes.txt").read_text(encoding="utf-8") == "mine"
+    (built / "notes.txt").unlink()
+    (built / "MANIFEST.json").write_text("{}", encoding="utf-8")
+    assert "did not write: MANIFEST.json; move" in fails(2, *BUILD)
     (built / "MANIFEST.json").unlink()
-    line = fails(1, "build", "--spec", "one.yaml", "--no-verify", "--quiet")
-    assert "must be absent, empty or a generated package" in line
+    (built / "op.py").write_text("mine", encoding="utf-8")
+    assert "did not write: op.py; move" in fails(2, *BUILD)
+
+
+def test_build_replaces_its_own_and_leaves_the_repository(built: Path) -> None:
+    """An edited module is as it should be again, imports' caches go, and .git is what it was; twice is once."""
+    before = (built / "op.py").read_bytes()
+    (built / "op.py").write_text("edited", encoding="utf-8")
+    (built / ".git").mkdir()
+    (built / ".git" / "HEAD").write_text("ref: refs/heads/main", encoding="utf-8")
+    (built / "__pycache__").mkdir()
+    (built / "__pycache__" / "op.cpython-311.pyc").write_bytes(b"edited")
+    assert run(*BUILD).exit_code == 0
+    assert (built / "op.py").read_bytes() == before
+    assert not (built / "__pycache__").exists()
+    assert (built / ".git" / "HEAD").read_text(encoding="utf-8") == "ref: refs/heads/main"
+    assert run("build", "--spec", "one.yaml", "--check").exit_code == 0
+    node = (built / "op.py").stat()
+    assert run(*BUILD).exit_code == 0
+    assert (built / "op.py").stat() == node
+    assert [path.name for path in built.parent.iterdir()] == ["one"]
+
+
+def test_build_writes_where_a_link_leads(built: Path) -> None:
+    """A package folder that is a link stays one."""
+    built.rename(built.parent.parent / "elsewhere")
+    built.symlink_to("../elsewhere")
+    (built / "op.py").write_text("edited", encoding="utf-8")
+    assert run(*BUILD).exit_code == 0
+    assert built.is_symlink()
+    assert (built.parent.parent / "elsewhere" / "op.py").read_text(encoding="utf-8") != "edited"
+    assert run("build", "--spec", "one.yaml", "--check").exit_code == 0
 
 
 def test_a_build_that_fails_verification_leaves_the_old_package(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,6 +114,13 @@ def test_check_without_a_spec_takes_every_package(built: Path) -> None:
     assert run("build", "--check").exit_code == 0
     (built / "op.py").write_text("edited\n", encoding="utf-8")
     assert run("build", "--check").exit_code == 1
-    (built / "MANIFEST.json").write_text("{}", encoding="utf-8")
-    assert "MANIFEST.json" in fails(2, "build", "--check")
+    (built.parent / ".one.m2gen-0123456789abcdef").mkdir()
+    (built.parent / ".one.m2gen-0123456789abcdef" / "MANIFEST.json").write_text("{", encoding="utf-8")
+    assert run("build", "--spec", "one.yaml", "--no-verify", "--format", "hf-kernel", "--out", "hub").exit_code == 0
+    assert "at least one" in fails(2, "build", "--check", "--out", "hub")
+    assert run(*BUILD).exit_code == 0
+    assert run("build", "--check").exit_code == 0
+    for wrong in ("{}", "[]", "<<<<<<< HEAD", '{"spec": 1}'):
+        (built / "MANIFEST.json").write_text(wrong, encoding="utf-8")
+        assert "generated/one/MANIFEST.json must be a package's manifest" in fails(2, "build", "--check")
     assert "at least one" in fails(2, "build", "--check", "--out", "elsewhere")

@@ -20,7 +20,7 @@ from m2gen.device import PORTABLE, TARGETS
 from m2gen.kernels.compile import Job
 from m2gen.kernels.resources import Resources
 from m2gen.package import emit
-from m2gen.package.write import MANIFEST, write
+from m2gen.package.directory import MANIFEST, write
 from m2gen.pipeline import Plan
 from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective

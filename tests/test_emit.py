@@ -1,16 +1,11 @@
-"""Packages on disk: the same bytes anywhere, clean, self-contained, and never half written."""
+"""Generated packages: the same bytes anywhere, clean and self-contained."""
 
 from __future__ import annotations
 
 import ast
-import hashlib
-import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +13,8 @@ from support import ROOT, SCHEDULES, build_package, make_variant, variants
 
 from m2gen import pipeline
 from m2gen.device import PORTABLE
-from m2gen.errors import EmitError
 from m2gen.package import emit
-from m2gen.package.write import MANIFEST, write
+from m2gen.package.directory import MANIFEST, write
 from m2gen.variant import BuiltVariant
 
 TINY = str(ROOT / "specs" / "tiny.yaml")
@@ -111,101 +105,6 @@ def test_the_namespace_follows_the_content() -> None:
     assert one.namespace == same.namespace != other.namespace
 
 
-def _complete(folder: Path) -> str:
-    """Return the manifest's version after checking that exactly the files it lists are there, as it lists them."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    del found[MANIFEST]
-    assert {path: hashlib.sha256(text).hexdigest()[:16] for path, text in found.items()} == manifest["files"]
-    return str(manifest["version"])
-
-
-WRITE_FOREVER = """
-import hashlib, json, sys
-from pathlib import Path
-from m2gen.package.write import MANIFEST, write
-version = 0
-while True:
-    files = {f"kernels/{i}.py": f"{version} {i} " * 500 for i in range(6 + version % 3)}
-    hashes = {path: hashlib.sha256(text.encode()).hexdigest()[:16] for path, text in files.items()}
-    write(Path(sys.argv[1]), {**files, MANIFEST: json.dumps({"version": version, "files": hashes})})
-    if version == 0:
-        print("started", flush=True)
-    version += 1
-"""
-
-
-def test_a_kill_leaves_the_old_package_or_the_new(tmp_path: Path) -> None:
-    """Killed at any moment, a writer leaves one complete package, and the next writer is not in its way."""
-    folder, rng, versions = tmp_path / "package", random.Random(0), []
-    for _ in range(10):
-        command = [sys.executable, "-c", WRITE_FOREVER, str(folder)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(rng.uniform(0, 0.05))
-            process.send_signal(signal.SIGKILL)
-        versions.append(_complete(folder))
-    assert max(map(int, versions)) > 0
-
-
-def _package_files(mark: str) -> dict[str, str]:
-    return {"__init__.py": mark, "kernels/a.py": mark, MANIFEST: "{}"}
-
-
-def test_writing_replaces_everything(tmp_path: Path) -> None:
-    """Files that the new package does not have are gone, and nothing else lies about."""
-    write(tmp_path / "p", _package_files("old") | {"kernels/gone.py": "old"})
-    write(tmp_path / "p", _package_files("new"))
-    assert sorted(path.name for path in tmp_path.rglob("*.py")) == ["__init__.py", "a.py"]
-    assert [path.name for path in tmp_path.iterdir()] == ["p"]
-
-
-@pytest.mark.parametrize("place", ["p", "deep/er/p"])
-def test_a_folder_that_is_no_package_is_refused(tmp_path: Path, place: str) -> None:
-    """Somebody's own files are never replaced, while absent and empty folders are filled."""
-    folder = tmp_path / place
-    folder.mkdir(parents=True)
-    write(folder, _package_files("new"))
-    (folder / MANIFEST).unlink()
-    with pytest.raises(EmitError, match=r"must be absent, empty or a generated package"):
-        write(folder, _package_files("newer"))
-    assert (folder / "__init__.py").read_text(encoding="utf-8") == "new"
-
-
-def test_a_file_in_the_packages_place_is_refused(tmp_path: Path) -> None:
-    """A plain file where the package should go is an error in one line, and stays."""
-    (tmp_path / "p").write_text("mine", encoding="utf-8")
-    with pytest.raises(EmitError, match="p must be"):
-        write(tmp_path / "p", _package_files("new"))
-    assert (tmp_path / "p").read_text(encoding="utf-8") == "mine"
-
-
-@pytest.mark.parametrize("place", ["file/p", "file/deep/p"])
-def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path, place: str) -> None:
-    """An output folder below a plain file, which not even root can make, is an EmitError."""
-    (tmp_path / "file").write_text("mine", encoding="utf-8")
-    with pytest.raises(EmitError, match="must be writable"):
-        write(tmp_path / place, _package_files("new"))
-
-
-def test_a_failure_half_way_leaves_the_old_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk that is full after the first file leaves what was there, and no remains."""
-    write(tmp_path / "p", _package_files("old"))
-    calls: list[int] = []
-
-    def full(handle: int) -> None:
-        calls.append(handle)
-        if len(calls) == 2:
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(EmitError, match="No space left on device"):
-        write(tmp_path / "p", _package_files("new"))
-    assert (tmp_path / "p" / "__init__.py").read_text(encoding="utf-8") == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["p"]
-
-
 def test_an_edit_and_a_stray_file_are_found(tmp_path: Path) -> None:
     """The comparison with a package on disk shows edits, strays and losses as a diff, and no resources."""
     planned = pipeline.plan(TINY)
@@ -216,5 +115,15 @@ def test_an_edit_and_a_stray_file_are_found(tmp_path: Path) -> None:
     (tmp_path / "tiny" / "op.py").write_text(files["op.py"] + "edited = True\n", encoding="utf-8")
     (tmp_path / "tiny" / "stray.txt").write_text("stray\n", encoding="utf-8")
     (tmp_path / "tiny" / "dispatch.py").unlink()
+    (tmp_path / "tiny" / "weights.bin").write_bytes(b"\xff\x00" * 50)
+    (tmp_path / "tiny" / "notes.txt").write_text("x\n" * 50_000, encoding="utf-8")
+    (tmp_path / "tiny" / "data").mkdir()
+    (tmp_path / "tiny" / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "tiny" / ".git").mkdir()
+    (tmp_path / "tiny" / ".git" / "HEAD").write_text("a repository is nothing of the package's", encoding="utf-8")
     lines = pipeline.difference(planned, tmp_path)
     assert {"-edited = True", "-stray", "+++ rendered/tiny/dispatch.py"} <= set(lines)
+    named = {line.removeprefix("Only in committed/tiny: ") for line in lines if line.startswith("Only in")}
+    assert named == {"weights.bin", "notes.txt", "data/", "link"}
+    assert not any(".git" in line for line in lines)
+    assert len(lines) < 1000

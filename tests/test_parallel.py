@@ -12,7 +12,7 @@ from support import SCHEDULES, build_package, make_variant
 from m2gen.bucket import BUCKETS
 from m2gen.device import PORTABLE
 from m2gen.package import emit
-from m2gen.package.write import write
+from m2gen.package.directory import write
 from m2gen.variant import BuiltVariant, Variant
 
 RANKS = 2

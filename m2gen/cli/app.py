@@ -29,7 +29,7 @@ from m2gen.cli.options import (
 )
 from m2gen.cli.tune import tune
 from m2gen.errors import UsageError
-from m2gen.package.write import Format
+from m2gen.package.directory import Format
 
 if TYPE_CHECKING:
     from m2gen.db import Record

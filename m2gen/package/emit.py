@@ -18,6 +18,7 @@ from m2gen.errors import EmitError
 from m2gen.kernels.layouts import TOO_NEW
 from m2gen.kernels.outputs import varying
 from m2gen.kernels.render import reference_source, render_kernel, render_template, template_hash
+from m2gen.package.owned import hashes
 from m2gen.spec import ClipMode, Dtype
 from m2gen.variant import BuiltVariant, Variant
 
@@ -233,5 +234,4 @@ def package(origin: Origin, choices: Iterable[Choice]) -> Package:
 
 def manifest_text(pkg: Package, resources: Mapping[str, Any]) -> str:
     """Return MANIFEST.json: what was rendered, and what compiling it with the stated toolchain gave."""
-    files = {path: hashlib.sha256(text.encode()).hexdigest()[:16] for path, text in pkg.files.items()}
-    return json.dumps({**pkg.manifest, "files": files, "resources": resources}, indent=2) + "\n"
+    return json.dumps({**pkg.manifest, "files": hashes(pkg.files), "resources": resources}, indent=2) + "\n"

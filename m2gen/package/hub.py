@@ -1,22 +1,36 @@
-"""A generated package as a source repository of the Hugging Face kernels Hub."""
+"""A generated package as a kernel repository of the Hugging Face Hub, which loads as it is."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
+from m2gen import __version__
 from m2gen.errors import SpecError
 from m2gen.kernels.render import render_template
-from m2gen.package.emit import Origin
+from m2gen.package.directory import MANIFEST, Format
+from m2gen.package.emit import Origin, Package
+from m2gen.package.owned import hashes
 
+LICENSE = "apache-2.0"
+"""Identifier of the licence, as the Hub spells it."""
+VERSION = 1
+"""Of the package's interface, as the Hub counts."""
+BACKENDS = ("cpu", "cuda", "rocm")
+"""Builds of torch that find a variant: on the CPU there are Triton's interpreter and the eager reference."""
+TEMPLATES = ("build.toml", "flake.nix", "CARD.md")
 KERNEL_NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]")
-"""What kernel-builder takes for the name of a repository."""
+"""What the Hub takes for the name of a kernel."""
 
 
 def kernel_name(origin: Origin) -> str:
     """Return the name of the Hub's repository, whose module has underscores instead.
 
-    Raises SpecError for one that kernel-builder refuses.
+    Raises SpecError for one that the Hub refuses.
     """
     name = origin.name.replace("_", "-")
     if KERNEL_NAME.fullmatch(name) is None:
@@ -25,12 +39,49 @@ def kernel_name(origin: Origin) -> str:
     return name
 
 
-def kernel_repository(origin: Origin, files: Mapping[str, str]) -> dict[str, str]:
-    """Return the files of a source repository as the Hub's kernel-builder takes it; pure.
+def kernel_repository(origin: Origin, package: Package, manifest: str) -> dict[str, str]:
+    """Return the files of a repository; pure.
 
-    The package is ``torch-ext/<name>/``; its ``layers`` have no state, so that their forward can replace others'.
+    ``build/torch-<backend>/`` is what the ``kernels`` library loads, ``torch-ext/<name>/`` and ``build.toml`` what
+    kernel-builder makes the same of. The layers have no state, so that their forward can replace others'.
     """
-    module = {f"torch-ext/{origin.name}/{path}": text for path, text in files.items()}
-    facts = {"name": origin.name, "repository": kernel_name(origin), "command": f"{origin.command} --format hf-kernel"}
-    shared = {name: render_template(f"hub/{name}.j2", **facts) for name in ("build.toml", "flake.nix", "CARD.md")}
-    return {**shared, **module}
+    module = {**package.files, MANIFEST: manifest}
+    command = f"{origin.command} --format {Format.HF_KERNEL}"
+    facts = {"name": package.name, "repository": kernel_name(origin), "command": command}
+    about = {"version": VERSION, "license": LICENSE, "backends": BACKENDS}
+    files = {name: render_template(f"hub/{name}.j2", **facts, **about) for name in TEMPLATES}
+    files |= {f"torch-ext/{package.name}/{path}": text for path, text in module.items()}
+    for backend in BACKENDS:
+        variant = {**module, "metadata.json": _metadata(origin, package.namespace, backend, module)}
+        files |= {f"build/torch-{backend}/{path}": text for path, text in variant.items()}
+    return {**files, MANIFEST: _manifest(origin, files)}
+
+
+def _metadata(origin: Origin, namespace: str, backend: str, module: Mapping[str, str]) -> str:
+    """Return what the ``kernels`` library reads of a variant.
+
+    Its ``id`` is the name that the module gets, and has to be the namespace of the operators.
+    """
+    digests = {path: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for path, text in module.items()}
+    facts = {
+        "name": kernel_name(origin),
+        "id": namespace,
+        "version": VERSION,
+        "license": LICENSE,
+        "python-depends": [],
+        "kernel-depends": [],
+        "backend": {"type": backend},
+        "digest": {"algorithm": "sha256", "files": dict(sorted(digests.items()))},
+    }
+    return _json(facts)
+
+
+def _manifest(origin: Origin, files: Mapping[str, str]) -> str:
+    """Return the repository's own MANIFEST.json: which files m2gen wrote, so that it may replace them."""
+    spec = {"file": origin.spec_file, "hash": origin.spec_hash}
+    made = {"name": origin.name, "m2gen": __version__, "format": Format.HF_KERNEL}
+    return _json({**made, "spec": spec, "files": hashes(files)})
+
+
+def _json(facts: Mapping[str, Any]) -> str:
+    return json.dumps(facts, indent=2) + "\n"

@@ -1,75 +1,146 @@
-"""A generated package as a wheel, the same bytes wherever it is made."""
+"""A generated package as a wheel: built by hatchling from a written project, and put in place in one step."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import os
 import re
+import subprocess
+import sys
+import tempfile
 import zipfile
-from collections.abc import Mapping
+import zlib
 from importlib import metadata
 from pathlib import Path
 
 from m2gen import __version__
-from m2gen.errors import EmitError
-from m2gen.package.emit import Origin
+from m2gen.errors import EmitError, PlaceError
+from m2gen.kernels.render import render_template, templates_dir
+from m2gen.package import owned
+from m2gen.package.emit import Origin, Package
+from m2gen.package.place import check_folder, locked, resolved, unwritable, write_file
 
-EPOCH = (1980, 1, 1, 0, 0, 0)
-"""The time of every file in a wheel, the earliest that zip can say, so that the same package gives the same bytes."""
 LICENSE = "Apache-2.0"
+TORCH = "torch>=2.10"
+"""The first whose builds for GPUs bring a Triton that m2gen knows, as ``triton``, ``triton-rocm`` or another."""
+REASON = 300
+"""Characters of what hatchling says that an error repeats: the last ones, where the reason is."""
+EPOCH = "315532800"
+"""The time of every file in a wheel, 1980, the earliest that zip can say: the same package gives the same bytes."""
 
 
-def _requirements() -> list[str]:
-    """Return what of m2gen's own requirements a package needs, too."""
-    return [line for line in metadata.requires("m2gen") or () if re.match(r"(torch|triton)\b", line)]
+def wheel_name(package: Package) -> str:
+    """Return the file name of a package's wheel, which the package's content decides."""
+    return f"{_project(package).replace('-', '_')}-{_version(package)}-py3-none-any.whl"
 
 
-def wheel(origin: Origin, files: Mapping[str, str], content: str) -> tuple[str, bytes]:
-    """Return the file name and the bytes of a wheel that installs the package under its own name; pure."""
-    name, version = f"m2gen_{origin.name}", f"{__version__}+{content[:8]}"
-    info = f"{name}-{version}.dist-info"
-    requires = "".join(f"Requires-Dist: {line}\n" for line in _requirements())
-    contents = {f"{origin.name}/{path}": text.encode() for path, text in files.items()}
-    contents[f"{info}/METADATA"] = (
-        f"Metadata-Version: 2.4\nName: {name.replace('_', '-')}\nVersion: {version}\n"
-        f"Summary: M2RNN kernels that m2gen built from {origin.spec_file}\nLicense-Expression: {LICENSE}\n"
-        f"Requires-Python: >=3.10\n{requires}"
-    ).encode()
-    contents[f"{info}/WHEEL"] = (
-        f"Wheel-Version: 1.0\nGenerator: m2gen {__version__}\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-    ).encode()
-    record = "".join(f"{path},sha256={_digest(data)},{len(data)}\n" for path, data in contents.items())
-    contents[f"{info}/RECORD"] = (record + f"{info}/RECORD,,\n").encode()
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path, data in contents.items():
-            entry = zipfile.ZipInfo(path, EPOCH)
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
-    return f"{name}-{version}-py3-none-any.whl", stream.getvalue()
+def _project(package: Package) -> str:
+    """Return the name of the distribution as indexes have it: lower case, and no dash last."""
+    return f"m2gen-{re.sub('_+', '-', package.name).strip('-')}".lower()
 
 
-def _digest(data: bytes) -> str:
-    """Return a file's hash as RECORD has it."""
-    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+def _version(package: Package) -> str:
+    """Return a version that PyPI takes, which no other content has.
+
+    PyPI refuses local versions (``0.1.0+hash``), so the content is the number of a post-release.
+    """
+    return f"{__version__}.post{int(package.content_hash[:8], 16)}"
 
 
-def write_wheel(out: Path, origin: Origin, files: Mapping[str, str], content: str) -> Path:
-    """Put the wheel of a package into the folder ``out``, in one step; raises EmitError where that is not possible."""
-    name, data = wheel(origin, files, content)
-    staging = out / f".{name}.new"
+def license_text() -> str:
+    """Return the licence of m2gen and of what it generates, which lies beside the templates' folder."""
+    return (templates_dir().parent / "LICENSE").read_text(encoding="utf-8")
+
+
+def _triton() -> str:
+    """Return what m2gen itself requires of Triton."""
+    return next(line for line in metadata.requires("m2gen") or () if re.match(r"triton\b", line))
+
+
+def _sources(origin: Origin, package: Package, manifest: str) -> dict[str, str]:
+    """Return the files of the project that hatchling builds."""
+    facts = {"project": _project(package), "name": package.name}
+    needs = {"license": LICENSE, "torch": TORCH, "triton": _triton()}
+    modules = {f"{package.name}/{path}": text for path, text in {**package.files, owned.MANIFEST: manifest}.items()}
+    return {
+        "pyproject.toml": render_template("wheel/pyproject.toml.j2", version=_version(package), **facts, **needs),
+        "README.md": render_template("wheel/README.md.j2", command=f"{origin.command} --wheel", **facts),
+        "LICENSE": license_text(),
+        **modules,
+    }
+
+
+def wheel(origin: Origin, package: Package, manifest: str) -> bytes:
+    """Return a wheel that installs the package under its own name; raises EmitError where it cannot be built."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with open(staging, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(staging, out / name)
+        with tempfile.TemporaryDirectory(prefix="m2gen-") as folder:
+            root = Path(folder)
+            for path, text in _sources(origin, package, manifest).items():
+                target = root / "project" / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(text.encode())
+            _hatchling(root / "project", root / "dist")
+            return (root / "dist" / wheel_name(package)).read_bytes()
     except OSError as error:
-        raise EmitError(f"{out} must be writable: {error.strerror or error}") from error
+        raise EmitError(f"a wheel must be built in the folder for temporary files, got {error}") from error
+
+
+def _hatchling(project: Path, out: Path) -> None:
+    """Run the backend in a process of its own: it asks the working directory and the environment."""
+    command = [sys.executable, "-P", "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
+    environment = {**os.environ, "SOURCE_DATE_EPOCH": EPOCH}
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EmitError(f"hatchling must build a wheel of the package, got {' '.join(done.stderr.split())[-REASON:]}")
+
+
+def check_wheel(out: Path, package: Package) -> None:
+    """Raise PlaceError where ``write_wheel`` would, as far as that can be seen without building."""
+    check_folder(out)
+    _refuse_other(out / wheel_name(package), package)
+
+
+def write_wheel(out: Path, origin: Origin, package: Package, manifest: str) -> Path:
+    """Put a package's wheel into a folder and return its place; where it is already, write nothing.
+
+    Raises PlaceError where a file of its name is not m2gen's, or the folder cannot be written.
+    """
+    check_wheel(out, package)
+    data, shown = wheel(origin, package, manifest), out / wheel_name(package)
+    with unwritable(out):
+        out.mkdir(parents=True, exist_ok=True)
+        real = resolved(shown)
+        with locked(real.parent) as alone:
+            if alone:
+                owned.clean(real.parent, real.name)
+            _refuse_other(shown, package, data)
+            if not owned.equal(real, data):
+                _put(real, data)
+    return shown
+
+
+def _put(real: Path, data: bytes) -> None:
+    staging = real.parent / owned.staging_name(real.name)
+    try:
+        write_file(staging / real.name, data)
+        (staging / real.name).replace(real)
     finally:
-        if out.is_dir():
-            staging.unlink(missing_ok=True)
-    return out / name
+        owned.remove(staging, [real.name])
+
+
+def _refuse_other(shown: Path, package: Package, data: bytes = b"") -> None:
+    real = resolved(shown)
+    if os.path.lexists(real) and not owned.equal(real, data) and not _is_own(real, package):
+        raise PlaceError(f"{shown} must be absent or a wheel that m2gen built, got something else; move that elsewhere")
+
+
+def _is_own(path: Path, package: Package) -> bool:
+    """Whether a wheel holds what m2gen's manifest in it lists, beside what describes the wheel, and nothing else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            modules = owned.listed(archive.read(f"{package.name}/{owned.MANIFEST}"))
+    except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return False
+    described = f"{wheel_name(package).removesuffix('-py3-none-any.whl')}.dist-info/"
+    own = {f"{package.name}/{path}" for path in modules}
+    return bool(own) and all(name in own or name.startswith(described) for name in names)

@@ -13,10 +13,9 @@ from m2gen.device import detect
 from m2gen.errors import CompileError, UsageError, VerifyError
 from m2gen.kernels.compile import toolchain
 from m2gen.package import emit
-from m2gen.package.deliver import deliver
+from m2gen.package.deliver import check_delivery, deliver
+from m2gen.package.directory import MANIFEST, Format, diff
 from m2gen.package.emit import Package
-from m2gen.package.hub import kernel_name
-from m2gen.package.write import MANIFEST, Format, diff
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.plan import Plan, Progress, render
 from m2gen.pipeline.verify import VerifyRequest, failure_lines, verify
@@ -37,9 +36,8 @@ def build(
     planned: Plan, out: Path, progress: Progress, *, verified: bool = True, form: Format = Format.PACKAGE
 ) -> BuildOutcome:
     """Render, compile, verify and write ``out/<name>/``, or another form; a failure at any stage writes nothing."""
-    if form is Format.HF_KERNEL:
-        kernel_name(planned.origin)  # one that the Hub refuses is said before minutes are spent
     rendered = render(planned)
+    check_delivery(form, out, planned.origin, rendered)  # before minutes are spent
     rows = check(planned, progress)
     broken = [row for row in rows if row.problems]
     if broken:
@@ -75,15 +73,24 @@ def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
 
 
 def committed_specs(out: Path) -> list[str]:
-    """Return the spec file that each package in ``out`` names; raises UsageError where there is none."""
-    manifests = sorted(out.glob(f"*/{MANIFEST}"))
-    try:
-        names = [str(json.loads(path.read_text(encoding="utf-8"))["spec"]["file"]) for path in manifests]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{out} must hold packages whose {MANIFEST} names their spec ({error})") from error
+    """Return the spec file that each package in ``out`` names; raises UsageError where there is none.
+
+    Repositories of the Hub are no packages, and what a killed build left is none.
+    """
+    manifests = [path for path in sorted(out.glob(f"*/{MANIFEST}")) if path.parent.name[0] != "."]
+    names = [name for path in manifests if (name := _spec_of(path)) is not None]
     if not names:
         raise UsageError(f"{out} must hold at least one generated package, got none")
     return names
+
+
+def _spec_of(manifest: Path) -> str | None:
+    try:
+        facts = json.loads(manifest.read_text(encoding="utf-8"))
+        return None if "format" in facts else str(facts["spec"]["file"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"got {type(error).__name__}: {error}"
+        raise UsageError(f"{manifest} must be a package's manifest, which names its spec, {reason}") from error
 
 
 def difference(planned: Plan, out: Path) -> list[str]:

@@ -1,0 +1,202 @@
+"""A package's files on disk: compared with what they should be, and put in place so that no reader finds a part."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from enum import StrEnum
+from pathlib import Path
+
+from m2gen.errors import PlaceError
+from m2gen.package import owned
+from m2gen.package.owned import MANIFEST
+from m2gen.package.place import check_folder, exchanged, locked, resolved, unwritable, write_file
+
+__all__ = ["MANIFEST", "Format", "check_place", "diff", "write"]
+
+ATTEMPTS = 3
+"""Times that files are written because another build wrote to them at once, where nothing keeps it out."""
+GRACE = 0.25
+"""Seconds between an exchange and the removal of the old files: an import that was listing them finds them all."""
+SHOWN = 64 * 1024
+"""Bytes up to which a comparison shows a file that should not be there."""
+
+
+class Format(StrEnum):
+    """What a build makes of a package: folders but for the wheel."""
+
+    PACKAGE = "package"
+    WHEEL = "wheel"
+    HF_KERNEL = "hf-kernel"
+
+    @property
+    def folder(self) -> Path:
+        """Where builds put it unless they are told otherwise."""
+        return Path("generated" if self is Format.PACKAGE else "dist")
+
+
+def diff(directory: Path, expected: Mapping[str, str]) -> list[str]:
+    """Return a unified diff from the files on disk to ``expected``, the manifest's resources aside.
+
+    A file that should not be there is shown if it is a short text, else named.
+    """
+    strays = owned.scan(directory).others(expected) if directory.is_dir() else []
+    lines: list[str] = []
+    for path in sorted({*expected, *strays}):
+        old = _stray_text(directory / path) if path in strays else _text(directory / path)
+        if not old and path in strays:
+            lines.append(f"Only in committed/{directory.name}: {path}")
+            continue
+        before, after = (_without_resources(path, text) for text in (old, expected.get(path, "")))
+        place = f"{directory.name}/{path}"
+        lines += difflib.unified_diff(
+            before.splitlines(), after.splitlines(), f"committed/{place}", f"rendered/{place}", lineterm=""
+        )
+    return lines
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _stray_text(path: Path) -> str:
+    """Return what a file holds, or nothing where that is long or no text."""
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= SHOWN else ""
+    except UnicodeDecodeError:
+        return ""
+
+
+def _without_resources(path: str, text: str) -> str:
+    if path != MANIFEST:
+        return text
+    try:
+        parsed = json.loads(text)
+        del parsed["resources"]
+    except (ValueError, KeyError, TypeError):
+        return text
+    return json.dumps(parsed, indent=2)
+
+
+def check_place(directory: Path, files: Mapping[str, str]) -> None:
+    """Raise PlaceError where ``write`` would, as far as that can be seen without writing."""
+    check_folder(directory.parent)
+    real = resolved(directory)
+    with locked(real.parent):
+        owned.refuse_others(directory, real, _encoded(files))
+
+
+def write(directory: Path, files: Mapping[str, str]) -> None:
+    """Make ``directory`` hold exactly ``files``, and a repository that it has; if it does already, write nothing.
+
+    Whoever looks, even after a kill, finds the old files or the new (each of them, where ``_update`` has to do it).
+    Builds that write at once wait for each other. A link is followed, and stays.
+
+    Raises PlaceError where the directory holds what m2gen did not write, or cannot be written.
+    """
+    check_folder(directory.parent)
+    real, contents = resolved(directory), _encoded(files)
+    with unwritable(directory):
+        real.parent.mkdir(parents=True, exist_ok=True)
+        with locked(real.parent) as alone:
+            owned.refuse_others(directory, real, contents)
+            if alone:
+                owned.clean(real.parent, real.name)
+                owned.clean(real)
+            if owned.same(real, contents):
+                return
+            if os.path.lexists(real / owned.GIT) or not _replace(directory, real, contents):
+                _update(directory, real, contents)
+
+
+def _encoded(files: Mapping[str, str]) -> dict[str, bytes]:
+    """Return files as bytes, the manifest first, so that what is half written says whose it is."""
+    return {path: files[path].encode() for path in sorted(files, key=lambda path: (path != MANIFEST, path))}
+
+
+def _replace(shown: Path, real: Path, contents: Mapping[str, bytes]) -> bool:
+    """Put a new folder in the place of the old one in one step; False where the system cannot."""
+    staging = real.parent / owned.staging_name(real.name)
+    try:
+        staging.mkdir()
+    except OSError:
+        if real.is_dir():  # a folder that can be written in one that cannot
+            return False
+        raise
+    try:
+        for path, data in contents.items():
+            write_file(staging / path, data)
+        if not real.is_dir() and _renamed(staging, real):
+            return True
+        staging.chmod(real.stat().st_mode & 0o7777)
+        if not exchanged(staging, real):
+            return False
+        try:
+            owned.refuse_others(shown, staging, contents)
+        except PlaceError:  # somebody put a file there since the last look
+            exchanged(staging, real)
+            raise
+        time.sleep(GRACE)
+        return True
+    finally:
+        owned.remove(staging, {*contents, *owned.listed_in(staging)})
+
+
+def _renamed(staging: Path, real: Path) -> bool:
+    """Give a folder a name that nothing has; False where another build was faster."""
+    try:
+        staging.rename(real)
+    except OSError:
+        if real.is_dir():
+            return False
+        raise
+    return True
+
+
+def _update(shown: Path, real: Path, contents: Mapping[str, bytes]) -> None:
+    """Replace the files of a folder one by one: it has a repository, is a mount, or cannot be exchanged.
+
+    No file is missing or half written at any time, but a reader may find some of the old and some of the new. First
+    comes a manifest that lists both, so that the next build knows them after a kill.
+    """
+    for _ in range(ATTEMPTS):
+        _update_once(real, contents)
+        if owned.same(real, contents):
+            return
+    raise PlaceError(f"{shown} must be left to one build at a time, got others that wrote to it")
+
+
+def _update_once(real: Path, contents: Mapping[str, bytes]) -> None:
+    before, tree = owned.listed_in(real), owned.scan(real)
+    staging = real / owned.staging_name()
+    changed = [path for path in contents if path != MANIFEST and not owned.equal(real / path, contents[path])]
+    try:
+        staging.mkdir()
+        if MANIFEST in contents:
+            _move(staging, real, MANIFEST, _listing_also(contents[MANIFEST], before))
+        for path in sorted(changed, key=lambda path: (path == "__init__.py", path)):  # which imports the others
+            _move(staging, real, path, contents[path])
+        for path in {*(before - contents.keys()), *tree.bytecode} - {MANIFEST}:
+            (real / path).unlink(missing_ok=True)
+        owned.prune(real, tree.folders)
+        if MANIFEST in contents:
+            _move(staging, real, MANIFEST, contents[MANIFEST])
+    finally:
+        owned.remove(staging, contents)
+
+
+def _move(staging: Path, real: Path, path: str, data: bytes) -> None:
+    """Replace one file, which is the old one until it is all of the new."""
+    write_file(staging / path, data)
+    (real / path).parent.mkdir(parents=True, exist_ok=True)
+    (staging / path).replace(real / path)
+
+
+def _listing_also(manifest: bytes, before: Iterable[str]) -> bytes:
+    """Return a manifest that lists what was there before, too."""
+    parsed = json.loads(manifest)
+    gone = dict.fromkeys(sorted({*before} - {MANIFEST}), "0" * 16)
+    return json.dumps({**parsed, "files": {**gone, **parsed["files"]}}, indent=2).encode()

@@ -1,0 +1,359 @@
+"""What a build may replace: what m2gen's own manifest lists, and nothing that is somebody else's."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+from written import MANIFEST, complete, files, on_disk
+
+from m2gen.errors import PlaceError
+from m2gen.package import directory, owned, place
+
+OTHERS = r"must be absent, empty or a generated package, got what m2gen did not write: "
+
+
+@pytest.fixture(autouse=True)
+def _no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for no reader, since there is none."""
+    monkeypatch.setattr(directory, "GRACE", 0)
+
+
+def state(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Return the node, time and content of every file below a folder."""
+    paths = [path for path in folder.rglob("*") if not path.is_dir()]
+    return {str(path): (path.lstat().st_ino, path.lstat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+def refused(folder: Path, *names: str) -> None:
+    """Check that a build is refused in one line that names the given files, and changes nothing."""
+    before = state(folder)
+    with pytest.raises(PlaceError, match=OTHERS) as caught:
+        directory.write(folder, files("newer"))
+    with pytest.raises(PlaceError, match=OTHERS):
+        directory.check_place(folder, files("newer"))
+    assert caught.value.exit_status == 2
+    assert "\n" not in str(caught.value)
+    assert all(name in str(caught.value) for name in names)
+    assert "move that elsewhere, or build into another --out" in str(caught.value)
+    assert state(folder) == before
+    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """Return a package that was written."""
+    directory.write(tmp_path / "p", files("old"))
+    return tmp_path / "p"
+
+
+def test_writing_replaces_what_the_old_manifest_lists(package: Path) -> None:
+    """Files that the new package does not have are gone, edited ones are as they should be, and nothing lies about."""
+    directory.write(package, files("with more", "kernels/gone.py", "deep/er/gone.py"))
+    (package / "op.py").write_text("edited", encoding="utf-8")
+    directory.write(package, files("new"))
+    assert on_disk(package) == {path: text.encode() for path, text in files("new").items()}
+    assert sorted(path.name for path in package.iterdir() if path.is_dir()) == ["kernels"]
+    assert [path.name for path in package.parent.iterdir()] == ["p"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "kernels/mine.py", "deep/er/mine", ".gitignore", "op.py.bak", "a.pyc"])
+def test_a_users_file_is_refused_by_name(package: Path, name: str) -> None:
+    """One file that the manifest does not list keeps a build away, wherever it is."""
+    (package / name).parent.mkdir(parents=True, exist_ok=True)
+    (package / name).write_text("mine", encoding="utf-8")
+    refused(package, name)
+    directory.check_place(package.parent / "q", files("newer"))
+
+
+def test_many_files_are_counted(package: Path) -> None:
+    """The first few are named, and a name that would break the line is escaped."""
+    for i in range(40):
+        (package / f"mine{i:02}\n").write_text("mine", encoding="utf-8")
+    refused(package, "'mine00\\n', 'mine01\\n', 'mine02\\n' and 37 more")
+
+
+@pytest.mark.parametrize("kind", ["empty folder", "link to a folder", "link to nothing", "repository within"])
+def test_whatever_is_no_file_is_refused_too(package: Path, kind: str) -> None:
+    """Folders and links are somebody's as files are, and a link is not followed."""
+    mine = package / "kernels" / "mine"
+    elsewhere = package.parent / "elsewhere"
+    elsewhere.mkdir()
+    match kind:
+        case "empty folder":
+            mine.mkdir()
+        case "link to a folder":
+            mine.symlink_to(elsewhere)
+        case "link to nothing":
+            mine.symlink_to(package.parent / "nothing")
+        case _:
+            mine = package / "kernels" / ".git"
+            mine.mkdir()
+    with pytest.raises(PlaceError, match=OTHERS + f"kernels/{mine.name}"):
+        directory.write(package, files("newer"))
+    assert complete(package) == "old"
+    assert os.path.lexists(mine)
+
+
+NOT_MANIFESTS = {
+    "empty": b"",
+    "no object": b"[]",
+    "nothing": b"{}",
+    "cut off": files("old")[MANIFEST].encode()[:-20],
+    "no text": b"\xff\xfe\x00",
+    "deep": b"[" * 100_000,
+    "no version": json.dumps({"name": "p", "files": {"a": "0" * 16}}).encode(),
+    "no files": json.dumps({"name": "p", "m2gen": "0.1.0", "files": {}}).encode(),
+    "a list": json.dumps({"name": "p", "m2gen": "0.1.0", "files": ["op.py"]}).encode(),
+    "no hashes": json.dumps({"name": "p", "m2gen": "0.1.0", "files": {"op.py": "yes", "layer.py": 1}}).encode(),
+    "of another tool": json.dumps({"name": "p", "version": "1.0", "files": {"op.py": "0" * 16}}).encode(),
+}
+
+
+@pytest.mark.parametrize("content", NOT_MANIFESTS.values(), ids=NOT_MANIFESTS)
+def test_a_folder_with_a_file_of_the_manifests_name_is_somebodys(package: Path, content: bytes) -> None:
+    """What decides is what the manifest says, not that there is one."""
+    (package / MANIFEST).write_bytes(content)
+    refused(package, MANIFEST)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "build.toml", "op.py"])
+def test_a_folder_that_m2gen_never_made_is_refused(tmp_path: Path, name: str) -> None:
+    """A project of somebody's keeps its files, whatever one of them is called."""
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / name).write_text("[general]\nname = 'mine'\n", encoding="utf-8")
+    (tmp_path / "p" / "main.py").write_text("mine", encoding="utf-8")
+    refused(tmp_path / "p", name, "main.py")
+
+
+def test_files_that_are_what_would_be_written_may_be_replaced(package: Path) -> None:
+    """A package whose manifest was lost is taken over as long as no file differs."""
+    (package / MANIFEST).unlink()
+    directory.write(package, files("old"))
+    assert complete(package) == "old"
+    (package / MANIFEST).unlink()
+    refused(package, "__init__.py")
+
+
+@pytest.mark.parametrize("place", ["p", "deep/er/p"])
+def test_absent_and_empty_folders_are_filled(tmp_path: Path, place: str) -> None:
+    """Nothing has to be made for a build."""
+    directory.write(tmp_path / "a" / place, files("new"))
+    (tmp_path / "b" / place).mkdir(parents=True)
+    directory.write(tmp_path / "b" / place, files("new"))
+    assert complete(tmp_path / "a" / place) == complete(tmp_path / "b" / place) == "new"
+
+
+def test_bytecode_goes_with_its_modules(package: Path) -> None:
+    """Python's caches are nobody's work, also those that are being written; anything else beside them is."""
+    for name in ("__pycache__/op.cpython-311.pyc", "kernels/__pycache__/a.cpython-311.pyc.139815"):
+        (package / name).parent.mkdir(exist_ok=True)
+        (package / name).write_bytes(b"bytecode")
+    assert directory.diff(package, files("old")) == []
+    directory.write(package, files("new"))
+    assert not list(package.rglob("*.pyc*"))
+    (package / "__pycache__").mkdir()
+    directory.write(package, files("newest"))
+    (package / "__pycache__").mkdir(exist_ok=True)
+    (package / "__pycache__" / "notes.txt").write_text("mine", encoding="utf-8")
+    refused(package, "__pycache__/notes.txt")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_repository_stays(package: Path, kind: str) -> None:
+    """The package is replaced around .git, which a build neither moves nor reads, whether or not it is a folder."""
+    git = package / ".git"
+    if kind == "folder":
+        (git / "objects" / "empty").mkdir(parents=True)
+        (git / "HEAD").write_text("ref: refs/heads/main\n", encoding="utf-8")
+        (git / "op.py").write_text("mine", encoding="utf-8")
+    else:
+        git.write_text("gitdir: ../elsewhere\n", encoding="utf-8")
+    nodes = {str(path): path.stat().st_ino for path in (git, *git.rglob("*"))}
+    directory.write(package, files("with more", "kernels/gone.py", "deep/er/gone.py"))
+    assert complete(package) == "with more"
+    directory.write(package, files("new"))
+    assert nodes == {str(path): path.stat().st_ino for path in (git, *git.rglob("*"))}
+    assert complete(package) == "new"
+    assert sorted(path.name for path in package.iterdir() if path.is_dir() and path != git) == ["kernels"]
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_a_link_is_followed_and_stays(tmp_path: Path, present: bool) -> None:
+    """A package folder that is a link is written where it leads, and a link to a link as well."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").mkdir()
+    if present:
+        directory.write(tmp_path / "disk" / "real", files("old"))
+    (tmp_path / "disk" / "link").symlink_to("real")
+    (tmp_path / "out" / "p").symlink_to(tmp_path / "disk" / "link")
+    directory.write(tmp_path / "out" / "p", files("new"))
+    assert (tmp_path / "out" / "p").is_symlink()
+    assert (tmp_path / "disk" / "link").is_symlink()
+    assert complete(tmp_path / "disk" / "real") == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.name[0] == ".") == []
+    (tmp_path / "disk" / "real" / "mine").write_text("mine", encoding="utf-8")
+    refused(tmp_path / "out" / "p", "out/p", "mine")
+
+
+def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
+    """A file in the package's place and a link to itself are errors in one line, and stay."""
+    (tmp_path / "p").write_text("mine", encoding="utf-8")
+    (tmp_path / "q").symlink_to("q")
+    for name, got in (("p", "a file"), ("q", "a link to itself")):
+        with pytest.raises(PlaceError, match=f"{name} must be a folder, got {got}"):
+            directory.write(tmp_path / name, files("new"))
+    assert (tmp_path / "p").read_text(encoding="utf-8") == "mine"
+    assert (tmp_path / "q").is_symlink()
+
+
+def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    """Folders that not even root can make are one line that names them, and the user's status."""
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "link").symlink_to("nowhere")
+    wrong = {
+        tmp_path / "file" / "p": f"--out {tmp_path}/file must be writable as a folder, got a file",
+        tmp_path / "file" / "deep" / "p": "p must be writable: Not a directory",
+        tmp_path / "link" / "p": f"got a link to {tmp_path}/nowhere, which does not exist",
+        Path("/proc/m2gen/p"): "/proc/m2gen/p must be writable: ",
+    }
+    for folder, line in wrong.items():
+        with pytest.raises(PlaceError) as caught:
+            directory.write(folder, files("new"))
+        assert line in str(caught.value)
+        assert caught.value.exit_status == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_what_is_there_already_is_not_written(package: Path) -> None:
+    """The same package again changes no node and no time, and needs no place that can be written."""
+    before, folder = state(package), package.parent.stat().st_mtime_ns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(directory, "write_file", None)
+        directory.write(package, files("old"))
+    assert state(package) == before
+    assert package.parent.stat().st_mtime_ns == folder
+
+
+def test_a_folder_keeps_its_mode(package: Path) -> None:
+    """Whoever could enter a package can still."""
+    package.chmod(0o2750)
+    directory.write(package, files("new"))
+    assert stat.S_IMODE(package.stat().st_mode) == 0o2750
+
+
+def test_a_failure_half_way_leaves_the_old_package(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full after the first file leaves what was there, and no remains."""
+    calls: list[int] = []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(PlaceError, match="No space left on device"):
+        directory.write(package, files("new"))
+    assert complete(package) == "old"
+    assert [path.name for path in package.parent.iterdir()] == ["p"]
+
+
+def test_a_file_that_comes_in_the_last_moment_is_not_lost(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What somebody puts into a package while it is being replaced is found before anything is removed."""
+
+    def late(one: Path, other: Path) -> bool:
+        if not (package / "mine").exists() and complete(package) == "old":
+            (package / "mine").write_text("mine", encoding="utf-8")
+        return place.exchanged(one, other)
+
+    monkeypatch.setattr(directory, "exchanged", late)
+    with pytest.raises(PlaceError, match=OTHERS + "mine;"):
+        directory.write(package, files("new"))
+    assert (package / "mine").read_text(encoding="utf-8") == "mine"
+    (package / "mine").unlink()
+    assert complete(package) == "old"
+    assert [path.name for path in package.parent.iterdir()] == ["p"]
+
+
+@pytest.mark.parametrize("lock", [True, False])
+def test_where_names_cannot_be_exchanged(package: Path, monkeypatch: pytest.MonkeyPatch, lock: bool) -> None:
+    """File systems without that, and without locks, get the same packages and refuse the same."""
+    monkeypatch.setattr(directory, "exchanged", lambda one, other: False)
+    if not lock:
+        monkeypatch.setattr(place, "_flocked", lambda handle: False)
+    directory.write(package, files("with more", "kernels/gone.py", "deep/er/gone.py"))
+    directory.write(package, files("new"))
+    assert on_disk(package) == {path: text.encode() for path, text in files("new").items()}
+    assert sorted(path.name for path in package.iterdir() if path.is_dir()) == ["kernels"]
+    (package / "mine").write_text("mine", encoding="utf-8")
+    refused(package, "mine")
+
+
+def test_a_folder_that_can_be_written_in_one_that_cannot(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has to be made beside a package that is there."""
+    make = Path.mkdir
+
+    def only_within(path: Path, *arguments: object, **options: object) -> None:
+        if path.parent == package.parent and path != package:
+            raise PermissionError(13, "Permission denied")
+        make(path, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", only_within)
+    directory.write(package, files("new"))
+    assert complete(package) == "new"
+
+
+def test_builds_that_mix_without_a_lock_are_told(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing keeps another build out, files are written again, and in the end it is said."""
+    monkeypatch.setattr(directory, "exchanged", lambda one, other: False)
+    turns: list[int] = []
+    once = directory._update_once
+
+    def interfere(real: Path, contents: dict[str, bytes]) -> None:
+        once(real, contents)
+        if len(turns) < rounds:
+            (real / "op.py").write_text("another build's", encoding="utf-8")
+        turns.append(1)
+
+    monkeypatch.setattr(directory, "_update_once", interfere)
+    rounds = 1
+    directory.write(package, files("new"))
+    assert complete(package) == "new"
+    rounds = 100
+    with pytest.raises(PlaceError, match="must be left to one build at a time"):
+        directory.write(package, files("newer"))
+
+
+def test_what_killed_builds_left_is_cleaned(package: Path) -> None:
+    """By its name and its content: empty, cut off in the manifest or after it, or a whole package; no other."""
+    parent, new = package.parent, files("new")
+    empty, cut, later, whole, inside = (parent / owned.staging_name("p") for _ in range(5))
+    empty.mkdir()
+    cut.mkdir()
+    (cut / MANIFEST).write_text(new[MANIFEST][:50], encoding="utf-8")
+    later.mkdir()
+    (later / MANIFEST).write_text(new[MANIFEST], encoding="utf-8")
+    (later / "op.py").write_text("VERS", encoding="utf-8")
+    directory.write(whole, new)
+    directory.write(inside, new)
+    directory.write(inside / owned.staging_name(), new)
+    directory.write(package / owned.staging_name(), new)
+    (parent / ".m.m2gen-0123456789abcdef").mkdir()  # on its way to another name
+    kept = parent / owned.staging_name("p")
+    kept.mkdir()
+    (kept / "mine").write_text("mine", encoding="utf-8")
+    directory.write(package, new)
+    assert complete(package) == "new"
+    assert sorted(path.name for path in parent.iterdir()) == sorted([".m.m2gen-0123456789abcdef", kept.name, "p"])
+
+
+def test_imports_of_the_writer_are_light() -> None:
+    """Ranks that only write need no torch."""
+    code = (
+        "import sys; from m2gen.package import directory; assert not {'torch', 'triton', 'jinja2'} & set(sys.modules)"
+    )
+    assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
