@@ -254,9 +254,12 @@ def test_a_kill_loses_nothing_that_was_added(tmp_path: Path) -> None:
         found = sorted(record.problem.seq for record in contents.records)
         assert found in ([*range(1, first)], [*range(1, first + 1)])
         first = found[-1] + 1
-    (root / files.place(winner())).with_name(f".{files.place(winner()).name}.left").write_text("half", encoding="utf-8")
+    place = root / files.place(winner())
+    files.stage(place, b"half")
+    editors = place.with_name(f".{place.name}.swp")
+    editors.write_text("of an editor", encoding="utf-8")
     assert Database(root).add([winner(seq=99_999)]).added
-    assert list(tree(root)) == [str(files.place(winner()))]
+    assert sorted(tree(root)) == sorted([str(files.place(winner())), str(editors.relative_to(root))])
 
 
 POOL = st.builds(

@@ -180,7 +180,7 @@ def test_an_installed_m2gen_has_what_wheels_need(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)
     place, text = done.stdout.split(b"\n", 1)
-    assert place.decode() == str(tmp_path / "site" / "m2gen" / "wheel.py")
+    assert place.decode() == str(tmp_path / "site" / "m2gen" / "package" / "wheel.py")
     assert text == (ROOT / "LICENSE").read_bytes()
     assert (tmp_path / "site" / "m2gen" / "templates" / "wheel" / "pyproject.toml.j2").is_file()
 

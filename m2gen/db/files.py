@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 from filelock import FileLock, Timeout
 
@@ -129,7 +129,7 @@ def replace(root: Path, contents: Mapping[PurePosixPath, Contents]) -> None:
     staged: list[tuple[str, Path]] = []
     try:
         for name, content in contents.items():
-            for left in (root / name).parent.glob(f".{name.name}.*"):  # by a writer that was killed
+            for left in (root / name).parent.glob(f"{_staging_prefix(name)}*"):  # by a writer that was killed
                 left.unlink()
             if content.records or content.faults:
                 staged.append((stage(root / name, _bytes_of(content)), root / name))
@@ -155,10 +155,15 @@ def _bytes_of(content: Contents) -> bytes:
     return text_of(content.records).encode() + lines
 
 
+def _staging_prefix(path: PurePath) -> str:
+    """Return how names begin under which a file is written before it is put in place; an editor's do not."""
+    return f".{path.name}.m2gen-"
+
+
 def stage(path: Path, data: bytes) -> str:
     """Write ``data`` under a temporary name beside ``path``, and return that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_staging_prefix(path))
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
