@@ -5,8 +5,8 @@
 
 K = 64, V = 16, bf16, q and k of one head, S a multiple of 8, carry clip, no packed batches. Two warps have a head: the
 states, slopes u (1 - Z^2) and gaps H - Z of 8 steps lie in shared memory as bf16; every sum over steps is a product
-with a one-hot slot a step; the next 8 steps are copied by cp.async; dv is summed over the warps and written once. What was
-measured, and what did not help, is in docs/history/10-one-tanh.md.
+with a one-hot slot a step; the next 8 steps are copied by cp.async; dv is summed over the warps and written once.
+What was measured, and what did not help, is in docs/history/10-one-tanh.md.
 """
 
 from __future__ import annotations
