@@ -67,7 +67,7 @@ class Linear(nn.Module):
         sizes = [heads.q * rows, heads.k * rows, heads.v * cols]
         mixed, f, g = layer.input_projection(x).split([sum(sizes), heads.f, layer.gate_heads * cols], -1)
         taps = F.pad(mixed.mT, (layer.conv_width - 1, 0))
-        mixed = F.silu(F.conv1d(taps, layer.conv1d.weight, layer.conv1d.bias, groups=sum(sizes))).mT
+        mixed = F.silu(layer.conv1d(taps)).mT
         q, k, v = (
             part.unflatten(-1, (count, -1)).repeat_interleave(layer.total_heads // count, -2).transpose(1, 2)
             for part, count in zip(mixed.split(sizes, -1), heads, strict=False)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from calls import distance
+from support import SCHEDULES, build_package, import_package, make_variant
 from torch import Tensor, nn
 
 HIDDEN = 24
@@ -18,6 +20,15 @@ PLAIN = {"state_expansion": 16, "head_dim": 16, "heads": {"q": 1, "k": 1, "v": 2
 GATED = {"state_expansion": 9, "head_dim": 9, "heads": {**dict(zip("qkvfw", GROUPED, strict=True)), "g": 2}}
 SHAPES = {"given": PLAIN, "softplus": GATED}
 """Of layers whose variant is given the gate, and whose variant computes it."""
+
+
+def layered(folder: Path) -> ModuleType:
+    """Return a package with a gate given in one variant and computed in the other, in fp32 and bf16."""
+    dtypes = ("fp32", "bf16")
+    given = [make_variant(dtype=dtype) for dtype in dtypes]
+    gated = [make_variant(9, 9, GROUPED, dtype, gate="softplus") for dtype in dtypes]
+    built = build_package("layered", [*given, *gated], SCHEDULES["two_level_partial"])
+    return import_package(folder / "layered", built, f"m2gen_test_{folder.name}_layered")
 
 
 class Mixer(nn.Module):

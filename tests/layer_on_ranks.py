@@ -21,6 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from m2gen.kernels.compile import load_module
@@ -197,13 +198,18 @@ def sequence_schedules(subject: Subject) -> None:
 
 
 def heads_errors(subject: Subject) -> None:
-    """Heads that do not fit the ranks, and shares that were not built, are named."""
+    """Heads that do not fit the ranks, shares that were not built, and children that are no longer plain, are named."""
     mesh = init_device_mesh("cpu", (subject.ranks,))
     odd = subject.package.M2RNN(HIDDEN, 9, 9, dict.fromkeys("qkvfw", 3), backend="reference")
     whole = subject.package.M2RNN(HIDDEN, 16, 16, dict.fromkeys("qkvfw", 2))
+    adapted, parametrized = (make_layer(subject, HEADS["shared_q_k"], EXACT) for _ in range(2))
+    adapted.input_projection = nn.Sequential(adapted.input_projection)
+    parametrize.register_parametrization(parametrized.conv1d, "weight", nn.Identity())
     for layer, kind, message in (
         (odd, ValueError, "heads of q must divide, or be divided by, 2 ranks, got 3"),
         (whole, subject.package.VariantNotBuiltError, "heads: {q: 1, k: 1, v: 1, f: 1, w: 1}"),
+        (adapted, TypeError, "input_projection must be Linear to be sharded, got Sequential"),
+        (parametrized, TypeError, "conv1d must be DepthwiseConv1d to be sharded, got ParametrizedDepthwiseConv1d"),
     ):
         with pytest.raises(kind, match=re.escape(message)):
             subject.parallel.HeadParallelM2RNN(layer, mesh)
@@ -252,8 +258,11 @@ class Block(nn.Module):
         return self.head(x + mixed)
 
 
-def fsdp(subject: Subject) -> None:
-    """Under ``fully_shard`` outputs and gradients are those of one rank on the whole batch."""
+def fsdp(subject: Subject, children: bool = False) -> None:
+    """Under ``fully_shard`` outputs and gradients are those of one rank on the whole batch.
+
+    With ``children`` each child of the layer holds its parameters only while it runs.
+    """
     layer = make_layer(subject, HEADS["shared_q_k"], KERNELS)
     torch.manual_seed(7)
     model, whole = Block(layer), Block(make_layer(subject, HEADS["shared_q_k"], KERNELS))
@@ -261,8 +270,8 @@ def fsdp(subject: Subject) -> None:
     x = tokens(torch.float32, 2 * subject.ranks, 4)
     y, dx = backward(whole, x)
     mesh = init_device_mesh("cpu", (subject.ranks,))
-    fully_shard(model.mixer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for module in (*(model.mixer.children() if children else ()), model.mixer, model):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
     own = x.tensor_split(subject.ranks)[subject.rank].clone().requires_grad_()
     part = model(own)
     part.backward(loss_weights(y).tensor_split(subject.ranks)[subject.rank])
@@ -273,6 +282,22 @@ def fsdp(subject: Subject) -> None:
         assert isinstance(parameter.grad, DTensor)
         mean = whole.get_parameter(name).grad / subject.ranks
         close(parameter.grad.full_tensor(), mean, name, KERNELS)
+
+
+def fsdp_scan(subject: Subject) -> None:
+    """``scan`` gathers the layer's own parameters as ``forward`` does; states go on, and have gradients."""
+    layer = make_layer(subject, HEADS["shared_q_k"], KERNELS)
+    x = tokens(torch.float32, 2, 5)
+    expected = backward(layer, x)
+    for module in (*layer.children(), layer):
+        fully_shard(module, mesh=init_device_mesh("cpu", (subject.ranks,)), reshard_after_forward=True)
+
+    def halves(leaf: Tensor) -> Tensor:
+        first, conv, state = layer.scan(leaf[:, :2])
+        return torch.cat((first, layer.scan(leaf[:, 2:], conv, state)[0]), 1)
+
+    for what, found, wanted in zip(("y", "dx"), backward(halves, x), expected, strict=True):
+        close(found, wanted, what, KERNELS)
 
 
 def fsdp_in_bf16(subject: Subject) -> None:
@@ -336,6 +361,8 @@ CHECKS = {
     "sequence_schedules": lambda s: sequence_schedules(s.split),
     "sequence_without_gradients": sequence_without_gradients,
     "fsdp": fsdp,
+    "fsdp_children": lambda s: fsdp(s, children=True),
+    "fsdp_scan": fsdp_scan,
     "fsdp_in_bf16": fsdp_in_bf16,
     "fsdp_from_meta": fsdp_from_meta,
 }

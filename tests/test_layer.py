@@ -22,13 +22,14 @@ from layer import (
     budgets,
     by_hand,
     in_pieces,
+    layered,
     loss_weights,
     make_layer,
     tokens,
     twin,
     with_gradients,
 )
-from support import SCHEDULES, build_package, import_package, make_variant
+from support import make_variant
 from torch import Tensor, nn
 
 LENGTHS = (5, 0, 1, 3)
@@ -37,12 +38,8 @@ LENGTHS = (5, 0, 1, 3)
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """Return a package with a gate given in one variant and computed in the other, in fp32 and bf16."""
-    dtypes = ("fp32", "bf16")
-    given = [make_variant(dtype=dtype) for dtype in dtypes]
-    gated = [make_variant(9, 9, GROUPED, dtype, gate="softplus") for dtype in dtypes]
-    built = build_package("layered", [*given, *gated], SCHEDULES["two_level_partial"])
-    return import_package(tmp_path_factory.mktemp("layer") / "layered", built)
+    """Return the package that serves the layers of these tests."""
+    return layered(tmp_path_factory.mktemp("layer"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

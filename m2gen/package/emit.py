@@ -189,9 +189,11 @@ def _operator(origin: Origin, namespace: str, choices: list[Choice]) -> dict[str
     clip = choices[0].variant.clip  # one spec, one numerics
     header = origin.header()
     files = {
+        "cache.py": render_template("cache.py.j2", provenance=header),
         "checks.py": render_template(
             "checks.py.j2", provenance=header, spec_file=origin.spec_file, command=origin.command
         ),
+        "convolution.py": render_template("convolution.py.j2", provenance=header),
         "layer.py": render_template("layer.py.j2", provenance=header, layers=_layers(variants)),
         "layers.py": render_template("layers.py.j2", provenance=header),
         "library.py": render_template("library.py.j2", provenance=header, namespace=namespace),
