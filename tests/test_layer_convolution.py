@@ -85,7 +85,7 @@ def test_packed_sequences_have_the_bits_that_they_have_alone(convolution, device
 
 @pytest.mark.parametrize("offsets", [[0, 100, -50, 18], [18, 0, 18, 0], [7, 7, 7, 7], [2**40, 0, -(2**40), 3]])
 def test_offsets_that_are_none_never_leave_the_inputs(convolution, device, offsets) -> None:
-    """Under the capture of a graph nobody reads offsets, so whatever they hold is inside the tensors."""
+    """Offsets are read by the operator, and under the capture of a graph by nobody: what they hold stays inside."""
     module, x = made(convolution, device, 4), inputs(device, 18)
     before = inputs(device, 3, 3)
     y, after = convolution.convolve_packed(module, x, 4, torch.tensor(offsets, device=device), before)

@@ -48,7 +48,7 @@ def test_gradients_of_a_functional_call(package, device, shape, backend, packed)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tangent_is_computed_or_refused(package, device, backend, wrt) -> None:
     """A forward-mode tangent that reaches the operator is right, or one line names it: never 0, None or another."""
-    layer, x = make_layer(package, "softplus", backend=backend).to(device), tokens(device, 2, 5)
+    layer, x = make_layer(package, "softplus", backend=backend, clip=None).to(device), tokens(device, 2, 5)
     parameters = {name: p.detach() for name, p in layer.named_parameters()}
     point = x if wrt == "x" else parameters["conv1d.weight"]
     tangent = torch.ones_like(point)
