@@ -27,8 +27,14 @@ Results = dict[str, Tensor]
 
 
 def module_of(package: ModuleType, name: str) -> ModuleType:
-    """Return an imported module of a package: ``library`` holds its operators, ``dispatch`` its kernels."""
+    """Return an imported module of a package."""
     return sys.modules[f"{package.__name__}.{name}"]
+
+
+def operators_of(package: ModuleType) -> ModuleType:
+    """Return the module that serves a package's operators; those beneath it are its attributes."""
+    operators: ModuleType = module_of(package, "library").OPERATORS
+    return operators
 
 
 def arguments(inputs: Inputs, names: Iterable[str] = (*DIFFERENTIABLE, "cu_seqlens")) -> dict[str, Tensor]:
@@ -130,10 +136,10 @@ class Spy:
         """Which launchers were called, in order."""
         self.results: dict[str, list[Any]] = {}
         """What each operator and launcher returned, by its name."""
-        library, dispatch = module_of(package, "library"), module_of(package, "dispatch")
+        library = operators_of(package)
         for name in ("FORWARD", "BACKWARD", "STEP"):
             patch.setattr(library, name, self._recording(name, getattr(library, name)))
-        tables = [table for by_variant in dispatch.KERNELS.values() for table in by_variant.values()]
+        tables = [table for by_variant in library.dispatch.KERNELS.values() for table in by_variant.values()]
         for kernels in {kernels for table in tables for kernels in table}:
             for name in ("forward", "backward", "step"):
                 patch.setattr(kernels, name, self._noting(name, getattr(kernels, name)))

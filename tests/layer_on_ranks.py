@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import distance, module_of, offsets_of
+from calls import distance, offsets_of, operators_of
 from interpreter import quicken
 from layer import loss_weights
 from ranks import gathered, serve
@@ -60,7 +60,7 @@ def prepare(folder: Path) -> Subject:
     """Import the packages that the test wrote."""
     quicken()
     split = imported(folder, "by_bucket")
-    module_of(split.package, "dispatch").device_of = lambda device: ("portable", SMS)
+    operators_of(split.package).dispatch.device_of = lambda device: ("portable", SMS)
     return replace(imported(folder, "on_ranks"), split=split)
 
 
@@ -162,16 +162,16 @@ def heads_decode(subject: Subject, heads: dict[str, int], numerics: Numerics) ->
 
 def served(subject: Subject, call: Callable[[], Any]) -> list[list[str]]:
     """Return which modules of kernels served a call, in order, on each rank."""
-    dispatch, library = (module_of(subject.package, name) for name in ("dispatch", "library"))
-    chosen: list[str] = []
+    dispatch = operators_of(subject.package).dispatch
+    choose, chosen = dispatch.kernels_for, list[str]()
 
     def noting(*operands: Any) -> ModuleType:
-        kernels: ModuleType = dispatch.kernels_for(*operands)
+        kernels: ModuleType = choose(*operands)
         chosen.append(kernels.__name__)
         return kernels
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(library, "kernels_for", noting)
+        patch.setattr(dispatch, "kernels_for", noting)
         call()
     return gathered(chosen)
 

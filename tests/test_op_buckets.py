@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from calls import assert_close, differentiate, module_of, packed
+from calls import assert_close, differentiate, operators_of, packed
 from support import SCHEDULES, import_package, make_variant
 
 from m2gen.bucket import BUCKETS, Bucket, most_sequences
@@ -41,7 +41,7 @@ def build(folder: Path, few: Schedule, many: Schedule) -> ModuleType:
         emit.Choice(ONE, PORTABLE, many, buckets=BUCKETS[1:]),
     ]
     package = import_package(folder, emit.package(emit.Origin(folder.name, "s.yaml", "0" * 12), choices))
-    dispatch = module_of(package, "dispatch")
+    dispatch = operators_of(package).dispatch
     assert dispatch.device_of(torch.device("cpu")) == ("portable", PORTABLE.sm_count) or torch.cuda.is_available()
     dispatch.device_of = lambda device: ("portable", SMS)
     return package
@@ -61,7 +61,7 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 def kernels_of(package: ModuleType) -> list[ModuleType]:
     """Return the modules of a package's kernels."""
-    (table,) = module_of(package, "dispatch").KERNELS["portable"].values()
+    (table,) = operators_of(package).dispatch.KERNELS["portable"].values()
     return list(dict.fromkeys(table))
 
 
@@ -129,7 +129,7 @@ def test_steps_of_decoding(split, launched, device) -> None:
 
 def test_the_package_and_the_database_count_alike(split) -> None:
     """The bounds in the generated code are those of ``m2gen.bucket``, for every GPU and head count."""
-    dispatch = module_of(split, "dispatch")
+    dispatch = operators_of(split).dispatch
     for heads in (1, 2, 7, 84, 132, 4096, 65535):
         for sms in (1, 84, 108, 114, 132, 304):
             generated = tuple(halves * sms // (2 * heads) for halves in dispatch.HALVES)
@@ -221,7 +221,7 @@ def test_a_triton_that_compiles_no_gluon_gets_portable_kernels(tmp_path: Path, v
     built = BuiltVariant(chosen, ("layer",))
     choices = [emit.Choice(built, device, default(chosen, device)) for device in (PORTABLE, gpu)]
     package = import_package(tmp_path / expected, emit.package(emit.Origin(expected, "s.yaml", "0" * 12), choices))
-    dispatch = module_of(package, "dispatch")
+    dispatch = operators_of(package).dispatch
     dispatch.TRITON, dispatch.device_of = version, lambda device: ("sm_90", gpu.sm_count)
     (key,) = dispatch.VARIANTS
     with warnings.catch_warnings(record=True) as said:

@@ -16,7 +16,7 @@ from calls import (
     DIFFERENTIABLE,
     assert_same,
     changed,
-    module_of,
+    operators_of,
     packed,
 )
 from layer import Mixer, make_layer, tokens, trained, with_gradients
@@ -41,7 +41,7 @@ def package(modules) -> ModuleType:
 
 def test_operators_are_registered_under_a_name_of_their_own(package, modules) -> None:
     """Packages of different content register under different namespaces, each with all three operators."""
-    libraries = [module_of(module, "library") for module in (package, modules("two_level_atomic", "carry"))]
+    libraries = [operators_of(module) for module in (package, modules("two_level_atomic", "carry"))]
     one, other = (library.NAMESPACE for library in libraries)
     assert one != other
     for library in libraries:
@@ -67,18 +67,18 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_opcheck_of_the_forward_and_its_gradients(package, device, name) -> None:
     """All of opcheck: schema, autograd registration, fake tensors, and ahead-of-time dispatch with dynamic shapes."""
-    torch.library.opcheck(module_of(package, "library").FORWARD, _forward_arguments(CASES[name](device), True))
+    torch.library.opcheck(operators_of(package).FORWARD, _forward_arguments(CASES[name](device), True))
 
 
 def test_opcheck_of_the_forward_without_gradients(package, device) -> None:
     """The same where nothing is saved."""
-    torch.library.opcheck(module_of(package, "library").FORWARD, _forward_arguments(CASES["plain"](device), False))
+    torch.library.opcheck(operators_of(package).FORWARD, _forward_arguments(CASES["plain"](device), False))
 
 
 @pytest.mark.parametrize("wanted", [(1,) * 5 + (0, 0, 1), (1, 0, 0, 0, 0, 0, 0, 0)], ids=["all", "q"])
 def test_opcheck_of_the_backward(package, device, wanted) -> None:
     """Torch finds the schema and the fake tensors of the backward in order, whichever gradients are wanted."""
-    library, inputs = module_of(package, "library"), draw(device, steps=2)
+    library, inputs = operators_of(package), draw(device, steps=2)
     forward = _forward_arguments(inputs, True)
     with torch.no_grad():
         checkpoints = library.FORWARD(*forward)[2]
@@ -94,7 +94,7 @@ def test_opcheck_of_the_step(package, device, variant) -> None:
     inputs = draw(device, batch=2, steps=1, variant=variant)
     token = [x[:, 0] for x in (inputs.q, inputs.k, inputs.v)]
     call = (*token, inputs.weight, inputs.forget[:, 0], inputs.A_log, inputs.dt_bias, inputs.initial_state.clone())
-    torch.library.opcheck(module_of(package, "library").STEP, call)
+    torch.library.opcheck(operators_of(package).STEP, call)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +25,8 @@ CLIP_TEXT = {
     ClipMode.CARRY: "what later steps carry is clamped to [-clip, clip] before q_t dy_t^T is added",
     ClipMode.TOTAL: "the whole gradient of H_t is clamped to [-clip, clip]",
 }
+BENEATH = ("flops", "memory", "snapshot", "transforms")
+"""Modules that the operators' registration is made of, the same in every package."""
 TORCH_DTYPE = {Dtype.BF16: "torch.bfloat16", Dtype.FP16: "torch.float16", Dtype.FP32: "torch.float32"}
 
 
@@ -82,11 +83,6 @@ def _lookup(variant: Variant) -> str:
     return f"({facts}, {variant.computes_gate})"
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Order names as linters order imports: runs of digits by value."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def _varying(choices: Iterable[Choice]) -> str:
     """Name the results whose last bits depend on the order of atomics."""
     names = dict.fromkeys(name for c in choices for name in varying(c.variant, c.schedule))
@@ -127,7 +123,7 @@ def _kernel_files(origin: Origin, choices: Iterable[Choice]) -> dict[str, str]:
     return files
 
 
-def _dispatch(origin: Origin, variants: list[BuiltVariant], choices: list[Choice]) -> str:
+def _dispatch(origin: Origin, namespace: str, variants: list[BuiltVariant], choices: list[Choice]) -> str:
     tables: dict[str, dict[str, list[Choice]]] = {}
     for choice in choices:
         tables.setdefault(choice.device.arch, {}).setdefault(choice.variant.key, []).append(choice)
@@ -142,7 +138,7 @@ def _dispatch(origin: Origin, variants: list[BuiltVariant], choices: list[Choice
         "dispatch.py.j2",
         provenance=origin.header(),
         name=origin.name,
-        modules=sorted({choice.module for choice in choices}, key=_natural),
+        namespace=namespace,
         variants=[{"lookup": _lookup(built.variant), "key": built.variant.key} for built in variants],
         arches=arches,
         halves=HALVES,
@@ -205,6 +201,7 @@ def _operator(origin: Origin, namespace: str, choices: list[Choice]) -> dict[str
             varying=_varying(choices),
         ),
         "parallel.py": render_template("parallel.py.j2", provenance=header),
+        **{f"{name}.py": render_template(f"{name}.py.j2", provenance=header) for name in BENEATH},
         "reference.py": _reference(header),
     }
     if clip is ClipMode.CARRY and any(not choice.variant.computes_gate for choice in choices):
@@ -219,8 +216,9 @@ def package(origin: Origin, choices: Iterable[Choice]) -> Package:
     if not any(choice.device == PORTABLE for choice in choices):
         raise EmitError(f"package {origin.name} must have a portable schedule for every variant")
     files = _kernel_files(origin, choices)
-    files["dispatch.py"] = _dispatch(origin, variants, choices)
-    namespace = f"m2gen_{origin.name}_{_digest(files)[:8]}"
+    content = {**files, "dispatch.py": _dispatch(origin, "", variants, choices)}
+    namespace = f"m2gen_{origin.name}_{_digest(content)[:8]}"
+    files["dispatch.py"] = _dispatch(origin, namespace, variants, choices)
     files |= _operator(origin, namespace, choices)
     files["__init__.py"] = render_template(
         "package.py.j2",

@@ -12,16 +12,25 @@ from torch import Tensor
 
 
 class _ClampGradient(torch.autograd.Function):
-    """Identity whose gradient is clamped to [-bound, bound]."""
+    """Identity whose gradient is clamped to [-bound, bound], and whose tangent is what it is."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
-        ctx.bound = bound
+    def forward(x: Tensor, bound: float) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        ctx.bound = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.clamp(-ctx.bound, ctx.bound), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, bound: None) -> Tensor:
+        return tangent.view_as(tangent)
 
 
 def _kept(x: Tensor, bits: int, grid: float) -> Tensor:
@@ -168,6 +177,12 @@ def _sequence(operands: tuple[Tensor, ...], weight: Tensor, state: Tensor, rules
     return y, state
 
 
+def _spans(cu_seqlens: Tensor, tokens: int) -> list[tuple[int, int]]:
+    """Return where each sequence starts and ends; on the meta device, where nobody can tell, all is the first's."""
+    offsets = [0] + [tokens] * (cu_seqlens.shape[0] - 1) if cu_seqlens.is_meta else cu_seqlens.tolist()
+    return list(pairwise(offsets))
+
+
 def m2rnn(
     q: Tensor,
     k: Tensor,
@@ -199,7 +214,7 @@ def m2rnn(
     wide = [x.to(arithmetic.state).unsqueeze(0) if packed else x.to(arithmetic.state) for x in (q, k, v, forget)]
     operands = tuple(_per_head(x, total, 2) for x in (*wide[:3], *forget_gate(wide[3], A_log, dt_bias, arithmetic)))
     matrix = _per_head(arithmetic.as_operand(weight), total, 0)
-    spans = [(0, wide[0].shape[1])] if cu_seqlens is None else list(pairwise(cu_seqlens.tolist()))
+    spans = [(0, wide[0].shape[1])] if cu_seqlens is None else _spans(cu_seqlens, wide[0].shape[1])
     batch = len(spans) if packed else q.shape[0]
     if initial_state is None:
         initial_state = q.new_zeros(batch, total, q.shape[-1], v.shape[-1], dtype=arithmetic.state)

@@ -1,0 +1,158 @@
+"""What ``m2rnn_step`` writes in place must be a state's own memory."""
+
+from __future__ import annotations
+
+import itertools
+from types import ModuleType
+
+import pytest
+import torch
+from calls import Spy, operators_of
+from support import make_variant
+from torch import Tensor
+
+from m2gen.problem import Problem, make_inputs
+
+BATCH = 2
+SHAPE = (BATCH, 2, 16, 16)
+DENSE = (512, 256, 16, 1)
+ITSELF = "unsupported operation: more than one element of the written-to tensor refers to a single memory location"
+ANOTHER = "unsupported operation: some elements of the input tensor and the written-to tensor refer to a single memory"
+
+
+@pytest.fixture
+def call(device: torch.device) -> dict[str, Tensor]:
+    """Return the operands of one step, without a state."""
+    inputs = make_inputs(make_variant(), Problem(BATCH, 1), seed=7).to(device)
+    return {
+        name: x[:, 0] if name != "weight" else x
+        for name in ("q", "k", "v", "weight", "forget")
+        for x in [getattr(inputs, name)]
+    }
+
+
+SHARED = {
+    "batch": lambda memory: memory[:1].expand(SHAPE),
+    "heads": lambda memory: memory[:, :1].expand(SHAPE),
+    "rows": lambda memory: memory[:, :, :1].expand(SHAPE),
+    "columns": lambda memory: memory[..., :1].expand(SHAPE),
+    "all": lambda memory: memory[:1, :1, :1, :1].expand(SHAPE),
+    "next row overlaps": lambda memory: memory.as_strided(SHAPE, (512, 256, 8, 1)),
+    "heads a row apart": lambda memory: memory.as_strided(SHAPE, (512, 16, 16, 1)),
+    "windows": lambda memory: memory.flatten().unfold(0, 512, 16)[:BATCH].unflatten(1, SHAPE[1:]),
+    "rows and columns": lambda memory: memory.as_strided(SHAPE, (512, 256, 3, 2)),
+}
+"""States some of whose elements are one place in memory."""
+OWN = {
+    "dense": lambda memory: memory,
+    "transposed": lambda memory: memory.transpose(2, 3),
+    "heads first": lambda memory: memory.new_zeros(2, BATCH, 16, 16).transpose(0, 1),
+    "padded pages": lambda memory: memory.new_zeros(BATCH, 600)[:, 40:552].unflatten(1, SHAPE[1:]),
+    "every other row": lambda memory: memory.new_zeros(BATCH, 2, 32, 16)[:, :, ::2],
+    "a slice of layers": lambda memory: memory.new_zeros(BATCH, 3, 2, 16, 16)[:, 1],
+    "diagonal": lambda memory: memory.new_zeros(2, 16, 16, BATCH, BATCH).diagonal(dim1=3, dim2=4).movedim(-1, 0),
+    "steps that do not nest": lambda memory: memory.new_zeros(4096).as_strided(SHAPE, (2048, 1024, 17, 16)),
+}
+"""States that no two sequences, heads, rows or columns share."""
+
+
+def through(package: ModuleType, call: dict[str, Tensor], state: Tensor, path: str) -> Tensor:
+    """Run a step with or without torch's dispatcher."""
+    if path == "direct":
+        y, _ = package.m2rnn_step(**call, state=state)
+        return y
+    operands = [call[name] for name in ("q", "k", "v", "weight", "forget")]
+    y = operators_of(package).STEP(*operands, None, None, state)
+    assert isinstance(y, Tensor)
+    return y
+
+
+@pytest.mark.parametrize("path", ["direct", "dispatched"])
+@pytest.mark.parametrize("name", SHARED)
+def test_a_state_that_shares_memory_with_itself(package, call, device, monkeypatch, name, path) -> None:
+    """torch's own error is raised before anything is written, each time."""
+    memory = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    before, state = memory.clone(), SHARED[name](memory)
+    spy = Spy(package, monkeypatch)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=ITSELF):
+            through(package, call, state, path)
+    assert spy.launched == []
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("path", ["direct", "dispatched"])
+@pytest.mark.parametrize("name", OWN)
+def test_a_state_of_its_own(package, call, device, name, path) -> None:
+    """Views whose elements are all apart are advanced as their copies are."""
+    values = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    state, copy = OWN[name](values.clone()).copy_(values), values.clone()
+    for _ in range(2):
+        y, expected = through(package, call, state, path), through(package, call, copy, path)
+        assert torch.equal(y, expected)
+        assert torch.equal(state, copy)
+
+
+def test_whatever_torch_refuses_is_refused(package) -> None:
+    """Of all small strides, exactly those are found at which two elements are at one place; torch finds fewer."""
+    memory = operators_of(package).memory
+    shape = (2, 3, 2)
+    for strides in itertools.product(range(7), repeat=3):
+        indices = itertools.product(*map(range, shape))
+        places = [sum(i * step for i, step in zip(index, strides, strict=True)) for index in indices]
+        shared = len(set(places)) < len(places)
+        assert memory.overlaps_itself(shape, strides) == shared, strides
+        try:
+            torch.zeros(32).as_strided(shape, strides).fill_(1.0)
+        except RuntimeError:
+            assert shared, strides
+    assert not memory.overlaps_itself((0, 3), (0, 0))
+    assert not memory.overlaps_itself((1, 3), (0, 1))
+
+
+ALIASED = {
+    "q": lambda state: state[:, :1, 0],
+    "v": lambda state: state[:, :, 3],
+    "weight": lambda state: state[0],
+    "forget": lambda state: state[:, :, 15, 15],
+    "k": lambda state: state[:, :1, :, 15],
+}
+"""Operands that lie in the state."""
+
+
+@pytest.mark.parametrize("path", ["direct", "dispatched"])
+@pytest.mark.parametrize("name", ALIASED)
+def test_an_operand_in_the_state(package, call, device, monkeypatch, name, path) -> None:
+    """A program would read what another has written: torch's error for that names both."""
+    state = torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    through(package, call, state, path)
+    before, spy = state.clone(), Spy(package, monkeypatch)
+    with pytest.raises(RuntimeError, match=f"^m2rnn_step: state and {name}: {ANOTHER}"):
+        through(package, {**call, name: ALIASED[name](state)}, state, path)
+    assert spy.launched == []
+    assert torch.equal(state, before)
+
+
+def test_a_buffer_of_operands_and_state(package, call, device) -> None:
+    """Slots of one buffer, a sequence's next to each other, interleave and share nothing."""
+    state = torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)).to(device)
+    expected, _ = package.m2rnn_step(**call, state=state.clone())
+    slots = torch.zeros(BATCH, 16 + 512 + 32, device=device)
+    q, inner, v = slots.split([16, 512, 32], 1)
+    q.copy_(call["q"].flatten(1))
+    v.copy_(call["v"].flatten(1))
+    inner.copy_(state.flatten(1))
+    given = {**call, "q": q.unflatten(1, (1, 16)), "v": v.unflatten(1, (2, 16))}
+    for _ in range(2):
+        inner.copy_(state.flatten(1))
+        y, _ = package.m2rnn_step(**given, state=inner.unflatten(1, SHAPE[1:]))
+        assert torch.equal(y, expected)
+
+
+def test_a_compiled_step_checks_its_state(package, call, device) -> None:
+    """The compiler hands over the state it was given, which is looked at then."""
+    compiled = torch.compile(package.m2rnn_step, fullgraph=True, backend="aot_eager")
+    state = torch.zeros(1, *SHAPE[1:], device=device).expand(SHAPE)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        compiled(**call, state=state)
+    assert not state.any()

@@ -1,0 +1,222 @@
+"""Operators outlast the modules they came with: reloads, rebuilds, copies, and purges of ``sys.modules``."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FunctionType, ModuleType
+
+import pytest
+import torch
+from calls import Results, arguments, assert_close, assert_same, differentiate
+from support import build_package, make_schedule, make_variant
+from torch import Tensor
+
+from m2gen.problem import Inputs, Problem, make_inputs
+from m2gen.schedule import Schedule
+from m2gen.variant import Variant
+
+VARIANT = make_variant()
+BEFORE = make_schedule("partial", interval=4)
+AFTER = make_schedule("partial", interval=6, unroll=3)
+"""Saves as many states of five steps as ``BEFORE``, two, but other ones."""
+EPS = torch.finfo(torch.float32).eps
+
+
+@pytest.fixture
+def inputs(device: torch.device) -> Inputs:
+    """Return operands of one sequence that is longer than an interval."""
+    return make_inputs(VARIANT, Problem(1, 5, initial_state=True), seed=1).to(device)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return where to write a package to import it by the folder's name, which is forgotten afterwards."""
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / f"m2gen_{tmp_path.name}"
+    yield folder
+    purge(folder.name)
+
+
+def write(folder: Path, schedule: Schedule, variants: tuple[Variant, ...], name: str | None = None) -> None:
+    """Build a package as ``m2gen build`` does over an earlier one: no file of that is left."""
+    files = build_package(name or folder.name, variants, schedule).files
+    for path in [*folder.rglob("*.py"), *folder.rglob("*.pyc")]:  # or Python takes the old bytecode of equal size
+        path.unlink()
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text, encoding="utf-8")
+    importlib.invalidate_caches()
+
+
+def imported(folder: Path, schedule: Schedule = BEFORE, name: str | None = None) -> ModuleType:
+    """Build and import a package, whose content is that of any other of this ``name``, by default the folder's."""
+    write(folder, schedule, (VARIANT,), name)
+    return importlib.import_module(folder.name)
+
+
+def modules_of(name: str) -> list[ModuleType]:
+    """Return a package's modules in the order of their import, which is the one that IPython reloads them in."""
+    return [module for key, module in sys.modules.items() if key == name or key.startswith(f"{name}.")]
+
+
+def purge(name: str) -> None:
+    """Forget a package's modules, as test runners and plugin hosts do."""
+    for module in modules_of(name):
+        del sys.modules[module.__name__]
+    gc.collect()
+
+
+def recorded(package: ModuleType, inputs: Inputs) -> Callable[[], Results]:
+    """Run a forward, and return what runs its backward."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in arguments(inputs).items()}
+    y, state = package.m2rnn(**leaves)
+
+    def backward() -> Results:
+        incoming = [inputs.dy.to(y.dtype), inputs.dstate.to(state.dtype)]
+        gradients = torch.autograd.grad([y, state], list(leaves.values()), incoming)
+        return {"y": y.detach(), "state": state.detach()} | {
+            f"d{name}": x for name, x in zip(leaves, gradients, strict=True)
+        }
+
+    return backward
+
+
+def autoreload(module: ModuleType) -> None:
+    """Reload as IPython's autoreload does, which gives functions that others imported their new code, too."""
+    before = dict(vars(module))
+    importlib.reload(module)
+    for name, old in before.items():
+        new = getattr(module, name, None)
+        if isinstance(old, FunctionType) and isinstance(new, FunctionType) and old.__module__ == module.__name__:
+            old.__code__, old.__defaults__ = new.__code__, new.__defaults__
+
+
+ORDERS: dict[str, Callable[[list[ModuleType]], list[ModuleType]]] = {
+    "as imported": list,
+    "backwards": lambda modules: modules[::-1],
+    "library": lambda modules: [module for module in modules if module.__name__.endswith(".library")],
+    "dispatch": lambda modules: [module for module in modules if module.__name__.endswith(".dispatch")],
+    "twice": lambda modules: [*modules, *modules],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_reloading_the_same_package(folder: Path, inputs: Inputs, order: str) -> None:
+    """Whatever is reloaded, calls go on as before, and so does the backward of what was made before."""
+    package = imported(folder)
+    expected = differentiate(package.m2rnn, inputs)
+    backward = recorded(package, inputs)
+    for module in ORDERS[order](modules_of(folder.name)):
+        importlib.reload(module)
+    gc.collect()
+    assert_same(backward(), expected)
+    assert_same(differentiate(package.m2rnn, inputs), expected)
+
+
+RELOADS = {"importlib": importlib.reload, "IPython": autoreload}
+
+
+@pytest.mark.parametrize("reload", RELOADS.values(), ids=RELOADS)
+@pytest.mark.parametrize("order", ["as imported", "backwards"])
+def test_a_package_built_again(folder: Path, inputs: Inputs, reload, order: str) -> None:
+    """The new kernels serve new calls, and what was made by the old ones finds those, whose files are gone."""
+    more = make_variant(8, 8)
+    package = imported(folder)
+    expected = differentiate(package.m2rnn, inputs)
+    backward = recorded(package, inputs)
+    with torch.no_grad():
+        package.m2rnn(**arguments(inputs))  # which remembers what it launched
+    before = sys.modules[f"{folder.name}.library"].OPERATORS
+    write(folder, AFTER, (VARIANT, more))
+    for module in ORDERS[order](modules_of(folder.name)):
+        reload(module)
+    gc.collect()
+    now = sys.modules[f"{folder.name}.library"].OPERATORS
+    assert now.NAMESPACE != before.NAMESPACE
+    with pytest.MonkeyPatch.context() as patch:
+        for kernels in (table for tables in now.dispatch.KERNELS.values() for table in tables.values()):
+            patch.setattr(kernels[0], "backward", lambda *_: pytest.fail("must not serve an older graph"))
+        assert_same(backward(), expected)
+    assert_close(differentiate(package.m2rnn, inputs), expected, 64 * EPS)
+    with pytest.MonkeyPatch.context() as patch:
+        for kernels in (table for tables in before.dispatch.KERNELS.values() for table in tables.values()):
+            patch.setattr(kernels[0], "forward", lambda *_: pytest.fail("must serve no call any more"))
+        with torch.no_grad():
+            package.m2rnn(**arguments(inputs))
+    added = make_inputs(more, Problem(1, 2), seed=1).to(inputs.q.device)
+    assert package.m2rnn(**arguments(added))[0].shape == added.dy.shape
+
+
+def test_a_backward_that_runs_first_after_its_files_are_gone(folder: Path, inputs: Inputs) -> None:
+    """Kernels that never ran before their files were replaced run as they were imported."""
+    package = imported(folder, BEFORE)
+    backward = recorded(package, inputs)
+    write(folder, AFTER, (VARIANT,))
+    for module in modules_of(folder.name):
+        importlib.reload(module)
+    assert_close(backward(), differentiate(package.m2rnn, inputs), 64 * EPS)
+
+
+def test_a_purged_package(folder: Path, inputs: Inputs) -> None:
+    """A graph, the package that made it, and one imported in its place work when nobody else knows the modules."""
+    package = imported(folder)
+    expected = differentiate(package.m2rnn, inputs)
+    backward = recorded(package, inputs)
+    purge(folder.name)
+    assert_same(differentiate(package.m2rnn, inputs), expected)
+    del package
+    gc.collect()
+    assert_same(backward(), expected)
+    again = imported(folder)
+    assert_same(differentiate(again.m2rnn, inputs), expected)
+
+
+def test_two_copies_of_which_the_first_goes(folder: Path, inputs: Inputs) -> None:
+    """A copy that found the operators there works without the one that defined them."""
+    too = folder.with_name(f"{folder.name}_too")
+    first = imported(folder)
+    other = imported(too, name=folder.name)
+    expected = differentiate(first.m2rnn, inputs)
+    backward = recorded(first, inputs)
+    del first
+    purge(folder.name)
+    importlib.reload(sys.modules[f"{too.name}.library"])
+    gc.collect()
+    assert_same(differentiate(other.m2rnn, inputs), expected)
+    assert_same(backward(), expected)
+    purge(too.name)
+
+
+def test_two_packages_side_by_side(folder: Path, inputs: Inputs) -> None:
+    """Reloading one leaves the other's operators alone."""
+    too = folder.with_name(f"{folder.name}_too")
+    one, other = imported(folder), imported(too, AFTER)
+    expected = [differentiate(package.m2rnn, inputs) for package in (one, other)]
+    graphs = [recorded(package, inputs) for package in (one, other)]
+    for module in modules_of(folder.name):
+        importlib.reload(module)
+    assert_same(graphs[0](), expected[0])
+    assert_same(graphs[1](), expected[1])
+    assert_same(differentiate(other.m2rnn, inputs), expected[1])
+    purge(too.name)
+
+
+def test_steps_after_a_reload(folder: Path, inputs: Inputs) -> None:
+    """Decoding, which writes in place, goes on, too."""
+    package = imported(folder)
+    token = {name: getattr(inputs, name)[:, 0] for name in ("q", "k", "v", "forget")}
+
+    def stepped() -> tuple[Tensor, Tensor]:
+        y, state = package.m2rnn_step(**token, weight=inputs.weight, state=inputs.initial_state.clone())
+        return y, state
+
+    expected = stepped()
+    for module in modules_of(folder.name):
+        importlib.reload(module)
+    assert all(torch.equal(one, other) for one, other in zip(stepped(), expected, strict=True))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):  # through the dispatcher
+        assert all(torch.equal(one, other) for one, other in zip(stepped(), expected, strict=True))

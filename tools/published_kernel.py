@@ -1,0 +1,39 @@
+"""Adapter of ``m2gen bench`` for the published Triton kernels of M2RNN, which need not be installed otherwise.
+
+They are in github.com/open-lm-engine/accelerated-model-architectures, whose package ``xma`` must be importable:
+
+    m2gen bench --spec h200.yaml --only tuned --peer tools.published_kernel:published
+
+They keep every state (B, S, N, K, V) in the operands' dtype for their backward, and take the forget gate itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from m2gen.variant import Variant
+
+
+def published(variant: Variant) -> Callable[..., Any] | None:
+    """Return the published operator for a variant; None where it computes the gate, which theirs does not."""
+    if variant.computes_gate:
+        return None
+    from xma.layers.m2rnn import m2rnn
+
+    def operator(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weight: Tensor,
+        forget: Tensor,
+        initial_state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        clip: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        y, state = m2rnn(q, k, v, weight, forget.to(q.dtype), initial_state, clip)
+        return y, state.float()
+
+    return operator
