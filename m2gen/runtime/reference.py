@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class _ClampGradient(torch.autograd.Function):
-    """Identity whose gradient is clamped to [-bound, bound], and whose tangent is what it is."""
+    """Identity whose gradient is clamped to [-bound, bound]."""
 
     generate_vmap_rule = True
 
@@ -28,9 +28,18 @@ class _ClampGradient(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.clamp(-ctx.bound, ctx.bound), None
 
+
+class _ClampGradientAlone(_ClampGradient):
+    """The same with a tangent, which is what it is: torch.compile takes no Function that has one."""
+
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, bound: None) -> Tensor:
         return tangent.view_as(tangent)
+
+
+def _clamp_gradient(x: Tensor, bound: float) -> Tensor:
+    function = _ClampGradient if torch.compiler.is_compiling() else _ClampGradientAlone
+    return function.apply(x, bound)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _kept(x: Tensor, bits: int, grid: float) -> Tensor:
@@ -77,7 +86,6 @@ class _RoundedTanh(torch.autograd.Function):
         return grad * (1 - z * z), None, None
 
 
-_clamp_gradient: Callable[[Tensor, float], Tensor] = _ClampGradient.apply
 _rounded: Callable[[Tensor, int, float], Tensor] = _Rounded.apply
 _rounded_tanh: Callable[[Tensor, int, float], Tensor] = _RoundedTanh.apply
 TF32_BITS = 11
