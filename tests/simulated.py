@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 from m2gen.bucket import bucket_of
 from m2gen.db import Environment, Failure, Reason, TensorError
 from m2gen.device import TARGETS, Device
-from m2gen.measure.workers import Lane, Lost, Service
+from m2gen.measure.gpu import raised
+from m2gen.measure.workers import Lost, Service, Worker
 from m2gen.pipeline.tune import Rig
 from m2gen.schedule import Layouts, Schedule
 from m2gen.schedule.heuristic import default
 from m2gen.tune.book import Stations
-from m2gen.tune.gpu import GPU, reason_of
+from m2gen.tune.gpu import GPU
 from m2gen.tune.records import Bench
 from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task
 
@@ -105,7 +106,7 @@ def measure(task: Task) -> Measured:
     if slug in says.get("sticky", ()):
         _ERRORS.append(AcceleratorError("CUDA error: an illegal memory access was encountered"))
     for error in _ERRORS:
-        return Measured(failure=Failure(reason_of(error), f"{type(error).__name__}: {error}"), seconds=0.01)
+        return Measured(failure=raised(error), seconds=0.01)
     if slug in says.get("hang", ()):
         time.sleep(600)
     if slug in says.get("crash", ()):
@@ -155,8 +156,8 @@ def nothing() -> None:
     """Prepare nothing."""
 
 
-class Inline(Lane[Any, Any]):
-    """A lane that does its task at once, in this process."""
+class Inline(Worker[Any, Any]):
+    """A worker that does its task at once, in this process."""
 
     def begin(self, task: Any) -> None:
         self.task = task
@@ -173,7 +174,7 @@ def rig(device: Device = DEVICE, *, inline: bool = True, compilers: int = 2, sec
     """Return a rig whose GPU is simulated, in this process or in workers of its own, and lost as a real one is."""
     measuring = replace(GPU, serve=measure, prepare=nothing, seconds=seconds)
     compiling: Service[CompileTask, Compiled] = Service(compile_, nothing, 30.0, _compile_lost)
-    stations = Stations(compiling, measuring, compilers, "simulated:0", Inline if inline else Lane)
+    stations = Stations(compiling, measuring, compilers, "simulated:0", Inline if inline else Worker)
     environment = replace(ENVIRONMENT, device=device.name, sm_count=device.sm_count)
     return Rig(device, Bench(environment, 0, "simulated:0", ""), stations, f"simulated-{os.getpid()}")
 

@@ -18,8 +18,9 @@ from m2gen.bench.contest import Contender, Entry, Found, Task, Workload
 from m2gen.bench.words import Call, Kind, Step
 from m2gen.cache import materialise
 from m2gen.db import Failure, Reason
+from m2gen.measure import gpu
 from m2gen.measure.clock import Replay
-from m2gen.measure.workers import Lost, Service
+from m2gen.measure.workers import Lost, Worker
 
 VARIANT = make_variant(heads=(1, 1, 2, 2, 2))
 GATED = make_variant(heads=(1, 1, 2, 2, 2), gate="softplus")
@@ -40,7 +41,7 @@ def generated() -> Contender:
 @pytest.fixture(autouse=True)
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stand_in_gpu(monkeypatch)
-    monkeypatch.setattr(worker, "TORCH_DEVICE", "cpu")
+    monkeypatch.setattr(gpu, "TORCH_DEVICE", "cpu")
     monkeypatch.setattr(gate, "STEPS", 6)
     monkeypatch.setattr(clock, "CALLS", 1)
     monkeypatch.setattr(clock, "TIMINGS", 2)
@@ -158,8 +159,7 @@ def test_clocks_of_one_workload_are_kept(generated: Contender) -> None:
     """Turns reuse what was captured; another workload makes room."""
     served(generated)
     served(generated, step=Step.SAMPLE)
-    kept = dict(worker._CLOCKS)
-    assert list(kept) == [Entry(SEQUENCE, generated)]
+    assert list(worker._CLOCKS) == [Entry(SEQUENCE, generated)]
     served(generated, TOKEN)
     assert list(worker._CLOCKS) == [Entry(TOKEN, generated)]
 
@@ -178,22 +178,21 @@ def _sleeps(task: Task) -> Found:
 @pytest.mark.parametrize(("serve", "seconds", "reason"), [(_dies, 120.0, Reason.CRASH), (_sleeps, 2.0, Reason.HANG)])
 def test_a_contender_that_takes_its_process_down(serve, seconds, reason, generated: Contender) -> None:
     """A crash and a hang are that contender's failure, and the next one gets a new process."""
-    service = Service(serve, worker.start, seconds, worker._lost, worker._suspect)
-    timer = worker.IsolatedTimer(service)
+    timer = Worker(replace(worker.GPU, serve=serve, seconds=seconds))
     try:
         for _ in range(2 if reason is Reason.CRASH else 1):
             found = timer.ask(Task(Entry(SEQUENCE, generated), Step.ADMIT))
             assert found.failure is not None
             assert found.failure.reason is reason
     finally:
-        timer.close()
+        timer.stop()
 
 
 def test_a_cuda_error_makes_a_process_suspect() -> None:
     """The context of an illegal access serves nobody else."""
-    assert worker._suspect(Found(failure=Failure(Reason.CRASH, "illegal access")))
-    assert not worker._suspect(Found(failure=Failure(Reason.WRONG, "y")))
-    assert worker._lost(Task(Entry(SEQUENCE, LOOPS[Kind.EAGER]), Step.ADMIT), Lost("x")).failure
+    assert worker.GPU.suspect(Found(failure=Failure(Reason.CRASH, "illegal access")))
+    assert not worker.GPU.suspect(Found(failure=Failure(Reason.WRONG, "y")))
+    assert worker.GPU.lost(Task(Entry(SEQUENCE, LOOPS[Kind.EAGER]), Step.ADMIT), Lost("x")).failure
 
 
 def test_a_replay_keeps_what_its_graph_reads() -> None:

@@ -14,6 +14,7 @@ from m2gen.db import Reason
 from m2gen.device import TARGETS
 from m2gen.kernels.compile import load_kernels
 from m2gen.kernels.render import render_kernel
+from m2gen.measure import gpu as measure
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective
 from m2gen.tune import clock, gate, gpu
@@ -120,7 +121,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have the worker use the CPU, and a clock that counts replays."""
 
     stand_in_gpu(monkeypatch)
-    monkeypatch.setattr(gpu, "TORCH_DEVICE", "cpu")
+    monkeypatch.setattr(measure, "TORCH_DEVICE", "cpu")
     monkeypatch.setattr(gate, "STEPS", STEPS)
     gpu._CLOCKS.clear()
     yield
@@ -150,7 +151,7 @@ def test_the_workers_steps() -> None:
     assert (held_out.failure, held_out.samples) == (None, None)
     again = served(Step.TIME)
     assert again.samples is not None
-    assert len(again.samples.call_ms) == gpu.AGAIN
+    assert len(again.samples.call_ms) == clock.AGAIN
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -48,26 +48,26 @@ def run_isolated(
 ) -> Iterator[tuple[Task, Result]]:
     """Yield each task with its result as it is known; the tasks of a group go to one process, one after the other."""
     waiting = deque(deque(group) for group in groups)
-    lanes = [_Lane(Lane(service)) for _ in range(min(processes, len(waiting)))]
+    queues = [_Queue(Worker(service)) for _ in range(min(processes, len(waiting)))]
     try:
-        for lane in lanes:
-            lane.take(waiting)
-        while busy := [lane.lane for lane in lanes if lane.lane.task is not None]:
+        for queue in queues:
+            queue.take(waiting)
+        while busy := [queue.worker for queue in queues if queue.worker.task is not None]:
             ready = finished(busy)
-            for lane in [lane for lane in lanes if lane.lane in ready]:
-                yield lane.lane.collect()
-                lane.take(waiting)
+            for queue in [queue for queue in queues if queue.worker in ready]:
+                yield queue.worker.collect()
+                queue.take(waiting)
     finally:
-        for lane in lanes:
-            lane.lane.stop()
+        for queue in queues:
+            queue.worker.stop()
 
 
-def finished(busy: Sequence[Lane[Any, Any]], seconds: float = float("inf")) -> list[Lane[Any, Any]]:
-    """Return the lanes that have a result or are out of time, after waiting up to ``seconds`` for the first."""
-    left = min(seconds, *(lane.deadline - time.monotonic() for lane in busy))
-    ready = connection.wait([lane.pipe for lane in busy], timeout=max(0.0, left))
+def finished(busy: Sequence[Worker[Any, Any]], seconds: float = float("inf")) -> list[Worker[Any, Any]]:
+    """Return the workers that have a result or are out of time, after waiting up to ``seconds`` for the first."""
+    left = min(seconds, *(worker.deadline - time.monotonic() for worker in busy))
+    ready = connection.wait([worker.pipe for worker in busy], timeout=max(0.0, left))
     now = time.monotonic()
-    return [lane for lane in busy if lane.pipe in ready or now > lane.deadline]
+    return [worker for worker in busy if worker.pipe in ready or now > worker.deadline]
 
 
 def _loop(pipe: Any, prepare: Callable[[], None], serve: Callable[[Any], Any]) -> None:
@@ -86,7 +86,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl(2)
 
 
-class Lane(Generic[Task, Result]):
+class Worker(Generic[Task, Result]):
     """One process at a time, and the task that it is at; a new process where the last one cannot be trusted."""
 
     def __init__(self, service: Service[Task, Result]) -> None:
@@ -121,6 +121,13 @@ class Lane(Generic[Task, Result]):
             self.stop()
         return task, result
 
+    def ask(self, task: Task) -> Result:
+        """Do one task, and wait for its result."""
+        self.begin(task)
+        while not finished([self]):
+            pass
+        return self.collect()[1]
+
     def _start(self) -> None:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -152,10 +159,10 @@ class Lane(Generic[Task, Result]):
 
 
 @dataclass
-class _Lane(Generic[Task, Result]):
-    """A lane, and the tasks left of the group that it is at."""
+class _Queue(Generic[Task, Result]):
+    """A worker, and the tasks left of the group that it is at."""
 
-    lane: Lane[Task, Result]
+    worker: Worker[Task, Result]
     group: deque[Task] | None = None
 
     def take(self, waiting: deque[deque[Task]]) -> None:
@@ -163,6 +170,6 @@ class _Lane(Generic[Task, Result]):
         while not self.group and waiting:
             self.group = waiting.popleft()
         if self.group:
-            self.lane.begin(self.group.popleft())
+            self.worker.begin(self.group.popleft())
         else:
-            self.lane.stop()
+            self.worker.stop()

@@ -21,6 +21,7 @@ from m2gen.device import Device, detect
 from m2gen.errors import UsageError
 from m2gen.measure import lock
 from m2gen.measure.roofline import peaks_of
+from m2gen.measure.workers import Worker
 from m2gen.pipeline.plan import Plan, Progress, relevant, render
 from m2gen.schedule.heuristic import default
 from m2gen.variant import BuiltVariant
@@ -70,15 +71,15 @@ def this_stand(command: str) -> Iterator[Stand]:
     device = detect()
     if device is None:
         raise UsageError(f"{command} must run on a machine whose GPU torch can use, got none")
-    from m2gen.bench.worker import IsolatedTimer
+    from m2gen.bench.worker import GPU
     from m2gen.measure.environment import environment, gpu_name
 
-    timer = IsolatedTimer()
+    timer = Worker(GPU)
     try:
         with lock.exclusive(gpu_name()):
             yield Stand(device, environment(device), timer)
     finally:
-        timer.close()
+        timer.stop()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from m2gen.db import Database, Estimate, Record, failures, stale, verdict
 from m2gen.errors import UsageError, VerifyError
 from m2gen.measure import lock
-from m2gen.measure.workers import finished, run_isolated
+from m2gen.measure.workers import run_isolated
 from m2gen.pipeline.plan import Progress
 from m2gen.pipeline.tune import Rig
 from m2gen.schedule import Schedule
@@ -134,14 +134,11 @@ def _timed(subject: Subject, schedules: list[Schedule], rig: Rig, progress: Prog
     stations, order = rig.stations, random.Random(rig.bench.seed)
     tasks = [CompileTask(subject, schedule) for schedule in schedules]
     list(run_isolated([[task] for task in tasks], stations.compile, stations.compilers))
-    lane = stations.lane(stations.measure)
+    gpu = stations.start(stations.measure)
     samples: dict[Schedule, Samples] = {}
 
     def ask(schedule: Schedule, step: Step) -> Measured:
-        lane.begin(Task(subject, schedule, step))
-        while not finished([lane]):
-            pass
-        found: Measured = lane.collect()[1]
+        found: Measured = gpu.ask(Task(subject, schedule, step))
         progress.advance(f"{step} {schedule.slug}")
         if found.failure is not None:
             raise VerifyError(f"{schedule.slug}: {found.failure.reason}: {found.failure.message}")
@@ -158,6 +155,6 @@ def _timed(subject: Subject, schedules: list[Schedule], rig: Rig, progress: Prog
                 assert now is not None
                 samples[schedule] = samples[schedule] + now if schedule in samples else now
     finally:
-        lane.stop()
+        gpu.stop()
         progress.finish()
     return samples

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from m2gen.measure.workers import Lane, Service
+from m2gen.measure.workers import Service, Worker
 from m2gen.schedule import Schedule
 from m2gen.tune.select import Choice
 from m2gen.tune.space import Subject, fits
@@ -42,33 +42,33 @@ class Stations:
     compilers: int
     worker: str
     """Names who measures."""
-    lane: Callable[[Service[Any, Any]], Lane[Any, Any]] = Lane
+    start: Callable[[Service[Any, Any]], Worker[Any, Any]] = Worker
 
 
 @dataclass(frozen=True)
 class Crew:
     """The processes at the stations: they serve one search after the other."""
 
-    compilers: tuple[Lane[CompileTask, Compiled], ...]
-    gpu: Lane[Task, Measured]
+    compilers: tuple[Worker[CompileTask, Compiled], ...]
+    gpu: Worker[Task, Measured]
 
     @property
-    def busy(self) -> list[Lane[Any, Any]]:
-        every: tuple[Lane[Any, Any], ...] = (*self.compilers, self.gpu)
-        return [lane for lane in every if lane.task is not None]
+    def busy(self) -> list[Worker[Any, Any]]:
+        every: tuple[Worker[Any, Any], ...] = (*self.compilers, self.gpu)
+        return [worker for worker in every if worker.task is not None]
 
-    def drop(self, lanes: Iterable[Lane[Any, Any]]) -> None:
+    def drop(self, workers: Iterable[Worker[Any, Any]]) -> None:
         """End the processes that are in the middle of a task."""
-        for lane in lanes:
-            if lane.task is not None:
-                lane.stop()
+        for worker in workers:
+            if worker.task is not None:
+                worker.stop()
 
 
 @contextmanager
 def crew_of(stations: Stations) -> Iterator[Crew]:
     """Yield the processes of stations, which start with their first tasks and end with the block."""
-    compilers = tuple(stations.lane(stations.compile) for _ in range(stations.compilers))
-    crew = Crew(compilers, stations.lane(stations.measure))
+    compilers = tuple(stations.start(stations.compile) for _ in range(stations.compilers))
+    crew = Crew(compilers, stations.start(stations.measure))
     try:
         yield crew
     finally:

@@ -56,7 +56,7 @@ class Search:
             for trial in (*known, *self._book.ledger.trials()):
                 self._learn(None, trial)
             self._screen()
-            finals = hold_final(self._book, self._ask_gpu, seed)
+            finals = hold_final(self._book, self._crew.gpu.ask, seed)
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -77,8 +77,8 @@ class Search:
                 return
             if not busy:
                 time.sleep(POLL_SECONDS)  # others may yet finish what they have, or leave it
-            for lane in finished(busy, 1.0) if busy else ():
-                task, result = lane.collect()
+            for worker in finished(busy, 1.0) if busy else ():
+                task, result = worker.collect()
                 if isinstance(task, CompileTask):
                     self._on_compiled(task.schedule, result)
                 elif task.step is Step.PREPARE:
@@ -100,13 +100,13 @@ class Search:
         """Give every idle station something to do."""
         for trial in self._book.ledger.news():
             self._learn(None, trial)
-        for lane in self._crew.compilers:
-            if lane.task is None and len(self._ready) < len(self._crew.compilers):
+        for compiler in self._crew.compilers:
+            if compiler.task is None and len(self._ready) < len(self._crew.compilers):
                 proposal = self._ask()
                 if proposal is None:
                     break
                 self._compiling[proposal.schedule] = proposal
-                lane.begin(CompileTask(self._book.subject, proposal.schedule))
+                compiler.begin(CompileTask(self._book.subject, proposal.schedule))
         if self._crew.gpu.task is None and self._ready:
             self._running = heapq.heappop(self._ready)
             schedule = self._running.proposal.schedule
@@ -197,13 +197,6 @@ class Search:
         begun = len(self._book.trials) + self._proposer.left + self._underway
         self._book.most = min(begun, self._book.limits.trials or begun)
         self._book.learn(trial)
-
-    def _ask_gpu(self, task: Task) -> Measured:
-        self._crew.gpu.begin(task)
-        while not finished([self._crew.gpu]):
-            pass
-        found: Measured = self._crew.gpu.collect()[1]
-        return found
 
 
 def _outcome(book: Book, finals: dict[Schedule, Samples], seed: int, cost: tuple[int, float, bool]) -> Outcome:

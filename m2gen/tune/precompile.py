@@ -31,7 +31,6 @@ from m2gen.variant import Variant
 SECONDS = 150.0
 """Longest that a candidate may compile; one that takes longer is excluded."""
 VERSION = "2"
-LONGEST_MESSAGE = 300
 
 
 def prepare() -> None:
@@ -58,9 +57,9 @@ def precompile(task: CompileTask) -> Compiled:
         found = _compile(task)
     except Exception as error:  # of a compiler: whatever it raises, the candidate is not one
         told = telling(error)
-        message = f"{type(told).__name__}: {told}".strip().splitlines()[-1][:LONGEST_MESSAGE]
+        message = f"{type(told).__name__}: {told}".strip().splitlines()[-1]
         return Compiled(
-            failure=Failure(Reason.LAUNCH, message),
+            failure=Failure.of(Reason.LAUNCH, message),
             seconds=time.monotonic() - start,
             details=traceback.format_exc(),
         )
@@ -80,7 +79,7 @@ def _compile(task: CompileTask) -> Compiled:
             call.results()
     every = [(resources_of(kernel, subject.device), kernel.metadata.num_warps) for kernel in kernels]
     reasons = [reason for resources, warps in every for reason in resources.limits(subject.device, warps)]
-    failure = Failure(Reason.LAUNCH, reasons[0]) if reasons else None
+    failure = Failure.of(Reason.LAUNCH, reasons[0]) if reasons else None
     resources = [_first(every, kernels, side) for side in _sides(subject.objective)]
     name = _binary(task, kernels, every)
     return Compiled(*_worst(resources), binary=name, failure=failure, seconds=time.monotonic() - start)
@@ -186,7 +185,7 @@ def _recorded(device: Device) -> Iterator[list[Any]]:
 
 
 def _lost(task: CompileTask, lost: Lost) -> Compiled:
-    return Compiled(failure=Failure(Reason.LAUNCH, f"while it compiled, {lost.reason}"))
+    return Compiled(failure=Failure.of(Reason.LAUNCH, f"while it compiled, {lost.reason}"))
 
 
 PRECOMPILE: Service[CompileTask, Compiled] = Service(precompile, prepare, SECONDS, _lost)

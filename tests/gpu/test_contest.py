@@ -7,14 +7,15 @@ from collections.abc import Iterator
 import pytest
 from support import default_package, make_variant
 
-from m2gen.bench.contest import Contender, Workload
+from m2gen.bench.contest import Contender, Found, Task, Workload
 from m2gen.bench.measure import Gpu, contest
 from m2gen.bench.sweep import fit
 from m2gen.bench.words import Call, Kind
-from m2gen.bench.worker import IsolatedTimer
+from m2gen.bench.worker import GPU
 from m2gen.cache import materialise
 from m2gen.device import detect
 from m2gen.measure.roofline import peaks_of
+from m2gen.measure.workers import Worker
 from m2gen.schedule.heuristic import default
 from m2gen.tune.select import difference
 
@@ -24,11 +25,11 @@ VARIANT = make_variant(32, 16, (1, 1, 4, 4, 4), dtype="bf16", tanh="approx")
 
 
 @pytest.fixture(scope="module")
-def timer() -> Iterator[IsolatedTimer]:
+def timer() -> Iterator[Worker[Task, Found]]:
     """Return the worker that has the GPU."""
-    made = IsolatedTimer()
+    made = Worker(GPU)
     yield made
-    made.close()
+    made.stop()
 
 
 @pytest.fixture(scope="module")
