@@ -36,7 +36,7 @@ class Script:
     drift: float = 0.0
     """Part by which the second arm of an entry is slower than the first."""
     broken: Mapping[str, Failure] = field(default_factory=dict)
-    """Failures of contenders at the gate."""
+    """Failures of contenders at the check."""
     breaks: Mapping[str, Failure] = field(default_factory=dict)
     """Failures of contenders that passed it, when they are timed."""
     asked: list[Task] = field(default_factory=list)

@@ -34,9 +34,9 @@ ALLOWED: dict[str, str] = {
     "db": "bucket device errors kernels schedule spec variant",
     "package": "bucket db device errors kernels spec variant",
     "verify": "problem runtime spec variant",
-    "measure": "db device errors schedule spec variant",
+    "measure": "db device errors problem schedule spec variant verify",
     "tune": "bucket cache db device errors kernels measure problem schedule spec variant verify",
-    "bench": "db errors kernels measure problem runtime schedule spec tune variant verify",
+    "bench": "db errors kernels measure problem runtime schedule spec variant verify",
     "pipeline": "bench bucket cache db device errors kernels measure package schedule spec tune variant verify",
     "cli": "bench cache db device errors kernels measure package pipeline spec tune variant verify",
     "__main__": "cli",
@@ -106,6 +106,13 @@ def test_the_table_is_about_the_rooms_that_exist() -> None:
         used[room_of(path)] |= rooms(path)
     del used["__init__"]
     assert used == {room: set(allowed.split()) for room, allowed in ALLOWED.items()}
+
+
+def test_tuning_and_benchmarks_are_siblings() -> None:
+    """What both need is in ``measure``: neither imports the other."""
+    assert "tune" not in ALLOWED["bench"].split()
+    assert "bench" not in ALLOWED["tune"].split()
+    assert {"tune", "bench"}.isdisjoint(ALLOWED["measure"].split())
 
 
 def in_order(graph: dict[str, set[str]]) -> None:

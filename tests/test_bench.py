@@ -116,7 +116,7 @@ def test_medians_intervals_and_speed_ups(spec: str, script: Script) -> None:
 
 @pytest.mark.parametrize("when", ["broken", "breaks"])
 def test_no_speed_up_of_what_failed(spec: str, script: Script, when: str) -> None:
-    """What fails the gate, or breaks off when it is timed, has no times and no speed-up; the command says so."""
+    """What fails the check, or breaks off when it is timed, has no times and no speed-up; the command says so."""
     setattr(script, when, {"tuned": WRONG})
     found = rows(bench(status=1))
     tuned = found["sequence", "tuned"]

@@ -13,7 +13,7 @@ import torch
 from stand_in import stand_in_gpu
 from support import build_package, make_schedule, make_variant
 
-from m2gen.bench import clock, gate, operators, worker
+from m2gen.bench import check, clock, operators, worker
 from m2gen.bench.contest import Contender, Entry, Found, Task, Workload
 from m2gen.bench.words import Call, Kind, Step
 from m2gen.cache import materialise
@@ -42,7 +42,7 @@ def generated() -> Contender:
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stand_in_gpu(monkeypatch)
     monkeypatch.setattr(gpu, "TORCH_DEVICE", "cpu")
-    monkeypatch.setattr(gate, "STEPS", 6)
+    monkeypatch.setattr(check, "STEPS", 6)
     monkeypatch.setattr(clock, "CALLS", 1)
     monkeypatch.setattr(clock, "TIMINGS", 2)
     monkeypatch.setattr(clock, "WARM_UPS", 1)
@@ -77,7 +77,7 @@ def test_a_generated_operator(generated: Contender, workload: Workload, gated: b
 @pytest.mark.parametrize("kind", LOOPS)
 @pytest.mark.parametrize("workload", [SEQUENCE, TOKEN, NARROW], ids=lambda w: str(w.call))
 def test_loops_of_pytorch(kind: Kind, workload: Workload) -> None:
-    """The reference passes the gate of the kernels, as it is and compiled in one graph."""
+    """The reference passes the check of the kernels, as it is and compiled in one graph."""
     contender = LOOPS[kind]
     admitted = served(contender, workload)
     assert admitted.failure is None
@@ -86,12 +86,12 @@ def test_loops_of_pytorch(kind: Kind, workload: Workload) -> None:
 
 
 def test_loops_are_timed_on_fewer_steps() -> None:
-    """Of a long sequence only as many steps as the kind allows, and the gate of a compiled one has that size."""
+    """Of a long sequence only as many steps as the kind allows, and the check of a compiled one has that size."""
     long = Workload("base", VARIANT, 2, 4096)
     steps = {kind: Entry(long, contender).steps for kind, contender in LOOPS.items()}
     assert steps == {Kind.EAGER: 128, Kind.COMPILED: 8}
-    (question,) = gate._questions(Entry(long, LOOPS[Kind.COMPILED]))
-    assert (question.case.problem.batch, question.case.problem.seq) == (2, 8)
+    (asked,) = check._cases(Entry(long, LOOPS[Kind.COMPILED]))
+    assert (asked.case.problem.batch, asked.case.problem.seq) == (2, 8)
 
 
 def test_state_of_decoding_is_judged(generated: Contender, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,10 +103,10 @@ def test_state_of_decoding_is_judged(generated: Contender, monkeypatch: pytest.M
         y, _ = right(*operands[:5], operands[5].clone())
         return y, operands[5]
 
-    gate._failure.cache_clear()
+    check._failure.cache_clear()
     monkeypatch.setattr(module, "m2rnn_step", forgetful)
     failure = served(generated, TOKEN).failure
-    gate._failure.cache_clear()
+    check._failure.cache_clear()
     assert failure is not None
     assert failure.reason is Reason.WRONG
     assert failure.message.startswith("y of decoding must be within")

@@ -12,8 +12,8 @@ from m2gen.bench.measure import Result
 from m2gen.bench.words import Call
 from m2gen.db import Database, Environment, Estimate
 from m2gen.errors import UsageError
+from m2gen.measure.statistics import difference, estimate
 from m2gen.spec import Objective
-from m2gen.tune.select import difference, estimate
 
 BETWEEN_SESSIONS = 0.01
 """Part of a median by which sessions of one binary differ (docs/performance.md), which a run beside itself

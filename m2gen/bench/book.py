@@ -63,7 +63,7 @@ class Row:
     extra_bytes: int
     host_us: float | None
     failure: str
-    """Why there are no times: of the gate, the compiler, the GPU's memory, a crash or a hang."""
+    """Why there are no times: of the check, the compiler, the GPU's memory, a crash or a hang."""
     arm: int = 0
 
 
@@ -108,7 +108,7 @@ def _times(timing: Timing | None) -> Times | None:
 def speed_ups(rows: Sequence[Row]) -> list[float | None]:
     """Return how many times as fast as the default each row is, a step of its longest timed call compared.
 
-    None where either of the two has no time: it failed the gate, say, or is not there.
+    None where either of the two has no time: it failed the check, say, or is not there.
     """
     base = {_place(row): row for row in rows if row.contender == "default" and not row.failure}
     return [_speed_up(row, base.get(_place(row))) for row in rows]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,10 +9,11 @@ from m2gen.bench.contest import Contender, Entry, Found, Task, Timer, Workload
 from m2gen.bench.words import Step
 from m2gen.db import Estimate, Failure
 from m2gen.measure.roofline import Peaks, decoding_work, floors_ms, work_of
-from m2gen.tune.select import estimate
+from m2gen.measure.rounds import in_rounds
+from m2gen.measure.statistics import estimate
 
 ROUNDS = 6
-"""Turns of every contender: whatever changes in the meantime, clocks or neighbours, changes for all of them."""
+"""In which every contender is timed."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,21 @@ def contest(
 ) -> list[Result]:
     """Return the result of every contender, in their order; with two ``arms``, of each of them twice.
 
-    One that fails the gate, or breaks off later, is never timed again, and its result has no times.
+    One that fails the check, or breaks off later, is never timed again, and its result has no times.
     """
     entries = [Entry(workload, contender, arm) for contender in contenders for arm in range(arms)]
     found = {entry: timer.ask(Task(entry, Step.ADMIT)) for entry in entries}
-    order = random.Random(seed)
-    for _ in range(ROUNDS):
-        left = [entry for entry in entries if found[entry].failure is None]
-        order.shuffle(left)
-        for entry in left:
-            found[entry] += timer.ask(Task(entry, Step.SAMPLE))
+
+    def sample(entry: Entry) -> Found | None:
+        now = timer.ask(Task(entry, Step.SAMPLE))
+        if now.failure is None:
+            return now
+        found[entry] += now
+        return None
+
+    admitted = [entry for entry in entries if found[entry].failure is None]
+    for entry, samples in in_rounds(admitted, sample, range(ROUNDS), seed).items():
+        found[entry] += samples
     return [_result(entry, found[entry], gpu, seed) for entry in entries]
 
 

@@ -34,8 +34,8 @@ def serve(task: Task) -> Found:
 def _serve(task: Task) -> Found:
     import torch
 
+    from m2gen.bench.check import failure_of
     from m2gen.bench.clock import host_us, sampled
-    from m2gen.bench.gate import failure_of
 
     entry, device = task.entry, torch_device()
     _CLOCKS.enter(entry.workload)

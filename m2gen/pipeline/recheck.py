@@ -1,21 +1,21 @@
-"""Hold records against the GPU at hand again: the gate for all of them, a measurement for one."""
+"""Hold records against the GPU at hand again: the check for all of them, a measurement for one."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from m2gen.db import Database, Estimate, Record, failures, stale, verdict
 from m2gen.errors import UsageError, VerifyError
 from m2gen.measure import lock
+from m2gen.measure.rounds import in_rounds
 from m2gen.measure.workers import run_isolated
 from m2gen.pipeline.plan import Progress
 from m2gen.pipeline.tune import Rig
 from m2gen.schedule import Schedule
 from m2gen.schedule.heuristic import default
 from m2gen.tune.final import ROUNDS
-from m2gen.tune.select import choose
+from m2gen.tune.select import select
 from m2gen.tune.space import Subject
 from m2gen.tune.trial import CompileTask, Measured, Samples, Step, Task
 from m2gen.variant import parse_variant
@@ -23,7 +23,7 @@ from m2gen.variant import parse_variant
 
 @dataclass(frozen=True)
 class Recheck:
-    """What became of a record: why it was not looked at, or what the gate found."""
+    """What became of a record: why it was not looked at, or what the check found."""
 
     record: Record
     skipped: str = ""
@@ -61,7 +61,7 @@ def _elsewhere(record: Record, rig: Rig) -> str:
 
 
 def verify_records(database: Database, ids: Sequence[str], rig: Rig, progress: Progress) -> list[Recheck]:
-    """Gate the winners of this device again, or only those of ``ids``; a failure is added to the database.
+    """Check the winners of this device again, or only those of ``ids``; a failure is added to the database.
 
     So a record that fails serves no build from then on (``m2gen db why`` says so).
     """
@@ -71,7 +71,7 @@ def verify_records(database: Database, ids: Sequence[str], rig: Rig, progress: P
     skipped = {record: _elsewhere(record, rig) or _failed_before(record, known) for record in winners}
     chosen = [record for record in winners if not skipped[record]]
     with lock.exclusive(rig.gpu):
-        found = _gated(chosen, rig, progress)
+        found = _checked(chosen, rig, progress)
     broken = [record for record in chosen if found[record].failure is not None]
     database.add(_failure(record, found[record], rig) for record in broken)
     return [Recheck(record, skipped[record], found.get(record)) for record in winners]
@@ -82,8 +82,8 @@ def _failed_before(record: Record, known: dict[object, Record]) -> str:
     return f"its kernels failed already, record {failed.id}" if failed else ""
 
 
-def _gated(records: Sequence[Record], rig: Rig, progress: Progress) -> dict[Record, Measured]:
-    """Return what the whole gate finds of every record's schedule; of the same schedule twice, once."""
+def _checked(records: Sequence[Record], rig: Rig, progress: Progress) -> dict[Record, Measured]:
+    """Return what the whole check finds of every record's schedule; of the same schedule twice, once."""
     stations = rig.stations
     tasks = {record: Task(_subject(record, rig), record.schedule, Step.VERIFY) for record in records}
     compiling = [[CompileTask(task.subject, task.schedule)] for task in dict.fromkeys(tasks.values())]
@@ -113,7 +113,7 @@ def _failure(record: Record, found: Measured, rig: Rig) -> Record:
 
 
 def replay(record: Record, rig: Rig, progress: Progress) -> Replay:
-    """Gate and time a record's schedule and the default in turns, as its search did.
+    """Check and time a record's schedule and the default in rounds, as its search did.
 
     Raises UsageError for a record of another device, of kernels that are rendered no more, or of a failure;
     VerifyError where one of the two fails now.
@@ -126,16 +126,15 @@ def replay(record: Record, rig: Rig, progress: Progress) -> Replay:
     schedules = list(dict.fromkeys((record.schedule, base)))
     with lock.exclusive(rig.gpu):
         samples = _timed(subject, schedules, rig, progress)
-    choice = choose(samples, schedules, base, rig.bench.seed)
-    return Replay(record, choice.estimates[record.schedule], choice.estimates[base], choice.winner == record.schedule)
+    found = select(samples, schedules, base, rig.bench.seed)
+    return Replay(record, found.estimates[record.schedule], found.estimates[base], found.winner == record.schedule)
 
 
 def _timed(subject: Subject, schedules: list[Schedule], rig: Rig, progress: Progress) -> dict[Schedule, Samples]:
-    stations, order = rig.stations, random.Random(rig.bench.seed)
+    stations = rig.stations
     tasks = [CompileTask(subject, schedule) for schedule in schedules]
     list(run_isolated([[task] for task in tasks], stations.compile, stations.compilers))
     gpu = stations.start(stations.measure)
-    samples: dict[Schedule, Samples] = {}
 
     def ask(schedule: Schedule, step: Step) -> Measured:
         found: Measured = gpu.ask(Task(subject, schedule, step))
@@ -148,13 +147,7 @@ def _timed(subject: Subject, schedules: list[Schedule], rig: Rig, progress: Prog
     try:
         for schedule in schedules:
             ask(schedule, Step.VERIFY)
-        for _ in range(ROUNDS):
-            order.shuffle(schedules)
-            for schedule in schedules:
-                now = ask(schedule, Step.TIME).samples
-                assert now is not None
-                samples[schedule] = samples[schedule] + now if schedule in samples else now
+        return in_rounds(schedules, lambda schedule: ask(schedule, Step.TIME).samples, range(ROUNDS), rig.bench.seed)
     finally:
         gpu.stop()
         progress.finish()
-    return samples

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from m2gen.measure.workers import Service, Worker
 from m2gen.schedule import Schedule
-from m2gen.tune.select import Choice
+from m2gen.tune.select import Selection
 from m2gen.tune.space import Subject, fits
 from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Task, Trial
 
@@ -118,7 +118,7 @@ class Outcome:
     default: Schedule
     trials: tuple[Trial, ...]
     finals: Mapping[Schedule, Samples]
-    choice: Choice | None
+    choice: Selection | None
     """None where nothing passed, or the default did not."""
     points: int
     seconds: float

@@ -6,7 +6,7 @@ from typing import Any
 
 from m2gen.measure.clock import Clock, Replay, peak_bytes
 from m2gen.spec import Objective
-from m2gen.tune.candidate import Call
+from m2gen.tune.candidate import KernelCall
 from m2gen.tune.trial import Samples
 
 FEWEST, MOST = 5, 30
@@ -17,7 +17,7 @@ FAR_SLOWER = 1.4
 """Times the best median, beyond which a candidate is not worth more than a few samples."""
 
 
-def captured(call: Call) -> Clock:
+def captured(call: KernelCall) -> Clock:
     """Capture a candidate's forward and backward on the problem that is tuned for."""
     extra_bytes = peak_bytes(lambda: _run(call))
     forward = Replay(call.forward)
@@ -42,6 +42,6 @@ def _samples(calls: list[tuple[float, ...]], clock: Clock) -> Samples:
     return Samples(tuple(call[0] for call in calls), tuple(call[1] for call in calls if call[1:]), clock.extra_bytes)
 
 
-def _run(call: Call) -> object:
+def _run(call: KernelCall) -> object:
     results = call.forward()
     return results, call.backward(results[2]) if call.objective is Objective.TRAIN else None

@@ -15,7 +15,7 @@ from m2gen.tune.trial import Measured, Step, Task
 if TYPE_CHECKING:  # these import torch, and a worker must set its environment first
     from m2gen.measure.clock import Clock
     from m2gen.problem import Inputs
-    from m2gen.tune.gate import Candidate
+    from m2gen.tune.check import Candidate
 
 SECONDS = 90.0
 """Longest that a step may take, with the start of the process and the oracle's answers."""
@@ -36,20 +36,21 @@ def serve(task: Task) -> Measured:
 
 
 def _serve(task: Task) -> Measured:
+    from m2gen.measure.checks import STEPS, prepare, seeded_cases
+    from m2gen.tune.check import check_candidate
     from m2gen.tune.clock import sampled, screened
-    from m2gen.tune.gate import STEPS, pass_gate, prepare, questions
 
     subject, device = task.subject, torch_device()
     _CLOCKS.enter(subject)
     if task.step is Step.TIME:
         return Measured(samples=sampled(_clock(task)))
-    asked = questions(subject.variant, STEPS, held_out=task.step is Step.HELD_OUT)
+    asked = seeded_cases(subject.variant, STEPS, held_out=task.step is Step.HELD_OUT)
     if task.step is Step.VERIFY:
-        asked += questions(subject.variant, STEPS, held_out=True)
+        asked += seeded_cases(subject.variant, STEPS, held_out=True)
     if task.step is Step.PREPARE:
         prepare(subject.variant, asked, device)
         return Measured()
-    verdict = pass_gate(_candidate(task), asked, device)
+    verdict = check_candidate(_candidate(task), asked, device)
     if verdict.failure or task.step is not Step.SCREEN:
         return Measured(verdict.errors, failure=verdict.failure)
     try:
@@ -60,7 +61,7 @@ def _serve(task: Task) -> Measured:
 
 def _candidate(task: Task) -> Candidate:
     from m2gen.tune.candidate import load
-    from m2gen.tune.gate import Candidate
+    from m2gen.tune.check import Candidate
 
     subject = task.subject
     return Candidate(load(subject.variant, task.schedule), subject.variant, task.schedule, subject.objective)
@@ -68,11 +69,11 @@ def _candidate(task: Task) -> Candidate:
 
 def _clock(task: Task) -> Clock:
     """Return the captured candidate, kept from its last round or captured now."""
-    from m2gen.tune.candidate import Call
+    from m2gen.tune.candidate import KernelCall
     from m2gen.tune.clock import captured
 
     def capture() -> Clock:
-        return captured(Call(_candidate(task).module, _inputs(task.subject, task.seed), task.subject.objective))
+        return captured(KernelCall(_candidate(task).module, _inputs(task.subject, task.seed), task.subject.objective))
 
     return _CLOCKS.get(task.schedule, capture)
 

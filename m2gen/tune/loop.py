@@ -14,7 +14,7 @@ from m2gen.schedule import Schedule
 from m2gen.tune.book import Book, Crew, Outcome
 from m2gen.tune.final import FINALISTS, hold_final
 from m2gen.tune.search import EVERY, SEARCHED, Proposal, Proposer
-from m2gen.tune.select import choose
+from m2gen.tune.select import select
 from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task, Trial
 
 POLL_SECONDS = 0.2
@@ -206,7 +206,7 @@ def _outcome(book: Book, finals: dict[Schedule, Samples], seed: int, cost: tuple
         screened = [book.baseline, *book.passed[:FINALISTS]] if book.baseline else []
         samples = {trial.schedule: trial.samples for trial in screened if trial and trial.samples}
     eligible = [schedule for schedule in samples if book.may_win(book.trials[schedule])]
-    choice = choose(samples, eligible, book.default, seed) if book.default in samples and eligible else None
+    choice = select(samples, eligible, book.default, seed) if book.default in samples and eligible else None
     points, compile_seconds, interrupted = cost
     trials = tuple(book.trials.values())
     return Outcome(

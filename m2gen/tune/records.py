@@ -10,10 +10,10 @@ from m2gen.bucket import bucket_of
 from m2gen.db import POLICY, Environment, Key, Provenance, Reason, Record, Sizes, Timing
 from m2gen.db.rank import failures, preference, stale
 from m2gen.kernels.render import kernel_hash
+from m2gen.measure.statistics import estimate
 from m2gen.schedule import Schedule, problems
 from m2gen.schedule.heuristic import default
 from m2gen.tune.book import Outcome
-from m2gen.tune.select import estimate
 from m2gen.tune.space import Subject, fits, space_hash
 from m2gen.tune.trial import KNOWN, Trial
 

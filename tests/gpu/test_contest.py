@@ -15,9 +15,9 @@ from m2gen.bench.worker import GPU
 from m2gen.cache import materialise
 from m2gen.device import detect
 from m2gen.measure.roofline import peaks_of
+from m2gen.measure.statistics import difference
 from m2gen.measure.workers import Worker
 from m2gen.schedule.heuristic import default
-from m2gen.tune.select import difference
 
 pytestmark = pytest.mark.gpu
 

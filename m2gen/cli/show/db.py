@@ -158,7 +158,7 @@ def show_pruned(found: Sequence[Superfluous], faults: Sequence[Fault], *, dry_ru
 
 
 def show_rechecks(found: Sequence[Recheck], *, as_json: bool) -> int:
-    """Print what the gate found of every record; return 1 if one failed."""
+    """Print what the check found of every record; return 1 if one failed."""
     rows = [(item.record.id, item.record.key.variant, item.record.schedule.slug, _verdict(item)) for item in found]
     status = 1 if any(item.failed for item in found) else 0
     if as_json:

@@ -12,11 +12,11 @@ from torch import Tensor
 from m2gen.bench.contest import Contender, Entry
 from m2gen.bench.operators import Stepper, sequence_operator, stepper
 from m2gen.bench.words import Kind
-from m2gen.db import Failure, Reason
+from m2gen.db import Failure
+from m2gen.measure.checks import STEPS, SeededCase, check, seeded_cases
 from m2gen.problem import Inputs, Problem
-from m2gen.tune.gate import STEPS, Question, answered, questions
 from m2gen.variant import Variant
-from m2gen.verify import Case, Loss, differentiate, judge
+from m2gen.verify import Case, Loss, Oracle, TensorResult, differentiate, judge
 from m2gen.verify.oracle import gate_of
 from m2gen.verify.subject import poisoned
 
@@ -28,11 +28,11 @@ SEED = 200
 
 def failure_of(entry: Entry, device: torch.device) -> Failure | None:
     """Return why an entry must not be timed, or None; worked out once for all workloads that ask the same."""
-    return _failure(entry.contender, entry.workload.variant, _questions(entry), device)
+    return _failure(entry.contender, entry.workload.variant, _cases(entry), device)
 
 
-def _questions(entry: Entry) -> tuple[Question, ...]:
-    """Return the problems of an entry: those of tuning, packed ones for generated operators alone.
+def _cases(entry: Entry) -> tuple[SeededCase, ...]:
+    """Return what an entry is held to: the cases of tuning, packed ones for generated operators alone.
 
     ``torch.compile`` unrolls a sequence, so that it has the size that is timed; decoding has its batch.
     """
@@ -40,26 +40,24 @@ def _questions(entry: Entry) -> tuple[Question, ...]:
     if workload.call.decodes:
         problem = Problem(workload.batch, TOKENS, initial_state=True)
         case = Case(DECODING, problem, Loss.Y, narrow_state=workload.call.narrow_state)
-        return (Question(case, SEED),)
+        return (SeededCase(case, SEED),)
     if entry.contender.kind is Kind.COMPILED:
         problem = Problem(workload.batch, workload.seq)
-        return (Question(Case("plain_clipped", problem, Loss.Y, dy_scale=3.0), SEED + 1),)
-    asked = questions(workload.variant, STEPS)
-    return asked if entry.contender.kind.generated else tuple(q for q in asked if q.case.problem.lengths is None)
+        return (SeededCase(Case("plain_clipped", problem, Loss.Y, dy_scale=3.0), SEED + 1),)
+    asked = seeded_cases(workload.variant, STEPS)
+    return asked if entry.contender.kind.generated else tuple(a for a in asked if a.case.problem.lengths is None)
 
 
 @lru_cache(maxsize=256)
 def _failure(
-    contender: Contender, variant: Variant, asked: tuple[Question, ...], device: torch.device
+    contender: Contender, variant: Variant, asked: tuple[SeededCase, ...], device: torch.device
 ) -> Failure | None:
-    for question in asked:
-        inputs, known = answered(variant, question, device)
+    def judged(case: Case, inputs: Inputs, known: Oracle) -> tuple[TensorResult, ...]:
         with poisoned() if contender.kind.generated else nullcontext():
-            given = _results(contender, variant, question.case, inputs)
-        for result in judge(given, known):
-            if not result.passed:
-                return Failure.of(Reason.WRONG, f"{result.tensor} of {question.case.name} {result.verdict}")
-    return None
+            given = _results(contender, variant, case, inputs)
+        return judge(given, known)
+
+    return check(variant, asked, judged, device).failure
 
 
 def _results(contender: Contender, variant: Variant, case: Case, inputs: Inputs) -> Mapping[str, Tensor]:
