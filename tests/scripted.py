@@ -13,7 +13,7 @@ from m2gen.bench.contest import Entry, Found, Task
 from m2gen.bench.words import Call, Kind, Step
 from m2gen.db import Failure, Reason
 from m2gen.device import TARGETS
-from m2gen.pipeline import Stand
+from m2gen.pipeline import BenchContext
 
 DEVICE = replace(TARGETS["sm_90"], name=H200)
 SAMPLES = 5
@@ -61,20 +61,20 @@ class Script:
         return [task.entry.contender.name for task in self.asked if task.step is Step.SAMPLE]
 
 
-def stand(script: Script) -> Stand:
-    """Return a stand of an H200 whose timer is a script."""
-    return Stand(DEVICE, environment(), script)
+def context(script: Script) -> BenchContext:
+    """Return a context of an H200 whose timer is a script."""
+    return BenchContext(DEVICE, environment(), "gpu-scripted", "scripted:0", script)
 
 
 def given(script: Script) -> Callable[[str], object]:
-    """Return what gives the command line a scripted stand in place of the GPU at hand."""
+    """Return what gives the command line a scripted context in place of the GPU at hand."""
 
     @contextmanager
-    def this_stand(command: str) -> Iterator[Stand]:
-        yield stand(script)
+    def this_bench_context(command: str) -> Iterator[BenchContext]:
+        yield context(script)
 
-    return this_stand
+    return this_bench_context
 
 
 WRONG = Failure(Reason.WRONG, "dq of plain must be within 1.00e-03, got 2.00e-01")
-__all__ = ["DEVICE", "WRONG", "Kind", "Script", "given", "stand"]
+__all__ = ["DEVICE", "WRONG", "Kind", "Script", "context", "given"]

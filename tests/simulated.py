@@ -24,12 +24,10 @@ from m2gen.db import Environment, Failure, Reason, TensorError
 from m2gen.device import TARGETS, Device
 from m2gen.measure.gpu import raised
 from m2gen.measure.workers import Lost, Service, Worker
-from m2gen.pipeline.tune import Rig
 from m2gen.schedule import Layouts, Schedule
 from m2gen.schedule.heuristic import default
-from m2gen.tune.book import Stations
 from m2gen.tune.gpu import GPU
-from m2gen.tune.records import Bench
+from m2gen.tune.services import Services, TuningContext
 from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task
 
 if TYPE_CHECKING:
@@ -170,13 +168,13 @@ class Inline(Worker[Any, Any]):
         self.task = None
 
 
-def rig(device: Device = DEVICE, *, inline: bool = True, compilers: int = 2, seconds: float = 6.0) -> Rig:
-    """Return a rig whose GPU is simulated, in this process or in workers of its own, and lost as a real one is."""
+def context(device: Device = DEVICE, *, inline: bool = True, compilers: int = 2, seconds: float = 6.0) -> TuningContext:
+    """Return a context whose GPU is simulated, in this process or in workers of its own, and lost as a real one is."""
     measuring = replace(GPU, serve=measure, prepare=nothing, seconds=seconds)
     compiling: Service[CompileTask, Compiled] = Service(compile_, nothing, 30.0, _compile_lost)
-    stations = Stations(compiling, measuring, compilers, "simulated:0", Inline if inline else Worker)
+    services = Services(compiling, measuring, compilers, Inline if inline else Worker)
     environment = replace(ENVIRONMENT, device=device.name, sm_count=device.sm_count)
-    return Rig(device, Bench(environment, 0, "simulated:0", ""), stations, f"simulated-{os.getpid()}")
+    return TuningContext(device, environment, f"simulated-{os.getpid()}", "simulated:0", services)
 
 
-__all__ = ["DEVICE", "bucket_of", "lines", "measure", "place", "rig", "script"]
+__all__ = ["DEVICE", "bucket_of", "context", "lines", "measure", "place", "script"]

@@ -36,7 +36,7 @@ ALLOWED: dict[str, str] = {
     "verify": "problem runtime spec variant",
     "measure": "db device errors problem schedule spec variant verify",
     "tune": "bucket cache db device errors kernels measure problem schedule spec variant verify",
-    "bench": "db errors kernels measure problem runtime schedule spec variant verify",
+    "bench": "db device errors kernels measure problem runtime schedule spec variant verify",
     "pipeline": "bench bucket cache db device errors kernels measure package schedule spec tune variant verify",
     "cli": "bench cache db device errors kernels measure package pipeline spec tune variant verify",
     "__main__": "cli",

@@ -18,7 +18,7 @@ from support import make_variant
 from m2gen import pipeline
 from m2gen.bench import book, peers, sweep
 from m2gen.bench.contest import Contender, Workload
-from m2gen.bench.measure import ROUNDS, Gpu, contest
+from m2gen.bench.measure import ROUNDS, contest
 from m2gen.bench.words import Axis, Call, Kind
 from m2gen.bucket import Bucket
 from m2gen.db import Database, Failure, Reason
@@ -41,7 +41,7 @@ layers:
     workloads: [{batch: 66, seq: 256}]
 numerics: {tanh: exact}
 """
-H200_GPU = Gpu(peaks_of("NVIDIA H200"), 132)
+H200 = scripted.DEVICE
 LAYER_7B = make_variant(64, 16, (1, 1, 132, 132, 132), dtype="bf16", tanh="approx")
 BASE = Workload("m2rnn_7b", LAYER_7B, 4, 4096)
 RECORD = winner(Bucket.ONE)
@@ -51,7 +51,7 @@ RECORD = winner(Bucket.ONE)
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     """Return the script of the timer that the command line finds."""
     made = Script()
-    monkeypatch.setattr(pipeline, "this_stand", scripted.given(made))
+    monkeypatch.setattr(pipeline, "this_bench_context", scripted.given(made))
     return made
 
 
@@ -178,7 +178,7 @@ def test_the_tables(spec: str, script: Script) -> None:
 def test_floors_of_the_7b_layer() -> None:
     """Those that docs/performance.md names: on an H200, tanh takes 0.53 ms for each pass over the sequence."""
     entry = Contender(Kind.DEFAULT, default(LAYER_7B, TARGETS["sm_90"]))
-    (result,) = contest(BASE, [entry], Script(), H200_GPU)
+    (result,) = contest(BASE, [entry], Script(), H200)
     assert result.forward is not None
     assert result.forward.floors_ms["tanh"] == pytest.approx(0.53, rel=0.02)
     assert result.forward.floors_ms["float32 arithmetic"] == pytest.approx(0.2, rel=0.2)
@@ -187,7 +187,9 @@ def test_floors_of_the_7b_layer() -> None:
     assert result.step.floors_ms["tanh"] == pytest.approx(3 * result.forward.floors_ms["tanh"])
     part = result.forward.parts["tanh"]
     assert part == pytest.approx(result.forward.floors_ms["tanh"] / result.forward.estimate.median_ms)
-    assert contest(BASE, [entry], Script(), Gpu(None, 1))[0].forward.floors_ms == {}  # type: ignore[union-attr]
+    (unknown,) = contest(BASE, [entry], Script(), replace(H200, name="Simulated GPU"))
+    assert unknown.forward is not None
+    assert unknown.forward.floors_ms == {}
 
 
 def test_the_floor_of_products_is_that_of_what_multiplies() -> None:
@@ -210,7 +212,7 @@ def test_the_floor_of_decoding_is_the_states_there_and_back(width: int) -> None:
     states = 64 * 132 * 64 * 16 * width
     work = decoding_work(LAYER_7B, 64, width)
     assert 2 * states < work.traffic < 2.04 * states
-    peaks = H200_GPU.peaks
+    peaks = peaks_of(H200.name)
     assert peaks is not None
     assert floors_ms(work, peaks, 132, LAYER_7B)["memory traffic"] == pytest.approx(2e3 * states / 4.8e12, rel=0.04)
     forward = work_of(LAYER_7B, default(LAYER_7B, TARGETS["sm_90"]), (64, 1), training=False)

@@ -27,7 +27,7 @@ def compared(monkeypatch: pytest.MonkeyPatch, factor: float, layer: str = "m2rnn
         }
 
     monkeypatch.setattr(tool, "errors", errors)
-    monkeypatch.setattr(tool, "this_stand", scripted.given(Script()))
+    monkeypatch.setattr(tool, "this_bench_context", scripted.given(Script()))
     monkeypatch.setattr(sys, "argv", ["compare_errors.py", str(ROOT / "specs" / "h200.yaml"), layer, "default"])
     status: int = tool.main()
     return status

@@ -16,7 +16,7 @@ import torch
 
 from m2gen.errors import M2genError, UsageError
 from m2gen.measure.checks import STEPS, SeededCase, seeded_cases
-from m2gen.pipeline.bench import this_stand
+from m2gen.pipeline.bench import this_bench_context
 from m2gen.schedule import Layouts, Schedule, check, parse
 from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective, load_spec
@@ -58,10 +58,10 @@ def main() -> int:
     if given.layer not in spec.layers:
         parser.error(f"layer must be among {', '.join(spec.layers)}, got {given.layer!r}")
     variant = next(built.variant for built in expand(spec) if given.layer in built.layers)
-    with this_stand("compare_errors") as stand:
-        usual = default(variant, stand.device)
+    with this_bench_context("compare_errors") as context:
+        usual = default(variant, context.device)
         named = [usual if slug == "default" else parse(slug) for slug in given.schedules]
-        every = [usual.laid_out(Layouts.AUTO), *(check(variant, s, stand.device) for s in named)]
+        every = [usual.laid_out(Layouts.AUTO), *(check(variant, s, context.device) for s in named)]
         slugs = " | ".join(f"`{schedule.slug}`" for schedule in every)
         print(f"{variant.key}\n\n| problem | tensor | {slugs} |\n| --- | --- |{' --- |' * len(every)}")
         worst = 0.0

@@ -18,7 +18,7 @@ from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE, Device
 from m2gen.errors import M2genError
 from m2gen.package.emit import Origin, package
-from m2gen.pipeline.bench import this_stand
+from m2gen.pipeline.bench import this_bench_context
 from m2gen.schedule import Schedule, check, parse
 from m2gen.schedule.heuristic import default
 from m2gen.spec import load_spec
@@ -59,16 +59,16 @@ def main() -> None:
         parser.error(f"workload must be below {len(spec.layers[given.layer].workloads)}, got {given.workload}")
     built = next(built for built in expand(spec) if given.layer in built.layers)
     size = spec.layers[given.layer].workloads[given.workload]
-    with this_stand("compare_schedules") as stand:
-        usual = default(built.variant, stand.device)
+    with this_bench_context("compare_schedules") as context:
+        usual = default(built.variant, context.device)
         named = [usual if slug == "default" else parse(slug) for slug in given.schedules]
-        entered = [contender(built, check(built.variant, s, stand.device), stand.device) for s in named]
+        entered = [contender(built, check(built.variant, s, context.device), context.device) for s in named]
         print(f"{given.layer}, B{size.batch} S{size.seq}\n")
         print(
             "| schedule | forward ms | forward and backward ms | extra GB | host us |\n| --- | --- | --- | --- | --- |"
         )
         for result in contest(
-            Workload(given.layer, built.variant, size.batch, size.seq), entered, stand.timer, stand.gpu
+            Workload(given.layer, built.variant, size.batch, size.seq), entered, context.timer, context.device
         ):
             print(line(result), flush=True)
 

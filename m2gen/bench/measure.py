@@ -8,21 +8,13 @@ from dataclasses import dataclass
 from m2gen.bench.contest import Contender, Entry, Found, Task, Timer, Workload
 from m2gen.bench.words import Step
 from m2gen.db import Estimate, Failure
-from m2gen.measure.roofline import Peaks, decoding_work, floors_ms, work_of
+from m2gen.device import Device
+from m2gen.measure.roofline import decoding_work, floors_ms, peaks_of, work_of
 from m2gen.measure.rounds import in_rounds
 from m2gen.measure.statistics import estimate
 
 ROUNDS = 6
 """In which every contender is timed."""
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What floors depend on."""
-
-    peaks: Peaks | None
-    """None where they are not known for the GPU at hand, and so no floor is."""
-    sm_count: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ class Result:
 
 
 def contest(
-    workload: Workload, contenders: Iterable[Contender], timer: Timer, gpu: Gpu, *, seed: int = 0, arms: int = 1
+    workload: Workload, contenders: Iterable[Contender], timer: Timer, device: Device, *, seed: int = 0, arms: int = 1
 ) -> list[Result]:
     """Return the result of every contender, in their order; with two ``arms``, of each of them twice.
 
@@ -73,22 +65,23 @@ def contest(
     admitted = [entry for entry in entries if found[entry].failure is None]
     for entry, samples in in_rounds(admitted, sample, range(ROUNDS), seed).items():
         found[entry] += samples
-    return [_result(entry, found[entry], gpu, seed) for entry in entries]
+    return [_result(entry, found[entry], device, seed) for entry in entries]
 
 
-def _result(entry: Entry, found: Found, gpu: Gpu, seed: int) -> Result:
+def _result(entry: Entry, found: Found, device: Device, seed: int) -> Result:
     if found.failure is not None:
         return Result(entry, found)
 
     def timing(samples: tuple[float, ...], *, training: bool) -> Timing | None:
-        return Timing(estimate(samples, seed), floors(entry, gpu, training=training)) if samples else None
+        return Timing(estimate(samples, seed), floors(entry, device, training=training)) if samples else None
 
     return Result(entry, found, timing(found.forward_ms, training=False), timing(found.step_ms, training=True))
 
 
-def floors(entry: Entry, gpu: Gpu, *, training: bool) -> dict[str, float]:
+def floors(entry: Entry, device: Device, *, training: bool) -> dict[str, float]:
     """Return the floors of a call of ``entry`` in milliseconds; none on a GPU whose peaks are not known."""
-    if gpu.peaks is None:
+    peaks = peaks_of(device.name)
+    if peaks is None:
         return {}
     workload = entry.timed
     if workload.call.decodes:
@@ -96,4 +89,4 @@ def floors(entry: Entry, gpu: Gpu, *, training: bool) -> dict[str, float]:
     else:
         sizes = (workload.batch, workload.seq)
         work = work_of(workload.variant, entry.contender.schedule, sizes, training=training)
-    return floors_ms(work, gpu.peaks, gpu.sm_count, workload.variant)
+    return floors_ms(work, peaks, device.sm_count, workload.variant)

@@ -9,18 +9,19 @@ from pathlib import Path
 
 from m2gen.bench.against import Baseline, Comparison, compare
 from m2gen.bench.contest import Contender, Timer, Workload
-from m2gen.bench.measure import Gpu, Result, contest
+from m2gen.bench.measure import Result, contest
 from m2gen.bench.peers import peers
 from m2gen.bench.sweep import ROWS, Point, points
 from m2gen.bench.words import Axis, Call, Kind
+from m2gen.bench.worker import GPU
 from m2gen.bucket import bucket_of
 from m2gen.cache import materialise
-from m2gen.db import Environment, Record
+from m2gen.db import Record
 from m2gen.db.choice import Choice, choose
-from m2gen.device import Device, detect
+from m2gen.device import Device
 from m2gen.errors import UsageError
 from m2gen.measure import lock
-from m2gen.measure.roofline import peaks_of
+from m2gen.measure.context import Context, this_context
 from m2gen.measure.workers import Worker
 from m2gen.pipeline.plan import Plan, Progress, relevant, render
 from m2gen.schedule.heuristic import default
@@ -43,17 +44,10 @@ class BenchRequest:
 
 
 @dataclass(frozen=True)
-class Stand:
-    """What times: a device, what it runs with, and the timer that has it, real or scripted."""
+class BenchContext(Context):
+    """A GPU and the timer that has it, real or scripted."""
 
-    device: Device
-    environment: Environment
     timer: Timer
-
-    @property
-    def gpu(self) -> Gpu:
-        """What floors depend on."""
-        return Gpu(peaks_of(self.device.name), self.device.sm_count)
 
 
 @dataclass(frozen=True)
@@ -66,18 +60,13 @@ class Swept:
 
 
 @contextmanager
-def this_stand(command: str) -> Iterator[Stand]:
+def this_bench_context(command: str) -> Iterator[BenchContext]:
     """Hold the GPU at hand with a worker process; raises UsageError where there is none."""
-    device = detect()
-    if device is None:
-        raise UsageError(f"{command} must run on a machine whose GPU torch can use, got none")
-    from m2gen.bench.worker import GPU
-    from m2gen.measure.environment import environment, gpu_name
-
+    here = this_context(command)
     timer = Worker(GPU)
     try:
-        with lock.exclusive(gpu_name()):
-            yield Stand(device, environment(device), timer)
+        with lock.exclusive(here.gpu):
+            yield BenchContext(here.device, here.environment, here.gpu, here.worker, timer)
     finally:
         timer.stop()
 
@@ -139,21 +128,28 @@ def workloads(planned: Plan, request: BenchRequest) -> list[Workload]:
     return sequences + decoding
 
 
-def bench(planned: Plan, request: BenchRequest, stand: Stand, progress: Progress) -> Iterator[tuple[Result, ...]]:
+def bench(
+    planned: Plan, request: BenchRequest, context: BenchContext, progress: Progress
+) -> Iterator[tuple[Result, ...]]:
     """Yield the results of each workload as they are known."""
     jobs = workloads(planned, request)
-    field = _field(planned, stand.device, request)
+    field = _field(planned, context.device, request)
     progress.start("bench", len(jobs))
     try:
         for workload in jobs:
-            yield tuple(contest(workload, field.contenders(workload), stand.timer, stand.gpu, seed=request.seed))
+            yield tuple(contest(workload, field.contenders(workload), context.timer, context.device, seed=request.seed))
             progress.advance(workload.name)
     finally:
         progress.finish()
 
 
 def sweep(
-    planned: Plan, axis: Axis, request: BenchRequest, stand: Stand, records: Sequence[Record], progress: Progress
+    planned: Plan,
+    axis: Axis,
+    request: BenchRequest,
+    context: BenchContext,
+    records: Sequence[Record],
+    progress: Progress,
 ) -> Iterator[Swept]:
     """Time generated kernels and peers along an axis, from the first workload of the first layer that is asked for.
 
@@ -161,17 +157,17 @@ def sweep(
     """
     base = workloads(planned, request)[0]
     widest = replace(base.variant, state_expansion=ROWS[-1])
-    every = points(axis, base, stand.device.sm_count, default(widest, stand.device).forward.rows)
+    every = points(axis, base, context.device.sm_count, default(widest, context.device).forward.rows)
     built = [BuiltVariant(variant, (base.layer,)) for variant in dict.fromkeys(p.workload.variant for p in every)]
     grown = replace(planned, choices=_choices(planned, built, relevant(records, built)))
     kinds = tuple(kind for kind in request.kinds if kind.most_steps is None)
-    field = _field(grown, stand.device, replace(request, kinds=kinds))
+    field = _field(grown, context.device, replace(request, kinds=kinds))
     progress.start(f"sweep {axis}", len(every))
     found = Swept(axis, base.layer, ())
     try:
         for point in every:
             entered = field.contenders(point.workload)
-            results = contest(point.workload, entered, stand.timer, stand.gpu, seed=request.seed)
+            results = contest(point.workload, entered, context.timer, context.device, seed=request.seed)
             found = replace(found, at=(*found.at, (point, tuple(results))))
             yield found
             progress.advance(f"{axis} {point.x}")
@@ -186,7 +182,7 @@ def _choices(planned: Plan, built: Sequence[BuiltVariant], records: Sequence[Rec
 
 
 def regressions(
-    planned: Plan, request: BenchRequest, stand: Stand, before: Baseline, progress: Progress
+    planned: Plan, request: BenchRequest, context: BenchContext, before: Baseline, progress: Progress
 ) -> Iterator[Comparison]:
     """Yield every recorded time beside one of now, each binary timed in turns with itself.
 
@@ -196,12 +192,12 @@ def regressions(
     if not jobs:
         raise UsageError("--against must have times of the spec's workloads, got none")
     request = replace(request, kinds=(Kind.DEFAULT, Kind.TUNED))
-    field = _field(planned, stand.device, request)
+    field = _field(planned, context.device, request)
     progress.start("bench", len(jobs))
     try:
         for workload in jobs:
             entered = field.contenders(workload)
-            results = contest(workload, entered, stand.timer, stand.gpu, seed=request.seed, arms=2)
+            results = contest(workload, entered, context.timer, context.device, seed=request.seed, arms=2)
             yield from compare(results, before, request.seed)
             progress.advance(workload.name)
     finally:

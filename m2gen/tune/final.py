@@ -7,7 +7,7 @@ from itertools import takewhile
 
 from m2gen.measure.rounds import in_rounds
 from m2gen.schedule import Schedule
-from m2gen.tune.book import Book
+from m2gen.tune.log import TrialLog
 from m2gen.tune.trial import Measured, Samples, Step, Task, Trial
 
 FINALISTS = 6
@@ -18,38 +18,38 @@ FEWEST_ROUNDS = 3
 Ask = Callable[[Task], Measured]
 
 
-def hold_final(book: Book, ask: Ask, seed: int) -> dict[Schedule, Samples]:
+def hold_final(log: TrialLog, ask: Ask, seed: int) -> dict[Schedule, Samples]:
     """Return the samples of the default and of the best that pass the held-out check; none without a default.
 
     Rounds end with the budget, but not before ``FEWEST_ROUNDS``; the order within a round is drawn from ``seed``.
     """
-    entered = _entrants(book, ask)
-    book.watcher.stage(f"final of {len(entered)}")
+    entered = _entrants(log, ask)
+    log.watcher.stage(f"final of {len(entered)}")
 
     def sample(schedule: Schedule) -> Samples | None:
-        found = ask(Task(book.subject, schedule, Step.TIME))
-        return None if book.amend(book.trials[schedule], found).failure else found.samples
+        found = ask(Task(log.subject, schedule, Step.TIME))
+        return None if log.amend(log.trials[schedule], found).failure else found.samples
 
     def within_budget(number: int) -> bool:
-        return number < FEWEST_ROUNDS or book.elapsed <= book.limits.seconds
+        return number < FEWEST_ROUNDS or log.elapsed <= log.limits.seconds
 
     schedules = [trial.schedule for trial in entered]
     return in_rounds(schedules, sample, takewhile(within_budget, range(ROUNDS)), seed)
 
 
-def _entrants(book: Book, ask: Ask) -> list[Trial]:
+def _entrants(log: TrialLog, ask: Ask) -> list[Trial]:
     """Return the default and the fastest that pass the check on problems that no trial has seen."""
 
     def passes(trial: Trial) -> bool:
-        return book.amend(trial, ask(Task(book.subject, trial.schedule, Step.HELD_OUT))).failure is None
+        return log.amend(trial, ask(Task(log.subject, trial.schedule, Step.HELD_OUT))).failure is None
 
-    default = book.baseline
+    default = log.baseline
     if default is None or not passes(default):
         return []
     entered = [default]
-    for trial in book.passed:
+    for trial in log.passed:
         if len(entered) > FINALISTS:
             break
-        if trial.schedule != book.default and not trial.copy_of and passes(trial):
+        if trial.schedule != log.default and not trial.copy_of and passes(trial):
             entered.append(trial)
     return entered

@@ -8,13 +8,12 @@ import pytest
 from support import default_package, make_variant
 
 from m2gen.bench.contest import Contender, Found, Task, Workload
-from m2gen.bench.measure import Gpu, contest
+from m2gen.bench.measure import contest
 from m2gen.bench.sweep import fit
 from m2gen.bench.words import Call, Kind
 from m2gen.bench.worker import GPU
 from m2gen.cache import materialise
-from m2gen.device import detect
-from m2gen.measure.roofline import peaks_of
+from m2gen.device import Device, detect
 from m2gen.measure.statistics import difference
 from m2gen.measure.workers import Worker
 from m2gen.schedule.heuristic import default
@@ -33,11 +32,11 @@ def timer() -> Iterator[Worker[Task, Found]]:
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    """Return what floors depend on."""
+def gpu() -> Device:
+    """Return the GPU at hand."""
     device = detect()
     assert device is not None
-    return Gpu(peaks_of(device.name), device.sm_count)
+    return device
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from m2gen.bench.words import Kind
 from m2gen.cli.show.plot import Curve, curves, draw
 from m2gen.cli.show.report import print_json, print_table
 from m2gen.errors import UsageError
-from m2gen.pipeline import Stand, Swept
+from m2gen.pipeline import BenchContext, Swept
 from m2gen.variant import parse_variant
 
 TIME_COLUMNS = (
@@ -42,7 +42,7 @@ LOOPS = tuple(str(kind) for kind in Kind if kind.most_steps is not None)
 """Contenders that are loops of PyTorch, thousands of times off any floor."""
 
 
-def run_bench(results: Iterable[Sequence[Result]], stand: Stand, *, as_json: bool) -> int:
+def run_bench(results: Iterable[Sequence[Result]], context: BenchContext, *, as_json: bool) -> int:
     """Show what was timed, also where it is interrupted; return 1 if a generated kernel failed."""
     rows: list[Row] = []
     try:
@@ -50,7 +50,7 @@ def run_bench(results: Iterable[Sequence[Result]], stand: Stand, *, as_json: boo
             rows += map(row_of, found)
     finally:
         if rows:
-            show_bench(Book(stand.environment, tuple(rows)), as_json=as_json)
+            show_bench(Book(context.environment, tuple(rows)), as_json=as_json)
     return 1 if any(row.failure and row.schedule for row in rows) else 0
 
 
@@ -106,10 +106,10 @@ def _limit_cells(row: Row, what: str, times: Times) -> tuple[Any, ...]:
     return (*_where(row), row.contender, what, _ms(times.median_ms), a_step, floor, *parts)
 
 
-def run_against(found: Iterable[Comparison], before: Baseline, stand: Stand, *, as_json: bool) -> int:
+def run_against(found: Iterable[Comparison], before: Baseline, context: BenchContext, *, as_json: bool) -> int:
     """Show every recorded time beside that of now; return 1 if one is slower beyond noise."""
     comparisons = list(found)
-    here = stand.environment
+    here = context.environment
     slower = [comparison for comparison in comparisons if comparison.slower]
     if as_json:
         rows = [{**asdict(c), "change": c.change, "slower": c.slower} for c in comparisons]
@@ -136,7 +136,7 @@ def _faster(c: Comparison) -> bool:
     return c.now is not None and c.now.high_ms * (1 + c.noise) < c.before.low_ms
 
 
-def run_sweeps(sweeps: Iterable[Iterable[Swept]], stand: Stand, plot: Path | None, *, as_json: bool) -> int:
+def run_sweeps(sweeps: Iterable[Iterable[Swept]], context: BenchContext, plot: Path | None, *, as_json: bool) -> int:
     """Show each sweep and the lines through it, and draw them, also where one is interrupted.
 
     Returns 1 if a generated kernel failed.
@@ -147,9 +147,9 @@ def run_sweeps(sweeps: Iterable[Iterable[Swept]], stand: Stand, plot: Path | Non
             _follow(growing, every, show=not as_json)
     except BaseException:
         with suppress(UsageError):  # what ended the sweeps is said, rather than that they cannot be drawn
-            _finish(every, stand, plot, as_json=as_json)
+            _finish(every, context, plot, as_json=as_json)
         raise
-    _finish(every, stand, plot, as_json=as_json)
+    _finish(every, context, plot, as_json=as_json)
     results = [result for each in every for _, found in each.at for result in found]
     return 1 if any(result.failure and result.entry.contender.kind.generated for result in results) else 0
 
@@ -165,13 +165,13 @@ def _follow(growing: Iterable[Swept], every: list[Swept], *, show: bool) -> None
             show_sweep(swept)
 
 
-def _finish(every: Sequence[Swept], stand: Stand, plot: Path | None, *, as_json: bool) -> None:
+def _finish(every: Sequence[Swept], context: BenchContext, plot: Path | None, *, as_json: bool) -> None:
     if as_json and every:
-        print_json({"environment": asdict(stand.environment), "sweeps": [_sweep_json(each) for each in every]})
+        print_json({"environment": asdict(context.environment), "sweeps": [_sweep_json(each) for each in every]})
     if plot is None or not every:
         return
     try:
-        draw(every, stand.environment.device, plot)
+        draw(every, context.environment.device, plot)
     except OSError as error:
         raise UsageError(f"--plot {plot} must be writable: {error.strerror or error}") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from m2gen.cli.show.report import print_json, print_table
 from m2gen.db import Change, Database, Fault, Record, encode, slot
-from m2gen.pipeline import Answer, Recheck, Replay, Superfluous, state
+from m2gen.pipeline import Answer, Recheck, Replayed, Superfluous, state
 
 LIST_COLUMNS = ("id", "device", "variant", "for", "programs/SM", "schedule", "ms", "default ms", "speed-up", "state")
 WHY_COLUMNS = ("id", "device", "programs/SM", "schedule", "of default", "why not")
@@ -177,7 +177,7 @@ def _verdict(item: Recheck) -> str:
     return f"FAILED: {failure.reason}: {failure.message}" if failure else "ok"
 
 
-def show_replay(found: Replay, *, as_json: bool) -> None:
+def show_replay(found: Replayed, *, as_json: bool) -> None:
     """Print a record's times beside those measured now."""
     timing = found.record.timing
     assert timing is not None

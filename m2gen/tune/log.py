@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
-from m2gen.measure.workers import Service, Worker
 from m2gen.schedule import Schedule
 from m2gen.tune.select import Selection
 from m2gen.tune.space import Subject, fits
-from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Task, Trial
+from m2gen.tune.trial import Measured, Samples, Trial
 
 FINALS_SECONDS = 25.0
 """Of the budget, or ``FINALS_PART`` of it where that is less."""
@@ -31,50 +29,6 @@ class Ledger(Protocol):
     def begin(self, schedule: Schedule) -> None: ...
     def record(self, trial: Trial) -> None: ...
     def release(self, schedule: Schedule) -> None: ...
-
-
-@dataclass(frozen=True)
-class Stations:
-    """Where candidates go: the processes that compile, and the one that has the GPU."""
-
-    compile: Service[CompileTask, Compiled]
-    measure: Service[Task, Measured]
-    compilers: int
-    worker: str
-    """Names who measures."""
-    start: Callable[[Service[Any, Any]], Worker[Any, Any]] = Worker
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The processes at the stations: they serve one search after the other."""
-
-    compilers: tuple[Worker[CompileTask, Compiled], ...]
-    gpu: Worker[Task, Measured]
-
-    @property
-    def busy(self) -> list[Worker[Any, Any]]:
-        every: tuple[Worker[Any, Any], ...] = (*self.compilers, self.gpu)
-        return [worker for worker in every if worker.task is not None]
-
-    def drop(self, workers: Iterable[Worker[Any, Any]]) -> None:
-        """End the processes that are in the middle of a task."""
-        for worker in workers:
-            if worker.task is not None:
-                worker.stop()
-
-
-@contextmanager
-def crew_of(stations: Stations) -> Iterator[Crew]:
-    """Yield the processes of stations, which start with their first tasks and end with the block."""
-    compilers = tuple(stations.start(stations.compile) for _ in range(stations.compilers))
-    crew = Crew(compilers, stations.start(stations.measure))
-    try:
-        yield crew
-    finally:
-        for compiler in crew.compilers:
-            compiler.stop()
-        crew.gpu.stop()
 
 
 @dataclass(frozen=True)
@@ -131,7 +85,7 @@ class Outcome:
         return sum(trial.gpu_seconds for trial in self.trials)
 
 
-class Book:
+class TrialLog:
     """The trials of one search, the ledger that keeps them and the watcher that sees them."""
 
     def __init__(self, subject: Subject, default: Schedule, limits: Limits, ledger: Ledger, watcher: Watcher) -> None:
