@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from m2gen.bench.contest import Contender, Workload
-from m2gen.bench.measure import Result, contest
-from m2gen.bench.words import Kind
+from m2gen.bench.entries import BenchWorkload, Implementation
+from m2gen.bench.kinds import Kind
+from m2gen.bench.side_by_side import Result, side_by_side
 from m2gen.cache import materialise
 from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE, Device
@@ -25,16 +25,16 @@ from m2gen.spec import load_spec
 from m2gen.variant import BuiltVariant, expand
 
 
-def contender(built: BuiltVariant, schedule: Schedule, device: Device) -> Contender:
+def implementation(built: BuiltVariant, schedule: Schedule, device: Device) -> Implementation:
     """Return a package that runs a variant by one schedule on ``device``."""
     choices = [Choice(built, PORTABLE, default(built.variant, PORTABLE)), Choice(built, device, schedule)]
     made = package(Origin("compared", "compared.yaml", "0" * 12), choices)
-    return Contender(Kind.DEFAULT, schedule, "named", materialise(f"packages/{schedule.slug}", made.files))
+    return Implementation(Kind.DEFAULT, schedule, "named", materialise(f"packages/{schedule.slug}", made.files))
 
 
 def line(result: Result) -> str:
     """Return a result as a line of a Markdown table."""
-    slug = result.entry.contender.schedule.slug
+    slug = result.entry.implementation.schedule.slug
     if result.failure is not None:
         return f"| `{slug}` | {result.failure.message} | | | |"
     assert result.forward is not None
@@ -62,13 +62,13 @@ def main() -> None:
     with this_bench_context("compare_schedules") as context:
         usual = default(built.variant, context.device)
         named = [usual if slug == "default" else parse(slug) for slug in given.schedules]
-        entered = [contender(built, check(built.variant, s, context.device), context.device) for s in named]
+        entered = [implementation(built, check(built.variant, s, context.device), context.device) for s in named]
         print(f"{given.layer}, B{size.batch} S{size.seq}\n")
         print(
             "| schedule | forward ms | forward and backward ms | extra GB | host us |\n| --- | --- | --- | --- | --- |"
         )
-        for result in contest(
-            Workload(given.layer, built.variant, size.batch, size.seq), entered, context.timer, context.device
+        for result in side_by_side(
+            BenchWorkload(given.layer, built.variant, size.batch, size.seq), entered, context.timer, context.device
         ):
             print(line(result), flush=True)
 

@@ -1,4 +1,4 @@
-"""Before the clock: every output and gradient of a contender within its budget against float64."""
+"""Before the clock: every output and gradient of an implementation within its budget against float64."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from m2gen.bench.contest import Contender, Entry
+from m2gen.bench.entries import Entry, Implementation
+from m2gen.bench.kinds import Kind
 from m2gen.bench.operators import Stepper, sequence_operator, stepper
-from m2gen.bench.words import Kind
 from m2gen.db import Failure
 from m2gen.measure.checks import STEPS, SeededCase, check, seeded_cases
 from m2gen.problem import Inputs, Problem
@@ -28,7 +28,7 @@ SEED = 200
 
 def failure_of(entry: Entry, device: torch.device) -> Failure | None:
     """Return why an entry must not be timed, or None; worked out once for all workloads that ask the same."""
-    return _failure(entry.contender, entry.workload.variant, _cases(entry), device)
+    return _failure(entry.implementation, entry.workload.variant, _cases(entry), device)
 
 
 def _cases(entry: Entry) -> tuple[SeededCase, ...]:
@@ -41,29 +41,29 @@ def _cases(entry: Entry) -> tuple[SeededCase, ...]:
         problem = Problem(workload.batch, TOKENS, initial_state=True)
         case = Case(DECODING, problem, Loss.Y, narrow_state=workload.call.narrow_state)
         return (SeededCase(case, SEED),)
-    if entry.contender.kind is Kind.COMPILED:
+    if entry.implementation.kind is Kind.COMPILED:
         problem = Problem(workload.batch, workload.seq)
         return (SeededCase(Case("plain_clipped", problem, Loss.Y, dy_scale=3.0), SEED + 1),)
     asked = seeded_cases(workload.variant, STEPS)
-    return asked if entry.contender.kind.generated else tuple(a for a in asked if a.case.problem.lengths is None)
+    return asked if entry.implementation.kind.generated else tuple(a for a in asked if a.case.problem.lengths is None)
 
 
 @lru_cache(maxsize=256)
 def _failure(
-    contender: Contender, variant: Variant, asked: tuple[SeededCase, ...], device: torch.device
+    implementation: Implementation, variant: Variant, asked: tuple[SeededCase, ...], device: torch.device
 ) -> Failure | None:
     def judged(case: Case, inputs: Inputs, known: Oracle) -> tuple[TensorResult, ...]:
-        with poisoned() if contender.kind.generated else nullcontext():
-            given = _results(contender, variant, case, inputs)
+        with poisoned() if implementation.kind.generated else nullcontext():
+            given = _results(implementation, variant, case, inputs)
         return judge(given, known)
 
     return check(variant, asked, judged, device).failure
 
 
-def _results(contender: Contender, variant: Variant, case: Case, inputs: Inputs) -> Mapping[str, Tensor]:
+def _results(implementation: Implementation, variant: Variant, case: Case, inputs: Inputs) -> Mapping[str, Tensor]:
     if case.name == DECODING:
-        return _decoded(stepper(contender, variant), inputs, case)
-    return differentiate(sequence_operator(contender, variant), inputs, case)
+        return _decoded(stepper(implementation, variant), inputs, case)
+    return differentiate(sequence_operator(implementation, variant), inputs, case)
 
 
 def _decoded(step: Stepper, inputs: Inputs, case: Case) -> Mapping[str, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2gen.bench.contest import Entry, Found, Workload
+from m2gen.bench.entries import BenchWorkload, Entry, Found
 from m2gen.bench.operators import Stepper, sequence_operator, stepper
 from m2gen.measure.clock import Clock, Replay, aside, peak_bytes
 from m2gen.problem import Inputs, Problem, make_inputs
@@ -29,15 +29,15 @@ WARM_UPS = 2
 
 def captured(entry: Entry, device: torch.device) -> Clock:
     """Capture an entry's calls: forward, and for sequences a forward that saves and its backward."""
-    workload, contender = entry.timed, entry.contender
+    workload, implementation = entry.timed, entry.implementation
     inputs = _inputs(workload, device)
     if workload.call.decodes:
-        step = _decoding(stepper(contender, workload.variant), inputs)
+        step = _decoding(stepper(implementation, workload.variant), inputs)
         for _ in range(WARM_UPS):
             aside(step)
         extra_bytes = peak_bytes(step)
         return Clock([Replay(step)], extra_bytes)
-    training = _Training(sequence_operator(contender, workload.variant), inputs)
+    training = _Training(sequence_operator(implementation, workload.variant), inputs)
     for _ in range(WARM_UPS):
         aside(training.forward)
         aside(training.both)
@@ -92,12 +92,12 @@ def _decoding(step: Stepper, inputs: Inputs) -> Callable[[], Any]:
 
 
 @lru_cache(maxsize=1)
-def _inputs(workload: Workload, device: torch.device) -> Inputs:
+def _inputs(workload: BenchWorkload, device: torch.device) -> Inputs:
     seq = 1 if workload.call.decodes else workload.seq
     return _drawn(replace(workload, seq=seq), device)
 
 
-def _drawn(workload: Workload, device: torch.device) -> Inputs:
+def _drawn(workload: BenchWorkload, device: torch.device) -> Inputs:
     """Return inputs of the workload's size; of decoding with states of its dtype."""
     problem = Problem(workload.batch, workload.seq, initial_state=workload.call.decodes)
     inputs = make_inputs(workload.variant, problem, seed=0).to(device)
@@ -112,15 +112,15 @@ def host_us(entry: Entry, device: torch.device) -> float | None:
     The least of ``TIMINGS``, as timeit advises: whatever else the host does only adds to it. None of what is not
     generated.
     """
-    workload, contender = replace(entry.workload, batch=1, seq=1), entry.contender
-    if not contender.kind.generated:
+    workload, implementation = replace(entry.workload, batch=1, seq=1), entry.implementation
+    if not implementation.kind.generated:
         return None
     inputs = _drawn(workload, device)
     if workload.call.decodes:
-        run = _decoding(stepper(contender, workload.variant), inputs)
+        run = _decoding(stepper(implementation, workload.variant), inputs)
     else:
         operands = (getattr(inputs, name) for name in OPERANDS)
-        run = partial(sequence_operator(contender, workload.variant), *operands, **gate_of(inputs))
+        run = partial(sequence_operator(implementation, workload.variant), *operands, **gate_of(inputs))
     times = []
     for _ in range(TIMINGS):
         torch.cuda.synchronize()

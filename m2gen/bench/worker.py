@@ -1,11 +1,11 @@
-"""The process that has the GPU: holds contenders against the oracle and times them; one may crash or hang."""
+"""The process that has the GPU: holds implementations against the oracle and times them; one may crash or hang."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from m2gen.bench.contest import Entry, Found, Task
-from m2gen.bench.words import Step
+from m2gen.bench.entries import Entry, Found, TimerTask
+from m2gen.bench.kinds import TimerStep
 from m2gen.db import Failure, Reason
 from m2gen.measure.gpu import Captures, gpu_service, raised, torch_device
 
@@ -19,8 +19,8 @@ _CLOCKS: Captures[Clock] = Captures()
 """Captured entries of one workload."""
 
 
-def serve(task: Task) -> Found:
-    """Do one step; whatever is raised is the contender's failure."""
+def serve(task: TimerTask) -> Found:
+    """Do one step; whatever is raised is the implementation's failure."""
     from m2gen.bench.operators import CannotServe
 
     try:
@@ -31,7 +31,7 @@ def serve(task: Task) -> Found:
         return Found(failure=raised(error))
 
 
-def _serve(task: Task) -> Found:
+def _serve(task: TimerTask) -> Found:
     import torch
 
     from m2gen.bench.check import failure_of
@@ -39,7 +39,7 @@ def _serve(task: Task) -> Found:
 
     entry, device = task.entry, torch_device()
     _CLOCKS.enter(entry.workload)
-    if task.step is Step.SAMPLE:
+    if task.step is TimerStep.SAMPLE:
         return sampled(_clock(entry))
     failure = failure_of(entry, device)
     if failure is not None:

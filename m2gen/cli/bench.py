@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from m2gen.bench.words import Axis, Kind
+from m2gen.bench.kinds import Axis, Kind
 from m2gen.cli.options import (
     DbOption,
     DebugOption,

@@ -38,10 +38,10 @@ class Replay(Generic[Result]):
 
 
 def timed(replays: Sequence[Replay[Result]], count: int) -> list[tuple[float, ...]]:
-    """Return the milliseconds of each replay in ``count`` turns, each after the L2 was filled with something else."""
-    turns = [[replay.enqueue() for replay in replays] for _ in range(count)]
+    """Return the milliseconds of each replay in ``count`` calls, each after the L2 was filled with something else."""
+    calls = [[replay.enqueue() for replay in replays] for _ in range(count)]
     torch.cuda.synchronize()
-    return [tuple(start.elapsed_time(end) for start, end in turn) for turn in turns]
+    return [tuple(start.elapsed_time(end) for start, end in call) for call in calls]
 
 
 def warm(replays: Sequence[Replay[Result]]) -> list[tuple[float, ...]]:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from m2gen.bench.against import Baseline, Comparison, compare
-from m2gen.bench.contest import Contender, Timer, Workload
-from m2gen.bench.measure import Result, contest
+from m2gen.bench.entries import BenchWorkload, Implementation, Timer
+from m2gen.bench.kinds import Axis, Call, Kind
 from m2gen.bench.peers import peers
-from m2gen.bench.sweep import ROWS, Point, points
-from m2gen.bench.words import Axis, Call, Kind
+from m2gen.bench.side_by_side import Result, side_by_side
+from m2gen.bench.sweep import ROWS, SweepPoint, points
 from m2gen.bench.worker import GPU
 from m2gen.bucket import bucket_of
 from m2gen.cache import materialise
@@ -40,7 +40,7 @@ class BenchRequest:
     decode: tuple[int, ...] = ()
     """Batches of which one token is decoded."""
     seed: int = 0
-    """Of the order of turns and of resampling."""
+    """Of the order of rounds and of resampling."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Swept:
 
     axis: Axis
     layer: str
-    at: tuple[tuple[Point, tuple[Result, ...]], ...]
+    at: tuple[tuple[SweepPoint, tuple[Result, ...]], ...]
 
 
 @contextmanager
@@ -80,21 +80,21 @@ class _Field:
     request: BenchRequest
     folders: dict[Kind, Path]
 
-    def contenders(self, workload: Workload) -> list[Contender]:
+    def implementations(self, workload: BenchWorkload) -> list[Implementation]:
         """Return who takes part in a workload; packages beside the default one where their schedule is another."""
         variant, kinds = workload.variant, self.request.kinds
         base, *others = (self._generated(kind, workload) for kind in self.plans)
-        loops = [Contender(kind, default(variant, self.device)) for kind in (Kind.EAGER, Kind.COMPILED)]
+        loops = [Implementation(kind, default(variant, self.device)) for kind in (Kind.EAGER, Kind.COMPILED)]
         found = [base, *(other for other in others if other.schedule != base.schedule), *loops]
         if workload.call is Call.SEQUENCE:
             named = peers(self.request.peers).items()
-            found += [Contender(Kind.PEER, base.schedule, adapter, label=name) for name, adapter in named]
-        return [contender for contender in found if contender.kind in kinds]
+            found += [Implementation(Kind.PEER, base.schedule, adapter, label=name) for name, adapter in named]
+        return [implementation for implementation in found if implementation.kind in kinds]
 
-    def _generated(self, kind: Kind, workload: Workload) -> Contender:
+    def _generated(self, kind: Kind, workload: BenchWorkload) -> Implementation:
         bucket = bucket_of(workload.batch, workload.variant.total_heads, self.device.sm_count)
         (choice,) = (c for c in self.plans[kind].serving(workload.variant, self.device.arch) if bucket in c.buckets)
-        return Contender(kind, choice.schedule, choice.source, self.folders[kind])
+        return Implementation(kind, choice.schedule, choice.source, self.folders[kind])
 
 
 def _field(planned: Plan, device: Device, request: BenchRequest) -> _Field:
@@ -104,7 +104,7 @@ def _field(planned: Plan, device: Device, request: BenchRequest) -> _Field:
     return _Field(asked, device, request, folders)
 
 
-def workloads(planned: Plan, request: BenchRequest) -> list[Workload]:
+def workloads(planned: Plan, request: BenchRequest) -> list[BenchWorkload]:
     """Return every variant on its layers' workloads, then its decoding; raises UsageError for an unknown layer."""
     layers = planned.spec.layers
     for name in request.layers:
@@ -116,9 +116,11 @@ def workloads(planned: Plan, request: BenchRequest) -> list[Workload]:
         for name in built.layers
         if (not request.layers or name in request.layers) and layers[name].workloads
     ]
-    sequences = [Workload(name, variant, w.batch, w.seq) for name, variant in named for w in layers[name].workloads]
+    sequences = [
+        BenchWorkload(name, variant, w.batch, w.seq) for name, variant in named for w in layers[name].workloads
+    ]
     decoding = [
-        Workload(name, variant, batch, 1, call)
+        BenchWorkload(name, variant, batch, 1, call)
         for name, variant in named
         for batch in request.decode
         for call in (Call.DECODE, Call.DECODE_BF16)
@@ -137,7 +139,11 @@ def bench(
     progress.start("bench", len(jobs))
     try:
         for workload in jobs:
-            yield tuple(contest(workload, field.contenders(workload), context.timer, context.device, seed=request.seed))
+            yield tuple(
+                side_by_side(
+                    workload, field.implementations(workload), context.timer, context.device, seed=request.seed
+                )
+            )
             progress.advance(workload.name)
     finally:
         progress.finish()
@@ -166,8 +172,8 @@ def sweep(
     found = Swept(axis, base.layer, ())
     try:
         for point in every:
-            entered = field.contenders(point.workload)
-            results = contest(point.workload, entered, context.timer, context.device, seed=request.seed)
+            entered = field.implementations(point.workload)
+            results = side_by_side(point.workload, entered, context.timer, context.device, seed=request.seed)
             found = replace(found, at=(*found.at, (point, tuple(results))))
             yield found
             progress.advance(f"{axis} {point.x}")
@@ -184,7 +190,7 @@ def _choices(planned: Plan, built: Sequence[BuiltVariant], records: Sequence[Rec
 def regressions(
     planned: Plan, request: BenchRequest, context: BenchContext, before: Baseline, progress: Progress
 ) -> Iterator[Comparison]:
-    """Yield every recorded time beside one of now, each binary timed in turns with itself.
+    """Yield every recorded time beside one of now, each binary timed in rounds with itself.
 
     Raises UsageError where no workload of the plan has a recorded time.
     """
@@ -196,8 +202,8 @@ def regressions(
     progress.start("bench", len(jobs))
     try:
         for workload in jobs:
-            entered = field.contenders(workload)
-            results = contest(workload, entered, context.timer, context.device, seed=request.seed, arms=2)
+            entered = field.implementations(workload)
+            results = side_by_side(workload, entered, context.timer, context.device, seed=request.seed, arms=2)
             yield from compare(results, before, request.seed)
             progress.advance(workload.name)
     finally:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # these import torch, and a worker must set its environment f
 SECONDS = 90.0
 """Longest that a step may take, with the start of the process and the oracle's answers."""
 KEPT = 8
-"""Captured candidates that stay on the GPU: finalists take turns."""
+"""Captured candidates that stay on the GPU: finalists are timed in rounds."""
 
 _CLOCKS: Captures[Clock] = Captures(KEPT)
 
