@@ -42,7 +42,6 @@ layers:
     workloads: [{batch: 66, seq: 256}]
 numerics: {tanh: exact}
 """
-H200 = scripted.DEVICE
 LAYER_7B = make_variant(64, 16, (1, 1, 132, 132, 132), dtype="bf16", tanh="approx")
 BASE = BenchWorkload("m2rnn_7b", LAYER_7B, 4, 4096)
 RECORD = winner(Bucket.ONE)
@@ -179,7 +178,7 @@ def test_the_tables(spec: str, script: Script) -> None:
 def test_floors_of_the_7b_layer() -> None:
     """Those that docs/performance.md names: on an H200, tanh takes 0.53 ms for each pass over the sequence."""
     entry = Implementation(Kind.DEFAULT, default(LAYER_7B, TARGETS["sm_90"]))
-    (result,) = side_by_side(BASE, [entry], Script(), H200)
+    (result,) = side_by_side(BASE, [entry], scripted.context(Script()))
     assert result.forward is not None
     assert result.forward.floors_ms["tanh"] == pytest.approx(0.53, rel=0.02)
     assert result.forward.floors_ms["float32 arithmetic"] == pytest.approx(0.2, rel=0.2)
@@ -188,7 +187,8 @@ def test_floors_of_the_7b_layer() -> None:
     assert result.step.floors_ms["tanh"] == pytest.approx(3 * result.forward.floors_ms["tanh"])
     part = result.forward.parts["tanh"]
     assert part == pytest.approx(result.forward.floors_ms["tanh"] / result.forward.estimate.median_ms)
-    (unknown,) = side_by_side(BASE, [entry], Script(), replace(H200, name="Simulated GPU"))
+    elsewhere = replace(scripted.context(Script()), device=TARGETS["sm_90"])
+    (unknown,) = side_by_side(BASE, [entry], elsewhere)
     assert unknown.forward is not None
     assert unknown.forward.floors_ms == {}
 
@@ -213,7 +213,7 @@ def test_the_floor_of_decoding_is_the_states_there_and_back(width: int) -> None:
     states = 64 * 132 * 64 * 16 * width
     work = decoding_work(LAYER_7B, 64, width)
     assert 2 * states < work.traffic < 2.04 * states
-    peaks = peaks_of(H200.name)
+    peaks = peaks_of("NVIDIA H200")
     assert peaks is not None
     assert floors_ms(work, peaks, 132, LAYER_7B)["memory traffic"] == pytest.approx(2e3 * states / 4.8e12, rel=0.04)
     forward = work_of(LAYER_7B, default(LAYER_7B, TARGETS["sm_90"]), (64, 1), training=False)

@@ -67,9 +67,7 @@ def main() -> None:
         print(
             "| schedule | forward ms | forward and backward ms | extra GB | host us |\n| --- | --- | --- | --- | --- |"
         )
-        for result in side_by_side(
-            BenchWorkload(given.layer, built.variant, size.batch, size.seq), entered, context.timer, context.device
-        ):
+        for result in side_by_side(BenchWorkload(given.layer, built.variant, size.batch, size.seq), entered, context):
             print(line(result), flush=True)
 
 

@@ -135,7 +135,7 @@ def compare(results: Sequence[Result], before: Baseline, seed: int = 0) -> list[
 
 def _comparison(arms: Sequence[Result], place: Place, before: Estimate, seed: int) -> Comparison:
     layer = arms[0].entry.workload.layer
-    failures = [f"{arm.failure.reason}: {arm.failure.message}" for arm in arms if arm.failure]
+    failures = [str(arm.failure) for arm in arms if arm.failure]
     if failures:
         return Comparison(layer, place, before, None, BETWEEN_SESSIONS, failures[0])
     one, *others = (getattr(arm.found, SAMPLES[place.what]) for arm in arms)

@@ -60,7 +60,6 @@ def row_of(result: Result) -> Row:
     """Return a result as a row."""
     entry, found = result.entry, result.found
     workload, contender = entry.workload, entry.implementation
-    failure = found.failure
     return Row(
         workload.layer,
         workload.variant.key,
@@ -75,7 +74,7 @@ def row_of(result: Result) -> Row:
         result.step,
         found.extra_bytes,
         found.host_us,
-        f"{failure.reason}: {failure.message}" if failure else "",
+        str(found.failure or ""),
         entry.arm,
     )
 

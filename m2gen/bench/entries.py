@@ -8,6 +8,7 @@ from typing import Protocol
 
 from m2gen.bench.kinds import Call, Kind, TimerStep
 from m2gen.db import Failure
+from m2gen.measure.context import Context
 from m2gen.schedule import Schedule
 from m2gen.variant import Variant
 
@@ -109,3 +110,10 @@ class Timer(Protocol):
     """Whoever holds implementations against the oracle and times them: a GPU, or in tests a script."""
 
     def ask(self, task: TimerTask) -> Found: ...
+
+
+@dataclass(frozen=True)
+class BenchContext(Context):
+    """A GPU and the timer that has it, real or scripted."""
+
+    timer: Timer

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from m2gen.bench.entries import BenchWorkload, Entry, Found, Implementation, Timer, TimerTask
+from m2gen.bench.entries import BenchContext, BenchWorkload, Entry, Found, Implementation, TimerTask
 from m2gen.bench.kinds import TimerStep
 from m2gen.db import Estimate, Failure
 from m2gen.device import Device
@@ -61,8 +61,7 @@ class Result:
 def side_by_side(
     workload: BenchWorkload,
     implementations: Iterable[Implementation],
-    timer: Timer,
-    device: Device,
+    context: BenchContext,
     *,
     seed: int = 0,
     arms: int = 1,
@@ -72,10 +71,10 @@ def side_by_side(
     One that fails the check, or breaks off later, is never timed again, and its result has no times.
     """
     entries = [Entry(workload, implementation, arm) for implementation in implementations for arm in range(arms)]
-    found = {entry: timer.ask(TimerTask(entry, TimerStep.ADMIT)) for entry in entries}
+    found = {entry: context.timer.ask(TimerTask(entry, TimerStep.ADMIT)) for entry in entries}
 
     def sample(entry: Entry) -> Found | None:
-        now = timer.ask(TimerTask(entry, TimerStep.SAMPLE))
+        now = context.timer.ask(TimerTask(entry, TimerStep.SAMPLE))
         if now.failure is None:
             return now
         found[entry] += now
@@ -84,7 +83,7 @@ def side_by_side(
     admitted = [entry for entry in entries if found[entry].failure is None]
     for entry, samples in in_rounds(admitted, sample, range(ROUNDS), seed).items():
         found[entry] += samples
-    return [_result(entry, found[entry], device, seed) for entry in entries]
+    return [_result(entry, found[entry], context.device, seed) for entry in entries]
 
 
 def _result(entry: Entry, found: Found, device: Device, seed: int) -> Result:

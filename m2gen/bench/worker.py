@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from m2gen.bench.entries import Entry, Found, TimerTask
+from m2gen.bench.entries import Found, TimerTask
 from m2gen.bench.kinds import TimerStep
 from m2gen.db import Failure, Reason
 from m2gen.measure.gpu import Captures, gpu_service, raised, torch_device
@@ -35,24 +35,19 @@ def _serve(task: TimerTask) -> Found:
     import torch
 
     from m2gen.bench.check import failure_of
-    from m2gen.bench.clock import host_us, sampled
+    from m2gen.bench.clock import captured, host_us, sampled
 
     entry, device = task.entry, torch_device()
     _CLOCKS.enter(entry.workload)
+    if task.step is TimerStep.ADMIT:
+        failure = failure_of(entry, device)
+        if failure is not None:
+            return Found(failure=failure)
+        torch.cuda.empty_cache()
+    clock = _CLOCKS.get(entry, lambda: captured(entry, device))
     if task.step is TimerStep.SAMPLE:
-        return sampled(_clock(entry))
-    failure = failure_of(entry, device)
-    if failure is not None:
-        return Found(failure=failure)
-    torch.cuda.empty_cache()
-    return Found(extra_bytes=_clock(entry).extra_bytes, host_us=host_us(entry, device))
-
-
-def _clock(entry: Entry) -> Clock:
-    """Return the captured entry, kept from its last round or captured now."""
-    from m2gen.bench.clock import captured
-
-    return _CLOCKS.get(entry, lambda: captured(entry, torch_device()))
+        return sampled(clock)
+    return Found(extra_bytes=clock.extra_bytes, host_us=host_us(entry, device))
 
 
 GPU = gpu_service(serve, SECONDS, lambda failure: Found(failure=failure))

@@ -139,6 +139,9 @@ class Failure:
     reason: Reason
     message: _Message = ""
 
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
+
     @classmethod
     def of(cls, reason: Reason, text: str) -> Failure:
         """Return a failure whose message is ``text`` on one line, printable, and no longer than it may be."""

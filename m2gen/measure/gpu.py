@@ -1,17 +1,16 @@
-"""The process that has the GPU, for tuning and for benchmarks: its setup, its failures, and what it keeps captured.
+"""The process that has the GPU, for tuning and for benchmarks: its failures, and what it keeps captured.
 
 Imports no torch: a worker sets its environment first.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from m2gen.db import Failure, Reason
-from m2gen.measure.workers import Lost, Service, Task
+from m2gen.measure.workers import Lost, Service, Task, without_interpreter
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +37,6 @@ def torch_device() -> torch.device:
     return torch.device(TORCH_DEVICE)
 
 
-def use_gpu() -> None:
-    """Set up a worker's process: compiled kernels, never the interpreter's."""
-    os.environ.pop("TRITON_INTERPRET", None)
-
-
 def gpu_service(
     serve: Callable[[Task], Found], seconds: float, failed: Callable[[Failure], Found]
 ) -> Service[Task, Found]:
@@ -51,7 +45,7 @@ def gpu_service(
     def lost(task: Task, lost: Lost) -> Found:
         return failed(Failure.of(Reason.HANG if lost.hung else Reason.CRASH, lost.reason))
 
-    return Service(serve, use_gpu, seconds, lost, _unusable)
+    return Service(serve, without_interpreter, seconds, lost, _unusable)
 
 
 def _unusable(found: Judged) -> bool:

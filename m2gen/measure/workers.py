@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import sys
 import time
@@ -17,6 +18,16 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 GRACE_SECONDS = 10.0
 """How long a process may take to end by itself."""
+
+
+def cpus() -> int:
+    """Return how many processes to use: as many as there are CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def without_interpreter() -> None:
+    """Prepare a process for compiled kernels, never the interpreter's."""
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 @dataclass(frozen=True)
@@ -48,18 +59,28 @@ def run_isolated(
 ) -> Iterator[tuple[Task, Result]]:
     """Yield each task with its result as it is known; the tasks of a group go to one process, one after the other."""
     waiting = deque(deque(group) for group in groups)
-    queues = [_Queue(Worker(service)) for _ in range(min(processes, len(waiting)))]
+    at: dict[Worker[Task, Result], deque[Task]] = {}
+
+    def begin(worker: Worker[Task, Result]) -> None:
+        """Begin the next task of the group, or of the next group; end the process where there is none."""
+        while not at[worker] and waiting:
+            at[worker] = waiting.popleft()
+        if at[worker]:
+            worker.begin(at[worker].popleft())
+        else:
+            worker.stop()
+
     try:
-        for queue in queues:
-            queue.take(waiting)
-        while busy := [queue.worker for queue in queues if queue.worker.task is not None]:
-            ready = finished(busy)
-            for queue in [queue for queue in queues if queue.worker in ready]:
-                yield queue.worker.collect()
-                queue.take(waiting)
+        for worker in [Worker(service) for _ in range(min(processes, len(waiting)))]:
+            at[worker] = deque()
+            begin(worker)
+        while busy := [worker for worker in at if worker.task is not None]:
+            for worker in finished(busy):
+                yield worker.collect()
+                begin(worker)
     finally:
-        for queue in queues:
-            queue.worker.stop()
+        for worker in at:
+            worker.stop()
 
 
 def finished(busy: Sequence[Worker[Any, Any]], seconds: float = float("inf")) -> list[Worker[Any, Any]]:
@@ -143,6 +164,11 @@ class Worker(Generic[Task, Result]):
         self.stop()
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
 
+    def drop(self) -> None:
+        """End the process where it is in the middle of a task."""
+        if self.task is not None:
+            self.stop()
+
     def stop(self) -> None:
         """End the process, which may be in the middle of a task."""
         busy, self.task = self.task is not None, None
@@ -156,20 +182,3 @@ class Worker(Generic[Task, Result]):
             self._process.kill()
             self._process.join()
         self._process = None
-
-
-@dataclass
-class _Queue(Generic[Task, Result]):
-    """A worker, and the tasks left of the group that it is at."""
-
-    worker: Worker[Task, Result]
-    group: deque[Task] | None = None
-
-    def take(self, waiting: deque[deque[Task]]) -> None:
-        """Begin the next task of the group, or of the next group; end the process where there is none."""
-        while not self.group and waiting:
-            self.group = waiting.popleft()
-        if self.group:
-            self.worker.begin(self.group.popleft())
-        else:
-            self.worker.stop()

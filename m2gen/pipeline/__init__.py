@@ -1,8 +1,8 @@
 """The only module that chains the stages: each file is one command's way from a plan to its outcome."""
 
 from m2gen.bench.against import baseline
+from m2gen.bench.entries import BenchContext
 from m2gen.pipeline.bench import (
-    BenchContext,
     BenchRequest,
     Swept,
     bench,

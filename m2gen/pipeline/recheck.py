@@ -145,7 +145,7 @@ def _timed(
         found: Measured = gpu.ask(Task(subject, schedule, step))
         progress.advance(f"{step} {schedule.slug}")
         if found.failure is not None:
-            raise VerifyError(f"{schedule.slug}: {found.failure.reason}: {found.failure.message}")
+            raise VerifyError(f"{schedule.slug}: {found.failure}")
         return found
 
     progress.start("replay", len(schedules) * (1 + ROUNDS))

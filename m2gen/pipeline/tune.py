@@ -13,10 +13,11 @@ from m2gen.cache import cache_dir, key_of
 from m2gen.db import Change, Database, Record
 from m2gen.device import Device, detect, target
 from m2gen.errors import DatabaseError, UsageError
-from m2gen.kernels.compile import toolchain, workers
+from m2gen.kernels.compile import toolchain
 from m2gen.kernels.render import template_hash
 from m2gen.measure import lock
 from m2gen.measure.context import this_context
+from m2gen.measure.workers import cpus
 from m2gen.pipeline.plan import Plan
 from m2gen.spec import Objective
 from m2gen.tune.gpu import GPU
@@ -79,14 +80,11 @@ def goals(planned: Plan, request: TuneRequest, device: Device) -> list[Goal]:
 
     Raises UsageError for a layer that the spec does not have, and where no layer has a workload.
     """
-    layers = planned.spec.layers
-    for name in request.layers:
-        if name not in layers:
-            raise UsageError(f"--layer must be among {', '.join(layers)}, got {name!r}")
+    layers = planned.layers(request.layers)
     found: dict[object, Goal] = {}
     for built in planned.variants:
         for name in built.layers:
-            for workload in layers[name].workloads if not request.layers or name in request.layers else ():
+            for workload in layers[name].workloads if name in layers else ():
                 objective = request.objective or planned.spec.tuning.objective
                 sizes = (workload.batch, workload.seq, request.memory)
                 subject = Subject(built.variant, device, objective, *sizes)
@@ -121,7 +119,7 @@ def dry_run_device(arch: str | None, targets: Sequence[str]) -> Device:
 def this_tuning_context(command: str) -> TuningContext:
     """Return the GPU at hand with its services; raises UsageError where there is none."""
     here = this_context(command)
-    services = Services(PRECOMPILE, GPU, max(1, workers() - 2))
+    services = Services(PRECOMPILE, GPU, max(1, cpus() - 2))
     return TuningContext(here.device, here.environment, here.gpu, here.worker, services)
 
 

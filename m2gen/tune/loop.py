@@ -62,7 +62,7 @@ class Search:
             interrupted = True
         finally:
             self._release()
-            self._processes.drop_measurement()
+            self._processes.gpu.drop()
         return _outcome(self._log, finals, seed, (points, self._compile_seconds, interrupted))
 
     def _screen(self) -> None:
@@ -135,7 +135,8 @@ class Search:
 
     def _release(self) -> None:
         """Give up what has not come to the GPU."""
-        self._processes.drop_compilations()
+        for compiler in self._processes.compilers:
+            compiler.drop()
         waiting = [ready.proposal.schedule for ready in chain(self._ready, *self._copies.values())]
         adopted = [proposal.schedule for proposal in self._adopted]
         for schedule in (*self._compiling, *waiting, *adopted):

@@ -41,17 +41,6 @@ class Processes:
         every: tuple[Worker[Any, Any], ...] = (*self.compilers, self.gpu)
         return [worker for worker in every if worker.task is not None]
 
-    def drop_compilations(self) -> None:
-        """End the compilers that are in the middle of a task."""
-        for compiler in self.compilers:
-            if compiler.task is not None:
-                compiler.stop()
-
-    def drop_measurement(self) -> None:
-        """End the process that has the GPU if it is in the middle of a task."""
-        if self.gpu.task is not None:
-            self.gpu.stop()
-
 
 @contextmanager
 def processes_of(services: Services) -> Iterator[Processes]:

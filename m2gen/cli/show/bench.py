@@ -192,7 +192,7 @@ def show_sweep(swept: Swept) -> None:
     ]
     print_table(f"{swept.layer} over {swept.axis}", (_x_name(swept), "workload", *names), rows)
     failures = [
-        (point.x, result.entry.implementation.name, f"{result.failure.reason}: {result.failure.message}")
+        (point.x, result.entry.implementation.name, str(result.failure))
         for point, found in swept.at
         for result in found
         if result.failure

@@ -173,8 +173,7 @@ def show_rechecks(found: Sequence[Recheck], *, as_json: bool) -> int:
 def _verdict(item: Recheck) -> str:
     if item.found is None:
         return f"skipped: {item.skipped}"
-    failure = item.found.failure
-    return f"FAILED: {failure.reason}: {failure.message}" if failure else "ok"
+    return f"FAILED: {item.found.failure}" if item.found.failure else "ok"
 
 
 def show_replay(found: Replayed, *, as_json: bool) -> None:

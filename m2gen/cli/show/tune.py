@@ -94,7 +94,7 @@ class TerminalWatcher:
             text = standing_text(standing)
             self._bar.update(self._bar.task_ids[0], description=text, completed=standing.done, total=standing.most)
         elif not self._quiet:
-            found = f"{trial.failure.reason}: {trial.failure.message}" if trial.failure else f"{trial.median_ms:.3f} ms"
+            found = str(trial.failure) if trial.failure else f"{trial.median_ms:.3f} ms"
             where = f"tune {standing.done}/{standing.most}"
             line = f"{where} {trial.schedule.slug} ({trial.origin}) {found}; {standing_text(standing)}"
             print(line, file=sys.stderr, flush=True)
@@ -164,7 +164,7 @@ def show_tuned(results: Sequence[Tuned], *, as_json: bool) -> None:
 def _no_winner(tuned: Tuned) -> str:
     default = next((t for t in tuned.outcome.trials if t.schedule == tuned.outcome.default), None)
     if default is not None and default.failure is not None:
-        return f"the default schedule failed ({default.failure.reason}: {default.failure.message}): nothing to compare"
+        return f"the default schedule failed ({default.failure}): nothing to compare"
     return "interrupted or out of time before the default schedule was measured; the journal keeps what was"
 
 

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 import pytest
 from support import default_package, make_variant
 
-from m2gen.bench.entries import BenchWorkload, Found, Implementation, TimerTask
+from m2gen.bench.entries import BenchContext, BenchWorkload, Implementation
 from m2gen.bench.kinds import Call, Kind
 from m2gen.bench.side_by_side import side_by_side
 from m2gen.bench.sweep import fit
-from m2gen.bench.worker import GPU
 from m2gen.cache import materialise
-from m2gen.device import Device, detect
+from m2gen.device import detect
 from m2gen.measure.statistics import difference
-from m2gen.measure.workers import Worker
+from m2gen.pipeline.bench import this_bench_context
 from m2gen.schedule.heuristic import default
 
 pytestmark = pytest.mark.gpu
@@ -24,19 +23,10 @@ VARIANT = make_variant(32, 16, (1, 1, 4, 4, 4), dtype="bf16", tanh="approx")
 
 
 @pytest.fixture(scope="module")
-def timer() -> Iterator[Worker[TimerTask, Found]]:
-    """Return the worker that has the GPU."""
-    made = Worker(GPU)
-    yield made
-    made.stop()
-
-
-@pytest.fixture(scope="module")
-def gpu() -> Device:
-    """Return the GPU at hand."""
-    device = detect()
-    assert device is not None
-    return device
+def context() -> Iterator[BenchContext]:
+    """Hold the GPU at hand, with its worker."""
+    with this_bench_context("these tests") as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +53,10 @@ def _peer(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize(
     "workload", [BenchWorkload("base", VARIANT, 8, 64), BenchWorkload("base", VARIANT, 8, 1, Call.DECODE)]
 )
-def test_every_kind_is_timed(timer, gpu, implementations, workload) -> None:
+def test_every_kind_is_timed(context, implementations, workload) -> None:
     """Times are there, positive, within their intervals, and no faster than any floor."""
     kinds = [kind for kind in implementations if workload.call is Call.SEQUENCE or kind is not Kind.PEER]
-    results = side_by_side(workload, [implementations[kind] for kind in kinds], timer, gpu)
+    results = side_by_side(workload, [implementations[kind] for kind in kinds], context)
     for result in results:
         assert result.failure is None, result.entry.implementation.name
         for timing in filter(None, (result.forward, result.step)):
@@ -77,11 +67,11 @@ def test_every_kind_is_timed(timer, gpu, implementations, workload) -> None:
     assert results[0].found.host_us is not None
 
 
-def test_replays_compute_what_is_timed(timer, gpu, implementations) -> None:
+def test_replays_compute_what_is_timed(context, implementations) -> None:
     """A sequence eight times as long takes longer: a graph that lost its kernels would not."""
     found = []
     for seq in (256, 1024, 2048):
-        (result,) = side_by_side(BenchWorkload("base", VARIANT, 8, seq), [implementations[Kind.DEFAULT]], timer, gpu)
+        (result,) = side_by_side(BenchWorkload("base", VARIANT, 8, seq), [implementations[Kind.DEFAULT]], context)
         assert result.forward is not None
         assert result.step is not None
         found.append((seq, result.forward.estimate.median_ms, result.step.estimate.median_ms))
@@ -92,9 +82,9 @@ def test_replays_compute_what_is_timed(timer, gpu, implementations) -> None:
         assert found[2][column] > 3 * found[0][column]
 
 
-def test_a_binary_beside_itself(timer, gpu, implementations) -> None:
+def test_a_binary_beside_itself(context, implementations) -> None:
     """Two captures of one kernel are timed as one binary, with finite noise."""
-    results = side_by_side(BenchWorkload("base", VARIANT, 8, 512), [implementations[Kind.DEFAULT]], timer, gpu, arms=2)
+    results = side_by_side(BenchWorkload("base", VARIANT, 8, 512), [implementations[Kind.DEFAULT]], context, arms=2)
     one, other = (result.found.step_ms for result in results)
     assert one
     assert other
