@@ -28,7 +28,7 @@ from m2gen.schedule import Layouts, Schedule
 from m2gen.schedule.heuristic import default
 from m2gen.tune.gpu import GPU
 from m2gen.tune.services import Services, TuningContext
-from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task
+from m2gen.tune.trial import Compiled, CompileTask, Measurement, Samples, Step, Task
 
 if TYPE_CHECKING:
     import pytest
@@ -94,28 +94,28 @@ _ERRORS: list[AcceleratorError] = []
 """Of this process, since no call of it works any more."""
 
 
-def measure(task: Task) -> Measured:
+def measure(task: Task) -> Measurement:
     """Do one step as the script says."""
     says, slug = _script(), task.schedule.slug
     if task.step is Step.PREPARE:
-        return Measured()
+        return Measurement()
     _note(says, str(task.step), task.schedule)
     time.sleep(says.get("sleep", 0.0))
     if slug in says.get("sticky", ()):
         _ERRORS.append(AcceleratorError("CUDA error: an illegal memory access was encountered"))
     for error in _ERRORS:
-        return Measured(failure=raised(error), seconds=0.01)
+        return Measurement(failure=raised(error), seconds=0.01)
     if slug in says.get("hang", ()):
         time.sleep(600)
     if slug in says.get("crash", ()):
         os.kill(os.getpid(), signal.SIGSEGV)
     unseen = task.step in (Step.HELD_OUT, Step.VERIFY)
     if slug in says.get("wrong", ()) or (unseen and slug in says.get("wrong_held_out", ())):
-        return Measured(failure=Failure(Reason.WRONG, "dq of plain must be within 1e-3, got 2e-1"), seconds=0.01)
+        return Measurement(failure=Failure(Reason.WRONG, "dq of plain must be within 1e-3, got 2e-1"), seconds=0.01)
     errors = (TensorError("dq", 1e-4, 1e-3), TensorError("y", 2e-4, 1e-3))
     if unseen:
-        return Measured((TensorError("dq", 3e-4, 1e-3),), seconds=0.01)
-    return Measured(errors if task.step is Step.SCREEN else (), _samples(says, task), seconds=0.01)
+        return Measurement((TensorError("dq", 3e-4, 1e-3),), seconds=0.01)
+    return Measurement(errors if task.step is Step.SCREEN else (), _samples(says, task), seconds=0.01)
 
 
 def _samples(says: dict[str, Any], task: Task) -> Samples:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -17,13 +18,14 @@ from m2gen.kernels.render import render_kernel
 from m2gen.measure import checks
 from m2gen.measure import gpu as measure
 from m2gen.measure.checks import Verdict, seeded_cases
+from m2gen.measure.gpu import raised
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective
 from m2gen.tune import clock, gpu
 from m2gen.tune.candidate import load
 from m2gen.tune.check import Candidate, check_candidate
 from m2gen.tune.space import Subject
-from m2gen.tune.trial import Measured, Step, Task
+from m2gen.tune.trial import Measurement, Step, Task
 from m2gen.variant import Variant
 
 STEPS = 6
@@ -133,7 +135,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 SUBJECT = Subject(VARIANT, TARGETS["sm_90"], Objective.TRAIN, 1, 8)
 
 
-def served(step: Step, schedule: Schedule = PARTIAL, best_ms: float | None = None) -> Measured:
+def served(step: Step, schedule: Schedule = PARTIAL, best_ms: float | None = None) -> Measurement:
     """Return what the worker's function finds."""
     return gpu.serve(Task(SUBJECT, schedule, step, best_ms))
 
@@ -184,6 +186,13 @@ def test_whatever_a_candidate_raises_is_its_failure(monkeypatch: pytest.MonkeyPa
         assert "no luck" in found.failure.message
         assert "Traceback" in found.details
         assert gpu.GPU.suspect(found) == (reason is Reason.CRASH)
+
+
+def test_whatever_is_raised_can_be_recorded() -> None:
+    """A record's message is one line of printable ASCII, whatever a driver says, and no longer than it may be."""
+    message = raised(RuntimeError("größer als\n\x00 erlaubt " + "x" * 1000)).message
+    assert re.fullmatch("[ -~]{500}", message)
+    assert message.startswith("RuntimeError: gr\\xf6\\xdfer als ? erlaubt xxx")
 
 
 def test_a_candidate_is_loaded_from_the_file_that_was_compiled() -> None:

@@ -17,7 +17,7 @@ from m2gen.tune.final import ROUNDS
 from m2gen.tune.select import select
 from m2gen.tune.services import TuningContext
 from m2gen.tune.space import Subject
-from m2gen.tune.trial import CompileTask, Measured, Samples, Step, Task
+from m2gen.tune.trial import CompileTask, Measurement, Samples, Step, Task
 from m2gen.variant import parse_variant
 
 SEED = 0
@@ -30,7 +30,7 @@ class Recheck:
 
     record: Record
     skipped: str = ""
-    found: Measured | None = None
+    found: Measurement | None = None
 
     @property
     def failed(self) -> bool:
@@ -85,7 +85,7 @@ def _failed_before(record: Record, known: dict[object, Record]) -> str:
     return f"its kernels failed already, record {failed.id}" if failed else ""
 
 
-def _checked(records: Sequence[Record], context: TuningContext, progress: Progress) -> dict[Record, Measured]:
+def _checked(records: Sequence[Record], context: TuningContext, progress: Progress) -> dict[Record, Measurement]:
     """Return what the whole check finds of every record's schedule; of the same schedule twice, once."""
     services = context.services
     tasks = {record: Task(_subject(record, context), record.schedule, Step.VERIFY) for record in records}
@@ -95,7 +95,7 @@ def _checked(records: Sequence[Record], context: TuningContext, progress: Progre
         progress.advance(compiled.schedule.slug)
     progress.finish()
     progress.start("verify", len(compiling))
-    measured: dict[Task, Measured] = {}
+    measured: dict[Task, Measurement] = {}
     for task, result in run_isolated([list(dict.fromkeys(tasks.values()))], services.measure, 1):
         measured[task] = result
         progress.advance(f"{task.subject.variant.key} {task.schedule.slug}")
@@ -103,7 +103,7 @@ def _checked(records: Sequence[Record], context: TuningContext, progress: Progre
     return {record: measured[task] for record, task in tasks.items()}
 
 
-def _failure(record: Record, found: Measured, context: TuningContext) -> Record:
+def _failure(record: Record, found: Measurement, context: TuningContext) -> Record:
     provenance = replace(record.provenance, worker=context.worker)
     return replace(
         record,
@@ -141,8 +141,8 @@ def _timed(
     list(run_isolated([[task] for task in tasks], services.compile, services.compilers))
     gpu = services.start(services.measure)
 
-    def ask(schedule: Schedule, step: Step) -> Measured:
-        found: Measured = gpu.ask(Task(subject, schedule, step))
+    def ask(schedule: Schedule, step: Step) -> Measurement:
+        found: Measurement = gpu.ask(Task(subject, schedule, step))
         progress.advance(f"{step} {schedule.slug}")
         if found.failure is not None:
             raise VerifyError(f"{schedule.slug}: {found.failure}")

@@ -8,14 +8,14 @@ from itertools import takewhile
 from m2gen.measure.rounds import in_rounds
 from m2gen.schedule import Schedule
 from m2gen.tune.log import TrialLog
-from m2gen.tune.trial import Measured, Samples, Step, Task, Trial
+from m2gen.tune.trial import Measurement, Samples, Step, Task, Trial
 
 FINALISTS = 6
 """Of the screening, beside the default."""
 ROUNDS = 8
 FEWEST_ROUNDS = 3
 
-Ask = Callable[[Task], Measured]
+Ask = Callable[[Task], Measurement]
 
 
 def hold_final(log: TrialLog, ask: Ask, seed: int) -> dict[Schedule, Samples]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from m2gen.measure.gpu import Captures, gpu_service, raised, torch_device
 from m2gen.tune.space import Subject
-from m2gen.tune.trial import Measured, Step, Task
+from m2gen.tune.trial import Measurement, Step, Task
 
 if TYPE_CHECKING:  # these import torch, and a worker must set its environment first
     from m2gen.measure.clock import Clock
@@ -25,17 +25,17 @@ KEPT = 8
 _CLOCKS: Captures[Clock] = Captures(KEPT)
 
 
-def serve(task: Task) -> Measured:
+def serve(task: Task) -> Measurement:
     """Do one step; whatever is raised is the candidate's failure."""
     start = time.monotonic()
     try:
         found = _serve(task)
     except Exception as error:  # of a compiler, a driver or a kernel
-        found = Measured(failure=raised(error), details=traceback.format_exc())
+        found = Measurement(failure=raised(error), details=traceback.format_exc())
     return replace(found, seconds=time.monotonic() - start)
 
 
-def _serve(task: Task) -> Measured:
+def _serve(task: Task) -> Measurement:
     from m2gen.measure.checks import STEPS, prepare, seeded_cases
     from m2gen.tune.check import check_candidate
     from m2gen.tune.clock import sampled, screened
@@ -43,18 +43,18 @@ def _serve(task: Task) -> Measured:
     subject, device = task.subject, torch_device()
     _CLOCKS.enter(subject)
     if task.step is Step.TIME:
-        return Measured(samples=sampled(_clock(task)))
+        return Measurement(samples=sampled(_clock(task)))
     asked = seeded_cases(subject.variant, STEPS, held_out=task.step is Step.HELD_OUT)
     if task.step is Step.VERIFY:
         asked += seeded_cases(subject.variant, STEPS, held_out=True)
     if task.step is Step.PREPARE:
         prepare(subject.variant, asked, device)
-        return Measured()
+        return Measurement()
     verdict = check_candidate(_candidate(task), asked, device)
     if verdict.failure or task.step is not Step.SCREEN:
-        return Measured(verdict.errors, failure=verdict.failure)
+        return Measurement(verdict.errors, failure=verdict.failure)
     try:
-        return Measured(verdict.errors, screened(_clock(task), task.best_ms))
+        return Measurement(verdict.errors, screened(_clock(task), task.best_ms))
     finally:
         _CLOCKS.clear()
 
@@ -85,4 +85,4 @@ def _inputs(subject: Subject, seed: int) -> Inputs:
     return make_inputs(subject.variant, Problem(subject.batch, subject.seq), seed).to(torch_device())
 
 
-GPU = gpu_service(serve, SECONDS, lambda failure: Measured(failure=failure))
+GPU = gpu_service(serve, SECONDS, lambda failure: Measurement(failure=failure))

@@ -11,7 +11,7 @@ from typing import Protocol
 from m2gen.schedule import Schedule
 from m2gen.tune.select import Selection
 from m2gen.tune.space import Subject, fits
-from m2gen.tune.trial import Measured, Samples, Trial
+from m2gen.tune.trial import Measurement, Samples, Trial
 
 FINALS_SECONDS = 25.0
 """Of the budget, or ``FINALS_PART`` of it where that is less."""
@@ -109,7 +109,7 @@ class TrialLog:
             self._fitting.add(trial.schedule)
         self.watcher.trial(trial, self.standing())
 
-    def amend(self, trial: Trial, found: Measured) -> Trial:
+    def amend(self, trial: Trial, found: Measurement) -> Trial:
         """Take in what the final found of a trial, and keep it on disk where it failed after all."""
         known = self.trials[trial.schedule]
         errors = {error.tensor: error for error in known.errors}

@@ -16,7 +16,7 @@ from m2gen.tune.log import Outcome, TrialLog
 from m2gen.tune.search import EVERY, SEARCHED, Proposal, Proposer
 from m2gen.tune.select import select
 from m2gen.tune.services import Processes
-from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task, Trial
+from m2gen.tune.trial import Compiled, CompileTask, Measurement, Samples, Step, Task, Trial
 
 POLL_SECONDS = 0.2
 DEFAULT_SECONDS = 120.0
@@ -146,7 +146,7 @@ class Search:
         self._copies.clear()
         self._adopted.clear()
 
-    def _on_prepared(self, found: Measured) -> None:
+    def _on_prepared(self, found: Measurement) -> None:
         if found.failure is not None:
             self._log.watcher.details(found.details)
             raise TuneError(f"the GPU worker cannot begin: {found.failure.message}")
@@ -170,7 +170,7 @@ class Search:
         else:
             heapq.heappush(self._ready, ready)
 
-    def _on_measured(self, found: Measured) -> None:
+    def _on_measured(self, found: Measurement) -> None:
         ready, self._running = self._running, None
         assert ready is not None
         self._log.watcher.details(found.details)

@@ -9,7 +9,7 @@ from typing import Any
 
 from m2gen.measure.context import Context
 from m2gen.measure.workers import Service, Worker
-from m2gen.tune.trial import Compiled, CompileTask, Measured, Task
+from m2gen.tune.trial import Compiled, CompileTask, Measurement, Task
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Services:
     """How candidates are compiled and measured, and in how many processes."""
 
     compile: Service[CompileTask, Compiled]
-    measure: Service[Task, Measured]
+    measure: Service[Task, Measurement]
     compilers: int
     start: Callable[[Service[Any, Any]], Worker[Any, Any]] = Worker
 
@@ -34,7 +34,7 @@ class Processes:
     """The processes of services: they serve one search after the other."""
 
     compilers: tuple[Worker[CompileTask, Compiled], ...]
-    gpu: Worker[Task, Measured]
+    gpu: Worker[Task, Measurement]
 
     @property
     def busy(self) -> list[Worker[Any, Any]]:

@@ -67,7 +67,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What a GPU worker found: the worst error of every tensor, samples if it passed, or why it must not be used."""
 
     errors: tuple[TensorError, ...] = ()
