@@ -23,8 +23,8 @@ from m2gen.cache import cache_dir
 from m2gen.db import Database
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, tune
-from m2gen.tune.book import Standing
 from m2gen.tune.journal import decode_trial
+from m2gen.tune.log import Standing
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
@@ -46,7 +46,7 @@ class Silent:
 def run() -> None:
     """Tune as ``m2gen tune`` does."""
     request = TuneRequest(Database(Path("db")), seconds=60, trials=TRIALS, sampler=Sampler.RANDOM)
-    list(tune(plan("one.yaml", records=()), request, simulated.rig(), Silent()))
+    list(tune(plan("one.yaml", records=()), request, simulated.context(), Silent()))
 
 
 def recorded() -> list[str]:

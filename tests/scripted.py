@@ -1,4 +1,4 @@
-"""A timer that does what a script says: times, noise and failures of contenders, with no GPU and no torch."""
+"""A timer that does what a script says: times, noise and failures of implementations, with no GPU and no torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 
 from records import H200, environment
 
-from m2gen.bench.contest import Entry, Found, Task
-from m2gen.bench.words import Call, Kind, Step
+from m2gen.bench.entries import Entry, Found, TimerTask
+from m2gen.bench.kinds import Call, Kind, TimerStep
 from m2gen.db import Failure, Reason
 from m2gen.device import TARGETS
-from m2gen.pipeline import Stand
+from m2gen.pipeline import BenchContext
 
 DEVICE = replace(TARGETS["sm_90"], name=H200)
 SAMPLES = 5
@@ -23,7 +23,7 @@ FASTER = {"default": 1.0, "tuned": 0.5, "eager": 40.0, "compiled": 10.0}
 
 def by_steps(entry: Entry) -> float:
     """Return milliseconds of a forward: a hundredth for each step of each sequence."""
-    return 0.01 * entry.steps * entry.workload.batch * FASTER.get(entry.contender.name, 2.0)
+    return 0.01 * entry.steps * entry.workload.batch * FASTER.get(entry.implementation.name, 2.0)
 
 
 @dataclass
@@ -36,18 +36,18 @@ class Script:
     drift: float = 0.0
     """Part by which the second arm of an entry is slower than the first."""
     broken: Mapping[str, Failure] = field(default_factory=dict)
-    """Failures of contenders at the gate."""
+    """Failures of implementations at the check."""
     breaks: Mapping[str, Failure] = field(default_factory=dict)
-    """Failures of contenders that passed it, when they are timed."""
-    asked: list[Task] = field(default_factory=list)
+    """Failures of implementations that passed it, when they are timed."""
+    asked: list[TimerTask] = field(default_factory=list)
     draw: random.Random = field(default_factory=lambda: random.Random(0))
 
-    def ask(self, task: Task) -> Found:
+    def ask(self, task: TimerTask) -> Found:
         """Do one step as the script says."""
         self.asked.append(task)
-        name = task.entry.contender.name
-        if task.step is Step.ADMIT:
-            host = 20.0 if task.entry.contender.kind.generated else None
+        name = task.entry.implementation.name
+        if task.step is TimerStep.ADMIT:
+            host = 20.0 if task.entry.implementation.kind.generated else None
             return Found(extra_bytes=10**9, host_us=host, failure=self.broken.get(name))
         if name in self.breaks:
             return Found(failure=self.breaks[name])
@@ -57,24 +57,24 @@ class Script:
         return Found(forward, tuple(3 * ms for ms in forward) if sequence else ())
 
     def sampled(self) -> list[str]:
-        """Return the contenders that were timed, in their order."""
-        return [task.entry.contender.name for task in self.asked if task.step is Step.SAMPLE]
+        """Return the implementations that were timed, in their order."""
+        return [task.entry.implementation.name for task in self.asked if task.step is TimerStep.SAMPLE]
 
 
-def stand(script: Script) -> Stand:
-    """Return a stand of an H200 whose timer is a script."""
-    return Stand(DEVICE, environment(), script)
+def context(script: Script) -> BenchContext:
+    """Return a context of an H200 whose timer is a script."""
+    return BenchContext(DEVICE, environment(), "gpu-scripted", "scripted:0", script)
 
 
 def given(script: Script) -> Callable[[str], object]:
-    """Return what gives the command line a scripted stand in place of the GPU at hand."""
+    """Return what gives the command line a scripted context in place of the GPU at hand."""
 
     @contextmanager
-    def this_stand(command: str) -> Iterator[Stand]:
-        yield stand(script)
+    def this_bench_context(command: str) -> Iterator[BenchContext]:
+        yield context(script)
 
-    return this_stand
+    return this_bench_context
 
 
 WRONG = Failure(Reason.WRONG, "dq of plain must be within 1.00e-03, got 2.00e-01")
-__all__ = ["DEVICE", "WRONG", "Kind", "Script", "given", "stand"]
+__all__ = ["DEVICE", "WRONG", "Kind", "Script", "context", "given"]

@@ -12,7 +12,7 @@ from m2gen.db import Database
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, tune
 from m2gen.tune import shared
-from m2gen.tune.book import Standing
+from m2gen.tune.log import Standing
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
@@ -33,8 +33,7 @@ def main() -> None:
     """Search until the study has its trials."""
     url, grace, worker, trials = sys.argv[1:5]
     shared.GRACE_SECONDS = shared.open_study.__kwdefaults__["grace"] = float(grace)
-    rig = simulated.rig()
-    rig = replace(rig, stations=replace(rig.stations, worker=worker), bench=replace(rig.bench, worker=worker))
+    context = replace(simulated.context(), worker=worker)
     request = TuneRequest(
         Database(Path(f"db-{worker}")),
         seconds=60,
@@ -42,7 +41,7 @@ def main() -> None:
         storage=url,
         sampler=Sampler.RANDOM,
     )
-    for tuned in tune(plan("one.yaml"), request, rig, Printing()):
+    for tuned in tune(plan("one.yaml"), request, context, Printing()):
         print("winner", tuned.outcome.choice and tuned.outcome.choice.winner.slug, flush=True)
 
 

@@ -22,14 +22,13 @@ from typing import TYPE_CHECKING, Any
 from m2gen.bucket import bucket_of
 from m2gen.db import Environment, Failure, Reason, TensorError
 from m2gen.device import TARGETS, Device
-from m2gen.measure.workers import Lane, Lost, Service
-from m2gen.pipeline.tune import Rig
+from m2gen.measure.gpu import raised
+from m2gen.measure.workers import Lost, Service, Worker
 from m2gen.schedule import Layouts, Schedule
 from m2gen.schedule.heuristic import default
-from m2gen.tune.book import Stations
-from m2gen.tune.gpu import GPU, reason_of
-from m2gen.tune.records import Bench
-from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task
+from m2gen.tune.gpu import GPU
+from m2gen.tune.services import Services, TuningContext
+from m2gen.tune.trial import Compiled, CompileTask, Measurement, Samples, Step, Task
 
 if TYPE_CHECKING:
     import pytest
@@ -95,28 +94,28 @@ _ERRORS: list[AcceleratorError] = []
 """Of this process, since no call of it works any more."""
 
 
-def measure(task: Task) -> Measured:
+def measure(task: Task) -> Measurement:
     """Do one step as the script says."""
     says, slug = _script(), task.schedule.slug
     if task.step is Step.PREPARE:
-        return Measured()
+        return Measurement()
     _note(says, str(task.step), task.schedule)
     time.sleep(says.get("sleep", 0.0))
     if slug in says.get("sticky", ()):
         _ERRORS.append(AcceleratorError("CUDA error: an illegal memory access was encountered"))
     for error in _ERRORS:
-        return Measured(failure=Failure(reason_of(error), f"{type(error).__name__}: {error}"), seconds=0.01)
+        return Measurement(failure=raised(error), seconds=0.01)
     if slug in says.get("hang", ()):
         time.sleep(600)
     if slug in says.get("crash", ()):
         os.kill(os.getpid(), signal.SIGSEGV)
     unseen = task.step in (Step.HELD_OUT, Step.VERIFY)
     if slug in says.get("wrong", ()) or (unseen and slug in says.get("wrong_held_out", ())):
-        return Measured(failure=Failure(Reason.WRONG, "dq of plain must be within 1e-3, got 2e-1"), seconds=0.01)
+        return Measurement(failure=Failure(Reason.WRONG, "dq of plain must be within 1e-3, got 2e-1"), seconds=0.01)
     errors = (TensorError("dq", 1e-4, 1e-3), TensorError("y", 2e-4, 1e-3))
     if unseen:
-        return Measured((TensorError("dq", 3e-4, 1e-3),), seconds=0.01)
-    return Measured(errors if task.step is Step.SCREEN else (), _samples(says, task), seconds=0.01)
+        return Measurement((TensorError("dq", 3e-4, 1e-3),), seconds=0.01)
+    return Measurement(errors if task.step is Step.SCREEN else (), _samples(says, task), seconds=0.01)
 
 
 def _samples(says: dict[str, Any], task: Task) -> Samples:
@@ -155,8 +154,8 @@ def nothing() -> None:
     """Prepare nothing."""
 
 
-class Inline(Lane[Any, Any]):
-    """A lane that does its task at once, in this process."""
+class Inline(Worker[Any, Any]):
+    """A worker that does its task at once, in this process."""
 
     def begin(self, task: Any) -> None:
         self.task = task
@@ -169,13 +168,13 @@ class Inline(Lane[Any, Any]):
         self.task = None
 
 
-def rig(device: Device = DEVICE, *, inline: bool = True, compilers: int = 2, seconds: float = 6.0) -> Rig:
-    """Return a rig whose GPU is simulated, in this process or in workers of its own, and lost as a real one is."""
+def context(device: Device = DEVICE, *, inline: bool = True, compilers: int = 2, seconds: float = 6.0) -> TuningContext:
+    """Return a context whose GPU is simulated, in this process or in workers of its own, and lost as a real one is."""
     measuring = replace(GPU, serve=measure, prepare=nothing, seconds=seconds)
     compiling: Service[CompileTask, Compiled] = Service(compile_, nothing, 30.0, _compile_lost)
-    stations = Stations(compiling, measuring, compilers, "simulated:0", Inline if inline else Lane)
+    services = Services(compiling, measuring, compilers, Inline if inline else Worker)
     environment = replace(ENVIRONMENT, device=device.name, sm_count=device.sm_count)
-    return Rig(device, Bench(environment, 0, "simulated:0", ""), stations, f"simulated-{os.getpid()}")
+    return TuningContext(device, environment, f"simulated-{os.getpid()}", "simulated:0", services)
 
 
-__all__ = ["DEVICE", "bucket_of", "lines", "measure", "place", "rig", "script"]
+__all__ = ["DEVICE", "bucket_of", "context", "lines", "measure", "place", "script"]

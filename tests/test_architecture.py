@@ -6,6 +6,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,9 +35,9 @@ ALLOWED: dict[str, str] = {
     "db": "bucket device errors kernels schedule spec variant",
     "package": "bucket db device errors kernels spec variant",
     "verify": "problem runtime spec variant",
-    "measure": "db device errors schedule spec variant",
+    "measure": "db device errors problem schedule spec variant verify",
     "tune": "bucket cache db device errors kernels measure problem schedule spec variant verify",
-    "bench": "db errors kernels measure problem runtime schedule spec tune variant verify",
+    "bench": "db device errors kernels measure problem runtime schedule spec variant verify",
     "pipeline": "bench bucket cache db device errors kernels measure package schedule spec tune variant verify",
     "cli": "bench cache db device errors kernels measure package pipeline spec tune variant verify",
     "__main__": "cli",
@@ -108,6 +109,13 @@ def test_the_table_is_about_the_rooms_that_exist() -> None:
     assert used == {room: set(allowed.split()) for room, allowed in ALLOWED.items()}
 
 
+def test_tuning_and_benchmarks_are_siblings() -> None:
+    """What both need is in ``measure``: neither imports the other."""
+    assert "tune" not in ALLOWED["bench"].split()
+    assert "bench" not in ALLOWED["tune"].split()
+    assert {"tune", "bench"}.isdisjoint(ALLOWED["measure"].split())
+
+
 def in_order(graph: dict[str, set[str]]) -> None:
     """Put what imports something after that; raises CycleError, with the circle, where there is no such order."""
     graphlib.TopologicalSorter(graph).prepare()
@@ -123,6 +131,13 @@ def test_a_circle_would_be_found() -> None:
     """The check fails on two modules of one folder that import each other."""
     with pytest.raises(graphlib.CycleError):
         in_order({"m2gen.db.a": {"m2gen.db.b"}, "m2gen.db.b": {"m2gen.db.a"}})
+
+
+def test_no_class_is_defined_twice() -> None:
+    """A name is of one class, wherever one reads it."""
+    trees = [ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for path in SOURCES]
+    names = Counter(node.name for tree in trees for node in tree if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_few_modules_are_outside_the_folders() -> None:

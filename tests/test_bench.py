@@ -16,10 +16,11 @@ from scripted import WRONG, Script
 from support import make_variant
 
 from m2gen import pipeline
-from m2gen.bench import book, peers, sweep
-from m2gen.bench.contest import Contender, Workload
-from m2gen.bench.measure import ROUNDS, Gpu, contest
-from m2gen.bench.words import Axis, Call, Kind
+from m2gen.bench import peers, sweep
+from m2gen.bench.document import dump, load
+from m2gen.bench.entries import BenchWorkload, Implementation
+from m2gen.bench.kinds import Axis, Call, Kind
+from m2gen.bench.side_by_side import ROUNDS, side_by_side
 from m2gen.bucket import Bucket
 from m2gen.db import Database, Failure, Reason
 from m2gen.device import TARGETS
@@ -41,9 +42,8 @@ layers:
     workloads: [{batch: 66, seq: 256}]
 numerics: {tanh: exact}
 """
-H200_GPU = Gpu(peaks_of("NVIDIA H200"), 132)
 LAYER_7B = make_variant(64, 16, (1, 1, 132, 132, 132), dtype="bf16", tanh="approx")
-BASE = Workload("m2rnn_7b", LAYER_7B, 4, 4096)
+BASE = BenchWorkload("m2rnn_7b", LAYER_7B, 4, 4096)
 RECORD = winner(Bucket.ONE)
 
 
@@ -51,7 +51,7 @@ RECORD = winner(Bucket.ONE)
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     """Return the script of the timer that the command line finds."""
     made = Script()
-    monkeypatch.setattr(pipeline, "this_stand", scripted.given(made))
+    monkeypatch.setattr(pipeline, "this_bench_context", scripted.given(made))
     return made
 
 
@@ -116,7 +116,7 @@ def test_medians_intervals_and_speed_ups(spec: str, script: Script) -> None:
 
 @pytest.mark.parametrize("when", ["broken", "breaks"])
 def test_no_speed_up_of_what_failed(spec: str, script: Script, when: str) -> None:
-    """What fails the gate, or breaks off when it is timed, has no times and no speed-up; the command says so."""
+    """What fails the check, or breaks off when it is timed, has no times and no speed-up; the command says so."""
     setattr(script, when, {"tuned": WRONG})
     found = rows(bench(status=1))
     tuned = found["sequence", "tuned"]
@@ -141,7 +141,7 @@ def test_what_pytorch_cannot_do_fails_no_benchmark(spec: str, script: Script) ->
 
 
 def test_only_decode_and_peer(spec: str, script: Script) -> None:
-    """Contenders and batches of decoding can be chosen, and peers added; peers decode nothing."""
+    """Implementations and batches of decoding can be chosen, and peers added; peers decode nothing."""
     found = bench("--only", "default", "--only", "peer", "--peer", "other.kernels:adapter", "--decode", "8")
     assert [(row["contender"], row["call"], row["batch"]) for row in found["rows"]] == [
         ("default", "sequence", 66),
@@ -177,8 +177,8 @@ def test_the_tables(spec: str, script: Script) -> None:
 
 def test_floors_of_the_7b_layer() -> None:
     """Those that docs/performance.md names: on an H200, tanh takes 0.53 ms for each pass over the sequence."""
-    entry = Contender(Kind.DEFAULT, default(LAYER_7B, TARGETS["sm_90"]))
-    (result,) = contest(BASE, [entry], Script(), H200_GPU)
+    entry = Implementation(Kind.DEFAULT, default(LAYER_7B, TARGETS["sm_90"]))
+    (result,) = side_by_side(BASE, [entry], scripted.context(Script()))
     assert result.forward is not None
     assert result.forward.floors_ms["tanh"] == pytest.approx(0.53, rel=0.02)
     assert result.forward.floors_ms["float32 arithmetic"] == pytest.approx(0.2, rel=0.2)
@@ -187,7 +187,10 @@ def test_floors_of_the_7b_layer() -> None:
     assert result.step.floors_ms["tanh"] == pytest.approx(3 * result.forward.floors_ms["tanh"])
     part = result.forward.parts["tanh"]
     assert part == pytest.approx(result.forward.floors_ms["tanh"] / result.forward.estimate.median_ms)
-    assert contest(BASE, [entry], Script(), Gpu(None, 1))[0].forward.floors_ms == {}  # type: ignore[union-attr]
+    elsewhere = replace(scripted.context(Script()), device=TARGETS["sm_90"])
+    (unknown,) = side_by_side(BASE, [entry], elsewhere)
+    assert unknown.forward is not None
+    assert unknown.forward.floors_ms == {}
 
 
 def test_the_floor_of_products_is_that_of_what_multiplies() -> None:
@@ -210,7 +213,7 @@ def test_the_floor_of_decoding_is_the_states_there_and_back(width: int) -> None:
     states = 64 * 132 * 64 * 16 * width
     work = decoding_work(LAYER_7B, 64, width)
     assert 2 * states < work.traffic < 2.04 * states
-    peaks = H200_GPU.peaks
+    peaks = peaks_of("NVIDIA H200")
     assert peaks is not None
     assert floors_ms(work, peaks, 132, LAYER_7B)["memory traffic"] == pytest.approx(2e3 * states / 4.8e12, rel=0.04)
     forward = work_of(LAYER_7B, default(LAYER_7B, TARGETS["sm_90"]), (64, 1), training=False)
@@ -298,7 +301,7 @@ def test_against_a_database(spec: str, script: Script) -> None:
     assert timing is not None
 
     def ms(entry: Any) -> float:
-        then = timing.tuned if entry.contender.name == "tuned" else timing.default
+        then = timing.tuned if entry.implementation.name == "tuned" else timing.default
         return then.median_ms / 3
 
     script.ms = ms
@@ -449,11 +452,11 @@ def test_a_document_reads_back(spec: str, script: Script, tmp_path: Path) -> Non
     """What is printed is what is read, to the last digit."""
     found = bench()
     (tmp_path / "a.json").write_text(json.dumps(found), encoding="utf-8")
-    again = book.dump(book.load(tmp_path / "a.json"))
+    again = dump(load(tmp_path / "a.json"))
     assert json.loads(json.dumps(again)) == found
 
 
-def interrupt(script: Script, monkeypatch: pytest.MonkeyPatch, when: Callable[[Workload], bool]) -> None:
+def interrupt(script: Script, monkeypatch: pytest.MonkeyPatch, when: Callable[[BenchWorkload], bool]) -> None:
     """Have Ctrl-C come at the first task of such a workload."""
     right = script.ask
 

@@ -1,4 +1,4 @@
-"""The benchmark's worker on a stand-in GPU: what of each kind of contender is gated, captured and sampled."""
+"""The benchmark's worker on a stand-in GPU: what of each kind of implementation is gated, captured and sampled."""
 
 from __future__ import annotations
 
@@ -13,35 +13,36 @@ import torch
 from stand_in import stand_in_gpu
 from support import build_package, make_schedule, make_variant
 
-from m2gen.bench import clock, gate, operators, worker
-from m2gen.bench.contest import Contender, Entry, Found, Task, Workload
-from m2gen.bench.words import Call, Kind, Step
+from m2gen.bench import check, clock, operators, worker
+from m2gen.bench.entries import BenchWorkload, Entry, Found, Implementation, TimerTask
+from m2gen.bench.kinds import Call, Kind, TimerStep
 from m2gen.cache import materialise
 from m2gen.db import Failure, Reason
+from m2gen.measure import gpu
 from m2gen.measure.clock import Replay
-from m2gen.measure.workers import Lost, Service
+from m2gen.measure.workers import Lost, Worker
 
 VARIANT = make_variant(heads=(1, 1, 2, 2, 2))
 GATED = make_variant(heads=(1, 1, 2, 2, 2), gate="softplus")
 SCHEDULE = make_schedule("atomic", interval=4)
-SEQUENCE = Workload("base", VARIANT, 2, 6)
-TOKEN = Workload("base", VARIANT, 3, 1, Call.DECODE)
+SEQUENCE = BenchWorkload("base", VARIANT, 2, 6)
+TOKEN = BenchWorkload("base", VARIANT, 3, 1, Call.DECODE)
 NARROW = replace(TOKEN, call=Call.DECODE_BF16)
-LOOPS = {Kind.EAGER: Contender(Kind.EAGER, SCHEDULE), Kind.COMPILED: Contender(Kind.COMPILED, SCHEDULE)}
+LOOPS = {Kind.EAGER: Implementation(Kind.EAGER, SCHEDULE), Kind.COMPILED: Implementation(Kind.COMPILED, SCHEDULE)}
 
 
 @pytest.fixture(scope="module")
-def generated() -> Contender:
-    """Return the contender that is a package of two variants."""
+def generated() -> Implementation:
+    """Return the implementation that is a package of two variants."""
     package = build_package("raced", [VARIANT, GATED], SCHEDULE)
-    return Contender(Kind.DEFAULT, SCHEDULE, "default", materialise("packages/raced", package.files))
+    return Implementation(Kind.DEFAULT, SCHEDULE, "default", materialise("packages/raced", package.files))
 
 
 @pytest.fixture(autouse=True)
 def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     stand_in_gpu(monkeypatch)
-    monkeypatch.setattr(worker, "TORCH_DEVICE", "cpu")
-    monkeypatch.setattr(gate, "STEPS", 6)
+    monkeypatch.setattr(gpu, "TORCH_DEVICE", "cpu")
+    monkeypatch.setattr(check, "STEPS", 6)
     monkeypatch.setattr(clock, "CALLS", 1)
     monkeypatch.setattr(clock, "TIMINGS", 2)
     monkeypatch.setattr(clock, "WARM_UPS", 1)
@@ -51,22 +52,24 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     worker._CLOCKS.clear()
 
 
-def served(contender: Contender, workload: Workload = SEQUENCE, step: Step = Step.ADMIT) -> Found:
+def served(
+    implementation: Implementation, workload: BenchWorkload = SEQUENCE, step: TimerStep = TimerStep.ADMIT
+) -> Found:
     """Return what the worker's function finds."""
-    return worker.serve(Task(Entry(workload, contender), step))
+    return worker.serve(TimerTask(Entry(workload, implementation), step))
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["given", "softplus"])
 @pytest.mark.parametrize("workload", [SEQUENCE, TOKEN, NARROW], ids=lambda w: str(w.call))
-def test_a_generated_operator(generated: Contender, workload: Workload, gated: bool) -> None:
+def test_a_generated_operator(generated: Implementation, workload: BenchWorkload, gated: bool) -> None:
     """Admitted with its memory and its host's time, then sampled; of a token there is no backward."""
-    workload = Workload("base", GATED if gated else VARIANT, workload.batch, workload.seq, workload.call)
+    workload = BenchWorkload("base", GATED if gated else VARIANT, workload.batch, workload.seq, workload.call)
     admitted = served(generated, workload)
     assert admitted.failure is None
     assert admitted.extra_bytes == 1000
     assert admitted.host_us is not None
     assert admitted.host_us > 0
-    sampled = served(generated, workload, Step.SAMPLE)
+    sampled = served(generated, workload, TimerStep.SAMPLE)
     assert len(sampled.forward_ms) >= clock.FEWEST
     assert all(ms >= 1 for ms in sampled.forward_ms)
     assert len(sampled.step_ms) == (len(sampled.forward_ms) if workload.call is Call.SEQUENCE else 0)
@@ -75,25 +78,25 @@ def test_a_generated_operator(generated: Contender, workload: Workload, gated: b
 
 @pytest.mark.parametrize("kind", LOOPS)
 @pytest.mark.parametrize("workload", [SEQUENCE, TOKEN, NARROW], ids=lambda w: str(w.call))
-def test_loops_of_pytorch(kind: Kind, workload: Workload) -> None:
-    """The reference passes the gate of the kernels, as it is and compiled in one graph."""
-    contender = LOOPS[kind]
-    admitted = served(contender, workload)
+def test_loops_of_pytorch(kind: Kind, workload: BenchWorkload) -> None:
+    """The reference passes the check of the kernels, as it is and compiled in one graph."""
+    implementation = LOOPS[kind]
+    admitted = served(implementation, workload)
     assert admitted.failure is None
     assert admitted.host_us is None
-    assert served(contender, workload, Step.SAMPLE).forward_ms
+    assert served(implementation, workload, TimerStep.SAMPLE).forward_ms
 
 
 def test_loops_are_timed_on_fewer_steps() -> None:
-    """Of a long sequence only as many steps as the kind allows, and the gate of a compiled one has that size."""
-    long = Workload("base", VARIANT, 2, 4096)
-    steps = {kind: Entry(long, contender).steps for kind, contender in LOOPS.items()}
+    """Of a long sequence only as many steps as the kind allows, and the check of a compiled one has that size."""
+    long = BenchWorkload("base", VARIANT, 2, 4096)
+    steps = {kind: Entry(long, implementation).steps for kind, implementation in LOOPS.items()}
     assert steps == {Kind.EAGER: 128, Kind.COMPILED: 8}
-    (question,) = gate._questions(Entry(long, LOOPS[Kind.COMPILED]))
-    assert (question.case.problem.batch, question.case.problem.seq) == (2, 8)
+    (asked,) = check._cases(Entry(long, LOOPS[Kind.COMPILED]))
+    assert (asked.case.problem.batch, asked.case.problem.seq) == (2, 8)
 
 
-def test_state_of_decoding_is_judged(generated: Contender, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_of_decoding_is_judged(generated: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that leaves the state as it was is named, and so is none that passes."""
     module = operators._package(generated.package)
     right = module.m2rnn_step
@@ -102,10 +105,10 @@ def test_state_of_decoding_is_judged(generated: Contender, monkeypatch: pytest.M
         y, _ = right(*operands[:5], operands[5].clone())
         return y, operands[5]
 
-    gate._failure.cache_clear()
+    check._failure.cache_clear()
     monkeypatch.setattr(module, "m2rnn_step", forgetful)
     failure = served(generated, TOKEN).failure
-    gate._failure.cache_clear()
+    check._failure.cache_clear()
     assert failure is not None
     assert failure.reason is Reason.WRONG
     assert failure.message.startswith("y of decoding must be within")
@@ -148,27 +151,26 @@ def test_peers(
     (tmp_path / "some_peer.py").write_text(PEERS, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    found = served(Contender(Kind.PEER, SCHEDULE, f"some_peer:{function}", label="peer"))
+    found = served(Implementation(Kind.PEER, SCHEDULE, f"some_peer:{function}", label="peer"))
     assert (found.failure and found.failure.reason) == reason
     if found.failure is not None:
         assert message in found.failure.message
 
 
-def test_clocks_of_one_workload_are_kept(generated: Contender) -> None:
+def test_clocks_of_one_workload_are_kept(generated: Implementation) -> None:
     """Turns reuse what was captured; another workload makes room."""
     served(generated)
-    served(generated, step=Step.SAMPLE)
-    kept = dict(worker._CLOCKS)
-    assert list(kept) == [Entry(SEQUENCE, generated)]
+    served(generated, step=TimerStep.SAMPLE)
+    assert list(worker._CLOCKS) == [Entry(SEQUENCE, generated)]
     served(generated, TOKEN)
     assert list(worker._CLOCKS) == [Entry(TOKEN, generated)]
 
 
-def _dies(task: Task) -> Found:
+def _dies(task: TimerTask) -> Found:
     raise SystemExit(3)
 
 
-def _sleeps(task: Task) -> Found:
+def _sleeps(task: TimerTask) -> Found:
     import time
 
     time.sleep(60)
@@ -176,24 +178,23 @@ def _sleeps(task: Task) -> Found:
 
 
 @pytest.mark.parametrize(("serve", "seconds", "reason"), [(_dies, 120.0, Reason.CRASH), (_sleeps, 2.0, Reason.HANG)])
-def test_a_contender_that_takes_its_process_down(serve, seconds, reason, generated: Contender) -> None:
-    """A crash and a hang are that contender's failure, and the next one gets a new process."""
-    service = Service(serve, worker.start, seconds, worker._lost, worker._suspect)
-    timer = worker.IsolatedTimer(service)
+def test_a_contender_that_takes_its_process_down(serve, seconds, reason, generated: Implementation) -> None:
+    """A crash and a hang are that implementation's failure, and the next one gets a new process."""
+    timer = Worker(replace(worker.GPU, serve=serve, seconds=seconds))
     try:
         for _ in range(2 if reason is Reason.CRASH else 1):
-            found = timer.ask(Task(Entry(SEQUENCE, generated), Step.ADMIT))
+            found = timer.ask(TimerTask(Entry(SEQUENCE, generated), TimerStep.ADMIT))
             assert found.failure is not None
             assert found.failure.reason is reason
     finally:
-        timer.close()
+        timer.stop()
 
 
 def test_a_cuda_error_makes_a_process_suspect() -> None:
     """The context of an illegal access serves nobody else."""
-    assert worker._suspect(Found(failure=Failure(Reason.CRASH, "illegal access")))
-    assert not worker._suspect(Found(failure=Failure(Reason.WRONG, "y")))
-    assert worker._lost(Task(Entry(SEQUENCE, LOOPS[Kind.EAGER]), Step.ADMIT), Lost("x")).failure
+    assert worker.GPU.suspect(Found(failure=Failure(Reason.CRASH, "illegal access")))
+    assert not worker.GPU.suspect(Found(failure=Failure(Reason.WRONG, "y")))
+    assert worker.GPU.lost(TimerTask(Entry(SEQUENCE, LOOPS[Kind.EAGER]), TimerStep.ADMIT), Lost("x")).failure
 
 
 def test_a_replay_keeps_what_its_graph_reads() -> None:

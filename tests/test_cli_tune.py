@@ -16,7 +16,7 @@ from test_tune_loop import DEFAULT, NEIGHBOUR, SPEC
 
 from m2gen.bucket import BUCKETS
 from m2gen.db import Database
-from m2gen.pipeline import Rig
+from m2gen.tune.services import TuningContext
 
 BUILD = sys.modules["m2gen.pipeline.build"]
 """The module, whose name in the package is that of its function."""
@@ -25,13 +25,13 @@ DB = ("--db", "db")
 
 
 @pytest.fixture
-def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TuningContext:
     """Have commands find a simulated GPU; the working directory has a spec, and a cache of its own."""
     simulated.place(tmp_path, monkeypatch, SPEC)
     simulated.script(tmp_path / "script.json")
-    found = simulated.rig()
-    monkeypatch.setattr("m2gen.cli.show.tune.this_rig", lambda command, seed: found)
-    monkeypatch.setattr("m2gen.pipeline.this_rig", lambda command: found)
+    found = simulated.context()
+    monkeypatch.setattr("m2gen.cli.show.tune.this_tuning_context", lambda command: found)
+    monkeypatch.setattr("m2gen.pipeline.this_tuning_context", lambda command: found)
     return found
 
 
@@ -71,7 +71,9 @@ def test_a_dry_run_needs_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 @pytest.mark.parametrize("command", [TUNE, ("db", "replay"), ("db", "verify")], ids=" ".join)
-def test_without_a_gpu(command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rig: Rig) -> None:
+def test_without_a_gpu(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, context: TuningContext
+) -> None:
     """One line that says what is missing, status 2."""
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -110,19 +112,19 @@ def _holding(folder: Path) -> Database:
         (("--storage", "nonsense", "--trials", "1"), "--storage must be a database URL"),
     ],
 )
-def test_options_that_cannot_be_used(arguments: tuple[str, ...], message: str, rig: Rig) -> None:
+def test_options_that_cannot_be_used(arguments: tuple[str, ...], message: str, context: TuningContext) -> None:
     """One line each, status 2, and no database."""
     assert message in fails(2, *TUNE, *DB, *arguments, "--quiet")
     assert not Path("db").exists()
 
 
-def test_a_spec_without_workloads(rig: Rig) -> None:
+def test_a_spec_without_workloads(context: TuningContext) -> None:
     """There is nothing to tune for."""
     Path("one.yaml").write_text(SPEC.replace("    workloads: [{batch: 8, seq: 4096}]\n", ""), encoding="utf-8")
     assert "must have a layer with workloads to tune for" in fails(2, *TUNE, *DB)
 
 
-def test_the_closing_table_and_progress(rig: Rig) -> None:
+def test_the_closing_table_and_progress(context: TuningContext) -> None:
     """Default against tuned, what the search cost, and a line a trial with the best so far."""
     result = run(*TUNE, *DB, "--trials", "30", "--budget", "60s")
     assert result.exit_code == 0, result.output
@@ -143,7 +145,7 @@ def test_the_closing_table_and_progress(rig: Rig) -> None:
     assert "left" in trials[-1]
 
 
-def test_the_next_build_uses_what_was_found(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_build_uses_what_was_found(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before, the default serves every call; after, the record, and the build's table says which tier of it where."""
     monkeypatch.setattr(BUILD, "check", lambda planned, progress: [])
     build = ("build", "--spec", "one.yaml", "--no-verify", *DB)
@@ -170,7 +172,7 @@ def test_the_next_build_uses_what_was_found(rig: Rig, monkeypatch: pytest.Monkey
     assert f"{record.key.variant}__{DEFAULT}" not in kernels
 
 
-def test_json_is_one_document(rig: Rig) -> None:
+def test_json_is_one_document(context: TuningContext) -> None:
     """With the records that were made, and nothing else on standard output."""
     (found,) = document(*TUNE, *DB, "--trials", "20", "--budget", "60s")
     (record,) = Database(Path("db")).records()
@@ -180,7 +182,7 @@ def test_json_is_one_document(rig: Rig) -> None:
     assert found["tuned_ms"][1] <= found["default_ms"][1]
 
 
-def test_the_report_is_one_page(rig: Rig) -> None:
+def test_the_report_is_one_page(context: TuningContext) -> None:
     """It refers to nothing outside itself, and has the history, the knobs, the failures and the limits of the GPU."""
     simulated.script(Path("script.json"), wrong=[NEIGHBOUR])
     assert run(*TUNE, *DB, "--trials", "30", "--budget", "60s", "--report", "out.html").exit_code == 0
@@ -197,17 +199,17 @@ def test_the_report_is_one_page(rig: Rig) -> None:
     assert record.schedule.slug in words
 
 
-def test_the_report_of_a_known_gpu_has_its_limits(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_of_a_known_gpu_has_its_limits(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """As parts of what the winner took: tanh's is the largest of the 7B layer's kind."""
-    known = replace(rig, bench=replace(rig.bench, environment=replace(rig.bench.environment, device="NVIDIA H200")))
-    monkeypatch.setattr("m2gen.cli.show.tune.this_rig", lambda command, seed: known)
+    known = replace(context, environment=replace(context.environment, device="NVIDIA H200"))
+    monkeypatch.setattr("m2gen.cli.show.tune.this_tuning_context", lambda command: known)
     assert run(*TUNE, *DB, "--trials", "12", "--budget", "60s", "--report", "out.html").exit_code == 0
     words = " ".join(Page(Path("out.html").read_text(encoding="utf-8")).words)
     assert "peaks are not known" not in words
     assert words.index("tanh") < words.index("memory traffic")
 
 
-def test_verify_holds_records_against_the_gpu(rig: Rig) -> None:
+def test_verify_holds_records_against_the_gpu(context: TuningContext) -> None:
     """A record that fails now is disqualified by a failure beside it; the next look skips it."""
     run(*TUNE, *DB, "--trials", "15", "--budget", "60s")
     (record,) = Database(Path("db")).records()
@@ -223,18 +225,18 @@ def test_verify_holds_records_against_the_gpu(rig: Rig) -> None:
     assert "failed" in why
 
 
-def test_verify_skips_other_devices(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_skips_other_devices(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """Records are held against the GPU they were measured on only."""
     run(*TUNE, *DB, "--trials", "3", "--budget", "60s")
-    other = replace(rig, bench=replace(rig.bench, environment=replace(rig.bench.environment, device="Another")))
-    monkeypatch.setattr("m2gen.pipeline.this_rig", lambda command: other)
+    other = replace(context, environment=replace(context.environment, device="Another"))
+    monkeypatch.setattr("m2gen.pipeline.this_tuning_context", lambda command: other)
     (row,) = document("db", "verify", *DB)
     assert row["result"] == "skipped: of another device: Simulated GPU, here Another"
     (record,) = Database(Path("db")).records()
     assert "must be one that can be measured here" in fails(2, "db", "replay", record.id, *DB, "--quiet")
 
 
-def test_replay_measures_again(rig: Rig) -> None:
+def test_replay_measures_again(context: TuningContext) -> None:
     """Recorded and measured now stand side by side, in turns with the default."""
     run(*TUNE, *DB, "--trials", "40", "--budget", "60s")
     (record,) = Database(Path("db")).records()

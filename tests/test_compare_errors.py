@@ -10,8 +10,8 @@ from scripted import Script
 from support import ROOT
 
 from m2gen.kernels.compile import load_module
+from m2gen.measure.checks import STEPS, SeededCase, seeded_cases
 from m2gen.schedule import Layouts, Schedule
-from m2gen.tune.gate import STEPS, Question, questions
 from m2gen.variant import Variant, parse_variant
 
 tool = load_module(ROOT / "tools" / "compare_errors.py", "m2gen_test_compare_errors")
@@ -20,28 +20,28 @@ tool = load_module(ROOT / "tools" / "compare_errors.py", "m2gen_test_compare_err
 def compared(monkeypatch: pytest.MonkeyPatch, factor: float, layer: str = "m2rnn_7b") -> int:
     """Run the tool's command line, where explicit kernels err ``factor`` times as much as portable ones."""
 
-    def errors(variant: Variant, schedule: Schedule, question: Question) -> dict[str, float]:
+    def errors(variant: Variant, schedule: Schedule, asked: SeededCase) -> dict[str, float]:
         portable = {"y": 1e-3, "dq": 2e-3}
         return {
             name: error * (factor if schedule.layouts is Layouts.EXPLICIT else 1) for name, error in portable.items()
         }
 
     monkeypatch.setattr(tool, "errors", errors)
-    monkeypatch.setattr(tool, "this_stand", scripted.given(Script()))
+    monkeypatch.setattr(tool, "this_bench_context", scripted.given(Script()))
     monkeypatch.setattr(sys, "argv", ["compare_errors.py", str(ROOT / "specs" / "h200.yaml"), layer, "default"])
     status: int = tool.main()
     return status
 
 
 def test_every_problem_and_tensor_has_a_line(monkeypatch, capsys) -> None:
-    """The portable error and the other's multiple of it, for the gate's problems and those it holds back."""
+    """The portable error and the other's multiple of it, for the check's problems and those it holds back."""
     assert compared(monkeypatch, 1.05) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("| p")][1:]
     variant = "k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx"
     assert lines[0] == variant
-    asked = len(questions(parse_variant(variant), STEPS)) + len(questions(parse_variant(variant), STEPS, held_out=True))
-    assert len(rows) == 2 * asked
+    asked = [seeded_cases(parse_variant(variant), STEPS, held_out=held_out) for held_out in (False, True)]
+    assert len(rows) == 2 * sum(map(len, asked))
     assert all("1.050" in row for row in rows)
     assert lines[-1] == "The largest multiple is 1.050."
 

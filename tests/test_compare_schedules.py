@@ -19,7 +19,7 @@ SLUGS = ("f32x1u8a_b32x1c2as_i16_ptx_explicit", "f32x1u4p_b32x1c2p_i16_ptx")
 
 def compared(monkeypatch: pytest.MonkeyPatch, script: Script, *schedules: str) -> None:
     """Run the tool's command line on the 7B layer."""
-    monkeypatch.setattr(tool, "this_stand", scripted.given(script))
+    monkeypatch.setattr(tool, "this_bench_context", scripted.given(script))
     spec = str(ROOT / "specs" / "h200.yaml")
     monkeypatch.setattr(sys, "argv", ["compare_schedules.py", spec, "m2rnn_7b", "1", *schedules])
     tool.main()

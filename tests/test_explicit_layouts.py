@@ -14,9 +14,10 @@ from support import ROOT, make_variant
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.errors import CompileError
 from m2gen.kernels.arguments import Direction
-from m2gen.kernels.compile import Job, compile_all, compiled, load_kernels
+from m2gen.kernels.compile import Job, compiled, load_kernels
 from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, binary_of
+from m2gen.pipeline.check import compile_all
 from m2gen.schedule import WARPGROUP_OPERANDS, Layouts, Schedule, check, parse, problems
 from m2gen.schedule.heuristic import default
 from m2gen.variant import Variant

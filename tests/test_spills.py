@@ -13,7 +13,7 @@ from m2gen.kernels.demand import demand_of
 from m2gen.package.emit import Origin
 from m2gen.pipeline import check, open_spec, plan
 from m2gen.pipeline.plan import Plan
-from m2gen.schedule import BackwardSchedule, Layouts, Reduction
+from m2gen.schedule import BackwardSchedule, Layouts, Reduction, parse
 from m2gen.schedule.heuristic import default
 from m2gen.variant import BuiltVariant
 
@@ -73,3 +73,18 @@ def test_a_weight_of_128_columns_lies_in_shared_memory() -> None:
     assert (grouped.states, grouped.weights) == (160, 32)  # 5 tiles of 64 x 64 and one sum of it, over 128 threads
     note = "spills: tiles of the state alone take 56 of 255 registers a thread, and state weights 128"
     assert backward.notes == (note,)
+
+
+def test_a_compiler_that_dies_is_named_and_costs_no_other_kernel() -> None:
+    """The assembler of another vendor takes its process down at PTX; kernels of both targets have a line."""
+    variant = make_variant(dtype="bf16", tanh="approx")
+    schedule = parse("f16x1u4a_b16x1c2a_i16_ptx")
+    spec, _ = open_spec("tiny.yaml")
+    built = BuiltVariant(variant, ("broken",))
+    choices = tuple(Choice(built, TARGETS[arch], schedule) for arch in ("gfx942", "sm_90"))
+    rows = check(Plan(spec, Origin("broken", "broken.yaml", "0" * 12), choices), Silent())
+    assert {row.arch for row in rows if row.resources is None} == {"gfx942"}
+    assert {row.problems[0].partition(": ")[2] for row in rows if row.problems} == {
+        "the compiler took its process down"
+    }
+    assert len(rows) == 6

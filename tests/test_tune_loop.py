@@ -16,11 +16,11 @@ from m2gen.db import Database, Failure, Reason
 from m2gen.errors import DatabaseError, TuneError
 from m2gen.measure import lock
 from m2gen.pipeline import plan
-from m2gen.pipeline.tune import Rig, Tuned, TuneRequest, tune
+from m2gen.pipeline.tune import Tuned, TuneRequest, TuningContext, tune
 from m2gen.schedule import Schedule, parse
 from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
-from m2gen.tune.book import Standing
+from m2gen.tune.log import Standing
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 from m2gen.variant import parse_variant
@@ -75,11 +75,15 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def search(
-    spec: Path, rig: Rig | None = None, watcher: Silent | None = None, trials: int | None = 24, seconds: float = 60.0
+    spec: Path,
+    context: TuningContext | None = None,
+    watcher: Silent | None = None,
+    trials: int | None = 24,
+    seconds: float = 60.0,
 ) -> Tuned:
     """Run the one search of the spec."""
     request = TuneRequest(Database(spec.parent / "db"), seconds=seconds, trials=trials)
-    (tuned,) = tune(plan(str(spec)), request, rig or simulated.rig(), watcher or Silent())
+    (tuned,) = tune(plan(str(spec)), request, context or simulated.context(), watcher or Silent())
     return tuned
 
 
@@ -127,7 +131,7 @@ def test_hanging_and_crashing_candidates_cost_themselves(spec: Path) -> None:
     """In worker processes: the hang is stopped, the crash replaced, both are recorded and never tried again."""
     hang, crash = beside(rows=16), beside(rows=64)
     log = simulated.script(spec.parent / "script.json", hang=[hang], crash=[crash])
-    tuned = search(spec, simulated.rig(inline=False, seconds=6.0), trials=11)
+    tuned = search(spec, simulated.context(inline=False, seconds=6.0), trials=11)
     found = {slug: of(tuned, slug).failure for slug in (hang, crash)}
     assert found[hang] is not None
     assert (found[hang].reason, found[hang].message) == (Reason.HANG, "took longer than 6 s")
@@ -148,7 +152,7 @@ def test_a_sticky_error_costs_the_candidate_that_made_it(spec: Path) -> None:
     """An error that stays with its process: that is replaced, the candidate recorded, and every other one measured."""
     bad = beside(rows=16)
     log = simulated.script(spec.parent / "script.json", sticky=[bad])
-    tuned = search(spec, simulated.rig(inline=False), trials=12)
+    tuned = search(spec, simulated.context(inline=False), trials=12)
     screened = [line.split()[1] for line in lines(log) if line.startswith("screen")]
     assert len(screened) == len(set(screened)) == 12
     assert screened.index(bad) < 11, "others come after it"
@@ -240,7 +244,7 @@ def test_fresh_begins_anew(spec: Path) -> None:
     log = simulated.script(spec.parent / "script.json")
     request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=5, fresh=True)
     for _ in range(2):
-        list(tune(plan(str(spec)), request, simulated.rig(), Silent()))
+        list(tune(plan(str(spec)), request, simulated.context(), Silent()))
     assert set(Counter(line for line in lines(log) if line.startswith("screen")).values()) == {2}
 
 
@@ -273,14 +277,14 @@ def test_the_budget_ends_a_search(spec: Path) -> None:
 def test_two_tuners_exclude_each_other(spec: Path) -> None:
     """The second says which process has the GPU, and does nothing."""
     log = simulated.script(spec.parent / "script.json")
-    rig = simulated.rig()
+    context = simulated.context()
     with (
-        lock.exclusive(rig.gpu),
+        lock.exclusive(context.gpu),
         pytest.raises(TuneError, match=f"at a time .* process {os.getpid()} does"),
     ):
-        search(spec, rig)
+        search(spec, context)
     assert lines(log) == []
-    search(spec, rig, trials=2)
+    search(spec, context, trials=2)
 
 
 def test_a_read_only_database_loses_nothing(spec: Path) -> None:
@@ -336,7 +340,7 @@ def test_inference_tunes_the_forward_alone(spec: Path) -> None:
     """The backward and the interval stay those of the default, as far as layouts let them; no backward is timed."""
     simulated.script(spec.parent / "script.json")
     request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=20, objective=Objective.INFER)
-    (tuned,) = tune(plan(str(spec)), request, simulated.rig(), Silent())
+    (tuned,) = tune(plan(str(spec)), request, simulated.context(), Silent())
     base = standard(tuned)
     assert {t.schedule.interval for t in tuned.outcome.trials} == {base.interval}
     for schedule in (t.schedule for t in tuned.outcome.trials):
@@ -368,8 +372,8 @@ def test_random_and_tpe_search_the_same_space(spec: Path) -> None:
     def order(sampler: Sampler, seed: int, run: int = 0) -> list[Schedule]:
         database = spec.parent / f"{sampler}{seed}{run}"
         request = TuneRequest(Database(database), seconds=60, trials=25, seed=seed, sampler=sampler, fresh=True)
-        rig = simulated.rig(compilers=1)
-        (tuned,) = tune(plan(str(spec)), request, rig, Silent())
+        context = simulated.context(compilers=1)
+        (tuned,) = tune(plan(str(spec)), request, context, Silent())
         return [trial.schedule for trial in tuned.outcome.trials]
 
     one, same, other = (order(Sampler.RANDOM, seed, run) for seed, run in ((1, 0), (1, 1), (2, 0)))
@@ -382,10 +386,10 @@ def test_records_seed_the_next_search(spec: Path) -> None:
     """What the database has is tried right after the default."""
     simulated.script(spec.parent / "script.json", ms={BEST: 1.0})
     request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=60)
-    (first,) = tune(plan(str(spec)), request, simulated.rig(), Silent())
+    (first,) = tune(plan(str(spec)), request, simulated.context(), Silent())
     assert first.outcome.choice is not None
     elsewhere = replace(simulated.DEVICE, name="Another GPU", sm_count=100)
-    (second,) = tune(plan(str(spec)), request, simulated.rig(elsewhere, compilers=1), Silent())
+    (second,) = tune(plan(str(spec)), request, simulated.context(elsewhere, compilers=1), Silent())
     assert second.outcome.trials[1].schedule == first.outcome.choice.winner
     assert second.outcome.trials[1].origin == "similar"
     assert parse(first.outcome.choice.winner.slug) == first.outcome.choice.winner

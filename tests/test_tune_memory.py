@@ -33,7 +33,7 @@ def search(spec: Path, memory: MemoryBound, objective: Objective = Objective.TRA
     """Run the one search of the spec within a bound."""
     database = Database(spec.parent / "db")
     request = TuneRequest(database, seconds=60, trials=24, memory=memory, objective=objective)
-    (tuned,) = tune(plan(str(spec)), request, simulated.rig(), Silent())
+    (tuned,) = tune(plan(str(spec)), request, simulated.context(), Silent())
     return tuned
 
 

@@ -32,7 +32,7 @@ def place(folder: Path, patch: pytest.MonkeyPatch, spec: str) -> Path:
 def search(database: str, compilers: int = 2, **request: Any) -> Tuned:
     """Run the one search of the spec from nothing, with a database of its own."""
     asked = TuneRequest(Database(Path(database)), fresh=True, **request)
-    (tuned,) = tune(plan("one.yaml"), asked, simulated.rig(compilers=compilers), Silent())
+    (tuned,) = tune(plan("one.yaml"), asked, simulated.context(compilers=compilers), Silent())
     return tuned
 
 

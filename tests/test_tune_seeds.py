@@ -131,7 +131,7 @@ def test_a_record_that_fails_now_is_a_failure(tmp_path: Path, monkeypatch: pytes
     database = Database(tmp_path / "db")
     database.add([winner(Bucket.EIGHT, variant=variant, schedule=schedule, where=simulated.ENVIRONMENT)])
     request = TuneRequest(database, seconds=60, trials=4)
-    (tuned,) = tune(plan(str(spec)), request, simulated.rig(compilers=1), Silent())
+    (tuned,) = tune(plan(str(spec)), request, simulated.context(compilers=1), Silent())
     (trial,) = (trial for trial in tuned.outcome.trials if trial.schedule == schedule)
     assert trial.origin == "record"
     (failure,) = (record for record in tuned.records if record.failure is not None)
@@ -146,7 +146,7 @@ def test_a_search_begins_with_a_stale_record_and_replaces_it(tmp_path: Path, mon
     database = Database(tmp_path / "db")
     database.add([outdated(winner(Bucket.EIGHT, variant=variant, schedule=schedule, where=simulated.ENVIRONMENT))])
     request = TuneRequest(database, seconds=60, trials=4)
-    (tuned,) = tune(plan(str(spec)), request, simulated.rig(compilers=1), Silent())
+    (tuned,) = tune(plan(str(spec)), request, simulated.context(compilers=1), Silent())
     assert [trial.origin for trial in tuned.outcome.trials[:2]] == ["default", "record"]
     (record,) = tuned.records
     assert record.schedule == schedule

@@ -112,15 +112,15 @@ FACTS = {
 
 def test_workers_share_a_study_only_on_one_kind_of_gpu_and_toolchain() -> None:
     """Another GPU, driver, torch, Triton or problem names another study; another worker, seed or bound does not."""
-    rig = simulated.rig()
+    context = simulated.context()
     environments = [replace(simulated.ENVIRONMENT, **{name: value}) for name, value in FACTS.items()]
-    others = [replace(rig, bench=replace(rig.bench, environment=environment)) for environment in environments]
+    others = [replace(context, environment=environment) for environment in environments]
     subjects = [replace(SUBJECT, seq=8192), replace(SUBJECT, batch=64), replace(SUBJECT, objective=Objective.INFER)]
-    names = [study_name(SUBJECT, rig), *(study_name(SUBJECT, other) for other in others)]
-    names += [study_name(subject, rig) for subject in subjects]
+    names = [study_name(SUBJECT, context), *(study_name(SUBJECT, other) for other in others)]
+    names += [study_name(subject, context) for subject in subjects]
     assert len(set(names)) == 1 + len(FACTS) + len(subjects)
     assert set(FACTS) == {field.name for field in fields(Environment)}
-    beside = replace(rig, bench=replace(rig.bench, worker="host:1", seed=7), stations=replace(rig.stations, worker="b"))
+    beside = replace(context, worker="host:1")
     assert study_name(replace(SUBJECT, memory=MemoryBound()), beside) == names[0]
 
 
@@ -193,5 +193,5 @@ def test_a_database_that_cannot_be_reached_does_not_show_the_password(folder: Pa
     url = "postgresql://me:secret@127.0.0.1:1/name"
     request = TuneRequest(Database(folder / "db"), seconds=5, trials=2, storage=url)
     with pytest.raises(TuneError, match=r"--storage postgresql\+psycopg://me:\*\*\*@127.0.0.1:1/name") as caught:
-        list(tune(plan("one.yaml"), request, simulated.rig(), Silent()))
+        list(tune(plan("one.yaml"), request, simulated.context(), Silent()))
     assert "secret" not in str(caught.value)

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from support import make_variant
 
 from m2gen.device import TARGETS
+from m2gen.measure.checks import STEPS, seeded_cases
+from m2gen.measure.statistics import NOISE
 from m2gen.schedule import (
     SHORTEST_SEGMENT,
     BackwardSchedule,
@@ -28,12 +30,11 @@ from m2gen.schedule import (
 )
 from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
-from m2gen.tune.gate import STEPS, questions
 from m2gen.tune.knobs import importances
 from m2gen.tune.memory import MemoryBound, extra_bytes
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.search import Proposer, best_combination, indices, neighbours, tiles
-from m2gen.tune.select import NOISE, choose
+from m2gen.tune.select import select
 from m2gen.tune.space import AXES, Subject, enumerate_space, fits, schedule_of, space_hash, values_of
 from m2gen.tune.trial import Samples, Trial
 from m2gen.variant import parse_variant
@@ -101,12 +102,12 @@ def test_a_sampler_learns_of_axes_with_a_choice() -> None:
     assert proposer.ask() is not None
 
 
-def test_the_gate_cuts_walks() -> None:
+def test_the_check_cuts_walks() -> None:
     """Its problems are longer than a segment of any interval, so what is timed in segments was verified in segments."""
     shortest = [replace(BASE, interval=interval, segments=3).shortest_segment for interval in AXES["interval"]]
     assert max(shortest) < STEPS
-    for question in questions(SMALL, STEPS):
-        assert sum(question.case.problem.lengths or (question.case.problem.seq,)) > max(shortest)
+    for asked in seeded_cases(SMALL, STEPS):
+        assert sum(asked.case.problem.lengths or (asked.case.problem.seq,)) > max(shortest)
 
 
 def test_segments_are_points_where_programs_take_turns() -> None:
@@ -279,7 +280,7 @@ def _samples(ms: float, spread: float = 0.002, count: int = 40) -> Samples:
 def test_the_fastest_wins_where_it_is_faster() -> None:
     """Beyond noise, by its interval."""
     fast, slow = POINTS[5], POINTS[9]
-    choice = choose({BASE: _samples(3.0), fast: _samples(2.0), slow: _samples(4.0)}, (BASE, fast, slow), BASE, 0)
+    choice = select({BASE: _samples(3.0), fast: _samples(2.0), slow: _samples(4.0)}, (BASE, fast, slow), BASE, 0)
     assert choice.winner == fast
     assert choice.ties == (fast,)
     estimate = choice.estimates[fast]
@@ -294,10 +295,10 @@ def test_ties_lean_towards_the_default() -> None:
         p for p in POINTS if sum(a != b for a, b in zip(indices(p).values(), indices(BASE).values(), strict=True)) > 5
     )
     tied = {BASE: _samples(2.0), near: _samples(1.998), far: _samples(1.996)}
-    assert choose(tied, tuple(tied), BASE, 0).winner == BASE
+    assert select(tied, tuple(tied), BASE, 0).winner == BASE
     tied[BASE] = _samples(3.0)
-    assert choose(tied, tuple(tied), BASE, 0).winner == near
-    assert choose(tied, (far,), BASE, 0).winner == far, "of those that may win"
+    assert select(tied, tuple(tied), BASE, 0).winner == near
+    assert select(tied, (far,), BASE, 0).winner == far, "of those that may win"
 
 
 @settings(max_examples=40, deadline=None)
@@ -306,8 +307,8 @@ def test_the_winner_is_never_slower_than_the_default(times: list[float], spread:
     """Beyond what counts as noise, whatever the others take."""
     finalists = {BASE: _samples(3.0, spread)}
     finalists |= {point: _samples(ms, spread) for point, ms in zip(POINTS, times, strict=False) if point != BASE}
-    choice = choose(finalists, tuple(finalists), BASE, seed)
-    assert choice.winner == choose(finalists, tuple(finalists), BASE, seed).winner
+    choice = select(finalists, tuple(finalists), BASE, seed)
+    assert choice.winner == select(finalists, tuple(finalists), BASE, seed).winner
     if choice.winner != BASE:
         assert choice.estimates[choice.winner].median_ms < choice.estimates[BASE].median_ms * (1 + NOISE)
         assert BASE not in choice.ties

@@ -16,7 +16,7 @@ from m2gen.verify import Case, Check, Feature, Layout, Loss, TensorResult, cases
 from m2gen.verify.checks.drop_in import published
 from m2gen.verify.checks.gradients import LAYOUTS
 from m2gen.verify.oracle import TENSORS, eager, own_arithmetic, same
-from m2gen.verify.subject import Subject
+from m2gen.verify.subject import CaseContext
 
 CPU = torch.device("cpu")
 RAGGED = Problem(2, 5, initial_state=True)
@@ -168,7 +168,7 @@ def test_the_published_equations_are_the_references(problem) -> None:
 def test_questions_that_are_the_same_share_an_oracle() -> None:
     """Layout, feature and mode do not change what is right; expansion and sizes do."""
     case = Case("a", RAGGED)
-    subject = Subject(reference_package(VARIANTS["fp32"]), VARIANTS["fp32"], case, 0, CPU)
+    subject = CaseContext(reference_package(VARIANTS["fp32"]), VARIANTS["fp32"], case, 0, CPU)
     strided = replace(subject, case=replace(case, name="b", layout=Layout.STRIDED, deterministic=True))
     assert subject.known is strided.known
     assert replace(case, layout=Layout.EXPANDED).question != case.question

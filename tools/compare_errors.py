@@ -2,7 +2,7 @@
 
     python tools/compare_errors.py specs/h200.yaml m2rnn_7b default
 
-For each problem of the tuner's gate and each tensor: the relative error of the default's knobs in the compiler's
+For each problem of the tuner's check and each tensor: the relative error of the default's knobs in the compiler's
 layouts, and every other schedule's as a multiple of it. Exits with 1 where a multiple is over 1.1.
 """
 
@@ -15,22 +15,23 @@ from pathlib import Path
 import torch
 
 from m2gen.errors import M2genError, UsageError
-from m2gen.pipeline.bench import this_stand
+from m2gen.measure.checks import STEPS, SeededCase, seeded_cases
+from m2gen.pipeline.bench import this_bench_context
 from m2gen.schedule import Layouts, Schedule, check, parse
 from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective, load_spec
 from m2gen.tune.candidate import load
-from m2gen.tune.gate import STEPS, Candidate, Question, pass_gate, questions
+from m2gen.tune.check import Candidate, check_candidate
 from m2gen.variant import Variant, expand
 
 MOST = 1.1
 """How many times the error of the portable kernels another schedule's may be."""
 
 
-def errors(variant: Variant, schedule: Schedule, question: Question) -> dict[str, float]:
-    """Return the relative error of every tensor; raises UsageError for a schedule that fails the gate."""
+def errors(variant: Variant, schedule: Schedule, asked: SeededCase) -> dict[str, float]:
+    """Return the relative error of every tensor; raises UsageError for a schedule that fails the check."""
     candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
-    verdict = pass_gate(candidate, (question,), torch.device("cuda"))
+    verdict = check_candidate(candidate, (asked,), torch.device("cuda"))
     if verdict.failure is not None:
         raise UsageError(f"{schedule.slug}: {verdict.failure.message}")
     return {error.tensor: error.error for error in verdict.errors}
@@ -39,11 +40,11 @@ def errors(variant: Variant, schedule: Schedule, question: Question) -> dict[str
 def compared(variant: Variant, schedules: list[Schedule]) -> Iterator[tuple[str, str, float, list[float]]]:
     """Yield problem, tensor, the first schedule's error, and the multiples of it that the others have."""
     portable, *others = schedules
-    for question in (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True)):
-        usual = errors(variant, portable, question)
-        found = [errors(variant, schedule, question) for schedule in others]
+    for asked in (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True)):
+        usual = errors(variant, portable, asked)
+        found = [errors(variant, schedule, asked) for schedule in others]
         for tensor, error in usual.items():
-            yield f"{question.case.name} {question.seed}", tensor, error, [x[tensor] / error for x in found]
+            yield f"{asked.case.name} {asked.seed}", tensor, error, [x[tensor] / error for x in found]
 
 
 def main() -> int:
@@ -57,10 +58,10 @@ def main() -> int:
     if given.layer not in spec.layers:
         parser.error(f"layer must be among {', '.join(spec.layers)}, got {given.layer!r}")
     variant = next(built.variant for built in expand(spec) if given.layer in built.layers)
-    with this_stand("compare_errors") as stand:
-        usual = default(variant, stand.device)
+    with this_bench_context("compare_errors") as context:
+        usual = default(variant, context.device)
         named = [usual if slug == "default" else parse(slug) for slug in given.schedules]
-        every = [usual.laid_out(Layouts.AUTO), *(check(variant, s, stand.device) for s in named)]
+        every = [usual.laid_out(Layouts.AUTO), *(check(variant, s, context.device) for s in named)]
         slugs = " | ".join(f"`{schedule.slug}`" for schedule in every)
         print(f"{variant.key}\n\n| problem | tensor | {slugs} |\n| --- | --- |{' --- |' * len(every)}")
         worst = 0.0

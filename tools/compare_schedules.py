@@ -10,31 +10,31 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from m2gen.bench.contest import Contender, Workload
-from m2gen.bench.measure import Result, contest
-from m2gen.bench.words import Kind
+from m2gen.bench.entries import BenchWorkload, Implementation
+from m2gen.bench.kinds import Kind
+from m2gen.bench.side_by_side import Result, side_by_side
 from m2gen.cache import materialise
 from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE, Device
 from m2gen.errors import M2genError
 from m2gen.package.emit import Origin, package
-from m2gen.pipeline.bench import this_stand
+from m2gen.pipeline.bench import this_bench_context
 from m2gen.schedule import Schedule, check, parse
 from m2gen.schedule.heuristic import default
 from m2gen.spec import load_spec
 from m2gen.variant import BuiltVariant, expand
 
 
-def contender(built: BuiltVariant, schedule: Schedule, device: Device) -> Contender:
+def implementation(built: BuiltVariant, schedule: Schedule, device: Device) -> Implementation:
     """Return a package that runs a variant by one schedule on ``device``."""
     choices = [Choice(built, PORTABLE, default(built.variant, PORTABLE)), Choice(built, device, schedule)]
     made = package(Origin("compared", "compared.yaml", "0" * 12), choices)
-    return Contender(Kind.DEFAULT, schedule, "named", materialise(f"packages/{schedule.slug}", made.files))
+    return Implementation(Kind.DEFAULT, schedule, "named", materialise(f"packages/{schedule.slug}", made.files))
 
 
 def line(result: Result) -> str:
     """Return a result as a line of a Markdown table."""
-    slug = result.entry.contender.schedule.slug
+    slug = result.entry.implementation.schedule.slug
     if result.failure is not None:
         return f"| `{slug}` | {result.failure.message} | | | |"
     assert result.forward is not None
@@ -59,17 +59,15 @@ def main() -> None:
         parser.error(f"workload must be below {len(spec.layers[given.layer].workloads)}, got {given.workload}")
     built = next(built for built in expand(spec) if given.layer in built.layers)
     size = spec.layers[given.layer].workloads[given.workload]
-    with this_stand("compare_schedules") as stand:
-        usual = default(built.variant, stand.device)
+    with this_bench_context("compare_schedules") as context:
+        usual = default(built.variant, context.device)
         named = [usual if slug == "default" else parse(slug) for slug in given.schedules]
-        entered = [contender(built, check(built.variant, s, stand.device), stand.device) for s in named]
+        entered = [implementation(built, check(built.variant, s, context.device), context.device) for s in named]
         print(f"{given.layer}, B{size.batch} S{size.seq}\n")
         print(
             "| schedule | forward ms | forward and backward ms | extra GB | host us |\n| --- | --- | --- | --- | --- |"
         )
-        for result in contest(
-            Workload(given.layer, built.variant, size.batch, size.seq), entered, stand.timer, stand.gpu
-        ):
+        for result in side_by_side(BenchWorkload(given.layer, built.variant, size.batch, size.seq), entered, context):
             print(line(result), flush=True)
 
 

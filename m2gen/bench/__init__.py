@@ -1,6 +1,6 @@
 """How long implementations of the recurrence take beside each other, and how far they are from the GPU's limits.
 
-``contest`` has the types: a workload, the contenders on it, a timer that is a GPU or a script. ``measure`` holds each
-contender against the oracle before it times any, in turns; ``worker`` is the GPU. ``sweep`` has sizes along an axis,
-``book`` results as a document, ``against`` their comparison with earlier ones, ``peers`` other implementations.
+``entries`` has the types: a workload, the implementations on it, a timer that is a GPU or a script. ``side_by_side``
+holds each implementation against the oracle before it times any, in rounds; ``worker`` is the GPU. ``sweep`` has sizes
+along an axis, ``document`` results as JSON, ``against`` their comparison with earlier ones, ``peers`` adapters.
 """

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from m2gen.bench import book
-from m2gen.bench.contest import Workload
-from m2gen.bench.measure import Result
-from m2gen.bench.words import Call
+from m2gen.bench.document import load
+from m2gen.bench.entries import BenchWorkload
+from m2gen.bench.kinds import Call
+from m2gen.bench.side_by_side import Result
 from m2gen.db import Database, Environment, Estimate
 from m2gen.errors import UsageError
+from m2gen.measure.statistics import difference, estimate
 from m2gen.spec import Objective
-from m2gen.tune.select import difference, estimate
 
 BETWEEN_SESSIONS = 0.01
 """Part of a median by which sessions of one binary differ (docs/performance.md), which a run beside itself
@@ -44,7 +44,7 @@ class Baseline:
     times: Mapping[Place, Estimate]
     toolchains: tuple[str, ...] = ()
 
-    def has(self, workload: Workload) -> bool:
+    def has(self, workload: BenchWorkload) -> bool:
         """Whether there is a time of a workload."""
         asked = (workload.variant.key, workload.call, workload.batch, workload.seq)
         return any((place.variant, place.call, place.batch, place.seq) == asked for place in self.times)
@@ -80,7 +80,7 @@ def baseline(path: Path, here: Environment) -> Baseline:
     """
     if path.is_dir():
         return _of_database(Database(path), here)
-    read = book.load(path)
+    read = load(path)
     if read.environment.device != here.device:
         raise UsageError(f"--against {path} must be of {here.device}, got one of {read.environment.device}")
     times: dict[Place, Estimate] = {}
@@ -115,13 +115,13 @@ def _of_database(database: Database, here: Environment) -> Baseline:
 
 
 def compare(results: Sequence[Result], before: Baseline, seed: int = 0) -> list[Comparison]:
-    """Compare a workload's results, each contender twice (``contest(..., arms=2)``), with recorded times.
+    """Compare a workload's results, each implementation twice (``side_by_side(..., arms=2)``), with recorded times.
 
     Where nothing is tuned any more, what serves now, the default, is compared with what was tuned.
     """
     by_name: dict[str, list[Result]] = {}
     for result in results:
-        by_name.setdefault(result.entry.contender.name, []).append(result)
+        by_name.setdefault(result.entry.implementation.name, []).append(result)
     workload = results[0].entry.workload
     found = []
     for name in ("default", "tuned"):
@@ -135,7 +135,7 @@ def compare(results: Sequence[Result], before: Baseline, seed: int = 0) -> list[
 
 def _comparison(arms: Sequence[Result], place: Place, before: Estimate, seed: int) -> Comparison:
     layer = arms[0].entry.workload.layer
-    failures = [f"{arm.failure.reason}: {arm.failure.message}" for arm in arms if arm.failure]
+    failures = [str(arm.failure) for arm in arms if arm.failure]
     if failures:
         return Comparison(layer, place, before, None, BETWEEN_SESSIONS, failures[0])
     one, *others = (getattr(arm.found, SAMPLES[place.what]) for arm in arms)

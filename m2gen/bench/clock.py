@@ -6,22 +6,20 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from m2gen.bench.contest import Entry, Found, Workload
+from m2gen.bench.entries import BenchWorkload, Entry, Found
 from m2gen.bench.operators import Stepper, sequence_operator, stepper
-from m2gen.measure.clock import Replay, aside, peak_bytes, timed, warm
+from m2gen.measure.clock import Clock, Replay, aside, peak_bytes
 from m2gen.problem import Inputs, Problem, make_inputs
 from m2gen.verify import Case, Operator
 from m2gen.verify.oracle import OPERANDS, call, gate_of, named_operands
 
-COUNTED_SECONDS = 0.15
 FEWEST, MOST = 3, 10
-"""Samples of one turn."""
+"""Samples of one round."""
 CALLS = 200
 """Calls that one timing of the host spans: few enough for the driver's queue, which holds about a thousand."""
 TIMINGS = 20
@@ -29,37 +27,28 @@ WARM_UPS = 2
 """Calls outside a graph: the first compiles."""
 
 
-class Clock:
-    """Forward, and for sequences a forward that saves and its backward, each a graph of its own."""
+def captured(entry: Entry, device: torch.device) -> Clock:
+    """Capture an entry's calls: forward, and for sequences a forward that saves and its backward."""
+    workload, implementation = entry.timed, entry.implementation
+    inputs = _inputs(workload, device)
+    if workload.call.decodes:
+        step = _decoding(stepper(implementation, workload.variant), inputs)
+        for _ in range(WARM_UPS):
+            aside(step)
+        extra_bytes = peak_bytes(step)
+        return Clock([Replay(step)], extra_bytes)
+    training = _Training(sequence_operator(implementation, workload.variant), inputs)
+    for _ in range(WARM_UPS):
+        aside(training.forward)
+        aside(training.both)
+    extra_bytes = peak_bytes(training.both)
+    return Clock(training.captured(), extra_bytes)
 
-    def __init__(self, entry: Entry, device: torch.device) -> None:
-        workload, contender = entry.timed, entry.contender
-        inputs = _inputs(workload, device)
-        self.host_us: float | None = None
-        if workload.call.decodes:
-            step = _decoding(stepper(contender, workload.variant), inputs)
-            for _ in range(WARM_UPS):
-                aside(step)
-            self.extra_bytes = peak_bytes(step)
-            self._replays: list[Replay[Any]] = [Replay(step)]
-        else:
-            operator = sequence_operator(contender, workload.variant)
-            training = _Training(operator, inputs)
-            for _ in range(WARM_UPS):
-                aside(training.forward)
-                aside(training.both)
-            self.extra_bytes = peak_bytes(training.both)
-            self._replays = training.captured()
-        if contender.kind.generated:
-            self.host_us = _host_us(entry, device)
 
-    def sample(self) -> Found:
-        """Warm up and return the samples of one turn."""
-        estimate = median(map(sum, warm(self._replays)))
-        count = min(MOST, max(FEWEST, int(COUNTED_SECONDS * 1e3 / estimate)))
-        turns = timed(self._replays, count)
-        forward = tuple(turn[0] for turn in turns)
-        return Found(forward, tuple(turn[1] + turn[2] for turn in turns if turn[1:]))
+def sampled(clock: Clock) -> Found:
+    """Sample an entry for one round."""
+    calls = clock.sample(FEWEST, MOST)
+    return Found(tuple(call[0] for call in calls), tuple(call[1] + call[2] for call in calls if call[1:]))
 
 
 class _Training:
@@ -103,12 +92,12 @@ def _decoding(step: Stepper, inputs: Inputs) -> Callable[[], Any]:
 
 
 @lru_cache(maxsize=1)
-def _inputs(workload: Workload, device: torch.device) -> Inputs:
+def _inputs(workload: BenchWorkload, device: torch.device) -> Inputs:
     seq = 1 if workload.call.decodes else workload.seq
     return _drawn(replace(workload, seq=seq), device)
 
 
-def _drawn(workload: Workload, device: torch.device) -> Inputs:
+def _drawn(workload: BenchWorkload, device: torch.device) -> Inputs:
     """Return inputs of the workload's size; of decoding with states of its dtype."""
     problem = Problem(workload.batch, workload.seq, initial_state=workload.call.decodes)
     inputs = make_inputs(workload.variant, problem, seed=0).to(device)
@@ -117,18 +106,21 @@ def _drawn(workload: Workload, device: torch.device) -> Inputs:
     return replace(inputs, initial_state=inputs.initial_state.bfloat16())
 
 
-def _host_us(entry: Entry, device: torch.device) -> float:
+def host_us(entry: Entry, device: torch.device) -> float | None:
     """Return the microseconds that a call of one step of one sequence takes of the host, without gradients.
 
-    The least of ``TIMINGS``, as timeit advises: whatever else the host does only adds to it.
+    The least of ``TIMINGS``, as timeit advises: whatever else the host does only adds to it. None of what is not
+    generated.
     """
-    workload, contender = replace(entry.workload, batch=1, seq=1), entry.contender
+    workload, implementation = replace(entry.workload, batch=1, seq=1), entry.implementation
+    if not implementation.kind.generated:
+        return None
     inputs = _drawn(workload, device)
     if workload.call.decodes:
-        run = _decoding(stepper(contender, workload.variant), inputs)
+        run = _decoding(stepper(implementation, workload.variant), inputs)
     else:
         operands = (getattr(inputs, name) for name in OPERANDS)
-        run = partial(sequence_operator(contender, workload.variant), *operands, **gate_of(inputs))
+        run = partial(sequence_operator(implementation, workload.variant), *operands, **gate_of(inputs))
     times = []
     for _ in range(TIMINGS):
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""From a contender to what is called: a sequence's operator, and one step of decoding."""
+"""From an implementation to what is called: a sequence's operator, and one step of decoding."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from m2gen.bench import peers
-from m2gen.bench.contest import Contender
-from m2gen.bench.words import Kind
+from m2gen.bench.entries import Implementation
+from m2gen.bench.kinds import Kind
 from m2gen.kernels.compile import load_module
 from m2gen.problem import TORCH_DTYPE
 from m2gen.runtime.reference import Arithmetic
@@ -26,27 +26,27 @@ Stepper = Callable[..., tuple[Tensor, Tensor]]
 
 
 class CannotServe(Exception):
-    """A contender has no operator for a variant."""
+    """An implementation has no operator for a variant."""
 
 
-def sequence_operator(contender: Contender, variant: Variant) -> Operator:
+def sequence_operator(implementation: Implementation, variant: Variant) -> Operator:
     """Return what is called on whole sequences; raises CannotServe, or whatever a package or a peer raises."""
-    if contender.kind.generated:
-        return partial(_package(contender.package).m2rnn, deterministic=False)
-    if contender.kind is Kind.PEER:
-        found = peers.operator_of(contender.source, variant)
+    if implementation.kind.generated:
+        return partial(_package(implementation.package).m2rnn, deterministic=False)
+    if implementation.kind is Kind.PEER:
+        found = peers.operator_of(implementation.source, variant)
         if found is None:
-            raise CannotServe(f"{contender.source} does not serve {variant.key}")
+            raise CannotServe(f"{implementation.source} does not serve {variant.key}")
         operator: Operator = found
         return operator
-    return _maybe_compiled(contender, _reference(variant))
+    return _maybe_compiled(implementation, _reference(variant))
 
 
-def stepper(contender: Contender, variant: Variant) -> Stepper:
+def stepper(implementation: Implementation, variant: Variant) -> Stepper:
     """Return what advances states by one token; raises CannotServe, or whatever a package raises."""
-    if contender.kind.generated:
-        return _package(contender.package).m2rnn_step  # type: ignore[no-any-return]
-    if contender.kind is Kind.PEER:
+    if implementation.kind.generated:
+        return _package(implementation.package).m2rnn_step  # type: ignore[no-any-return]
+    if implementation.kind is Kind.PEER:
         raise CannotServe("adapters of peers are for sequences")
     reference = _reference(variant)
 
@@ -55,7 +55,7 @@ def stepper(contender: Contender, variant: Variant) -> Stepper:
         y, after = reference(*token, weight, forget.unsqueeze(1), state, None, clip=None, **gate)
         return y.squeeze(1), after.to(state.dtype)
 
-    return _maybe_compiled(contender, step)
+    return _maybe_compiled(implementation, step)
 
 
 def _package(folder: Path | None) -> ModuleType:
@@ -68,8 +68,8 @@ def _reference(variant: Variant) -> Operator:
     return eager(variant, Arithmetic(torch.float32, TORCH_DTYPE[variant.dtype]))
 
 
-def _maybe_compiled(contender: Contender, call: Callable[..., Any]) -> Callable[..., Any]:
-    if contender.kind is not Kind.COMPILED:
+def _maybe_compiled(implementation: Implementation, call: Callable[..., Any]) -> Callable[..., Any]:
+    if implementation.kind is not Kind.COMPILED:
         return call
     torch.compiler.reset()  # every variant is the same code, of which dynamo compiles only so many
     return torch.compile(call, dynamic=False, fullgraph=True)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any
 
-from m2gen.bench.words import Kind
+from m2gen.bench.kinds import Kind
 from m2gen.errors import UsageError
 from m2gen.variant import Variant
 

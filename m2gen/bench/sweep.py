@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from m2gen.bench.contest import Workload
-from m2gen.bench.words import Axis
+from m2gen.bench.entries import BenchWorkload
+from m2gen.bench.kinds import Axis
 from m2gen.spec import Heads
 from m2gen.variant import Variant
 
@@ -24,11 +24,11 @@ SHORT = 32
 
 
 @dataclass(frozen=True)
-class Point:
+class SweepPoint:
     """One place on the axis."""
 
     x: int
-    workload: Workload
+    workload: BenchWorkload
     fitted: bool = True
     """Whether the line has to go through it."""
 
@@ -49,7 +49,7 @@ class Fit:
         return self.intercept_ms + self.slope_ms * x
 
 
-def points(axis: Axis, base: Workload, sm_count: int, tile: int) -> tuple[Point, ...]:
+def points(axis: Axis, base: BenchWorkload, sm_count: int, tile: int) -> tuple[SweepPoint, ...]:
     """Return the workloads of a sweep, which start from a layer's first one.
 
     Up to ``tile`` rows one program has all of them, and their number says little about time.
@@ -57,18 +57,18 @@ def points(axis: Axis, base: Workload, sm_count: int, tile: int) -> tuple[Point,
     variant = base.variant
     heads = variant.total_heads
     if axis is Axis.SEQ:
-        return tuple(Point(seq, replace(base, seq=seq)) for seq in LENGTHS)
+        return tuple(SweepPoint(seq, replace(base, seq=seq)) for seq in LENGTHS)
     if axis is Axis.ROWS:
         full = replace(base, batch=max(base.batch, -(-FULL * sm_count // heads)))
         grown = ((rows, replace(variant, state_expansion=rows)) for rows in ROWS)
-        return tuple(Point(rows, replace(full, variant=v), rows >= tile) for rows, v in grown)
+        return tuple(SweepPoint(rows, replace(full, variant=v), rows >= tile) for rows, v in grown)
     if axis is Axis.HEADS:
         batch = FULL * sm_count
         of_heads = ((count * batch, with_heads(variant, count)) for count in HEADS)
-        return tuple(Point(x, replace(base, variant=v, batch=batch, seq=SHORT)) for x, v in of_heads)
+        return tuple(SweepPoint(x, replace(base, variant=v, batch=batch, seq=SHORT)) for x, v in of_heads)
     batches = dict.fromkeys(max(1, round(per_sm * sm_count / heads)) for per_sm in PER_SM)
     return tuple(
-        Point(batch * heads, replace(base, batch=batch, seq=SHORT), batch * heads >= FULL * sm_count)
+        SweepPoint(batch * heads, replace(base, batch=batch, seq=SHORT), batch * heads >= FULL * sm_count)
         for batch in batches
     )
 

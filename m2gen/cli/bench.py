@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from m2gen.bench.words import Axis, Kind
+from m2gen.bench.kinds import Axis, Kind
 from m2gen.cli.options import (
     DbOption,
     DebugOption,
@@ -71,16 +71,16 @@ def bench(
         peers(request.peers)
         pipeline.workloads(planned, request)  # what is wrong with the request is said before a GPU is looked for
         progress = terminal_progress(quiet)
-        with pipeline.this_stand("m2gen bench") as stand:
+        with pipeline.this_bench_context("m2gen bench") as context:
             if axes:
-                swept = (pipeline.sweep(planned, axis, request, stand, records, progress) for axis in axes)
-                raise typer.Exit(run_sweeps(swept, stand, plot, as_json=json))
+                swept = (pipeline.sweep(planned, axis, request, context, records, progress) for axis in axes)
+                raise typer.Exit(run_sweeps(swept, context, plot, as_json=json))
             if against is not None:
-                before = pipeline.baseline(against, stand.environment)
-                found = pipeline.regressions(planned, request, stand, before, progress)
-                raise typer.Exit(run_against(found, before, stand, as_json=json))
-            results = pipeline.bench(planned, request, stand, progress)
-            raise typer.Exit(run_bench(results, stand, as_json=json))
+                before = pipeline.baseline(against, context.environment)
+                found = pipeline.regressions(planned, request, context, before, progress)
+                raise typer.Exit(run_against(found, before, context, as_json=json))
+            results = pipeline.bench(planned, request, context, progress)
+            raise typer.Exit(run_bench(results, context, as_json=json))
 
 
 def _check(axes: list[Axis], plot: Path | None, against: Path | None) -> None:

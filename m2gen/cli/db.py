@@ -196,8 +196,8 @@ def verify(
     with reporting(debug):
         database = pipeline.open_database(db)
         warn_of_faults(database.contents())
-        rig = pipeline.this_rig("m2gen db verify")
-        found = pipeline.verify_records(database, identities or (), rig, terminal_progress(quiet or json))
+        context = pipeline.this_tuning_context("m2gen db verify")
+        found = pipeline.verify_records(database, identities or (), context, terminal_progress(quiet or json))
         raise typer.Exit(show_rechecks(found, as_json=json))
 
 
@@ -215,5 +215,5 @@ def replay(
 
     with reporting(debug):
         record = pipeline.open_database(db).find(identity)
-        rig = pipeline.this_rig("m2gen db replay")
-        show_replay(pipeline.replay(record, rig, terminal_progress(quiet or json)), as_json=json)
+        context = pipeline.this_tuning_context("m2gen db replay")
+        show_replay(pipeline.replay(record, context, terminal_progress(quiet or json)), as_json=json)

@@ -85,10 +85,10 @@ def tune(
 
 def _sizes(planned: Plan, request: TuneRequest, target: str | None) -> list[Size]:
     from m2gen import pipeline
-    from m2gen.kernels.compile import workers
+    from m2gen.measure.workers import cpus
 
     device = pipeline.dry_run_device(target, planned.spec.targets)
-    return pipeline.dry_run(planned, request, device, workers())
+    return pipeline.dry_run(planned, request, device, cpus())
 
 
 def _read(option: str, what: str, parse: Callable[[str], Value], text: str) -> Value:

@@ -113,7 +113,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class TensorError:
-    """The worst error of one tensor over the whole gate, and its budget there."""
+    """The worst error of one tensor over the whole check, and its budget there."""
 
     tensor: Annotated[str, Field(pattern=r"^[A-Za-z_]{1,40}$")]
     error: _Error
@@ -138,6 +138,9 @@ class Failure:
 
     reason: Reason
     message: _Message = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
 
     @classmethod
     def of(cls, reason: Reason, text: str) -> Failure:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import metadata
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from m2gen.cache import key_of, load_result, materialise, store_result
+from m2gen.cache import key_of, materialise
 from m2gen.device import Device
 from m2gen.errors import CompileError
 from m2gen.kernels.arguments import Argument, Direction, arguments, options
@@ -153,72 +147,3 @@ def _specialisation(described: tuple[Argument, ...]) -> tuple[dict[str, str], di
     constants = {(i,): a.value for i, a in enumerate(described) if a.type == "constexpr"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(described) if a.even}
     return signature, constants, attributes
-
-
-def workers() -> int:
-    """Return how many CPU processes to use: those that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _start_worker() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
-
-
-@contextmanager
-def worker_pool(workers: int, initializer: Callable[[], None]) -> Iterator[ProcessPoolExecutor]:
-    """Yield a pool of fresh processes; leaving early, by an error or Ctrl-C, drops what has not started."""
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=initializer)
-    try:
-        yield pool
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
-    pool.shutdown()
-
-
-def compile_all(
-    jobs: Iterable[Job], workers: int, done: Callable[[Job], None] = lambda job: None
-) -> dict[Job, Resources | CompileError]:
-    """Cross-compile in parallel processes, each distinct kernel once; ``done`` is called as each is known."""
-    results: dict[Job, Resources | CompileError] = {}
-    missing: dict[str, list[Job]] = {}
-    for job in dict.fromkeys(jobs):
-        known = load_result("resources", job.key)
-        if known is None:
-            missing.setdefault(job.key, []).append(job)
-        else:
-            results[job] = Resources(**known)
-            done(job)
-    for job, result in _compile_in_processes([same[0] for same in missing.values()], workers):
-        if isinstance(result, Resources):
-            store_result("resources", job.key, asdict(result))
-        for same in missing[job.key]:
-            results[same] = result
-            done(same)
-    return results
-
-
-def _compile_in_processes(jobs: list[Job], workers: int) -> Iterator[tuple[Job, Resources | CompileError]]:
-    """Compile in a pool; if a compiler takes its process down, compile what is left each in a process of its own."""
-    left = set(jobs)
-    if jobs:
-        with worker_pool(min(workers, len(jobs)), _start_worker) as pool:
-            for job, result in _collect({pool.submit(compile_kernel, job): job for job in jobs}):
-                if result is not None:
-                    left.remove(job)
-                    yield job, result
-    for job in (job for job in jobs if job in left):
-        with worker_pool(1, _start_worker) as pool:
-            for _, result in _collect({pool.submit(compile_kernel, job): job}):
-                yield job, result or CompileError(f"{job.name}: the compiler took its process down")
-
-
-def _collect(futures: dict[Future[Resources], Job]) -> Iterator[tuple[Job, Resources | CompileError | None]]:
-    """Yield each job's result as it is known; None where its process died."""
-    for future in as_completed(futures):
-        try:
-            yield futures[future], future.result()
-        except CompileError as error:
-            yield futures[future], error
-        except BrokenProcessPool:
-            yield futures[future], None

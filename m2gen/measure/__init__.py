@@ -1,1 +1,1 @@
-"""What tuning and benchmarks share: the clock, isolated workers, the lock, the environment, the roofline."""
+"""What tuning and benchmarks share: context, isolated workers, clock, checks, rounds, statistics and the roofline."""

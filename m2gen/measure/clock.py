@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from statistics import median
+from typing import Any, Generic, TypeVar
 
 import torch
 
 Result = TypeVar("Result")
 WARM_SECONDS = 0.04
 """Of replays before the first that counts: a GPU that waited for a compiler has lowered its clocks."""
+COUNTED_SECONDS = 0.15
+"""Of calls that count, as far as the bounds on their number allow."""
 L2_TIMES = 3
 """Size of the buffer that is written between calls, in sizes of the L2."""
 
@@ -35,10 +38,10 @@ class Replay(Generic[Result]):
 
 
 def timed(replays: Sequence[Replay[Result]], count: int) -> list[tuple[float, ...]]:
-    """Return the milliseconds of each replay in ``count`` turns, each after the L2 was filled with something else."""
-    turns = [[replay.enqueue() for replay in replays] for _ in range(count)]
+    """Return the milliseconds of each replay in ``count`` calls, each after the L2 was filled with something else."""
+    calls = [[replay.enqueue() for replay in replays] for _ in range(count)]
     torch.cuda.synchronize()
-    return [tuple(start.elapsed_time(end) for start, end in turn) for turn in turns]
+    return [tuple(start.elapsed_time(end) for start, end in call) for call in calls]
 
 
 def warm(replays: Sequence[Replay[Result]]) -> list[tuple[float, ...]]:
@@ -78,3 +81,20 @@ def peak_bytes(run: Callable[[], object]) -> int:
     torch.cuda.synchronize()
     del results
     return torch.cuda.max_memory_allocated() - before
+
+
+class Clock:
+    """Graphs that together are one call, and what that allocates at most beyond what is there."""
+
+    def __init__(self, replays: Sequence[Replay[Any]], extra_bytes: int) -> None:
+        self._replays = replays
+        self.extra_bytes = extra_bytes
+
+    def sample(self, fewest: int, most: int, worth_ms: float = float("inf")) -> list[tuple[float, ...]]:
+        """Warm up, and return the milliseconds of each graph in ``fewest`` to ``most`` calls.
+
+        As many as ``COUNTED_SECONDS`` hold; the fewest of a call that takes longer than ``worth_ms``.
+        """
+        estimate = median(map(sum, warm(self._replays)))
+        count = min(most, max(fewest, int(COUNTED_SECONDS * 1e3 / estimate)))
+        return timed(self._replays, fewest if estimate > worth_ms else count)

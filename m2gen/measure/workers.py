@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import sys
 import time
@@ -17,6 +18,16 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 GRACE_SECONDS = 10.0
 """How long a process may take to end by itself."""
+
+
+def cpus() -> int:
+    """Return how many processes to use: as many as there are CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def without_interpreter() -> None:
+    """Prepare a process for compiled kernels, never the interpreter's."""
+    os.environ.pop("TRITON_INTERPRET", None)
 
 
 @dataclass(frozen=True)
@@ -48,26 +59,36 @@ def run_isolated(
 ) -> Iterator[tuple[Task, Result]]:
     """Yield each task with its result as it is known; the tasks of a group go to one process, one after the other."""
     waiting = deque(deque(group) for group in groups)
-    lanes = [_Lane(Lane(service)) for _ in range(min(processes, len(waiting)))]
+    at: dict[Worker[Task, Result], deque[Task]] = {}
+
+    def begin(worker: Worker[Task, Result]) -> None:
+        """Begin the next task of the group, or of the next group; end the process where there is none."""
+        while not at[worker] and waiting:
+            at[worker] = waiting.popleft()
+        if at[worker]:
+            worker.begin(at[worker].popleft())
+        else:
+            worker.stop()
+
     try:
-        for lane in lanes:
-            lane.take(waiting)
-        while busy := [lane.lane for lane in lanes if lane.lane.task is not None]:
-            ready = finished(busy)
-            for lane in [lane for lane in lanes if lane.lane in ready]:
-                yield lane.lane.collect()
-                lane.take(waiting)
+        for worker in [Worker(service) for _ in range(min(processes, len(waiting)))]:
+            at[worker] = deque()
+            begin(worker)
+        while busy := [worker for worker in at if worker.task is not None]:
+            for worker in finished(busy):
+                yield worker.collect()
+                begin(worker)
     finally:
-        for lane in lanes:
-            lane.lane.stop()
+        for worker in at:
+            worker.stop()
 
 
-def finished(busy: Sequence[Lane[Any, Any]], seconds: float = float("inf")) -> list[Lane[Any, Any]]:
-    """Return the lanes that have a result or are out of time, after waiting up to ``seconds`` for the first."""
-    left = min(seconds, *(lane.deadline - time.monotonic() for lane in busy))
-    ready = connection.wait([lane.pipe for lane in busy], timeout=max(0.0, left))
+def finished(busy: Sequence[Worker[Any, Any]], seconds: float = float("inf")) -> list[Worker[Any, Any]]:
+    """Return the workers that have a result or are out of time, after waiting up to ``seconds`` for the first."""
+    left = min(seconds, *(worker.deadline - time.monotonic() for worker in busy))
+    ready = connection.wait([worker.pipe for worker in busy], timeout=max(0.0, left))
     now = time.monotonic()
-    return [lane for lane in busy if lane.pipe in ready or now > lane.deadline]
+    return [worker for worker in busy if worker.pipe in ready or now > worker.deadline]
 
 
 def _loop(pipe: Any, prepare: Callable[[], None], serve: Callable[[Any], Any]) -> None:
@@ -86,7 +107,7 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl(2)
 
 
-class Lane(Generic[Task, Result]):
+class Worker(Generic[Task, Result]):
     """One process at a time, and the task that it is at; a new process where the last one cannot be trusted."""
 
     def __init__(self, service: Service[Task, Result]) -> None:
@@ -121,6 +142,13 @@ class Lane(Generic[Task, Result]):
             self.stop()
         return task, result
 
+    def ask(self, task: Task) -> Result:
+        """Do one task, and wait for its result."""
+        self.begin(task)
+        while not finished([self]):
+            pass
+        return self.collect()[1]
+
     def _start(self) -> None:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -136,6 +164,11 @@ class Lane(Generic[Task, Result]):
         self.stop()
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
 
+    def drop(self) -> None:
+        """End the process where it is in the middle of a task."""
+        if self.task is not None:
+            self.stop()
+
     def stop(self) -> None:
         """End the process, which may be in the middle of a task."""
         busy, self.task = self.task is not None, None
@@ -149,20 +182,3 @@ class Lane(Generic[Task, Result]):
             self._process.kill()
             self._process.join()
         self._process = None
-
-
-@dataclass
-class _Lane(Generic[Task, Result]):
-    """A lane, and the tasks left of the group that it is at."""
-
-    lane: Lane[Task, Result]
-    group: deque[Task] | None = None
-
-    def take(self, waiting: deque[deque[Task]]) -> None:
-        """Begin the next task of the group, or of the next group; end the process where there is none."""
-        while not self.group and waiting:
-            self.group = waiting.popleft()
-        if self.group:
-            self.lane.begin(self.group.popleft())
-        else:
-            self.lane.stop()

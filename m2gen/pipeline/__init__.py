@@ -1,17 +1,27 @@
 """The only module that chains the stages: each file is one command's way from a plan to its outcome."""
 
 from m2gen.bench.against import baseline
-from m2gen.pipeline.bench import BenchRequest, Stand, Swept, bench, regressions, sweep, this_stand, workloads
+from m2gen.bench.entries import BenchContext
+from m2gen.pipeline.bench import (
+    BenchRequest,
+    Swept,
+    bench,
+    regressions,
+    sweep,
+    this_bench_context,
+    workloads,
+)
 from m2gen.pipeline.build import BuildOutcome, build, committed_specs, difference
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.db import Answer, Question, Superfluous, open_database, state, superfluous, why
 from m2gen.pipeline.plan import Plan, Progress, open_spec, plan, relevant, render, shipped_database, shipped_specs
-from m2gen.pipeline.recheck import Recheck, Replay, replay, verify_records
-from m2gen.pipeline.tune import Rig, Size, Tuned, TuneRequest, dry_run, dry_run_device, this_rig, tune
+from m2gen.pipeline.recheck import Recheck, Replayed, replay, verify_records
+from m2gen.pipeline.tune import Size, Tuned, TuneRequest, dry_run, dry_run_device, this_tuning_context, tune
 from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_lines, reproduce, verify, verify_full
 
 __all__ = [
     "Answer",
+    "BenchContext",
     "BenchRequest",
     "BuildOutcome",
     "CheckRow",
@@ -19,10 +29,8 @@ __all__ = [
     "Progress",
     "Question",
     "Recheck",
-    "Replay",
-    "Rig",
+    "Replayed",
     "Size",
-    "Stand",
     "Superfluous",
     "Swept",
     "TuneRequest",
@@ -52,8 +60,8 @@ __all__ = [
     "state",
     "superfluous",
     "sweep",
-    "this_rig",
-    "this_stand",
+    "this_bench_context",
+    "this_tuning_context",
     "tune",
     "verify",
     "verify_full",

@@ -8,19 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from m2gen.bench.against import Baseline, Comparison, compare
-from m2gen.bench.contest import Contender, Timer, Workload
-from m2gen.bench.measure import Gpu, Result, contest
+from m2gen.bench.entries import BenchContext, BenchWorkload, Implementation
+from m2gen.bench.kinds import Axis, Call, Kind
 from m2gen.bench.peers import peers
-from m2gen.bench.sweep import ROWS, Point, points
-from m2gen.bench.words import Axis, Call, Kind
+from m2gen.bench.side_by_side import Result, side_by_side
+from m2gen.bench.sweep import ROWS, SweepPoint, points
+from m2gen.bench.worker import GPU
 from m2gen.bucket import bucket_of
 from m2gen.cache import materialise
-from m2gen.db import Environment, Record
+from m2gen.db import Record
 from m2gen.db.choice import Choice, choose
-from m2gen.device import Device, detect
 from m2gen.errors import UsageError
 from m2gen.measure import lock
-from m2gen.measure.roofline import peaks_of
+from m2gen.measure.context import this_context
+from m2gen.measure.workers import Worker
 from m2gen.pipeline.plan import Plan, Progress, relevant, render
 from m2gen.schedule.heuristic import default
 from m2gen.variant import BuiltVariant
@@ -38,21 +39,7 @@ class BenchRequest:
     decode: tuple[int, ...] = ()
     """Batches of which one token is decoded."""
     seed: int = 0
-    """Of the order of turns and of resampling."""
-
-
-@dataclass(frozen=True)
-class Stand:
-    """What times: a device, what it runs with, and the timer that has it, real or scripted."""
-
-    device: Device
-    environment: Environment
-    timer: Timer
-
-    @property
-    def gpu(self) -> Gpu:
-        """What floors depend on."""
-        return Gpu(peaks_of(self.device.name), self.device.sm_count)
+    """Of the order of rounds and of resampling."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +48,19 @@ class Swept:
 
     axis: Axis
     layer: str
-    at: tuple[tuple[Point, tuple[Result, ...]], ...]
+    at: tuple[tuple[SweepPoint, tuple[Result, ...]], ...]
 
 
 @contextmanager
-def this_stand(command: str) -> Iterator[Stand]:
+def this_bench_context(command: str) -> Iterator[BenchContext]:
     """Hold the GPU at hand with a worker process; raises UsageError where there is none."""
-    device = detect()
-    if device is None:
-        raise UsageError(f"{command} must run on a machine whose GPU torch can use, got none")
-    from m2gen.bench.worker import IsolatedTimer
-    from m2gen.measure.environment import environment, gpu_name
-
-    timer = IsolatedTimer()
+    here = this_context(command)
+    timer = Worker(GPU)
     try:
-        with lock.exclusive(gpu_name()):
-            yield Stand(device, environment(device), timer)
+        with lock.exclusive(here.gpu):
+            yield BenchContext(here.device, here.environment, here.gpu, here.worker, timer)
     finally:
-        timer.close()
+        timer.stop()
 
 
 @dataclass(frozen=True)
@@ -86,49 +68,62 @@ class _Field:
     """Everyone who can take part: packages by the plans that they come from, and peers."""
 
     plans: dict[Kind, Plan]
-    device: Device
+    context: BenchContext
     request: BenchRequest
     folders: dict[Kind, Path]
 
-    def contenders(self, workload: Workload) -> list[Contender]:
+    def implementations(self, workload: BenchWorkload) -> list[Implementation]:
         """Return who takes part in a workload; packages beside the default one where their schedule is another."""
         variant, kinds = workload.variant, self.request.kinds
         base, *others = (self._generated(kind, workload) for kind in self.plans)
-        loops = [Contender(kind, default(variant, self.device)) for kind in (Kind.EAGER, Kind.COMPILED)]
+        loops = [Implementation(kind, default(variant, self.context.device)) for kind in (Kind.EAGER, Kind.COMPILED)]
         found = [base, *(other for other in others if other.schedule != base.schedule), *loops]
         if workload.call is Call.SEQUENCE:
             named = peers(self.request.peers).items()
-            found += [Contender(Kind.PEER, base.schedule, adapter, label=name) for name, adapter in named]
-        return [contender for contender in found if contender.kind in kinds]
+            found += [Implementation(Kind.PEER, base.schedule, adapter, label=name) for name, adapter in named]
+        return [implementation for implementation in found if implementation.kind in kinds]
 
-    def _generated(self, kind: Kind, workload: Workload) -> Contender:
-        bucket = bucket_of(workload.batch, workload.variant.total_heads, self.device.sm_count)
-        (choice,) = (c for c in self.plans[kind].serving(workload.variant, self.device.arch) if bucket in c.buckets)
-        return Contender(kind, choice.schedule, choice.source, self.folders[kind])
+    def _generated(self, kind: Kind, workload: BenchWorkload) -> Implementation:
+        device = self.context.device
+        bucket = bucket_of(workload.batch, workload.variant.total_heads, device.sm_count)
+        (choice,) = (c for c in self.plans[kind].serving(workload.variant, device.arch) if bucket in c.buckets)
+        return Implementation(kind, choice.schedule, choice.source, self.folders[kind])
+
+    def timed(
+        self, jobs: Sequence[tuple[str, BenchWorkload]], progress: Progress, stage: str = "bench", arms: int = 1
+    ) -> Iterator[tuple[Result, ...]]:
+        """Yield the results of each workload, which has a name for ``progress``, as they are known."""
+        progress.start(stage, len(jobs))
+        try:
+            for name, workload in jobs:
+                entered = self.implementations(workload)
+                yield tuple(side_by_side(workload, entered, self.context, seed=self.request.seed, arms=arms))
+                progress.advance(name)
+        finally:
+            progress.finish()
 
 
-def _field(planned: Plan, device: Device, request: BenchRequest) -> _Field:
+def _field(planned: Plan, context: BenchContext, request: BenchRequest) -> _Field:
     plans = {Kind.DEFAULT: planned.without_records(), Kind.AUTO: planned.in_auto_layouts(), Kind.TUNED: planned}
     asked = {kind: plan for kind, plan in plans.items() if kind in (Kind.DEFAULT, *request.kinds)}
     folders = {kind: materialise(f"packages/{plan.origin.name}", render(plan).files) for kind, plan in asked.items()}
-    return _Field(asked, device, request, folders)
+    return _Field(asked, context, request, folders)
 
 
-def workloads(planned: Plan, request: BenchRequest) -> list[Workload]:
+def workloads(planned: Plan, request: BenchRequest) -> list[BenchWorkload]:
     """Return every variant on its layers' workloads, then its decoding; raises UsageError for an unknown layer."""
-    layers = planned.spec.layers
-    for name in request.layers:
-        if name not in layers:
-            raise UsageError(f"--layer must be among {', '.join(layers)}, got {name!r}")
+    layers = planned.layers(request.layers)
     named = [
         (name, built.variant)
         for built in planned.variants
         for name in built.layers
-        if (not request.layers or name in request.layers) and layers[name].workloads
+        if name in layers and layers[name].workloads
     ]
-    sequences = [Workload(name, variant, w.batch, w.seq) for name, variant in named for w in layers[name].workloads]
+    sequences = [
+        BenchWorkload(name, variant, w.batch, w.seq) for name, variant in named for w in layers[name].workloads
+    ]
     decoding = [
-        Workload(name, variant, batch, 1, call)
+        BenchWorkload(name, variant, batch, 1, call)
         for name, variant in named
         for batch in request.decode
         for call in (Call.DECODE, Call.DECODE_BF16)
@@ -138,21 +133,21 @@ def workloads(planned: Plan, request: BenchRequest) -> list[Workload]:
     return sequences + decoding
 
 
-def bench(planned: Plan, request: BenchRequest, stand: Stand, progress: Progress) -> Iterator[tuple[Result, ...]]:
+def bench(
+    planned: Plan, request: BenchRequest, context: BenchContext, progress: Progress
+) -> Iterator[tuple[Result, ...]]:
     """Yield the results of each workload as they are known."""
-    jobs = workloads(planned, request)
-    field = _field(planned, stand.device, request)
-    progress.start("bench", len(jobs))
-    try:
-        for workload in jobs:
-            yield tuple(contest(workload, field.contenders(workload), stand.timer, stand.gpu, seed=request.seed))
-            progress.advance(workload.name)
-    finally:
-        progress.finish()
+    jobs = [(workload.name, workload) for workload in workloads(planned, request)]
+    yield from _field(planned, context, request).timed(jobs, progress)
 
 
 def sweep(
-    planned: Plan, axis: Axis, request: BenchRequest, stand: Stand, records: Sequence[Record], progress: Progress
+    planned: Plan,
+    axis: Axis,
+    request: BenchRequest,
+    context: BenchContext,
+    records: Sequence[Record],
+    progress: Progress,
 ) -> Iterator[Swept]:
     """Time generated kernels and peers along an axis, from the first workload of the first layer that is asked for.
 
@@ -160,22 +155,16 @@ def sweep(
     """
     base = workloads(planned, request)[0]
     widest = replace(base.variant, state_expansion=ROWS[-1])
-    every = points(axis, base, stand.device.sm_count, default(widest, stand.device).forward.rows)
+    every = points(axis, base, context.device.sm_count, default(widest, context.device).forward.rows)
     built = [BuiltVariant(variant, (base.layer,)) for variant in dict.fromkeys(p.workload.variant for p in every)]
     grown = replace(planned, choices=_choices(planned, built, relevant(records, built)))
     kinds = tuple(kind for kind in request.kinds if kind.most_steps is None)
-    field = _field(grown, stand.device, replace(request, kinds=kinds))
-    progress.start(f"sweep {axis}", len(every))
+    field = _field(grown, context, replace(request, kinds=kinds))
+    jobs = [(f"{axis} {point.x}", point.workload) for point in every]
     found = Swept(axis, base.layer, ())
-    try:
-        for point in every:
-            entered = field.contenders(point.workload)
-            results = contest(point.workload, entered, stand.timer, stand.gpu, seed=request.seed)
-            found = replace(found, at=(*found.at, (point, tuple(results))))
-            yield found
-            progress.advance(f"{axis} {point.x}")
-    finally:
-        progress.finish()
+    for point, results in zip(every, field.timed(jobs, progress, f"sweep {axis}"), strict=True):
+        found = replace(found, at=(*found.at, (point, results)))
+        yield found
 
 
 def _choices(planned: Plan, built: Sequence[BuiltVariant], records: Sequence[Record]) -> tuple[Choice, ...]:
@@ -185,23 +174,15 @@ def _choices(planned: Plan, built: Sequence[BuiltVariant], records: Sequence[Rec
 
 
 def regressions(
-    planned: Plan, request: BenchRequest, stand: Stand, before: Baseline, progress: Progress
+    planned: Plan, request: BenchRequest, context: BenchContext, before: Baseline, progress: Progress
 ) -> Iterator[Comparison]:
-    """Yield every recorded time beside one of now, each binary timed in turns with itself.
+    """Yield every recorded time beside one of now, each binary timed in rounds with itself.
 
     Raises UsageError where no workload of the plan has a recorded time.
     """
-    jobs = [workload for workload in workloads(planned, request) if before.has(workload)]
+    jobs = [(workload.name, workload) for workload in workloads(planned, request) if before.has(workload)]
     if not jobs:
         raise UsageError("--against must have times of the spec's workloads, got none")
-    request = replace(request, kinds=(Kind.DEFAULT, Kind.TUNED))
-    field = _field(planned, stand.device, request)
-    progress.start("bench", len(jobs))
-    try:
-        for workload in jobs:
-            entered = field.contenders(workload)
-            results = contest(workload, entered, stand.timer, stand.gpu, seed=request.seed, arms=2)
-            yield from compare(results, before, request.seed)
-            progress.advance(workload.name)
-    finally:
-        progress.finish()
+    field = _field(planned, context, replace(request, kinds=(Kind.DEFAULT, Kind.TUNED)))
+    for results in field.timed(jobs, progress, arms=2):
+        yield from compare(results, before, request.seed)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 
+from m2gen.cache import load_result, store_result
 from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE
-from m2gen.errors import CompileError
+from m2gen.errors import CompileError, M2genError
 from m2gen.kernels.arguments import Direction
-from m2gen.kernels.compile import Job, compile_all, workers
+from m2gen.kernels.compile import Job, compile_kernel
 from m2gen.kernels.demand import demand_of
 from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources
+from m2gen.measure.workers import Lost, Service, cpus, run_isolated, without_interpreter
 from m2gen.pipeline.plan import Plan, Progress
+
+SECONDS = 600.0
+"""Longest that a kernel may compile."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,45 @@ def check(planned: Plan, progress: Progress) -> list[CheckRow]:
             job = Job(choice.variant, choice.schedule, direction, choice.device, source)
             jobs.setdefault(job, []).append(choice)
     progress.start("compile", len(jobs))
-    results = compile_all(jobs, workers(), lambda job: progress.advance(job.name))
+    results = compile_all(jobs, cpus(), lambda job: progress.advance(job.name))
     progress.finish()
     return [_check_row(job, choices, results[job]) for job, choices in jobs.items()]
+
+
+def compile_all(
+    jobs: Iterable[Job], processes: int, done: Callable[[Job], None] = lambda job: None
+) -> dict[Job, Resources | CompileError]:
+    """Cross-compile in parallel processes, each distinct kernel once; ``done`` is called as each is known."""
+    results: dict[Job, Resources | CompileError] = {}
+    missing: dict[str, list[Job]] = {}
+    for job in dict.fromkeys(jobs):
+        known = load_result("resources", job.key)
+        if known is None:
+            missing.setdefault(job.key, []).append(job)
+        else:
+            results[job] = Resources(**known)
+            done(job)
+    service = Service(_compile, without_interpreter, SECONDS, _lost)
+    for job, result in run_isolated([same[:1] for same in missing.values()], service, processes):
+        if isinstance(result, Resources):
+            store_result("resources", job.key, asdict(result))
+        elif not isinstance(result, CompileError):  # of no kernel: a full disk, say
+            raise result
+        for same in missing[job.key]:
+            results[same] = result
+            done(same)
+    return results
+
+
+def _compile(job: Job) -> Resources | M2genError:
+    try:
+        return compile_kernel(job)
+    except M2genError as error:
+        return error
+
+
+def _lost(job: Job, lost: Lost) -> Resources | M2genError:
+    return CompileError(f"{job.name}: the compiler {'never ended' if lost.hung else 'took its process down'}")
 
 
 def _check_row(job: Job, choices: list[Choice], result: Resources | CompileError) -> CheckRow:

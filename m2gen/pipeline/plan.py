@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -11,11 +11,12 @@ from m2gen.bucket import BUCKETS
 from m2gen.db import Database, Record
 from m2gen.db.choice import Choice, choose
 from m2gen.device import PORTABLE, Device, target
+from m2gen.errors import UsageError
 from m2gen.kernels.render import templates_dir
 from m2gen.package import emit
 from m2gen.package.emit import Origin, Package
 from m2gen.schedule import Layouts, Schedule
-from m2gen.spec import Spec, find_spec, load_spec, spec_hash
+from m2gen.spec import Layer, Spec, find_spec, load_spec, spec_hash
 from m2gen.variant import BuiltVariant, Variant, expand
 
 
@@ -38,6 +39,13 @@ class Plan:
     @property
     def variants(self) -> tuple[BuiltVariant, ...]:
         return tuple(dict.fromkeys(choice.built for choice in self.choices))
+
+    def layers(self, names: Collection[str] = ()) -> dict[str, Layer]:
+        """Return the spec's layers of these names, all where none is given; raises UsageError for an unknown one."""
+        for name in names:
+            if name not in self.spec.layers:
+                raise UsageError(f"--layer must be among {', '.join(self.spec.layers)}, got {name!r}")
+        return {name: layer for name, layer in self.spec.layers.items() if not names or name in names}
 
     def serving(self, variant: Variant, arch: str) -> tuple[Choice, ...]:
         """Return what serves ``variant`` on ``arch``: its own schedules, or the portable one."""

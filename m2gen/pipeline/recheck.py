@@ -1,33 +1,36 @@
-"""Hold records against the GPU at hand again: the gate for all of them, a measurement for one."""
+"""Hold records against the GPU at hand again: the check for all of them, a measurement for one."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from m2gen.db import Database, Estimate, Record, failures, stale, verdict
 from m2gen.errors import UsageError, VerifyError
 from m2gen.measure import lock
-from m2gen.measure.workers import finished, run_isolated
+from m2gen.measure.rounds import in_rounds
+from m2gen.measure.workers import run_isolated
 from m2gen.pipeline.plan import Progress
-from m2gen.pipeline.tune import Rig
 from m2gen.schedule import Schedule
 from m2gen.schedule.heuristic import default
 from m2gen.tune.final import ROUNDS
-from m2gen.tune.select import choose
+from m2gen.tune.select import select
+from m2gen.tune.services import TuningContext
 from m2gen.tune.space import Subject
-from m2gen.tune.trial import CompileTask, Measured, Samples, Step, Task
+from m2gen.tune.trial import CompileTask, Measurement, Samples, Step, Task
 from m2gen.variant import parse_variant
+
+SEED = 0
+"""Of the order of rounds, and of resampling."""
 
 
 @dataclass(frozen=True)
 class Recheck:
-    """What became of a record: why it was not looked at, or what the gate found."""
+    """What became of a record: why it was not looked at, or what the check found."""
 
     record: Record
     skipped: str = ""
-    found: Measured | None = None
+    found: Measurement | None = None
 
     @property
     def failed(self) -> bool:
@@ -35,7 +38,7 @@ class Recheck:
 
 
 @dataclass(frozen=True)
-class Replay:
+class Replayed:
     """One measurement, then and now."""
 
     record: Record
@@ -45,35 +48,35 @@ class Replay:
     """Whether the record's schedule is faster than the default beyond noise, or is the default."""
 
 
-def _subject(record: Record, rig: Rig) -> Subject:
+def _subject(record: Record, context: TuningContext) -> Subject:
     if record.problem.lengths:
         raise UsageError(f"record {record.id} must be of equal sequences to be measured, got a packed batch")
     variant = parse_variant(record.key.variant)
-    return Subject(variant, rig.device, record.key.objective, record.problem.batch, record.problem.seq)
+    return Subject(variant, context.device, record.key.objective, record.problem.batch, record.problem.seq)
 
 
-def _elsewhere(record: Record, rig: Rig) -> str:
+def _elsewhere(record: Record, context: TuningContext) -> str:
     """Say why a record cannot be measured here; empty where it can."""
-    here = rig.bench.environment
+    here = context.environment
     if (record.environment.arch, record.environment.device) != (here.arch, here.device):
         return f"of another device: {record.environment.device}, here {here.device}"
     return stale(record)
 
 
-def verify_records(database: Database, ids: Sequence[str], rig: Rig, progress: Progress) -> list[Recheck]:
-    """Gate the winners of this device again, or only those of ``ids``; a failure is added to the database.
+def verify_records(database: Database, ids: Sequence[str], context: TuningContext, progress: Progress) -> list[Recheck]:
+    """Check the winners of this device again, or only those of ``ids``; a failure is added to the database.
 
     So a record that fails serves no build from then on (``m2gen db why`` says so).
     """
     asked = [database.find(prefix) for prefix in ids] if ids else list(database.records())
     winners = [record for record in asked if record.failure is None]
     known = failures(database.records())
-    skipped = {record: _elsewhere(record, rig) or _failed_before(record, known) for record in winners}
+    skipped = {record: _elsewhere(record, context) or _failed_before(record, known) for record in winners}
     chosen = [record for record in winners if not skipped[record]]
-    with lock.exclusive(rig.gpu):
-        found = _gated(chosen, rig, progress)
+    with lock.exclusive(context.gpu):
+        found = _checked(chosen, context, progress)
     broken = [record for record in chosen if found[record].failure is not None]
-    database.add(_failure(record, found[record], rig) for record in broken)
+    database.add(_failure(record, found[record], context) for record in broken)
     return [Recheck(record, skipped[record], found.get(record)) for record in winners]
 
 
@@ -82,29 +85,29 @@ def _failed_before(record: Record, known: dict[object, Record]) -> str:
     return f"its kernels failed already, record {failed.id}" if failed else ""
 
 
-def _gated(records: Sequence[Record], rig: Rig, progress: Progress) -> dict[Record, Measured]:
-    """Return what the whole gate finds of every record's schedule; of the same schedule twice, once."""
-    stations = rig.stations
-    tasks = {record: Task(_subject(record, rig), record.schedule, Step.VERIFY) for record in records}
+def _checked(records: Sequence[Record], context: TuningContext, progress: Progress) -> dict[Record, Measurement]:
+    """Return what the whole check finds of every record's schedule; of the same schedule twice, once."""
+    services = context.services
+    tasks = {record: Task(_subject(record, context), record.schedule, Step.VERIFY) for record in records}
     compiling = [[CompileTask(task.subject, task.schedule)] for task in dict.fromkeys(tasks.values())]
     progress.start("compile", len(compiling))
-    for compiled, _ in run_isolated(compiling, stations.compile, stations.compilers):
+    for compiled, _ in run_isolated(compiling, services.compile, services.compilers):
         progress.advance(compiled.schedule.slug)
     progress.finish()
     progress.start("verify", len(compiling))
-    measured: dict[Task, Measured] = {}
-    for task, result in run_isolated([list(dict.fromkeys(tasks.values()))], stations.measure, 1):
+    measured: dict[Task, Measurement] = {}
+    for task, result in run_isolated([list(dict.fromkeys(tasks.values()))], services.measure, 1):
         measured[task] = result
         progress.advance(f"{task.subject.variant.key} {task.schedule.slug}")
     progress.finish()
     return {record: measured[task] for record, task in tasks.items()}
 
 
-def _failure(record: Record, found: Measured, rig: Rig) -> Record:
-    provenance = replace(record.provenance, worker=rig.bench.worker)
+def _failure(record: Record, found: Measurement, context: TuningContext) -> Record:
+    provenance = replace(record.provenance, worker=context.worker)
     return replace(
         record,
-        environment=rig.bench.environment,
+        environment=context.environment,
         provenance=provenance,
         timing=None,
         errors=(),
@@ -112,52 +115,44 @@ def _failure(record: Record, found: Measured, rig: Rig) -> Record:
     )
 
 
-def replay(record: Record, rig: Rig, progress: Progress) -> Replay:
-    """Gate and time a record's schedule and the default in turns, as its search did.
+def replay(record: Record, context: TuningContext, progress: Progress) -> Replayed:
+    """Check and time a record's schedule and the default in rounds, as its search did.
 
     Raises UsageError for a record of another device, of kernels that are rendered no more, or of a failure;
     VerifyError where one of the two fails now.
     """
-    reason = _elsewhere(record, rig) or ("records a failure" if record.failure else "")
+    reason = _elsewhere(record, context) or ("records a failure" if record.failure else "")
     if reason:
         raise UsageError(f"record {record.id} must be one that can be measured here, got one {reason}")
-    subject = _subject(record, rig)
-    base = default(subject.variant, rig.device)
+    subject = _subject(record, context)
+    base = default(subject.variant, context.device)
     schedules = list(dict.fromkeys((record.schedule, base)))
-    with lock.exclusive(rig.gpu):
-        samples = _timed(subject, schedules, rig, progress)
-    choice = choose(samples, schedules, base, rig.bench.seed)
-    return Replay(record, choice.estimates[record.schedule], choice.estimates[base], choice.winner == record.schedule)
+    with lock.exclusive(context.gpu):
+        samples = _timed(subject, schedules, context, progress)
+    found = select(samples, schedules, base, SEED)
+    return Replayed(record, found.estimates[record.schedule], found.estimates[base], found.winner == record.schedule)
 
 
-def _timed(subject: Subject, schedules: list[Schedule], rig: Rig, progress: Progress) -> dict[Schedule, Samples]:
-    stations, order = rig.stations, random.Random(rig.bench.seed)
+def _timed(
+    subject: Subject, schedules: list[Schedule], context: TuningContext, progress: Progress
+) -> dict[Schedule, Samples]:
+    services = context.services
     tasks = [CompileTask(subject, schedule) for schedule in schedules]
-    list(run_isolated([[task] for task in tasks], stations.compile, stations.compilers))
-    lane = stations.lane(stations.measure)
-    samples: dict[Schedule, Samples] = {}
+    list(run_isolated([[task] for task in tasks], services.compile, services.compilers))
+    gpu = services.start(services.measure)
 
-    def ask(schedule: Schedule, step: Step) -> Measured:
-        lane.begin(Task(subject, schedule, step))
-        while not finished([lane]):
-            pass
-        found: Measured = lane.collect()[1]
+    def ask(schedule: Schedule, step: Step) -> Measurement:
+        found: Measurement = gpu.ask(Task(subject, schedule, step))
         progress.advance(f"{step} {schedule.slug}")
         if found.failure is not None:
-            raise VerifyError(f"{schedule.slug}: {found.failure.reason}: {found.failure.message}")
+            raise VerifyError(f"{schedule.slug}: {found.failure}")
         return found
 
     progress.start("replay", len(schedules) * (1 + ROUNDS))
     try:
         for schedule in schedules:
             ask(schedule, Step.VERIFY)
-        for _ in range(ROUNDS):
-            order.shuffle(schedules)
-            for schedule in schedules:
-                now = ask(schedule, Step.TIME).samples
-                assert now is not None
-                samples[schedule] = samples[schedule] + now if schedule in samples else now
+        return in_rounds(schedules, lambda schedule: ask(schedule, Step.TIME).samples, range(ROUNDS), SEED)
     finally:
-        lane.stop()
+        gpu.stop()
         progress.finish()
-    return samples

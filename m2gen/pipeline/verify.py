@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 from m2gen.cache import materialise
 from m2gen.device import PORTABLE, TARGETS, Device, detect
 from m2gen.errors import UsageError
-from m2gen.kernels.compile import load_module, workers
-from m2gen.measure.workers import Lost, Service, run_isolated
+from m2gen.kernels.compile import load_module
+from m2gen.measure.workers import Lost, Service, cpus, run_isolated, without_interpreter
 from m2gen.pipeline.plan import Plan, Progress, plan, render
 from m2gen.variant import BuiltVariant, Variant
 
@@ -147,7 +147,7 @@ def _run(jobs: list[_Job], device: Device | None, progress: Progress) -> VerifyO
     interpreted = device is None
     seconds = INTERPRETER_SECONDS if interpreted else GPU_SECONDS
     service = Service(_verify_job, _interpret if interpreted else _use_gpu, seconds, _lost, _untrusted)
-    processes = workers() if interpreted else min(workers(), GPU_PROCESSES)
+    processes = cpus() if interpreted else min(cpus(), GPU_PROCESSES)
     reports: dict[_Job, CaseReport] = {}
     progress.start("verify", len(jobs))
     for job, report in run_isolated(_groups(jobs, alone=interpreted), service, processes):
@@ -187,7 +187,7 @@ def _interpret() -> None:
 
 
 def _use_gpu() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
+    without_interpreter()
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # these processes are as many as there are cores
 
 

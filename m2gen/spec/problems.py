@@ -28,7 +28,7 @@ _MODELS: dict[KeyPath, type[BaseModel]] = {
 }
 
 
-class Problem(NamedTuple):
+class SpecProblem(NamedTuple):
     """One thing that is wrong, and where."""
 
     path: KeyPath
@@ -108,29 +108,29 @@ def _unknown_key(path: KeyPath) -> str:
     return f"is not a known key ({hint})"
 
 
-def _breach(data: object, location: KeyPath, breach: Breach) -> Problem:
+def _breach(data: object, location: KeyPath, breach: Breach) -> SpecProblem:
     where = location[:-1] if location and location[-1] == _KEY_ERROR else location + breach.path
-    return Problem(_resolve(data, where), must(breach.must, breach.given))
+    return SpecProblem(_resolve(data, where), must(breach.must, breach.given))
 
 
-def _worded(data: object, error: ErrorDetails) -> Iterator[Problem]:
+def _worded(data: object, error: ErrorDetails) -> Iterator[SpecProblem]:
     path = _resolve(data, error["loc"])
     match error["type"]:
         case str(kind) if kind == CONTRACT:
             yield from (_breach(data, error["loc"], breach) for breach in error["ctx"]["breaches"])
         case "missing":
-            yield Problem(path, "is missing")
+            yield SpecProblem(path, "is missing")
         case "extra_forbidden":
-            yield Problem(path, _unknown_key(path))
+            yield SpecProblem(path, _unknown_key(path))
         case "too_short":
-            yield Problem(path, must("have at least one entry", error["input"]))
+            yield SpecProblem(path, must("have at least one entry", error["input"]))
         case "model_type" | "dict_type" | "mapping_type":
-            yield Problem(path, must("be a mapping", error["input"]))
+            yield SpecProblem(path, must("be a mapping", error["input"]))
         case _:
-            yield Problem(path, f"must be valid ({printable(error['msg'])}), got {short(error['input'])}")
+            yield SpecProblem(path, f"must be valid ({printable(error['msg'])}), got {short(error['input'])}")
 
 
-def worded(data: object, error: ValidationError) -> Iterator[Problem]:
+def worded(data: object, error: ValidationError) -> Iterator[SpecProblem]:
     """Yield what pydantic found wrong with ``data``, in m2gen's words."""
     for detail in error.errors(include_url=False):
         yield from _worded(data, detail)

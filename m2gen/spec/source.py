@@ -14,7 +14,7 @@ from typing import NoReturn, Protocol
 import yaml
 
 from m2gen.errors import SpecError
-from m2gen.spec.problems import KeyPath, Position, Problem, printable, short
+from m2gen.spec.problems import KeyPath, Position, SpecProblem, printable, short
 
 MAX_BYTES = 2**20
 MAX_DEPTH = 16
@@ -40,7 +40,7 @@ class Source:
     location: str
     value: object = None
     positions: dict[KeyPath, Position] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[SpecProblem] = field(default_factory=list)
 
     def position(self, path: KeyPath) -> Position:
         """Return the line and column of ``path``, or of the closest thing around it that the file has."""
@@ -159,7 +159,7 @@ class _Reader:
             here = (*path, key)
             if key in values:
                 words = f"must be given once, got it again on line {position[0] + 1}"
-                self.source.problems.append(Problem(here, words, position))
+                self.source.problems.append(SpecProblem(here, words, position))
             self.source.positions.setdefault(here, position)
             value = self.node(self.next(), here)
             values.setdefault(key, value)

@@ -28,7 +28,7 @@ def load(variant: Variant, schedule: Schedule) -> ModuleType:
 
 
 @dataclass(frozen=True)
-class Call:
+class KernelCall:
     """A candidate's launchers on the inputs of one problem."""
 
     module: ModuleType

@@ -1,58 +1,55 @@
-"""The best of a screening against the default: gated on new problems, timed in turns."""
+"""The best of a screening against the default: checked on new problems, timed in rounds."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
+from itertools import takewhile
 
+from m2gen.measure.rounds import in_rounds
 from m2gen.schedule import Schedule
-from m2gen.tune.book import Book
-from m2gen.tune.trial import Measured, Samples, Step, Task, Trial
+from m2gen.tune.log import TrialLog
+from m2gen.tune.trial import Measurement, Samples, Step, Task, Trial
 
 FINALISTS = 6
 """Of the screening, beside the default."""
 ROUNDS = 8
 FEWEST_ROUNDS = 3
 
-Ask = Callable[[Task], Measured]
+Ask = Callable[[Task], Measurement]
 
 
-def hold_final(book: Book, ask: Ask, seed: int) -> dict[Schedule, Samples]:
-    """Return the samples of the default and of the best that pass the held-out gate; none without a default.
+def hold_final(log: TrialLog, ask: Ask, seed: int) -> dict[Schedule, Samples]:
+    """Return the samples of the default and of the best that pass the held-out check; none without a default.
 
     Rounds end with the budget, but not before ``FEWEST_ROUNDS``; the order within a round is drawn from ``seed``.
     """
-    entered = _entrants(book, ask)
-    book.watcher.stage(f"final of {len(entered)}")
-    order, samples = random.Random(seed), dict[Schedule, Samples]()
-    for number in range(ROUNDS if entered else 0):
-        if number >= FEWEST_ROUNDS and book.elapsed > book.limits.seconds:
-            break
-        order.shuffle(entered)
-        for trial in list(entered):
-            found = ask(Task(book.subject, trial.schedule, Step.TIME))
-            if book.amend(trial, found).failure or found.samples is None:
-                entered.remove(trial)
-                samples.pop(trial.schedule, None)
-            else:
-                known = samples.get(trial.schedule)
-                samples[trial.schedule] = found.samples if known is None else known + found.samples
-    return samples
+    entered = _entrants(log, ask)
+    log.watcher.stage(f"final of {len(entered)}")
+
+    def sample(schedule: Schedule) -> Samples | None:
+        found = ask(Task(log.subject, schedule, Step.TIME))
+        return None if log.amend(log.trials[schedule], found).failure else found.samples
+
+    def within_budget(number: int) -> bool:
+        return number < FEWEST_ROUNDS or log.elapsed <= log.limits.seconds
+
+    schedules = [trial.schedule for trial in entered]
+    return in_rounds(schedules, sample, takewhile(within_budget, range(ROUNDS)), seed)
 
 
-def _entrants(book: Book, ask: Ask) -> list[Trial]:
-    """Return the default and the fastest that pass the gate on problems that no trial has seen."""
+def _entrants(log: TrialLog, ask: Ask) -> list[Trial]:
+    """Return the default and the fastest that pass the check on problems that no trial has seen."""
 
     def passes(trial: Trial) -> bool:
-        return book.amend(trial, ask(Task(book.subject, trial.schedule, Step.HELD_OUT))).failure is None
+        return log.amend(trial, ask(Task(log.subject, trial.schedule, Step.HELD_OUT))).failure is None
 
-    default = book.baseline
+    default = log.baseline
     if default is None or not passes(default):
         return []
     entered = [default]
-    for trial in book.passed:
+    for trial in log.passed:
         if len(entered) > FINALISTS:
             break
-        if trial.schedule != book.default and not trial.copy_of and passes(trial):
+        if trial.schedule != log.default and not trial.copy_of and passes(trial):
             entered.append(trial)
     return entered

@@ -11,11 +11,12 @@ from itertools import chain
 from m2gen.errors import TuneError
 from m2gen.measure.workers import finished
 from m2gen.schedule import Schedule
-from m2gen.tune.book import Book, Crew, Outcome
 from m2gen.tune.final import FINALISTS, hold_final
+from m2gen.tune.log import Outcome, TrialLog
 from m2gen.tune.search import EVERY, SEARCHED, Proposal, Proposer
-from m2gen.tune.select import choose
-from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Step, Task, Trial
+from m2gen.tune.select import select
+from m2gen.tune.services import Processes
+from m2gen.tune.trial import Compiled, CompileTask, Measurement, Samples, Step, Task, Trial
 
 POLL_SECONDS = 0.2
 DEFAULT_SECONDS = 120.0
@@ -35,8 +36,8 @@ class _Ready:
 class Search:
     """The search for the schedule of one subject."""
 
-    def __init__(self, book: Book, proposer: Proposer, crew: Crew, worker: str) -> None:
-        self._book, self._proposer, self._crew, self._worker = book, proposer, crew, worker
+    def __init__(self, log: TrialLog, proposer: Proposer, processes: Processes, worker: str) -> None:
+        self._log, self._proposer, self._processes, self._worker = log, proposer, processes, worker
         self._compiling: dict[Schedule, Proposal] = {}
         self._ready: list[_Ready] = []
         self._running: _Ready | None = None
@@ -53,32 +54,32 @@ class Search:
         points, interrupted = self._proposer.left, False
         finals: dict[Schedule, Samples] = {}
         try:
-            for trial in (*known, *self._book.ledger.trials()):
+            for trial in (*known, *self._log.ledger.trials()):
                 self._learn(None, trial)
             self._screen()
-            finals = hold_final(self._book, self._ask_gpu, seed)
+            finals = hold_final(self._log, self._processes.gpu.ask, seed)
         except KeyboardInterrupt:
             interrupted = True
         finally:
             self._release()
-            self._crew.drop([self._crew.gpu])
-        return _outcome(self._book, finals, seed, (points, self._compile_seconds, interrupted))
+            self._processes.gpu.drop()
+        return _outcome(self._log, finals, seed, (points, self._compile_seconds, interrupted))
 
     def _screen(self) -> None:
-        self._crew.gpu.begin(Task(self._book.subject, self._book.default, Step.PREPARE))
+        self._processes.gpu.begin(Task(self._log.subject, self._log.default, Step.PREPARE))
         while True:
             over = self._over
             if over:
                 self._release()
             else:
                 self._fill()
-            busy = self._crew.busy
-            if not busy and (over or not self._book.ledger.pending()):
+            busy = self._processes.busy
+            if not busy and (over or not self._log.ledger.pending()):
                 return
             if not busy:
                 time.sleep(POLL_SECONDS)  # others may yet finish what they have, or leave it
-            for lane in finished(busy, 1.0) if busy else ():
-                task, result = lane.collect()
+            for worker in finished(busy, 1.0) if busy else ():
+                task, result = worker.collect()
                 if isinstance(task, CompileTask):
                     self._on_compiled(task.schedule, result)
                 elif task.step is Step.PREPARE:
@@ -93,25 +94,25 @@ class Search:
         That one waits for the first process on the GPU and for the oracle, which can take longer than a short budget;
         but not for ever, where another worker has it.
         """
-        late = self._book.elapsed - self._book.limits.screening
-        return late > 0 and (self._book.default in self._book.trials or late > DEFAULT_SECONDS)
+        late = self._log.elapsed - self._log.limits.screening
+        return late > 0 and (self._log.default in self._log.trials or late > DEFAULT_SECONDS)
 
     def _fill(self) -> None:
         """Give every idle station something to do."""
-        for trial in self._book.ledger.news():
+        for trial in self._log.ledger.news():
             self._learn(None, trial)
-        for lane in self._crew.compilers:
-            if lane.task is None and len(self._ready) < len(self._crew.compilers):
+        for compiler in self._processes.compilers:
+            if compiler.task is None and len(self._ready) < len(self._processes.compilers):
                 proposal = self._ask()
                 if proposal is None:
                     break
                 self._compiling[proposal.schedule] = proposal
-                lane.begin(CompileTask(self._book.subject, proposal.schedule))
-        if self._crew.gpu.task is None and self._ready:
+                compiler.begin(CompileTask(self._log.subject, proposal.schedule))
+        if self._processes.gpu.task is None and self._ready:
             self._running = heapq.heappop(self._ready)
             schedule = self._running.proposal.schedule
-            self._book.ledger.begin(schedule)
-            self._crew.gpu.begin(Task(self._book.subject, schedule, Step.SCREEN, self._book.best_ms))
+            self._log.ledger.begin(schedule)
+            self._processes.gpu.begin(Task(self._log.subject, schedule, Step.SCREEN, self._log.best_ms))
 
     @property
     def _underway(self) -> int:
@@ -120,33 +121,34 @@ class Search:
         return len(self._compiling) + len(self._ready) + (self._running is not None) + copies
 
     def _ask(self) -> Proposal | None:
-        for schedule in self._book.ledger.adopt():
+        for schedule in self._log.ledger.adopt():
             self._proposer.skip(schedule)
             self._adopted.append(Proposal(schedule, "adopted"))
         if self._adopted:
             return self._adopted.pop()
-        most = self._book.limits.trials
-        while most is None or len(self._book.trials) + self._underway < most:
+        most = self._log.limits.trials
+        while most is None or len(self._log.trials) + self._underway < most:
             proposal = self._proposer.ask()
-            if proposal is None or self._book.ledger.claim(proposal.schedule):
+            if proposal is None or self._log.ledger.claim(proposal.schedule):
                 return proposal
         return None
 
     def _release(self) -> None:
         """Give up what has not come to the GPU."""
-        self._crew.drop(self._crew.compilers)
+        for compiler in self._processes.compilers:
+            compiler.drop()
         waiting = [ready.proposal.schedule for ready in chain(self._ready, *self._copies.values())]
         adopted = [proposal.schedule for proposal in self._adopted]
         for schedule in (*self._compiling, *waiting, *adopted):
-            self._book.ledger.release(schedule)
+            self._log.ledger.release(schedule)
         self._compiling.clear()
         self._ready.clear()
         self._copies.clear()
         self._adopted.clear()
 
-    def _on_prepared(self, found: Measured) -> None:
+    def _on_prepared(self, found: Measurement) -> None:
         if found.failure is not None:
-            self._book.watcher.details(found.details)
+            self._log.watcher.details(found.details)
             raise TuneError(f"the GPU worker cannot begin: {found.failure.message}")
 
     def _on_compiled(self, schedule: Schedule, compiled: Compiled) -> None:
@@ -154,14 +156,12 @@ class Search:
         self._compile_seconds += compiled.seconds
         self._compiled += 1
         if compiled.failure is not None:
-            self._book.watcher.details(compiled.details)
+            self._log.watcher.details(compiled.details)
             self._finish(proposal, Trial(schedule, proposal.origin, compiled, failure=compiled.failure))
             return
         spills = compiled.spill_bytes > 0 and proposal.origin in (SEARCHED, EVERY)  # what else is tried has its reason
         ready = _Ready(spills, self._compiled, proposal, compiled)
-        twin = next(
-            (t for t in self._book.trials.values() if t.compiled and t.compiled.binary == compiled.binary), None
-        )
+        twin = next((t for t in self._log.trials.values() if t.compiled and t.compiled.binary == compiled.binary), None)
         pending = (*self._ready, *([self._running] if self._running else []))
         if twin is not None:
             self._finish(proposal, _copy(ready, twin))
@@ -170,10 +170,10 @@ class Search:
         else:
             heapq.heappush(self._ready, ready)
 
-    def _on_measured(self, found: Measured) -> None:
+    def _on_measured(self, found: Measurement) -> None:
         ready, self._running = self._running, None
         assert ready is not None
-        self._book.watcher.details(found.details)
+        self._log.watcher.details(found.details)
         trial = Trial(
             ready.proposal.schedule,
             ready.proposal.origin,
@@ -189,36 +189,27 @@ class Search:
             self._finish(other.proposal, _copy(other, trial))
 
     def _finish(self, proposal: Proposal, trial: Trial) -> None:
-        self._book.ledger.record(trial)
+        self._log.ledger.record(trial)
         self._learn(proposal, trial)
 
     def _learn(self, proposal: Proposal | None, trial: Trial) -> None:
         self._proposer.tell(proposal, trial)
-        begun = len(self._book.trials) + self._proposer.left + self._underway
-        self._book.most = min(begun, self._book.limits.trials or begun)
-        self._book.learn(trial)
-
-    def _ask_gpu(self, task: Task) -> Measured:
-        self._crew.gpu.begin(task)
-        while not finished([self._crew.gpu]):
-            pass
-        found: Measured = self._crew.gpu.collect()[1]
-        return found
+        begun = len(self._log.trials) + self._proposer.left + self._underway
+        self._log.most = min(begun, self._log.limits.trials or begun)
+        self._log.learn(trial)
 
 
-def _outcome(book: Book, finals: dict[Schedule, Samples], seed: int, cost: tuple[int, float, bool]) -> Outcome:
+def _outcome(log: TrialLog, finals: dict[Schedule, Samples], seed: int, cost: tuple[int, float, bool]) -> Outcome:
     """Choose among finalists; without a final, among the fastest of the screening."""
     samples = finals
-    if book.default not in samples:
-        screened = [book.baseline, *book.passed[:FINALISTS]] if book.baseline else []
+    if log.default not in samples:
+        screened = [log.baseline, *log.passed[:FINALISTS]] if log.baseline else []
         samples = {trial.schedule: trial.samples for trial in screened if trial and trial.samples}
-    eligible = [schedule for schedule in samples if book.may_win(book.trials[schedule])]
-    choice = choose(samples, eligible, book.default, seed) if book.default in samples and eligible else None
+    eligible = [schedule for schedule in samples if log.may_win(log.trials[schedule])]
+    choice = select(samples, eligible, log.default, seed) if log.default in samples and eligible else None
     points, compile_seconds, interrupted = cost
-    trials = tuple(book.trials.values())
-    return Outcome(
-        book.subject, book.default, trials, samples, choice, points, book.elapsed, compile_seconds, interrupted
-    )
+    trials = tuple(log.trials.values())
+    return Outcome(log.subject, log.default, trials, samples, choice, points, log.elapsed, compile_seconds, interrupted)
 
 
 def _copy(ready: _Ready, twin: Trial) -> Trial:

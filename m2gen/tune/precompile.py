@@ -1,4 +1,4 @@
-"""Compile a candidate, with no GPU, for exactly the calls that the gate and the clock will make of it.
+"""Compile a candidate, with no GPU, for exactly the calls that the check and the clock will make of it.
 
 The candidate's own launchers run on tensors without memory, and a driver that only knows its target answers Triton:
 so its argument types, constants and divisibilities are those of the real call, and what is compiled lies in Triton's
@@ -31,7 +31,6 @@ from m2gen.variant import Variant
 SECONDS = 150.0
 """Longest that a candidate may compile; one that takes longer is excluded."""
 VERSION = "2"
-LONGEST_MESSAGE = 300
 
 
 def prepare() -> None:
@@ -58,9 +57,9 @@ def precompile(task: CompileTask) -> Compiled:
         found = _compile(task)
     except Exception as error:  # of a compiler: whatever it raises, the candidate is not one
         told = telling(error)
-        message = f"{type(told).__name__}: {told}".strip().splitlines()[-1][:LONGEST_MESSAGE]
+        message = f"{type(told).__name__}: {told}".strip().splitlines()[-1]
         return Compiled(
-            failure=Failure(Reason.LAUNCH, message),
+            failure=Failure.of(Reason.LAUNCH, message),
             seconds=time.monotonic() - start,
             details=traceback.format_exc(),
         )
@@ -80,7 +79,7 @@ def _compile(task: CompileTask) -> Compiled:
             call.results()
     every = [(resources_of(kernel, subject.device), kernel.metadata.num_warps) for kernel in kernels]
     reasons = [reason for resources, warps in every for reason in resources.limits(subject.device, warps)]
-    failure = Failure(Reason.LAUNCH, reasons[0]) if reasons else None
+    failure = Failure.of(Reason.LAUNCH, reasons[0]) if reasons else None
     resources = [_first(every, kernels, side) for side in _sides(subject.objective)]
     name = _binary(task, kernels, every)
     return Compiled(*_worst(resources), binary=name, failure=failure, seconds=time.monotonic() - start)
@@ -120,27 +119,27 @@ def _binary(task: CompileTask, kernels: list[Any], every: list[tuple[Resources, 
 
 
 def _calls(subject: Subject, module: Any) -> Iterator[Any]:
-    """Yield the call that is timed, then those of the gate, on tensors without memory."""
+    """Yield the call that is timed, then those of the check, on tensors without memory."""
     from m2gen.problem import Problem
-    from m2gen.tune.candidate import Call, blank
-    from m2gen.tune.gate import call_of
+    from m2gen.tune.candidate import KernelCall, blank
+    from m2gen.tune.check import call_of
 
-    asked = _gate_inputs(subject.variant)
+    asked = _checked_inputs(subject.variant)
     timed = blank(asked[0][1], Problem(subject.batch, subject.seq))
-    yield Call(module, timed, subject.objective)
+    yield KernelCall(module, timed, subject.objective)
     for case, inputs in asked:
         yield call_of(module, subject.objective, case, inputs)
 
 
 @cache
-def _gate_inputs(variant: Variant) -> list[tuple[Any, Any]]:
+def _checked_inputs(variant: Variant) -> list[tuple[Any, Any]]:
     import torch
 
-    from m2gen.tune.gate import STEPS, questions
+    from m2gen.measure.checks import STEPS, seeded_cases
     from m2gen.verify.subject import inputs_of
 
     meta = torch.device("meta")
-    every = (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True))
+    every = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
     return [(q.case, inputs_of(variant, q.case, q.seed, meta)) for q in every]
 
 
@@ -186,7 +185,7 @@ def _recorded(device: Device) -> Iterator[list[Any]]:
 
 
 def _lost(task: CompileTask, lost: Lost) -> Compiled:
-    return Compiled(failure=Failure(Reason.LAUNCH, f"while it compiled, {lost.reason}"))
+    return Compiled(failure=Failure.of(Reason.LAUNCH, f"while it compiled, {lost.reason}"))
 
 
 PRECOMPILE: Service[CompileTask, Compiled] = Service(precompile, prepare, SECONDS, _lost)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 from m2gen import __version__
 from m2gen.bucket import bucket_of
 from m2gen.db import POLICY, Environment, Key, Provenance, Reason, Record, Sizes, Timing
 from m2gen.db.rank import failures, preference, stale
 from m2gen.kernels.render import kernel_hash
+from m2gen.measure.context import Context
+from m2gen.measure.statistics import estimate
 from m2gen.schedule import Schedule, problems
 from m2gen.schedule.heuristic import default
-from m2gen.tune.book import Outcome
-from m2gen.tune.select import estimate
+from m2gen.tune.log import Outcome
 from m2gen.tune.space import Subject, fits, space_hash
 from m2gen.tune.trial import KNOWN, Trial
 
@@ -21,16 +21,6 @@ LASTING = (Reason.HANG, Reason.CRASH, Reason.WRONG, Reason.LAUNCH)
 """Failures that a schedule has on every problem; memory is one problem's, or one limit's."""
 NEIGHBOURS = 6
 """Most seeds from records of other problems, and from other GPUs."""
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Who searches, and how: what records say besides the result."""
-
-    environment: Environment
-    seed: int
-    worker: str
-    study: str
 
 
 def key_of_subject(subject: Subject) -> Key:
@@ -87,47 +77,41 @@ def known_failures(subject: Subject, environment: Environment, records: Iterable
     return found
 
 
-def records_of(outcome: Outcome, bench: Bench) -> list[Record]:
+def records_of(outcome: Outcome, context: Context, seed: int, study: str) -> list[Record]:
     """Return what a search adds to the database: the winner, and what must not be tried again."""
-    return [*_winner(outcome, bench), *_failed(outcome, bench)]
-
-
-def _provenance(outcome: Outcome, bench: Bench, schedule: Schedule, worker: str) -> Provenance:
-    kernel = kernel_hash(outcome.subject.variant, schedule)
-    trials = max(1, len(outcome.trials))
-    return Provenance(kernel, space_hash(), __version__, bench.seed, trials, worker or bench.worker, bench.study)
-
-
-def _winner(outcome: Outcome, bench: Bench) -> Iterator[Record]:
-    if outcome.choice is None:
-        return
-    subject, schedule = outcome.subject, outcome.choice.winner
-    trial = next(trial for trial in outcome.trials if trial.schedule == schedule)
-    samples = outcome.finals[schedule]
-    forward = estimate(samples.forward_ms, bench.seed).median_ms
-    backward = estimate(samples.backward_ms, bench.seed).median_ms if samples.backward_ms else None
-    estimates = outcome.choice.estimates
-    timing = Timing(estimates[schedule], estimates[outcome.default], forward, backward, samples.peak_bytes)
-    yield Record(
-        key_of_subject(subject),
-        bench.environment,
-        _provenance(outcome, bench, schedule, bench.worker),
-        Sizes(subject.batch, subject.seq),
-        schedule,
-        timing,
-        trial.errors,
-    )
-
-
-def _failed(outcome: Outcome, bench: Bench) -> Iterator[Record]:
     subject = outcome.subject
-    for trial in outcome.trials:
-        if trial.failure is not None and trial.failure.reason in LASTING and trial.origin != KNOWN:
-            yield Record(
-                key_of_subject(subject),
-                bench.environment,
-                _provenance(outcome, bench, trial.schedule, trial.worker),
-                Sizes(subject.batch, subject.seq),
-                trial.schedule,
-                failure=trial.failure,
-            )
+    timing = _timing(outcome, seed)
+
+    def record(trial: Trial, worker: str, timing: Timing | None = None) -> Record:
+        trials = max(1, len(outcome.trials))
+        kernel = kernel_hash(subject.variant, trial.schedule)
+        return Record(
+            key_of_subject(subject),
+            context.environment,
+            Provenance(kernel, space_hash(), __version__, seed, trials, worker, study),
+            Sizes(subject.batch, subject.seq),
+            trial.schedule,
+            timing,
+            trial.errors if timing else (),
+            None if timing else trial.failure,
+        )
+
+    winner = outcome.choice and outcome.choice.winner
+    best = [record(trial, context.worker, timing) for trial in outcome.trials if trial.schedule == winner]
+    return best + [record(trial, trial.worker or context.worker) for trial in outcome.trials if _lasting(trial)]
+
+
+def _lasting(trial: Trial) -> bool:
+    """Whether a trial failed in a way that a schedule does on every problem, and no record says so yet."""
+    return trial.failure is not None and trial.failure.reason in LASTING and trial.origin != KNOWN
+
+
+def _timing(outcome: Outcome, seed: int) -> Timing | None:
+    """Return what the winner's record says of its times; None where nothing won."""
+    if outcome.choice is None:
+        return None
+    samples, estimates = outcome.finals[outcome.choice.winner], outcome.choice.estimates
+    forward = estimate(samples.forward_ms, seed).median_ms
+    backward = estimate(samples.backward_ms, seed).median_ms if samples.backward_ms else None
+    tuned, base = estimates[outcome.choice.winner], estimates[outcome.default]
+    return Timing(tuned, base, forward, backward, samples.peak_bytes)

@@ -43,15 +43,15 @@ class Step(StrEnum):
     """What is done with a candidate on the GPU."""
 
     PREPARE = "prepare"
-    """Answer the gate's questions, so that the first candidate need not wait for it."""
+    """Work out the answers of the check, so that the first candidate need not wait for them."""
     SCREEN = "screen"
-    """Gate it; if it passes, time it for as long as it is not far slower than the best."""
+    """Check it; if it passes, time it for as long as it is not far slower than the best."""
     HELD_OUT = "held_out"
-    """Gate it on problems that no trial has seen."""
+    """Check it on problems that no trial has seen."""
     TIME = "time"
     """Time it again; it has passed."""
     VERIFY = "verify"
-    """Gate it on all problems, without timing it."""
+    """Check it on all problems, without timing it."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """What a GPU worker found: the worst error of every tensor, samples if it passed, or why it must not be used."""
 
     errors: tuple[TensorError, ...] = ()
@@ -80,7 +80,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class CompileTask:
-    """One candidate to compile for all calls that the gate and the clock will make of it."""
+    """One candidate to compile for all calls that the check and the clock will make of it."""
 
     subject: Subject
     schedule: Schedule

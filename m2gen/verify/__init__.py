@@ -19,7 +19,7 @@ from m2gen.verify.oracle import (
     oracle,
 )
 from m2gen.verify.run import failed_case, run_case
-from m2gen.verify.subject import Package
+from m2gen.verify.subject import GeneratedPackage
 
 __all__ = [
     "FACTOR",
@@ -31,11 +31,11 @@ __all__ = [
     "Check",
     "Feature",
     "Gates",
+    "GeneratedPackage",
     "Layout",
     "Loss",
     "Operator",
     "Oracle",
-    "Package",
     "TensorResult",
     "Weights",
     "cases",

@@ -9,18 +9,18 @@ import torch
 from m2gen.variant import Variant
 from m2gen.verify.case import Case, CaseReport, TensorResult, report
 from m2gen.verify.checks import CHECKS
-from m2gen.verify.subject import Package, Subject
+from m2gen.verify.subject import CaseContext, GeneratedPackage
 
 LONGEST_MESSAGE = 400
 
 
-def run_case(package: Package, variant: Variant, case: Case, seed: int, device: torch.device) -> CaseReport:
+def run_case(package: GeneratedPackage, variant: Variant, case: Case, seed: int, device: torch.device) -> CaseReport:
     """Run one case of an imported package and judge what it gives; an exception is a failed case."""
     start = time.monotonic()
     results: tuple[TensorResult, ...] = ()
     failure = ""
     try:
-        results = tuple(CHECKS[case.check](Subject(package, variant, case, seed, device)))
+        results = tuple(CHECKS[case.check](CaseContext(package, variant, case, seed, device)))
         if not results:
             failure = "nothing was judged"
     except Exception as error:  # of a compiler, a driver or a check: one case's failure, not the run's

@@ -19,7 +19,7 @@ from m2gen.verify.case import Case
 from m2gen.verify.oracle import OPERANDS, Operator, Oracle, differentiate, gate_of, oracle
 
 
-class Package(Protocol):
+class GeneratedPackage(Protocol):
     """What a generated package exports."""
 
     __name__: str
@@ -31,10 +31,10 @@ class Package(Protocol):
 
 
 @dataclass(frozen=True)
-class Subject:
+class CaseContext:
     """One case on one variant of a package."""
 
-    package: Package
+    package: GeneratedPackage
     variant: Variant
     case: Case
     seed: int

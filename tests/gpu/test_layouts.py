@@ -9,11 +9,12 @@ import torch
 from support import make_variant
 
 from m2gen.device import detect
+from m2gen.measure.checks import STEPS, seeded_cases
 from m2gen.schedule import HOPPER, Layouts, check, parse
 from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
 from m2gen.tune.candidate import load
-from m2gen.tune.gate import STEPS, Candidate, pass_gate, questions
+from m2gen.tune.check import Candidate, check_candidate
 from m2gen.variant import Variant
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +31,7 @@ VARIANTS = {
 @pytest.mark.parametrize("warps", [None, 2])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_every_output_and_gradient(variant: Variant, warps: int | None) -> None:
-    """Against float64, on the gate's problems and those that it holds back; with warps that share a program, too."""
+    """Against float64, on the check's problems and those that it holds back; with warps that share a program, too."""
     device = detect()
     assert device is not None
     schedule = replace(default(variant, device), layouts=Layouts.EXPLICIT)
@@ -38,8 +39,8 @@ def test_every_output_and_gradient(variant: Variant, warps: int | None) -> None:
         parts = {side: replace(getattr(schedule, side), warps=warps) for side in ("forward", "backward")}
         schedule = replace(schedule, **parts)
     candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
-    asked = (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True))
-    verdict = pass_gate(candidate, asked, torch.device("cuda"))
+    asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
+    verdict = check_candidate(candidate, asked, torch.device("cuda"))
     assert verdict.failure is None, verdict.failure
     assert {"y", "state", "dq", "dk", "dv", "dweight", "dforget"} <= {error.tensor for error in verdict.errors}
 
@@ -63,8 +64,8 @@ def test_warpgroups(variant: Variant, interval: int) -> None:
         pytest.skip("only Hopper has wgmma")
     schedule = replace(default(variant, device).laid_out(Layouts.WARPGROUP), interval=interval)
     candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
-    asked = (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True))
-    verdict = pass_gate(candidate, asked, torch.device("cuda"))
+    asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
+    verdict = check_candidate(candidate, asked, torch.device("cuda"))
     assert verdict.failure is None, verdict.failure
 
 
@@ -84,8 +85,8 @@ def test_warps_with_rows_of_their_own(name: str, forward: str) -> None:
     usual = default(variant, device)
     schedule = parse(f"{forward}_{usual.backward.slug}_i16_{usual.tanh}_explicit")
     candidate = Candidate(load(variant, check(variant, schedule, device)), variant, schedule, Objective.TRAIN)
-    asked = (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True))
-    verdict = pass_gate(candidate, asked, torch.device("cuda"))
+    asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
+    verdict = check_candidate(candidate, asked, torch.device("cuda"))
     assert verdict.failure is None, verdict.failure
 
 
@@ -96,5 +97,5 @@ def test_the_widest_state() -> None:
     assert device is not None
     schedule = default(variant, device)
     candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
-    asked = (*questions(variant, STEPS), *questions(variant, STEPS, held_out=True))
-    assert pass_gate(candidate, asked, torch.device("cuda")).failure is None
+    asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
+    assert check_candidate(candidate, asked, torch.device("cuda")).failure is None

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from m2gen.bench.against import Baseline, Comparison
-from m2gen.bench.book import Book, Row, Times, dump, row_of, speed_ups
-from m2gen.bench.contest import sized
-from m2gen.bench.measure import Result
-from m2gen.bench.words import Kind
+from m2gen.bench.document import Document, Row, dump, row_of, speed_ups
+from m2gen.bench.entries import sized
+from m2gen.bench.kinds import Kind
+from m2gen.bench.side_by_side import Result, Times
 from m2gen.cli.show.plot import Curve, curves, draw
 from m2gen.cli.show.report import print_json, print_table
 from m2gen.errors import UsageError
-from m2gen.pipeline import Stand, Swept
+from m2gen.pipeline import BenchContext, Swept
 from m2gen.variant import parse_variant
 
 TIME_COLUMNS = (
@@ -39,10 +39,10 @@ TIME_COLUMNS = (
 )
 AGAINST_COLUMNS = ("layer", "dtype", "workload", "contender", "what", "then ms", "now ms", "change", "noise", "verdict")
 LOOPS = tuple(str(kind) for kind in Kind if kind.most_steps is not None)
-"""Contenders that are loops of PyTorch, thousands of times off any floor."""
+"""Implementations that are loops of PyTorch, thousands of times off any floor."""
 
 
-def run_bench(results: Iterable[Sequence[Result]], stand: Stand, *, as_json: bool) -> int:
+def run_bench(results: Iterable[Sequence[Result]], context: BenchContext, *, as_json: bool) -> int:
     """Show what was timed, also where it is interrupted; return 1 if a generated kernel failed."""
     rows: list[Row] = []
     try:
@@ -50,21 +50,23 @@ def run_bench(results: Iterable[Sequence[Result]], stand: Stand, *, as_json: boo
             rows += map(row_of, found)
     finally:
         if rows:
-            show_bench(Book(stand.environment, tuple(rows)), as_json=as_json)
+            show_bench(Document(context.environment, tuple(rows)), as_json=as_json)
     return 1 if any(row.failure and row.schedule for row in rows) else 0
 
 
-def show_bench(book: Book, *, as_json: bool) -> None:
-    """Print the times of every contender, and how near they are to the GPU's limits."""
+def show_bench(document: Document, *, as_json: bool) -> None:
+    """Print the times of every implementation, and how near they are to the GPU's limits."""
     if as_json:
-        print_json(dump(book))
+        print_json(dump(document))
         return
-    speeds = speed_ups(book.rows)
-    title = f"Medians on {book.environment.device}, L2 cold, graphs; speed-up: default = 1, by time a step"
-    print_table(title, TIME_COLUMNS, [_time_cells(row, speed) for row, speed in zip(book.rows, speeds, strict=True)])
+    speeds = speed_ups(document.rows)
+    title = f"Medians on {document.environment.device}, L2 cold, graphs; speed-up: default = 1, by time a step"
+    print_table(
+        title, TIME_COLUMNS, [_time_cells(row, speed) for row, speed in zip(document.rows, speeds, strict=True)]
+    )
     limits = [
         (row, what, times)
-        for row in book.rows
+        for row in document.rows
         if row.contender not in LOOPS
         for what, times in (("forward", row.forward), ("forward+backward", row.step))
         if times is not None and times.floors_ms
@@ -106,10 +108,10 @@ def _limit_cells(row: Row, what: str, times: Times) -> tuple[Any, ...]:
     return (*_where(row), row.contender, what, _ms(times.median_ms), a_step, floor, *parts)
 
 
-def run_against(found: Iterable[Comparison], before: Baseline, stand: Stand, *, as_json: bool) -> int:
+def run_against(found: Iterable[Comparison], before: Baseline, context: BenchContext, *, as_json: bool) -> int:
     """Show every recorded time beside that of now; return 1 if one is slower beyond noise."""
     comparisons = list(found)
-    here = stand.environment
+    here = context.environment
     slower = [comparison for comparison in comparisons if comparison.slower]
     if as_json:
         rows = [{**asdict(c), "change": c.change, "slower": c.slower} for c in comparisons]
@@ -136,7 +138,7 @@ def _faster(c: Comparison) -> bool:
     return c.now is not None and c.now.high_ms * (1 + c.noise) < c.before.low_ms
 
 
-def run_sweeps(sweeps: Iterable[Iterable[Swept]], stand: Stand, plot: Path | None, *, as_json: bool) -> int:
+def run_sweeps(sweeps: Iterable[Iterable[Swept]], context: BenchContext, plot: Path | None, *, as_json: bool) -> int:
     """Show each sweep and the lines through it, and draw them, also where one is interrupted.
 
     Returns 1 if a generated kernel failed.
@@ -147,11 +149,11 @@ def run_sweeps(sweeps: Iterable[Iterable[Swept]], stand: Stand, plot: Path | Non
             _follow(growing, every, show=not as_json)
     except BaseException:
         with suppress(UsageError):  # what ended the sweeps is said, rather than that they cannot be drawn
-            _finish(every, stand, plot, as_json=as_json)
+            _finish(every, context, plot, as_json=as_json)
         raise
-    _finish(every, stand, plot, as_json=as_json)
+    _finish(every, context, plot, as_json=as_json)
     results = [result for each in every for _, found in each.at for result in found]
-    return 1 if any(result.failure and result.entry.contender.kind.generated for result in results) else 0
+    return 1 if any(result.failure and result.entry.implementation.kind.generated for result in results) else 0
 
 
 def _follow(growing: Iterable[Swept], every: list[Swept], *, show: bool) -> None:
@@ -165,19 +167,19 @@ def _follow(growing: Iterable[Swept], every: list[Swept], *, show: bool) -> None
             show_sweep(swept)
 
 
-def _finish(every: Sequence[Swept], stand: Stand, plot: Path | None, *, as_json: bool) -> None:
+def _finish(every: Sequence[Swept], context: BenchContext, plot: Path | None, *, as_json: bool) -> None:
     if as_json and every:
-        print_json({"environment": asdict(stand.environment), "sweeps": [_sweep_json(each) for each in every]})
+        print_json({"environment": asdict(context.environment), "sweeps": [_sweep_json(each) for each in every]})
     if plot is None or not every:
         return
     try:
-        draw(every, stand.environment.device, plot)
+        draw(every, context.environment.device, plot)
     except OSError as error:
         raise UsageError(f"--plot {plot} must be writable: {error.strerror or error}") from error
 
 
 def show_sweep(swept: Swept) -> None:
-    """Print the times along an axis, and the line through each contender's."""
+    """Print the times along an axis, and the line through each implementation's."""
     drawn = curves(swept)
     names = [f"{curve.contender} {curve.what} ms" for curve in drawn]
     rows = [
@@ -190,7 +192,7 @@ def show_sweep(swept: Swept) -> None:
     ]
     print_table(f"{swept.layer} over {swept.axis}", (_x_name(swept), "workload", *names), rows)
     failures = [
-        (point.x, result.entry.contender.name, f"{result.failure.reason}: {result.failure.message}")
+        (point.x, result.entry.implementation.name, str(result.failure))
         for point, found in swept.at
         for result in found
         if result.failure

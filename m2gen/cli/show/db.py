@@ -9,7 +9,7 @@ from typing import Any
 
 from m2gen.cli.show.report import print_json, print_table
 from m2gen.db import Change, Database, Fault, Record, encode, slot
-from m2gen.pipeline import Answer, Recheck, Replay, Superfluous, state
+from m2gen.pipeline import Answer, Recheck, Replayed, Superfluous, state
 
 LIST_COLUMNS = ("id", "device", "variant", "for", "programs/SM", "schedule", "ms", "default ms", "speed-up", "state")
 WHY_COLUMNS = ("id", "device", "programs/SM", "schedule", "of default", "why not")
@@ -158,7 +158,7 @@ def show_pruned(found: Sequence[Superfluous], faults: Sequence[Fault], *, dry_ru
 
 
 def show_rechecks(found: Sequence[Recheck], *, as_json: bool) -> int:
-    """Print what the gate found of every record; return 1 if one failed."""
+    """Print what the check found of every record; return 1 if one failed."""
     rows = [(item.record.id, item.record.key.variant, item.record.schedule.slug, _verdict(item)) for item in found]
     status = 1 if any(item.failed for item in found) else 0
     if as_json:
@@ -173,11 +173,10 @@ def show_rechecks(found: Sequence[Recheck], *, as_json: bool) -> int:
 def _verdict(item: Recheck) -> str:
     if item.found is None:
         return f"skipped: {item.skipped}"
-    failure = item.found.failure
-    return f"FAILED: {failure.reason}: {failure.message}" if failure else "ok"
+    return f"FAILED: {item.found.failure}" if item.found.failure else "ok"
 
 
-def show_replay(found: Replay, *, as_json: bool) -> None:
+def show_replay(found: Replayed, *, as_json: bool) -> None:
     """Print a record's times beside those measured now."""
     timing = found.record.timing
     assert timing is not None

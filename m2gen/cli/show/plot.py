@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2gen.bench.measure import Result
+from m2gen.bench.kinds import Axis
+from m2gen.bench.side_by_side import Result
 from m2gen.bench.sweep import Fit, fit
-from m2gen.bench.words import Axis
 from m2gen.errors import UsageError
 from m2gen.pipeline import Swept
 
@@ -24,7 +24,7 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Curve:
-    """The times of one contender along a sweep, and the line through those that it has to fit."""
+    """The times of one implementation along a sweep, and the line through those that it has to fit."""
 
     contender: str
     what: str
@@ -39,7 +39,7 @@ class Curve:
     """The least x that the line goes through."""
 
     def median_at(self, x: int) -> float | None:
-        """Return the time at x; None where the contender failed there."""
+        """Return the time at x; None where the implementation failed there."""
         return dict(zip(self.x, self.median_ms, strict=True)).get(x)
 
 
@@ -50,8 +50,8 @@ def require() -> None:
 
 
 def curves(swept: Swept) -> list[Curve]:
-    """Return the curves of a sweep: each contender's forward, then its forward and backward."""
-    names = dict.fromkeys(result.entry.contender.name for _, found in swept.at for result in found)
+    """Return the curves of a sweep: each implementation's forward, then its forward and backward."""
+    names = dict.fromkeys(result.entry.implementation.name for _, found in swept.at for result in found)
     pairs = [(name, what) for name in names for what in ("forward", "forward+backward")]
     return [curve for name, what in pairs if (curve := _curve(swept, name, what)) is not None]
 
@@ -61,7 +61,7 @@ def _curve(swept: Swept, name: str, what: str) -> Curve | None:
         (point, timing)
         for point, found in swept.at
         for result in found
-        if result.entry.contender.name == name and (timing := _timing(result, what)) is not None
+        if result.entry.implementation.name == name and (timing := _timing(result, what)) is not None
     ]
     if not timed:
         return None

@@ -14,10 +14,11 @@ from rich.progress import Progress as Bar
 
 from m2gen.cli.show.page import tuning_page
 from m2gen.cli.show.report import print_json, print_table
+from m2gen.db import Environment
 from m2gen.errors import TuneError, UsageError
-from m2gen.pipeline import Plan, Rig, Size, Tuned, TuneRequest, this_rig
+from m2gen.pipeline import Plan, Size, Tuned, TuneRequest, this_tuning_context
 from m2gen.pipeline import tune as search
-from m2gen.tune.book import Standing
+from m2gen.tune.log import Standing
 from m2gen.tune.trial import Trial
 
 CLOSING_COLUMNS = (
@@ -42,27 +43,27 @@ def run(planned: Plan, request: TuneRequest, report: Path | None, *, as_json: bo
     """Search, show progress and the closing table, write the report; return the exit status."""
     if report is not None and not report.absolute().parent.is_dir():
         raise UsageError(f"--report must be in a folder that is there, got {report}")
-    rig = this_rig("m2gen tune", request.seed)
+    context = this_tuning_context("m2gen tune")
     watcher = TerminalWatcher(quiet=quiet or as_json, debug=debug)
     results: list[Tuned] = []
     try:
-        for tuned in search(planned, request, rig, watcher):
+        for tuned in search(planned, request, context, watcher):
             results.append(tuned)  # noqa: PERF402  (what there is must survive an error in the next)
     finally:
         watcher.close()
         if results:
             show_tuned(results, as_json=as_json)
-            _write_page(report, planned, rig, results)
+            _write_page(report, planned, context.environment, results)
     if any(tuned.outcome.interrupted for tuned in results):
         return 130
     return 0 if all(tuned.outcome.choice for tuned in results) else 1
 
 
-def _write_page(report: Path | None, planned: Plan, rig: Rig, results: Sequence[Tuned]) -> None:
+def _write_page(report: Path | None, planned: Plan, environment: Environment, results: Sequence[Tuned]) -> None:
     if report is None:
         return
     try:
-        report.write_text(tuning_page(planned.origin.spec_file, rig.bench.environment, results), encoding="utf-8")
+        report.write_text(tuning_page(planned.origin.spec_file, environment, results), encoding="utf-8")
     except OSError as error:
         raise TuneError(f"--report {report} must be writable: {error.strerror or error}; records are kept") from error
 
@@ -93,7 +94,7 @@ class TerminalWatcher:
             text = standing_text(standing)
             self._bar.update(self._bar.task_ids[0], description=text, completed=standing.done, total=standing.most)
         elif not self._quiet:
-            found = f"{trial.failure.reason}: {trial.failure.message}" if trial.failure else f"{trial.median_ms:.3f} ms"
+            found = str(trial.failure) if trial.failure else f"{trial.median_ms:.3f} ms"
             where = f"tune {standing.done}/{standing.most}"
             line = f"{where} {trial.schedule.slug} ({trial.origin}) {found}; {standing_text(standing)}"
             print(line, file=sys.stderr, flush=True)
@@ -163,7 +164,7 @@ def show_tuned(results: Sequence[Tuned], *, as_json: bool) -> None:
 def _no_winner(tuned: Tuned) -> str:
     default = next((t for t in tuned.outcome.trials if t.schedule == tuned.outcome.default), None)
     if default is not None and default.failure is not None:
-        return f"the default schedule failed ({default.failure.reason}: {default.failure.message}): nothing to compare"
+        return f"the default schedule failed ({default.failure}): nothing to compare"
     return "interrupted or out of time before the default schedule was measured; the journal keeps what was"
 
 

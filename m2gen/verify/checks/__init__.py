@@ -1,4 +1,4 @@
-"""What can be done with a case: a function from a ``Subject`` to the results that it judges, for every ``Check``."""
+"""What can be done with a case: a function from a ``CaseContext`` to results that it judges, for every ``Check``."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from m2gen.verify.checks.drop_in import drop_in
 from m2gen.verify.checks.gradients import autocast, gradients, inference, single
 from m2gen.verify.checks.pytorch import checkpoint, compiled, graph, opcheck, step_graph
 from m2gen.verify.checks.states import chunked, decoding, isolated
-from m2gen.verify.subject import Subject
+from m2gen.verify.subject import CaseContext
 
-CHECKS: dict[Check, Callable[[Subject], Iterable[TensorResult]]] = {
+CHECKS: dict[Check, Callable[[CaseContext], Iterable[TensorResult]]] = {
     Check.GRADIENTS: gradients,
     Check.SINGLE: single,
     Check.INFERENCE: inference,

@@ -7,13 +7,13 @@ from functools import partial
 
 from m2gen.verify.case import TensorResult
 from m2gen.verify.oracle import same
-from m2gen.verify.subject import Subject
+from m2gen.verify.subject import CaseContext
 
 GPU_REPEATS = 25
 INTERPRETER_REPEATS = 3
 
 
-def repeated(subject: Subject) -> Iterable[TensorResult]:
+def repeated(subject: CaseContext) -> Iterable[TensorResult]:
     """Compare repeated calls bit by bit, asked of the operator and asked of torch (which ``poisoned`` does)."""
     repeats = GPU_REPEATS if subject.device.type == "cuda" else INTERPRETER_REPEATS
     asked, ambient = (partial(subject.package.m2rnn, deterministic=mode) for mode in (True, None))

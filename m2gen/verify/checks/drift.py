@@ -10,10 +10,10 @@ from m2gen.problem import TORCH_DTYPE
 from m2gen.runtime.reference import Arithmetic
 from m2gen.verify.case import TensorResult
 from m2gen.verify.oracle import call, eager, judge, named_operands, relative_error
-from m2gen.verify.subject import Subject
+from m2gen.verify.subject import CaseContext
 
 
-def drift(subject: Subject) -> Iterable[TensorResult]:
+def drift(subject: CaseContext) -> Iterable[TensorResult]:
     """Judge a call, and show that the eager loop with a state in the operands' dtype is over the same budgets."""
     yield from judge(subject.differentiate(), subject.known)
     narrow = TORCH_DTYPE[subject.variant.dtype]

@@ -16,7 +16,7 @@ from torch import Tensor
 from m2gen.problem import Inputs
 from m2gen.verify.case import TensorResult
 from m2gen.verify.oracle import Oracle, differentiate, judge, oracle
-from m2gen.verify.subject import Subject, poisoned
+from m2gen.verify.subject import CaseContext, poisoned
 
 
 def _sequence(
@@ -80,7 +80,7 @@ def _grouped(gradient: Tensor, groups: int, dim: int) -> Tensor:
     return torch.unflatten(gradient, dim, (groups, -1)).sum(dim + 1)
 
 
-def drop_in(subject: Subject) -> Iterable[TensorResult]:
+def drop_in(subject: CaseContext) -> Iterable[TensorResult]:
     """Judge ``compat.m2rnn``: states in key's dtype, a negative bound by its size, offsets with ``max_seqlen``."""
     inputs, case = subject.inputs, subject.case
     narrow = inputs.k.dtype

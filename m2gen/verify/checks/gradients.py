@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m2gen.verify.case import Layout, TensorResult
 from m2gen.verify.oracle import Arrange, call, differentiate, judge, named_operands
-from m2gen.verify.subject import Subject, poisoned
+from m2gen.verify.subject import CaseContext, poisoned
 
 AUTOCAST = ("q", "k", "v")
 
@@ -46,19 +46,19 @@ LAYOUTS: dict[Layout, Arrange] = {
 }
 
 
-def gradients(subject: Subject) -> Iterable[TensorResult]:
+def gradients(subject: CaseContext) -> Iterable[TensorResult]:
     """Judge results and all gradients, operands and incoming gradients laid out as the case says."""
     return judge(subject.differentiate(arrange=LAYOUTS[subject.case.layout]), subject.known)
 
 
-def single(subject: Subject) -> Iterable[TensorResult]:
+def single(subject: CaseContext) -> Iterable[TensorResult]:
     """Judge the gradient of every operand, wanted alone."""
     for name in named_operands(subject.inputs):
         given = subject.differentiate(wanted=(name,))
         yield from judge({f"d{name}": given[f"d{name}"]}, subject.known)
 
 
-def inference(subject: Subject) -> Iterable[TensorResult]:
+def inference(subject: CaseContext) -> Iterable[TensorResult]:
     """Judge y and the state without gradients, and y of a call that wants no state."""
     operands = named_operands(subject.inputs)
     with poisoned(), torch.no_grad():
@@ -72,7 +72,7 @@ def inference(subject: Subject) -> Iterable[TensorResult]:
     yield from (replace(result, tensor="y_alone") for result in judge({"y": y}, subject.known))
 
 
-def autocast(subject: Subject) -> Iterable[TensorResult]:
+def autocast(subject: CaseContext) -> Iterable[TensorResult]:
     """Judge a call on float32 operands under autocast to the variant's dtype."""
     inputs = subject.inputs
     narrow = inputs.q.dtype

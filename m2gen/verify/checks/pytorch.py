@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from m2gen.problem import Problem
 from m2gen.verify.case import TensorResult
 from m2gen.verify.oracle import Operator, call, differentiate, named_operands, same
-from m2gen.verify.subject import Subject, inputs_of
+from m2gen.verify.subject import CaseContext, inputs_of
 
 OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 WARM_UP = 3
@@ -44,7 +44,7 @@ def _wanting_gradients(x: Any) -> Any:
     return x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
 
 
-def opcheck(subject: Subject) -> Iterable[TensorResult]:
+def opcheck(subject: CaseContext) -> Iterable[TensorResult]:
     """Run ``torch.library.opcheck`` on every operator that a training step and a decoding step call."""
     with _Recorder(subject.submodule("library").NAMESPACE) as recorder:
         subject.differentiate()
@@ -62,12 +62,12 @@ def opcheck(subject: Subject) -> Iterable[TensorResult]:
         yield from (TensorResult(f"{name}.{test}", 0.0, 0.0) for test in tests)
 
 
-def _token(subject: Subject) -> tuple[Tensor, ...]:
+def _token(subject: CaseContext) -> tuple[Tensor, ...]:
     q, k, v, weight, forget, *_ = subject.arguments
     return q[:, 0], k[:, 0], v[:, 0], weight, forget[:, 0]
 
 
-def _state(subject: Subject) -> Tensor:
+def _state(subject: CaseContext) -> Tensor:
     return subject.inputs.dstate.clone()
 
 
@@ -78,7 +78,7 @@ def _other(problem: Problem) -> Problem:
     return replace(problem, lengths=(*problem.lengths, 3))
 
 
-def compiled(subject: Subject) -> Iterable[TensorResult]:
+def compiled(subject: CaseContext) -> Iterable[TensorResult]:
     """Compare ``torch.compile(fullgraph=True)`` with eager on two sizes, of which the second must not recompile."""
 
     def plain(*operands: Any, **facts: Any) -> tuple[Tensor, Tensor]:
@@ -128,7 +128,7 @@ def _replayed(step: Callable[[], Mapping[str, Tensor]], refill: Callable[[], Non
     return outputs
 
 
-def graph(subject: Subject) -> Iterable[TensorResult]:
+def graph(subject: CaseContext) -> Iterable[TensorResult]:
     """Compare the replay of a captured training step on new numbers with eager."""
     first, second = subject.inputs, inputs_of(subject.variant, subject.case, subject.seed + 1, subject.device)
     leaves = {name: x.clone().requires_grad_() for name, x in named_operands(first).items()}
@@ -149,7 +149,7 @@ def graph(subject: Subject) -> Iterable[TensorResult]:
     return same(_replayed(step, refill), differentiate(subject.operator, second, subject.case))
 
 
-def step_graph(subject: Subject) -> Iterable[TensorResult]:
+def step_graph(subject: CaseContext) -> Iterable[TensorResult]:
     """Compare a captured decoding step, replayed once, with an eager one."""
     token, state = tuple(x.clone() for x in _token(subject)), _state(subject)
     step = partial(subject.package.m2rnn_step, **subject.gate)
@@ -167,7 +167,7 @@ def step_graph(subject: Subject) -> Iterable[TensorResult]:
     return same(given, dict(zip(("y", "state"), expected, strict=True)))
 
 
-def checkpoint(subject: Subject) -> Iterable[TensorResult]:
+def checkpoint(subject: CaseContext) -> Iterable[TensorResult]:
     """Compare a call whose forward is recomputed in the backward with a plain one."""
 
     def recomputed(*operands: Any, **facts: Any) -> Any:

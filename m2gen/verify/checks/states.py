@@ -13,7 +13,7 @@ from torch import Tensor
 from m2gen.problem import Inputs
 from m2gen.verify.case import TensorResult
 from m2gen.verify.oracle import Operator, differentiate, judge, same
-from m2gen.verify.subject import Subject, poisoned
+from m2gen.verify.subject import CaseContext, poisoned
 
 CHUNKS = 5
 SPLITS = 3
@@ -36,7 +36,7 @@ def _in_chunks(operator: Operator, cuts: list[int]) -> Operator:
     return run
 
 
-def chunked(subject: Subject) -> Iterable[TensorResult]:
+def chunked(subject: CaseContext) -> Iterable[TensorResult]:
     """Judge calls on random pieces, some of them empty, that pass the state on, forward and backward."""
     generator = torch.Generator().manual_seed(subject.seed)
     for _ in range(SPLITS if subject.device.type == "cuda" else 1):
@@ -58,7 +58,7 @@ def _alone(inputs: Inputs, index: int, start: int, end: int) -> Inputs:
     )
 
 
-def isolated(subject: Subject) -> Iterable[TensorResult]:
+def isolated(subject: CaseContext) -> Iterable[TensorResult]:
     """Compare every packed sequence with itself alone, bit by bit."""
     inputs, given = subject.inputs, subject.differentiate()
     if inputs.cu_seqlens is None:
@@ -71,7 +71,7 @@ def isolated(subject: Subject) -> Iterable[TensorResult]:
         yield from same(part, alone)
 
 
-def decoding(subject: Subject) -> Iterable[TensorResult]:
+def decoding(subject: CaseContext) -> Iterable[TensorResult]:
     """Judge a call on half of the steps and one ``m2rnn_step`` for each of the rest, on the same state.
 
     A state in bf16 is rounded at every step, so there every step is one of decoding.

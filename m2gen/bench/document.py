@@ -12,39 +12,18 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from m2gen import __version__
-from m2gen.bench.measure import Result, Timing
-from m2gen.bench.words import Call
-from m2gen.db import Environment, Estimate, worded
+from m2gen.bench.kinds import Call
+from m2gen.bench.side_by_side import Result, Times
+from m2gen.db import Environment, worded
 from m2gen.errors import UsageError
 
 SCHEMA = 1
 _Count = Annotated[int, Field(ge=1)]
-_Ms = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-@dataclass(frozen=True)
-class Times:
-    """A median in milliseconds with the ends of its 95 % interval, and the GPU's floors for the call."""
-
-    median_ms: _Ms
-    low_ms: _Ms
-    high_ms: _Ms
-    floors_ms: dict[str, float]
-    """How long each limit alone makes the call take."""
-
-    @property
-    def estimate(self) -> Estimate:
-        return Estimate(self.median_ms, self.low_ms, self.high_ms)
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """The achieved part of each floor: 1 is as fast as that limit allows."""
-        return {name: ms / self.median_ms for name, ms in self.floors_ms.items()}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One contender on one workload."""
+    """One implementation, a contender in documents, on one workload."""
 
     layer: str
     variant: str
@@ -55,7 +34,7 @@ class Row:
     """Of each timed call: fewer than ``seq`` for loops of PyTorch."""
     contender: str
     schedule: str
-    """Slug; empty where the contender is not generated."""
+    """Slug; empty where the implementation is not generated."""
     source: str
     forward: Times | None
     step: Times | None
@@ -63,12 +42,12 @@ class Row:
     extra_bytes: int
     host_us: float | None
     failure: str
-    """Why there are no times: of the gate, the compiler, the GPU's memory, a crash or a hang."""
+    """Why there are no times: of the check, the compiler, the GPU's memory, a crash or a hang."""
     arm: int = 0
 
 
 @dataclass(frozen=True)
-class Book:
+class Document:
     """Everything that one run found."""
 
     environment: Environment
@@ -80,8 +59,7 @@ class Book:
 def row_of(result: Result) -> Row:
     """Return a result as a row."""
     entry, found = result.entry, result.found
-    workload, contender = entry.workload, entry.contender
-    failure = found.failure
+    workload, contender = entry.workload, entry.implementation
     return Row(
         workload.layer,
         workload.variant.key,
@@ -92,23 +70,19 @@ def row_of(result: Result) -> Row:
         contender.name,
         contender.schedule.slug if contender.kind.generated else "",
         contender.source,
-        _times(result.forward),
-        _times(result.step),
+        result.forward,
+        result.step,
         found.extra_bytes,
         found.host_us,
-        f"{failure.reason}: {failure.message}" if failure else "",
+        str(found.failure or ""),
         entry.arm,
     )
-
-
-def _times(timing: Timing | None) -> Times | None:
-    return None if timing is None else Times(**asdict(timing.estimate), floors_ms=timing.floors_ms)
 
 
 def speed_ups(rows: Sequence[Row]) -> list[float | None]:
     """Return how many times as fast as the default each row is, a step of its longest timed call compared.
 
-    None where either of the two has no time: it failed the gate, say, or is not there.
+    None where either of the two has no time: it failed the check, say, or is not there.
     """
     base = {_place(row): row for row in rows if row.contender == "default" and not row.failure}
     return [_speed_up(row, base.get(_place(row))) for row in rows]
@@ -128,20 +102,20 @@ def _speed_up(row: Row, base: Row | None) -> float | None:
 
 
 @cache
-def _adapter() -> TypeAdapter[Book]:
-    return TypeAdapter(Book)
+def _adapter() -> TypeAdapter[Document]:
+    return TypeAdapter(Document)
 
 
-def dump(book: Book) -> dict[str, Any]:
+def dump(document: Document) -> dict[str, Any]:
     """Return the document; each row also says its speed-up and its parts of the floors."""
     rows = []
-    for row, speed in zip(book.rows, speed_ups(book.rows), strict=True):
+    for row, speed in zip(document.rows, speed_ups(document.rows), strict=True):
         parts = {name: times.parts for name in ("forward", "step") if (times := getattr(row, name)) is not None}
         rows.append({**asdict(row), "speed_up": speed, "parts_of_floors": parts})
-    return {**asdict(book), "rows": rows}
+    return {**asdict(document), "rows": rows}
 
 
-def load(path: Path) -> Book:
+def load(path: Path) -> Document:
     """Read a document; raises UsageError with what is wrong with it, and where."""
     try:
         return _adapter().validate_python(json.loads(path.read_text(encoding="utf-8")))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
-from m2gen.measure.workers import Lane, Service
 from m2gen.schedule import Schedule
-from m2gen.tune.select import Choice
+from m2gen.tune.select import Selection
 from m2gen.tune.space import Subject, fits
-from m2gen.tune.trial import Compiled, CompileTask, Measured, Samples, Task, Trial
+from m2gen.tune.trial import Measurement, Samples, Trial
 
 FINALS_SECONDS = 25.0
 """Of the budget, or ``FINALS_PART`` of it where that is less."""
@@ -31,50 +29,6 @@ class Ledger(Protocol):
     def begin(self, schedule: Schedule) -> None: ...
     def record(self, trial: Trial) -> None: ...
     def release(self, schedule: Schedule) -> None: ...
-
-
-@dataclass(frozen=True)
-class Stations:
-    """Where candidates go: the processes that compile, and the one that has the GPU."""
-
-    compile: Service[CompileTask, Compiled]
-    measure: Service[Task, Measured]
-    compilers: int
-    worker: str
-    """Names who measures."""
-    lane: Callable[[Service[Any, Any]], Lane[Any, Any]] = Lane
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The processes at the stations: they serve one search after the other."""
-
-    compilers: tuple[Lane[CompileTask, Compiled], ...]
-    gpu: Lane[Task, Measured]
-
-    @property
-    def busy(self) -> list[Lane[Any, Any]]:
-        every: tuple[Lane[Any, Any], ...] = (*self.compilers, self.gpu)
-        return [lane for lane in every if lane.task is not None]
-
-    def drop(self, lanes: Iterable[Lane[Any, Any]]) -> None:
-        """End the processes that are in the middle of a task."""
-        for lane in lanes:
-            if lane.task is not None:
-                lane.stop()
-
-
-@contextmanager
-def crew_of(stations: Stations) -> Iterator[Crew]:
-    """Yield the processes of stations, which start with their first tasks and end with the block."""
-    compilers = tuple(stations.lane(stations.compile) for _ in range(stations.compilers))
-    crew = Crew(compilers, stations.lane(stations.measure))
-    try:
-        yield crew
-    finally:
-        for compiler in crew.compilers:
-            compiler.stop()
-        crew.gpu.stop()
 
 
 @dataclass(frozen=True)
@@ -118,7 +72,7 @@ class Outcome:
     default: Schedule
     trials: tuple[Trial, ...]
     finals: Mapping[Schedule, Samples]
-    choice: Choice | None
+    choice: Selection | None
     """None where nothing passed, or the default did not."""
     points: int
     seconds: float
@@ -131,7 +85,7 @@ class Outcome:
         return sum(trial.gpu_seconds for trial in self.trials)
 
 
-class Book:
+class TrialLog:
     """The trials of one search, the ledger that keeps them and the watcher that sees them."""
 
     def __init__(self, subject: Subject, default: Schedule, limits: Limits, ledger: Ledger, watcher: Watcher) -> None:
@@ -155,7 +109,7 @@ class Book:
             self._fitting.add(trial.schedule)
         self.watcher.trial(trial, self.standing())
 
-    def amend(self, trial: Trial, found: Measured) -> Trial:
+    def amend(self, trial: Trial, found: Measurement) -> Trial:
         """Take in what the final found of a trial, and keep it on disk where it failed after all."""
         known = self.trials[trial.schedule]
         errors = {error.tensor: error for error in known.errors}

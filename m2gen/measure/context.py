@@ -1,4 +1,4 @@
-"""What measurements are made on and with, as records state it."""
+"""Where measurements are made: the GPU at hand, what runs on it and who has it, as records state it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,35 @@ import os
 import platform
 import re
 import subprocess
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 from m2gen.db import Environment
-from m2gen.device import Device
+from m2gen.device import Device, detect
+from m2gen.errors import UsageError
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True)
+class Context:
+    """A GPU, what a record says of it, and who has it."""
+
+    device: Device
+    environment: Environment
+    gpu: str
+    """Names the GPU, which one tuner or benchmark at a time may use."""
+    worker: str
+    """Names who measures."""
+
+
+def this_context(command: str) -> Context:
+    """Return that of the GPU at hand; raises UsageError where torch can use none."""
+    device = detect()
+    if device is None:
+        raise UsageError(f"{command} must run on a machine whose GPU torch can use, got none")
+    return Context(device, environment(device), gpu_name(), worker_name())
 
 
 def environment(device: Device) -> Environment:

@@ -1,4 +1,4 @@
-"""The words of benchmarks. Imports nothing, for the command line has them in its options."""
+"""What can be timed, and along what. Imports nothing, for the command line has these in its options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """Where the operator of a contender comes from."""
+    """Where the operator of an implementation comes from."""
 
     DEFAULT = "default"
     """A package whose schedules are the defaults."""
@@ -52,7 +52,7 @@ class Call(StrEnum):
         return self is Call.DECODE_BF16
 
 
-class Step(StrEnum):
+class TimerStep(StrEnum):
     """What a timer is asked to do with an entry."""
 
     ADMIT = "admit"

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from m2gen.bench.words import Call, Kind, Step
+from m2gen.bench.kinds import Call, Kind, TimerStep
 from m2gen.db import Failure
+from m2gen.measure.context import Context
 from m2gen.schedule import Schedule
 from m2gen.variant import Variant
 
@@ -20,7 +21,7 @@ def sized(call: Call, batch: int, seq: int) -> str:
 
 
 @dataclass(frozen=True)
-class Workload:
+class BenchWorkload:
     """A call of one variant, of one size."""
 
     layer: str
@@ -35,7 +36,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     """One implementation that is timed."""
 
     kind: Kind
@@ -55,30 +56,30 @@ class Contender:
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender on a workload."""
+    """An implementation on a workload."""
 
-    workload: Workload
-    contender: Contender
+    workload: BenchWorkload
+    implementation: Implementation
     arm: int = 0
     """Tells entries apart that are the same binary, timed beside itself to see what noise is."""
 
     @property
     def steps(self) -> int:
         """Steps of each timed call."""
-        return min(self.workload.seq, self.contender.kind.most_steps or self.workload.seq)
+        return min(self.workload.seq, self.implementation.kind.most_steps or self.workload.seq)
 
     @property
-    def timed(self) -> Workload:
+    def timed(self) -> BenchWorkload:
         """The workload as far as it is timed."""
         return replace(self.workload, seq=self.steps)
 
 
 @dataclass(frozen=True)
-class Task:
+class TimerTask:
     """One step with one entry."""
 
     entry: Entry
-    step: Step
+    step: TimerStep
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,13 @@ class Found:
 
 
 class Timer(Protocol):
-    """Whoever holds contenders against the oracle and times them: a GPU, or in tests a script."""
+    """Whoever holds implementations against the oracle and times them: a GPU, or in tests a script."""
 
-    def ask(self, task: Task) -> Found: ...
+    def ask(self, task: TimerTask) -> Found: ...
+
+
+@dataclass(frozen=True)
+class BenchContext(Context):
+    """A GPU and the timer that has it, real or scripted."""
+
+    timer: Timer

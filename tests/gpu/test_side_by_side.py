@@ -1,4 +1,4 @@
-"""The benchmark's worker on a real GPU: every kind of contender passes the gate, is captured, and is timed in turns."""
+"""The benchmark's worker on a real GPU: each kind of implementation is checked, captured and timed in rounds."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Iterator
 import pytest
 from support import default_package, make_variant
 
-from m2gen.bench.contest import Contender, Workload
-from m2gen.bench.measure import Gpu, contest
+from m2gen.bench.entries import BenchContext, BenchWorkload, Implementation
+from m2gen.bench.kinds import Call, Kind
+from m2gen.bench.side_by_side import side_by_side
 from m2gen.bench.sweep import fit
-from m2gen.bench.words import Call, Kind
-from m2gen.bench.worker import IsolatedTimer
 from m2gen.cache import materialise
 from m2gen.device import detect
-from m2gen.measure.roofline import peaks_of
+from m2gen.measure.statistics import difference
+from m2gen.pipeline.bench import this_bench_context
 from m2gen.schedule.heuristic import default
-from m2gen.tune.select import difference
 
 pytestmark = pytest.mark.gpu
 
@@ -24,32 +23,23 @@ VARIANT = make_variant(32, 16, (1, 1, 4, 4, 4), dtype="bf16", tanh="approx")
 
 
 @pytest.fixture(scope="module")
-def timer() -> Iterator[IsolatedTimer]:
-    """Return the worker that has the GPU."""
-    made = IsolatedTimer()
-    yield made
-    made.close()
+def context() -> Iterator[BenchContext]:
+    """Hold the GPU at hand, with its worker."""
+    with this_bench_context("these tests") as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Gpu:
-    """Return what floors depend on."""
-    device = detect()
-    assert device is not None
-    return Gpu(peaks_of(device.name), device.sm_count)
-
-
-@pytest.fixture(scope="module")
-def contenders() -> dict[Kind, Contender]:
-    """Return one contender of each kind but peers and tuned."""
+def implementations() -> dict[Kind, Implementation]:
+    """Return one implementation of each kind but peers and tuned."""
     device = detect()
     assert device is not None
     schedule = default(VARIANT, device)
     folder = materialise("packages/benched", default_package("benched", [VARIANT]).files)
-    made = [Contender(Kind.DEFAULT, schedule, "default", folder)]
-    made += [Contender(kind, schedule) for kind in (Kind.EAGER, Kind.COMPILED)]
-    made += [Contender(Kind.PEER, schedule, "reference_peer:adapter", label="peer")]
-    return {contender.kind: contender for contender in made}
+    made = [Implementation(Kind.DEFAULT, schedule, "default", folder)]
+    made += [Implementation(kind, schedule) for kind in (Kind.EAGER, Kind.COMPILED)]
+    made += [Implementation(Kind.PEER, schedule, "reference_peer:adapter", label="peer")]
+    return {implementation.kind: implementation for implementation in made}
 
 
 @pytest.fixture(autouse=True)
@@ -60,13 +50,15 @@ def _peer(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("workload", [Workload("base", VARIANT, 8, 64), Workload("base", VARIANT, 8, 1, Call.DECODE)])
-def test_every_kind_is_timed(timer, gpu, contenders, workload) -> None:
+@pytest.mark.parametrize(
+    "workload", [BenchWorkload("base", VARIANT, 8, 64), BenchWorkload("base", VARIANT, 8, 1, Call.DECODE)]
+)
+def test_every_kind_is_timed(context, implementations, workload) -> None:
     """Times are there, positive, within their intervals, and no faster than any floor."""
-    kinds = [kind for kind in contenders if workload.call is Call.SEQUENCE or kind is not Kind.PEER]
-    results = contest(workload, [contenders[kind] for kind in kinds], timer, gpu)
+    kinds = [kind for kind in implementations if workload.call is Call.SEQUENCE or kind is not Kind.PEER]
+    results = side_by_side(workload, [implementations[kind] for kind in kinds], context)
     for result in results:
-        assert result.failure is None, result.entry.contender.name
+        assert result.failure is None, result.entry.implementation.name
         for timing in filter(None, (result.forward, result.step)):
             estimate = timing.estimate
             assert 0 < estimate.low_ms <= estimate.median_ms <= estimate.high_ms
@@ -75,11 +67,11 @@ def test_every_kind_is_timed(timer, gpu, contenders, workload) -> None:
     assert results[0].found.host_us is not None
 
 
-def test_replays_compute_what_is_timed(timer, gpu, contenders) -> None:
+def test_replays_compute_what_is_timed(context, implementations) -> None:
     """A sequence eight times as long takes longer: a graph that lost its kernels would not."""
     found = []
     for seq in (256, 1024, 2048):
-        (result,) = contest(Workload("base", VARIANT, 8, seq), [contenders[Kind.DEFAULT]], timer, gpu)
+        (result,) = side_by_side(BenchWorkload("base", VARIANT, 8, seq), [implementations[Kind.DEFAULT]], context)
         assert result.forward is not None
         assert result.step is not None
         found.append((seq, result.forward.estimate.median_ms, result.step.estimate.median_ms))
@@ -90,9 +82,9 @@ def test_replays_compute_what_is_timed(timer, gpu, contenders) -> None:
         assert found[2][column] > 3 * found[0][column]
 
 
-def test_a_binary_beside_itself(timer, gpu, contenders) -> None:
+def test_a_binary_beside_itself(context, implementations) -> None:
     """Two captures of one kernel are timed as one binary, with finite noise."""
-    results = contest(Workload("base", VARIANT, 8, 512), [contenders[Kind.DEFAULT]], timer, gpu, arms=2)
+    results = side_by_side(BenchWorkload("base", VARIANT, 8, 512), [implementations[Kind.DEFAULT]], context, arms=2)
     one, other = (result.found.step_ms for result in results)
     assert one
     assert other

@@ -1,7 +1,8 @@
-"""The gate holds real kernels against float64, in the interpreter; the worker and the clock on a stand-in GPU."""
+"""The check holds real kernels against float64, in the interpreter; the worker and the clock on a stand-in GPU."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,13 +15,17 @@ from m2gen.db import Reason
 from m2gen.device import TARGETS
 from m2gen.kernels.compile import load_kernels
 from m2gen.kernels.render import render_kernel
+from m2gen.measure import checks
+from m2gen.measure import gpu as measure
+from m2gen.measure.checks import Verdict, seeded_cases
+from m2gen.measure.gpu import raised
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective
-from m2gen.tune import clock, gate, gpu
+from m2gen.tune import clock, gpu
 from m2gen.tune.candidate import load
-from m2gen.tune.gate import Candidate, Verdict, pass_gate, questions
+from m2gen.tune.check import Candidate, check_candidate
 from m2gen.tune.space import Subject
-from m2gen.tune.trial import Measured, Step, Task
+from m2gen.tune.trial import Measurement, Step, Task
 from m2gen.variant import Variant
 
 STEPS = 6
@@ -41,17 +46,17 @@ def candidate(
 
 
 def passed(tested: Candidate) -> Verdict:
-    """Return the verdict of the first gate."""
-    return pass_gate(tested, questions(tested.variant, STEPS), torch.device("cpu"))
+    """Return the verdict of the first check."""
+    return check_candidate(tested, seeded_cases(tested.variant, STEPS), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("gate_kind", ["given", "softplus"])
 def test_every_tensor_is_judged(gate_kind: str) -> None:
-    """A right candidate passes both gates, and every output and gradient has an error below its budget."""
+    """A right candidate passes both checks, and every output and gradient has an error below its budget."""
     variant = make_variant(heads=(1, 1, 2, 2, 2), gate=gate_kind)
     tested = candidate(variant, PARTIAL)
     for held_out in (False, True):
-        verdict = pass_gate(tested, questions(variant, STEPS, held_out=held_out), torch.device("cpu"))
+        verdict = check_candidate(tested, seeded_cases(variant, STEPS, held_out=held_out), torch.device("cpu"))
         assert verdict.failure is None
         expected = TENSORS | ({"dA_log", "ddt_bias"} if gate_kind == "softplus" else set())
         assert {error.tensor for error in verdict.errors} == expected
@@ -104,15 +109,15 @@ def test_bits_that_do_not_repeat_are_wrong_only_where_they_are_claimed(monkeypat
 
 def test_the_held_out_problems_are_others() -> None:
     """Other sizes, other seeds; plain steps are beyond every interval that is searched and a multiple of 16."""
-    seen, unseen = questions(VARIANT, gate.STEPS), questions(VARIANT, gate.STEPS, held_out=True)
+    seen, unseen = seeded_cases(VARIANT, checks.STEPS), seeded_cases(VARIANT, checks.STEPS, held_out=True)
     assert not {q.seed for q in seen} & {q.seed for q in unseen}
     assert not {q.case.problem for q in seen} & {q.case.problem for q in unseen}
     from m2gen.tune.space import AXES
 
     longest = max(value for value in AXES["interval"] if isinstance(value, int))
-    for question in (*seen[:2], *unseen[:2]):
-        assert question.case.problem.seq > longest
-        assert question.case.problem.seq % 16 == 0
+    for asked in (*seen[:2], *unseen[:2]):
+        assert asked.case.problem.seq > longest
+        assert asked.case.problem.seq % 16 == 0
 
 
 @pytest.fixture
@@ -120,8 +125,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have the worker use the CPU, and a clock that counts replays."""
 
     stand_in_gpu(monkeypatch)
-    monkeypatch.setattr(gpu, "TORCH_DEVICE", "cpu")
-    monkeypatch.setattr(gate, "STEPS", STEPS)
+    monkeypatch.setattr(measure, "TORCH_DEVICE", "cpu")
+    monkeypatch.setattr(checks, "STEPS", STEPS)
     gpu._CLOCKS.clear()
     yield
     gpu._CLOCKS.clear()
@@ -130,14 +135,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 SUBJECT = Subject(VARIANT, TARGETS["sm_90"], Objective.TRAIN, 1, 8)
 
 
-def served(step: Step, schedule: Schedule = PARTIAL, best_ms: float | None = None) -> Measured:
+def served(step: Step, schedule: Schedule = PARTIAL, best_ms: float | None = None) -> Measurement:
     """Return what the worker's function finds."""
     return gpu.serve(Task(SUBJECT, schedule, step, best_ms))
 
 
 @pytest.mark.usefixtures("stand_in")
 def test_the_workers_steps() -> None:
-    """Prepared, gated and timed, gated on held-out problems, timed again: every step gives what it should."""
+    """Prepared, checked and timed, checked on held-out problems, timed again: every step gives what it should."""
     assert served(Step.PREPARE).failure is None
     screened = served(Step.SCREEN)
     assert screened.failure is None, screened.details
@@ -150,7 +155,7 @@ def test_the_workers_steps() -> None:
     assert (held_out.failure, held_out.samples) == (None, None)
     again = served(Step.TIME)
     assert again.samples is not None
-    assert len(again.samples.call_ms) == gpu.AGAIN
+    assert len(again.samples.call_ms) == clock.AGAIN
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -181,6 +186,13 @@ def test_whatever_a_candidate_raises_is_its_failure(monkeypatch: pytest.MonkeyPa
         assert "no luck" in found.failure.message
         assert "Traceback" in found.details
         assert gpu.GPU.suspect(found) == (reason is Reason.CRASH)
+
+
+def test_whatever_is_raised_can_be_recorded() -> None:
+    """A record's message is one line of printable ASCII, whatever a driver says, and no longer than it may be."""
+    message = raised(RuntimeError("größer als\n\x00 erlaubt " + "x" * 1000)).message
+    assert re.fullmatch("[ -~]{500}", message)
+    assert message.startswith("RuntimeError: gr\\xf6\\xdfer als ? erlaubt xxx")
 
 
 def test_a_candidate_is_loaded_from_the_file_that_was_compiled() -> None:

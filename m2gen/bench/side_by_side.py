@@ -1,0 +1,112 @@
+"""One workload: every implementation is held against the oracle, and those that pass are timed in rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+from pydantic import Field
+
+from m2gen.bench.entries import BenchContext, BenchWorkload, Entry, Found, Implementation, TimerTask
+from m2gen.bench.kinds import TimerStep
+from m2gen.db import Estimate, Failure
+from m2gen.device import Device
+from m2gen.measure.roofline import decoding_work, floors_ms, peaks_of, work_of
+from m2gen.measure.rounds import in_rounds
+from m2gen.measure.statistics import estimate
+
+ROUNDS = 6
+"""In which every implementation is timed."""
+
+
+_Ms = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True)
+class Times:
+    """A median in milliseconds with the ends of its 95 % interval, and the GPU's floors for the call."""
+
+    median_ms: _Ms
+    low_ms: _Ms
+    high_ms: _Ms
+    floors_ms: dict[str, float]
+    """How long each limit alone makes the call take."""
+
+    @property
+    def estimate(self) -> Estimate:
+        return Estimate(self.median_ms, self.low_ms, self.high_ms)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The achieved part of each floor: 1 is as fast as that limit allows."""
+        return {name: ms / self.median_ms for name, ms in self.floors_ms.items()}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one implementation on one workload."""
+
+    entry: Entry
+    found: Found
+    forward: Times | None = None
+    step: Times | None = None
+    """Forward and backward."""
+
+    @property
+    def failure(self) -> Failure | None:
+        return self.found.failure
+
+
+def side_by_side(
+    workload: BenchWorkload,
+    implementations: Iterable[Implementation],
+    context: BenchContext,
+    *,
+    seed: int = 0,
+    arms: int = 1,
+) -> list[Result]:
+    """Return the result of every implementation, in their order; with two ``arms``, of each of them twice.
+
+    One that fails the check, or breaks off later, is never timed again, and its result has no times.
+    """
+    entries = [Entry(workload, implementation, arm) for implementation in implementations for arm in range(arms)]
+    found = {entry: context.timer.ask(TimerTask(entry, TimerStep.ADMIT)) for entry in entries}
+
+    def sample(entry: Entry) -> Found | None:
+        now = context.timer.ask(TimerTask(entry, TimerStep.SAMPLE))
+        if now.failure is None:
+            return now
+        found[entry] += now
+        return None
+
+    admitted = [entry for entry in entries if found[entry].failure is None]
+    for entry, samples in in_rounds(admitted, sample, range(ROUNDS), seed).items():
+        found[entry] += samples
+    return [_result(entry, found[entry], context.device, seed) for entry in entries]
+
+
+def _result(entry: Entry, found: Found, device: Device, seed: int) -> Result:
+    if found.failure is not None:
+        return Result(entry, found)
+
+    def times(samples: tuple[float, ...], *, training: bool) -> Times | None:
+        if not samples:
+            return None
+        return Times(**asdict(estimate(samples, seed)), floors_ms=floors(entry, device, training=training))
+
+    return Result(entry, found, times(found.forward_ms, training=False), times(found.step_ms, training=True))
+
+
+def floors(entry: Entry, device: Device, *, training: bool) -> dict[str, float]:
+    """Return the floors of a call of ``entry`` in milliseconds; none on a GPU whose peaks are not known."""
+    peaks = peaks_of(device.name)
+    if peaks is None:
+        return {}
+    workload = entry.timed
+    if workload.call.decodes:
+        work = decoding_work(workload.variant, workload.batch, 2 if workload.call.narrow_state else 4)
+    else:
+        sizes = (workload.batch, workload.seq)
+        work = work_of(workload.variant, entry.implementation.schedule, sizes, training=training)
+    return floors_ms(work, peaks, device.sm_count, workload.variant)

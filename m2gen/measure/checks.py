@@ -1,0 +1,89 @@
+"""The problems to which everything is held before it is timed, and the verdict: errors, or the first over budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from m2gen.db import Failure, Reason, TensorError
+from m2gen.problem import Gates, Inputs, Problem
+from m2gen.variant import Variant
+from m2gen.verify import Case, Loss, Oracle, TensorResult, oracle
+from m2gen.verify.subject import inputs_of, poisoned
+
+STEPS = 144
+"""Steps of the plain problems: beyond every checkpoint interval that is searched, and a multiple of 16, as the sizes
+that are timed usually are, since Triton compiles another kernel for strides that are none."""
+
+
+@dataclass(frozen=True)
+class SeededCase:
+    """One case, and the seed of its inputs."""
+
+    case: Case
+    seed: int
+
+
+def seeded_cases(variant: Variant, steps: int, *, held_out: bool = False) -> tuple[SeededCase, ...]:
+    """Return what a variant is held to: the cases of every trial, or those that only finalists see.
+
+    Plain calls as they are timed, whose incoming gradients are within and over the clip bound; and a packed batch of
+    ragged lengths from initial states, f near 1 in float32, with a gradient of the final states.
+    """
+    shift = 100 if held_out else 0
+    sequences, length = (1, 2 * steps) if held_out else (2, steps)
+    plain = Problem(sequences, length)
+    lengths = (17, steps + 5, 0, 1, steps // 2) if held_out else (0, 5, steps - 1, 1)
+    packed = Problem(0, 0, lengths=lengths, initial_state=True)
+    return (
+        SeededCase(Case("plain", plain, Loss.Y), shift),
+        SeededCase(Case("plain_clipped", plain, Loss.Y, dy_scale=3.0), shift + 1),
+        SeededCase(Case("packed_slow", packed, Loss.BOTH, gates=Gates.SLOW), shift + 2),
+    )
+
+
+@lru_cache(maxsize=8)
+def answered(variant: Variant, asked: SeededCase, device: torch.device) -> tuple[Inputs, Oracle]:
+    """Return a case's inputs and the oracle's answer, worked out once for all that are held to it."""
+    inputs = inputs_of(variant, asked.case, asked.seed, device)
+    return inputs, oracle(variant, asked.case, inputs, asked.seed)
+
+
+def prepare(variant: Variant, asked: Iterable[SeededCase], device: torch.device) -> None:
+    """Work out the answers before the first candidate needs them."""
+    for each in asked:
+        answered(variant, each, device)
+    with poisoned():  # whose first use imports a compiler
+        pass
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The worst error of every tensor, and why what was checked must not be used, if so."""
+
+    errors: tuple[TensorError, ...]
+    failure: Failure | None = None
+
+
+Judge = Callable[[Case, Inputs, Oracle], Iterable[TensorResult]]
+"""Runs what is checked on a case's inputs, and holds its results against the oracle's."""
+
+
+def check(variant: Variant, asked: Iterable[SeededCase], judged: Judge, device: torch.device) -> Verdict:
+    """Judge every case; the first that fails ends the check."""
+    worst: dict[str, TensorResult] = {}
+    for each in asked:
+        for result in judged(each.case, *answered(variant, each, device)):
+            if not result.passed:
+                message = f"{result.tensor} of {each.case.name} {result.verdict}"
+                return Verdict(_errors(worst), Failure.of(Reason.WRONG, message))
+            if result.budget and (result.tensor not in worst or result.part > worst[result.tensor].part):
+                worst[result.tensor] = result
+    return Verdict(_errors(worst))
+
+
+def _errors(worst: dict[str, TensorResult]) -> tuple[TensorError, ...]:
+    return tuple(TensorError(name, result.error, result.budget) for name, result in sorted(worst.items()))

@@ -1,0 +1,60 @@
+"""Before the clock: every output and gradient of a candidate within its budget, and bits that repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from m2gen.kernels.outputs import varying
+from m2gen.measure.checks import SeededCase, Verdict, check
+from m2gen.problem import Inputs
+from m2gen.schedule import Schedule
+from m2gen.spec import Objective
+from m2gen.tune.candidate import KernelCall
+from m2gen.variant import Variant
+from m2gen.verify import Case, Loss, Oracle, TensorResult, judge
+from m2gen.verify.oracle import same
+from m2gen.verify.subject import poisoned
+
+RESULT = {"df": "dforget"}
+"""Names of gradients where they are not those of the kernel's arguments."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A loaded candidate."""
+
+    module: ModuleType
+    variant: Variant
+    schedule: Schedule
+    objective: Objective
+
+
+def check_candidate(candidate: Candidate, asked: Iterable[SeededCase], device: torch.device) -> Verdict:
+    """Hold a candidate against the oracle on every case; the first one that it fails ends the check."""
+
+    def judged(case: Case, inputs: Inputs, known: Oracle) -> Iterator[TensorResult]:
+        call = call_of(candidate.module, candidate.objective, case, inputs)
+        with poisoned():
+            first = call.results()
+        yield from judge(first, known)
+        with poisoned():
+            again = call.results()
+        yield from same(_claimed(again, candidate), _claimed(first, candidate))
+
+    return check(candidate.variant, asked, judged, device)
+
+
+def call_of(module: ModuleType, objective: Objective, case: Case, inputs: Inputs) -> KernelCall:
+    """Return the call that a case makes of a candidate."""
+    return KernelCall(module, inputs, objective, case.clip, case.loss is Loss.BOTH)
+
+
+def _claimed(results: dict[str, Tensor], candidate: Candidate) -> dict[str, Tensor]:
+    """Return the tensors whose bits the schedule claims to repeat."""
+    names = {RESULT.get(name, name) for name in varying(candidate.variant, candidate.schedule)}
+    return {name: x for name, x in results.items() if name not in names}

@@ -1,0 +1,54 @@
+"""Who does the work of searches: processes that compile candidates, and the one that has the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from m2gen.measure.context import Context
+from m2gen.measure.workers import Service, Worker
+from m2gen.tune.trial import Compiled, CompileTask, Measurement, Task
+
+
+@dataclass(frozen=True)
+class Services:
+    """How candidates are compiled and measured, and in how many processes."""
+
+    compile: Service[CompileTask, Compiled]
+    measure: Service[Task, Measurement]
+    compilers: int
+    start: Callable[[Service[Any, Any]], Worker[Any, Any]] = Worker
+
+
+@dataclass(frozen=True)
+class TuningContext(Context):
+    """A GPU and the services that search on it, real or simulated."""
+
+    services: Services
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of services: they serve one search after the other."""
+
+    compilers: tuple[Worker[CompileTask, Compiled], ...]
+    gpu: Worker[Task, Measurement]
+
+    @property
+    def busy(self) -> list[Worker[Any, Any]]:
+        every: tuple[Worker[Any, Any], ...] = (*self.compilers, self.gpu)
+        return [worker for worker in every if worker.task is not None]
+
+
+@contextmanager
+def processes_of(services: Services) -> Iterator[Processes]:
+    """Yield the processes of services, which start with their first tasks and end with the block."""
+    compilers = tuple(services.start(services.compile) for _ in range(services.compilers))
+    processes = Processes(compilers, services.start(services.measure))
+    try:
+        yield processes
+    finally:
+        for worker in (*compilers, processes.gpu):
+            worker.stop()
