@@ -38,7 +38,7 @@ ALLOWED: dict[str, str] = {
     "tune": "bucket cache db device errors kernels measure problem schedule spec variant verify",
     "bench": "db errors kernels measure problem runtime schedule spec tune variant verify",
     "pipeline": "bench bucket cache db device errors kernels measure package schedule spec tune variant verify",
-    "cli": "bench cache db device errors kernels measure package pipeline spec tune variant verify",
+    "cli": "bench bucket cache db device errors kernels measure package pipeline schedule spec tune variant verify",
     "__main__": "cli",
 }
 """Section 4 of the design: what each room, a folder or a module directly in m2gen/, may import of the others."""

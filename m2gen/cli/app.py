@@ -160,12 +160,14 @@ def verify(
 
 
 @spec_app.command("show")
-def spec_show(spec: SpecOption, json: JsonOption = False, debug: DebugOption = False) -> None:
+def spec_show(
+    spec: SpecOption, json: JsonOption = False, verbose: VerboseOption = False, debug: DebugOption = False
+) -> None:
     """Print the variants that a spec expands to."""
     from m2gen.cli.show.build import show_spec
 
     with reporting(debug):
-        show_spec(_plan(spec), as_json=json)
+        show_spec(_plan(spec), as_json=json, verbose=verbose)
 
 
 @spec_app.command("schema")

@@ -36,6 +36,7 @@ POLICY = (
 @db_app.command("list")
 def list_(
     db: DbOption = None,
+    spec: Annotated[str | None, typer.Option("--spec", help="Only records of this spec's layers.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Also schedules that are known to fail.")] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -46,7 +47,7 @@ def list_(
 
     with reporting(debug):
         database = open_database(db)
-        show_list(database, warn_of_faults(database.contents()), everything=everything, as_json=json)
+        show_list(database, warn_of_faults(database.contents()), spec, everything=everything, as_json=json)
 
 
 @db_app.command()
@@ -80,7 +81,7 @@ def why(
         database = pipeline.open_database(db)
         warn_of_faults(database.contents())
         question = pipeline.Question(name, spec, objective, batch, target, device)
-        show_why(pipeline.why(database, question), batch, seq, as_json=json)
+        show_why(pipeline.why(database, question), spec, batch, seq, as_json=json)
 
 
 @db_app.command()
@@ -115,7 +116,7 @@ def merge(
     debug: DebugOption = False,
 ) -> None:
     """Add another database's records to this one's."""
-    from m2gen.cli.show.db import show_change
+    from m2gen.cli.show.upkeep import show_change
     from m2gen.db import read_other
     from m2gen.pipeline import open_database
 
@@ -134,7 +135,7 @@ def prune(
 ) -> None:
     """Remove records that can serve nothing any more: stale, outdone by another, or of kernels that failed since."""
     from m2gen import pipeline
-    from m2gen.cli.show.db import show_pruned
+    from m2gen.cli.show.upkeep import show_pruned
 
     with reporting(debug):
         database = pipeline.open_database(db)
@@ -171,7 +172,7 @@ def import_(
     debug: DebugOption = False,
 ) -> None:
     """Add the records of a file, all of which must be valid, or nothing is written."""
-    from m2gen.cli.show.db import show_change
+    from m2gen.cli.show.upkeep import show_change
     from m2gen.db import read_export
     from m2gen.pipeline import open_database
 
@@ -191,7 +192,7 @@ def verify(
 ) -> None:
     """Hold records against float64 again on this GPU; one that fails serves no build from then on, and exits 1."""
     from m2gen import pipeline
-    from m2gen.cli.show.db import show_rechecks
+    from m2gen.cli.show.upkeep import show_rechecks
 
     with reporting(debug):
         database = pipeline.open_database(db)
@@ -211,7 +212,7 @@ def replay(
 ) -> None:
     """Run one record's measurement again on this GPU, in turns with the default schedule."""
     from m2gen import pipeline
-    from m2gen.cli.show.db import show_replay
+    from m2gen.cli.show.upkeep import show_replay
 
     with reporting(debug):
         record = pipeline.open_database(db).find(identity)

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from m2gen.cli.options import DbOption, DebugOption, JsonOption, QuietOption, SpecOption, reporting, warn_of_faults
+from m2gen.cli.options import (
+    DbOption,
+    DebugOption,
+    JsonOption,
+    QuietOption,
+    SpecOption,
+    VerboseOption,
+    reporting,
+    warn_of_faults,
+)
 from m2gen.errors import UsageError
 from m2gen.spec import Objective
 from m2gen.tune.memory import MemoryBound
@@ -53,10 +62,12 @@ def tune(
     report: Annotated[Path | None, typer.Option("--report", help="Also write a page about the searches here.")] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Search the fastest schedules on this GPU and put them into the tuning database."""
     from m2gen import pipeline
+    from m2gen.cli.show.report import Display
     from m2gen.cli.show.tune import run, show_sizes
 
     with reporting(debug):
@@ -78,9 +89,9 @@ def tune(
             raise UsageError("--target must be given with --dry-run only: a search runs on the GPU at hand")
         planned = pipeline.plan(spec, [target] if target else None, ())
         if dry_run:
-            show_sizes(_sizes(planned, request, target), as_json=json)
+            show_sizes(_sizes(planned, request, target), planned.names, as_json=json)
             return
-        raise typer.Exit(run(planned, request, report, as_json=json, quiet=quiet, debug=debug))
+        raise typer.Exit(run(planned, request, report, Display(json, quiet, verbose, debug)))
 
 
 def _sizes(planned: Plan, request: TuneRequest, target: str | None) -> list[Size]:

@@ -16,7 +16,7 @@ from m2gen.package import emit
 from m2gen.package.emit import Origin, Package
 from m2gen.schedule import Layouts, Schedule
 from m2gen.spec import Spec, find_spec, load_spec, spec_hash
-from m2gen.variant import BuiltVariant, Variant, expand
+from m2gen.variant import BuiltVariant, Variant, expand, layer_names
 
 
 class Progress(Protocol):
@@ -38,6 +38,11 @@ class Plan:
     @property
     def variants(self) -> tuple[BuiltVariant, ...]:
         return tuple(dict.fromkeys(choice.built for choice in self.choices))
+
+    @property
+    def names(self) -> dict[Variant, str]:
+        """The names of the variants in tables and messages: layers and dtype."""
+        return layer_names(self.variants)
 
     def serving(self, variant: Variant, arch: str) -> tuple[Choice, ...]:
         """Return what serves ``variant`` on ``arch``: its own schedules, or the portable one."""

@@ -1,4 +1,4 @@
-"""Hold records against the GPU at hand again: the gate for all of them, a measurement for one."""
+"""Hold records against the GPU at hand again: the check for all of them, a measurement for one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from m2gen.pipeline.plan import Progress
 from m2gen.pipeline.tune import Rig
 from m2gen.schedule import Schedule
 from m2gen.schedule.heuristic import default
+from m2gen.schedule.words import schedule_words
 from m2gen.tune.final import ROUNDS
 from m2gen.tune.select import choose
 from m2gen.tune.space import Subject
@@ -89,13 +90,13 @@ def _gated(records: Sequence[Record], rig: Rig, progress: Progress) -> dict[Reco
     compiling = [[CompileTask(task.subject, task.schedule)] for task in dict.fromkeys(tasks.values())]
     progress.start("compile", len(compiling))
     for compiled, _ in run_isolated(compiling, stations.compile, stations.compilers):
-        progress.advance(compiled.schedule.slug)
+        progress.advance(schedule_words(compiled.schedule))
     progress.finish()
     progress.start("verify", len(compiling))
     measured: dict[Task, Measured] = {}
     for task, result in run_isolated([list(dict.fromkeys(tasks.values()))], stations.measure, 1):
         measured[task] = result
-        progress.advance(f"{task.subject.variant.key} {task.schedule.slug}")
+        progress.advance(schedule_words(task.schedule))
     progress.finish()
     return {record: measured[task] for record, task in tasks.items()}
 
@@ -142,9 +143,9 @@ def _timed(subject: Subject, schedules: list[Schedule], rig: Rig, progress: Prog
         while not finished([lane]):
             pass
         found: Measured = lane.collect()[1]
-        progress.advance(f"{step} {schedule.slug}")
+        progress.advance(f"{step} {schedule_words(schedule)}")
         if found.failure is not None:
-            raise VerifyError(f"{schedule.slug}: {found.failure.reason}: {found.failure.message}")
+            raise VerifyError(f"{schedule_words(schedule)}: {found.failure.reason}: {found.failure.message}")
         return found
 
     progress.start("replay", len(schedules) * (1 + ROUNDS))

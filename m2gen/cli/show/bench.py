@@ -15,7 +15,8 @@ from m2gen.bench.contest import sized
 from m2gen.bench.measure import Result
 from m2gen.bench.words import Kind
 from m2gen.cli.show.plot import Curve, curves, draw
-from m2gen.cli.show.report import print_json, print_table
+from m2gen.cli.show.report import print_json
+from m2gen.cli.show.table import Table, print_tables
 from m2gen.errors import UsageError
 from m2gen.pipeline import Stand, Swept
 from m2gen.variant import parse_variant
@@ -61,7 +62,9 @@ def show_bench(book: Book, *, as_json: bool) -> None:
         return
     speeds = speed_ups(book.rows)
     title = f"Medians on {book.environment.device}, L2 cold, graphs; speed-up: default = 1, by time a step"
-    print_table(title, TIME_COLUMNS, [_time_cells(row, speed) for row, speed in zip(book.rows, speeds, strict=True)])
+    print_tables(
+        [Table(title, TIME_COLUMNS, [_time_cells(row, speed) for row, speed in zip(book.rows, speeds, strict=True)])]
+    )
     limits = [
         (row, what, times)
         for row in book.rows
@@ -72,7 +75,7 @@ def show_bench(book: Book, *, as_json: bool) -> None:
     if limits:
         names = list(limits[0][2].floors_ms)
         columns = ("layer", "dtype", "workload", "contender", "what", "ms", "µs/step", "floor ms", *names)
-        print_table("Achieved parts of the GPU's limits", columns, [_limit_cells(*limit) for limit in limits])
+        print_tables([Table("Achieved parts of the GPU's limits", columns, [_limit_cells(*limit) for limit in limits])])
 
 
 def _where(row: Row) -> tuple[str, str, str]:
@@ -117,7 +120,7 @@ def run_against(found: Iterable[Comparison], before: Baseline, stand: Stand, *, 
     else:
         now = f"torch {here.torch}, triton {here.triton}, driver {here.driver}"
         title = f"Recorded ({'; '.join(before.toolchains)}) against now ({now}) on {here.device}"
-        print_table(title, AGAINST_COLUMNS, map(_against_cells, comparisons))
+        print_tables([Table(title, AGAINST_COLUMNS, list(map(_against_cells, comparisons)))])
     if slower:
         print(f"m2gen: {len(slower)} of {len(comparisons)} times are slower beyond noise", file=sys.stderr)
     return 1 if slower else 0
@@ -188,7 +191,7 @@ def show_sweep(swept: Swept) -> None:
         )
         for point, _ in swept.at
     ]
-    print_table(f"{swept.layer} over {swept.axis}", (_x_name(swept), "workload", *names), rows)
+    print_tables([Table(f"{swept.layer} over {swept.axis}", (_x_name(swept), "workload", *names), rows)])
     failures = [
         (point.x, result.entry.contender.name, f"{result.failure.reason}: {result.failure.message}")
         for point, found in swept.at
@@ -196,9 +199,11 @@ def show_sweep(swept: Swept) -> None:
         if result.failure
     ]
     if failures:
-        print_table("Failed", (_x_name(swept), "contender", "why"), failures)
+        print_tables([Table("Failed", (_x_name(swept), "contender", "why"), failures)])
     columns = ("contender", "what", "intercept ms", "slope ms", "worst deviation", "points", "from")
-    print_table(f"Lines through {swept.layer} over {swept.axis}", columns, [_fit_cells(curve) for curve in drawn])
+    print_tables(
+        [Table(f"Lines through {swept.layer} over {swept.axis}", columns, [_fit_cells(curve) for curve in drawn])]
+    )
 
 
 def _x_name(swept: Swept) -> str:
