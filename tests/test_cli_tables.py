@@ -15,9 +15,10 @@ from support import ROOT, make_schedule, make_variant
 from typer.testing import CliRunner
 
 from m2gen import pipeline
+from m2gen.bench.book import Book, load
 from m2gen.bucket import BUCKETS, Bucket
 from m2gen.cli.app import app
-from m2gen.cli.show import build, db, names, table, tune, verify, watcher
+from m2gen.cli.show import bench, build, db, names, sweep, table, tune, verify, watcher
 from m2gen.db import Change, Record
 from m2gen.device import TARGETS
 from m2gen.kernels.resources import Resources
@@ -34,6 +35,7 @@ from m2gen.variant import BuiltVariant, Variant, layer_names, parse_variant
 from m2gen.verify import CaseReport, TensorResult, cases
 
 SPECS = sorted(path.name for path in (ROOT / "specs").glob("*.yaml"))
+RUN = load(ROOT / "docs" / "data" / "speed_h200.json")
 RECORDS = pipeline.shipped_database().records()
 WIDTH = 100
 
@@ -145,6 +147,23 @@ def test_the_bar_of_a_search() -> None:
     assert text in drawn
     assert len(drawn) <= WIDTH
     assert "…" not in drawn
+
+
+def test_benchmarks() -> None:
+    """The committed run beside its peer, and the same with decoding and every kind of schedule."""
+    check(bench.bench_tables(RUN, verbose=False))
+    kinds = ("default", "auto", "compiled")
+    rows = [replace(row, contender=name) for row in RUN.rows if row.schedule for name in kinds]
+    rows += [replace(row, failure="wrong: dq of plain must be within 1.00e-03, got 2.00e-01") for row in RUN.rows]
+    check(bench.bench_tables(Book(RUN.environment, (*RUN.rows, *rows)), verbose=False))
+
+
+def test_sweeps() -> None:
+    """Five implementations along an axis."""
+    row = next(row for row in RUN.rows if row.schedule)
+    names = ("default", "auto", "tuned", "published", "another_kernel")
+    points = tuple(sweep.Point(x, True, tuple(replace(row, contender=n, seq=x) for n in names)) for x in (1, 2, 16384))
+    check(sweep.sweep_tables(sweep.Sweep(sweep.Axis.SEQ, "m2rnn_410m", points)))
 
 
 def test_which_calls_a_schedule_serves() -> None:

@@ -16,12 +16,19 @@ if TYPE_CHECKING:
     from m2gen.cli.show.report import TerminalProgress
     from m2gen.db import Contents, Record
 
+
+def examples(*commands: str) -> str:
+    """Return what a command's help ends with."""
+    return "\n".join(["Examples:", *(f"  {command}" for command in commands)])
+
+
 SpecOption = Annotated[
     str, typer.Option("--spec", help="Spec file: as given, else in specs/, else among those shipped.")
 ]
 OptionalSpecOption = Annotated[
     str | None, typer.Option("--spec", help="Spec file, as for every command; --check alone takes every package's own.")
 ]
+LayersOption = Annotated[list[str] | None, typer.Option("--layer", help="Only this layer; may be repeated.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and no tables but results.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
