@@ -35,7 +35,7 @@ def test_the_installed_command_and_the_module_are_the_same() -> None:
 
 def test_version() -> None:
     """The version is that of the package."""
-    assert run("version").stdout.strip() == f"m2gen {__version__}"
+    assert run("version").stdout == run("--version").stdout == f"m2gen {__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["build", "check", "verify", "bench"])

@@ -11,10 +11,10 @@ from m2gen.bucket import BUCKETS
 from m2gen.db import Database, Record
 from m2gen.db.choice import Choice, choose
 from m2gen.device import PORTABLE, Device, target
-from m2gen.kernels.render import templates_dir
 from m2gen.package import emit
 from m2gen.package.emit import Origin, Package
 from m2gen.schedule import Layouts, Schedule
+from m2gen.shipped import shipped
 from m2gen.spec import Spec, find_spec, load_spec, spec_hash
 from m2gen.variant import BuiltVariant, Variant, expand, layer_names
 
@@ -81,9 +81,8 @@ class Plan:
 
 
 def shipped_specs() -> Path:
-    """Return the folder of specs that ship with m2gen: beside the package, or inside an installed wheel."""
-    here = Path(__file__).resolve().parent.parent
-    return here / "specs" if (here / "specs").is_dir() else here.parent / "specs"
+    """Return the folder of specs that ship with m2gen."""
+    return shipped("specs")
 
 
 def open_spec(name: str) -> tuple[Spec, Path]:
@@ -93,8 +92,8 @@ def open_spec(name: str) -> tuple[Spec, Path]:
 
 
 def shipped_database() -> Database:
-    """Return the database that ships with m2gen: beside the package, or inside an installed wheel."""
-    return Database(templates_dir().parent / "tuning_db")
+    """Return the database that ships with m2gen."""
+    return Database(shipped("tuning_db"))
 
 
 def relevant(records: Iterable[Record], variants: Iterable[BuiltVariant]) -> tuple[Record, ...]:
