@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from m2gen.spec import (
@@ -110,6 +111,36 @@ def expand(spec: Spec) -> tuple[BuiltVariant, ...]:
             if name not in names:
                 names.append(name)
     return tuple(BuiltVariant(variant, tuple(names)) for variant, names in layers.items())
+
+
+def layer_names(built: Iterable[BuiltVariant]) -> dict[Variant, str]:
+    """Name variants as tables and messages do: by their layers and dtype, ``m2rnn_7b bf16``.
+
+    Of variants that share layers and dtype, since their layer is a grid, names also have what they differ in. A variant
+    that no layer asks for is named by its dims, ``K64 V16 N132 bf16``.
+    """
+    named: dict[str, list[Variant]] = {}
+    for each in built:
+        named.setdefault(_plain_name(each), []).append(each.variant)
+    return {variant: name for plain, same in named.items() for variant, name in _told_apart(plain, same).items()}
+
+
+def _plain_name(built: BuiltVariant) -> str:
+    v = built.variant
+    return f"{'/'.join(built.layers) or f'K{v.state_expansion} V{v.head_dim} N{v.total_heads}'} {v.dtype}"
+
+
+def _told_apart(name: str, variants: list[Variant]) -> dict[Variant, str]:
+    """Add to the name of each variant the facts of it that others of that name do not share."""
+    facts = [_facts(variant) for variant in variants]
+    differing = [place for place, values in enumerate(zip(*facts, strict=True)) if len(set(values)) > 1]
+    return {v: " ".join([name, *(fact[i] for i in differing)]) for v, fact in zip(variants, facts, strict=True)}
+
+
+def _facts(variant: Variant) -> tuple[str, ...]:
+    heads = " ".join(f"{role}{count}" for role, count in zip("qkvfw", variant.heads.counts, strict=True))
+    numerics = (f"tanh {variant.tanh}", f"clip {variant.clip}", f"gate {variant.gate}", str(variant.products))
+    return (f"K{variant.state_expansion}", f"V{variant.head_dim}", heads, *numerics)
 
 
 _KEY = re.compile(

@@ -47,11 +47,12 @@ def document(*arguments: str, status: int = 0) -> Any:
 
 def row(*problems: str) -> CheckRow:
     """Return a kernel that fits, or that has problems."""
-    return CheckRow(KEY, "forward", "sm_90", "slug", Resources(64, 0, 1024, 9000), problems)
+    return CheckRow(KEY, "forward", "sm_90", "slug", Resources(64, 0, 1024, 9000), problems, name="base fp32")
 
 
 def outcome(*errors: float, failure: str = "") -> VerifyOutcome:
     """Return a verification of one case whose tensors have these errors and a budget of 1e-3."""
     results = tuple(TensorResult(f"t{i}", error, 1e-3) for i, error in enumerate(errors))
-    report = CaseReport(KEY, "fp32", Feature.RECURRENCE, "ragged", 7, results, 0.25, failure, "tiny.yaml")
+    case = (Feature.RECURRENCE, "ragged", 7)
+    report = CaseReport(KEY, "fp32", *case, results, 0.25, failure, "tiny.yaml", name="base fp32")
     return VerifyOutcome("interpreter", (report,), 0.5)

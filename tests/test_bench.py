@@ -168,9 +168,12 @@ def test_the_tables(spec: str, script: Script) -> None:
     times, limits = text.split("Achieved parts of the GPU's limits")
     assert "B66 S256" in times
     assert "B64 token" in times
-    assert f"{RECORD.schedule.slug} exact {RECORD.id}" in " ".join(times.split())
-    for name in ("tanh", "float32 arithmetic", "products", "memory traffic", "floor ms"):
-        assert name in limits
+    words = "tuned portable, 16 rows, 1 warp; backward.chunk 4, interval 8"
+    assert f"{words} exact {RECORD.id}" in " ".join(times.split())
+    assert RECORD.schedule.slug not in times
+    assert RECORD.schedule.slug in run("bench", "--spec", spec, "--db", "db", "--quiet", "--verbose").stdout
+    header = limits.splitlines()[1].split()
+    assert header == ["kernels", "call", "ms", "µs/step", "floor", "ms", "tanh", "float32", "products", "memory"]
     assert "eager" not in limits
     assert "host µs" in times
 
@@ -409,7 +412,7 @@ def test_failures_along_a_sweep(spec: str, script: Script) -> None:
     result = run("bench", "--spec", spec, "--db", "db", "--quiet", "--sweep", "seq")
     assert result.exit_code == 1
     assert "memory: 80 GiB" in result.stdout
-    assert "default forward ms" in result.stdout
+    assert "wide over seq: forward, ms" in result.stdout
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
@@ -431,7 +434,8 @@ def test_a_figure_needs_matplotlib(spec: str, script: Script, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--plot", "a.svg"), "--plot must be given with --sweep"),
+        (("--plot", "a.svg", "--against", "x"), "--plot must be given without --against"),
+        (("--plot", "a.svg", "--only", "tuned"), "--plot must have times of m2gen's kernels beside"),
         (("--sweep", "seq", "--plot", "a.pdf"), "--plot must end in .png or .svg, got 'a.pdf'"),
         (("--sweep", "seq", "--against", "x"), "--against must be given without --sweep"),
         (("--peer", "nothing"), "--peer must be module:function, got 'nothing'"),

@@ -35,7 +35,7 @@ def test_the_installed_command_and_the_module_are_the_same() -> None:
 
 def test_version() -> None:
     """The version is that of the package."""
-    assert run("version").stdout.strip() == f"m2gen {__version__}"
+    assert run("version").stdout == run("--version").stdout == f"m2gen {__version__}\n"
 
 
 @pytest.mark.parametrize("command", ["build", "check", "verify", "bench"])
@@ -106,7 +106,10 @@ def test_spec_show_and_schema() -> None:
     shown = document("spec", "show", "--spec", TINY)
     assert shown["variants"][0]["variant"] == KEY
     assert [variant["layers"] for variant in shown["variants"]] == [["base"], ["base"], ["grouped"]]
-    assert KEY in run("spec", "show", "--spec", TINY).stdout
+    table = run("spec", "show", "--spec", TINY).stdout
+    assert "base fp32     16  16  1 1 2 2 2" in table
+    assert KEY not in table
+    assert KEY in run("spec", "show", "--spec", TINY, "--verbose").stdout
     assert "layers" in json.loads(run("spec", "schema").stdout)["properties"]
 
 
@@ -151,7 +154,7 @@ def test_a_kernel_that_cannot_launch_fails_the_check(capsys: pytest.CaptureFixtu
     """One kernel over a limit is exit status 1 and, beside the table, one line on standard error."""
     assert build.show_check([row()], as_json=as_json, quiet=False) == 0
     assert build.show_check([row(), row("too many registers")], as_json=as_json, quiet=False) == 1
-    lines = [f"m2gen: {KEY} forward on sm_90: too many registers"]
+    lines = ["m2gen: base fp32 forward on sm_90: too many registers"]
     assert capsys.readouterr().err.splitlines() == ([] if as_json else lines)
 
 
@@ -164,7 +167,7 @@ def test_a_failing_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     result = run("verify", "--spec", TINY, "--junit", str(tmp_path / "report.xml"), "--quiet")
     assert result.exit_code == 1
     lines = result.stderr.splitlines()
-    expected = f"m2gen: {KEY} ragged: t1 must be within 1.00e-03, got 2.00e-03; reproduce: {AGAIN}"
+    expected = f"m2gen: base fp32 ragged: t1 must be within 1.00e-03, got 2.00e-03; reproduce: {AGAIN}"
     assert lines == [expected, expected.replace("t1", "t2").replace("2.00e-03", "nan")]
     assert result.stdout.splitlines() == ["1 cases, 3 tensors, 2 over budget, 0 broken off, 0.5 s"]
     (case,) = ElementTree.parse(tmp_path / "report.xml").iter("testcase")
@@ -184,7 +187,7 @@ def test_a_case_that_broke_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     result = run("verify", "--spec", TINY, "--junit", str(tmp_path / "report.xml"))
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
-        f"m2gen: {KEY} ragged: its process ended with SIGSEGV; reproduce: {AGAIN}",
+        f"m2gen: base fp32 ragged: its process ended with SIGSEGV; reproduce: {AGAIN}",
     ]
     assert "1 FAILED" in result.stdout
     suite = ElementTree.parse(tmp_path / "report.xml").find("testsuite")
@@ -200,8 +203,10 @@ def test_verify_prints_a_line_a_feature_and_a_line_a_tensor(monkeypatch: pytest.
     """The tables name each feature's and each tensor's worst case."""
     monkeypatch.setattr(pipeline, "verify", lambda *_: outcome(1e-4, 5e-4))
     lines = [line.split() for line in run("verify", "--spec", TINY).stdout.splitlines()]
-    assert ["recurrence", "1", "2", "50%", "t1", "of", "ragged,", KEY, "0.2", "ok"] in lines
-    assert ["fp32", "t0", "1.00e-04", "1.00e-03", "10%", "ok", "ragged", KEY] in lines
+    assert ["recurrence", "1", "0.2", "ok", "50%:", "t1", "of", "ragged,", "base", "fp32"] in lines
+    assert ["t0", "1.00e-04", "1.00e-03", "10%", "ragged", "base", "fp32"] in lines
+    assert not any(KEY in line for line in lines)
+    assert KEY in run("verify", "--spec", TINY, "--verbose").stdout
 
 
 @pytest.mark.parametrize("options", [(), ("--full", "--spec", TINY), ("--full", "--quick")], ids=" ".join)

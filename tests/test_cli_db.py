@@ -47,10 +47,12 @@ def test_list(db: str) -> None:
     lines = run("db", "list", "--db", db).stdout.splitlines()
     assert lines[-1] == f"{db}: 4 winners, 1 failures, which --all lists"
     (fast,) = (line for line in lines if line.startswith(FAST.id))
-    assert fast.split()[:7] == [FAST.id, "NVIDIA", "H200", KEY, "train", "<=4", FAST.schedule.slug]
-    assert "0.490  1.000       2.04x" in fast
-    assert "stale: measured kernels" in next(line for line in lines if line.startswith(STALE.id))
+    assert fast.split() == [FAST.id, "base", "fp32", "≤4", "portable,", "16", "rows,", "1", "warp", "0.490", "2.04x"]
+    assert f"For train on {H200}" in lines
+    assert f"For train on {H100}" in lines
+    assert any(line.startswith(f"{STALE.id}: stale: measured kernels") for line in lines)
     assert not any(line.startswith(HUNG.id) for line in lines)
+    assert f"{HUNG.id}  base fp32  portable, 16 rows, 1 warp  hang:" in run("db", "list", "--all", "--db", db).stdout
     everything = document("db", "list", "--all", "--db", db)
     assert {record["id"]: record["status"] for record in everything}[HUNG.id] == "failed"
     assert len(everything) == len(RECORDS)
@@ -86,7 +88,8 @@ def test_why_a_record_serves(db: str) -> None:
     assert next(iter(why)) == SLOW.id
     text = run("db", "why", KEY, "--batch", str(FAST.problem.batch), "--seq", "100", "--db", db).stdout.splitlines()
     assert text[0] == "The length of sequences (100) plays no part in choosing a schedule."
-    assert text[1].endswith(f"<=4 programs/SM on {H200} (sm_90, 132 SMs): exact {FAST.id}")
+    assert text[1].startswith("base fp32, train, batch ")
+    assert text[1].endswith(f"≤4 programs/SM on {H200} (sm_90, 132 SMs): exact {FAST.id}")
     assert any(line.startswith(FAST.id) and line.endswith("serves: exact") for line in text)
 
 
@@ -219,7 +222,10 @@ def test_builds_take_the_database_that_is_named(db: str, tmp_path: Path, monkeyp
         (tier, record.id, H200) for tier in ("exact", "nearest") for record in (FAST, SLOW)
     }
     table = run(*build, "--db", db).stdout
-    assert f" exact {FAST.id} {H200}" in " ".join(table.split())
+    assert f"base fp32 ≤4 portable, 16 rows, 1 warp exact {FAST.id} base" in " ".join(table.split())
+    assert f"Records of {H200}" in table
+    assert KEY not in table
+    assert f"{KEY} {FAST.schedule.slug}" in " ".join(run(*build, "--db", db, "--verbose").stdout.split())
     assert run("build", "--spec", TINY, "--check", "--out", str(tmp_path), "--db", db).exit_code == 0
     assert run("build", "--spec", TINY, "--check", "--out", str(tmp_path), "--no-db").exit_code == 1
     monkeypatch.setenv("M2GEN_TUNING_DB", db)

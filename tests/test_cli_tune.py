@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,8 +15,9 @@ import torch
 from command_line import document, fails, run
 from test_tune_loop import DEFAULT, NEIGHBOUR, SPEC
 
-from m2gen.bucket import BUCKETS
 from m2gen.db import Database
+from m2gen.schedule import parse
+from m2gen.schedule.words import full_words, schedule_words
 from m2gen.tune.services import TuningContext
 
 BUILD = sys.modules["m2gen.pipeline.build"]
@@ -128,21 +130,28 @@ def test_the_closing_table_and_progress(context: TuningContext) -> None:
     """Default against tuned, what the search cost, and a line a trial with the best so far."""
     result = run(*TUNE, *DB, "--trials", "30", "--budget", "60s")
     assert result.exit_code == 0, result.output
-    header, row = result.stdout.splitlines()[1:3]
-    cells = dict(zip(header.split("  "), row.split("  "), strict=False))
-    assert cells["layer"] == "base"
     (record,) = Database(Path("db")).records()
-    assert row.endswith(record.id)
+    times, costs = (cells_of(table) for table in result.stdout.split("\n\n"))
     assert record.timing is not None
-    for text in (
-        f"{record.timing.default.median_ms:.3f}",
-        f"{record.timing.tuned.median_ms:.3f}",
-        record.schedule.slug,
-    ):
-        assert text in row
+    assert (times["layer"], times["size"]) == (costs["layer"], costs["size"]) == ("base bf16", "B8 S4096")
+    assert times["default ms"] == f"{record.timing.default.median_ms:.3f}"
+    assert times["tuned ms"] == f"{record.timing.tuned.median_ms:.3f}"
+    assert times["record"] == record.id
+    assert (costs["schedule"], costs["trials"]) == (schedule_words(record.schedule), "30")
     trials = [line for line in result.stderr.splitlines() if " ms; best " in line]
     assert len(trials) == 30
     assert "left" in trials[-1]
+    knobs = full_words(parse(NEIGHBOUR), parse(DEFAULT))
+    assert any(f" {knobs} (" in line for line in trials), "trials say in which knobs they differ from the default"
+    assert record.schedule.slug not in result.output
+    again = run(*TUNE, *DB, "--trials", "30", "--budget", "60s", "--verbose")
+    assert f"{record.key.variant}  {record.schedule.slug}" in again.stdout
+
+
+def cells_of(table: str) -> dict[str, str]:
+    """Return the only row of a table by its columns, which two spaces or more are between."""
+    _, header, row, *_ = table.splitlines()
+    return dict(zip(re.split(r" {2,}", header), re.split(r" {2,}", row), strict=True))
 
 
 def test_the_next_build_uses_what_was_found(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +165,11 @@ def test_the_next_build_uses_what_was_found(context: TuningContext, monkeypatch:
     slug, bucket = record.schedule.slug, str(record.key.bucket)
     assert slug != DEFAULT
     text = run(*build).stdout
-    table = [line for line in text.splitlines() if slug in line]
-    tiers = {f"exact {record.id}": bucket, f"nearest {record.id}": " ".join(b for b in BUCKETS if b != bucket)}
-    assert len(table) == len(tiers)
-    for tier, calls in tiers.items():
-        (line,) = (line for line in table if tier in line)
-        assert calls in line
-        assert "Simulated GPU" in line
+    calls = bucket.replace("<=", "≤")
+    for tier, served in ((f"exact {record.id}", calls), (f"nearest {record.id}", f"all but {calls}")):
+        (line,) = (line for line in text.splitlines() if line.endswith(tier))
+        assert re.split(r" {2,}", line)[1:3] == [served, schedule_words(record.schedule)]
+    assert "Records of Simulated GPU" in text
     served = document(*build)["schedules"]
     assert {(each["tier"], each["schedule"], each["record"]) for each in served} == {
         (tier, slug, record.id) for tier in ("exact", "nearest")
@@ -192,11 +199,13 @@ def test_the_report_is_one_page(context: TuningContext) -> None:
     assert "http" not in text
     words = " ".join(page.words)
     assert text.count("<circle") == 30
-    for expected in ("Finalists", "History", "Importance of each knob", "forward.rows", "wrong", NEIGHBOUR, "Roofline"):
+    wrong = full_words(parse(NEIGHBOUR), parse(DEFAULT))
+    for expected in ("Finalists", "History", "Importance of each knob", "forward.rows", "wrong", wrong, "Roofline"):
         assert expected in words
     assert "peaks are not known" in words, "of a simulated GPU"
     (record,) = (r for r in Database(Path("db")).records() if not r.failure)
-    assert record.schedule.slug in words
+    assert schedule_words(record.schedule) in words
+    assert f'title="{record.schedule.slug}"' in text
 
 
 def test_the_report_of_a_known_gpu_has_its_limits(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +246,7 @@ def test_verify_skips_other_devices(context: TuningContext, monkeypatch: pytest.
 
 
 def test_replay_measures_again(context: TuningContext) -> None:
-    """Recorded and measured now stand side by side, in turns with the default."""
+    """Recorded and measured now context side by side, in turns with the default."""
     run(*TUNE, *DB, "--trials", "40", "--budget", "60s")
     (record,) = Database(Path("db")).records()
     found = document("db", "replay", record.id[:8], *DB)

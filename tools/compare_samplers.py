@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from m2gen.cli.show.report import print_table
+from m2gen.cli.show.table import Table, print_tables
 from m2gen.errors import M2genError, UsageError
 from m2gen.schedule import Schedule
 from m2gen.tune.journal import decode_trial
@@ -97,7 +97,7 @@ def main() -> None:
             parser.error(f"{path} must hold a trial that passed, got none of {len(trials)}")
         failed = sum(trial.failure is not None for trial in trials)
         title = f"{path.stem}: {len(trials)} trials, {failed} failed; above the best: median / worst of {given.seeds}"
-        print_table(title, columns, rows(trials, given.seeds))
+        print_tables([Table(title, columns, rows(trials, given.seeds))])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,25 +13,43 @@ from m2gen.cli.options import (
     DbOption,
     DebugOption,
     JsonOption,
+    LayersOption,
     NoDbOption,
+    OptionalSpecOption,
     QuietOption,
-    SpecOption,
+    VerboseOption,
+    examples,
     records_of,
     reporting,
     terminal_progress,
 )
+from m2gen.cli.show.figure import Style, check_figure
 from m2gen.errors import UsageError
 
-FIGURES = (".png", ".svg")
+if TYPE_CHECKING:
+    from m2gen.bench.document import Document
+    from m2gen.cli.show.report import Display
+    from m2gen.cli.show.sweep import SweepDocument
+    from m2gen.db import Record
+    from m2gen.pipeline import BenchRequest
+
 TOKENS_OF = 64
 """Sequences whose decoding is timed where nothing else is asked for."""
+SIZES, PICTURE = "Sizes", "Results of earlier runs, and pictures"
+EXAMPLES = examples(
+    "m2gen bench --spec h200.yaml",
+    "m2gen bench --spec h200.yaml --only default --only tuned --json > run.json",
+    "m2gen bench --spec h200.yaml --against run.json",
+    "m2gen bench --spec h200.yaml --sweep seq --plot cost.svg",
+    "m2gen bench --from run.json --plot speed.svg",
+)
 
 
 def bench(
-    spec: SpecOption,
-    layer: Annotated[list[str] | None, typer.Option("--layer", help="Only this layer; may be repeated.")] = None,
+    spec: OptionalSpecOption = None,
+    layer: LayersOption = None,
     only: Annotated[
-        list[Kind] | None, typer.Option("--only", help="Only these contenders; may be repeated. All if not given.")
+        list[Kind] | None, typer.Option("--only", help="Only these kernels; may be repeated. All if not given.")
     ] = None,
     peer: Annotated[
         list[str] | None,
@@ -38,61 +57,145 @@ def bench(
     ] = None,
     decode: Annotated[
         list[int] | None,
-        typer.Option("--decode", min=0, help="Batch of which one token is decoded; 64 if not given, 0 for none."),
+        typer.Option(
+            "--decode",
+            min=0,
+            help="Sequences for each of which one token is decoded; 64 if not given, 0 for none.",
+            rich_help_panel=SIZES,
+        ),
     ] = None,
     sweep: Annotated[
         list[Axis] | None,
-        typer.Option("--sweep", help="In place of the workloads, sizes along this axis; may be repeated."),
+        typer.Option(
+            "--sweep",
+            help="Sizes along this axis, in place of the spec's workloads; may be repeated.",
+            rich_help_panel=SIZES,
+        ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the sweeps into this .png or .svg.")] = None,
+    earlier: Annotated[
+        Path | None,
+        typer.Option("--from", help="Show this --json of an earlier run; needs no GPU.", rich_help_panel=PICTURE),
+    ] = None,
     against: Annotated[
         Path | None,
-        typer.Option("--against", help="Exit 1 if slower than this --json of an earlier run, or tuning database."),
+        typer.Option(
+            "--against",
+            help="Exit 1 if slower than this --json of an earlier run, or than this tuning database.",
+            rich_help_panel=PICTURE,
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the order of turns and of resampling.")] = 0,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw workloads or sweeps into this .svg or .png.", rich_help_panel=PICTURE),
+    ] = None,
+    style: Annotated[
+        Style, typer.Option("--style", help="What --plot's picture is to be seen on.", rich_help_panel=PICTURE)
+    ] = Style.LIGHT,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the order of measurements and of intervals.")] = 0,
     db: DbOption = None,
     no_db: NoDbOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Time the kernels of every workload beside PyTorch and peers, each verified first; needs a GPU."""
-    from m2gen import pipeline
-    from m2gen.bench.peers import peers
-    from m2gen.cli.show.bench import run_against, run_bench, run_sweeps
+    """Time kernels on a spec's workloads, beside PyTorch and other implementations; needs a GPU."""
+    from m2gen.cli.show.report import Display
+    from m2gen.pipeline import BenchRequest
 
     with reporting(debug):
-        axes = list(dict.fromkeys(sweep or ()))
-        _check(axes, plot, against)
+        axes = tuple(dict.fromkeys(sweep or ()))
+        timed = {"--sweep": axes, "--against": against, "--only": only, "--peer": peer, "--decode": decode}
+        _check(spec, earlier, plot, [name for name, given in timed.items() if given])
+        display, picture = Display(json, quiet, verbose, debug), Picture(plot, style)
         batches = tuple(batch for batch in ([TOKENS_OF] if decode is None else decode) if batch)
-        request = pipeline.BenchRequest(tuple(layer or ()), tuple(only or Kind), tuple(peer or ()), batches, seed)
-        records = records_of(db, no_db)
-        planned = pipeline.plan(spec, None, records)
-        peers(request.peers)
-        pipeline.workloads(planned, request)  # what is wrong with the request is said before a GPU is looked for
-        progress = terminal_progress(quiet)
-        with pipeline.this_bench_context("m2gen bench") as context:
-            if axes:
-                swept = (pipeline.sweep(planned, axis, request, context, records, progress) for axis in axes)
-                raise typer.Exit(run_sweeps(swept, context, plot, as_json=json))
-            if against is not None:
-                before = pipeline.baseline(against, context.environment)
-                found = pipeline.regressions(planned, request, context, before, progress)
-                raise typer.Exit(run_against(found, before, context, as_json=json))
-            results = pipeline.bench(planned, request, context, progress)
-            raise typer.Exit(run_bench(results, context, as_json=json))
+        request = BenchRequest(tuple(layer or ()), tuple(only or Kind), tuple(peer or ()), batches, seed)
+        if earlier is not None:
+            _show_earlier(earlier, request.layers, display, picture)
+        elif spec is not None:
+            raise typer.Exit(_time(spec, records_of(db, no_db), request, axes, against, display, picture))
 
 
-def _check(axes: list[Axis], plot: Path | None, against: Path | None) -> None:
-    """Raise UsageError for options that do not go together, or cannot be met."""
-    if axes and against is not None:
+@dataclass(frozen=True)
+class Picture:
+    """Where --plot draws, and how; nowhere if there is no file."""
+
+    file: Path | None
+    style: Style
+
+    def workloads(self, document: Document) -> None:
+        """Draw a run's workloads; raises UsageError where there is nothing to compare."""
+        if self.file is not None:
+            from m2gen.cli.show.speed import draw_speed
+
+            draw_speed(document, self.file, self.style)
+
+    def sweeps(self, document: SweepDocument) -> None:
+        """Draw a run's sweeps."""
+        if self.file is not None:
+            from m2gen.cli.show.plot import draw_sweeps
+
+            draw_sweeps(document, self.file, self.style)
+
+
+def _check(spec: str | None, earlier: Path | None, plot: Path | None, timed: list[str]) -> None:
+    """Raise UsageError for options that do not go together, or cannot be met; ``timed`` say what is to be timed."""
+    if (spec is None) == (earlier is None):
+        raise UsageError("bench must be given either --spec, to time its workloads, or --from, to show an earlier run")
+    if earlier is not None and timed:
+        raise UsageError(f"--from must be given without {', '.join(timed)}: nothing is timed")
+    if "--against" in timed and "--sweep" in timed:
         raise UsageError("--against must be given without --sweep: it compares the spec's workloads")
-    if plot is None:
-        return
-    if not axes:
-        raise UsageError("--plot must be given with --sweep, which says what it is drawn over")
-    if plot.suffix not in FIGURES:
-        raise UsageError(f"--plot must end in {' or '.join(FIGURES)}, got {str(plot)!r}")
-    from m2gen.cli.show.plot import require
+    if "--against" in timed and plot is not None:
+        raise UsageError("--plot must be given without --against, which compares with times that are not drawn")
+    if plot is not None:
+        check_figure(plot)
 
-    require()
+
+def _show_earlier(path: Path, layers: tuple[str, ...], display: Display, picture: Picture) -> None:
+    """Show, and draw, what an earlier run printed, of some layers or of all."""
+    from m2gen.bench.document import Document
+    from m2gen.cli.show.bench import show_bench
+    from m2gen.cli.show.sweep import load_run, of_layers, show_sweeps
+
+    found = of_layers(load_run(path), layers)
+    if isinstance(found, Document):
+        show_bench(found, display)
+        picture.workloads(found)
+    else:
+        show_sweeps(found, display)
+        picture.sweeps(found)
+
+
+def _time(
+    spec: str,
+    records: tuple[Record, ...],
+    request: BenchRequest,
+    axes: tuple[Axis, ...],
+    against: Path | None,
+    display: Display,
+    picture: Picture,
+) -> int:
+    """Time what is asked for on the GPU at hand, and show it; return the exit status."""
+    from m2gen import pipeline
+    from m2gen.bench.peers import peers
+    from m2gen.cli.show.bench import run_against, run_bench
+    from m2gen.cli.show.speed import check_comparable
+    from m2gen.cli.show.sweep import run_sweeps
+
+    planned = pipeline.plan(spec, None, records)
+    found = peers(request.peers)
+    if picture.file is not None and not axes:
+        check_comparable(request.kinds, found)
+    pipeline.workloads(planned, request)  # what is wrong with the request is said before a GPU is looked for
+    progress = terminal_progress(display.quiet)
+    with pipeline.this_bench_context("m2gen bench") as context:
+        if axes:
+            swept = (pipeline.sweep(planned, axis, request, context, records, progress) for axis in axes)
+            return run_sweeps(swept, context.environment, display, picture.sweeps)
+        if against is not None:
+            before = pipeline.baseline(against, context.environment)
+            compared = pipeline.regressions(planned, request, context, before, progress)
+            return run_against(compared, before, context.environment, as_json=display.as_json)
+        results = pipeline.bench(planned, request, context, progress)
+        return run_bench(results, context.environment, display, picture.workloads)

@@ -3,39 +3,79 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from m2gen.cli.complete import complete_layer, complete_record, complete_spec, complete_target
 from m2gen.errors import M2genError, SpecError
 
 if TYPE_CHECKING:
     from m2gen.cli.show.report import TerminalProgress
     from m2gen.db import Contents, Record
+    from m2gen.pipeline import Plan
 
-SpecOption = Annotated[
-    str, typer.Option("--spec", help="Spec file: as given, else in specs/, else among those shipped.")
+DATABASE, OUTPUT = "Tuning database", "Output"
+"""Groups of options in a command's help."""
+
+
+def examples(*commands: str) -> str:
+    """Return what a command's help ends with."""
+    return "\n".join(["Examples:", *(f"  {command}" for command in commands)])
+
+
+def _spec_option() -> Any:
+    text = "Spec file: as given, else in specs/, else among those shipped."
+    return typer.Option("--spec", help=text, autocompletion=complete_spec)
+
+
+SpecOption = Annotated[str, _spec_option()]
+OptionalSpecOption = Annotated[str | None, _spec_option()]
+LayersOption = Annotated[
+    list[str] | None,
+    typer.Option("--layer", help="Only this layer; may be repeated.", autocompletion=complete_layer),
 ]
-OptionalSpecOption = Annotated[
-    str | None, typer.Option("--spec", help="Spec file, as for every command; --check alone takes every package's own.")
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--target", help="Comma-separated architectures, in place of the spec's.", autocompletion=complete_target
+    ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, and no tables but results.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Say more.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+IdArgument = Annotated[
+    str, typer.Argument(metavar="ID", help="A record's id, or its first digits.", autocompletion=complete_record)
+]
 OutOption = Annotated[
     Path | None,
-    typer.Option("--out", help="Folder of what is built instead of generated/, or dist/ for wheels and Hub kernels."),
+    typer.Option("--out", help="Folder to build into: generated/ if not given, dist/ for wheels and Hub kernels."),
 ]
-TargetOption = Annotated[str | None, typer.Option("--target", help="Comma-separated arches instead of the spec's.")]
 DbOption = Annotated[
     Path | None,
-    typer.Option("--db", envvar="M2GEN_TUNING_DB", help="Folder of the tuning database instead of the shipped one."),
+    typer.Option(
+        "--db",
+        envvar="M2GEN_TUNING_DB",
+        help="Folder of the tuning database, in place of the one that ships with m2gen.",
+        rich_help_panel=DATABASE,
+    ),
 ]
-NoDbOption = Annotated[bool, typer.Option("--no-db", help="No records: default schedules everywhere.")]
+NoDbOption = Annotated[
+    bool, typer.Option("--no-db", help="Use no records: default schedules everywhere.", rich_help_panel=DATABASE)
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document in place of tables.", rich_help_panel=OUTPUT)
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Show no progress, and of tables only results.", rich_help_panel=OUTPUT)
+]
+VerboseOption = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Show more, such as variants' keys and schedules' slugs.", rich_help_panel=OUTPUT
+    ),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
 
 
 @contextmanager
@@ -83,3 +123,10 @@ def records_of(db: Path | None, no_db: bool) -> tuple[Record, ...]:
     if no_db:
         return ()
     return warn_of_faults(open_database(db).contents())
+
+
+def planned(spec: str, target: str | None = None, *, records: Iterable[Record] = ()) -> Plan:
+    """Return the plan of a spec, for its targets or for those of --target."""
+    from m2gen.pipeline import plan
+
+    return plan(spec, target.split(",") if target else None, records)

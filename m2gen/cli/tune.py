@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from m2gen.cli.options import DbOption, DebugOption, JsonOption, QuietOption, SpecOption, reporting, warn_of_faults
+from m2gen.cli.complete import complete_target
+from m2gen.cli.options import (
+    OUTPUT,
+    DbOption,
+    DebugOption,
+    JsonOption,
+    LayersOption,
+    QuietOption,
+    SpecOption,
+    VerboseOption,
+    examples,
+    reporting,
+    warn_of_faults,
+)
 from m2gen.errors import UsageError
 from m2gen.spec import Objective
 from m2gen.tune.memory import MemoryBound
@@ -20,43 +33,84 @@ if TYPE_CHECKING:
 Value = TypeVar("Value")
 
 
+SEARCH = "Search"
+EXAMPLES = examples(
+    "m2gen tune --spec h200.yaml --layer m2rnn_410m --dry-run",
+    "m2gen tune --spec h200.yaml --budget 10m --report out.html",
+)
+
+
 def tune(
     spec: SpecOption,
-    layer: Annotated[list[str] | None, typer.Option("--layer", help="Only this layer; may be repeated.")] = None,
-    budget: Annotated[
-        str | None, typer.Option("--budget", help="Time for all searches, as 10m or 90s; the spec's if not given.")
+    layer: LayersOption = None,
+    objective: Annotated[
+        Objective | None, typer.Option("--objective", help="What is made fast, in place of the spec's.")
     ] = None,
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Most candidates of each search.")] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the order of candidates and of resampling.")] = 0,
-    sampler: Annotated[Sampler, typer.Option("--sampler", help="Of spaces too large to try; random is a baseline.")] = (
-        Sampler.TPE
-    ),
-    objective: Annotated[Objective | None, typer.Option("--objective", help="Instead of the spec's.")] = None,
-    max_memory: Annotated[
-        str,
-        typer.Option(
-            "--max-memory", help="Most memory beyond a call's inputs: 2GB, 3x the default schedule's, or any."
-        ),
-    ] = "1.5x",
-    db: DbOption = None,
-    storage: Annotated[
-        str | None,
-        typer.Option("--storage", help="URL of a database through which several workers share each search."),
-    ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh/--resume", help="Start anew, or go on where the last run of a search ended.")
-    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show how large the spaces are, and why; needs no GPU.")
     ] = False,
-    target: Annotated[str | None, typer.Option("--target", help="Arch whose spaces --dry-run shows.")] = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Also write a page about the searches here.")] = None,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Architecture whose spaces --dry-run shows.", autocompletion=complete_target),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", help="Time for all searches, as 10m or 90s; the spec's if not given.", rich_help_panel=SEARCH
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, help="Most candidates of each search.", rich_help_panel=SEARCH)
+    ] = None,
+    max_memory: Annotated[
+        str,
+        typer.Option(
+            "--max-memory",
+            help="Most memory that a call may take: 2GB, 3x what the default schedule takes, or any.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = "1.5x",
+    sampler: Annotated[
+        Sampler,
+        typer.Option(
+            "--sampler",
+            help="What proposes candidates of spaces too large to try; random is a baseline.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = Sampler.TPE,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", min=0, help="Seed of the order of candidates and of intervals.", rich_help_panel=SEARCH),
+    ] = 0,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh/--resume",
+            help="Start anew, or go on where the last run of a search ended.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = False,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            help="URL of a database through which several workers share each search.",
+            rich_help_panel=SEARCH,
+        ),
+    ] = None,
+    db: DbOption = None,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", help="Also write an HTML page about the searches here.", rich_help_panel=OUTPUT),
+    ] = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
+    verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Search the fastest schedules on this GPU and put them into the tuning database."""
+    """Search the fastest schedules on this GPU, and put them into the tuning database."""
     from m2gen import pipeline
+    from m2gen.cli.show.report import Display
     from m2gen.cli.show.tune import run, show_sizes
 
     with reporting(debug):
@@ -78,9 +132,9 @@ def tune(
             raise UsageError("--target must be given with --dry-run only: a search runs on the GPU at hand")
         planned = pipeline.plan(spec, [target] if target else None, ())
         if dry_run:
-            show_sizes(_sizes(planned, request, target), as_json=json)
+            show_sizes(_sizes(planned, request, target), planned.names, as_json=json)
             return
-        raise typer.Exit(run(planned, request, report, as_json=json, quiet=quiet, debug=debug))
+        raise typer.Exit(run(planned, request, report, Display(json, quiet, verbose, debug)))
 
 
 def _sizes(planned: Plan, request: TuneRequest, target: str | None) -> list[Size]:

@@ -41,8 +41,7 @@ def build(
     rows = check(planned, progress)
     broken = [row for row in rows if row.problems]
     if broken:
-        reasons = (f"{row.variant} {row.kernel} on {row.arch}: {'; '.join(row.problems)}" for row in broken)
-        raise CompileError("\n".join(reasons))
+        raise CompileError("\n".join(f"{row.place}: {'; '.join(row.problems)}" for row in broken))
     backend = _verified_once(planned, rendered, progress) if verified else "not verified"
     place = deliver(form, out, planned.origin, rendered, emit.manifest_text(rendered, _resources(rows)))
     return BuildOutcome(rendered, place, tuple(rows), backend)

@@ -35,6 +35,13 @@ class CheckRow:
     """Tiers, and ids of records, that the schedule comes from."""
     notes: tuple[str, ...] = ()
     """What is slow rather than wrong: spills, and what takes the registers."""
+    name: str = ""
+    """Of the variant, by its layers and dtype."""
+
+    @property
+    def place(self) -> str:
+        """The kernel, as messages name it."""
+        return f"{self.name or self.variant} {self.kernel} on {self.arch}"
 
 
 def check(planned: Plan, progress: Progress) -> list[CheckRow]:
@@ -47,10 +54,13 @@ def check(planned: Plan, progress: Progress) -> list[CheckRow]:
         for direction in Direction:
             job = Job(choice.variant, choice.schedule, direction, choice.device, source)
             jobs.setdefault(job, []).append(choice)
+    names = planned.names
     progress.start("compile", len(jobs))
-    results = compile_all(jobs, cpus(), lambda job: progress.advance(job.name))
+    results = compile_all(
+        jobs, cpus(), lambda job: progress.advance(f"{names[job.variant]} {job.direction} for {job.device.arch}")
+    )
     progress.finish()
-    return [_check_row(job, choices, results[job]) for job, choices in jobs.items()]
+    return [_check_row(names[job.variant], job, choices, results[job]) for job, choices in jobs.items()]
 
 
 def compile_all(
@@ -89,12 +99,13 @@ def _lost(job: Job, lost: Lost) -> Resources | M2genError:
     return CompileError(f"{job.name}: the compiler {'never ended' if lost.hung else 'took its process down'}")
 
 
-def _check_row(job: Job, choices: list[Choice], result: Resources | CompileError) -> CheckRow:
+def _check_row(name: str, job: Job, choices: list[Choice], result: Resources | CompileError) -> CheckRow:
     resources = result if isinstance(result, Resources) else None
     problems = (str(result),) if resources is None else resources.limits(job.device, job.warps)
     schedule, source = choices[0].schedule.slug, ", ".join(dict.fromkeys(choice.source for choice in choices))
     notes = () if resources is None else _notes(job, resources)
-    return CheckRow(job.variant.key, str(job.direction), job.device.arch, schedule, resources, problems, source, notes)
+    kernel = (job.variant.key, str(job.direction), job.device.arch, schedule)
+    return CheckRow(*kernel, resources, problems, source, notes, name)
 
 
 def _notes(job: Job, resources: Resources) -> tuple[str, ...]:

@@ -12,12 +12,12 @@ from m2gen.db import Database, Record
 from m2gen.db.choice import Choice, choose
 from m2gen.device import PORTABLE, Device, target
 from m2gen.errors import UsageError
-from m2gen.kernels.render import templates_dir
 from m2gen.package import emit
 from m2gen.package.emit import Origin, Package
 from m2gen.schedule import Layouts, Schedule
+from m2gen.shipped import shipped
 from m2gen.spec import Layer, Spec, find_spec, load_spec, spec_hash
-from m2gen.variant import BuiltVariant, Variant, expand
+from m2gen.variant import BuiltVariant, Variant, expand, layer_names
 
 
 class Progress(Protocol):
@@ -46,6 +46,11 @@ class Plan:
             if name not in self.spec.layers:
                 raise UsageError(f"--layer must be among {', '.join(self.spec.layers)}, got {name!r}")
         return {name: layer for name, layer in self.spec.layers.items() if not names or name in names}
+
+    @property
+    def names(self) -> dict[Variant, str]:
+        """The names of the variants in tables and messages: layers and dtype."""
+        return layer_names(self.variants)
 
     def serving(self, variant: Variant, arch: str) -> tuple[Choice, ...]:
         """Return what serves ``variant`` on ``arch``: its own schedules, or the portable one."""
@@ -84,9 +89,8 @@ class Plan:
 
 
 def shipped_specs() -> Path:
-    """Return the folder of specs that ship with m2gen: beside the package, or inside an installed wheel."""
-    here = Path(__file__).resolve().parent.parent
-    return here / "specs" if (here / "specs").is_dir() else here.parent / "specs"
+    """Return the folder of specs that ship with m2gen."""
+    return shipped("specs")
 
 
 def open_spec(name: str) -> tuple[Spec, Path]:
@@ -96,8 +100,8 @@ def open_spec(name: str) -> tuple[Spec, Path]:
 
 
 def shipped_database() -> Database:
-    """Return the database that ships with m2gen: beside the package, or inside an installed wheel."""
-    return Database(templates_dir().parent / "tuning_db")
+    """Return the database that ships with m2gen."""
+    return Database(shipped("tuning_db"))
 
 
 def relevant(records: Iterable[Record], variants: Iterable[BuiltVariant]) -> tuple[Record, ...]:

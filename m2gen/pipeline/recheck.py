@@ -13,6 +13,7 @@ from m2gen.measure.workers import run_isolated
 from m2gen.pipeline.plan import Progress
 from m2gen.schedule import Schedule
 from m2gen.schedule.heuristic import default
+from m2gen.schedule.words import schedule_words
 from m2gen.tune.final import ROUNDS
 from m2gen.tune.select import select
 from m2gen.tune.services import TuningContext
@@ -92,13 +93,13 @@ def _checked(records: Sequence[Record], context: TuningContext, progress: Progre
     compiling = [[CompileTask(task.subject, task.schedule)] for task in dict.fromkeys(tasks.values())]
     progress.start("compile", len(compiling))
     for compiled, _ in run_isolated(compiling, services.compile, services.compilers):
-        progress.advance(compiled.schedule.slug)
+        progress.advance(schedule_words(compiled.schedule))
     progress.finish()
     progress.start("verify", len(compiling))
     measured: dict[Task, Measurement] = {}
     for task, result in run_isolated([list(dict.fromkeys(tasks.values()))], services.measure, 1):
         measured[task] = result
-        progress.advance(f"{task.subject.variant.key} {task.schedule.slug}")
+        progress.advance(schedule_words(task.schedule))
     progress.finish()
     return {record: measured[task] for record, task in tasks.items()}
 
@@ -143,9 +144,9 @@ def _timed(
 
     def ask(schedule: Schedule, step: Step) -> Measurement:
         found: Measurement = gpu.ask(Task(subject, schedule, step))
-        progress.advance(f"{step} {schedule.slug}")
+        progress.advance(f"{step} {schedule_words(schedule)}")
         if found.failure is not None:
-            raise VerifyError(f"{schedule.slug}: {found.failure}")
+            raise VerifyError(f"{schedule_words(schedule)}: {found.failure}")
         return found
 
     progress.start("replay", len(schedules) * (1 + ROUNDS))

@@ -125,14 +125,14 @@ def this_tuning_context(command: str) -> TuningContext:
 
 def tune(planned: Plan, request: TuneRequest, context: TuningContext, watcher: Watcher) -> Iterator[Tuned]:
     """Search for every goal, one after the other within the budget, and yield each once it is in the database."""
-    chosen = goals(planned, request, context.device)
+    chosen, names = goals(planned, request, context.device), planned.names
     _check_writable(request.database.root)
     budget = planned.spec.tuning.budget_seconds if request.seconds is None else request.seconds
     start = time.monotonic()
     with lock.exclusive(context.gpu), processes_of(context.services) as processes:
         for index, goal in enumerate(chosen):
             left = (budget - (time.monotonic() - start)) / (len(chosen) - index)
-            name = f"{goal.layer} {goal.subject.variant.dtype} B{goal.subject.batch} S{goal.subject.seq}"
+            name = f"{names[goal.subject.variant]} B{goal.subject.batch} S{goal.subject.seq}"
             watcher.stage(f"{name}, {index + 1} of {len(chosen)}")
             limits = Limits(max(left, 1.0), request.trials)
             tuned = _tune_one(goal, request, context, limits, (processes, watcher))

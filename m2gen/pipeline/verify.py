@@ -16,6 +16,8 @@ from m2gen.errors import UsageError
 from m2gen.kernels.compile import load_module
 from m2gen.measure.workers import Lost, Service, cpus, run_isolated, without_interpreter
 from m2gen.pipeline.plan import Plan, Progress, plan, render
+from m2gen.schedule import parse
+from m2gen.schedule.words import schedule_words
 from m2gen.variant import BuiltVariant, Variant
 
 if TYPE_CHECKING:  # importing these imports torch, and the processes must set their environment first
@@ -64,6 +66,7 @@ class _Job:
     seed: int
     interpreted: bool
     schedule: str
+    name: str
 
 
 def verify(planned: Plan, request: VerifyRequest, progress: Progress) -> VerifyOutcome:
@@ -91,6 +94,7 @@ def _jobs(planned: Plan, request: VerifyRequest, device: Device | None, *, matri
     Cases are small, and reach one bucket only: every schedule is run in a package of its own, where it serves all.
     """
     arch = device.arch if device else PORTABLE.arch
+    names = planned.names
     seen: set[tuple[str, str]] = set()
     jobs: list[_Job] = []
     for part in planned.uniform():
@@ -102,7 +106,7 @@ def _jobs(planned: Plan, request: VerifyRequest, device: Device | None, *, matri
         folder = materialise(f"packages/{planned.origin.name}", render(part).files)
         for variant, case in _chosen(part, new, request, device, matrix=matrix):
             facts = (planned.origin.spec_file, variant, case, request.seed, device is None, slugs[variant])
-            jobs.append(_Job(folder, *facts))
+            jobs.append(_Job(folder, *facts, names[variant]))
     return jobs
 
 
@@ -152,7 +156,7 @@ def _run(jobs: list[_Job], device: Device | None, progress: Progress) -> VerifyO
     progress.start("verify", len(jobs))
     for job, report in run_isolated(_groups(jobs, alone=interpreted), service, processes):
         reports[job] = report
-        progress.advance(f"{report.variant} {report.feature} {report.case}")
+        progress.advance(f"{report.name} {report.feature} {report.case}")
     progress.finish()
     name = device.name if device else "interpreter"
     return VerifyOutcome(name, tuple(reports[job] for job in jobs), time.monotonic() - start)
@@ -201,17 +205,22 @@ def _verify_job(job: _Job) -> CaseReport:
     try:
         module = load_module(job.folder / "__init__.py", f"m2gen_package_{job.folder.name}")
     except Exception as error:  # of whatever a generated module does when it is imported
-        return replace(failed_case(job.variant, job.case, job.seed, error), spec=job.spec, schedule=job.schedule)
+        return _of(job, failed_case(job.variant, job.case, job.seed, error))
     report = run_case(module, job.variant, job.case, job.seed, device)
     if not job.interpreted:
         torch.cuda.empty_cache()  # a dozen processes share the GPU's memory
-    return replace(report, spec=job.spec, schedule=job.schedule)
+    return _of(job, report)
+
+
+def _of(job: _Job, report: CaseReport) -> CaseReport:
+    """Return the report with what only the job knows: where the kernels come from, and what they are called."""
+    return replace(report, spec=job.spec, schedule=job.schedule, name=job.name)
 
 
 def _lost(job: _Job, lost: Lost) -> CaseReport:
     from m2gen.verify import report
 
-    return replace(report(job.variant, job.case, job.seed, failure=lost.reason), spec=job.spec, schedule=job.schedule)
+    return _of(job, report(job.variant, job.case, job.seed, failure=lost.reason))
 
 
 def _untrusted(report: CaseReport) -> bool:
@@ -238,6 +247,6 @@ def failure_lines(outcome: VerifyOutcome) -> list[str]:
     lines = []
     for report, result in failed(outcome.reports):
         what = report.failure if result is None else f"{result.tensor} {result.verdict}"
-        kernels = f" by {report.schedule}" if report.schedule else ""
-        lines.append(f"{report.variant} {report.case}{kernels}: {what}; reproduce: {reproduce(report)}")
+        kernels = f" ({schedule_words(parse(report.schedule))})" if report.schedule else ""
+        lines.append(f"{report.name or report.variant} {report.case}{kernels}: {what}; reproduce: {reproduce(report)}")
     return lines

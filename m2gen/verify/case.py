@@ -160,6 +160,8 @@ class CaseReport:
     """The spec file that the variant comes from."""
     schedule: str = ""
     """Slug of the schedule that it ran by."""
+    name: str = ""
+    """Of the variant, by the spec's layers and dtype."""
 
     @property
     def passed(self) -> bool:

@@ -1,225 +1,196 @@
-"""What ``m2gen bench`` prints, and its exit status."""
+"""What ``m2gen bench`` prints of workloads, and its exit status."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from m2gen.bench.against import Baseline, Comparison
 from m2gen.bench.document import Document, Row, dump, row_of, speed_ups
 from m2gen.bench.entries import sized
-from m2gen.bench.kinds import Kind
+from m2gen.bench.kinds import Call, Kind
 from m2gen.bench.side_by_side import Result, Times
-from m2gen.cli.show.plot import Curve, curves, draw
-from m2gen.cli.show.report import print_json, print_table
+from m2gen.cli.show.names import implementation_names
+from m2gen.cli.show.report import Display, print_json
+from m2gen.cli.show.table import Table, print_tables
+from m2gen.db import Environment
 from m2gen.errors import UsageError
-from m2gen.pipeline import BenchContext, Swept
-from m2gen.variant import parse_variant
+from m2gen.schedule import parse
+from m2gen.schedule.words import full_words
+from m2gen.variant import BuiltVariant, layer_names, parse_variant
 
-TIME_COLUMNS = (
-    "layer",
-    "dtype",
-    "workload",
-    "contender",
-    "steps",
-    "forward ms",
-    "95 %",
-    "forward+backward ms",
-    "95 %",
-    "speed-up",
-    "extra GB",
-    "host µs",
-    "schedule",
-    "from",
-    "failed",
-)
-AGAINST_COLUMNS = ("layer", "dtype", "workload", "contender", "what", "then ms", "now ms", "change", "noise", "verdict")
+TIME_COLUMNS = ("kernels", "steps", "forward ms", "95 %", "both ms", "95 %", "speed-up", "extra GB", "host µs")
+SCHEDULE_COLUMNS = ("kernels", "schedule", "from")
+MORE_COLUMNS = ("variant", "slug")
+"""What --verbose adds to schedules."""
+LIMIT_COLUMNS = ("kernels", "call", "ms", "µs/step", "floor ms")
+AGAINST_COLUMNS = ("kernels", "call", "then ms", "now ms", "change", "noise", "verdict")
+Place = tuple[str, str, Call, int, int]
+"""Layer, variant, call, batch and length of a workload."""
+CALLS = {"forward": "forward", "forward+backward": "both"}
+"""Names of calls in tables, by those in documents."""
 LOOPS = tuple(str(kind) for kind in Kind if kind.most_steps is not None)
-"""Implementations that are loops of PyTorch, thousands of times off any floor."""
+"""Contenders that are loops of PyTorch, thousands of times off any floor."""
 
 
-def run_bench(results: Iterable[Sequence[Result]], context: BenchContext, *, as_json: bool) -> int:
-    """Show what was timed, also where it is interrupted; return 1 if a generated kernel failed."""
+def run_bench(
+    results: Iterable[Sequence[Result]], environment: Environment, display: Display, draw: Callable[[Document], None]
+) -> int:
+    """Show and draw what was timed, also where it is interrupted; return 1 if a generated kernel failed."""
     rows: list[Row] = []
     try:
         for found in results:
             rows += map(row_of, found)
-    finally:
+    except BaseException:
         if rows:
-            show_bench(Document(context.environment, tuple(rows)), as_json=as_json)
+            show_bench(Document(environment, tuple(rows)), display)
+            with suppress(UsageError):  # what ended the run is said, rather than that it cannot be drawn
+                draw(Document(environment, tuple(rows)))
+        raise
+    document = Document(environment, tuple(rows))
+    show_bench(document, display)
+    draw(document)
     return 1 if any(row.failure and row.schedule for row in rows) else 0
 
 
-def show_bench(document: Document, *, as_json: bool) -> None:
-    """Print the times of every implementation, and how near they are to the GPU's limits."""
-    if as_json:
+def show_bench(document: Document, display: Display) -> None:
+    """Print the times of every contender, and how near they are to the GPU's limits."""
+    if display.as_json:
         print_json(dump(document))
-        return
-    speeds = speed_ups(document.rows)
-    title = f"Medians on {document.environment.device}, L2 cold, graphs; speed-up: default = 1, by time a step"
-    print_table(
-        title, TIME_COLUMNS, [_time_cells(row, speed) for row, speed in zip(document.rows, speeds, strict=True)]
-    )
-    limits = [
-        (row, what, times)
-        for row in document.rows
-        if row.contender not in LOOPS
-        for what, times in (("forward", row.forward), ("forward+backward", row.step))
-        if times is not None and times.floors_ms
-    ]
-    if limits:
-        names = list(limits[0][2].floors_ms)
-        columns = ("layer", "dtype", "workload", "contender", "what", "ms", "µs/step", "floor ms", *names)
-        print_table("Achieved parts of the GPU's limits", columns, [_limit_cells(*limit) for limit in limits])
+    else:
+        print_tables(bench_tables(document, verbose=display.verbose))
 
 
-def _where(row: Row) -> tuple[str, str, str]:
-    return (row.layer, _dtype(row.variant), sized(row.call, row.batch, row.seq))
+def bench_tables(document: Document, *, verbose: bool) -> Iterator[Table]:
+    """Yield the tables of a run; in each, the rows of a workload have it as their heading."""
+    names = implementation_names(row.contender for row in document.rows)
+    passed = [pair for pair in zip(document.rows, speed_ups(document.rows), strict=True) if not pair[0].failure]
+    times = sections((place(row), _time_cells(row, names[row.contender], speed)) for row, speed in passed)
+    notes = ["both: forward and backward; 95 %: how far the interval that holds the median reaches; L2 cold"]
+    notes += ["speed-up: default = 1, by time a step"] if any(speed for _, speed in passed) else []
+    yield Table(f"Medians on {document.environment.device}", TIME_COLUMNS, times, notes)
+    if generated := [row for row in document.rows if row.schedule]:
+        columns = (*SCHEDULE_COLUMNS, *MORE_COLUMNS) if verbose else SCHEDULE_COLUMNS
+        usual = {place(row): row.schedule for row in generated if row.contender == Kind.DEFAULT}
+        cells = (_schedule_cells(row, usual.get(place(row)), verbose=verbose) for row in generated)
+        rows = sections(zip(map(place, generated), cells, strict=True))
+        yield Table("Schedules", columns, rows)
+    yield from _limit_tables([row for row, _ in passed if row.contender not in LOOPS], names)
+    if failed := [row for row in document.rows if row.failure]:
+        rows = sections((place(row), (names[row.contender], row.failure)) for row in failed)
+        yield Table("Failed", ("kernels", "why"), rows)
 
 
-def _dtype(variant: str) -> str:
-    return str(parse_variant(variant).dtype)
+def place(row: Row) -> Place:
+    """Return what rows of one workload share."""
+    return (row.layer, row.variant, row.call, row.batch, row.seq)
 
 
-def _time_cells(row: Row, speed: float | None) -> tuple[Any, ...]:
-    memory = "" if row.failure else f"{row.extra_bytes / 1e9:.3f}"
+def workload_names(places: Iterable[Place]) -> dict[Place, str]:
+    """Return the names of workloads: layer and dtype, then the size."""
+    found = list(dict.fromkeys(places))
+    named: dict[tuple[str, str], str] = {}
+    for layer in dict.fromkeys(where[0] for where in found):
+        keys = dict.fromkeys(where[1] for where in found if where[0] == layer)
+        names = layer_names(BuiltVariant(parse_variant(key), (layer,)) for key in keys)
+        named |= {(layer, variant.key): name for variant, name in names.items()}
+    return {where: f"{named[where[:2]]}, {sized(*where[2:])}" for where in found}
+
+
+def sections(rows: Iterable[tuple[Place, Sequence[Any]]]) -> list[Any]:
+    """Return rows below the names of their workloads."""
+    placed = list(rows)
+    names = workload_names(where for where, _ in placed)
+    lines: list[Any] = []
+    before = None
+    for where, cells in placed:
+        lines += [names[where]] if where != before else []
+        lines.append(cells)
+        before = where
+    return lines
+
+
+def _time_cells(row: Row, name: str, speed: float | None) -> tuple[Any, ...]:
     host = "" if row.host_us is None else f"{row.host_us:.0f}"
-    times = (*_interval(row.forward), *_interval(row.step), "" if speed is None else f"{speed:.3g}x")
-    return (*_where(row), row.contender, row.steps, *times, memory, host, row.schedule, row.source, row.failure)
+    speed_up = "" if speed is None else f"{speed:.3g}x"
+    return (name, row.steps, *_median(row.forward), *_median(row.step), speed_up, f"{row.extra_bytes / 1e9:.3f}", host)
 
 
-def _interval(times: Times | None) -> tuple[str, str]:
-    return ("", "") if times is None else (_ms(times.median_ms), f"{_ms(times.low_ms)} to {_ms(times.high_ms)}")
+def _median(times: Times | None) -> tuple[str, str]:
+    if times is None:
+        return ("", "")
+    reach = max(times.high_ms - times.median_ms, times.median_ms - times.low_ms) / times.median_ms
+    return (ms_text(times.median_ms), f"±{reach:.1%}")
 
 
-def _ms(value: float) -> str:
+def ms_text(value: float) -> str:
+    """Return milliseconds with as many digits as are known of them."""
     return f"{value:.3f}" if value >= 0.1 else f"{value:.4f}"
 
 
-def _limit_cells(row: Row, what: str, times: Times) -> tuple[Any, ...]:
-    what = "step" if row.call.decodes else what
-    parts = [f"{part:.0%}" for part in times.parts.values()]
+def _schedule_cells(row: Row, usual: str | None, *, verbose: bool) -> tuple[str, ...]:
+    """Return what a schedule is, and the knobs in which it differs from the default's."""
+    cells = (row.contender, full_words(parse(row.schedule), parse(usual) if usual else None), row.source)
+    return (*cells, row.variant, row.schedule) if verbose else cells
+
+
+def _limit_tables(rows: Sequence[Row], names: Mapping[str, str]) -> Iterator[Table]:
+    """Yield the table of what calls achieve of the GPU's limits, where these are known."""
+    found = [
+        (row, call, times)
+        for row in rows
+        for call, times in (("step" if row.call.decodes else "forward", row.forward), ("both", row.step))
+        if times is not None and times.floors_ms
+    ]
+    if found:
+        columns = (*LIMIT_COLUMNS, *map(_short, found[0][2].floors_ms))
+        cells = sections((place(row), _limit_cells(row, names[row.contender], call, t)) for row, call, t in found)
+        note = "Each limit alone would make the call take its part of the time; floor: the largest of them"
+        yield Table("Achieved parts of the GPU's limits", columns, cells, [note])
+
+
+def _limit_cells(row: Row, name: str, call: str, times: Times) -> tuple[Any, ...]:
+    parts = (f"{part:.0%}" for part in times.parts.values())
     a_step = f"{1e3 * times.median_ms / row.steps:.3f}"
-    floor = _ms(max(times.floors_ms.values()))
-    return (*_where(row), row.contender, what, _ms(times.median_ms), a_step, floor, *parts)
+    return (name, call, ms_text(times.median_ms), a_step, ms_text(max(times.floors_ms.values())), *parts)
 
 
-def run_against(found: Iterable[Comparison], before: Baseline, context: BenchContext, *, as_json: bool) -> int:
+def _short(limit: str) -> str:
+    """Return the first word of a limit's name: float32 arithmetic, memory traffic."""
+    return limit.split()[0]
+
+
+def run_against(found: Iterable[Comparison], before: Baseline, here: Environment, *, as_json: bool) -> int:
     """Show every recorded time beside that of now; return 1 if one is slower beyond noise."""
     comparisons = list(found)
-    here = context.environment
     slower = [comparison for comparison in comparisons if comparison.slower]
     if as_json:
-        rows = [{**asdict(c), "change": c.change, "slower": c.slower} for c in comparisons]
-        print_json({"environment": asdict(here), "recorded_with": before.toolchains, "comparisons": rows})
+        documents = [{**asdict(c), "change": c.change, "slower": c.slower} for c in comparisons]
+        print_json({"environment": asdict(here), "recorded_with": before.toolchains, "comparisons": documents})
     else:
-        now = f"torch {here.torch}, triton {here.triton}, driver {here.driver}"
-        title = f"Recorded ({'; '.join(before.toolchains)}) against now ({now}) on {here.device}"
-        print_table(title, AGAINST_COLUMNS, map(_against_cells, comparisons))
+        notes = [f"then: {toolchain}" for toolchain in before.toolchains]
+        notes += [f"now: torch {here.torch}, triton {here.triton}, driver {here.driver}"]
+        rows = sections((_place(c), _against_cells(c)) for c in comparisons)
+        print_tables([Table(f"Recorded times against those of now on {here.device}", AGAINST_COLUMNS, rows, notes)])
     if slower:
         print(f"m2gen: {len(slower)} of {len(comparisons)} times are slower beyond noise", file=sys.stderr)
     return 1 if slower else 0
 
 
+def _place(c: Comparison) -> Place:
+    return (c.layer, c.place.variant, c.place.call, c.place.batch, c.place.seq)
+
+
 def _against_cells(c: Comparison) -> tuple[Any, ...]:
-    place = c.place
-    where = (c.layer, _dtype(place.variant), sized(place.call, place.batch, place.seq), place.contender, place.what)
-    now = "" if c.now is None else _ms(c.now.median_ms)
+    now = "" if c.now is None else ms_text(c.now.median_ms)
     change = "" if c.change is None else f"{c.change:+.1%}"
     verdict = c.failure or ("SLOWER" if c.slower else "faster" if _faster(c) else "same")
-    return (*where, _ms(c.before.median_ms), now, change, f"{c.noise:.1%}", verdict)
+    call = "step" if c.place.call.decodes else CALLS[c.place.what]
+    return (c.place.contender, call, ms_text(c.before.median_ms), now, change, f"{c.noise:.1%}", verdict)
 
 
 def _faster(c: Comparison) -> bool:
     return c.now is not None and c.now.high_ms * (1 + c.noise) < c.before.low_ms
-
-
-def run_sweeps(sweeps: Iterable[Iterable[Swept]], context: BenchContext, plot: Path | None, *, as_json: bool) -> int:
-    """Show each sweep and the lines through it, and draw them, also where one is interrupted.
-
-    Returns 1 if a generated kernel failed.
-    """
-    every: list[Swept] = []
-    try:
-        for growing in sweeps:
-            _follow(growing, every, show=not as_json)
-    except BaseException:
-        with suppress(UsageError):  # what ended the sweeps is said, rather than that they cannot be drawn
-            _finish(every, context, plot, as_json=as_json)
-        raise
-    _finish(every, context, plot, as_json=as_json)
-    results = [result for each in every for _, found in each.at for result in found]
-    return 1 if any(result.failure and result.entry.implementation.kind.generated for result in results) else 0
-
-
-def _follow(growing: Iterable[Swept], every: list[Swept], *, show: bool) -> None:
-    """Add to ``every`` what a sweep came to before it ended or was interrupted."""
-    before = len(every)
-    try:
-        for latest in growing:
-            every[before:] = [latest]
-    finally:
-        for swept in every[before:] if show else ():
-            show_sweep(swept)
-
-
-def _finish(every: Sequence[Swept], context: BenchContext, plot: Path | None, *, as_json: bool) -> None:
-    if as_json and every:
-        print_json({"environment": asdict(context.environment), "sweeps": [_sweep_json(each) for each in every]})
-    if plot is None or not every:
-        return
-    try:
-        draw(every, context.environment.device, plot)
-    except OSError as error:
-        raise UsageError(f"--plot {plot} must be writable: {error.strerror or error}") from error
-
-
-def show_sweep(swept: Swept) -> None:
-    """Print the times along an axis, and the line through each implementation's."""
-    drawn = curves(swept)
-    names = [f"{curve.contender} {curve.what} ms" for curve in drawn]
-    rows = [
-        (
-            point.x,
-            sized(point.workload.call, point.workload.batch, point.workload.seq),
-            *("" if (ms := curve.median_at(point.x)) is None else _ms(ms) for curve in drawn),
-        )
-        for point, _ in swept.at
-    ]
-    print_table(f"{swept.layer} over {swept.axis}", (_x_name(swept), "workload", *names), rows)
-    failures = [
-        (point.x, result.entry.implementation.name, str(result.failure))
-        for point, found in swept.at
-        for result in found
-        if result.failure
-    ]
-    if failures:
-        print_table("Failed", (_x_name(swept), "contender", "why"), failures)
-    columns = ("contender", "what", "intercept ms", "slope ms", "worst deviation", "points", "from")
-    print_table(f"Lines through {swept.layer} over {swept.axis}", columns, [_fit_cells(curve) for curve in drawn])
-
-
-def _x_name(swept: Swept) -> str:
-    return {"seq": "S", "rows": "K"}.get(str(swept.axis), "B N")
-
-
-def _fit_cells(curve: Curve) -> tuple[Any, ...]:
-    if curve.line is None:
-        return (curve.contender, curve.what, "", "", "", len(curve.x), "")
-    line = curve.line
-    numbers = (f"{line.intercept_ms:.4f}", f"{line.slope_ms:.3e}", f"{line.worst:.1%}", line.points, curve.fitted_from)
-    return (curve.contender, curve.what, *numbers)
-
-
-def _sweep_json(swept: Swept) -> dict[str, Any]:
-    lines = [
-        {"contender": curve.contender, "what": curve.what, "from": curve.fitted_from, **asdict(curve.line)}
-        for curve in curves(swept)
-        if curve.line
-    ]
-    at = [{"x": p.x, "fitted": p.fitted, "rows": [asdict(row_of(result)) for result in found]} for p, found in swept.at]
-    return {"axis": str(swept.axis), "layer": swept.layer, "points": at, "lines": lines}

@@ -4,28 +4,43 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
 
 from m2gen import __version__
 from m2gen.cache import cache_dir
-from m2gen.cli.show.report import print_json, print_table
+from m2gen.cli.show.names import calls, closest, record_notes
+from m2gen.cli.show.report import print_json
+from m2gen.cli.show.table import Table, print_tables
 from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE, TARGETS, detect
 from m2gen.kernels.render import templates_dir
 from m2gen.pipeline import BuildOutcome, CheckRow, Plan, shipped_database, shipped_specs, state
+from m2gen.schedule.words import schedule_words
+from m2gen.variant import BuiltVariant
 
-NUMBERS = ("registers", "spills B", "shared B", "code B")
-KERNEL_COLUMNS = ("variant", "kernel", "target", *NUMBERS, "from", "problems, notes")
-SCHEDULE_COLUMNS = ("variant", "target", "programs/SM", "schedule", "from", "of")
+KERNEL_COLUMNS = ("layer", "kernel", "registers", "spills B", "shared B", "code B", "from")
+SCHEDULE_COLUMNS = ("layer", "programs/SM", "schedule", "from")
+MORE_COLUMNS = ("variant", "slug")
+"""What --verbose adds to either."""
+
+
+def kernel_tables(rows: Sequence[CheckRow], *, verbose: bool) -> Iterator[Table]:
+    """Yield a table of kernels for each target, and below it what takes the registers of those that spill."""
+    columns = (*KERNEL_COLUMNS, *MORE_COLUMNS) if verbose else KERNEL_COLUMNS
+    for arch in dict.fromkeys(row.arch for row in rows):
+        shown = [row for row in rows if row.arch == arch]
+        cells = [(*_kernel_cells(row), *((row.variant, row.schedule) if verbose else ())) for row in shown]
+        notes = [f"{row.name} {row.kernel} {note}" for row in shown for note in row.notes]
+        yield Table(f"Kernels for {arch}", columns, cells, notes)
 
 
 def _kernel_cells(row: CheckRow) -> tuple[Any, ...]:
     taken = row.resources
     numbers = (taken.registers, taken.spill_bytes, taken.shared_bytes, taken.code_bytes) if taken else ("",) * 4
-    return (row.variant, row.kernel, row.arch, *numbers, row.source, "; ".join((*row.problems, *row.notes)))
+    return (row.name, row.kernel, *numbers, closest(row.source))
 
 
 def _kernel_json(row: CheckRow) -> dict[str, Any]:
@@ -41,12 +56,18 @@ def _kernel_json(row: CheckRow) -> dict[str, Any]:
     }
 
 
-def _choice_cells(choice: Choice) -> tuple[Any, ...]:
-    """Return a line about a schedule; the last cell is where its record comes from, and what is to be said of it."""
-    record = choice.record
-    notes = [record.environment.device, *filter(None, [state(record)])] if record else []
-    where = (choice.variant.key, choice.device.arch, choice.calls, choice.schedule.slug)
-    return (*where, choice.source, "; ".join(notes))
+def schedule_tables(planned: Plan, *, verbose: bool) -> Iterator[Table]:
+    """Yield a table of schedules for each target, and below it what is to be said of their records."""
+    names = planned.names
+    columns = (*SCHEDULE_COLUMNS, *MORE_COLUMNS) if verbose else SCHEDULE_COLUMNS
+    for device in dict.fromkeys(choice.device for choice in planned.choices if verbose or choice.device != PORTABLE):
+        shown = [choice for choice in planned.choices if choice.device == device]
+        cells = [
+            (names[c.variant], calls(c.buckets), schedule_words(c.schedule), c.source)
+            + ((c.variant.key, c.schedule.slug) if verbose else ())
+            for c in shown
+        ]
+        yield Table(f"Schedules for {device.arch}", columns, cells, record_notes(c.record for c in shown))
 
 
 def _choice_json(choice: Choice) -> dict[str, Any]:
@@ -65,16 +86,16 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
 
 def show_build(planned: Plan, outcome: BuildOutcome, *, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Show the schedules that serve each variant and what the kernels take."""
-    shown = [choice for choice in planned.choices if verbose or choice.device != PORTABLE]
     if as_json:
+        shown = [choice for choice in planned.choices if verbose or choice.device != PORTABLE]
         kernels = [_kernel_json(row) for row in outcome.rows]
         facts = {"package": str(outcome.directory), "namespace": outcome.package.namespace}
         chosen = [_choice_json(choice) for choice in shown]
         print_json({**facts, "verified": outcome.verified, "schedules": chosen, "kernels": kernels})
         return
     if not quiet:
-        print_table("Schedules", SCHEDULE_COLUMNS, map(_choice_cells, shown))
-        print_table("Kernels", KERNEL_COLUMNS, map(_kernel_cells, outcome.rows))
+        print_tables([*schedule_tables(planned, verbose=verbose), *kernel_tables(outcome.rows, verbose=verbose)])
+        print()
     files = len(outcome.package.files) + 1
     print(f"{outcome.directory}: {len(planned.variants)} variants, {files} files, verified on: {outcome.verified}")
 
@@ -96,38 +117,49 @@ def show_check(rows: Sequence[CheckRow], *, as_json: bool, quiet: bool, verbose:
     if as_json:
         print_json({"kernels": [_kernel_json(row) for row in rows]})
     elif not quiet:
-        schedules = [(row.schedule,) if verbose else () for row in rows]
-        columns = (*KERNEL_COLUMNS, "schedule") if verbose else KERNEL_COLUMNS
-        print_table(
-            "Kernels", columns, [(*_kernel_cells(row), *more) for row, more in zip(rows, schedules, strict=True)]
-        )
+        print_tables(kernel_tables(rows, verbose=verbose))
     broken = [row for row in rows if row.problems]
     for row in broken if not as_json else ():
-        print(f"m2gen: {row.variant} {row.kernel} on {row.arch}: {'; '.join(row.problems)}", file=sys.stderr)
+        print(f"m2gen: {row.place}: {'; '.join(row.problems)}", file=sys.stderr)
     return 1 if broken else 0
 
 
-def show_spec(planned: Plan, *, as_json: bool) -> None:
+SPEC_COLUMNS = ("layer", "K", "V", "heads q k v f w", "clip", "tanh", "gate")
+
+
+def show_spec(planned: Plan, *, as_json: bool, verbose: bool) -> None:
     """Print the variants of a spec and the layers that need them."""
-    rows = [
-        {
-            "variant": built.variant.key,
-            "layers": list(built.layers),
-            "K": built.variant.state_expansion,
-            "V": built.variant.head_dim,
-            "heads": built.variant.total_heads,
-            "dtype": str(built.variant.dtype),
-            "clip": str(built.variant.clip),
-            "tanh": str(built.variant.tanh),
-        }
-        for built in planned.variants
-    ]
     if as_json:
-        print_json({"spec": planned.origin.spec_file, "hash": planned.origin.spec_hash, "variants": rows})
-        return
+        variants = [_variant_json(built) for built in planned.variants]
+        print_json({"spec": planned.origin.spec_file, "hash": planned.origin.spec_hash, "variants": variants})
+    else:
+        print_tables([spec_table(planned, verbose=verbose)])
+
+
+def spec_table(planned: Plan, *, verbose: bool) -> Table:
+    """Return the table of a spec's variants."""
+    names = planned.names
+    rows = [
+        (names[v], v.state_expansion, v.head_dim, " ".join(map(str, v.heads.counts)), v.clip, v.tanh, v.gate)
+        + ((v.key,) if verbose else ())
+        for v in names
+    ]
     title = f"{planned.origin.spec_file}: {len(rows)} variants for {', '.join(planned.spec.targets)}"
-    cells = [[", ".join(v) if isinstance(v, list) else v for v in row.values()] for row in rows]
-    print_table(title, list(rows[0]), cells)
+    return Table(title, (*SPEC_COLUMNS, "variant") if verbose else SPEC_COLUMNS, rows)
+
+
+def _variant_json(built: BuiltVariant) -> dict[str, Any]:
+    variant = built.variant
+    return {
+        "variant": variant.key,
+        "layers": list(built.layers),
+        "K": variant.state_expansion,
+        "V": variant.head_dim,
+        "heads": variant.total_heads,
+        "dtype": str(variant.dtype),
+        "clip": str(variant.clip),
+        "tanh": str(variant.tanh),
+    }
 
 
 def _version_of(package: str) -> str:
@@ -163,8 +195,5 @@ def show_info(*, as_json: bool) -> None:
         return
     gpu = f"{device.name} ({device.arch}, {device.sm_count} SMs)" if device else "none"
     rows = [("device", gpu), *versions.items(), *((name, str(path)) for name, path in folders.items())]
-    print_table(
-        "m2gen",
-        ("what", "value"),
-        [*rows, ("targets", ", ".join(TARGETS)), ("missing", ", ".join(missing) or "nothing")],
-    )
+    rows += [("targets", ", ".join(TARGETS)), ("missing", ", ".join(missing) or "nothing")]
+    print_tables([Table("m2gen", ("what", "value"), rows)])

@@ -13,7 +13,9 @@ import jinja2
 
 from m2gen.db import Environment
 from m2gen.measure.roofline import Work, floors_ms, peaks_of, work_of
-from m2gen.pipeline import Tuned
+from m2gen.pipeline import Plan, Tuned
+from m2gen.schedule import Schedule
+from m2gen.schedule.words import full_words
 from m2gen.spec import Objective
 from m2gen.tune.knobs import importances
 from m2gen.tune.trial import Trial
@@ -33,26 +35,26 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html.j2")
 
 
-def tuning_page(spec: str, environment: Environment, results: Sequence[Tuned]) -> str:
+def tuning_page(planned: Plan, environment: Environment, results: Sequence[Tuned]) -> str:
     """Return the page of a command's searches; it needs nothing but itself to be read."""
     facts = [("GPU", f"{environment.device} ({environment.arch}, {environment.sm_count} SMs)")]
     facts += [(name, getattr(environment, name) or "unknown") for name in ("driver", "torch", "triton", "ptxas")]
-    return _template().render(
-        spec=spec, facts=facts, searches=[_search(tuned, environment) for tuned in results], width=WIDTH, height=HEIGHT
-    )
+    names = planned.names
+    searches = [_search(tuned, environment, names[tuned.goal.subject.variant]) for tuned in results]
+    spec = planned.origin.spec_file
+    return _template().render(spec=spec, facts=facts, searches=searches, width=WIDTH, height=HEIGHT)
 
 
-def _search(tuned: Tuned, environment: Environment) -> dict[str, Any]:
+def _search(tuned: Tuned, environment: Environment, name: str) -> dict[str, Any]:
     outcome, subject = tuned.outcome, tuned.goal.subject
     return {
-        "title": f"{tuned.goal.layer}, batch {subject.batch}, {subject.seq} steps, {subject.objective}",
-        "variant": subject.variant.key,
+        "title": f"{name}, batch {subject.batch}, {subject.seq} steps, {subject.objective}",
         "cost": f"{len(outcome.trials)} of {outcome.points} points in {outcome.seconds:.0f} s: "
         f"{outcome.gpu_seconds:.0f} s of the GPU, {outcome.compile_seconds:.0f} s of compilers",
         "finalists": _finalists(tuned),
         "history": _history(tuned),
         "knobs": _bars(importances(outcome.trials)),
-        "failures": _failures(outcome.trials),
+        "failures": _failures(outcome.trials, outcome.default),
         "floors": _floors(tuned, environment),
     }
 
@@ -72,7 +74,8 @@ def _finalists(tuned: Tuned) -> list[dict[str, Any]]:
         ]
         rows.append(
             {
-                "schedule": schedule.slug,
+                "schedule": full_words(schedule, outcome.default),
+                "slug": schedule.slug,
                 "ms": f"{estimate.median_ms:.3f}",
                 "interval": f"{estimate.low_ms:.3f} to {estimate.high_ms:.3f}",
                 "speed": f"{base / estimate.median_ms:.2f}",
@@ -111,13 +114,14 @@ def _history(tuned: Tuned) -> dict[str, Any] | None:
     for index, trial in enumerate(trials):
         ms = trial.median_ms
         best = min(best, ms or best)
+        words = full_words(trial.schedule, tuned.outcome.default)
         what = f"{ms:.3f} ms" if ms else str(trial.failure.reason) if trial.failure else "none"
         points.append(
             {
                 "x": scale.x(index),
                 "y": scale.y(ms) if ms else HEIGHT - MARGIN + 12,
                 "kind": "passed" if ms else "failed",
-                "text": f"{index + 1}: {trial.schedule.slug} ({trial.origin}), {what}",
+                "text": f"{index + 1}: {words} ({trial.origin}), {what}",
             }
         )
         if best < float("inf"):
@@ -141,7 +145,7 @@ def _bars(values: dict[str, float]) -> list[dict[str, Any]]:
     return [{"name": name, "part": f"{value:.0%}", "width": round(300 * value / most)} for name, value in ordered]
 
 
-def _failures(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+def _failures(trials: Sequence[Trial], default: Schedule) -> list[dict[str, Any]]:
     """Return every kind of failure with its count and its commonest messages."""
     kinds: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -150,7 +154,7 @@ def _failures(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     found = []
     for kind, failed in sorted(kinds.items(), key=lambda item: -len(item[1])):
         messages = Counter(trial.failure.message for trial in failed if trial.failure).most_common(3)
-        example = failed[0].schedule.slug
+        example = full_words(failed[0].schedule, default)
         found.append({"kind": kind, "count": len(failed), "messages": [m for m, _ in messages], "example": example})
     return found
 

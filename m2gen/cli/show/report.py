@@ -1,17 +1,27 @@
-"""Tables, progress, JSON and JUnit for people and for continuous integration."""
+"""Progress, JSON and JUnit for people and for continuous integration."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
-from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Display:
+    """How a command shows what it found."""
+
+    as_json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+    debug: bool = False
 
 
 class TerminalProgress:
@@ -43,25 +53,6 @@ class TerminalProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print rows under columns: drawn on a terminal, aligned plain text elsewhere; numbers to the right."""
-    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    console = Console()
-    if not console.is_terminal:
-        widths = [max(len(row[i]) for row in [list(columns), *cells]) for i in range(len(columns))]
-        print(title)
-        for row in [list(columns), *cells]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        return
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        numeric = all(row[i][:1].isdigit() for row in cells if row[i]) and bool(cells)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
 
 
 def print_json(value: Any) -> None:

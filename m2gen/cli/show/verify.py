@@ -9,15 +9,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from m2gen.cli.show.report import junit, print_json, print_table
+from m2gen.cli.show.report import junit, print_json
+from m2gen.cli.show.table import Table, print_tables
 from m2gen.errors import EmitError
 from m2gen.pipeline import VerifyOutcome, failed, failure_lines, reproduce
 
 if TYPE_CHECKING:
     from m2gen.verify import CaseReport, TensorResult
 
-FEATURE_COLUMNS = ("feature", "cases", "tensors", "worst of budget", "where", "seconds", "result")
-TENSOR_COLUMNS = ("dtype", "tensor", "error", "budget", "of budget", "result", "case", "variant")
+FEATURE_COLUMNS = ("feature", "cases", "seconds", "result", "nearest to its budget")
+TENSOR_COLUMNS = ("tensor", "error", "budget", "of budget", "case", "layer")
 
 
 def show_verify(outcome: VerifyOutcome, *, as_json: bool, quiet: bool, verbose: bool) -> int:
@@ -27,14 +28,24 @@ def show_verify(outcome: VerifyOutcome, *, as_json: bool, quiet: bool, verbose: 
         print_json(_document(outcome))
         return status
     if not quiet:
-        features = dict.fromkeys(report.feature for report in outcome.reports)
-        each = [[r for r in outcome.reports if r.feature == feature] for feature in features]
-        print_table(f"Verified on: {outcome.backend}", FEATURE_COLUMNS, map(_feature_row, each))
-        print_table("Errors", TENSOR_COLUMNS, _tensor_rows(outcome.reports, every=verbose))
+        print_tables(verify_tables(outcome, verbose=verbose))
+        print()
     for line in failure_lines(outcome):
         print(f"m2gen: {line}", file=sys.stderr)
     print(_total(outcome))
     return status
+
+
+def verify_tables(outcome: VerifyOutcome, *, verbose: bool) -> list[Table]:
+    """Return the table of features and that of errors."""
+    reports = outcome.reports
+    features = dict.fromkeys(report.feature for report in reports)
+    each = [_feature_row([r for r in reports if r.feature == feature]) for feature in features]
+    columns = (*TENSOR_COLUMNS, "variant", "slug") if verbose else TENSOR_COLUMNS
+    return [
+        Table(f"Verified on: {outcome.backend}", FEATURE_COLUMNS, each),
+        Table("Errors", columns, _tensor_rows(reports, verbose=verbose)),
+    ]
 
 
 def _total(outcome: VerifyOutcome) -> str:
@@ -50,27 +61,32 @@ def _feature_row(reports: Sequence[CaseReport]) -> tuple[Any, ...]:
     bad = sum(not report.passed for report in reports)
     judged = [(result.part, report, result) for report in reports for result in report.results if not result.over]
     part, report, result = max(judged, key=lambda found: _badness(found[0]), default=(0.0, reports[0], None))
-    where = f"{result.tensor} of {report.case}, {report.variant}" if result and part else ""
+    near = f"{part:.0%}: {result.tensor} of {report.case}, {_layer(report)}" if result and part else ""
     seconds = f"{sum(report.seconds for report in reports):.1f}"
     verdict = f"{bad} FAILED" if bad else "ok"
-    tensors = sum(len(report.results) for report in reports)
-    worst = f"{part:.0%}" if part else "same bits" if judged else ""
-    return (str(reports[0].feature), len(reports), tensors, worst, where, seconds, verdict)
+    return (str(reports[0].feature), len(reports), seconds, verdict, near or ("same bits" if judged else ""))
+
+
+def _layer(report: CaseReport) -> str:
+    """Return the variant's name, and what its products are rounded to, which layers do not say."""
+    return report.name if report.dtype in report.name.split() else f"{report.name} ({report.dtype})"
 
 
 def _badness(part: float) -> float:
     return math.inf if math.isnan(part) else part
 
 
-def _tensor_rows(reports: Sequence[CaseReport], *, every: bool) -> list[tuple[str, ...]]:
-    """Return a row a dtype and tensor: every case's, or only the one that is nearest to its budget, bits aside."""
+def _tensor_rows(reports: Sequence[CaseReport], *, verbose: bool) -> list[tuple[str, ...]]:
+    """Return a row a dtype and tensor, the one nearest to its budget, bits aside; with ``verbose`` every case's."""
     worst: dict[tuple[str, ...], tuple[float, tuple[str, ...]]] = {}
     for report in reports:
         for result in report.results:
-            if not every and not result.budget and result.passed:
+            if not verbose and not result.budget and result.passed:
                 continue
             row = _tensor_row(report, result)
-            key = (*row[:2], report.case, report.variant) if every else row[:2]
+            key: tuple[str, ...] = (report.dtype, result.tensor)
+            if verbose:
+                row, key = (*row, report.variant, report.schedule), (*key, report.case, report.variant, report.schedule)
             part = _badness(result.part)
             if key not in worst or part > worst[key][0]:
                 worst[key] = (part, row)
@@ -78,9 +94,9 @@ def _tensor_rows(reports: Sequence[CaseReport], *, every: bool) -> list[tuple[st
 
 
 def _tensor_row(report: CaseReport, r: TensorResult) -> tuple[str, ...]:
-    verdict = ("ok" if r.passed else "NOT OVER") if r.over else ("ok" if r.passed else "OVER")
-    numbers = (f"{r.error:.2e}", f"{r.budget:.2e}", f"{r.part:.0%}")
-    return (report.dtype, r.tensor, *numbers, verdict, report.case, report.variant)
+    """Return a tensor's line; a control must be over its budget, everything else within."""
+    verdict = (" control" if r.passed else " NOT OVER") if r.over else ("" if r.passed else " OVER")
+    return (r.tensor, f"{r.error:.2e}", f"{r.budget:.2e}", f"{r.part:.0%}{verdict}", report.case, _layer(report))
 
 
 def _document(outcome: VerifyOutcome) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""``m2gen build`` and ``m2gen check``: their options, and what they ask for."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from m2gen.cli.options import (
+    DbOption,
+    DebugOption,
+    JsonOption,
+    NoDbOption,
+    OptionalSpecOption,
+    OutOption,
+    QuietOption,
+    SpecOption,
+    TargetOption,
+    VerboseOption,
+    examples,
+    planned,
+    records_of,
+    reporting,
+    terminal_progress,
+)
+from m2gen.errors import UsageError
+from m2gen.package.directory import Format
+
+BUILD_EXAMPLES = examples(
+    "m2gen build --spec h100.yaml", "m2gen build --spec h100.yaml --format wheel", "m2gen build --check"
+)
+CHECK_EXAMPLES = examples("m2gen check --spec h100.yaml", "m2gen check --spec tiny.yaml --target sm_80,gfx942")
+
+
+def build(
+    spec: OptionalSpecOption = None,
+    out: OutOption = None,
+    form: Annotated[
+        Format,
+        typer.Option("--format", help="A package to import, a wheel to install, or a repository of the kernels Hub."),
+    ] = Format.PACKAGE,
+    wheel: Annotated[bool, typer.Option("--wheel", help="The same as --format wheel.")] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Write nothing; exit 1 with a diff if a package is stale: that of --spec, or any in --out without it.",
+        ),
+    ] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Write the package without verifying it.")] = False,
+    db: DbOption = None,
+    no_db: NoDbOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Turn a spec into a verified package of kernels, a wheel, or a repository of the kernels Hub."""
+    from m2gen import pipeline
+    from m2gen.cli.show.build import show_build, show_difference
+
+    with reporting(debug):
+        records = records_of(db, no_db)
+        if wheel and form is Format.HF_KERNEL:
+            raise UsageError("build must be given --wheel or --format hf-kernel, not both")
+        form = Format.WHEEL if wheel else form
+        if check and form is not Format.PACKAGE:
+            raise UsageError("build --check compares packages, and takes neither --wheel nor --format")
+        out = form.folder if out is None else out
+        if check:
+            names = [spec] if spec else pipeline.committed_specs(out)
+            plans = [planned(name, records=records) for name in names]
+            stale = [show_difference(p, pipeline.difference(p, out), as_json=json, quiet=quiet) for p in plans]
+            raise typer.Exit(max(stale))
+        if spec is None:
+            raise UsageError("build must be given --spec, or --check alone for every package in --out")
+        plan = planned(spec, records=records)
+        outcome = pipeline.build(plan, out, terminal_progress(quiet), verified=not no_verify, form=form)
+        show_build(plan, outcome, as_json=json, quiet=quiet, verbose=verbose)
+
+
+def check(
+    spec: SpecOption,
+    target: TargetOption = None,
+    db: DbOption = None,
+    no_db: NoDbOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Cross-compile every kernel for every target, with no GPU, and show what it takes."""
+    from m2gen import pipeline
+    from m2gen.cli.show.build import show_check
+
+    with reporting(debug):
+        rows = pipeline.check(planned(spec, target, records=records_of(db, no_db)), terminal_progress(quiet))
+        raise typer.Exit(show_check(rows, as_json=json, quiet=quiet, verbose=verbose))

@@ -1,0 +1,94 @@
+"""How tables name what they are about: variants by layers and dtype, buckets, where a schedule comes from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from m2gen.bucket import BUCKETS, Bucket
+from m2gen.db import Record, Tier
+from m2gen.errors import SpecError
+from m2gen.pipeline import open_spec, shipped_specs, state
+from m2gen.pipeline.verify import MATRIX
+from m2gen.variant import BuiltVariant, expand, layer_names, parse_variant
+
+
+def known_names(keys: Iterable[str], spec: str | None = None) -> dict[str, str]:
+    """Return the names of variants, by their keys: by the layers of ``spec``, of specs at hand, or of shipped ones.
+
+    A variant that none of them has is named by its dims.
+    """
+    layers = _layers_of([*([spec] if spec else []), *_specs()])
+    asked = {key: parse_variant(key) for key in dict.fromkeys(keys)}
+    built = [BuiltVariant(variant, layers.get(key, ())) for key, variant in asked.items()]
+    return {variant.key: name for variant, name in layer_names(built).items()}
+
+
+def variants_of(spec: str) -> tuple[str, ...]:
+    """Return the keys of a spec's variants; raises SpecError."""
+    return tuple(built.variant.key for built in expand(open_spec(spec)[0]))
+
+
+def _specs() -> list[str]:
+    """Return the paths of specs; those of the full verification, whose layers are named after features, come last."""
+    paths = [path for folder in (Path("specs"), shipped_specs()) for path in sorted(folder.glob("*.yaml"))]
+    return [str(path) for path in sorted(paths, key=lambda path: path.name in MATRIX)]
+
+
+def _layers_of(specs: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return by a variant's key the layers of the first spec that has it; specs that cannot be read have none."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name in specs:
+        try:
+            built = expand(open_spec(name)[0])
+        except SpecError:
+            continue
+        for each in built:
+            found.setdefault(each.variant.key, each.layers)
+    return found
+
+
+def calls(buckets: Iterable[Bucket]) -> str:
+    """Say which calls a schedule serves, by how many programs they are for each SM."""
+    served = set(buckets)
+    others = [bucket for bucket in BUCKETS if bucket not in served]
+    few = [bucket for bucket in BUCKETS if bucket in served] if len(others) > 2 else others
+    listed = " ".join(bucket.replace("<=", "≤") for bucket in few)
+    return listed if few is not others else f"all but {listed}" if others else "all"
+
+
+def implementation_names(names: Iterable[str]) -> dict[str, str]:
+    """Return short names of what is timed: of an adapter ``module:function`` the function, if no other has its name."""
+    whole = dict.fromkeys(names)
+    counts = Counter(name.rpartition(":")[2] for name in whole)
+    return {name: short if counts[short := name.rpartition(":")[2]] == 1 else name for name in whole}
+
+
+def closest(source: str) -> str:
+    """Return a kernel's source with each record once, by the closest of the tiers at which it serves."""
+    tiers: dict[str, str] = {}
+    for part in source.split(", "):
+        tier, _, record = part.partition(" ")
+        tiers[record] = min(tier, tiers.get(record, tier), key=[*Tier].index)
+    return ", ".join(f"{tier} {record}".strip() for record, tier in tiers.items())
+
+
+def record_notes(records: Iterable[Record | None]) -> list[str]:
+    """Say, a line each, what GPUs records are of, and what else is to be said of them."""
+    return _notes(records, lambda record: ", ".join(filter(None, (f"of {record.environment.device}", state(record)))))
+
+
+def state_notes(records: Iterable[Record]) -> list[str]:
+    """Say, a line each, which records are stale or flagged, and why."""
+    return _notes(records, state)
+
+
+def _notes(records: Iterable[Record | None], say: Callable[[Record], str]) -> list[str]:
+    """Say the same of several records once; without their ids, where it is of all."""
+    about: dict[str, list[str]] = {}
+    for record in dict.fromkeys(record for record in records if record is not None):
+        about.setdefault(say(record), []).append(record.id)
+    if len(about) == 1:
+        return [f"Records {text}" for text in about if text]
+    return [f"{', '.join(ids)}: {text}" for text, ids in about.items() if text]

@@ -1,0 +1,80 @@
+"""What ``m2gen tune`` shows of a search that is under way."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from m2gen.cli.show.report import Display
+from m2gen.schedule import Schedule
+from m2gen.schedule.words import full_words
+from m2gen.tune.log import Standing
+from m2gen.tune.trial import Trial
+
+DEFAULT = "default"
+"""Origin of the trial that others are compared with."""
+
+
+class TerminalWatcher:
+    """A bar with the best so far on a terminal; a plain line a trial elsewhere; nothing when quiet."""
+
+    def __init__(self, display: Display) -> None:
+        self._display, self._quiet = display, display.quiet or display.as_json
+        self._console = Console(stderr=True)
+        self._default: Schedule | None = None
+        self._bar: Bar | None = None
+        if self._console.is_terminal and not self._quiet:
+            self._bar = bar(self._console)
+            self._bar.add_task("", total=None, stage="")
+            self._bar.start()
+
+    def stage(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], stage=text, description="")
+        elif not self._quiet:
+            print(f"tune {text}", file=sys.stderr, flush=True)
+
+    def trial(self, trial: Trial, standing: Standing) -> None:
+        if trial.origin == DEFAULT:
+            self._default = trial.schedule
+        if self._bar is not None:
+            text = standing_text(standing)
+            self._bar.update(self._bar.task_ids[0], description=text, completed=standing.done, total=standing.most)
+        elif not self._quiet:
+            found = f"{trial.failure.reason}: {trial.failure.message}" if trial.failure else f"{trial.median_ms:.3f} ms"
+            words = full_words(trial.schedule, self._default)
+            words += f" {trial.schedule.slug}" if self._display.verbose else ""
+            where = f"tune {standing.done}/{standing.most}"
+            line = f"{where} {words} ({trial.origin}) {found}; {standing_text(standing)}"
+            print(line, file=sys.stderr, flush=True)
+
+    def details(self, text: str) -> None:
+        if self._display.debug and text:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def bar(console: Console) -> Bar:
+    """Return the live line of a search: how far it is, and what it has found."""
+    columns = (TextColumn("{task.fields[stage]}", markup=False), BarColumn(6), MofNCompleteColumn())
+    return Bar(*columns, TextColumn("{task.description}", markup=False), console=console)
+
+
+def standing_text(standing: Standing) -> str:
+    """Say the best so far, its speed-up over the default, what failed and the time left, in one line."""
+    parts = []
+    if standing.best is not None and standing.best.median_ms is not None:
+        speed = f" ({standing.default_ms / standing.best.median_ms:.2f}x)" if standing.default_ms else ""
+        parts.append(f"best {standing.best.median_ms:.3f} ms{speed}")
+    failed = sum(standing.failures.values())
+    parts += [f"{failed} failed"] if failed else []
+    left = time.strftime("%M:%S", time.gmtime(standing.seconds_left))
+    return ", ".join([*parts, f"{left} left"])

@@ -1,0 +1,71 @@
+"""``m2gen verify``: its options, and what they ask for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from m2gen.cli.complete import complete_variant
+from m2gen.cli.options import (
+    OUTPUT,
+    DbOption,
+    DebugOption,
+    JsonOption,
+    NoDbOption,
+    OptionalSpecOption,
+    QuietOption,
+    VerboseOption,
+    examples,
+    planned,
+    records_of,
+    reporting,
+    terminal_progress,
+)
+from m2gen.errors import UsageError
+
+EXAMPLES = examples(
+    "m2gen verify --spec h100.yaml", "m2gen verify --spec tiny.yaml --quick --junit report.xml", "m2gen verify --full"
+)
+
+
+def verify(
+    spec: OptionalSpecOption = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Every case of the shipped matrix, without --spec; needs a GPU.")
+    ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The first case of every variant, and one of every feature.")
+    ] = False,
+    variant: Annotated[
+        str | None, typer.Option("--variant", help="Only this variant, by its key.", autocompletion=complete_variant)
+    ] = None,
+    case: Annotated[str | None, typer.Option("--case", help="Only this case.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the random inputs.")] = 0,
+    db: DbOption = None,
+    no_db: NoDbOption = False,
+    json: JsonOption = False,
+    junit: Annotated[
+        Path | None, typer.Option("--junit", help="Also write JUnit XML to this file.", rich_help_panel=OUTPUT)
+    ] = None,
+    quiet: QuietOption = False,
+    verbose: VerboseOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compare every output and gradient with a float64 reference: on the GPU, else in Triton's interpreter."""
+    from m2gen import pipeline
+    from m2gen.cli.show.verify import show_verify, write_junit
+
+    with reporting(debug):
+        if full == (spec is not None) or (full and quick):
+            raise UsageError("verify must be given --spec, with or without --quick, or --full alone")
+        request = pipeline.VerifyRequest(variant, case, seed, quick)
+        progress = terminal_progress(quiet)
+        if spec:
+            outcome = pipeline.verify(planned(spec, records=records_of(db, no_db)), request, progress)
+        else:
+            outcome = pipeline.verify_full(request, progress)
+        if junit is not None:
+            write_junit(junit, f"m2gen verify {spec or '--full'}", outcome)
+        raise typer.Exit(show_verify(outcome, as_json=json, quiet=quiet, verbose=verbose))

@@ -1,0 +1,261 @@
+"""The picture of a run: the committed numbers, to the last digit, and the committed file, to the last byte."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+from command_line import document, fails, run
+from support import ROOT
+
+from m2gen.bench.document import Document, load
+from m2gen.bench.kinds import Axis, Kind
+from m2gen.cli.show import plot, speed, sweep
+from m2gen.cli.show.figure import THEMES, Style
+from m2gen.errors import UsageError
+
+NUMBERS = ROOT / "docs" / "data" / "speed_h200.json"
+PICTURES = {
+    Style.LIGHT: ROOT / "docs" / "images" / "speed.svg",
+    Style.DARK: ROOT / "docs" / "images" / "speed-dark.svg",
+}
+PEER = "tools.published_kernel:published"
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Callable[[Callable[[list[Any]], list[Any]]], Path]:
+    """Return what writes the committed run with other rows."""
+
+    def write(change: Callable[[list[Any]], list[Any]]) -> Path:
+        content = json.loads(NUMBERS.read_text(encoding="utf-8"))
+        content["rows"] = change(content["rows"])
+        (tmp_path / "run.json").write_text(json.dumps(content), encoding="utf-8")
+        return tmp_path / "run.json"
+
+    return write
+
+
+def medians() -> dict[tuple[str, str, int], dict[str, list[float]]]:
+    """Return the times of the committed file by workload and contender, read without m2gen's reader."""
+    found: dict[tuple[str, str, int], dict[str, list[float]]] = {}
+    for row in json.loads(NUMBERS.read_text(encoding="utf-8"))["rows"]:
+        where = (row["layer"], f"{row['batch']} × {row['seq']} tokens", row["seq"])
+        times = [row["forward"]["median_ms"], row["step"]["median_ms"]]
+        found.setdefault(where, {})[row["contender"]] = times
+    return {where: both for where, both in found.items() if {"tuned", PEER} <= set(both)}
+
+
+def drawn(groups: list[speed.Group]) -> Any:
+    """Return the figure of groups."""
+    return speed.speed_figure(groups, "a title", THEMES[Style.LIGHT])
+
+
+def test_the_bars_are_the_committed_numbers() -> None:
+    """Each bar is as long as the median that it stands for, with its time and m2gen's factor behind it."""
+    figure = drawn(speed.speed_groups(load(NUMBERS)))
+    expected = medians()
+    assert len(expected) == 4
+    for call, axes in enumerate(figure.axes):
+        bars = {container.get_label(): [bar.get_width() for bar in container] for container in axes.containers}
+        assert bars == {
+            "m2gen, tuned": [both["tuned"][call] for both in expected.values()],
+            "published kernel": [both[PEER][call] for both in expected.values()],
+        }
+        texts = [text.get_text() for text in axes.texts]
+        factors = [f"{both[PEER][call] / both['tuned'][call]:.1f}× as fast" for both in expected.values()]
+        assert [text for text in texts if "fast" in text] == factors
+        times = {f"{ms[call]:#.3g} ms" for both in expected.values() for ms in both.values()}
+        assert {text for text in texts if "ms" in text} == times
+        assert axes.get_xlim()[0] == 0
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels == [f"{layer} bf16\n{size}" for layer, size, _ in expected]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["Forward", "Forward and backward"]
+
+
+@pytest.mark.parametrize("style", Style)
+def test_the_committed_picture_is_what_the_command_makes(style: Style, tmp_path: Path) -> None:
+    """The README shows what the committed numbers give, by the command that its page names."""
+    committed = PICTURES[style].read_bytes()
+    made_by = re.search(rb"Matplotlib v([\d.]+)", committed)
+    assert made_by is not None
+    if made_by[1].decode() != matplotlib.__version__:
+        pytest.skip(f"drawn by matplotlib {made_by[1].decode()}, whose glyphs and numbers another version writes anew")
+    path = tmp_path / "speed.svg"
+    result = run("bench", "--from", str(NUMBERS), "--plot", str(path), "--style", style)
+    assert result.exit_code == 0, result.output
+    assert path.read_bytes() == committed
+    assert b"<dc:date>" not in committed
+
+
+def test_what_cannot_be_compared_is_named() -> None:
+    """A workload that only one side has a time of is not drawn, and it is said that it is not."""
+    result = run("bench", "--from", str(NUMBERS))
+    assert result.stderr == ""
+    result = run("bench", "--from", str(NUMBERS), "--plot", "speed.png", "--layer", "square_16")
+    assert result.exit_code == 2
+    assert "m2gen: --plot must have times of m2gen's kernels beside those of another" in result.stderr
+    assert not Path("speed.png").exists()
+
+
+def test_text_stays_within_the_picture() -> None:
+    """At the size that it is read at, no text leaves the page, and none is on another."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    title = speed.speed_title(load(NUMBERS), groups := speed.speed_groups(load(NUMBERS)))
+    figure = speed.speed_figure(groups, title, THEMES[Style.LIGHT])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    page = figure.bbox
+    texts = [*figure.texts, *figure.legends[0].get_texts()]
+    texts += [text for axes in figure.axes for text in (*axes.texts, *axes.get_yticklabels(), axes.xaxis.label)]
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    assert len(boxes) > 20
+    for place, box in enumerate(boxes):
+        assert page.x0 <= box.x0 <= box.x1 <= page.x1, texts[place].get_text()
+        assert page.y0 <= box.y0 <= box.y1 <= page.y1, texts[place].get_text()
+        for other in boxes[:place]:
+            assert not box.overlaps(other), texts[place].get_text()
+
+
+def test_default_kernels_where_they_are_what_is_tuned(edited: Any) -> None:
+    """A package that is the default's is not timed twice: its times are those of m2gen."""
+    path = edited(lambda rows: [{**row, "contender": row["contender"].replace("tuned", "default")} for row in rows])
+    groups = speed.speed_groups(load(path))
+    assert [group.ms["m2gen, tuned"] for group in groups] == [tuple(both["tuned"]) for both in medians().values()]
+
+
+def test_tuned_beside_default_without_a_peer(edited: Any) -> None:
+    """A run of m2gen's own kernels shows what tuning gains."""
+    path = edited(
+        lambda rows: [{**row, "contender": {"tuned": "tuned", PEER: "default"}[row["contender"]]} for row in rows]
+    )
+    groups = speed.speed_groups(load(path))
+    assert list(groups[0].ms) == ["m2gen, tuned", "m2gen, default schedule"]
+    assert len(groups) == 4
+
+
+def test_several_peers_are_bars_of_their_own(edited: Any) -> None:
+    """Loops of PyTorch, which are timed on fewer steps, and decoding are not among them."""
+
+    def change(rows: list[Any]) -> list[Any]:
+        peer = next(row for row in rows if row["contender"] == PEER)
+        others = [{**peer, "contender": name} for name in ("fla:scan", "eager", "compiled")]
+        return [*rows, *others, {**rows[0], "call": "decode", "seq": 1, "steps": 1, "step": None}]
+
+    first, *others = speed.speed_groups(load(edited(change)))
+    assert list(first.ms) == ["m2gen, tuned", "published kernel", "scan kernel"]
+    assert all(list(group.ms) == ["m2gen, tuned", "published kernel"] for group in others)
+    (axes, _) = drawn([first, *others]).axes
+    assert len(axes.containers) == 3
+    assert "other implementations" in speed.speed_title(load(NUMBERS), [first, *others])
+
+
+def test_failures_are_not_drawn(edited: Any) -> None:
+    """What failed its check has no bar, and so no factor."""
+
+    def change(rows: list[Any]) -> list[Any]:
+        broken = {"failure": "wrong: dq", "forward": None, "step": None}
+        return [{**row, **broken} if row["contender"] == "tuned" else row for row in rows]
+
+    with pytest.raises(UsageError, match="must have times of m2gen's kernels beside those of another implementation"):
+        speed.speed_groups(load(edited(change)))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "peers", "fits"),
+    [
+        (tuple(Kind), {}, True),
+        ((Kind.TUNED, Kind.PEER), {"published": "a:b"}, True),
+        ((Kind.TUNED, Kind.PEER), {}, False),
+        ((Kind.TUNED,), {"published": "a:b"}, False),
+        ((Kind.TUNED, Kind.DEFAULT), {}, True),
+    ],
+)
+def test_a_run_that_could_not_be_drawn_is_refused(kinds: tuple[Kind, ...], peers: dict[str, str], fits: bool) -> None:
+    """It is said before minutes are spent on timing."""
+    if fits:
+        speed.check_comparable(kinds, peers)
+    else:
+        with pytest.raises(UsageError, match="--plot must have times"):
+            speed.check_comparable(kinds, peers)
+
+
+def test_an_earlier_run_is_shown_as_it_was() -> None:
+    """``--from`` prints the tables and the document of the run, of all layers or of some."""
+    found = document("bench", "--from", str(NUMBERS))
+    assert found == json.loads(NUMBERS.read_text(encoding="utf-8"))
+    rows = document("bench", "--from", str(NUMBERS), "--layer", "square")["rows"]
+    assert [row["layer"] for row in rows] == ["square", "square"]
+    text = run("bench", "--from", str(NUMBERS)).stdout
+    assert "m2rnn_410m bf16, B8 S4096" in text
+    assert "tuned    mma, 64/32 rows, 2/1 warps, 7 segments  exact aefec8710683" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "bench must be given either --spec, to time its workloads, or --from, to show an earlier run"),
+        (("--from", str(NUMBERS), "--spec", "h200.yaml"), "bench must be given either --spec"),
+        (("--from", str(NUMBERS), "--sweep", "seq", "--only", "tuned"), "--from must be given without --sweep, --only"),
+        (("--from", str(NUMBERS), "--layer", "none"), "--layer must be among m2rnn_7b, m2rnn_410m, square"),
+        (("--from", "absent.json"), "absent.json must be readable"),
+        (("--from", str(NUMBERS), "--plot", "a.pdf"), "--plot must end in .png or .svg, got 'a.pdf'"),
+        (("--from", str(ROOT / "pyproject.toml")), "$ must be what `m2gen bench --json` prints"),
+    ],
+)
+def test_what_cannot_be_shown(options: tuple[str, ...], message: str) -> None:
+    """One line, status 2."""
+    assert message in fails(2, "bench", *options)
+
+
+def sweeps() -> sweep.SweepDocument:
+    """Return a sweep whose times are those of the committed run."""
+    book = load(NUMBERS)
+    rows = [row for row in book.rows if row.layer == "m2rnn_7b" and row.seq == 4096]
+    points = tuple(sweep.Point(x, True, tuple(rows)) for x in (128, 256, 512))
+    return sweep.SweepDocument(book.environment, (sweep.Sweep(Axis.SEQ, "m2rnn_7b", points),))
+
+
+def test_sweeps_of_an_earlier_run(tmp_path: Path) -> None:
+    """Their document reads back, and is shown and drawn without a GPU."""
+    before = sweep.sweeps_document(sweeps())
+    path, picture = tmp_path / "sweeps.json", tmp_path / "cost.svg"
+    path.write_text(json.dumps(before), encoding="utf-8")
+    assert document("bench", "--from", str(path)) == json.loads(json.dumps(before))
+    result = run("bench", "--from", str(path), "--plot", str(picture), "--style", "dark")
+    assert "m2rnn_7b over seq: both, ms" in result.stdout
+    assert picture.read_bytes().startswith(b"<?xml")
+    before["sweeps"][0]["points"][0]["x"] = "far"
+    path.write_text(json.dumps(before), encoding="utf-8")
+    assert "sweeps.json: $.sweeps[0].points[0].x must" in fails(2, "bench", "--from", str(path))
+
+
+def test_curves_are_the_times() -> None:
+    """Each curve goes through the medians of its implementation, at each place of the axis."""
+    (axes,) = plot.sweeps_figure(sweeps().sweeps, "NVIDIA H200", THEMES[Style.LIGHT]).axes
+    found = {container.get_label(): list(container.lines[0].get_ydata()) for container in axes.containers}
+    both = next(both for (layer, _, seq), both in medians().items() if (layer, seq) == ("m2rnn_7b", 4096))
+    assert found["tuned, forward"] == [both["tuned"][0]] * 3
+    assert found["published, forward+backward"] == [both[PEER][1]] * 3
+
+
+def test_both_styles_can_be_told_apart_in_print() -> None:
+    """m2gen's bars differ from those beside them by their lightness, not by their hue alone."""
+
+    def lightness(color: str) -> float:
+        channels = (int(color[place : place + 2], 16) / 255 for place in (1, 3, 5))
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return sum(part * weight for part, weight in zip(linear, (0.2126, 0.7152, 0.0722), strict=True))
+
+    for theme in THEMES.values():
+        light, dark = sorted((lightness(theme.data[0]), lightness(theme.beside[0])), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) > 1.9
+        for color in (theme.text, theme.muted, theme.data[0]):
+            ends = sorted((lightness(color), lightness(theme.page)), reverse=True)
+            assert (ends[0] + 0.05) / (ends[1] + 0.05) > 4.5, "text can be read"
+    assert isinstance(load(NUMBERS), Document)
