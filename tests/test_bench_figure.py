@@ -217,7 +217,7 @@ def sweeps() -> sweep.SweepDocument:
     """Return a sweep whose times are those of the committed run."""
     book = load(NUMBERS)
     rows = [row for row in book.rows if row.layer == "m2rnn_7b" and row.seq == 4096]
-    points = tuple(sweep.Point(x, True, tuple(rows)) for x in (128, 256, 512))
+    points = tuple(sweep.CurvePoint(x, True, tuple(rows)) for x in (128, 256, 512))
     return sweep.SweepDocument(book.environment, (sweep.Sweep(Axis.SEQ, "m2rnn_7b", points),))
 
 
