@@ -162,7 +162,8 @@ def test_sweeps() -> None:
     """Five implementations along an axis."""
     row = next(row for row in RUN.rows if row.schedule)
     names = ("default", "auto", "tuned", "published", "another_kernel")
-    points = tuple(sweep.CurvePoint(x, True, tuple(replace(row, contender=n, seq=x) for n in names)) for x in (1, 2, 16384))
+    rows = {x: tuple(replace(row, contender=n, seq=x) for n in names) for x in (1, 2, 16384)}
+    points = tuple(sweep.CurvePoint(x, True, found) for x, found in rows.items())
     check(sweep.sweep_tables(sweep.Sweep(sweep.Axis.SEQ, "m2rnn_410m", points)))
 
 

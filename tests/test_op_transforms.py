@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from calls import Spy, assert_same, operators_of
-from layer import Mixer
+from layer import Mixer, make_layer, tokens
 from support import OPERANDS, make_variant
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -380,3 +380,36 @@ def test_states_of_any_strides_for_the_registered_operators(package, operands) -
             for at in (ends, {**ends, name: x.transpose(2, 3).contiguous().transpose(2, 3)})
         ]  # fmt: skip
         same(*results)
+
+
+def test_the_generated_layer(package, device) -> None:
+    """``grad`` of a functional call is autograd's, and forward mode raises there, too."""
+    layer, x = make_layer(package).to(device), tokens(device, 1, 3)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    given = torch.func.grad(loss)(parameters, x)
+    layer(x).square().sum().backward()
+    expected = {name: p.grad for name, p in layer.named_parameters()}
+    torch.testing.assert_close(given, expected)  # torch sums some of its own products in another order
+    with pytest.raises(NotImplementedError, match=REFUSED):
+        torch.func.jvp(layer, (x,), (x,))
+    with pytest.raises(NotImplementedError, match=REFUSED):
+        torch.func.jvp(lambda p: loss(p, x), (parameters,), (parameters,))
+
+
+def test_a_backward_that_is_compiled(package, operands) -> None:
+    """Compiled autograd takes the recorded call for what it is."""
+    loss = loss_of(package)
+    expected = backwards(loss, operands)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        same(backwards_of_leaves(loss, operands), expected)
+
+
+def backwards_of_leaves(loss: Callable[..., Tensor], operands: Operands) -> Operands:
+    """Return the gradients that ``backward`` leaves at the operands."""
+    leaves = [x.detach().clone().requires_grad_() for x in operands]
+    loss(*leaves).backward()
+    return tuple(x.grad for x in leaves if x.grad is not None)
