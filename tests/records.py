@@ -20,6 +20,7 @@ from m2gen.db import (
     TensorError,
     Timing,
 )
+from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import kernel_hash
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective
@@ -39,7 +40,7 @@ def environment(device: str = H200, arch: str = "sm_90", triton: str = "3.6.0", 
 
 def provenance(variant: Variant, schedule: Schedule, seed: int = 0) -> Provenance:
     """Return a provenance whose kernels are those that are rendered now."""
-    return Provenance(kernel_hash(variant, schedule), "0" * 12, "0.1.0", seed, 40, "host:0", "study")
+    return Provenance(kernel_hash(Lowering(variant, schedule)), "0" * 12, "0.1.0", seed, 40, "host:0", "study")
 
 
 def timing(high: float = 0.9, default: float = 1.0) -> Timing:

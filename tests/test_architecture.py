@@ -10,8 +10,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import jinja2
-import jinja2.nodes
 import pytest
 from support import ROOT
 
@@ -160,7 +158,7 @@ def test_only_the_entry_point_imports_the_command_line() -> None:
 
 
 PURE = {"bucket", "db", "errors", "schedule", "spec", "variant"}
-TEXTS = {"arguments", "demand", "layouts", "loads", "outputs", "reductions", "render"}
+TEXTS = {"arguments", "demand", "launch", "layouts", "loads", "lowering", "outputs", "reductions", "render"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -205,12 +203,3 @@ def test_help_imports_neither_torch_nor_triton(arguments: list[str]) -> None:
 def test_specs_and_devices_know_the_same_targets() -> None:
     """A target that a spec may list has limits, and the other way round."""
     assert set(KNOWN_TARGETS) == set(TARGETS)
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "templates").rglob("*.j2")), ids=lambda path: path.name)
-def test_no_conditional_is_within_another(path: Path) -> None:
-    """Python decides, so a template has one question to ask at a time."""
-    syntax = jinja2.Environment().parse(path.read_text(encoding="utf-8"))
-    for outer in syntax.find_all(jinja2.nodes.If):
-        parts = [*outer.body, *outer.else_]
-        assert not any(isinstance(part, jinja2.nodes.If) or part.find(jinja2.nodes.If) for part in parts)

@@ -13,8 +13,8 @@ from support import ROOT, make_variant
 
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.errors import CompileError
-from m2gen.kernels.arguments import Direction
 from m2gen.kernels.compile import Job, compiled, load_kernels
+from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, binary_of
 from m2gen.pipeline.check import compile_all
@@ -44,7 +44,7 @@ def explicit(variant: Variant, arch: str) -> Schedule:
 
 
 def source(variant: Variant, arch: str = "sm_90") -> str:
-    return render_kernel(variant, explicit(variant, arch), "")
+    return render_kernel(Lowering(variant, explicit(variant, arch)))
 
 
 @pytest.mark.parametrize("arch", ["gfx942", "portable"])
@@ -67,7 +67,7 @@ def test_they_compile() -> None:
     """With no GPU; where one warp holds a program, shared memory has the backward's scratch and no operands."""
     targets = {"published": ("sm_80", "sm_90"), "masked_softplus": ("sm_90",), "square": ("sm_90",)}
     jobs = [
-        Job(variant, explicit(variant, arch), direction, TARGETS[arch], source(variant, arch))
+        Job(Lowering(variant, explicit(variant, arch)), direction, TARGETS[arch])
         for name, variant in VARIANTS.items()
         for arch in targets[name]
         for direction in Direction
@@ -77,8 +77,9 @@ def test_they_compile() -> None:
         resources = found[job]
         assert isinstance(resources, Resources), resources
         assert not resources.limits(job.device, job.warps)
-        scratch = job.schedule.scratch_bytes(job.variant) if job.direction is Direction.BACKWARD else 0
-        assert resources.shared_bytes == scratch or job.variant is VARIANTS["square"]
+        k = job.lowering
+        scratch = k.schedule.scratch_bytes(k.variant) if job.direction is Direction.BACKWARD else 0
+        assert resources.shared_bytes == scratch or k.variant is VARIANTS["square"]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_warps_with_rows_of_their_own_compile(slug: str, spilled: int) -> None:
     """They sum y in shared memory, have all registers, and spill next to nothing (with Triton 3.6.0, nothing)."""
     variant, device = VARIANTS["published"], TARGETS["sm_90"]
     schedule = check(variant, parse(slug), device)
-    jobs = [Job(variant, schedule, direction, device, render_kernel(variant, schedule, "")) for direction in Direction]
+    jobs = [Job(Lowering(variant, schedule), direction, device) for direction in Direction]
     assert [job.options.get("maxnreg") for job in jobs] == [255, None, 255]
     found = compile_all(jobs, 2, lambda _: None)
     for job in jobs:
@@ -104,7 +105,7 @@ def test_warps_with_rows_of_their_own_compile(slug: str, spilled: int) -> None:
 def test_both_texts_have_the_same_recurrence() -> None:
     """One template: what the two differ in is where things lie and how they are summed, never the recurrence."""
     variant = VARIANTS["published"]
-    auto = render_kernel(variant, default(variant, TARGETS["sm_90"]).laid_out(Layouts.AUTO), "")
+    auto = render_kernel(Lowering(variant, default(variant, TARGETS["sm_90"]).laid_out(Layouts.AUTO)))
     explicit = source(variant)
     for statement in (
         "return tl.fma(u, z, f * h)",
@@ -128,14 +129,14 @@ def test_the_interpreter_imports_them(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert load_kernels(source(VARIANTS["published"])).INTERVAL.value == 16
     variant, slug = GROUPED["square"]
-    assert load_kernels(render_kernel(variant, parse(slug), "")).INTERVAL.value == 12
+    assert load_kernels(render_kernel(Lowering(variant, parse(slug)))).INTERVAL.value == 12
 
 
 def test_a_triton_whose_assembler_never_ends_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error says which versions do, before anything is compiled."""
     monkeypatch.setattr("triton.__version__", "3.9.0")
     variant = VARIANTS["published"]
-    job = Job(variant, explicit(variant, "sm_90"), Direction.FORWARD, TARGETS["sm_90"], source(variant))
+    job = Job(Lowering(variant, explicit(variant, "sm_90")), Direction.FORWARD, TARGETS["sm_90"])
     with pytest.raises(CompileError, match=r"explicit layouts must have Triton before 3\.9, got 3\.9\.0"):
         compiled(job)
 
@@ -163,7 +164,7 @@ def test_warpgroups_compile(variant: Variant, slug: str) -> None:
     device = TARGETS["sm_90"]
     schedule = check(variant, parse(slug), device)
     assert schedule.slug == slug
-    jobs = [Job(variant, schedule, direction, device, render_kernel(variant, schedule, "")) for direction in Direction]
+    jobs = [Job(Lowering(variant, schedule), direction, device) for direction in Direction]
     found = compile_all(jobs, 2, lambda _: None)
     for job in jobs:
         resources = found[job]

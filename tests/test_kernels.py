@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import DIMS, DTYPES, GATED_HEADS, HEADS, SCHEDULES, make_variant
 
-from m2gen.kernels.render import SHORT
+from m2gen.kernels.launch import SHORT
 from m2gen.problem import Gates, Problem
 from m2gen.variant import Variant
 from m2gen.verify import TENSORS, Case, CaseReport, Loss, run_case

@@ -12,7 +12,7 @@ import torch
 from calls import Spy
 
 from m2gen.device import PORTABLE, TARGETS
-from m2gen.kernels.render import SHORT
+from m2gen.kernels.launch import SHORT
 from m2gen.problem import Problem
 from m2gen.schedule import Layouts, problems
 from m2gen.spec import ClipMode, Fp32Products

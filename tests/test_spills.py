@@ -10,10 +10,11 @@ from support import make_variant
 from m2gen.db.choice import Choice
 from m2gen.device import TARGETS
 from m2gen.kernels.demand import demand_of
+from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.package.emit import Origin
 from m2gen.pipeline import check, open_spec, plan
 from m2gen.pipeline.plan import Plan
-from m2gen.schedule import BackwardSchedule, Layouts, Reduction, parse
+from m2gen.schedule import parse
 from m2gen.schedule.heuristic import default
 from m2gen.variant import BuiltVariant
 
@@ -67,9 +68,10 @@ def test_a_weight_of_128_columns_lies_in_shared_memory() -> None:
         assert row.resources.shared_bytes >= 128 * 128 * 2
         assert not row.problems
     assert forward.notes == ()
-    demand = demand_of(variant, schedule.backward)
+    demand = demand_of(Lowering(variant, schedule), Direction.BACKWARD)
     assert (demand.states, demand.weights) == (56, 128)  # 7 tiles of 16 x 128; two operands of bf16 and a float32 sum
-    grouped = demand_of(make_variant(64, 64), BackwardSchedule(64, 4, 1, Reduction.ATOMIC), layouts=Layouts.WARPGROUP)
+    square = make_variant(64, 64, (16, 16, 16, 16, 16), "bf16")
+    grouped = demand_of(Lowering(square, default(square, device)), Direction.BACKWARD)
     assert (grouped.states, grouped.weights) == (160, 32)  # 5 tiles of 64 x 64 and one sum of it, over 128 threads
     note = "spills: tiles of the state alone take 56 of 255 registers a thread, and state weights 128"
     assert backward.notes == (note,)

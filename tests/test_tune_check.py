@@ -14,6 +14,7 @@ from support import make_schedule, make_variant
 from m2gen.db import Reason
 from m2gen.device import TARGETS
 from m2gen.kernels.compile import load_kernels
+from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel
 from m2gen.measure import checks
 from m2gen.measure import gpu as measure
@@ -38,7 +39,7 @@ def candidate(
     variant: Variant, schedule: Schedule, objective: Objective = Objective.TRAIN, *changes: tuple[str, str]
 ) -> Candidate:
     """Return a loaded candidate, whose text was changed."""
-    text = render_kernel(variant, schedule, "")
+    text = render_kernel(Lowering(variant, schedule))
     for old, new in changes:
         assert old in text
         text = text.replace(old, new)
@@ -198,5 +199,5 @@ def test_whatever_is_raised_can_be_recorded() -> None:
 def test_a_candidate_is_loaded_from_the_file_that_was_compiled() -> None:
     """Its kernels' module is that of the rendered text, so Triton's cache knows it."""
     module = load(VARIANT, PARTIAL)
-    assert module is load_kernels(render_kernel(VARIANT, PARTIAL, ""))
+    assert module is load_kernels(render_kernel(Lowering(VARIANT, PARTIAL)))
     assert replace(PARTIAL, interval=8).slug not in (module.__doc__ or "")

@@ -14,6 +14,7 @@ from test_tune_loop import SPEC, Silent
 from m2gen.bucket import Bucket
 from m2gen.db import Database, Reason, Record, stale
 from m2gen.device import TARGETS
+from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import kernel_hash
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, tune
@@ -150,4 +151,4 @@ def test_a_search_begins_with_a_stale_record_and_replaces_it(tmp_path: Path, mon
     assert [trial.origin for trial in tuned.outcome.trials[:2]] == ["default", "record"]
     (record,) = tuned.records
     assert record.schedule == schedule
-    assert record.provenance.kernel == kernel_hash(variant, schedule)
+    assert record.provenance.kernel == kernel_hash(Lowering(variant, schedule))

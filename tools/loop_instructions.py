@@ -19,9 +19,8 @@ from tempfile import NamedTemporaryFile
 import triton.backends.nvidia
 
 from m2gen.device import TARGETS
-from m2gen.kernels.arguments import Direction
 from m2gen.kernels.compile import Job, compiled
-from m2gen.kernels.render import render_kernel
+from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.kernels.resources import resources_of
 from m2gen.schedule import check, parse
 from m2gen.schedule.heuristic import default
@@ -73,7 +72,7 @@ def main() -> None:
     named = default(variant, device) if given.schedule == "default" else parse(given.schedule)
     schedule = check(variant, named, device)
     for direction in Direction:
-        kernel = compiled(Job(variant, schedule, direction, device, render_kernel(variant, schedule, "")))
+        kernel = compiled(Job(Lowering(variant, schedule), direction, device))
         resources = resources_of(kernel, device)
         print(f"{direction}, {schedule.slug}: {resources.registers} registers, {resources.spill_bytes} bytes spilled")
         for opcodes in loops(disassembled(kernel.asm["cubin"])):

@@ -9,6 +9,7 @@ from functools import cache
 from m2gen.db.fields import POLICY
 from m2gen.db.record import Record
 from m2gen.device import limits
+from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import kernel_hash
 from m2gen.schedule import Schedule
 from m2gen.schedule.heuristic import default
@@ -25,7 +26,7 @@ def stale(record: Record) -> str:
     """Say why a record cannot be used by this m2gen on any GPU; empty where it can."""
     if record.key.policy != POLICY:
         return f"stale: passed numerics policy {record.key.policy}, which is {POLICY} now"
-    now = kernel_hash(parse_variant(record.key.variant), record.schedule)
+    now = kernel_hash(Lowering(parse_variant(record.key.variant), record.schedule))
     if record.provenance.kernel != now:
         return f"stale: measured kernels {record.provenance.kernel}, which are {now} now"
     return ""

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 
-from m2gen.kernels.outputs import backward_outputs, forward_output
-from m2gen.kernels.reductions import forward_apart
-from m2gen.schedule import Part, Reduction, Schedule, Scratch
+from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.spec import Dtype
 from m2gen.variant import Variant
 
@@ -16,17 +13,6 @@ Constant = int | bool | None
 
 ELEMENT = {Dtype.BF16: "*bf16", Dtype.FP16: "*fp16", Dtype.FP32: "*fp32"}
 STATE = "*fp32"
-MOST_REGISTERS = 255
-"""That a thread of NVIDIA has."""
-
-
-class Direction(StrEnum):
-    """Which of a variant's kernels."""
-
-    FORWARD = "forward"
-    BACKWARD = "backward"
-    STEP = "step"
-    """One step of decoding."""
 
 
 @dataclass(frozen=True)
@@ -85,54 +71,46 @@ def _flag(name: str, value: bool) -> Argument:
     return Argument(name, "constexpr", value, flag=True)
 
 
-def _atomic(shares: bool, schedule_part: Part) -> Argument:
-    return _flag("ATOMIC", shares and schedule_part.reduction is Reduction.ATOMIC)
-
-
-def _turns(schedule: Schedule) -> Iterator[Argument]:
-    """What programs know of each other where a walk has several segments."""
-    if schedule.segments > 1:
-        yield _pointer("turns", "*i32")
-
-
-def _segmented(schedule: Schedule) -> Iterator[Argument]:
-    if schedule.segments > 1:
+def _walks_in_segments(k: Lowering) -> Iterator[Argument]:
+    if k.segmented:
         yield _flag("SEGMENTED", True)
 
 
-def _forward(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
-    element = ELEMENT[variant.dtype]
-    y = forward_output(variant, schedule)
-    yield from _operands(variant)
+def _progress(k: Lowering) -> Iterator[Argument]:
+    """What programs know of each other where a walk has several segments."""
+    if k.segmented:
+        yield _pointer("turns", "*i32")
+
+
+def _forward(k: Lowering) -> Iterator[Argument]:
+    yield from _operands(k.variant)
     yield Argument("h_first", "constexpr")
-    yield _pointer("y", STATE if y.shared else element)
+    yield _pointer("y", STATE if k.y.shared else ELEMENT[k.variant.dtype])
     yield _pointer("h_last", STATE)
     yield _pointer("checkpoints", STATE)
     yield Argument("cu_seqlens", "constexpr")
-    yield from _turns(schedule)
-    yield from _operand_strides(variant)
+    yield from _progress(k)
+    yield from _operand_strides(k.variant)
     yield Argument("S")
     yield Argument("intervals")
     yield from (_flag("HAS_FIRST", False), _flag("PACKED", False), _flag("SAVE", True))
-    yield _atomic(y.shared, schedule.forward)
-    yield from _segmented(schedule)
+    yield _flag("ATOMIC", k.forward_adds)
+    yield from _walks_in_segments(k)
 
 
-def _backward(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
-    element = ELEMENT[variant.dtype]
-    outputs = backward_outputs(variant, schedule)
-    types = {out.name: STATE if out.shared else element for out in outputs}
+def _backward(k: Lowering) -> Iterator[Argument]:
+    variant, element = k.variant, ELEMENT[k.variant.dtype]
+    types = {out.name: STATE if out.shared else element for out in k.gradients}
     yield from _operands(variant)
     yield _pointer("dy", element)
     yield Argument("dh_last", "constexpr")
     yield _pointer("checkpoints", STATE)
-    buffered = schedule.two_level and schedule.backward.scratch is Scratch.L2
-    yield _pointer("scratch", STATE) if buffered else Argument("scratch", "constexpr")
+    yield _pointer("scratch", STATE) if k.launch.scratch_elements else Argument("scratch", "constexpr")
     yield Argument("cu_seqlens", "constexpr")
-    yield from _turns(schedule)
+    yield from _progress(k)
     for name in ("dq", "dk", "dv", "dw", "df"):
         yield _pointer(name, types.get(name, STATE))
-    if variant.computes_gate:
+    if k.computes_gate:
         yield from (_pointer(name, STATE) for name in ("dA_log", "ddt_bias"))
     yield _pointer("dh_first", STATE)
     yield from _operand_strides(variant)
@@ -141,15 +119,16 @@ def _backward(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
     yield Argument("intervals")
     yield Argument("bound", "fp32")
     yield from (_flag("HAS_LAST", False), _flag("PACKED", False))
-    yield _atomic(any(out.shared for out in outputs), schedule.backward)
-    yield from _segmented(schedule)
+    yield _flag("ATOMIC", k.backward_adds)
+    yield from _walks_in_segments(k)
     yield from (_flag(f"WANT_{name}", True) for name in "QKVWFH")
     yield _flag("CARRIES", True)
-    if variant.computes_gate:
+    if k.computes_gate:
         yield _flag("WANT_GATE", True)
 
 
-def _step(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
+def _step(k: Lowering) -> Iterator[Argument]:
+    variant = k.variant
     rows, cols = variant.state_expansion, variant.head_dim
     yield from _operands(variant)
     yield _pointer("state", STATE)
@@ -159,20 +138,7 @@ def _step(variant: Variant, schedule: Schedule) -> Iterator[Argument]:
     yield from (_stride("h_i", cols), _stride("h_j", 1))
 
 
-def options(variant: Variant, schedule: Schedule, direction: Direction) -> dict[str, int]:
-    """Return how Triton compiles and launches one kernel.
-
-    Two warps that share a program have 255 registers a thread: ptxas would spill to have more programs at once, though
-    those that there are have all they need (docs/performance.md).
-    """
-    part = schedule.backward if direction is Direction.BACKWARD else schedule.forward
-    found = {"num_warps": part.warps, "num_stages": 1}
-    if direction is not Direction.BACKWARD and forward_apart(variant, schedule):
-        found["maxnreg"] = MOST_REGISTERS
-    return found
-
-
-def arguments(variant: Variant, schedule: Schedule, direction: Direction) -> tuple[Argument, ...]:
+def arguments(k: Lowering, direction: Direction) -> tuple[Argument, ...]:
     """Return the parameters of one kernel in order."""
     make = {Direction.FORWARD: _forward, Direction.BACKWARD: _backward, Direction.STEP: _step}
-    return tuple(make[direction](variant, schedule))
+    return tuple(make[direction](k))

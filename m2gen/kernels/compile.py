@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +14,11 @@ from typing import Any
 from m2gen.cache import key_of, materialise
 from m2gen.device import Device
 from m2gen.errors import CompileError
-from m2gen.kernels.arguments import Argument, Direction, arguments, options
+from m2gen.kernels.arguments import Argument, arguments
 from m2gen.kernels.layouts import TOO_NEW
+from m2gen.kernels.lowering import Direction, Lowering
+from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, resources_of
-from m2gen.schedule import Schedule
-from m2gen.variant import Variant
 
 RESULT_VERSION = "1"
 
@@ -26,19 +27,21 @@ RESULT_VERSION = "1"
 class Job:
     """One kernel to compile for one target."""
 
-    variant: Variant
-    schedule: Schedule
+    lowering: Lowering
     direction: Direction
     device: Device
-    source: str
 
     @property
     def name(self) -> str:
-        return f"{self.variant.key} {self.direction} for {self.device.arch}"
+        return f"{self.lowering.variant.key} {self.direction} for {self.device.arch}"
+
+    @property
+    def source(self) -> str:
+        return source_of(self.lowering)
 
     @property
     def options(self) -> dict[str, int]:
-        return options(self.variant, self.schedule, self.direction)
+        return self.lowering.options(self.direction)
 
     @property
     def warps(self) -> int:
@@ -46,9 +49,15 @@ class Job:
 
     @property
     def key(self) -> str:
-        described = repr(arguments(self.variant, self.schedule, self.direction))
+        described = repr(arguments(self.lowering, self.direction))
         parts = (RESULT_VERSION, toolchain(), self.device.arch, self.direction, str(self.options), described)
         return key_of(*parts, self.source)
+
+
+@lru_cache(maxsize=64)
+def source_of(lowering: Lowering) -> str:
+    """Return the text that is compiled, which says nothing of where a schedule comes from."""
+    return render_kernel(lowering)
 
 
 def triton_version() -> str:
@@ -93,14 +102,14 @@ def compiled(job: Job) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    if job.schedule.layouts.written and _minor(triton.__version__) >= TOO_NEW:
+    if job.lowering.gluon and _minor(triton.__version__) >= TOO_NEW:
         needed = ".".join(map(str, TOO_NEW))
         raise CompileError(f"{job.name}: explicit layouts must have Triton before {needed}, got {triton.__version__}")
 
     kernel = getattr(load_kernels(job.source), f"m2rnn_{job.direction}_kernel")
-    described = arguments(job.variant, job.schedule, job.direction)
+    described = arguments(job.lowering, job.direction)
     target = GPUTarget(*backend_of(job.device))
-    source = _source(job.schedule)(kernel, *_specialisation(described))
+    source = _source(job.lowering)(kernel, *_specialisation(described))
     try:
         return triton.compile(source, target=target, options=job.options)
     except Exception as error:  # whatever a compiler raises, the user needs the kernel's name
@@ -108,9 +117,9 @@ def compiled(job: Job) -> Any:
         raise CompileError(f"{job.name}: {type(told).__name__}: {_last_line(told)}") from error
 
 
-def _source(schedule: Schedule) -> Any:
+def _source(k: Lowering) -> Any:
     """Return Triton's class of kernels to compile: Gluon's are not those that its compiler lays out itself."""
-    if schedule.layouts.written:
+    if k.gluon:
         from triton.experimental.gluon._runtime import GluonASTSource
 
         return GluonASTSource

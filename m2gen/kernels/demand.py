@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.schedule import ForwardSchedule, Layouts, Part
-from m2gen.spec import Dtype
-from m2gen.variant import Variant
+from m2gen.kernels.lowering import Direction, Lowering
 
 
 @dataclass(frozen=True)
@@ -14,20 +12,19 @@ class Demand:
     """32-bit registers a thread."""
 
     states: int
-    """Of tiles of the state: the forward's three, or the backward's two a step of its chunk and three more."""
+    """For tiles of the state: the forward's three, or the backward's two a step of its chunk and three more."""
     weights: int
-    """Of the state weight as an operand, twice in the backward, which also sums its gradient. Products of warpgroups
-    read their operand from shared memory."""
+    """For the state weight as an operand, twice in the backward, which also sums its gradient. Warpgroups read their
+    operands from shared memory."""
 
 
-def demand_of(variant: Variant, part: Part, warp_size: int = 32, layouts: Layouts = Layouts.AUTO) -> Demand:
+def demand_of(k: Lowering, direction: Direction, warp_size: int = 32) -> Demand:
     """Return what one kernel's tiles take."""
-    threads = part.warps * warp_size
-    cols, operand = variant.padded_cols, 1.0 if variant.dtype is Dtype.FP32 else 0.5
-    if layouts is Layouts.WARPGROUP:
+    cols, operand = k.variant.padded_cols, 1.0 if k.single else 0.5
+    if k.wgmma:
         operand = 0.0
-    if isinstance(part, ForwardSchedule):
-        tiles, weights = 3, operand
-    else:
-        tiles, weights = 2 * part.chunk + 3, 2 * operand + 1
-    return Demand(tiles * part.rows * cols // threads, int(weights * cols * cols) // threads)
+    rows, warps, tiles, weights = k.forward.rows, k.forward.warps, 3, operand
+    if direction == Direction.BACKWARD:
+        rows, warps, tiles, weights = k.backward.rows, k.backward.warps, 2 * k.backward.chunk + 3, 2 * operand + 1
+    threads = warps * warp_size
+    return Demand(tiles * rows * cols // threads, int(weights * cols * cols) // threads)

@@ -9,27 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from m2gen.kernels.reductions import (
-    EIGHTHS,
-    backward_together,
-    forward_apart,
-    forward_together,
-    group_outputs,
-    joined,
-    lane_sums,
-    sums_by_product,
-    warps_down,
-)
-from m2gen.schedule import ForwardSchedule, Layouts, Part, Schedule, Scratch
+from m2gen.schedule import ForwardSchedule, Part, Schedule, Scratch
 from m2gen.variant import MIN_TILE, Variant
 
 TOO_NEW = (3, 9)
 """The first Triton that compiles no explicit layouts: 3.9.0 brings ptxas of CUDA 13.4, which never ends on a forward of
 32 rows and four or more steps an iteration (CONTRIBUTING.md)."""
-CHOSEN = ("forward", "backward", "load_weight", "products")
-"""Templates of which warpgroups have their own."""
-HOPPER_PRODUCTS = "hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait"
-"""What kernels of warpgroups import of Gluon."""
 LANE_COLS = ((0, 2), (0, 4))
 LANE_ROWS = ((1, 0), (2, 0), (4, 0))
 
@@ -56,6 +41,11 @@ class _Linear:
 def _powers(first: int, end: int) -> list[int]:
     """Return first, 2 first, 4 first, ... below end."""
     return [first << bit for bit in range((end // first).bit_length() - 1)]
+
+
+def warps_down(part: Part) -> int:
+    """Return how many warps share the rows of a tile; the others share its columns."""
+    return min(part.warps, part.rows // MIN_TILE)
 
 
 def _tile(part: Part) -> str:
@@ -176,94 +166,49 @@ def _scratch(variant: Variant) -> str:
     return f"tl.SwizzledSharedLayout(8, {max(1, 32 // cols)}, {min(4, cols // 8)}, [1, 0])"
 
 
-def outer_on_tensor_cores(schedule: Schedule) -> bool:
-    """Whether the forward has k v^T from a product of its own, rather than as one multiplication an element.
-
-    It saves instructions and takes longer: with 16 rows a warp, latency is all there is (docs/performance.md).
-    """
-    part = schedule.forward
-    return schedule.layouts is Layouts.EXPLICIT and (part.rows, part.warps) != (MIN_TILE, 1)
+def _vectors(schedule: Schedule) -> dict[str, str]:
+    return {"FORWARD_VECTOR": _vector(schedule.forward), "BACKWARD_VECTOR": _vector(schedule.backward)}
 
 
-def named(variant: Variant, schedule: Schedule) -> dict[str, str]:
-    """Return the layouts that a kernel's text names; none where the compiler chooses."""
-    if schedule.layouts is Layouts.AUTO:
-        return {}
-    forward, backward = schedule.forward, schedule.backward
-    group = schedule.layouts is Layouts.WARPGROUP
-    tile = f"tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {variant.padded_cols}, 16])" if group else _tile(backward)
-    found = {"FORWARD_TILE": tile if group else _tile(forward), "BACKWARD_TILE": tile}
-    found |= {"FORWARD_VECTOR": _vector(forward), "BACKWARD_VECTOR": _vector(backward)}
-    if outer_on_tensor_cores(schedule):
-        found |= {"FORWARD_KEYS": _keys(forward), "FORWARD_VALUES": "tl.DotOperandLayout(1, FORWARD_TILE, 2)"}
+def _others(variant: Variant, schedule: Schedule) -> dict[str, str]:
+    """Return the layouts of what no product has, in kernels of either family."""
+    backward, found = schedule.backward, {}
     if schedule.two_level:
         found["BACKWARD_SPREAD"] = f"tl.BlockedLayout([1], [32], [{backward.warps}], [0])"
     if backward.scratch is Scratch.SHARED:
         found["BACKWARD_SCRATCH"] = _scratch(variant)
-    found["SUM_LAYOUT"] = f"tl.BlockedLayout([1], [32], [{forward.warps}], [0])"
-    if forward_apart(variant, schedule):
+    found["SUM_LAYOUT"] = f"tl.BlockedLayout([1], [32], [{schedule.forward.warps}], [0])"
+    return found
+
+
+@dataclass(frozen=True)
+class Uses:
+    """What kernels with products by ``mma.sync`` do that needs layouts of its own."""
+
+    outer_by_product: bool
+    y_by_butterfly: bool
+    y_in_memory: bool
+    gradients_together: bool
+
+
+def mma(variant: Variant, schedule: Schedule, uses: Uses) -> dict[str, str]:
+    """Return the layouts that kernels with products by ``mma.sync`` name."""
+    forward, backward = schedule.forward, schedule.backward
+    found = {"FORWARD_TILE": _tile(forward), "BACKWARD_TILE": _tile(backward), **_vectors(schedule)}
+    if uses.outer_by_product:
+        found |= {"FORWARD_KEYS": _keys(forward), "FORWARD_VALUES": "tl.DotOperandLayout(1, FORWARD_TILE, 2)"}
+    found |= _others(variant, schedule)
+    if uses.y_in_memory:
         found |= _sums_apart(variant, forward)
-    elif forward_together(variant, schedule):
+    elif uses.y_by_butterfly:
         found["FORWARD_SUMS"] = _row_sums(variant, forward)
-    if group:
-        found |= {**_warpgroup(variant), "KEYS": _keys(backward)}
-    elif backward_together(variant, schedule):
+    if uses.gradients_together:
         found |= {"ROW_SUMS": _row_sums(variant, backward), **_col_sums(backward)}
     return found
 
 
-def _group_words(variant: Variant, schedule: Schedule) -> dict[str, object]:
-    """Return the words in which kernels of warpgroups and others differ."""
-    group = schedule.layouts is Layouts.WARPGROUP
-    return {
-        "warpgroup": group,
-        **{f"{each}_template": f"_{each}{'_warpgroup' * group}.py.j2" for each in CHOSEN},
-        "products_of": HOPPER_PRODUCTS if group else "ampere import mma_v2",
-        "rows_as_loaded": schedule.layouts is Layouts.EXPLICIT,
-        "lane_sums": lane_sums(),
-        "group_outputs": group_outputs(variant, schedule),
-        "eighths": lambda name: ", ".join(f"{name}_{i}" for i in range(EIGHTHS)),
-    }
-
-
-def words(variant: Variant, schedule: Schedule) -> dict[str, object]:
-    """Return the words in which the two dialects of the templates differ: Gluon's tensors have layouts."""
-    explicit, by_product = schedule.layouts.written, sums_by_product(variant, schedule)
-    over_cols = "col_sums_of({}, {}, COL_SUMS)" if by_product else "col_sums({} * {}.to(tl.float32)[None, :], COL_SUMS)"
-
-    def only(text: str) -> str:
-        return f", {text}" if explicit else ""
-
-    found: dict[str, object] = {
-        "explicit_layouts": explicit,
-        "layouts": list(named(variant, schedule).items()),
-        "outer_on_tensor_cores": outer_on_tensor_cores(schedule),
-        "forward_together": forward_together(variant, schedule),
-        "backward_together": backward_together(variant, schedule),
-        "forward_apart": forward_apart(variant, schedule),
-        "joined": joined,
-        "sums_by_product": by_product,
-        "over_cols": over_cols.format,
-        "jit": "gluon.jit" if explicit else "triton.jit",
-        "language": "triton.language" if explicit else "tl",
-        "prefetches": explicit and schedule.two_level,
-        # Rebuilt states are stored and loaded in one layout, which gives no element to two threads
-        # (``schedule.most_warps``), so a thread reads what it wrote. Where the compiler chooses, others may.
-        "after_rebuilding": ["_backward_prefetch.py.j2" if explicit else "_backward_barrier.py.j2"],
-        "after_chunks": [] if explicit else ["_backward_barrier.py.j2"],
-        "right_operand": (lambda x: f"transposed({x}).permute((1, 0))") if explicit else str,
-        "as_loaded": (lambda x: f"as_loaded({x}, BACKWARD_VECTOR)") if explicit else str,
-        **_group_words(variant, schedule),
-        "sum_layout": only("SUM_LAYOUT"),
-        "tile_parameter": only("TILE: tl.constexpr"),
-        "tile_rows": only("tl.SliceLayout(1, TILE)"),
-        "tile_cols": only("tl.SliceLayout(0, TILE)"),
-    }
-    found["backward_weight_rows"] = only("tl.SliceLayout(1, BACKWARD_TILE)")
-    for side in ("forward", "backward"):
-        tile = f"{side.upper()}_TILE"
-        found[f"{side}_tile"] = only(tile)
-        found[f"{side}_rows"] = only(f"{side.upper()}_VECTOR")
-        found[f"{side}_state_rows"] = f"in_tile(rows, {tile})" if explicit else "rows"
-        found[f"{side}_cols"] = only(f"tl.SliceLayout(0, {tile})")
-    return found
+def wgmma(variant: Variant, schedule: Schedule) -> dict[str, str]:
+    """Return the layouts that kernels of warpgroups name."""
+    tile = f"tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {variant.padded_cols}, 16])"
+    tiles = {"FORWARD_TILE": tile, "BACKWARD_TILE": tile, **_vectors(schedule)}
+    return {**tiles, **_others(variant, schedule), **_warpgroup(variant), "KEYS": _keys(schedule.backward)}

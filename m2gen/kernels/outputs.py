@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.schedule import Reduction, Schedule
-from m2gen.variant import Variant
-
 
 @dataclass(frozen=True)
 class Output:
@@ -19,7 +16,7 @@ class Output:
 
     name: str
     operand: str
-    """Of the launcher: what the tensor is the gradient of, or takes its dtype from."""
+    """The launcher's tensor that this is the gradient of, or takes its dtype from."""
     total: int
     """N: heads that programs run over."""
     groups: int
@@ -28,9 +25,6 @@ class Output:
     """Programs that share one head's sum over rows; 1 where rows are not summed."""
     dim: int | None
     """Extent of the last dim; None for a scalar per head."""
-    offsets: str
-    mask: str | None
-    """Name of the mask over the last dim."""
     known: bool = False
     """Whether the launcher keeps launches for calls alike."""
 
@@ -65,14 +59,13 @@ class Output:
         partial = self.total * self.parts * (self.dim or 1)
         return f"{self.groups * (self.dim or 1)} if ATOMIC else {partial}" if self.shared else str(partial)
 
-    def write(self, row: str, value: str, inside: str | None) -> str:
-        """Return the statement that writes one step's ``value`` to the row at address ``row``, if ``inside`` holds."""
-        mask = self.mask or "None"
+    def write(self, address: str, value: str, mask: str | None, inside: str | None = None) -> str:
+        """Return the statement that writes one step's ``value``, where ``mask`` holds and only if ``inside`` does."""
         if inside:
-            mask = f"tl.where({inside}, {self.mask}, False)" if self.mask else inside
+            mask = f"tl.where({inside}, {mask}, False)" if mask else inside
         if self.shared:
-            return f"contribute({row}{self.offsets}, {value}, {mask}, ATOMIC)"
-        return f"tl.store({row}{self.offsets}, {value}, mask={mask})"
+            return f"contribute({address}, {value}, {mask}, ATOMIC)"
+        return f"tl.store({address}, {value}, mask={mask})"
 
     @property
     def allocate(self) -> str:
@@ -89,30 +82,3 @@ class Output:
         rows, end = (self.name, "") if self.dim is not None else (f"{self.name}.unsqueeze(-1)", ".squeeze(-1)")
         dtype = f"{self.operand}.dtype"
         return f"({self.name}.to({dtype}) if atomic else summed({rows}, {dtype}{known}){end})"
-
-
-def forward_output(variant: Variant, schedule: Schedule) -> Output:
-    """Return how y is written: rows are summed, and every head has its own."""
-    total, parts = variant.total_heads, schedule.forward.parts(variant)
-    return Output("y", "v", total, total, parts, variant.head_dim, " + cols", "col_mask", known=True)
-
-
-def backward_outputs(variant: Variant, schedule: Schedule) -> tuple[Output, ...]:
-    """Return how dq, dk, dv and df are written; dv and df sum over rows, all sum over the heads of a group."""
-    heads, total, parts = variant.heads, variant.total_heads, schedule.backward.parts(variant)
-    return (
-        Output("dq", "q", total, heads.q, 1, variant.state_expansion, " + rows", "row_mask"),
-        Output("dk", "k", total, heads.k, 1, variant.state_expansion, " + rows", "row_mask"),
-        Output("dv", "v", total, heads.v, parts, variant.head_dim, " + cols", "col_mask"),
-        Output("df", "forget", total, heads.f, parts, None, "", None),
-    )
-
-
-def varying(variant: Variant, schedule: Schedule) -> tuple[str, ...]:
-    """Name the results whose last bits depend on the order of atomics; ``df`` is the gradient of the gate."""
-    names = []
-    if schedule.forward.reduction is Reduction.ATOMIC and forward_output(variant, schedule).shared:
-        names.append("y")
-    if schedule.backward.reduction is Reduction.ATOMIC:
-        names += [out.name for out in backward_outputs(variant, schedule) if out.shared]
-    return tuple(names)

@@ -15,7 +15,7 @@ from m2gen.db.choice import Choice, modules_by_bucket
 from m2gen.device import PORTABLE
 from m2gen.errors import EmitError
 from m2gen.kernels.layouts import TOO_NEW
-from m2gen.kernels.outputs import varying
+from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import reference_source, render_kernel, render_template, template_hash
 from m2gen.package.owned import hashes
 from m2gen.spec import ClipMode, Dtype
@@ -85,7 +85,7 @@ def _lookup(variant: Variant) -> str:
 
 def _varying(choices: Iterable[Choice]) -> str:
     """Name the results whose last bits depend on the order of atomics."""
-    names = dict.fromkeys(name for c in choices for name in varying(c.variant, c.schedule))
+    names = dict.fromkeys(name for c in choices for name in Lowering(c.variant, c.schedule).varying)
     return ", ".join(names) or "no result"
 
 
@@ -119,7 +119,7 @@ def _kernel_files(origin: Origin, choices: Iterable[Choice]) -> dict[str, str]:
     for module, users in modules.items():
         served = ", ".join(map(_served, users))
         provenance = origin.header(f"Layers {', '.join(users[0].built.layers)}. Schedule serves {served}.")
-        files[f"kernels/{module}.py"] = render_kernel(users[0].variant, users[0].schedule, provenance)
+        files[f"kernels/{module}.py"] = render_kernel(Lowering(users[0].variant, users[0].schedule), provenance)
     return files
 
 

@@ -9,10 +9,9 @@ from m2gen.cache import load_result, store_result
 from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE
 from m2gen.errors import CompileError, M2genError
-from m2gen.kernels.arguments import Direction
 from m2gen.kernels.compile import Job, compile_kernel
 from m2gen.kernels.demand import demand_of
-from m2gen.kernels.render import render_kernel
+from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.kernels.resources import Resources
 from m2gen.measure.workers import Lost, Service, cpus, run_isolated, without_interpreter
 from m2gen.pipeline.plan import Plan, Progress
@@ -50,17 +49,19 @@ def check(planned: Plan, progress: Progress) -> list[CheckRow]:
     for choice in planned.choices:
         if choice.device == PORTABLE:
             continue
-        source = render_kernel(choice.variant, choice.schedule, "")
+        lowering = Lowering(choice.variant, choice.schedule)
         for direction in Direction:
-            job = Job(choice.variant, choice.schedule, direction, choice.device, source)
+            job = Job(lowering, direction, choice.device)
             jobs.setdefault(job, []).append(choice)
     names = planned.names
     progress.start("compile", len(jobs))
     results = compile_all(
-        jobs, cpus(), lambda job: progress.advance(f"{names[job.variant]} {job.direction} for {job.device.arch}")
+        jobs,
+        cpus(),
+        lambda job: progress.advance(f"{names[job.lowering.variant]} {job.direction} for {job.device.arch}"),
     )
     progress.finish()
-    return [_check_row(names[job.variant], job, choices, results[job]) for job, choices in jobs.items()]
+    return [_check_row(names[job.lowering.variant], job, choices, results[job]) for job, choices in jobs.items()]
 
 
 def compile_all(
@@ -104,7 +105,7 @@ def _check_row(name: str, job: Job, choices: list[Choice], result: Resources | C
     problems = (str(result),) if resources is None else resources.limits(job.device, job.warps)
     schedule, source = choices[0].schedule.slug, ", ".join(dict.fromkeys(choice.source for choice in choices))
     notes = () if resources is None else _notes(job, resources)
-    kernel = (job.variant.key, str(job.direction), job.device.arch, schedule)
+    kernel = (job.lowering.variant.key, str(job.direction), job.device.arch, schedule)
     return CheckRow(*kernel, resources, problems, source, notes, name)
 
 
@@ -112,7 +113,6 @@ def _notes(job: Job, resources: Resources) -> tuple[str, ...]:
     """Say what takes the registers of a kernel that spills."""
     if not resources.spill_bytes:
         return ()
-    part = job.schedule.backward if job.direction is Direction.BACKWARD else job.schedule.forward
-    demand = demand_of(job.variant, part, job.device.warp_size, job.schedule.layouts)
+    demand = demand_of(job.lowering, job.direction, job.device.warp_size)
     tiles = f"tiles of the state alone take {demand.states} of {job.device.registers} registers a thread"
     return (f"spills: {tiles}, and state weights {demand.weights}",)

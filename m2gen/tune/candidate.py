@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from m2gen.kernels.compile import load_kernels
+from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel
 from m2gen.problem import Inputs, Problem
 from m2gen.schedule import Schedule
@@ -24,7 +25,7 @@ PER_STEP = ("q", "k", "v", "forget", "dy")
 
 def load(variant: Variant, schedule: Schedule) -> ModuleType:
     """Render and import a candidate's kernels, from the file that every process compiles them from."""
-    return load_kernels(render_kernel(variant, schedule, ""))
+    return load_kernels(render_kernel(Lowering(variant, schedule)))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from m2gen.kernels.outputs import varying
+from m2gen.kernels.lowering import Lowering
 from m2gen.measure.checks import SeededCase, Verdict, check
 from m2gen.problem import Inputs
 from m2gen.schedule import Schedule
@@ -56,5 +56,5 @@ def call_of(module: ModuleType, objective: Objective, case: Case, inputs: Inputs
 
 def _claimed(results: dict[str, Tensor], candidate: Candidate) -> dict[str, Tensor]:
     """Return the tensors whose bits the schedule claims to repeat."""
-    names = {RESULT.get(name, name) for name in varying(candidate.variant, candidate.schedule)}
+    names = {RESULT.get(name, name) for name in Lowering(candidate.variant, candidate.schedule).varying}
     return {name: x for name, x in results.items() if name not in names}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.kernels.outputs import Output, backward_outputs, forward_output
-from m2gen.schedule import Reduction, Schedule, Scratch
-from m2gen.variant import Variant
+from m2gen.kernels.lowering import Lowering
+from m2gen.kernels.outputs import Output
+from m2gen.schedule import Reduction
 
 SINGLE = 4
 """Bytes of a float32, which every buffer between kernels holds."""
@@ -31,22 +31,20 @@ USUAL = MemoryBound(times=1.5)
 five times the checkpoints, as that of interval 2 is for the 7B layer, does not fit where the default does."""
 
 
-def extra_bytes(variant: Variant, schedule: Schedule, batch: int, seq: int, *, training: bool) -> int:
+def extra_bytes(k: Lowering, batch: int, seq: int, *, training: bool) -> int:
     """Return the bytes of checkpoints, partial sums and scratch of a forward call, and a backward with ``training``."""
+    variant, schedule = k.variant, k.schedule
     tokens, heads = batch * seq, variant.total_heads
     state = heads * variant.state_expansion * variant.head_dim * SINGLE
-    total = _buffer(forward_output(variant, schedule), schedule.forward.reduction, tokens)
+    total = _buffer(k.y, schedule.forward.reduction, tokens)
     if not training:
         return total
     total += batch * -(-seq // schedule.interval) * state
-    total += sum(_buffer(out, schedule.backward.reduction, tokens) for out in backward_outputs(variant, schedule))
+    total += sum(_buffer(out, schedule.backward.reduction, tokens) for out in k.gradients)
     if schedule.segments > 1 and seq > schedule.shortest_segment:
         total += batch * state  # the gradients that one segment hands to another
-    programs = batch * heads * schedule.backward.parts(variant)
-    total += programs * variant.head_dim**2 * SINGLE  # dW of each
-    if schedule.backward.scratch is Scratch.L2:
-        total += programs * schedule.scratch_bytes(variant)
-    return total
+    programs = batch * k.launch.backward_programs
+    return total + programs * (variant.head_dim**2 + k.launch.scratch_elements) * SINGLE  # dW of each, and its scratch
 
 
 def _buffer(out: Output, reduction: Reduction, tokens: int) -> int:

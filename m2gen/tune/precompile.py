@@ -20,6 +20,7 @@ from m2gen.cache import key_of, load_result, store_result
 from m2gen.db import Failure, Reason
 from m2gen.device import Device
 from m2gen.kernels.compile import backend_of, telling, toolchain
+from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, binary_of, resources_of
 from m2gen.measure.workers import Lost, Service
@@ -45,7 +46,7 @@ def prepare() -> None:
 def precompile(task: CompileTask) -> Compiled:
     """Compile a candidate, or return what is known of the same text for the same toolchain."""
     subject, schedule = task.subject, task.schedule
-    source = render_kernel(subject.variant, schedule, "")
+    source = render_kernel(Lowering(subject.variant, schedule))
     device = replace(subject.device, name="", sm_count=0)  # which no kernel depends on
     sizes = f"{subject.batch} {subject.seq} {subject.objective}"
     key = key_of(VERSION, toolchain(), repr(device), sizes, source)

@@ -8,6 +8,7 @@ from m2gen import __version__
 from m2gen.bucket import bucket_of
 from m2gen.db import POLICY, Environment, Key, Provenance, Reason, Record, Sizes, Timing
 from m2gen.db.rank import failures, preference, stale
+from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import kernel_hash
 from m2gen.measure.context import Context
 from m2gen.measure.statistics import estimate
@@ -84,7 +85,7 @@ def records_of(outcome: Outcome, context: Context, seed: int, study: str) -> lis
 
     def record(trial: Trial, worker: str, timing: Timing | None = None) -> Record:
         trials = max(1, len(outcome.trials))
-        kernel = kernel_hash(subject.variant, trial.schedule)
+        kernel = kernel_hash(Lowering(subject.variant, trial.schedule))
         return Record(
             key_of_subject(subject),
             context.environment,

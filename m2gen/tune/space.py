@@ -12,7 +12,7 @@ from typing import Any
 from m2gen.cache import key_of
 from m2gen.device import Device
 from m2gen.kernels.demand import demand_of
-from m2gen.kernels.outputs import backward_outputs, forward_output
+from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.schedule import (
     BackwardSchedule,
     ForwardSchedule,
@@ -80,8 +80,8 @@ def _alone(subject: Subject, schedule: Schedule, part: Part) -> bool:
     if part.reduction is Reduction.ATOMIC:
         return False
     if isinstance(part, ForwardSchedule):
-        return not forward_output(subject.variant, schedule).shared
-    return not any(out.shared for out in backward_outputs(subject.variant, schedule))
+        return not Lowering(subject.variant, schedule).y.shared
+    return not any(out.shared for out in Lowering(subject.variant, schedule).gradients)
 
 
 def _idle(subject: Subject, schedule: Schedule, part: Part) -> bool:
@@ -91,7 +91,9 @@ def _idle(subject: Subject, schedule: Schedule, part: Part) -> bool:
 def _over_registers(subject: Subject, schedule: Schedule, part: Part) -> bool:
     """Whether the tiles of states alone take more than twice the registers that a thread can have."""
     device = subject.device
-    return demand_of(subject.variant, part, device.warp_size).states > 2 * device.registers
+    direction = Direction.FORWARD if isinstance(part, ForwardSchedule) else Direction.BACKWARD
+    demand = demand_of(Lowering(subject.variant, schedule), direction, device.warp_size)
+    return demand.states > 2 * device.registers
 
 
 def _at_once(subject: Subject, schedule: Schedule, part: Part) -> bool:
@@ -280,4 +282,4 @@ def _limit(subject: Subject) -> float | None:
 
 def _taken(subject: Subject, schedule: Schedule) -> int:
     training = subject.objective is Objective.TRAIN
-    return extra_bytes(subject.variant, schedule, subject.batch, subject.seq, training=training)
+    return extra_bytes(Lowering(subject.variant, schedule), subject.batch, subject.seq, training=training)

@@ -1,0 +1,257 @@
+"""One object that says how the kernels of a variant are made by a schedule: what templates and compilers ask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+from m2gen.kernels import layouts
+from m2gen.kernels.launch import Launch
+from m2gen.kernels.loads import BACKWARD_VECTORS, FORWARD_VECTORS, Vector
+from m2gen.kernels.outputs import Output
+from m2gen.kernels.reductions import Reductions, Sums
+from m2gen.schedule import BackwardSchedule, ForwardSchedule, Layouts, Reduction, Schedule, Scratch, Tanh
+from m2gen.spec import ClipMode, Dtype, Fp32Products
+from m2gen.variant import MIN_TILE, Variant, padded
+
+MOST_REGISTERS = 255
+"""Maximum registers per thread on NVIDIA GPUs."""
+TRITON_DTYPE = {Dtype.BF16: "tl.bfloat16", Dtype.FP16: "tl.float16", Dtype.FP32: "tl.float32"}
+FAMILIES = {Layouts.AUTO: "portable", Layouts.EXPLICIT: "mma", Layouts.WARPGROUP: "wgmma"}
+
+
+class Direction(StrEnum):
+    """Which of a variant's kernels."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    STEP = "step"
+    """One step of decoding."""
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How the kernels of one variant run by one schedule are made; templates see it as ``k``."""
+
+    variant: Variant
+    schedule: Schedule
+
+    # What the variant asks for.
+
+    @property
+    def computes_gate(self) -> bool:
+        return self.variant.computes_gate
+
+    @property
+    def clip_carry(self) -> bool:
+        return self.variant.clip is ClipMode.CARRY
+
+    @property
+    def single(self) -> bool:
+        """Whether operands are float32."""
+        return self.variant.dtype is Dtype.FP32
+
+    @property
+    def tf32(self) -> bool:
+        return self.variant.products is Fp32Products.TF32
+
+    @property
+    def gate_parameters(self) -> str:
+        """What follows a step's x in the arguments of ``gate``."""
+        return ", rate, dt_bias" if self.computes_gate else ""
+
+    # What the schedule asks for.
+
+    @property
+    def family(self) -> str:
+        """Name of the folder of templates."""
+        return FAMILIES[self.schedule.layouts]
+
+    @property
+    def gluon(self) -> bool:
+        """Whether kernels say which thread holds what."""
+        return self.family != "portable"
+
+    @property
+    def wgmma(self) -> bool:
+        return self.family == "wgmma"
+
+    @property
+    def jit(self) -> str:
+        return "gluon.jit" if self.gluon else "triton.jit"
+
+    @property
+    def interpretable(self) -> bool:
+        """Whether Triton's interpreter runs the kernels, which rounds and multiplies bfloat16 unlike a GPU."""
+        return not self.gluon
+
+    @property
+    def forward(self) -> ForwardSchedule:
+        return self.schedule.forward
+
+    @property
+    def backward(self) -> BackwardSchedule:
+        return self.schedule.backward
+
+    @property
+    def unrolled(self) -> range:
+        """Steps of an iteration of the forward."""
+        return range(self.forward.unroll)
+
+    @property
+    def chunk(self) -> range:
+        """Steps whose states the backward holds at once."""
+        return range(self.backward.chunk)
+
+    @property
+    def tanh_ptx(self) -> bool:
+        return self.schedule.tanh is Tanh.PTX
+
+    @property
+    def segmented(self) -> bool:
+        return self.schedule.segments > 1
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether the backward rebuilds an interval's states into a scratch."""
+        return self.schedule.two_level
+
+    @property
+    def scratch_in_shared(self) -> bool:
+        return self.backward.scratch is Scratch.SHARED
+
+    # Products.
+
+    @property
+    def rounds_to_bfloat16(self) -> bool:
+        """Whether operands of products are bfloat16, in kernels that the interpreter runs, too."""
+        return self.variant.dtype is Dtype.BF16 and self.interpretable
+
+    @property
+    def as_operand(self) -> str:
+        """x as an operand of a product."""
+        return "to_bfloat16(x)" if self.rounds_to_bfloat16 else f"x.to({TRITON_DTYPE[self.variant.dtype]})"
+
+    @cached_property
+    def sums(self) -> Reductions:
+        """How sums within a program are made."""
+        return Reductions(self.variant, self.schedule)
+
+    @cached_property
+    def launch(self) -> Launch:
+        return Launch(self.variant, self.schedule)
+
+    @property
+    def outer_by_product(self) -> bool:
+        """Whether the forward has k v^T from a product of its own, rather than as one multiplication an element.
+
+        It saves instructions and takes longer with 16 rows a warp, where latency is all there is (docs/performance.md).
+        """
+        return self.family == "mma" and (self.forward.rows, self.forward.warps) != (MIN_TILE, 1)
+
+    # Sums of several programs.
+
+    @cached_property
+    def y(self) -> Output:
+        """How y is written: rows are summed, and every head has its own."""
+        total = self.variant.total_heads
+        return Output("y", "v", total, total, self.forward.parts(self.variant), self.variant.head_dim, known=True)
+
+    @cached_property
+    def gradients(self) -> tuple[Output, ...]:
+        """How dq, dk, dv and df are written; dv and df sum over rows, all sum over the heads of a group."""
+        variant, heads, total = self.variant, self.variant.heads, self.variant.total_heads
+        parts = self.backward.parts(variant)
+        return (
+            Output("dq", "q", total, heads.q, 1, variant.state_expansion),
+            Output("dk", "k", total, heads.k, 1, variant.state_expansion),
+            Output("dv", "v", total, heads.v, parts, variant.head_dim),
+            Output("df", "forget", total, heads.f, parts, None),
+        )
+
+    @property
+    def dq(self) -> Output:
+        return self.gradients[0]
+
+    @property
+    def dk(self) -> Output:
+        return self.gradients[1]
+
+    @property
+    def dv(self) -> Output:
+        return self.gradients[2]
+
+    @property
+    def df(self) -> Output:
+        return self.gradients[3]
+
+    @cached_property
+    def shares(self) -> bool:
+        """Whether any tensor has several contributors."""
+        return any(out.shared for out in (self.y, *self.gradients))
+
+    @property
+    def forward_adds(self) -> bool:
+        """Whether programs of the forward add to y by atomics, unless a call asks for determinism."""
+        return self.y.shared and self.forward.reduction is Reduction.ATOMIC
+
+    @property
+    def backward_adds(self) -> bool:
+        return any(out.shared for out in self.gradients) and self.backward.reduction is Reduction.ATOMIC
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """Names of results whose last bits depend on the order of atomics; ``df`` is the gradient of the gate."""
+        y = ("y",) if self.forward_adds else ()
+        return y + tuple(out.name for out in self.gradients if out.shared and self.backward_adds)
+
+    # What the modules define.
+
+    @cached_property
+    def constants(self) -> dict[str, int]:
+        variant, heads, forward, backward = self.variant, self.variant.heads, self.forward, self.backward
+        found = {"K": variant.state_expansion, "V": variant.head_dim, "V_PAD": variant.padded_cols}
+        found |= {"N": heads.total, "NQ": heads.q, "NK": heads.k, "NV": heads.v, "NF": heads.f, "NW": heads.w}
+        found |= {"INTERVAL": self.schedule.interval}
+        found |= {"FORWARD_ROWS": forward.rows, "FORWARD_PARTS": forward.parts(variant), "UNROLL": forward.unroll}
+        found |= {"BACKWARD_ROWS": backward.rows, "BACKWARD_PARTS": backward.parts(variant), "CHUNK": backward.chunk}
+        if self.segmented:
+            found |= {"SEGMENTS": self.schedule.segments, "SHORTEST": self.schedule.shortest_segment}
+        return {**found, "SUM_BLOCK": self.launch.sum_block} if self.shares else found
+
+    @cached_property
+    def layouts(self) -> dict[str, str]:
+        """Gluon's layouts by name; none where Triton's compiler decides which thread holds what."""
+        if self.family == "portable":
+            return {}
+        if self.family == "wgmma":
+            return layouts.wgmma(self.variant, self.schedule)
+        y = self.sums.y
+        uses = layouts.Uses(self.outer_by_product, y is Sums.BUTTERFLY, y is Sums.MEMORY, self.sums.together)
+        return layouts.mma(self.variant, self.schedule, uses)
+
+    @property
+    def forward_vectors(self) -> tuple[Vector, ...]:
+        return FORWARD_VECTORS
+
+    @property
+    def backward_vectors(self) -> tuple[Vector, ...]:
+        return BACKWARD_VECTORS
+
+    # How they are launched.
+
+    def options(self, direction: Direction) -> dict[str, int]:
+        """Return how Triton compiles and launches one kernel.
+
+        Two warps that share a program have 255 registers a thread: ptxas would spill to have more programs at once,
+        though those that there are have all they need (docs/performance.md).
+        """
+        if direction == Direction.BACKWARD:
+            return {"num_warps": self.backward.warps, "num_stages": 1}
+        bound = {"maxnreg": MOST_REGISTERS} if self.sums.y is Sums.MEMORY else {}
+        return {"num_warps": self.forward.warps, "num_stages": 1, **bound}
+
+    @property
+    def interval_padded(self) -> int:
+        return padded(self.schedule.interval)

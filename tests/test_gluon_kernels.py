@@ -1,0 +1,112 @@
+"""Kernels that no interpreter runs, judged like all others: every result and gradient within its budget.
+
+What is run is the very text that a GPU gets, on ``gluon_on_cpu``: the order of loads, the rounds in which lanes sum,
+the slots of products, and what lies where in shared memory. What layouts cost, and what compilers make of them, is for
+tests/gpu.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+
+import pytest
+import torch
+from gluon_on_cpu import Constant, load_module
+from m2gen.tune.gate import Candidate, pass_gate, questions
+from support import make_variant
+
+from m2gen.device import TARGETS
+from m2gen.kernels.lowering import Lowering
+from m2gen.kernels.reductions import Reductions, Sums
+from m2gen.kernels.render import render_kernel
+from m2gen.schedule import Layouts, Schedule, check, parse
+from m2gen.schedule.heuristic import default
+from m2gen.spec import Objective
+from m2gen.variant import Variant
+
+HEADS = (1, 1, 2, 2, 2)
+BF16 = make_variant(24, 9, HEADS, "bf16", tanh="approx")
+HALF = make_variant(24, 9, HEADS, "fp16", "total")
+GATED = make_variant(24, 9, (2, 1, 4, 2, 4), "bf16", gate="softplus")
+SQUARE = make_variant(40, 40, HEADS, "bf16", tanh="approx")
+LARGE = make_variant(64, 16, HEADS, "bf16", tanh="approx")
+STEPS = 9
+"""Steps of the plain problems, whose last iteration, chunk and interval are no whole ones."""
+
+CASES = {
+    "steps_share_sums": (BF16, "f32x1u8a_b32x1c2as_i8_ptx_explicit"),
+    "four_steps_of_states": (BF16, "f16x1u4a_b16x1c4a_i8_ptx_explicit"),
+    "half_precision": (HALF, "f16x1u2p_b16x1c2ps_i4_exp_explicit"),
+    "four_steps_of_half_precision": (HALF, "f32x1u4a_b32x1c4a_i4_exp_explicit"),
+    "computed_gate": (GATED, "f32x1u4a_b32x1c2as_i4_exp_explicit"),
+    "computed_gate_in_half_precision": (replace(HALF, gate=GATED.gate), "f32x1u2a_b32x1c4a_i8_exp_explicit"),
+    "every_chunk_is_saved": (BF16, "f32x1u2a_b32x1c2a_i2_ptx_explicit"),
+    "one_step": (BF16, "f32x1u1a_b32x1c1a_i4_ptx_explicit"),
+    "odd": (HALF, "f32x1u3a_b32x1c3a_i6_exp_explicit"),
+    "warps_share_rows": (BF16, "f16x2u4a_b16x2c2as_i8_ptx_explicit"),
+    "warps_have_rows": (LARGE, "f64x4u4a_b64x2c1a_i4_ptx_explicit"),
+    "warps_have_rows_of_all_heads": (LARGE, "f64x2u8p_b32x2c2ps_i8_ptx_explicit"),
+    "both": (SQUARE, "f32x4u4a_b32x4c2a_i8_ptx_explicit"),
+    "warpgroups": (SQUARE, "f64x4u1a_b64x4c1as_i4_ptx_warpgroup"),
+    "warpgroups_in_half_precision": (replace(SQUARE, dtype=HALF.dtype), "f64x4u1p_b64x4c1ps_i12_exp_warpgroup"),
+    "warpgroups_clamp_all": (replace(SQUARE, clip=HALF.clip), "f64x4u1a_b64x4c1as_i2_ptx_warpgroup"),
+    "warpgroups_compute_gates": (replace(SQUARE, gate=GATED.gate), "f64x4u1a_b64x4c1as_i4_exp_warpgroup"),
+}
+
+
+def judged(variant: Variant, schedule: Schedule, module: ModuleType) -> None:
+    """Fail unless every tensor is within its budget on the tuner's problems, and its bits repeat."""
+    candidate = Candidate(module, variant, schedule, Objective.TRAIN)
+    verdict = pass_gate(candidate, questions(variant, STEPS), torch.device("cpu"))
+    assert verdict.failure is None, verdict.failure
+    assert len(verdict.errors) >= 8
+
+
+@pytest.mark.parametrize(("variant", "slug"), CASES.values(), ids=CASES.keys())
+def test_results_are_within_budget(variant: Variant, slug: str) -> None:
+    """Plain calls that end within an iteration, clipped and not, and ragged packed ones from initial states."""
+    schedule = check(variant, parse(slug), TARGETS["sm_90"])
+    judged(variant, schedule, load_module(render_kernel(Lowering(variant, schedule))))
+
+
+@pytest.mark.parametrize("slug", ["f32x1u4a_b32x1c2as_i4_s3_ptx_explicit", "f32x2u2a_b16x2c1a_i2_s2_ptx_explicit"])
+def test_segments_go_on_from_one_another(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """States, their gradients, dW and the gate's sums pass from program to program."""
+    schedule = check(GATED, replace(parse(slug), tanh=parse(CASES["odd"][1]).tanh), TARGETS["sm_90"])
+    module = load_module(render_kernel(Lowering(GATED, schedule)))
+    monkeypatch.setattr(module, "SHORTEST", Constant(schedule.interval))
+    judged(GATED, schedule, module)
+
+
+def test_the_cases_have_every_way_to_sum() -> None:
+    """Of y and of gradients, by shuffles, products and shared memory."""
+    every = [Reductions(variant, parse(slug)) for variant, slug in CASES.values()]
+    assert {sums.y for sums in every} == set(Sums)
+    assert {(s.together, s.df_together, s.by_product) for s in every} == {
+        (False, False, False),
+        (True, True, True),
+        (True, True, False),
+        (True, False, True),
+        (True, False, False),
+    }
+
+
+def test_what_shares_sums() -> None:
+    """Not a gate that the kernel computes, whose slopes differ from step to step, several warps, or a single step."""
+    variant = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
+    chosen = replace(default(variant, TARGETS["sm_90"]), layouts=Layouts.EXPLICIT)
+
+    def sums(variant: Variant, **knobs: int) -> Reductions:
+        forward = replace(chosen.forward, **{"warps": knobs["warps"]} if "warps" in knobs else {})
+        return Reductions(variant, replace(chosen, forward=forward, backward=replace(chosen.backward, **knobs)))
+
+    assert sums(variant).df_together
+    gated = sums(replace(variant, gate=GATED.gate))
+    assert gated.together
+    assert not gated.df_together
+    assert not sums(variant, chunk=1).together
+    assert not sums(variant, warps=2).together
+    assert sums(variant).y is Sums.BUTTERFLY
+    assert sums(variant, warps=2).y is Sums.MEMORY
+    assert Reductions(variant, chosen.laid_out(Layouts.AUTO)).y is Sums.EACH
