@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from types import ModuleType
 
 import pytest
-from calls import arguments, assert_same, differentiate
+from calls import arguments, assert_same, differentiate, operators_of
 from support import build_package, import_package, make_schedule, make_variant
 from torch import Tensor
 
@@ -44,16 +43,15 @@ def packages(tmp_path_factory) -> dict[int, ModuleType]:
 def turns(packages, monkeypatch) -> list[Tensor]:
     """Return what the kernels of the package with segments are handed to tell each other of."""
     seen: list[Tensor] = []
-    inside = f"{packages[SEGMENTS].__name__}.kernels."
-    for name, module in list(sys.modules.items()):
-        if name.startswith(inside):
-            made = module.turns_of
+    (tables,) = operators_of(packages[SEGMENTS]).dispatch.KERNELS.values()
+    for module in dict.fromkeys(module for kernels in tables.values() for module in kernels):
+        made = module.turns_of
 
-            def kept(*arguments, made=made):
-                seen.append(made(*arguments))
-                return seen[-1]
+        def kept(*arguments, made=made):
+            seen.append(made(*arguments))
+            return seen[-1]
 
-            monkeypatch.setattr(module, "turns_of", kept)
+        monkeypatch.setattr(module, "turns_of", kept)
     return seen
 
 
