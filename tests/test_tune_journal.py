@@ -108,6 +108,53 @@ def test_a_line_that_is_no_trial_is_named(tmp_path: Path, line: bytes) -> None:
     assert path.read_bytes() == content
 
 
+SLUG = json.dumps(POINTS[0].slug)
+SHAPES = ("null", "5", "[1]", '["search"]', '"search"', '{"begun": 5, "machine": ["a", "b"]}', f'{{"begun": {SLUG}}}')
+SHAPES += tuple(f'{{"begun": {SLUG}, "machine": {machine}}}' for machine in ("5", "[]", '["a"]', "null"))
+SHAPES += ('{"trial": 5}', '{"trial": {}}', '{"trial": null}', "[" * 100_000, '{"other": 1}')
+
+
+@pytest.mark.parametrize("line", SHAPES, ids=lambda line: line[:30])
+def test_a_line_of_another_shape_is_named(tmp_path: Path, line: str) -> None:
+    """JSON that no tuner wrote is no trial, and is said before a search begins."""
+    path = tmp_path / "j.jsonl"
+    path.write_text(f'{{"search": {{}}}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(TuneError, match=r"j\.jsonl:2 must be a line of m2gen tune, got .*; --fresh starts anew"):
+        Journal(path, HEADER)
+    fresh = Journal(path, HEADER, fresh=True)
+    assert fresh.trials() == []
+    fresh.close()
+    assert Journal(path, HEADER).trials() == []
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("place", ["folder", "file/j.jsonl"])
+def test_a_journal_that_has_no_place(tmp_path: Path, place: str, fresh: bool) -> None:
+    """A folder in the place of the file, or a file in that of the folder."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(TuneError, match=r"must be writable: .*; M2GEN_CACHE_DIR may name another folder"):
+        Journal(tmp_path / place, HEADER, fresh=fresh)
+
+
+def test_a_full_disk_ends_a_search_and_keeps_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line that did not fit leaves no part of itself."""
+    journal = Journal(tmp_path / "j.jsonl", HEADER)
+    journal.record(trial(POINTS[0]))
+    before = (tmp_path / "j.jsonl").read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(TuneError, match="No space left on device; trials so far are kept; M2GEN_CACHE_DIR may"):
+            journal.record(trial(POINTS[1]))
+    journal.close()
+    assert (tmp_path / "j.jsonl").read_bytes() == before
+    assert Journal(tmp_path / "j.jsonl", HEADER).trials() == [trial(POINTS[0])]
+
+
 def test_a_candidate_that_took_the_machine_down_is_not_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

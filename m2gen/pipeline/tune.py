@@ -190,7 +190,5 @@ def _ledger(subject: Subject, request: TuneRequest, context: TuningContext) -> A
 
         return closing(open_study(request.storage, name, context.worker, fresh=request.fresh))
     path = cache_dir() / "tune" / f"{subject.variant.key}-{name[:12]}.jsonl"
-    if request.fresh:
-        path.unlink(missing_ok=True)
     header = {"variant": subject.variant.key, "batch": subject.batch, "seq": subject.seq, "study": name}
-    return closing(Journal(path, header))
+    return closing(Journal(path, header, fresh=request.fresh))

@@ -185,7 +185,14 @@ class SharedStudy:
         with self._errors():
             for frozen in self._study.get_trials(deepcopy=False):
                 if ATTRIBUTE in frozen.user_attrs:
-                    yield frozen.number, decode_trial(frozen.user_attrs[ATTRIBUTE])
+                    yield frozen.number, self._decoded(frozen.number, frozen.user_attrs[ATTRIBUTE])
+
+    def _decoded(self, number: int, value: Any) -> Trial:
+        try:
+            return decode_trial(value)
+        except ValueError as error:
+            where = f"--storage {self._shown}: trial {number} of study {self._name}"
+            raise TuneError(f"{where} must be one that this m2gen reads; --fresh starts anew") from error
 
     def _forget(self, storage: Any) -> None:
         import optuna
