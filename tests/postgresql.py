@@ -55,7 +55,7 @@ def server() -> Iterator[str]:
 
         run("initdb", "-D", str(data), "-U", "m2gen", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
         options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={root} -c fsync=off"
-        run("pg_ctl", "-D", str(data), "-w", "-l", str(root / "log"), "-o", options, "start")
+        run("pg_ctl", "-D", str(data), "-w", "-t", "3600", "-l", str(root / "log"), "-o", options, "start")
         try:
             yield f"postgresql://m2gen@127.0.0.1:{port}/postgres"
         finally:

@@ -1,7 +1,7 @@
-"""A program's progress in calls of functions rather than seconds: the same on a machine of any speed.
+"""A program's progress in calls rather than seconds: the same on a machine of any speed.
 
-``count`` says how many calls something makes. ``die_at`` ends this process at one of them as SIGKILL does, wherever
-that is: between a write and what makes it last, between two renames, in the middle of an import.
+What is on disk changes only where a program calls the system, so a kill before each of these calls is every kill there
+is, but for half a write.
 """
 
 from __future__ import annotations
@@ -9,37 +9,49 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-CALLS = ("call", "c_call")
-"""Of functions in Python, and of those in C, which is where the system is called."""
+SYSTEM = {"posix", "fcntl", "_io"}
+"""Modules whose functions call the system, and whose types' methods do."""
 
 
-def count(run: Callable[[], object]) -> int:
-    """Run something and return how many calls that took."""
-    made, before = 0, sys.getprofile()
+def _calls(event: str, called: Any) -> bool:
+    """Return whether a profiler's event is a call of a function."""
+    return event in ("call", "c_call")
 
-    def see(frame: FrameType, event: str, argument: Any) -> None:
-        nonlocal made
-        made += event in CALLS
 
-    sys.setprofile(see)
-    try:
-        run()
-    finally:
-        sys.setprofile(before)
-    return made
+def _calls_the_system(event: str, called: Any) -> bool:
+    """Return whether it is a call of the system, about: opening, writing, syncing, renaming."""
+    module = getattr(called, "__module__", None) or type(getattr(called, "__self__", None)).__module__
+    return event == "c_call" and module in SYSTEM
+
+
+class Count:
+    """How many calls were made within a block so far: of any function, or of the ``system`` alone."""
+
+    def __init__(self, *, system: bool = False) -> None:
+        self.made = 0
+        self._counts = _calls_the_system if system else _calls
+
+    def _see(self, frame: FrameType, event: str, called: Any) -> None:
+        self.made += self._counts(event, called)
+
+    def __enter__(self) -> Count:
+        sys.setprofile(self._see)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
 
 
 def die_at(call: int) -> None:
-    """End this process at its ``call``-th call from now on."""
+    """End this process as SIGKILL does, right before its ``call``-th call of the system from now on."""
     left = call
 
-    def see(frame: FrameType, event: str, argument: Any) -> None:
+    def see(frame: FrameType, event: str, called: Any) -> None:
         nonlocal left
-        left -= event in CALLS
+        left -= _calls_the_system(event, called)
         if left <= 0:
             os.kill(os.getpid(), signal.SIGKILL)
 

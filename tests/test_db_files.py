@@ -8,7 +8,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -213,19 +212,25 @@ import sys
 from pathlib import Path
 from dataclasses import replace
 from m2gen.db import Database, Sizes, read_export
+from steps import die_at
 (record,) = read_export(Path(sys.argv[2]))
-first, last = int(sys.argv[3]), int(sys.argv[4])
+first, last, dies = map(int, sys.argv[3:])
 database = Database(Path(sys.argv[1]))
 for seq in range(first, last):
+    if dies and seq == first + 1:
+        die_at(dies)
     database.add([replace(record, problem=replace(record.problem, seq=seq))])
     print(seq, flush=True)
 """
 
 
-def _writer(root: Path, first: int, last: int) -> subprocess.Popen[bytes]:
+def _writer(root: Path, first: int, last: int, dies: int = 0) -> subprocess.Popen[bytes]:
+    """Start a process that adds records; after the first one it dies at its ``dies``-th call of the system, if any."""
     write_export(root.parent / "one.jsonl", [winner()])
-    command = [sys.executable, "-c", WRITE, str(root), str(root.parent / "one.jsonl"), str(first), str(last)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", WRITE, str(root), str(root.parent / "one.jsonl"), *map(str, (first, last, dies))]
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    environment = {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
 
 
 def test_two_writers_lose_no_record(tmp_path: Path) -> None:
@@ -241,14 +246,11 @@ def test_two_writers_lose_no_record(tmp_path: Path) -> None:
 def test_a_kill_loses_nothing_that_was_added(tmp_path: Path) -> None:
     """Killed at any moment, a writer leaves every record it had added, and no lock that holds."""
     root, rng, first = tmp_path / "db", random.Random(0), 1
-    for _ in range(4):
-        with _writer(root, first, first + 10_000) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(rng.uniform(0, 0.05))
-            process.send_signal(signal.SIGKILL)
-            rest = process.stdout.read().split()
-        first += 1 + len(rest)
+    for _ in range(6):
+        process = _writer(root, first, first + 10_000, dies=rng.randint(1, 300))
+        said = process.communicate()[0].split()
+        assert process.returncode == -signal.SIGKILL
+        first += len(said)
         contents = Database(root).contents()
         assert contents.faults == ()
         found = sorted(record.problem.seq for record in contents.records)

@@ -285,7 +285,7 @@ def test_the_budget_ends_a_search(spec: Path) -> None:
 
 
 def test_a_machine_of_any_speed_searches_the_same(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Budgets pass by the context's clock, here as tasks say that they took: not by the host's, an hour later each look."""
+    """Budgets pass by the context's clock, here as tasks say: not by the host's, an hour later at each look."""
     simulated.script(spec.parent / "script.json")
     with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", partial(next, count(step=3600.0)))
