@@ -9,7 +9,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
+
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ci")
+"""The same examples on every machine, however busy, and no verdict on how long they take; of the checks of health, only
+``too_slow`` is about time. ``--hypothesis-profile=default`` draws others."""
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import H100, VARIANT, environment, failed, winner
 from support import ROOT, make_schedule
@@ -144,7 +144,7 @@ def lines(data: bytes) -> list[bytes]:
     return [line for line in data.split(b"\n") if line.strip()]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(cut=st.integers(0, 10**6), junk=st.binary(max_size=12))
 def test_no_damage_spreads(tmp_path_factory: pytest.TempPathFactory, cut: int, junk: bytes) -> None:
     """Wherever a file is cut or overwritten, whole lines are read, and a write keeps every other byte."""
@@ -273,7 +273,7 @@ POOL = st.builds(
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(POOL, max_size=8), st.lists(POOL, max_size=8), st.lists(POOL, max_size=8))
 def test_merging_has_one_result(one: list[Record], two: list[Record], three: list[Record]) -> None:
     """Whoever merges whose records in whatever order, and however often, gets the same."""

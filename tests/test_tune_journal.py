@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import simulated
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import ROOT
 
@@ -74,12 +74,11 @@ def test_a_trial_is_json(tmp_path: Path) -> None:
         assert decode_trial(json.loads(text)) == trial(POINTS[3], failed=failed)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(cut=st.integers(0, 4000))
-def test_a_journal_that_ends_anywhere_keeps_its_whole_lines(tmp_path: Path, cut: int) -> None:
+def test_a_journal_that_ends_anywhere_keeps_its_whole_lines(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     """Of a torn last line nothing stays, and the next trial begins a line of its own."""
-    path = tmp_path / f"{cut}.jsonl"
-    path.unlink(missing_ok=True)
+    path = tmp_path_factory.mktemp("torn") / "j.jsonl"
     journal = Journal(path, HEADER)
     for point in POINTS[:3]:
         journal.record(trial(point))
@@ -96,11 +95,11 @@ def test_a_journal_that_ends_anywhere_keeps_its_whole_lines(tmp_path: Path, cut:
     assert path.read_bytes().startswith(whole[: kept.rfind(b"\n") + 1])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(line=st.binary(min_size=1, max_size=60).filter(lambda line: b"\n" not in line and line.strip()))
-def test_a_line_that_is_no_trial_is_named(tmp_path: Path, line: bytes) -> None:
+def test_a_line_that_is_no_trial_is_named(tmp_path_factory: pytest.TempPathFactory, line: bytes) -> None:
     """By file and number, with what to do; the file stays as it was."""
-    path = tmp_path / "j.jsonl"
+    path = tmp_path_factory.mktemp("named") / "j.jsonl"
     content = b'{"search": {}}\n' + line + b"\n"
     path.write_bytes(content)
     with pytest.raises(TuneError, match=r"j\.jsonl:2 must be a line of m2gen tune, got .*; --fresh starts anew"):
