@@ -213,7 +213,7 @@ SECONDS = 0.5
 def context(device: Device = DEVICE, *, inline: bool = True, compilers: int = 2) -> TuningContext:
     """Return a context whose GPU is simulated, in this process or in workers of its own, and lost as a real one is."""
     measuring = replace(GPU, serve=measure, prepare=nothing, seconds=SECONDS, now=TIME)
-    compiling: Service[CompileTask, Compiled] = Service(compile_, nothing, 1e9, _compile_lost, now=TIME)
+    compiling: Service[CompileTask, Compiled] = Service(compile_, nothing, 1e6, _compile_lost, now=TIME)
     services = Services(compiling, measuring, compilers, Inline if inline else Worker)
     environment = replace(ENVIRONMENT, device=device.name, sm_count=device.sm_count)
     return TuningContext(device, environment, f"simulated-{os.getpid()}", "simulated:0", services, TIME)
