@@ -48,9 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the user's cache and database out of the tests, and the tests out of the user's cache."""
+    """Keep the user's cache and database out of the tests, and the tests out of the user's cache.
+
+    The processes of a run share one, so that none compiles what another did.
+    """
+    base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("M2GEN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("M2GEN_CACHE_DIR", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"))
         patch.delenv("M2GEN_TUNING_DB", raising=False)
         yield
 

@@ -39,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn YAML specs into tuned, verified Triton kernels for the M²RNN recurrence.",
     epilog="Exit status: 0 done; 1 a check, verification or comparison failed; 2 the command or a spec cannot be used; "
-    "130 interrupted.",
+    "130 interrupted; 141 the reader of what is printed is gone.",
 )
 spec_app = typer.Typer(no_args_is_help=True, help="Look at specs: the variants that they ask for, and their schema.")
 app.add_typer(spec_app, name="spec")
