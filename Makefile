@@ -19,7 +19,7 @@ types: .venv/installed
 	$(BIN)/mypy
 
 tests: .venv/installed
-	$(BIN)/pytest -n 2 -q
+	$(BIN)/pytest -n 2 --dist loadfile -q
 
 # On the GPU, else in Triton's interpreter.
 verify: .venv/installed

@@ -3,21 +3,104 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
-import json
 import os
+import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
+
+from pydantic import TypeAdapter
+
+from m2gen.errors import CacheError
+
+Value = TypeVar("Value")
+
+ELSEWHERE = "M2GEN_CACHE_DIR may name another folder"
+"""What to do where the cache cannot be used."""
+_OF_DISKS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
+}
 
 
 def cache_dir() -> Path:
-    """Return ``$M2GEN_CACHE_DIR``, else ``m2gen`` below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    """Return ``$M2GEN_CACHE_DIR``, else ``m2gen`` below ``$XDG_CACHE_HOME`` or ``~/.cache``.
+
+    Where that cannot be written, or the user has no home, it is a folder among the temporary files that only this user
+    can write: generated modules are imported from it. Raises CacheError where there is no such folder either.
+    """
     explicit = os.environ.get("M2GEN_CACHE_DIR")
     if explicit:
         return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "m2gen"
+    usual = _usual()
+    return _temporary() if usual is None else usual
+
+
+def shortcoming() -> str:
+    """Return what the cache lacks, empty where that is nothing."""
+    if not _writable(cache_dir()):
+        return f"cache that can be written ({ELSEWHERE})"
+    if os.environ.get("M2GEN_CACHE_DIR") or _usual() is not None:
+        return ""
+    return f"home that can be written (the cache is among temporary files; {ELSEWHERE})"
+
+
+def _usual() -> Path | None:
+    """Return the cache in the user's home, None where that cannot be written."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))  # which must be absolute, or is to be ignored
+    home = _home()
+    root = named if named.is_absolute() else home and home / ".cache"
+    return root / "m2gen" if root is not None and _writable(root / "m2gen") else None
+
+
+def _home() -> Path | None:
+    """Return the user's home; None of a user without ``HOME`` whom the system does not know."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return None
+    return home if home.is_absolute() else None
+
+
+def _writable(folder: Path) -> bool:
+    """Return whether a folder can be written, or made."""
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
+
+
+def _temporary() -> Path:
+    try:
+        folder = Path(tempfile.gettempdir()) / f"m2gen-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        facts = folder.lstat()
+    except OSError as error:
+        raise CacheError(f"the cache must have a folder that can be written: {_reason(error)}; {ELSEWHERE}") from error
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        raise CacheError(f"{folder} must be a folder that only this user can write; {ELSEWHERE}")
+    return folder
+
+
+def provide_for_triton() -> None:
+    """Have Triton keep what it compiles in this cache where its own, in the user's home, cannot be written."""
+    if os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME"):
+        return
+    home = _home()
+    if home is None or not _writable(home / ".triton" / "cache"):
+        with contextlib.suppress(CacheError):  # which whoever needs the cache raises again
+            os.environ["TRITON_CACHE_DIR"] = str(cache_dir() / "triton")
+
+
+def is_of_a_disk(error: BaseException) -> bool:
+    """Return whether an error says that a file could not be written, and nothing about what was computed."""
+    return isinstance(error, CacheError) or (isinstance(error, OSError) and error.errno in _OF_DISKS)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def key_of(*parts: str) -> str:
@@ -28,13 +111,13 @@ def key_of(*parts: str) -> str:
     return digest.hexdigest()[:24]
 
 
-def write_atomically(path: Path, text: str) -> None:
+def _write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -42,26 +125,38 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def load_result(kind: str, key: str) -> Any | None:
-    """Return a cached JSON value, or None where there is none that can be read."""
+@cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)
+
+
+def load_result(kind: str, key: str, shape: type[Value]) -> Value | None:
+    """Return a cached value of type ``shape``; None where the cache has nothing that ``store_result`` would write."""
+    adapter = _adapter(cast("Hashable", shape))
     try:
-        return json.loads((cache_dir() / kind / f"{key}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        data = (cache_dir() / kind / f"{key}.json").read_bytes()
+        value: Value = adapter.validate_json(data, strict=True)
+    except (OSError, ValueError, CacheError):
         return None
+    return value if adapter.dump_json(value) == data else None
 
 
-def store_result(kind: str, key: str, value: Any) -> None:
-    """Keep a JSON value; a cache that cannot be written is no error, only slower."""
-    with contextlib.suppress(OSError):
-        write_atomically(cache_dir() / kind / f"{key}.json", json.dumps(value))
+def store_result(kind: str, key: str, value: object) -> None:
+    """Keep a value, of a dataclass; a cache that cannot be written is no error, only slower."""
+    data = _adapter(cast("Hashable", type(value))).dump_json(value)
+    with contextlib.suppress(OSError, CacheError):
+        _write_atomically(cache_dir() / kind / f"{key}.json", data)
 
 
 def materialise(kind: str, files: Mapping[str, str]) -> Path:
-    """Return a folder that holds exactly the given texts, named by them."""
+    """Return a folder that holds the given texts, and is named by them; raises CacheError where it cannot."""
     key = key_of(*(part for item in sorted(files.items()) for part in item))
     folder = cache_dir() / kind / key
-    for path, text in files.items():
-        target = folder / path
-        if not target.is_file() or target.read_text(encoding="utf-8") != text:
-            write_atomically(target, text)
+    try:
+        for path, text in files.items():
+            target, data = folder / path, text.encode()
+            if not target.is_file() or target.read_bytes() != data:
+                _write_atomically(target, data)
+    except OSError as error:
+        raise CacheError(f"{folder} must be writable: {_reason(error)}; {ELSEWHERE}") from error
     return folder

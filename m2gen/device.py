@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from m2gen.errors import UsageError
+from m2gen.errors import UsageError, among
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ PORTABLE = Device("portable", "portable", 100, 64 * 1024, registers=255, registe
 def target(arch: str) -> Device:
     """Return the table's entry for ``arch``; raises ``UsageError`` for an unknown one."""
     if arch not in TARGETS:
-        raise UsageError(f"--target must be among {', '.join(TARGETS)}, got {arch!r}")
+        raise UsageError(f"--target must be {among(TARGETS)}, got {arch!r}")
     return TARGETS[arch]
 
 

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+MOST_LISTED = 20
+"""Problems, or names, that are listed: what follows is counted."""
+
+
+def listed(lines: Iterable[str]) -> list[str]:
+    """Return the first lines, and one that says how many more there are."""
+    every = list(lines)
+    more = len(every) - MOST_LISTED
+    return every if more <= 0 else [*every[:MOST_LISTED], f"and {more} more"]
+
+
+def among(names: Iterable[str]) -> str:
+    """Word the choice among ``names``, of which only the first are listed."""
+    return f"among {', '.join(listed(names))}"
+
 
 class M2genError(Exception):
-    """A failure that is reported as one line, without a traceback."""
+    """A failure that is reported as a line a problem, the first ones of many, without a traceback."""
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return "\n".join(listed(super().__str__().splitlines()))
 
 
 class UsageError(M2genError):
@@ -45,6 +63,12 @@ class EmitError(M2genError):
 
 class PlaceError(EmitError):
     """The place that a command is told to write to holds what m2gen did not write, or cannot be written."""
+
+    exit_status = 2
+
+
+class CacheError(M2genError):
+    """The user's cache cannot be written, and what was asked for needs files there."""
 
     exit_status = 2
 

@@ -9,7 +9,15 @@ from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
+
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ci")
+"""The same examples on every machine, however busy, and no verdict on how long they take; of the checks of health, only
+``too_slow`` is about time. ``--hypothesis-profile=default`` draws others."""
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -40,9 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the user's cache and database out of the tests, and the tests out of the user's cache."""
+    """Keep the user's cache and database out of the tests, and the tests out of the user's cache.
+
+    The processes of a run share one, so that none compiles what another did.
+    """
+    base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("M2GEN_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("M2GEN_CACHE_DIR", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"))
         patch.delenv("M2GEN_TUNING_DB", raising=False)
         yield
 

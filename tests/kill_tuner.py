@@ -1,9 +1,10 @@
-"""Starts tuners and kills them at random points: ``kill_tuner.py SERIES KILLS``, in a folder with one.yaml.
+"""Starts tuners that die at random points: ``kill_tuner.py SERIES KILLS``, in a folder with one.yaml.
 
-A series is killed so often and then let finish, in a cache and a database of its own. Prints a JSON list of series:
-after each kill, and at the end, the candidates in the order of the journal's trials, how much had reached the GPU or
-the compiler, and the database's records and faults. Everything is imported once, and each tuner is a fork, so that a
-hundred of them take seconds.
+A point is right before a call of the system, so that kills fall between any two changes of what is on disk, on a
+machine of any speed. A series is killed so often and then let finish, in a cache and a database of its own. Prints a
+JSON list of series: after each kill, and at the end, the candidates in the order of the journal's trials, how much had
+reached the GPU or the compiler, and the database's records and faults. Everything is imported once, and each tuner is a
+fork, so that a hundred of them take seconds.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import os
 import random
 import signal
 import sys
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import simulated
+from steps import Count, die_at
 
 from m2gen.cache import cache_dir
 from m2gen.db import Database
@@ -29,24 +31,29 @@ from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
 TRIALS = 40
-EARLY = 0.5
-"""Half of the kills come at a time up to this part of what a search takes here, which its start takes most of; the
-others after some more trials."""
-MORE = 3
+AFTER = 6
+"""Trials, about, within whose calls most kills fall, so that several of them are needed for a whole search."""
 
 
 class Silent:
-    """A watcher that shows nothing."""
+    """A watcher that shows nothing, and may note how many calls had been made at each trial."""
+
+    def __init__(self, count: Count | None = None) -> None:
+        self._count = count
+        self.at: list[int] = []
 
     def stage(self, text: str) -> None: ...
-    def trial(self, trial: Trial, standing: Standing) -> None: ...
+
+    def trial(self, trial: Trial, standing: Standing) -> None:
+        self.at += [self._count.made] if self._count else []
+
     def details(self, text: str) -> None: ...
 
 
-def run() -> None:
+def run(watcher: Silent | None = None) -> None:
     """Tune as ``m2gen tune`` does."""
     request = TuneRequest(Database(Path("db")), seconds=60, trials=TRIALS, sampler=Sampler.RANDOM)
-    list(tune(plan("one.yaml", records=()), request, simulated.context(), Silent()))
+    list(tune(plan("one.yaml", records=()), request, simulated.context(), watcher or Silent()))
 
 
 def recorded() -> list[str]:
@@ -71,13 +78,15 @@ def state() -> dict[str, Any]:
     }
 
 
-def start() -> int:
-    """Start a tuner in a process of its own."""
+def start(dies_at: int) -> None:
+    """Run a tuner in a process of its own, which dies at one of its calls of the system, or is done before."""
     child = os.fork()
     if child == 0:
+        die_at(dies_at)
         run()
         os._exit(0)
-    return child
+    _, status = os.waitpid(child, 0)
+    assert status in (0, signal.SIGKILL), status
 
 
 def enter(folder: Path, spec: str) -> None:
@@ -85,33 +94,38 @@ def enter(folder: Path, spec: str) -> None:
     folder.mkdir()
     os.chdir(folder)
     Path("one.yaml").write_text(spec, encoding="utf-8")
-    simulated.script(Path("script.json").absolute(), sleep=0.0005)
+    simulated.script(Path("script.json").absolute())
     os.environ["M2GEN_CACHE_DIR"] = str(Path("cache").absolute())
 
 
-def wait_for_more(child: int, lines: int) -> None:
-    """Wait until the journal has so many more lines, or the tuner is about to end."""
-    journals = cache_dir() / "tune"
+@dataclass(frozen=True)
+class Calls:
+    """How many calls of the system a search makes before its first trial, for each, and altogether."""
 
-    def written() -> int:
-        return sum(path.read_bytes().count(b"\n") for path in journals.glob("*.jsonl"))
+    before: int
+    each: int
+    whole: int
 
-    before = written()
-    while written() < before + lines and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        time.sleep(0.0005)
+    def draw(self, draw: random.Random, part: float) -> int:
+        """Return where to kill: while a search begins, or within a few trials; anywhere ``part`` of the way later."""
+        end = self.before + AFTER * self.each if part < 0.75 else self.whole
+        return draw.randint(*((1, self.before) if draw.random() < 0.5 else (self.before, end)))
 
 
-def series(kills: int, draw: random.Random, seconds: float) -> list[dict[str, Any]]:
+def measured() -> Calls:
+    """Return the calls of a search that nobody kills."""
+    with Count(system=True) as count:
+        watcher = Silent(count)
+        run(watcher)
+    first, last = watcher.at[0], watcher.at[TRIALS - 1]
+    return Calls(first, (last - first) // (TRIALS - 1), count.made)
+
+
+def series(kills: int, draw: random.Random, calls: Calls) -> list[dict[str, Any]]:
     """Kill tuners at random points, then let one finish; return the states in between and at the end."""
     states = []
-    for _ in range(kills):
-        child = start()
-        if draw.random() < 0.5:
-            time.sleep(draw.uniform(0, seconds))
-        else:
-            wait_for_more(child, draw.randint(1, MORE))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    for index in range(kills):
+        start(calls.draw(draw, index / kills))
         states.append(state())
     run()
     return [*states, state()]
@@ -124,13 +138,11 @@ def main() -> None:
     enter(home / "imports", spec)
     run()
     enter(home / "whole", spec)
-    begin = time.monotonic()
-    os.waitpid(start(), 0)
-    seconds = EARLY * (time.monotonic() - begin)
+    calls = measured()
     found = []
     for index in range(int(sys.argv[1])):
         enter(home / f"series{index}", spec)
-        found.append(series(int(sys.argv[2]), draw, seconds))
+        found.append(series(int(sys.argv[2]), draw, calls))
     print(json.dumps(found))
 
 

@@ -1,11 +1,10 @@
-"""A PostgreSQL server of its own on loopback, from the binaries that the system has."""
+"""A PostgreSQL server of its own behind a socket in its folder, from the binaries that the system has."""
 
 from __future__ import annotations
 
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -38,9 +37,6 @@ def server() -> Iterator[str]:
         root, data = Path(name), Path(name) / "data"
         if user is not None:
             shutil.chown(root, user)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
 
         def run(*command: str) -> None:
             done = subprocess.run(
@@ -54,9 +50,9 @@ def server() -> Iterator[str]:
             assert done.returncode == 0, done.stdout + done.stderr
 
         run("initdb", "-D", str(data), "-U", "m2gen", "-A", "trust", "--no-sync", "-E", "UTF8", "--locale=C")
-        options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={root} -c fsync=off"
-        run("pg_ctl", "-D", str(data), "-w", "-l", str(root / "log"), "-o", options, "start")
+        options = f"-c listen_addresses='' -c unix_socket_directories={root} -c fsync=off"
+        run("pg_ctl", "-D", str(data), "-w", "-t", "3600", "-l", str(root / "log"), "-o", options, "start")
         try:
-            yield f"postgresql://m2gen@127.0.0.1:{port}/postgres"
+            yield f"postgresql://m2gen@/postgres?host={root}"
         finally:
             run("pg_ctl", "-D", str(data), "-m", "immediate", "stop")

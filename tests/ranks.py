@@ -16,6 +16,8 @@ import torch
 from torch import distributed
 
 Check = Callable[[Any], None]
+FOREVER = 3600
+"""Seconds, a hundred times what the checks take: only ranks that wait for each other in vain take longer."""
 
 
 def launch(script: Path, folder: Path, ranks: int) -> dict[str, str]:
@@ -30,7 +32,7 @@ def launch(script: Path, folder: Path, ranks: int) -> dict[str, str]:
         for command in commands
     ]
     try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        said = [process.communicate(timeout=FOREVER)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -57,7 +59,7 @@ def serve(checks: Mapping[str, Check], prepare: Callable[[Path], Any]) -> None:
     folder, rank, ranks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", f"file://{folder}/store", timedelta(seconds=60), rank=rank, world_size=ranks
+        "gloo", f"file://{folder}/store", timedelta(seconds=FOREVER), rank=rank, world_size=ranks
     )  # fmt: skip
     subject = prepare(folder)
     results = {}

@@ -1,7 +1,13 @@
-"""One worker of a shared study, as a process: ``shared_worker.py URL GRACE WORKER TRIALS``; prints its trials."""
+"""One worker of a shared study, as a process: ``shared_worker.py URL WORKER TRIALS LAST``; prints trials.
+
+After ``MEET`` trials of its own it says so and waits for a line, so that who is slow to start is waited for. It dies
+right after its ``LAST`` one, with the claims that it has then.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,28 +17,38 @@ import simulated
 from m2gen.db import Database
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, tune
-from m2gen.tune import shared
 from m2gen.tune.log import Standing
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
+MEET = 4
+MET = "met"
+
 
 class Printing:
-    """A watcher that prints each trial's origin."""
+    """A watcher that prints each trial's origin, and knows when to wait and when to die."""
+
+    def __init__(self, worker: str, last: int) -> None:
+        self._worker, self._last, self._own = worker, last, 0
 
     def stage(self, text: str) -> None:
         print(f"stage {text}", flush=True)
 
     def trial(self, trial: Trial, standing: Standing) -> None:
         print(f"{trial.origin} {trial.schedule.slug}", flush=True)
+        self._own += trial.worker == self._worker
+        if trial.worker == self._worker and self._own == MEET:
+            print(MET, flush=True)
+            sys.stdin.readline()
+        if self._own == self._last:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def details(self, text: str) -> None: ...
 
 
 def main() -> None:
     """Search until the study has its trials."""
-    url, grace, worker, trials = sys.argv[1:5]
-    shared.GRACE_SECONDS = shared.open_study.__kwdefaults__["grace"] = float(grace)
+    url, worker, trials, last = sys.argv[1:5]
     context = replace(simulated.context(), worker=worker)
     request = TuneRequest(
         Database(Path(f"db-{worker}")),
@@ -41,7 +57,7 @@ def main() -> None:
         storage=url,
         sampler=Sampler.RANDOM,
     )
-    for tuned in tune(plan("one.yaml"), request, context, Printing()):
+    for tuned in tune(plan("one.yaml"), request, context, Printing(worker, int(last))):
         print("winner", tuned.outcome.choice and tuned.outcome.choice.winner.slug, flush=True)
 
 

@@ -1,9 +1,11 @@
 """A GPU whose every candidate does what a script says: times, noise, hangs, crashes, wrong results. No torch here.
 
 The script is a JSON file that ``M2GEN_SIMULATION`` names, so that worker processes find it: lists of slugs under
-``hang``, ``crash``, ``sticky``, ``wrong``, ``unlaunchable`` and ``spilling``, a part of noise for ``noisy`` ones,
-milliseconds for some under ``ms`` or for all under ``every``, bytes for some under ``peak``. Whatever reaches the GPU
-or the compiler is a line of the file ``log``.
+``hang``, ``crash``, ``sticky``, ``wrong``, ``full``, ``unlaunchable`` and ``spilling``, a part of noise for ``noisy``
+ones, milliseconds for some under ``ms`` or for all under ``every``, bytes for some under ``peak``, the seconds that a
+step ``takes``. Whatever reaches the GPU or the compiler is a line of the file ``log``.
+
+Time is simulated, too: budgets pass as tasks say that they took, and a task is out of time once it hangs.
 """
 
 from __future__ import annotations
@@ -38,6 +40,8 @@ DEVICE = replace(TARGETS["sm_90"], name="Simulated GPU")
 ENVIRONMENT = Environment("sm_90", DEVICE.name, DEVICE.sm_count, "1.0", "2.11", "3.6", "12.9")
 PEAK = 1000
 """Bytes that a candidate takes of which the script says nothing."""
+HANGS = "hangs"
+"""What the log has of a step that never ends."""
 
 
 def place(folder: Path, patch: pytest.MonkeyPatch, spec: str) -> Path:
@@ -96,26 +100,34 @@ _ERRORS: list[AcceleratorError] = []
 
 def measure(task: Task) -> Measurement:
     """Do one step as the script says."""
-    says, slug = _script(), task.schedule.slug
+    says = _script()
     if task.step is Step.PREPARE:
         return Measurement()
     _note(says, str(task.step), task.schedule)
-    time.sleep(says.get("sleep", 0.0))
+    found = _step(says, task)
+    return replace(found, seconds=says.get("takes", 0.01))
+
+
+def _step(says: dict[str, Any], task: Task) -> Measurement:
+    slug = task.schedule.slug
+    if slug in says.get("full", ()):
+        return Measurement(stopped="No space left on device")
     if slug in says.get("sticky", ()):
         _ERRORS.append(AcceleratorError("CUDA error: an illegal memory access was encountered"))
     for error in _ERRORS:
-        return Measurement(failure=raised(error), seconds=0.01)
+        return Measurement(failure=raised(error))
     if slug in says.get("hang", ()):
-        time.sleep(600)
+        _note(says, HANGS, task.schedule)
+        time.sleep(1e6)
     if slug in says.get("crash", ()):
         os.kill(os.getpid(), signal.SIGSEGV)
     unseen = task.step in (Step.HELD_OUT, Step.VERIFY)
     if slug in says.get("wrong", ()) or (unseen and slug in says.get("wrong_held_out", ())):
-        return Measurement(failure=Failure(Reason.WRONG, "dq of plain must be within 1e-3, got 2e-1"), seconds=0.01)
+        return Measurement(failure=Failure(Reason.WRONG, "dq of plain must be within 1e-3, got 2e-1"))
     errors = (TensorError("dq", 1e-4, 1e-3), TensorError("y", 2e-4, 1e-3))
     if unseen:
-        return Measurement((TensorError("dq", 3e-4, 1e-3),), seconds=0.01)
-    return Measurement(errors if task.step is Step.SCREEN else (), _samples(says, task), seconds=0.01)
+        return Measurement((TensorError("dq", 3e-4, 1e-3),))
+    return Measurement(errors if task.step is Step.SCREEN else (), _samples(says, task))
 
 
 def _samples(says: dict[str, Any], task: Task) -> Samples:
@@ -140,6 +152,8 @@ def compile_(task: CompileTask) -> Compiled:
     """Compile as the script says: every candidate has its own machine code, but those under ``same`` one name."""
     says, slug = _script(), task.schedule.slug
     _note(says, "compile", task.schedule)
+    if slug in says.get("full", ()):
+        return Compiled(stopped="No space left on device")
     if slug in says.get("unlaunchable", ()):
         return Compiled(failure=Failure(Reason.LAUNCH, "shared memory must be at most 1 byte, got 2"), seconds=0.01)
     spills = 8 if slug in says.get("spilling", ()) else 0
@@ -159,22 +173,50 @@ class Inline(Worker[Any, Any]):
 
     def begin(self, task: Any) -> None:
         self.task = task
-        self.deadline = time.monotonic() + 60
         self.pipe, theirs = Pipe()
         theirs.send(self._service.serve(task))
         theirs.close()
+
+    @property
+    def left(self) -> float:
+        return 1.0
+
+    def collect(self) -> tuple[Any, Any]:
+        task, result = super().collect()
+        TIME.passes(result.seconds)
+        return task, result
 
     def stop(self) -> None:
         self.task = None
 
 
-def context(device: Device = DEVICE, *, inline: bool = True, compilers: int = 2, seconds: float = 6.0) -> TuningContext:
+class Time:
+    """A clock that shows the seconds which tasks took, and jumps beyond every limit when one begins to hang."""
+
+    def __init__(self) -> None:
+        self._passed = 0.0
+
+    def passes(self, seconds: float) -> None:
+        """Be later."""
+        self._passed += seconds
+
+    def __call__(self) -> float:
+        log = Path(_script()["log"])
+        return self._passed + 2 * SECONDS * sum(line.startswith(HANGS) for line in lines(log))
+
+
+TIME = Time()
+SECONDS = 0.5
+"""Longest that a step may take; how often it is looked whether one hangs."""
+
+
+def context(device: Device = DEVICE, *, inline: bool = True, compilers: int = 2) -> TuningContext:
     """Return a context whose GPU is simulated, in this process or in workers of its own, and lost as a real one is."""
-    measuring = replace(GPU, serve=measure, prepare=nothing, seconds=seconds)
-    compiling: Service[CompileTask, Compiled] = Service(compile_, nothing, 30.0, _compile_lost)
+    measuring = replace(GPU, serve=measure, prepare=nothing, seconds=SECONDS, now=TIME)
+    compiling: Service[CompileTask, Compiled] = Service(compile_, nothing, 1e6, _compile_lost, now=TIME)
     services = Services(compiling, measuring, compilers, Inline if inline else Worker)
     environment = replace(ENVIRONMENT, device=device.name, sm_count=device.sm_count)
-    return TuningContext(device, environment, f"simulated-{os.getpid()}", "simulated:0", services)
+    return TuningContext(device, environment, f"simulated-{os.getpid()}", "simulated:0", services, TIME)
 
 
 __all__ = ["DEVICE", "bucket_of", "context", "lines", "measure", "place", "script"]

@@ -1,8 +1,8 @@
-"""A stand-in for a CUDA GPU, for tests of the clock: graphs whose replays sleep, memory that grows at every look."""
+"""A stand-in for a CUDA GPU, for tests of the clock: each replay takes a millisecond of a time that is counted, and
+memory grows at every look."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,28 +11,39 @@ import torch
 
 import m2gen.measure.clock
 
+REPLAY_MS = 1.0
+WARM_UPS = 10
+"""Replays that a clock is warmed with, one graph at a time."""
+
+
+class _Time:
+    """The GPU's time, which is the host's as well: replays take all of it."""
+
+    ms = 0.0
+
+    @classmethod
+    def seconds(cls) -> float:
+        return cls.ms / 1e3
+
 
 class _Event:
-    """A time as the host sees it."""
+    """A point in that time."""
 
     def __init__(self, enable_timing: bool) -> None:
         self.at = 0.0
 
     def record(self) -> None:
-        self.at = time.monotonic()
+        self.at = _Time.ms
 
     def elapsed_time(self, end: _Event) -> float:
-        return (end.at - self.at) * 1e3
+        return end.at - self.at
 
 
 class _Graph:
     """A graph whose replays take a millisecond."""
 
-    replays = 0
-
     def replay(self) -> None:
-        _Graph.replays += 1
-        time.sleep(1e-3)
+        _Time.ms += REPLAY_MS
 
 
 class _Stream:
@@ -66,4 +77,5 @@ def stand_in_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(m2gen.measure.clock, "_FLUSH", [torch.empty(8)])
-    monkeypatch.setattr(m2gen.measure.clock, "WARM_SECONDS", 0.01)
+    monkeypatch.setattr(m2gen.measure.clock, "now", _Time.seconds)
+    monkeypatch.setattr(m2gen.measure.clock, "WARM_SECONDS", (WARM_UPS - 0.5) * REPLAY_MS / 1e3)

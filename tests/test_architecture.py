@@ -22,7 +22,7 @@ LINES = 300
 ALLOWED: dict[str, str] = {
     "errors": "",
     "bucket": "",
-    "cache": "",
+    "cache": "errors",
     "runtime": "",
     "shipped": "",
     "device": "errors",

@@ -460,6 +460,14 @@ def test_a_document_reads_back(spec: str, script: Script, tmp_path: Path) -> Non
     assert json.loads(json.dumps(again)) == found
 
 
+@pytest.mark.parametrize("data", [b"", b"\xff\xfe{}", b"null", b"[]", b"5", b"\xef\xbb\xbf{}", b"[" * 100_000])
+def test_a_document_of_another_shape(spec: str, script: Script, data: bytes) -> None:
+    """One line names the file, whatever is in it."""
+    Path("other.json").write_bytes(data)
+    line = fails(2, "bench", "--spec", spec, "--quiet", "--against", "other.json")
+    assert line.startswith("m2gen: other.json: $ must be")
+
+
 def interrupt(script: Script, monkeypatch: pytest.MonkeyPatch, when: Callable[[BenchWorkload], bool]) -> None:
     """Have Ctrl-C come at the first task of such a workload."""
     right = script.ask

@@ -55,6 +55,43 @@ def test_a_wrong_spec_is_one_line_a_problem(spec: Path, command: list[str]) -> N
     assert not (spec.parent / "generated").exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--json",), ("--debug",)], ids=" ".join)
+@pytest.mark.parametrize("command", [("check",), ("spec", "show"), ("build", "--no-verify")], ids=" ".join)
+def test_a_grid_of_mistakes_prints_the_first(command: tuple[str, ...], more: tuple[str, ...], spec: Path) -> None:
+    """Twenty problems and how many more there are, whatever else is asked for; never a megabyte."""
+    values = ", ".join(str(-n) for n in range(1, 2001))
+    spec.write_text(SPEC.replace("head_dim: 16", f"head_dim: [{values}]"), encoding="utf-8")
+    result = run(*command, "--spec", "one.yaml", *more)
+    assert result.stdout == ""
+    lines = (str(result.exception) if more == ("--debug",) else result.stderr).splitlines()
+    assert len(lines) == 21
+    assert all(line.startswith(f"one.yaml: $.layers.base.head_dim[{i}] must be") for i, line in enumerate(lines[:20]))
+    assert lines[20] == "and 1980 more"
+
+
+def test_names_that_there_are_many_of(spec: Path) -> None:
+    """An unknown layer is told the first ones that there are."""
+    base = SPEC.splitlines()[-1]
+    layers = "\n".join(base.replace("base", f"layer{n}") for n in range(500))
+    spec.write_text(SPEC.replace(base, layers), encoding="utf-8")
+    line = fails(2, "db", "why", "none", "--spec", "one.yaml")
+    assert "LAYER must be among layer0, layer1, " in line
+    assert line.endswith("layer19, and 480 more, or a variant, got 'none'")
+
+
+def test_many_failures_are_listed_in_part(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Kernels that cannot launch and tensors over budget: twenty lines, and how many more; documents have all."""
+    rows = [row("too many registers")] * 50
+    assert build.show_check(rows, as_json=False, quiet=True) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert (len(lines), lines[-1]) == (21, "m2gen: and 30 more")
+    monkeypatch.setattr(pipeline, "verify", lambda *_: outcome(*[2e-3] * 50))
+    result = run("verify", "--spec", TINY, "--quiet")
+    assert (len(result.stderr.splitlines()), result.stderr.splitlines()[-1]) == (21, "m2gen: and 30 more")
+    (case,) = document("verify", "--spec", TINY, status=1)["cases"]
+    assert len(case["results"]) == 50
+
+
 def test_debug_shows_the_traceback() -> None:
     """With --debug an error shows where it came from."""
     command = [sys.executable, "-m", "m2gen", "check", "--spec", "absent.yaml", "--debug"]

@@ -58,6 +58,24 @@ def test_list(db: str) -> None:
     assert len(everything) == len(RECORDS)
 
 
+def test_many_lines_that_are_no_records(db: str, tmp_path: Path) -> None:
+    """Line ends of another system, say: the first are named, wherever they are read."""
+    (path,) = {Path(db) / files.place(record) for record in (FAST, SLOW)}
+    path.write_bytes(path.read_bytes() + b"\xff\n{}\n[]\nnull\n" * 50)
+    shown = run("db", "list", "--db", db)
+    lines = shown.stderr.splitlines()
+    assert shown.exit_code == 0
+    assert (len(lines), lines[-1]) == (21, "m2gen: warning: and 180 more")
+    assert all(line.startswith(f"m2gen: warning: not used: {path}:") for line in lines[:-1])
+    for command in (("merge", db), ("diff", db, db), ("import", str(path))):
+        refused = run("db", *command, "--db", str(tmp_path / "new"))
+        assert refused.exit_code == 2
+        assert refused.stderr.splitlines()[20:] == ["m2gen: and 180 more"]
+    pruned = run("db", "prune", "--unreadable", "--dry-run", "--db", db).stdout.splitlines()
+    assert pruned[-2:] == ["and 180 more", "1 records and 200 lines would be removed"]
+    assert len(document("db", "prune", "--unreadable", "--dry-run", "--db", db)["lines"]) == 200
+
+
 def test_records_of_another_triton_are_flagged(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A toolchain that differs is said, and no more."""
     for here, said in (("3.6.0", ""), ("9.9.9", "measured with triton 3.6.0, here 9.9.9")):

@@ -120,7 +120,7 @@ def test_attention_is_causal_and_knows_only_distances(example) -> None:
 def test_state_tracking_smoke(example, monkeypatch, tmp_path, capsys) -> None:
     """Every model trains and is judged; the table and the figure are there, and a second call runs nothing again."""
     run = example("state_tracking")
-    command(run, monkeypatch, "--smoke", "--out", str(tmp_path))
+    command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "budget=1000000")
     table = capsys.readouterr().out
     assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == ["m2rnn", "attention", "linear", "gru"]
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == table

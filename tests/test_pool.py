@@ -5,8 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
 
 from m2gen.measure.workers import Lost, Service, run_isolated
+
+HANGING = "M2GEN_TEST_HANGING"
+"""Names the file in which tasks that hang say so."""
+SECONDS = 0.5
 
 
 def _prepare() -> None:
@@ -19,7 +27,9 @@ def _serve(task: str) -> str:
     if task == "exit":
         os._exit(7)
     if task == "hang":
-        time.sleep(600)
+        with open(os.environ[HANGING], "a", encoding="utf-8") as stream:
+            stream.write("hangs\n")
+        time.sleep(1e6)
     return f"{task} {os.environ['M2GEN_TEST_PREPARED']} {os.getpid()}"
 
 
@@ -31,25 +41,55 @@ def _lost(task: str, lost: Lost) -> str:
     return f"{task} lost: {lost.reason}"
 
 
-SERVICE = Service(_serve, _prepare, 3.0, _lost, _suspect)
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Service[str, str]:
+    """Return a service by whose clock a task is out of time once it hangs, however long processes take to start."""
+    log = tmp_path / "hanging"
+    log.touch()
+    monkeypatch.setenv(HANGING, str(log))
+    return Service(
+        _serve,
+        _prepare,
+        SECONDS,
+        _lost,
+        _suspect,
+        lambda: 2 * SECONDS * len(log.read_text(encoding="utf-8").splitlines()),
+    )
 
 
-def test_a_crash_and_a_hang_cost_one_task_each() -> None:
+def test_a_crash_and_a_hang_cost_one_task_each(service: Service[str, str]) -> None:
     """The others of their group are done, and every task has one result."""
     groups = [["a", "crash", "b"], ["hang", "c"], ["exit"]]
-    results = dict(run_isolated(groups, SERVICE, 2))
+    results = dict(run_isolated(groups, service, 1))
     assert results["crash"] == "crash lost: its process ended with SIGSEGV"
     assert results["exit"] == "exit lost: its process ended with exit status 7"
-    assert results["hang"] == "hang lost: took longer than 3 s"
+    assert results["hang"] == "hang lost: took longer than 0.5 s"
     assert {task for task, result in results.items() if " yes " in result} == {"a", "b", "c"}
 
 
-def test_a_group_has_one_process_until_that_is_suspect() -> None:
+def test_a_group_has_one_process_until_that_is_suspect(service: Service[str, str]) -> None:
     """Tasks of one group share a process, and its compiled kernels; after a bad result they get another."""
-    process = {task: result.split()[-1] for task, result in run_isolated([["a", "b", "bad", "c"]], SERVICE, 4)}
+    process = {task: result.split()[-1] for task, result in run_isolated([["a", "b", "bad", "c"]], service, 4)}
     assert process["a"] == process["b"] == process["bad"] != process["c"]
 
 
-def test_no_tasks() -> None:
+def test_groups_run_side_by_side(service: Service[str, str]) -> None:
+    """As many as there are processes for, each its own."""
+    never = replace(service, now=lambda: 0.0)
+    results = dict(run_isolated([["a", "crash"], ["b"], ["c", "d"]], never, 2))
+    assert results["crash"] == "crash lost: its process ended with SIGSEGV"
+    process = {task: result.split()[-1] for task, result in results.items()}
+    assert process["c"] == process["d"]
+    assert len({process["a"], process["b"]}) == 2
+
+
+def test_a_clock_of_its_own_says_when_a_task_is_late() -> None:
+    """An hour between two looks at the clock is late whatever the task does; no time at all is never late."""
+    hours = iter(range(0, 10**9, 3600))
+    late = Service(_serve, _prepare, 60.0, _lost, now=lambda: float(next(hours)))
+    assert dict(run_isolated([["a"]], late, 1)) == {"a": "a lost: took longer than 60 s"}
+
+
+def test_no_tasks(service: Service[str, str]) -> None:
     """Nothing to do is done at once."""
-    assert list(run_isolated([], SERVICE, 4)) == []
+    assert list(run_isolated([], service, 4)) == []

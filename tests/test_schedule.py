@@ -117,7 +117,7 @@ def any_variant(draw: st.DrawFn) -> Variant:
     return make_variant(*dims, tuple(heads), dtype, clip, tanh)  # type: ignore[arg-type]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(any_variant(), st.sampled_from(DEVICES))
 def test_defaults_are_valid_for_every_variant_on_every_target(variant, device) -> None:
     """Whatever a spec asks for, some schedule serves it, and its programs cover the state exactly."""
@@ -128,7 +128,7 @@ def test_defaults_are_valid_for_every_variant_on_every_target(variant, device) -
     assert schedule.tanh is Tanh.EXP or device.is_nvidia
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(any_variant(), any_variant())
 def test_different_variants_have_different_keys(one, other) -> None:
     """Names in files, tables and records never stand for two variants."""

@@ -152,7 +152,7 @@ def test_the_largest_grid_is_served_and_one_more_is_not() -> None:
 AXIS = st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=3, unique=True)
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(max_examples=300)
 @given(st.tuples(AXIS, AXIS, AXIS, AXIS, AXIS))
 def test_head_grids_are_checked_as_if_every_combination_were(axes: tuple[list[int], ...]) -> None:
     expected = {

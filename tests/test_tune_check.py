@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from stand_in import stand_in_gpu
+from stand_in import REPLAY_MS, stand_in_gpu
 from support import make_schedule, make_variant
 
 from m2gen.db import Reason
@@ -149,8 +149,8 @@ def test_the_workers_steps() -> None:
     assert screened.failure is None, screened.details
     assert {error.tensor for error in screened.errors} == TENSORS
     assert screened.samples is not None
-    assert len(screened.samples.forward_ms) == len(screened.samples.backward_ms) >= clock.FEWEST
-    assert all(ms >= 1 for ms in screened.samples.call_ms)
+    assert len(screened.samples.forward_ms) == len(screened.samples.backward_ms) == clock.MOST
+    assert set(screened.samples.call_ms) == {2 * REPLAY_MS}
     assert screened.samples.peak_bytes == 1000
     held_out = served(Step.HELD_OUT)
     assert (held_out.failure, held_out.samples) == (None, None)
@@ -159,12 +159,30 @@ def test_the_workers_steps() -> None:
     assert len(again.samples.call_ms) == clock.AGAIN
 
 
-@pytest.mark.usefixtures("stand_in")
+@pytest.fixture
+def unchecked(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the worker time candidates without looking at their results."""
+    monkeypatch.setattr("m2gen.tune.check.check_candidate", lambda *_: Verdict(()))
+
+
+@pytest.mark.usefixtures("unchecked")
 def test_far_slower_candidates_are_dropped_after_a_few_samples() -> None:
-    """Beside a best of a hundredth, only the fewest samples are taken."""
-    screened = served(Step.SCREEN, best_ms=0.02)
+    """Beyond a part of the best, only the fewest samples are taken; up to it, as many as the time is for."""
+    best = 2 * REPLAY_MS / clock.FAR_SLOWER
+    for best_ms, count in ((0.99 * best, clock.FEWEST), (1.01 * best, clock.MOST)):
+        screened = served(Step.SCREEN, best_ms=best_ms)
+        assert screened.samples is not None
+        assert len(screened.samples.call_ms) == count
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("replay_ms", "count"), [(5.0, 15), (100.0, clock.FEWEST)])
+def test_slow_candidates_are_sampled_less(replay_ms: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many calls as take the time that is to be counted, forward and backward together."""
+    monkeypatch.setattr("stand_in.REPLAY_MS", replay_ms)
+    screened = served(Step.SCREEN)
     assert screened.samples is not None
-    assert len(screened.samples.call_ms) == clock.FEWEST
+    assert len(screened.samples.call_ms) == count
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import simulated
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import ROOT
 
@@ -74,12 +74,11 @@ def test_a_trial_is_json(tmp_path: Path) -> None:
         assert decode_trial(json.loads(text)) == trial(POINTS[3], failed=failed)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(cut=st.integers(0, 4000))
-def test_a_journal_that_ends_anywhere_keeps_its_whole_lines(tmp_path: Path, cut: int) -> None:
+def test_a_journal_that_ends_anywhere_keeps_its_whole_lines(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
     """Of a torn last line nothing stays, and the next trial begins a line of its own."""
-    path = tmp_path / f"{cut}.jsonl"
-    path.unlink(missing_ok=True)
+    path = tmp_path_factory.mktemp("torn") / "j.jsonl"
     journal = Journal(path, HEADER)
     for point in POINTS[:3]:
         journal.record(trial(point))
@@ -96,16 +95,63 @@ def test_a_journal_that_ends_anywhere_keeps_its_whole_lines(tmp_path: Path, cut:
     assert path.read_bytes().startswith(whole[: kept.rfind(b"\n") + 1])
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(line=st.binary(min_size=1, max_size=60).filter(lambda line: b"\n" not in line and line.strip()))
-def test_a_line_that_is_no_trial_is_named(tmp_path: Path, line: bytes) -> None:
+def test_a_line_that_is_no_trial_is_named(tmp_path_factory: pytest.TempPathFactory, line: bytes) -> None:
     """By file and number, with what to do; the file stays as it was."""
-    path = tmp_path / "j.jsonl"
+    path = tmp_path_factory.mktemp("named") / "j.jsonl"
     content = b'{"search": {}}\n' + line + b"\n"
     path.write_bytes(content)
     with pytest.raises(TuneError, match=r"j\.jsonl:2 must be a line of m2gen tune, got .*; --fresh starts anew"):
         Journal(path, HEADER)
     assert path.read_bytes() == content
+
+
+SLUG = json.dumps(POINTS[0].slug)
+SHAPES = ("null", "5", "[1]", '["search"]', '"search"', '{"begun": 5, "machine": ["a", "b"]}', f'{{"begun": {SLUG}}}')
+SHAPES += tuple(f'{{"begun": {SLUG}, "machine": {machine}}}' for machine in ("5", "[]", '["a"]', "null"))
+SHAPES += ('{"trial": 5}', '{"trial": {}}', '{"trial": null}', "[" * 100_000, '{"other": 1}')
+
+
+@pytest.mark.parametrize("line", SHAPES, ids=lambda line: line[:30])
+def test_a_line_of_another_shape_is_named(tmp_path: Path, line: str) -> None:
+    """JSON that no tuner wrote is no trial, and is said before a search begins."""
+    path = tmp_path / "j.jsonl"
+    path.write_text(f'{{"search": {{}}}}\n{line}\n', encoding="utf-8")
+    with pytest.raises(TuneError, match=r"j\.jsonl:2 must be a line of m2gen tune, got .*; --fresh starts anew"):
+        Journal(path, HEADER)
+    fresh = Journal(path, HEADER, fresh=True)
+    assert fresh.trials() == []
+    fresh.close()
+    assert Journal(path, HEADER).trials() == []
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("place", ["folder", "file/j.jsonl"])
+def test_a_journal_that_has_no_place(tmp_path: Path, place: str, fresh: bool) -> None:
+    """A folder in the place of the file, or a file in that of the folder."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    with pytest.raises(TuneError, match=r"must be writable: .*; M2GEN_CACHE_DIR may name another folder"):
+        Journal(tmp_path / place, HEADER, fresh=fresh)
+
+
+def test_a_full_disk_ends_a_search_and_keeps_its_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line that did not fit leaves no part of itself."""
+    journal = Journal(tmp_path / "j.jsonl", HEADER)
+    journal.record(trial(POINTS[0]))
+    before = (tmp_path / "j.jsonl").read_bytes()
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(TuneError, match="No space left on device; trials so far are kept; M2GEN_CACHE_DIR may"):
+            journal.record(trial(POINTS[1]))
+    journal.close()
+    assert (tmp_path / "j.jsonl").read_bytes() == before
+    assert Journal(tmp_path / "j.jsonl", HEADER).trials() == [trial(POINTS[0])]
 
 
 def test_a_candidate_that_took_the_machine_down_is_not_tried_again(

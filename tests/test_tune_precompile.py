@@ -26,8 +26,8 @@ BASE = parse("f16x1u4a_b16x1c2a_i16_ptx")
 
 
 def compiled(*tasks: CompileTask) -> list[Compiled]:
-    """Compile in one process of its own, which is no interpreter."""
-    found = dict(run_isolated([list(tasks)], PRECOMPILE, 1))
+    """Compile in one process of its own, which is no interpreter, however long that takes."""
+    found = dict(run_isolated([list(tasks)], replace(PRECOMPILE, now=lambda: 0.0), 1))
     return [found[task] for task in tasks]
 
 

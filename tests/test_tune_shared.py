@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import postgresql
 import pytest
+import shared_worker
 import simulated
+import sqlalchemy as sql
 from simulated import lines
 from support import ROOT
 from test_tune_loop import SPEC, Silent
@@ -24,8 +27,9 @@ from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, study_name, tune
 from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
+from m2gen.tune import shared
 from m2gen.tune.memory import MemoryBound
-from m2gen.tune.shared import SharedStudy, open_study
+from m2gen.tune.shared import USUAL, Pace, SharedStudy, open_study
 from m2gen.tune.space import Subject
 from m2gen.tune.trial import Samples, Trial
 from m2gen.variant import parse_variant
@@ -52,25 +56,48 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return simulated.place(tmp_path, monkeypatch, SPEC).parent
 
 
-def _worker(folder: Path, url: str, name: str, trials: int) -> subprocess.Popen[str]:
+def _worker(folder: Path, url: str, name: str, trials: int, last: int = -1) -> subprocess.Popen[str]:
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    command = [sys.executable, str(ROOT / "tests" / "shared_worker.py"), url, "2", name, str(trials)]
-    environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, str(ROOT / "tests" / "shared_worker.py"), url, name, str(trials), str(last)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, text=True, **pipes)
+
+
+def _until_met(worker: subprocess.Popen[str]) -> str:
+    """Return what a worker prints before it waits for the other."""
+    assert worker.stdout is not None
+    said = ""
+    for line in worker.stdout:
+        if line == f"{shared_worker.MET}\n":
+            return said
+        said += line
+    raise AssertionError(f"the worker ended: {said}")
+
+
+def _age(url: str, worker: str) -> None:
+    """Make a worker's claims as old as if it had not renewed them for a day, by the database's clock."""
+    engine = sql.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+    claims = shared._CLAIMS
+    with engine.begin() as connection:
+        yesterday = datetime.now(UTC) - timedelta(days=1)
+        connection.execute(sql.update(claims).where(claims.c.worker == worker).values(seen=yesterday))
+    engine.dispose()
 
 
 @needs_server
 def test_two_workers_one_killed_nothing_lost_or_repeated(folder: Path, url: str) -> None:
     """The other finishes the study, takes over what the dead one was at, and no trial was made twice."""
-    log = simulated.script(folder / "script.json", sleep=0.05)
-    one, two = (_worker(folder, url, name, trials=40) for name in ("one", "two"))
-    assert one.stdout is not None
+    log = simulated.script(folder / "script.json")
+    one, two = _worker(folder, url, "one", trials=40, last=8), _worker(folder, url, "two", trials=40)
+    said = [_until_met(worker) for worker in (one, two)]
+    for worker in (one, two):
+        assert worker.stdin is not None
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+    assert one.wait() == -signal.SIGKILL
+    _age(url, "one")
     assert two.stdout is not None
-    for _ in range(8):
-        one.stdout.readline()
-    one.kill()
-    output = two.stdout.read()
-    one.wait()
+    output = said[1] + two.stdout.read()
     assert two.wait() == 0, output
     assert "winner f" in output
     study = _study(url)
@@ -78,11 +105,10 @@ def test_two_workers_one_killed_nothing_lost_or_repeated(folder: Path, url: str)
     assert set(counts.values()) == {1}
     assert len(counts) >= 40
     screened = Counter(line for line in lines(log) if line.startswith("screen"))
-    twice = [line for line, count in screened.items() if count > 1]
-    assert len(twice) <= 1, "at most what the dead worker had not finished"
+    assert set(screened.values()) == {1}, "the dead worker had finished what it ran"
     begun = {line.split()[1] for line in screened}
     assert begun <= {schedule.slug for schedule in counts}, "everything that was begun has a trial"
-    assert {trial.worker for trial in study} == {"one", "two"}
+    assert Counter(trial.worker for trial in study) == {"one": 8, "two": len(study) - 8}
     assert any(line.startswith("adopted") for line in output.splitlines())
     assert len(Database(folder / "db-two").records()) == 1
     assert Database(folder / "db-two").records()[0].provenance.worker == "two"
@@ -124,8 +150,12 @@ def test_workers_share_a_study_only_on_one_kind_of_gpu_and_toolchain() -> None:
     assert study_name(replace(SUBJECT, memory=MemoryBound()), beside) == names[0]
 
 
-def _open(path: Path, worker: str, grace: float = 60.0) -> SharedStudy:
-    return open_study(f"sqlite:///{path}/study.db", "study", worker, grace=grace)
+def _url(path: Path) -> str:
+    return f"sqlite:///{path}/study.db"
+
+
+def _open(path: Path, worker: str, pace: Pace = USUAL) -> SharedStudy:
+    return open_study(_url(path), "study", worker, pace=pace)
 
 
 def test_a_candidate_is_claimed_once(tmp_path: Path) -> None:
@@ -139,28 +169,75 @@ def test_a_candidate_is_claimed_once(tmp_path: Path) -> None:
 
 
 def test_workers_see_each_others_trials(tmp_path: Path) -> None:
-    """A trial is news to the other worker, once, with everything that is known of it."""
-    one, two = _open(tmp_path, "one"), _open(tmp_path, "two")
+    """A trial is news to the other worker, once, when it looks again, with everything that is known of it."""
+    now = 0.0
+    one, two = _open(tmp_path, "one"), _open(tmp_path, "two", Pace(poll=10.0, now=lambda: now))
     assert two.trials() == []
     one.claim(SCHEDULE)
     one.record(TRIAL)
     assert two.news() == [TRIAL]
-    time.sleep(1.1)
+    other = replace(TRIAL, schedule=replace(SCHEDULE, interval=2 * SCHEDULE.interval))
+    one.claim(other.schedule)
+    one.record(other)
+    now = 9.0
+    assert two.news() == []
+    now = 10.0
+    assert two.news() == [other]
+    now = 20.0
     assert two.news() == []
     assert one.news() == []
     assert two.pending() == 0
-    assert _open(tmp_path, "three").trials() == [TRIAL]
 
 
 def test_a_dead_workers_claim_is_taken_over_once(tmp_path: Path) -> None:
     """After the grace period one other worker has it; a finished one is nobody's."""
-    dead, two, three = (_open(tmp_path, name, grace=1.5) for name in ("dead", "two", "three"))
+    dead, two, three = (_open(tmp_path, name) for name in ("dead", "two", "three"))
     dead.claim(SCHEDULE)
     assert two.adopt() == []
-    time.sleep(3.1)  # SQLite's clock has whole seconds
+    _age(_url(tmp_path), "dead")
     assert [two.adopt(), three.adopt()] == [[SCHEDULE], []]
     two.record(TRIAL)
     assert three.adopt() == []
+
+
+def test_a_claim_that_is_renewed_is_nobody_elses(tmp_path: Path) -> None:
+    """A worker that lives renews what it has, at its pace, and while it runs."""
+    now = 0.0
+    one, two = _open(tmp_path, "one", Pace(renew=5.0, now=lambda: now)), _open(tmp_path, "two")
+    one.claim(SCHEDULE)
+    one.news()
+    _age(_url(tmp_path), "one")
+    now = 5.1
+    one.news()
+    assert two.adopt() == []
+    _age(_url(tmp_path), "one")
+    one.begin(SCHEDULE)
+    assert two.adopt() == []
+    _age(_url(tmp_path), "one")
+    assert two.adopt() == [SCHEDULE]
+
+
+def test_a_trial_whose_worker_died_before_it_gave_up_the_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in the study, so that nobody makes it again."""
+    dead, two = _open(tmp_path, "dead"), _open(tmp_path, "two")
+    dead.claim(SCHEDULE)
+    with monkeypatch.context() as patch:
+        patch.setattr(dead, "_update", lambda *_, **__: None)
+        dead.record(TRIAL)
+    assert two.pending() == 1
+    _age(_url(tmp_path), "dead")
+    assert two.adopt() == []
+    assert (two.pending(), two.trials()) == (0, [TRIAL])
+
+
+def test_a_trial_of_another_shape_is_named(tmp_path: Path) -> None:
+    """Of another m2gen, say; the error says what to do."""
+    one = _open(tmp_path, "one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared, "encode_trial", lambda trial: {"schedule": 5})
+        one.record(TRIAL)
+    with pytest.raises(TuneError, match=r"trial 0 of study study must be one that this m2gen reads; --fresh starts"):
+        _open(tmp_path, "two").trials()
 
 
 def test_fresh_forgets_a_study(tmp_path: Path) -> None:

@@ -300,7 +300,7 @@ def test_ties_lean_towards_the_default() -> None:
     assert select(tied, (far,), BASE, 0).winner == far, "of those that may win"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.floats(1.0, 5.0), min_size=1, max_size=5), st.floats(0.0, 0.3), st.integers(0, 3))
 def test_the_winner_is_never_slower_than_the_default(times: list[float], spread: float, seed: int) -> None:
     """Beyond what counts as noise, whatever the others take."""

@@ -121,7 +121,7 @@ def load(path: Path) -> Document:
         return _adapter().validate_python(json.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
         raise UsageError(f"{path}: {worded(error.errors()[0])}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: $ must be what `m2gen bench --json` prints ({error})") from error
     except OSError as error:
         raise UsageError(f"{path} must be readable: {error.strerror or error}") from error

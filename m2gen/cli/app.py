@@ -9,11 +9,13 @@ import typer
 from typer.core import TyperGroup
 
 from m2gen import __version__
+from m2gen.cache import provide_for_triton
 from m2gen.cli.bench import EXAMPLES as BENCH_EXAMPLES
 from m2gen.cli.bench import bench
 from m2gen.cli.build import BUILD_EXAMPLES, CHECK_EXAMPLES, build, check
 from m2gen.cli.db import db_app
 from m2gen.cli.options import DebugOption, JsonOption, SpecOption, VerboseOption, planned, reporting
+from m2gen.cli.streams import exit_status, open_streams
 from m2gen.cli.tune import EXAMPLES as TUNE_EXAMPLES
 from m2gen.cli.tune import tune
 from m2gen.cli.verify import EXAMPLES as VERIFY_EXAMPLES
@@ -37,7 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn YAML specs into tuned, verified Triton kernels for the M²RNN recurrence.",
     epilog="Exit status: 0 done; 1 a check, verification or comparison failed; 2 the command or a spec cannot be used; "
-    "130 interrupted.",
+    "130 interrupted; 141 the reader of what is printed is gone.",
 )
 spec_app = typer.Typer(no_args_is_help=True, help="Look at specs: the variants that they ask for, and their schema.")
 app.add_typer(spec_app, name="spec")
@@ -100,9 +102,16 @@ def version() -> None:
 
 
 def main() -> None:
-    """Run the command line; what the parser refuses is one line, as every other error."""
+    """Run the command line."""
+    open_streams()
+    provide_for_triton()
+    sys.exit(exit_status(_run))
+
+
+def _run() -> int | None:
+    """Return the exit status; what the parser refuses is one line, as every other error."""
     try:
-        status = app(standalone_mode=False)
+        status: int | None = app(standalone_mode=False)
     except Exception as error:
         message = getattr(error, "format_message", None)
         if message is None:
@@ -110,4 +119,4 @@ def main() -> None:
         if message():  # empty where the help was printed instead
             print(f"m2gen: {message()} (see `m2gen --help`)", file=sys.stderr)
         status = getattr(error, "exit_code", 2)
-    sys.exit(status)
+    return status

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from m2gen.cli.complete import complete_layer, complete_record, complete_spec, complete_target
-from m2gen.errors import M2genError, SpecError
+from m2gen.cli.streams import reader_is_gone
+from m2gen.errors import M2genError, SpecError, listed
 
 if TYPE_CHECKING:
     from m2gen.cli.show.report import TerminalProgress
@@ -92,7 +93,7 @@ def reporting(debug: bool) -> Iterator[None]:
             print(f"m2gen: {line}" if not isinstance(error, SpecError) else line, file=sys.stderr)
         raise typer.Exit(error.exit_status) from None
     except Exception as error:
-        if debug:
+        if debug or (isinstance(error, BrokenPipeError) and reader_is_gone()):
             raise
         kind = "" if isinstance(error, OSError) else f"unexpected {type(error).__name__}, which --debug locates: "
         print(f"m2gen: {kind}{' '.join(str(error).split())}", file=sys.stderr)
@@ -110,9 +111,9 @@ def terminal_progress(quiet: bool) -> TerminalProgress:
 
 
 def warn_of_faults(contents: Contents) -> tuple[Record, ...]:
-    """Return the records, after a line on standard error for each line that is none."""
-    for fault in contents.faults:
-        print(f"m2gen: warning: not used: {fault}", file=sys.stderr)
+    """Return the records, after a line on standard error for each of the first lines that are none."""
+    for line in listed(f"not used: {fault}" for fault in contents.faults):
+        print(f"m2gen: warning: {line}", file=sys.stderr)
     return contents.records
 
 

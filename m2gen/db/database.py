@@ -10,7 +10,7 @@ from m2gen.db import files
 from m2gen.db.files import Contents, Fault
 from m2gen.db.rank import preference, slot
 from m2gen.db.record import Record, encode
-from m2gen.errors import DatabaseError
+from m2gen.errors import DatabaseError, listed
 
 _Edit = Callable[[PurePosixPath, tuple[Record, ...]], tuple[Record, ...]]
 _Pair = tuple[set[Record], set[Record]]
@@ -62,7 +62,7 @@ class Database:
         """Return the record whose id begins with ``prefix``; raises DatabaseError where that is not exactly one."""
         found = {record.id: record for record in self.records() if record.id.startswith(prefix)}
         if len(found) != 1 or not prefix:
-            given = ", ".join(found) if found else "no record"
+            given = ", ".join(listed(found)) or "no record"
             raise DatabaseError(f"{self.root}: an id must be that of one record, got {prefix!r} of {given}")
         return found.popitem()[1]
 

@@ -13,8 +13,6 @@ from m2gen.errors import DatabaseError
 
 MOST_BYTES = 64 * 2**20
 """Of a file that may be imported: some thirty thousand records."""
-MOST_FAULTS = 20
-"""Lines that an error lists."""
 
 
 def export_text(records: Iterable[Record]) -> str:
@@ -42,8 +40,7 @@ def read_export(path: Path) -> tuple[Record, ...]:
     if not lines:
         problems.append(f"{path}: must hold at least one record, got none")
     if problems:
-        more = [f"{path}: {len(problems) - MOST_FAULTS} more"] if len(problems) > MOST_FAULTS else []
-        raise DatabaseError("\n".join([*problems[:MOST_FAULTS], *more]))
+        raise DatabaseError("\n".join(problems))
     return content.records
 
 
@@ -64,5 +61,5 @@ def read_other(path: Path) -> tuple[Record, ...]:
         return read_export(path)
     content = Database(path).contents()
     if content.faults:
-        raise DatabaseError("\n".join(str(fault) for fault in content.faults[:MOST_FAULTS]))
+        raise DatabaseError("\n".join(map(str, content.faults)))
     return content.records

@@ -11,9 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from m2gen.cache import key_of, materialise
+from m2gen.cache import is_of_a_disk, key_of, materialise
 from m2gen.device import Device
-from m2gen.errors import CompileError
+from m2gen.errors import CacheError, CompileError
 from m2gen.kernels.arguments import Argument, arguments
 from m2gen.kernels.layouts import TOO_NEW
 from m2gen.kernels.lowering import Direction, Lowering
@@ -98,7 +98,10 @@ def compile_kernel(job: Job) -> Resources:
 
 
 def compiled(job: Job) -> Any:
-    """Return what Triton compiles one kernel to; raises CompileError with the compiler's first line."""
+    """Return what Triton compiles one kernel to; raises CompileError with the compiler's first line.
+
+    Raises CacheError where Triton cannot write what it compiled, which says nothing of the kernel.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -114,6 +117,8 @@ def compiled(job: Job) -> Any:
         return triton.compile(source, target=target, options=job.options)
     except Exception as error:  # whatever a compiler raises, the user needs the kernel's name
         told = telling(error)
+        if is_of_a_disk(told):
+            raise CacheError(f"Triton's cache must be writable: {told}; TRITON_CACHE_DIR may name a folder") from error
         raise CompileError(f"{job.name}: {type(told).__name__}: {_last_line(told)}") from error
 
 

@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 import torch
 
 Result = TypeVar("Result")
+now = time.monotonic
+"""The host's clock."""
 WARM_SECONDS = 0.04
 """Of replays before the first that counts: a GPU that waited for a compiler has lowered its clocks."""
 COUNTED_SECONDS = 0.15
@@ -47,8 +49,8 @@ def timed(replays: Sequence[Replay[Result]], count: int) -> list[tuple[float, ..
 def warm(replays: Sequence[Replay[Result]]) -> list[tuple[float, ...]]:
     """Replay until the GPU's clocks are up, at least once, and return the times."""
     found: list[tuple[float, ...]] = []
-    start = time.monotonic()
-    while not found or time.monotonic() - start < WARM_SECONDS:
+    start = now()
+    while not found or now() - start < WARM_SECONDS:
         found += timed(replays, 1)
     return found
 

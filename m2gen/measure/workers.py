@@ -52,6 +52,8 @@ class Service(Generic[Task, Result]):
     """Returns the result of a task whose process died or was stopped, and why."""
     suspect: Callable[[Result], bool] = lambda result: False
     """Whether a process that gave this result, of a GPU's error say, must not serve again."""
+    now: Callable[[], float] = time.monotonic
+    """The clock by which ``seconds`` pass."""
 
 
 def run_isolated(
@@ -85,10 +87,9 @@ def run_isolated(
 
 def finished(busy: Sequence[Worker[Any, Any]], seconds: float = float("inf")) -> list[Worker[Any, Any]]:
     """Return the workers that have a result or are out of time, after waiting up to ``seconds`` for the first."""
-    left = min(seconds, *(worker.deadline - time.monotonic() for worker in busy))
-    ready = connection.wait([worker.pipe for worker in busy], timeout=max(0.0, left))
-    now = time.monotonic()
-    return [worker for worker in busy if worker.pipe in ready or now > worker.deadline]
+    least = min(seconds, *(worker.left for worker in busy))
+    ready = connection.wait([worker.pipe for worker in busy], timeout=max(0.0, least))
+    return [worker for worker in busy if worker.pipe in ready or worker.left < 0]
 
 
 def _loop(pipe: Any, prepare: Callable[[], None], serve: Callable[[Any], Any]) -> None:
@@ -115,16 +116,21 @@ class Worker(Generic[Task, Result]):
         self._process: Any = None
         self.pipe: Any = None
         self.task: Task | None = None
-        self.deadline = 0.0
+        self._deadline = 0.0
 
     def begin(self, task: Task) -> None:
         """Send a task to the process, which is started where there is none."""
         if self._process is None:
             self._start()
         self.task = task
-        self.deadline = time.monotonic() + self._service.seconds
+        self._deadline = self._service.now() + self._service.seconds
         with contextlib.suppress(OSError):  # of a process that is gone, which ``collect`` finds out
             self.pipe.send(task)
+
+    @property
+    def left(self) -> float:
+        """Seconds that the task may still take."""
+        return self._deadline - self._service.now()
 
     def collect(self) -> tuple[Task, Result]:
         """Return the task and its result, received or lost; end a process that cannot be trusted with another."""

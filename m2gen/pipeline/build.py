@@ -56,18 +56,25 @@ def _resources(rows: Iterable[CheckRow]) -> dict[str, Any]:
     return {"toolchain": toolchain(), "kernels": kernels}
 
 
+@dataclass(frozen=True)
+class _Verified:
+    """What the cache keeps of a verification that passed."""
+
+    cases: int
+
+
 def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
     """Verify unless this very package passed with this very m2gen on this kind of device before."""
     device = detect()
     backend = device.name if device else "interpreter (its portable kernels)"
     sources = (path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.parent.rglob("*.py")))
     key = key_of(rendered.content_hash, backend, toolchain(), *sources)
-    if load_result("verified", key) is None:
+    if load_result("verified", key, _Verified) is None:
         outcome = verify(planned, VerifyRequest(quick=True), progress)
         failures = failure_lines(outcome)
         if failures:
             raise VerifyError("\n".join(failures))
-        store_result("verified", key, {"cases": len(outcome.reports)})
+        store_result("verified", key, _Verified(len(outcome.reports)))
     return backend
 
 

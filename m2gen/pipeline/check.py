@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from m2gen.cache import load_result, store_result
 from m2gen.db.choice import Choice
@@ -71,16 +71,16 @@ def compile_all(
     results: dict[Job, Resources | CompileError] = {}
     missing: dict[str, list[Job]] = {}
     for job in dict.fromkeys(jobs):
-        known = load_result("resources", job.key)
+        known = load_result("resources", job.key, Resources)
         if known is None:
             missing.setdefault(job.key, []).append(job)
         else:
-            results[job] = Resources(**known)
+            results[job] = known
             done(job)
     service = Service(_compile, without_interpreter, SECONDS, _lost)
     for job, result in run_isolated([same[:1] for same in missing.values()], service, processes):
         if isinstance(result, Resources):
-            store_result("resources", job.key, asdict(result))
+            store_result("resources", job.key, result)
         elif not isinstance(result, CompileError):  # of no kernel: a full disk, say
             raise result
         for same in missing[job.key]:

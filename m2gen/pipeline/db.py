@@ -22,7 +22,7 @@ from m2gen.db import (
     verdict,
 )
 from m2gen.device import detect, target
-from m2gen.errors import UsageError
+from m2gen.errors import UsageError, among
 from m2gen.kernels.compile import triton_version
 from m2gen.pipeline.plan import open_spec, relevant, shipped_database
 from m2gen.spec import Objective
@@ -96,7 +96,7 @@ def _asked(question: Question, records: tuple[Record, ...]) -> _Asked:
     built = expand(spec)
     found = [b.variant for b in built if question.name in (*b.layers, b.variant.key)]
     if not found:
-        raise UsageError(f"LAYER must be among {', '.join(spec.layers)}, or a variant, got {question.name!r}")
+        raise UsageError(f"LAYER must be {among(spec.layers)}, or a variant, got {question.name!r}")
     return found, question.objective or spec.tuning.objective, relevant(records, built)
 
 

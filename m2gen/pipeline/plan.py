@@ -11,7 +11,7 @@ from m2gen.bucket import BUCKETS
 from m2gen.db import Database, Record
 from m2gen.db.choice import Choice, choose
 from m2gen.device import PORTABLE, Device, target
-from m2gen.errors import UsageError
+from m2gen.errors import UsageError, among
 from m2gen.package import emit
 from m2gen.package.emit import Origin, Package
 from m2gen.schedule import Layouts, Schedule
@@ -44,7 +44,7 @@ class Plan:
         """Return the spec's layers of these names, all where none is given; raises UsageError for an unknown one."""
         for name in names:
             if name not in self.spec.layers:
-                raise UsageError(f"--layer must be among {', '.join(self.spec.layers)}, got {name!r}")
+                raise UsageError(f"--layer must be {among(self.spec.layers)}, got {name!r}")
         return {name: layer for name, layer in self.spec.layers.items() if not names or name in names}
 
     @property

@@ -18,7 +18,7 @@ from m2gen.tune.final import ROUNDS
 from m2gen.tune.select import select
 from m2gen.tune.services import TuningContext
 from m2gen.tune.space import Subject
-from m2gen.tune.trial import CompileTask, Measurement, Samples, Step, Task
+from m2gen.tune.trial import CompileTask, Measurement, Samples, Step, Task, go_on
 from m2gen.variant import parse_variant
 
 SEED = 0
@@ -98,6 +98,7 @@ def _checked(records: Sequence[Record], context: TuningContext, progress: Progre
     progress.start("verify", len(compiling))
     measured: dict[Task, Measurement] = {}
     for task, result in run_isolated([list(dict.fromkeys(tasks.values()))], services.measure, 1):
+        go_on(result)
         measured[task] = result
         progress.advance(schedule_words(task.schedule))
     progress.finish()
@@ -145,6 +146,7 @@ def _timed(
     def ask(schedule: Schedule, step: Step) -> Measurement:
         found: Measurement = gpu.ask(Task(subject, schedule, step))
         progress.advance(f"{step} {schedule_words(schedule)}")
+        go_on(found)
         if found.failure is not None:
             raise VerifyError(f"{schedule_words(schedule)}: {found.failure}")
         return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass
@@ -128,13 +127,13 @@ def tune(planned: Plan, request: TuneRequest, context: TuningContext, watcher: W
     chosen, names = goals(planned, request, context.device), planned.names
     _check_writable(request.database.root)
     budget = planned.spec.tuning.budget_seconds if request.seconds is None else request.seconds
-    start = time.monotonic()
+    start = context.now()
     with lock.exclusive(context.gpu), processes_of(context.services) as processes:
         for index, goal in enumerate(chosen):
-            left = (budget - (time.monotonic() - start)) / (len(chosen) - index)
+            left = (budget - (context.now() - start)) / (len(chosen) - index)
             name = f"{names[goal.subject.variant]} B{goal.subject.batch} S{goal.subject.seq}"
             watcher.stage(f"{name}, {index + 1} of {len(chosen)}")
-            limits = Limits(max(left, 1.0), request.trials)
+            limits = Limits(max(left, 1.0), request.trials, context.now)
             tuned = _tune_one(goal, request, context, limits, (processes, watcher))
             yield tuned
             if tuned.outcome.interrupted:
@@ -190,7 +189,5 @@ def _ledger(subject: Subject, request: TuneRequest, context: TuningContext) -> A
 
         return closing(open_study(request.storage, name, context.worker, fresh=request.fresh))
     path = cache_dir() / "tune" / f"{subject.variant.key}-{name[:12]}.jsonl"
-    if request.fresh:
-        path.unlink(missing_ok=True)
     header = {"variant": subject.variant.key, "batch": subject.batch, "seq": subject.seq, "study": name}
-    return closing(Journal(path, header))
+    return closing(Journal(path, header, fresh=request.fresh))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from m2gen.cache import materialise
 from m2gen.device import PORTABLE, TARGETS, Device, detect
-from m2gen.errors import UsageError
+from m2gen.errors import UsageError, among
 from m2gen.kernels.compile import load_module
 from m2gen.measure.workers import Lost, Service, cpus, run_isolated, without_interpreter
 from m2gen.pipeline.plan import Plan, Progress, plan, render
@@ -137,11 +137,11 @@ def _selected(jobs: list[_Job], request: VerifyRequest) -> list[_Job]:
     """Keep the variant and the case that the request names; raises UsageError where there is no such one."""
     variants = dict.fromkeys(job.variant.key for job in jobs)
     if request.variant is not None and request.variant not in variants:
-        raise UsageError(f"--variant must be among {', '.join(variants)}, got {request.variant!r}")
+        raise UsageError(f"--variant must be {among(variants)}, got {request.variant!r}")
     jobs = [job for job in jobs if request.variant in (None, job.variant.key)]
     names = dict.fromkeys(job.case.name for job in jobs)
     if request.case is not None and request.case not in names:
-        raise UsageError(f"--case must be among {', '.join(names)}, got {request.case!r}")
+        raise UsageError(f"--case must be {among(names)}, got {request.case!r}")
     return [job for job in jobs if request.case in (None, job.case.name)]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import keyword
+import sys
 from enum import StrEnum
 from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
-from m2gen.spec.contract import choice, must_be, one_of
+from m2gen.spec.contract import Breach, choice, must_be, one_of, refuse
 
 MAX_STATE_EXPANSION = 256
 """Largest K that the templates are verified for."""
@@ -20,6 +21,9 @@ MAX_VARIANTS = 4096
 """Most variants that one spec may ask for."""
 MAX_SIZE = 2**31 - 1
 _MAX_NAME = 64
+IMPORTED = ("m2gen", "numpy", "torch", "triton")
+"""Packages that a generated one, what it imports, or whoever builds it imports by name."""
+_TAKEN = {name.lower() for name in (*IMPORTED, *sys.stdlib_module_names, "test")}
 
 KnownTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
 KNOWN_TARGETS: tuple[str, ...] = get_args(KnownTarget)
@@ -86,6 +90,14 @@ def _identifier(value: str) -> str:
     return value
 
 
+def _free(value: str) -> str:
+    """Refuse a package that would be imported in another's place, or install over it, also where case is ignored."""
+    if value.lower() in _TAKEN:
+        others = ", ".join(IMPORTED)
+        raise refuse([Breach((), f"name no package that others import ({others}, Python's own modules)", value)])
+    return value
+
+
 def _name_words(also: str = "") -> str:
     return f"a Python identifier (ASCII, at most {_MAX_NAME} characters, no keyword, no dunder{also})"
 
@@ -101,6 +113,7 @@ SpecName = Annotated[
     Field(strict=True, pattern=rf"^[A-Za-z][A-Za-z0-9_]{{0,{_MAX_NAME - 1}}}$"),
     AfterValidator(_identifier),
     must_be(_name_words(", no leading underscore")),
+    AfterValidator(_free),
 ]
 HeadDim = Annotated[
     int,

@@ -61,7 +61,10 @@ def find_spec(name: str, *, roots: Sequence[Path]) -> Path:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of a spec file, for editors; head counts that do not divide only m2gen can tell."""
+    """Return the JSON schema of a spec file, for editors.
+
+    Only m2gen can tell head counts that do not divide, and a name that another package has.
+    """
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema()}
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from m2gen.cache import is_of_a_disk
 from m2gen.measure.gpu import Captures, gpu_service, raised, torch_device
 from m2gen.tune.space import Subject
 from m2gen.tune.trial import Measurement, Step, Task
@@ -26,11 +27,13 @@ _CLOCKS: Captures[Clock] = Captures(KEPT)
 
 
 def serve(task: Task) -> Measurement:
-    """Do one step; whatever is raised is the candidate's failure."""
+    """Do one step; whatever is raised is the candidate's failure, but for what says that a file cannot be written."""
     start = time.monotonic()
     try:
         found = _serve(task)
     except Exception as error:  # of a compiler, a driver or a kernel
+        if is_of_a_disk(error):
+            return Measurement(stopped=str(error), details=traceback.format_exc())
         found = Measurement(failure=raised(error), details=traceback.format_exc())
     return replace(found, seconds=time.monotonic() - start)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from m2gen.cache import ELSEWHERE
 from m2gen.db import Failure, Reason
 from m2gen.errors import ScheduleError, TuneError
 from m2gen.schedule import Schedule, parse
@@ -46,18 +47,21 @@ class Journal:
     A torn last line, of a tuner that was killed, is cut off; any other line that is no trial raises TuneError.
     """
 
-    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, header: Mapping[str, Any], *, fresh: bool = False) -> None:
+        """``fresh`` forgets what earlier runs found."""
         self.path = path
         self._trials: dict[Schedule, Trial] = {}
         self._begun: dict[str, list[str]] = {}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if fresh:
+                path.unlink(missing_ok=True)
             self._read()
-            fresh = not path.exists() or not path.stat().st_size
+            empty = not path.exists() or not path.stat().st_size
             self._stream = open(path, "ab", buffering=0)  # noqa: SIM115  (kept open for the search)
         except OSError as error:
-            raise TuneError(f"{path} must be writable: {error.strerror or error}") from error
-        if fresh:
+            raise TuneError(f"{path} must be writable: {error.strerror or error}; {ELSEWHERE}") from error
+        if empty:
             self._append({"search": dict(header)})
 
     def trials(self) -> list[Trial]:
@@ -111,9 +115,8 @@ class Journal:
             os.fsync(self._stream.fileno())
         except OSError as error:
             self._stream.truncate(start)
-            raise TuneError(
-                f"{self.path} must be writable: {error.strerror or error}; trials so far are kept"
-            ) from error
+            reason = error.strerror or error
+            raise TuneError(f"{self.path} must be writable: {reason}; trials so far are kept; {ELSEWHERE}") from error
 
     def _read(self) -> None:
         """Read what is there, and cut off a last line without an end."""
@@ -124,7 +127,7 @@ class Journal:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 self._learn(json.loads(line))
-            except (ValueError, KeyError, TypeError, ScheduleError) as error:
+            except (ValueError, LookupError, TypeError, RecursionError, ScheduleError) as error:
                 where = f"{self.path}:{number}"
                 raise TuneError(
                     f"{where} must be a line of m2gen tune, got {line[:40]!r}; --fresh starts anew"
@@ -134,8 +137,11 @@ class Journal:
                 stream.truncate(len(whole))
 
     def _learn(self, value: Mapping[str, Any]) -> None:
+        if not isinstance(value, dict):
+            raise TypeError("no JSON object")
         if "begun" in value:
-            self._begun[parse(value["begun"]).slug] = [str(fact) for fact in value["machine"]]
+            host, boot = value["machine"]
+            self._begun[parse(str(value["begun"])).slug] = [str(host), str(boot)]
         elif "trial" in value:
             trial = decode_trial(value["trial"])
             self._trials[trial.schedule] = trial

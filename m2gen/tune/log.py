@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -37,6 +37,8 @@ class Limits:
 
     seconds: float
     trials: int | None = None
+    now: Callable[[], float] = time.monotonic
+    """The clock by which ``seconds`` pass."""
 
     @property
     def screening(self) -> float:
@@ -95,12 +97,12 @@ class TrialLog:
         self._fitting: set[Schedule] = set()
         self.most = 0
         """Trials that there will be."""
-        self._start = time.monotonic()
+        self._start = limits.now()
 
     @property
     def elapsed(self) -> float:
         """Seconds since the search began."""
-        return time.monotonic() - self._start
+        return self.limits.now() - self._start
 
     def learn(self, trial: Trial) -> None:
         """Take in a trial that is on disk."""

@@ -16,7 +16,7 @@ from m2gen.tune.log import Outcome, TrialLog
 from m2gen.tune.search import EVERY, SEARCHED, Proposal, Proposer
 from m2gen.tune.select import select
 from m2gen.tune.services import Processes
-from m2gen.tune.trial import Compiled, CompileTask, Measurement, Samples, Step, Task, Trial
+from m2gen.tune.trial import Compiled, CompileTask, Measurement, Samples, Step, Task, Trial, go_on
 
 POLL_SECONDS = 0.2
 DEFAULT_SECONDS = 120.0
@@ -57,7 +57,7 @@ class Search:
             for trial in (*known, *self._log.ledger.trials()):
                 self._learn(None, trial)
             self._screen()
-            finals = hold_final(self._log, self._processes.gpu.ask, seed)
+            finals = hold_final(self._log, self._ask_gpu, seed)
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -80,6 +80,7 @@ class Search:
                 time.sleep(POLL_SECONDS)  # others may yet finish what they have, or leave it
             for worker in finished(busy, 1.0) if busy else ():
                 task, result = worker.collect()
+                go_on(result)
                 if isinstance(task, CompileTask):
                     self._on_compiled(task.schedule, result)
                 elif task.step is Step.PREPARE:
@@ -197,6 +198,11 @@ class Search:
         begun = len(self._log.trials) + self._proposer.left + self._underway
         self._log.most = min(begun, self._log.limits.trials or begun)
         self._log.learn(trial)
+
+    def _ask_gpu(self, task: Task) -> Measurement:
+        found: Measurement = self._processes.gpu.ask(task)
+        go_on(found)
+        return found
 
 
 def _outcome(log: TrialLog, finals: dict[Schedule, Samples], seed: int, cost: tuple[int, float, bool]) -> Outcome:

@@ -12,11 +12,11 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from m2gen.cache import key_of, load_result, store_result
+from m2gen.cache import is_of_a_disk, key_of, load_result, store_result
 from m2gen.db import Failure, Reason
 from m2gen.device import Device
 from m2gen.kernels.compile import backend_of, telling, toolchain
@@ -50,14 +50,16 @@ def precompile(task: CompileTask) -> Compiled:
     device = replace(subject.device, name="", sm_count=0)  # which no kernel depends on
     sizes = f"{subject.batch} {subject.seq} {subject.objective}"
     key = key_of(VERSION, toolchain(), repr(device), sizes, source)
-    known = load_result("precompiled", key)
+    known = load_result("precompiled", key, Compiled)
     if known is not None:
-        return Compiled(**known)
+        return known
     start = time.monotonic()
     try:
         found = _compile(task)
     except Exception as error:  # of a compiler: whatever it raises, the candidate is not one
         told = telling(error)
+        if is_of_a_disk(told):
+            return Compiled(stopped=str(told), details=traceback.format_exc())
         message = f"{type(told).__name__}: {told}".strip().splitlines()[-1]
         return Compiled(
             failure=Failure.of(Reason.LAUNCH, message),
@@ -65,7 +67,7 @@ def precompile(task: CompileTask) -> Compiled:
             details=traceback.format_exc(),
         )
     if found.failure is None:
-        store_result("precompiled", key, {**asdict(found), "details": ""})
+        store_result("precompiled", key, replace(found, details=""))
     return found
 
 

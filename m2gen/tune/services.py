@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class TuningContext(Context):
     """A GPU and the services that search on it, real or simulated."""
 
     services: Services
+    now: Callable[[], float] = time.monotonic
+    """The clock by which budgets pass."""
 
 
 @dataclass(frozen=True)

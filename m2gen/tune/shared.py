@@ -7,9 +7,11 @@ worker that stopped doing so.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import sqlalchemy as sql
@@ -21,10 +23,6 @@ from m2gen.tune.journal import decode_trial, encode_trial
 from m2gen.tune.search import distributions, indices
 from m2gen.tune.trial import Trial
 
-GRACE_SECONDS = 120.0
-"""After which a claim that its worker did not renew is another's to take; longer than any step on the GPU."""
-RENEW_SECONDS = 5.0
-POLL_SECONDS = 1.0
 ATTRIBUTE = "m2gen"
 RACES = 10
 """Times that tables are created before it counts as an error that another worker creates them, too."""
@@ -43,7 +41,22 @@ _CLAIMS = sql.Table(
 )
 
 
-def open_study(url: str, name: str, worker: str, *, fresh: bool = False, grace: float = GRACE_SECONDS) -> SharedStudy:
+@dataclass(frozen=True)
+class Pace:
+    """How often a worker renews its claims and looks for others' trials, in seconds."""
+
+    grace: float = 120.0
+    """After which a claim that its worker did not renew is another's to take, by the database's clock; longer than any
+    step on the GPU."""
+    renew: float = 5.0
+    poll: float = 1.0
+    now: Callable[[], float] = time.monotonic
+
+
+USUAL = Pace()
+
+
+def open_study(url: str, name: str, worker: str, *, fresh: bool = False, pace: Pace = USUAL) -> SharedStudy:
     """Join or begin a study; raises UsageError where the URL cannot be used, TuneError where the database cannot."""
     try:
         parsed = sql.make_url(url)
@@ -54,20 +67,20 @@ def open_study(url: str, name: str, worker: str, *, fresh: bool = False, grace: 
         raise UsageError(f"--storage must be a database URL such as postgresql://host/name ({error})") from error
     except ModuleNotFoundError as error:
         raise UsageError(f"--storage {parsed.drivername} must have its driver installed: {error.name}") from error
-    return SharedStudy(engine, parsed, name, worker, fresh=fresh, grace=grace)
+    return SharedStudy(engine, parsed, name, worker, fresh=fresh, pace=pace)
 
 
 class SharedStudy:
     """A ledger in a database."""
 
-    def __init__(self, engine: sql.Engine, url: sql.URL, name: str, worker: str, *, fresh: bool, grace: float) -> None:
+    def __init__(self, engine: sql.Engine, url: sql.URL, name: str, worker: str, *, fresh: bool, pace: Pace) -> None:
         import optuna
 
-        self._engine, self._name, self._worker, self._grace = engine, name, worker, grace
+        self._engine, self._name, self._worker, self._pace = engine, name, worker, pace
         self._shown = url.render_as_string(hide_password=True)
         self._known: set[int] = set()
         self._recorded: set[Schedule] = set()
-        self._polled = self._renewed = 0.0
+        self._polled = self._renewed = -math.inf
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with self._errors():
             storage = _raced(lambda: optuna.storages.RDBStorage(url.render_as_string(hide_password=False)))
@@ -82,11 +95,11 @@ class SharedStudy:
 
     def news(self) -> list[Trial]:
         """Return what other workers found since the last call, and renew this worker's claims."""
-        now = time.monotonic()
-        if now - self._renewed > min(RENEW_SECONDS, self._grace / 4):
+        now = self._pace.now()
+        if now - self._renewed > self._pace.renew:
             self._renewed = now
             self._update(self._mine, seen=sql.func.now())
-        if now - self._polled < POLL_SECONDS:
+        if now - self._polled < self._pace.poll:
             return []
         self._polled = now
         return self._unseen()
@@ -107,7 +120,7 @@ class SharedStudy:
         with self._errors(), self._engine.begin() as connection:
             open_ = sql.and_(_CLAIMS.c.study == self._name, ~_CLAIMS.c.done, _CLAIMS.c.worker != self._worker)
             rows = connection.execute(sql.select(_CLAIMS.c.candidate, _CLAIMS.c.worker, _AGE).where(open_)).all()
-        stale = [(candidate, worker) for candidate, worker, age in rows if float(age) > self._grace]
+        stale = [(candidate, worker) for candidate, worker, age in rows if float(age) > self._pace.grace]
         taken = [parse(candidate) for candidate, worker in stale if self._take(candidate, worker)]
         finished = {trial.schedule for trial in self._stored()} if taken else set()
         for schedule in finished.intersection(taken):
@@ -162,7 +175,7 @@ class SharedStudy:
             _CLAIMS.c.candidate == candidate,
             _CLAIMS.c.worker == worker,
             ~_CLAIMS.c.done,
-            self._grace < _AGE,  # still: its worker may have renewed it since
+            self._pace.grace < _AGE,  # still: its worker may have renewed it since
         )
         with self._errors(), self._engine.begin() as connection:
             done = connection.execute(_CLAIMS.update().where(held).values(worker=self._worker, seen=sql.func.now()))
@@ -185,7 +198,14 @@ class SharedStudy:
         with self._errors():
             for frozen in self._study.get_trials(deepcopy=False):
                 if ATTRIBUTE in frozen.user_attrs:
-                    yield frozen.number, decode_trial(frozen.user_attrs[ATTRIBUTE])
+                    yield frozen.number, self._decoded(frozen.number, frozen.user_attrs[ATTRIBUTE])
+
+    def _decoded(self, number: int, value: Any) -> Trial:
+        try:
+            return decode_trial(value)
+        except ValueError as error:
+            where = f"--storage {self._shown}: trial {number} of study {self._name}"
+            raise TuneError(f"{where} must be one that this m2gen reads; --fresh starts anew") from error
 
     def _forget(self, storage: Any) -> None:
         import optuna

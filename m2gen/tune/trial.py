@@ -7,6 +7,7 @@ from enum import StrEnum
 from statistics import median
 
 from m2gen.db import Failure, TensorError
+from m2gen.errors import TuneError
 from m2gen.schedule import Schedule
 from m2gen.tune.space import Subject
 
@@ -76,6 +77,8 @@ class Measurement:
     seconds: float = 0.0
     details: str = field(default="", compare=False)
     """Traceback of what was raised."""
+    stopped: str = ""
+    """Why this machine cannot go on, a full disk say: of no candidate, so nothing that may be recorded of one."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,14 @@ class Compiled:
     failure: Failure | None = None
     seconds: float = 0.0
     details: str = field(default="", compare=False)
+    stopped: str = ""
+    """As in ``Measurement``."""
+
+
+def go_on(found: Compiled | Measurement) -> None:
+    """Raise TuneError where a worker says that this machine cannot go on."""
+    if found.stopped:
+        raise TuneError(f"workers must be able to write their files: {found.stopped}")
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ from importlib import metadata
 from typing import Any
 
 from m2gen import __version__
-from m2gen.cache import cache_dir
+from m2gen.cache import cache_dir, shortcoming
 from m2gen.cli.show.names import calls, closest, record_notes
 from m2gen.cli.show.report import print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE, TARGETS, detect
+from m2gen.errors import listed
 from m2gen.kernels.render import templates_dir
 from m2gen.pipeline import BuildOutcome, CheckRow, Plan, shipped_database, shipped_specs, state
 from m2gen.schedule.words import schedule_words
@@ -119,8 +120,9 @@ def show_check(rows: Sequence[CheckRow], *, as_json: bool, quiet: bool, verbose:
     elif not quiet:
         print_tables(kernel_tables(rows, verbose=verbose))
     broken = [row for row in rows if row.problems]
-    for row in broken if not as_json else ():
-        print(f"m2gen: {row.place}: {'; '.join(row.problems)}", file=sys.stderr)
+    lines = (f"{row.place}: {'; '.join(row.problems)}" for row in broken)
+    for line in listed(lines) if not as_json else ():
+        print(f"m2gen: {line}", file=sys.stderr)
     return 1 if broken else 0
 
 
@@ -183,6 +185,7 @@ def show_info(*, as_json: bool) -> None:
     missing = [name for name, value in versions.items() if value == "missing"]
     missing += [name for name, path in folders.items() if name != "cache" and not path.is_dir()]
     missing += [] if device else ["GPU (kernels run in Triton's interpreter)"]
+    missing += filter(None, [shortcoming()])
     facts = {
         "device": asdict(device) if device else None,
         "versions": versions,

@@ -22,7 +22,7 @@ from m2gen.cli.show.names import implementation_names
 from m2gen.cli.show.report import Display, print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.db import Environment, worded
-from m2gen.errors import UsageError
+from m2gen.errors import UsageError, among
 from m2gen.pipeline import Swept
 
 X_NAMES = {Axis.SEQ: "S", Axis.ROWS: "K", Axis.BATCH: "B N", Axis.HEADS: "B N"}
@@ -79,7 +79,7 @@ def of_layers(run: Document | SweepDocument, layers: Sequence[str]) -> Document 
     having = dict.fromkeys(each.layer for each in (run.rows if isinstance(run, Document) else run.sweeps))
     for name in layers:
         if name not in having:
-            raise UsageError(f"--layer must be among {', '.join(having)}, got {name!r}")
+            raise UsageError(f"--layer must be {among(having)}, got {name!r}")
     asked = layers or tuple(having)
     if isinstance(run, Document):
         return replace(run, rows=tuple(row for row in run.rows if row.layer in asked))

@@ -9,6 +9,7 @@ from m2gen.cli.show.names import known_names
 from m2gen.cli.show.report import print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.db import Change, Fault
+from m2gen.errors import listed
 from m2gen.pipeline import Recheck, Replayed, Superfluous
 from m2gen.schedule.words import schedule_words
 
@@ -33,8 +34,8 @@ def show_pruned(found: Sequence[Superfluous], faults: Sequence[Fault], *, dry_ru
         names = known_names(item.record.key.variant for item in found)
         rows = [(i.record.id, names[i.record.key.variant], i.record.environment.device, i.reason) for i in found]
         print_tables([Table("Superfluous", ("id", "layer", "device", "why"), rows)])
-    for fault in faults:
-        print(fault)
+    for line in listed(map(str, faults)):
+        print(line)
     print(f"{len(found)} records and {len(faults)} lines {'would be ' if dry_run else ''}removed")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from m2gen.cli.show.report import junit, print_json
 from m2gen.cli.show.table import Table, print_tables
-from m2gen.errors import EmitError
+from m2gen.errors import EmitError, listed
 from m2gen.pipeline import VerifyOutcome, failed, failure_lines, reproduce
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def show_verify(outcome: VerifyOutcome, *, as_json: bool, quiet: bool, verbose: 
     if not quiet:
         print_tables(verify_tables(outcome, verbose=verbose))
         print()
-    for line in failure_lines(outcome):
+    for line in listed(failure_lines(outcome)):
         print(f"m2gen: {line}", file=sys.stderr)
     print(_total(outcome))
     return status
