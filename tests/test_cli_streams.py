@@ -74,6 +74,15 @@ def test_head_of_info() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "m2gen\n", "")
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_ends_in_a_way_of_its_own(shell: str, gone: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With status 0, and as every command where the reader is gone."""
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    for stdout, status in ((subprocess.PIPE, 0), (gone, 141)):
+        done = command("--show-completion", shell, stdout=stdout)
+        assert (done.returncode, done.stderr) == (status, "")
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full, which Linux has")
 @EVERY
 def test_a_full_disk_is_one_line(arguments: tuple[str, ...]) -> None:

@@ -44,11 +44,9 @@ def exit_status(command: Callable[[], int | None]) -> int:
     """
     status = 0
     try:
-        status = command() or 0
+        status = _run(command)
         sys.stdout.flush()
         sys.stderr.flush()
-    except SystemExit:  # Typer's and Rich's way out of a broken pipe
-        status = GONE
     except BrokenPipeError:
         status = GONE
     except OSError as error:
@@ -58,6 +56,15 @@ def exit_status(command: Callable[[], int | None]) -> int:
     if status:
         _drop_unwritten()
     return status
+
+
+def _run(command: Callable[[], int | None]) -> int:
+    try:
+        return command() or 0
+    except SystemExit as left:  # Typer's and Rich's way out of a broken pipe, and that of completion
+        if isinstance(left.__context__, BrokenPipeError):
+            return GONE
+        return left.code if isinstance(left.code, int) else int(bool(left.code))
 
 
 def _drop_unwritten() -> None:
