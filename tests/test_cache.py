@@ -22,7 +22,7 @@ from m2gen.cache import load_result, materialise, store_result
 from m2gen.device import TARGETS
 from m2gen.errors import CacheError
 from m2gen.kernels import compile
-from m2gen.kernels.arguments import Direction
+from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.kernels.resources import Resources
 from m2gen.spec import Objective
 from m2gen.tune import precompile
@@ -210,16 +210,9 @@ def test_triton_s_full_disk_is_no_compilers_error(monkeypatch: pytest.MonkeyPatc
         raise OSError(28, "No space left on device", "/cache/triton/x")
 
     monkeypatch.setattr(triton, "compile", full)
-    variant, schedule = make_variant(), make_schedule()
-    job = compile.Job(variant, schedule, Direction.FORWARD, TARGETS["sm_90"], _source())
+    job = compile.Job(Lowering(make_variant(), make_schedule()), Direction.FORWARD, TARGETS["sm_90"])
     with pytest.raises(CacheError, match="No space left on device: '/cache/triton/x'; TRITON_CACHE_DIR may name"):
         compile.compile_kernel(job)
-
-
-def _source() -> str:
-    from m2gen.kernels.render import render_kernel
-
-    return render_kernel(make_variant(), make_schedule(), "")
 
 
 SHAPES = {
@@ -290,7 +283,7 @@ def test_readers_of_the_cache_make_again_what_they_cannot_read(
     monkeypatch.setattr(build, "verify", verified)
     planned = build_plan()
     subject = Subject(make_variant(), TARGETS["sm_90"], Objective.TRAIN, 2, 64)
-    job = compile.Job(make_variant(), make_schedule(), Direction.FORWARD, TARGETS["sm_90"], "source")
+    job = compile.Job(Lowering(make_variant(), make_schedule()), Direction.FORWARD, TARGETS["sm_90"])
     readers: dict[str, Callable[[], object]] = {
         "resources": lambda: check.compile_all([job], 1),
         "precompiled": lambda: precompile.precompile(CompileTask(subject, make_schedule())),
