@@ -119,6 +119,11 @@ def assert_close(given: Results, expected: Results, tolerance: float) -> None:
     assert {name: error for name, error in errors.items() if not error <= tolerance} == {}
 
 
+def assert_alike(given: Results, expected: Results, device: torch.device) -> None:
+    """Fail unless both hold the same bits; on a GPU, where another stride or a fuser orders sums otherwise, 1e-6."""
+    assert_close(given, expected, 1e-6) if device.type == "cuda" else assert_same(given, expected)
+
+
 def distance(given: Tensor, expected: Tensor) -> float:
     """Return ‖given - expected‖ / ‖expected‖ in float64; ‖given‖ where ``expected`` is 0."""
     assert given.shape == expected.shape

@@ -154,7 +154,7 @@ def forget_gate(
 
 def _per_head(x: Tensor, total: int, dim: int) -> Tensor:
     """Give each of ``total`` heads its group's slice: head n reads group n // (total // groups)."""
-    return x.repeat_interleave(total // x.shape[dim], dim)
+    return x.repeat_interleave(int(total) // int(x.shape[dim]), dim)  # under a tracer both are tensors of the CPU
 
 
 @dataclass(frozen=True)
