@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from m2gen.measure import workers
 from m2gen.measure.workers import Lost, Service, run_isolated
 
 HANGING = "M2GEN_TEST_HANGING"
@@ -93,3 +94,26 @@ def test_a_clock_of_its_own_says_when_a_task_is_late() -> None:
 def test_no_tasks(service: Service[str, str]) -> None:
     """Nothing to do is done at once."""
     assert list(run_isolated([], service, 4)) == []
+
+
+class ClosedPipe:
+    """A pipe whose other end is gone: before a task is read, or before its result is."""
+
+    def __init__(self, tasks: list[int]) -> None:
+        self.tasks = tasks
+
+    def recv(self) -> int:
+        if not self.tasks:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        return self.tasks.pop()
+
+    def send(self, result: int) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("tasks", [[], [1]])
+def test_a_worker_whose_parent_has_gone_ends_quietly(tasks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent that stops for another worker's error may close a pipe at any moment."""
+    monkeypatch.setattr(workers.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(workers, "_end_with_parent", lambda: None)
+    workers._loop(ClosedPipe(tasks), lambda: None, lambda task: task)

@@ -97,9 +97,16 @@ def _loop(pipe: Any, prepare: Callable[[], None], serve: Callable[[Any], Any]) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
     prepare()
-    with contextlib.suppress(EOFError):
-        while True:
-            pipe.send(serve(pipe.recv()))
+    while True:
+        try:
+            task = pipe.recv()
+        except (EOFError, ConnectionError):  # closed, perhaps with a result in it that nobody read
+            return
+        result = serve(task)
+        try:
+            pipe.send(result)
+        except ConnectionError:
+            return
 
 
 def _end_with_parent() -> None:
