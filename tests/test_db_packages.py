@@ -85,7 +85,7 @@ def test_the_package_and_its_manifest_name_tiers_and_records() -> None:
     """Dispatch has a module for each bucket; the manifest and the kernels say why."""
     package = pipeline.render(planned(LOW, HIGH))
     low, high = (f"{VARIANT.key}__{record.schedule.slug}" for record in (LOW, HIGH))
-    rows = [f"            {module},\n" for module in (low, low, low, high, high, high)]
+    rows = [f'            "{module}",\n' for module in (low, low, low, high, high, high)]
     assert f'    "sm_90": {{\n        "{VARIANT.key}": (\n{"".join(rows)}        ),\n' in package.files["dispatch.py"]
     title = " ".join(package.files[f"kernels/{high}.py"].split('"""')[1].split())
     place = "of NVIDIA H200, programs an SM"
@@ -101,7 +101,7 @@ def test_one_record_serves_all_buckets_by_one_module() -> None:
     """A table of buckets that are all the same is not spelled out."""
     text = pipeline.render(planned(LOW)).files["dispatch.py"]
     module = f"{VARIANT.key}__{LOW.schedule.slug}"
-    assert f'        "{VARIANT.key}": (\n            {module},\n        ),\n' in text
+    assert f'        "{VARIANT.key}": (\n            "{module}",\n        ),\n' in text
 
 
 def test_the_same_winners_give_the_same_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_check_compiles_each_schedule_once_and_says_where_it_is_from(monkeypatch
     rows = pipeline.check(replace(planned(LOW), choices=planned(LOW).serving(VARIANT, "sm_90")), Silent())
     assert [row.kernel for row in rows] == ["forward", "backward", "step"]
     assert {row.source for row in rows} == {f"nearest {LOW.id}, exact {LOW.id}"}
-    assert {job.schedule for job in compiled} == {LOW.schedule}
+    assert {job.lowering.schedule for job in compiled} == {LOW.schedule}
 
 
 def test_a_committed_package_is_checked_against_the_database(tmp_path: Path) -> None:
