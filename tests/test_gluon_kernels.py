@@ -13,16 +13,17 @@ from types import ModuleType
 import pytest
 import torch
 from gluon_on_cpu import Constant, load_module
-from m2gen.tune.gate import Candidate, pass_gate, questions
 from support import make_variant
 
 from m2gen.device import TARGETS
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.reductions import Reductions, Sums
 from m2gen.kernels.render import render_kernel
+from m2gen.measure.checks import seeded_cases
 from m2gen.schedule import Layouts, Schedule, check, parse
 from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
+from m2gen.tune.check import Candidate, check_candidate
 from m2gen.variant import Variant
 
 HEADS = (1, 1, 2, 2, 2)
@@ -58,7 +59,7 @@ CASES = {
 def judged(variant: Variant, schedule: Schedule, module: ModuleType) -> None:
     """Fail unless every tensor is within its budget on the tuner's problems, and its bits repeat."""
     candidate = Candidate(module, variant, schedule, Objective.TRAIN)
-    verdict = pass_gate(candidate, questions(variant, STEPS), torch.device("cpu"))
+    verdict = check_candidate(candidate, seeded_cases(variant, STEPS), torch.device("cpu"))
     assert verdict.failure is None, verdict.failure
     assert len(verdict.errors) >= 8
 
