@@ -26,14 +26,14 @@ verify: .venv/installed
 	$(BIN)/m2gen verify --spec tiny.yaml --quick --quiet
 
 golden: .venv/installed
-	$(BIN)/pytest -q tests/test_golden.py --update-golden
+	$(BIN)/pytest -q tests/package/test_golden.py --update-golden
 
 # Both need a GPU; sanitize also compute-sanitizer, of the CUDA toolkit.
 gpu: .venv/installed
 	$(BIN)/pytest -m gpu -q
 
 sanitize: .venv/installed
-	$(BIN)/python tests/sanitize.py
+	$(BIN)/python tests/gpu/sanitize.py
 
 # torch first: what depends on it must find the pinned build rather than choose one.
 .venv/installed: pyproject.toml constraints.txt

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from support import ROOT
 
-TESTS = sorted(path for path in (ROOT / "tests").glob("*.py") if path.name != "sanitize.py")
-"""Those that run without a GPU; on one, m2gen's own clock is under test, and ``sanitize.py`` is a tool."""
+FOLDERS = [place for place in (ROOT / "tests").iterdir() if place.name not in ("golden", "gpu", "__pycache__")]
+TESTS = sorted(path for place in FOLDERS for path in (place.rglob("*.py") if place.is_dir() else [place]))
+"""Those that run without a GPU; on one, m2gen's own clock is under test."""
 CLOCKS = {"time", "monotonic", "perf_counter", "process_time", "thread_time", "monotonic_ns", "perf_counter_ns"}
 LONG = 1800
 """Seconds that only what hangs takes."""
@@ -31,7 +32,7 @@ def name_of(function: ast.expr) -> str:
     return ast.unparse(function)
 
 
-@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT / "tests")))
 def test_no_test_depends_on_speed(path: Path) -> None:
     """Clocks are simulated, a sleep is for ever, and a limit only ends what hangs."""
     for call in calls(path):
@@ -46,7 +47,7 @@ def test_no_test_depends_on_speed(path: Path) -> None:
                 assert keyword.value.value >= LONG, f"{path}:{call.lineno}: {ast.unparse(call)}"
 
 
-@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT / "tests")))
 def test_examples_have_the_profile(path: Path) -> None:
     """A test of its own mind would have a deadline again, or health checks that are about time."""
     for call in calls(path):

@@ -35,7 +35,7 @@ def test_segments_have_the_bits_of_one(tmp_path, device, variant, problem) -> No
     found = detect()
     assert found is not None
     schedule = default(variant, found)
-    assert schedule.layouts is Layouts.EXPLICIT  # tests/test_op_segments.py has the others
+    assert schedule.layouts is Layouts.EXPLICIT  # tests/runtime/test_op_segments.py has the others
     whole, cut = (
         import_package(tmp_path / (name := f"{variant.key}_{made.slug}"), build_package(name, [variant], made)).m2rnn
         for made in (schedule, replace(schedule, segments=SEGMENTS))

@@ -16,8 +16,8 @@ from written import complete, files, on_disk
 
 from m2gen.package import directory, owned
 
-HERE = Path(__file__).parent
-PATHS = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(HERE)!r}]\n"
+FAKES = ROOT / "tests" / "fakes"
+PATHS = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(FAKES)!r}]\n"
 
 WRITER = (
     PATHS

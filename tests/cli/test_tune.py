@@ -13,7 +13,7 @@ import pytest
 import simulated
 import torch
 from command_line import document, fails, run
-from test_tune_loop import DEFAULT, NEIGHBOUR, SPEC
+from searches import DEFAULT, NEIGHBOUR, SPEC
 
 from m2gen.db import Database
 from m2gen.schedule import parse

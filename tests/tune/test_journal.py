@@ -181,7 +181,7 @@ def test_a_hundred_kills_lose_and_repeat_nothing(tmp_path: Path) -> None:
     """SIGKILL at random points: no trial on disk ever goes, none is made again, and the database stays whole."""
     (tmp_path / "one.yaml").write_text(SPEC, encoding="utf-8")
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    command = [sys.executable, str(ROOT / "tests" / "kill_tuner.py"), str(SERIES), str(KILLS // SERIES)]
+    command = [sys.executable, str(ROOT / "tests" / "fakes" / "kill_tuner.py"), str(SERIES), str(KILLS // SERIES)]
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

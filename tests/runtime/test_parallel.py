@@ -7,7 +7,7 @@ from pathlib import Path
 
 from layer_on_ranks import CHECKS
 from ranks import launch
-from support import SCHEDULES, build_package, make_variant
+from support import ROOT, SCHEDULES, build_package, make_variant
 
 from m2gen.bucket import BUCKETS
 from m2gen.device import PORTABLE
@@ -39,6 +39,6 @@ def test_the_layer_on_two_ranks(tmp_path: Path) -> None:
     package = build_package("on_ranks", [*shared, *others], SCHEDULES["two_level_partial"])
     write(tmp_path / "on_ranks", package.files)
     write(tmp_path / "by_bucket", by_bucket(shared).files)
-    said = launch(Path(__file__).with_name("layer_on_ranks.py"), tmp_path, RANKS)
+    said = launch(ROOT / "tests" / "fakes" / "layer_on_ranks.py", tmp_path, RANKS)
     assert {name: failure for name, failure in said.items() if failure} == {}
     assert list(said) == list(CHECKS)

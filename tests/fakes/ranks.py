@@ -22,8 +22,8 @@ FOREVER = 3600
 
 def launch(script: Path, folder: Path, ranks: int) -> dict[str, str]:
     """Run ``script FOLDER RANK RANKS`` on every rank and return what each check said: nothing, or what went wrong."""
-    tests = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(tests.parent), str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(here.parents[1]), str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
     cpu = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, "PYTHONPATH": path, **cpu}
     commands = [[sys.executable, str(script), str(folder), str(rank), str(ranks)] for rank in range(ranks)]

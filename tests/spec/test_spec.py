@@ -36,7 +36,7 @@ from m2gen.spec import (
 )
 from m2gen.variant import expand
 
-SPECS = Path(__file__).resolve().parents[1] / "specs"
+SPECS = Path(__file__).resolve().parents[2] / "specs"
 SHIPPED = sorted(SPECS.glob("*.yaml"))
 
 MINIMAL = """

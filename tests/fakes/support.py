@@ -15,8 +15,8 @@ from m2gen.schedule.heuristic import default
 from m2gen.spec import ClipMode, Dtype, Fp32Products, GateKind, Heads, StateDtype, TanhMode
 from m2gen.variant import BuiltVariant, Variant
 
-ROOT = Path(__file__).resolve().parents[1]
-GOLDEN = Path(__file__).resolve().parent / "golden"
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "tests" / "golden"
 
 
 def make_variant(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import simulated
+from searches import DEFAULT, NEIGHBOUR, SPEC, STANDARD, Silent
 from simulated import PEAK
-from test_tune_loop import DEFAULT, NEIGHBOUR, SPEC, STANDARD, Silent
 
 from m2gen.db import Database
 from m2gen.pipeline import plan

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import simulated
+from searches import DEFAULT, SPEC, Silent
 from simulated import lines
-from test_tune_loop import DEFAULT, SPEC, Silent
 
 from m2gen.db import Database
 from m2gen.pipeline import plan

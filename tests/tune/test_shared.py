@@ -17,9 +17,9 @@ import pytest
 import shared_worker
 import simulated
 import sqlalchemy as sql
+from searches import SPEC, Silent
 from simulated import lines
 from support import ROOT
-from test_tune_loop import SPEC, Silent
 
 from m2gen.db import Database, Environment
 from m2gen.errors import TuneError, UsageError
@@ -58,7 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _worker(folder: Path, url: str, name: str, trials: int, last: int = -1) -> subprocess.Popen[str]:
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    command = [sys.executable, str(ROOT / "tests" / "shared_worker.py"), url, name, str(trials), str(last)]
+    command = [sys.executable, str(ROOT / "tests" / "fakes" / "shared_worker.py"), url, name, str(trials), str(last)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen(command, cwd=folder, env={**os.environ, "PYTHONPATH": path}, text=True, **pipes)
 

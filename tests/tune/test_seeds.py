@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import simulated
 from records import H100, H200, SMS, environment, failed, sequences_in, winner
+from searches import SPEC, Silent
 from support import make_schedule, make_variant
-from test_tune_loop import SPEC, Silent
 
 from m2gen.bucket import Bucket
 from m2gen.db import Database, Reason, Record, stale

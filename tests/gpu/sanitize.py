@@ -1,8 +1,8 @@
 """A small matrix of calls under compute-sanitizer: memcheck for addresses, racecheck for shared memory.
 
-    python tests/sanitize.py            # both tools; exit status 1 if either finds anything, or cannot run
-    python tests/sanitize.py memcheck   # one of them
-    python tests/sanitize.py --calls    # the calls alone, without a tool; of the entries that follow, if any do
+    python tests/gpu/sanitize.py            # both tools; exit status 1 if either finds anything, or cannot run
+    python tests/gpu/sanitize.py memcheck   # one of them
+    python tests/gpu/sanitize.py --calls    # the calls alone, without a tool; of the entries that follow, if any do
 
 The calls run once without a tool first, each entry of the matrix in a process, which compiles the kernels into Triton's
 cache: a tool then only loads them.
