@@ -2,8 +2,8 @@
 
     python tools/compare_errors.py specs/h200.yaml m2rnn_7b default
 
-For each problem of the tuner's check and each tensor: the relative error of the default's knobs in the compiler's
-layouts, and every other schedule's as a multiple of it. Exits with 1 where a multiple is over 1.1.
+For each problem of the tuner's check and each tensor: the relative error of the portable family's default, and every
+other schedule's as a multiple of it. Exits with 1 where a multiple is over 1.1.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ import torch
 from m2gen.errors import M2genError, UsageError
 from m2gen.measure.checks import STEPS, SeededCase, seeded_cases
 from m2gen.pipeline.bench import this_bench_context
-from m2gen.schedule import Layouts, Schedule, check, parse
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Portable, Schedule, check, default, parse
 from m2gen.spec import Objective, load_spec
 from m2gen.tune.candidate import load
 from m2gen.tune.check import Candidate, check_candidate
@@ -61,7 +60,7 @@ def main() -> int:
     with this_bench_context("compare_errors") as context:
         usual = default(variant, context.device)
         named = [usual if slug == "default" else parse(slug) for slug in given.schedules]
-        every = [usual.laid_out(Layouts.AUTO), *(check(variant, s, context.device) for s in named)]
+        every = [Portable.default(variant, context.device), *(check(variant, s, context.device) for s in named)]
         slugs = " | ".join(f"`{schedule.slug}`" for schedule in every)
         print(f"{variant.key}\n\n| problem | tensor | {slugs} |\n| --- | --- |{' --- |' * len(every)}")
         worst = 0.0

@@ -57,7 +57,7 @@ def replay(trials: Sequence[Trial], sampler: Sampler, seed: int) -> list[float]:
     points, start = list(table), default_of(trials)
     first = [(start, "default")]
     if sampler is Sampler.TPE:
-        first += [(point, "tile") for point in tiles(start, points)]
+        first += [(point, "tile") for point in tiles((start,), points)]
         first += [(point, "neighbour") for point in neighbours(start, points)]
     proposer = Proposer(points, first, sampler, seed)
     best, curve = float("inf"), []

@@ -1,6 +1,6 @@
 """Time schedules of one layer side by side, each held against the oracle first, as m2gen bench times packages.
 
-    python tools/compare_schedules.py specs/h200.yaml m2rnn_7b 0 default f32x1u4a_b32x1c2a_i16_ptx
+    python tools/compare_schedules.py specs/h200.yaml m2rnn_7b 0 default portable_f32x1u4a_b32x1c2a_i16_ptx
 
 The number is that of the layer's workload in the spec. Needs a GPU.
 """
@@ -19,8 +19,7 @@ from m2gen.device import PORTABLE, Device
 from m2gen.errors import M2genError
 from m2gen.package.emit import Origin, package
 from m2gen.pipeline.bench import this_bench_context
-from m2gen.schedule import Schedule, check, parse
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Schedule, check, default, parse
 from m2gen.spec import load_spec
 from m2gen.variant import BuiltVariant, expand
 

@@ -1,6 +1,6 @@
 """Count the instructions of each loop of a layer's kernels, by the machine code that ptxas writes; needs no GPU.
 
-    python tools/loop_instructions.py specs/h200.yaml m2rnn_7b f32x1u8a_b32x1c2a_i16_ptx_explicit
+    python tools/loop_instructions.py specs/h200.yaml m2rnn_7b mma_f32x1u8a_b32x1c2a_i16_ptx
 
 A loop is what lies between a backward branch and its target. Divided by the schedule's steps an iteration, the count
 is what a step of one program issues; inner loops are within outer ones.
@@ -22,8 +22,7 @@ from m2gen.device import TARGETS
 from m2gen.kernels.compile import Job, compiled
 from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.kernels.resources import resources_of
-from m2gen.schedule import check, parse
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import check, default, parse
 from m2gen.spec import load_spec
 from m2gen.variant import expand
 

@@ -10,8 +10,8 @@ class Kind(StrEnum):
 
     DEFAULT = "default"
     """A package whose schedules are the defaults."""
-    AUTO = "auto"
-    """A package whose schedules are the defaults in the layouts of Triton's compiler, where others are the default."""
+    PORTABLE = "portable"
+    """A package whose schedules are the defaults of the portable family, where others are preferred."""
     TUNED = "tuned"
     """A package whose schedules come from the tuning database."""
     EAGER = "eager"
@@ -23,7 +23,7 @@ class Kind(StrEnum):
 
     @property
     def generated(self) -> bool:
-        return self in (Kind.DEFAULT, Kind.AUTO, Kind.TUNED)
+        return self in (Kind.DEFAULT, Kind.PORTABLE, Kind.TUNED)
 
     @property
     def most_steps(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,10 +10,16 @@ from m2gen.bucket import BUCKETS, Bucket
 from m2gen.db.lookup import Query, Tier, look_up, usual_device
 from m2gen.db.record import Record
 from m2gen.device import PORTABLE, Device
-from m2gen.schedule import Schedule
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Schedule, default
 from m2gen.spec import Objective
 from m2gen.variant import BuiltVariant, Variant
+
+
+def module_name(variant: Variant, schedule: Schedule) -> str:
+    """Name a module of kernels by dims, heads, dtype and family, and by digits for all that is left."""
+    rest = hashlib.sha256(f"{variant.key} {schedule.slug}".encode()).hexdigest()[:8]
+    dims = f"k{variant.state_expansion}_v{variant.head_dim}_n{variant.total_heads}"
+    return f"{dims}_{variant.dtype}_{schedule.family}_{rest}"
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Choice:
     @property
     def module(self) -> str:
         """Name of the module that holds the kernels."""
-        return f"{self.variant.key}__{self.schedule.slug}"
+        return module_name(self.variant, self.schedule)
 
     @property
     def source(self) -> str:

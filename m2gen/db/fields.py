@@ -57,7 +57,7 @@ class Provenance:
     """Where a record comes from."""
 
     kernel: _Hash
-    """``render.kernel_hash`` of what was measured: another text makes the record stale."""
+    """``kernels.identity.kernel_hash`` of what was measured; a record of other kernels is stale."""
     space: _Hash
     """Hash of the declared search space."""
     m2gen: _Fact

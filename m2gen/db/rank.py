@@ -9,10 +9,9 @@ from functools import cache
 from m2gen.db.fields import POLICY
 from m2gen.db.record import Record
 from m2gen.device import limits
+from m2gen.kernels.identity import kernel_hash
 from m2gen.kernels.lowering import Lowering
-from m2gen.kernels.render import kernel_hash
-from m2gen.schedule import Schedule
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Schedule, default
 from m2gen.variant import parse_variant
 
 

@@ -19,14 +19,14 @@ from m2gen.bucket import bucket_of
 from m2gen.db.fields import Environment, Estimate, Failure, Key, Provenance, Sizes, Status, TensorError, Timing
 from m2gen.device import limits
 from m2gen.errors import DatabaseError
-from m2gen.schedule import Schedule, problems
+from m2gen.schedule import Family, Schedule, problems
 from m2gen.spec import Objective
 from m2gen.variant import parse_variant
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the records' format; a line of another version is kept, and not used."""
 LONGEST_LINE = 16384
 """Bytes of a line that may be a record; those that m2gen writes take about two thousand."""
@@ -80,8 +80,6 @@ def _checked(record: Record) -> Record:
 def _line(record: Record) -> tuple[str, str]:
     """Return the id and the line of a record that was read."""
     content = {**asdict(record), "schema": SCHEMA}
-    if record.schedule.segments == 1:  # a knob that came later: records without it stay what they are
-        del content["schedule"]["segments"]
     identity = hashlib.sha256(_dump(content).encode()).hexdigest()[:12]
     return identity, _dump({**content, "id": identity})
 
@@ -99,8 +97,11 @@ def _parse(text: str) -> Record:
 
 def worded(error: ErrorDetails) -> str:
     """Return what pydantic found as ``$.place must ..., got ...``."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"])
+    place = (part for part in error["loc"] if part not in tuple(Family))  # pydantic names the family, which is no key
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     must = re.sub(r"^(Input|String|Value) should", "must", error["msg"])
+    if error["type"].startswith("union_tag"):
+        must = f"must have the family {', '.join(Family)}"
     given = repr(error["input"])
     return f"${''.join(parts)} {must}, got {given if len(given) <= 60 else given[:57] + '...'}"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from m2gen.schedule import ForwardSchedule, Part, Schedule, Scratch
+from m2gen.schedule import ForwardTile, Part, Schedule, Scratch, Warpgroup
 from m2gen.variant import MIN_TILE, Variant
 
 TOO_NEW = (3, 9)
@@ -84,7 +84,7 @@ def _row_sums(variant: Variant, part: Part) -> str:
     return str(_Linear((8, variant.padded_cols), registers, (*LANE_COLS, *LANE_ROWS), warps))
 
 
-def _sums_apart(variant: Variant, part: ForwardSchedule) -> dict[str, str]:
+def _sums_apart(variant: Variant, part: ForwardTile | Warpgroup) -> dict[str, str]:
     """Return the layouts of sums over rows of which every warp has its own, and which meet in shared memory.
 
     ``FORWARD_APART`` is what is left of an iteration's tiles, of every step 8 rows a warp, in the order in which a

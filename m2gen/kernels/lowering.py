@@ -11,14 +11,23 @@ from m2gen.kernels.launch import Launch
 from m2gen.kernels.loads import BACKWARD_VECTORS, FORWARD_VECTORS, Vector
 from m2gen.kernels.outputs import Output
 from m2gen.kernels.reductions import Reductions, Sums
-from m2gen.schedule import BackwardSchedule, ForwardSchedule, Layouts, Reduction, Schedule, Scratch, Tanh
+from m2gen.schedule import (
+    Family,
+    ForwardTile,
+    MmaBackward,
+    PortableBackward,
+    Reduction,
+    Schedule,
+    Scratch,
+    Tanh,
+    Warpgroup,
+)
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import MIN_TILE, Variant, padded
 
 MOST_REGISTERS = 255
 """Maximum registers per thread on NVIDIA GPUs."""
 TRITON_DTYPE = {Dtype.BF16: "tl.bfloat16", Dtype.FP16: "tl.float16", Dtype.FP32: "tl.float32"}
-FAMILIES = {Layouts.AUTO: "portable", Layouts.EXPLICIT: "mma", Layouts.WARPGROUP: "wgmma"}
 
 
 class Direction(StrEnum):
@@ -64,18 +73,17 @@ class Lowering:
     # What the schedule asks for.
 
     @property
-    def family(self) -> str:
-        """Name of the folder of templates."""
-        return FAMILIES[self.schedule.layouts]
+    def family(self) -> Family:
+        return self.schedule.family
 
     @property
     def gluon(self) -> bool:
         """Whether kernels say which thread holds what."""
-        return self.family != "portable"
+        return self.family is not Family.PORTABLE
 
     @property
     def wgmma(self) -> bool:
-        return self.family == "wgmma"
+        return self.family is Family.WGMMA
 
     @property
     def jit(self) -> str:
@@ -87,11 +95,11 @@ class Lowering:
         return not self.gluon
 
     @property
-    def forward(self) -> ForwardSchedule:
+    def forward(self) -> ForwardTile | Warpgroup:
         return self.schedule.forward
 
     @property
-    def backward(self) -> BackwardSchedule:
+    def backward(self) -> PortableBackward | MmaBackward | Warpgroup:
         return self.schedule.backward
 
     @property
@@ -148,7 +156,7 @@ class Lowering:
 
         It saves instructions and takes longer with 16 rows a warp, where latency is all there is (docs/performance.md).
         """
-        return self.family == "mma" and (self.forward.rows, self.forward.warps) != (MIN_TILE, 1)
+        return self.family is Family.MMA and (self.forward.rows, self.forward.warps) != (MIN_TILE, 1)
 
     # Sums of several programs.
 
@@ -223,9 +231,9 @@ class Lowering:
     @cached_property
     def layouts(self) -> dict[str, str]:
         """Gluon's layouts by name; none where Triton's compiler decides which thread holds what."""
-        if self.family == "portable":
+        if self.family is Family.PORTABLE:
             return {}
-        if self.family == "wgmma":
+        if self.family is Family.WGMMA:
             return layouts.wgmma(self.variant, self.schedule)
         y = self.sums.y
         uses = layouts.Uses(self.outer_by_product, y is Sums.BUTTERFLY, y is Sums.MEMORY, self.sums.together)

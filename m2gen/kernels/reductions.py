@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from m2gen.kernels.layouts import warps_down
-from m2gen.schedule import Layouts, Schedule
+from m2gen.schedule import Family, Schedule
 from m2gen.spec import Dtype
 from m2gen.variant import Variant
 
@@ -66,7 +66,7 @@ class Reductions:
 
     @property
     def _lanes_known(self) -> bool:
-        return self.schedule.layouts is Layouts.EXPLICIT
+        return self.schedule.family is Family.MMA
 
     @property
     def y(self) -> Sums:

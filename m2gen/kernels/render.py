@@ -71,9 +71,3 @@ def render_kernel(k: Lowering, provenance: str = "") -> str:
     title = f"M2RNN kernels for {k.variant.key}, schedule {k.schedule.slug}."
     parameters = {str(direction): _parameters(k, direction) for direction in Direction}
     return render_template("kernels/module.py.j2", k=k, title=title, provenance=provenance, parameters=parameters)
-
-
-@cache
-def kernel_hash(k: Lowering) -> str:
-    """Return 12 hex digits that change when the kernels that were measured are no longer what is rendered."""
-    return hashlib.sha256(render_kernel(k).encode()).hexdigest()[:12]

@@ -167,6 +167,7 @@ def _schedule_facts(choice: Choice) -> dict[str, Any]:
         "arch": choice.device.arch,
         "programs_an_sm": list(choice.buckets),
         "schedule": choice.schedule.slug,
+        "module": choice.module,
         "tier": choice.tier,
         "record": record and record.id,
         "device": record and record.environment.device,

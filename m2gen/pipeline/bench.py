@@ -23,7 +23,7 @@ from m2gen.measure import lock
 from m2gen.measure.context import this_context
 from m2gen.measure.workers import Worker
 from m2gen.pipeline.plan import Plan, Progress, relevant, render
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import default
 from m2gen.variant import BuiltVariant
 
 
@@ -104,7 +104,7 @@ class _Field:
 
 
 def _field(planned: Plan, context: BenchContext, request: BenchRequest) -> _Field:
-    plans = {Kind.DEFAULT: planned.without_records(), Kind.AUTO: planned.in_auto_layouts(), Kind.TUNED: planned}
+    plans = {Kind.DEFAULT: planned.without_records(), Kind.PORTABLE: planned.portable(), Kind.TUNED: planned}
     asked = {kind: plan for kind, plan in plans.items() if kind in (Kind.DEFAULT, *request.kinds)}
     folders = {kind: materialise(f"packages/{plan.origin.name}", render(plan).files) for kind, plan in asked.items()}
     return _Field(asked, context, request, folders)

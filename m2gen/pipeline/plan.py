@@ -14,7 +14,7 @@ from m2gen.device import PORTABLE, Device, target
 from m2gen.errors import UsageError, among
 from m2gen.package import emit
 from m2gen.package.emit import Origin, Package
-from m2gen.schedule import Layouts, Schedule
+from m2gen.schedule import Portable, Schedule
 from m2gen.shipped import shipped
 from m2gen.spec import Layer, Spec, find_spec, load_spec, spec_hash
 from m2gen.variant import BuiltVariant, Variant, expand, layer_names
@@ -67,10 +67,10 @@ class Plan:
         chosen = (c for built, device in pairs for c in choose(built, device, self.spec.tuning.objective, ()))
         return replace(self, choices=tuple(chosen))
 
-    def in_auto_layouts(self) -> Plan:
-        """Return the plan of the default schedules in layouts that Triton's compiler chooses."""
+    def portable(self) -> Plan:
+        """Return the plan of the portable family's default schedules."""
         plain = self.without_records()
-        chosen = (replace(choice, schedule=choice.schedule.laid_out(Layouts.AUTO)) for choice in plain.choices)
+        chosen = (replace(c, schedule=Portable.default(c.variant, c.device)) for c in plain.choices)
         return replace(plain, choices=tuple(chosen))
 
     def uniform(self) -> tuple[Plan, ...]:

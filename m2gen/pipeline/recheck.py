@@ -11,9 +11,7 @@ from m2gen.measure import lock
 from m2gen.measure.rounds import in_rounds
 from m2gen.measure.workers import run_isolated
 from m2gen.pipeline.plan import Progress
-from m2gen.schedule import Schedule
-from m2gen.schedule.heuristic import default
-from m2gen.schedule.words import schedule_words
+from m2gen.schedule import Schedule, default
 from m2gen.tune.final import ROUNDS
 from m2gen.tune.select import select
 from m2gen.tune.services import TuningContext
@@ -93,14 +91,14 @@ def _checked(records: Sequence[Record], context: TuningContext, progress: Progre
     compiling = [[CompileTask(task.subject, task.schedule)] for task in dict.fromkeys(tasks.values())]
     progress.start("compile", len(compiling))
     for compiled, _ in run_isolated(compiling, services.compile, services.compilers):
-        progress.advance(schedule_words(compiled.schedule))
+        progress.advance(compiled.schedule.describe())
     progress.finish()
     progress.start("verify", len(compiling))
     measured: dict[Task, Measurement] = {}
     for task, result in run_isolated([list(dict.fromkeys(tasks.values()))], services.measure, 1):
         go_on(result)
         measured[task] = result
-        progress.advance(schedule_words(task.schedule))
+        progress.advance(task.schedule.describe())
     progress.finish()
     return {record: measured[task] for record, task in tasks.items()}
 
@@ -145,10 +143,10 @@ def _timed(
 
     def ask(schedule: Schedule, step: Step) -> Measurement:
         found: Measurement = gpu.ask(Task(subject, schedule, step))
-        progress.advance(f"{step} {schedule_words(schedule)}")
+        progress.advance(f"{step} {schedule.describe()}")
         go_on(found)
         if found.failure is not None:
-            raise VerifyError(f"{schedule_words(schedule)}: {found.failure}")
+            raise VerifyError(f"{schedule.describe()}: {found.failure}")
         return found
 
     progress.start("replay", len(schedules) * (1 + ROUNDS))

@@ -18,6 +18,7 @@ from m2gen.measure import lock
 from m2gen.measure.context import this_context
 from m2gen.measure.workers import cpus
 from m2gen.pipeline.plan import Plan
+from m2gen.schedule import defaults
 from m2gen.spec import Objective
 from m2gen.tune.gpu import GPU
 from m2gen.tune.journal import Journal
@@ -157,7 +158,7 @@ def _tune_one(
     sampler = None if _exhaustive(space, limits, context) else request.sampler
     first = seeds(subject, environment, every)
     if sampler is Sampler.TPE:
-        first += [(point, "tile") for point in tiles(first[0][0], space.points)]
+        first += [(point, "tile") for point in tiles(defaults(subject.variant, subject.device), space.points)]
         first += [(point, "neighbour") for point in neighbours(first[0][0], space.points)]
     proposer = Proposer(space.points, first, sampler, request.seed)
     with _ledger(subject, request, context) as ledger:

@@ -17,7 +17,6 @@ from m2gen.kernels.compile import load_module
 from m2gen.measure.workers import Lost, Service, cpus, run_isolated, without_interpreter
 from m2gen.pipeline.plan import Plan, Progress, plan, render
 from m2gen.schedule import parse
-from m2gen.schedule.words import schedule_words
 from m2gen.variant import BuiltVariant, Variant
 
 if TYPE_CHECKING:  # importing these imports torch, and the processes must set their environment first
@@ -247,6 +246,6 @@ def failure_lines(outcome: VerifyOutcome) -> list[str]:
     lines = []
     for report, result in failed(outcome.reports):
         what = report.failure if result is None else f"{result.tensor} {result.verdict}"
-        kernels = f" ({schedule_words(parse(report.schedule))})" if report.schedule else ""
+        kernels = f" ({parse(report.schedule).describe()})" if report.schedule else ""
         lines.append(f"{report.name or report.variant} {report.case}{kernels}: {what}; reproduce: {reproduce(report)}")
     return lines

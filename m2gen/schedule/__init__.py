@@ -1,39 +1,79 @@
-"""What may be chosen about how a kernel runs: the knobs, the default, and the one predicate of what is valid."""
+"""What may be chosen about how a kernel runs: families of kernels, each with its knobs, default, axes and check.
 
-from m2gen.schedule.knobs import (
-    HOPPER,
-    SHORTEST_SEGMENT,
-    WARPGROUP_OPERANDS,
-    WARPGROUP_ROWS,
-    BackwardSchedule,
-    ForwardSchedule,
-    Layouts,
-    Part,
-    Reduction,
-    Schedule,
-    Scratch,
-    Tanh,
-    check,
-    most_warps,
-    parse,
-    problems,
-)
+``Schedule`` is the union of them. ``problems`` is the one predicate of what is valid; ``default`` is what serves until
+a search has found better.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from m2gen.device import Device
+from m2gen.errors import ScheduleError
+from m2gen.schedule.knobs import Axes, Family, Knobs, Reduction, Scratch, Tanh, Value
+from m2gen.schedule.mma import Mma, MmaBackward
+from m2gen.schedule.portable import Portable, PortableBackward
+from m2gen.schedule.slugs import parse
+from m2gen.schedule.tiles import ForwardTile
+from m2gen.schedule.wgmma import Warpgroup, Wgmma
+from m2gen.variant import Variant
 
 __all__ = [
-    "HOPPER",
-    "SHORTEST_SEGMENT",
-    "WARPGROUP_OPERANDS",
-    "WARPGROUP_ROWS",
-    "BackwardSchedule",
-    "ForwardSchedule",
-    "Layouts",
+    "FAMILIES",
+    "Axes",
+    "Family",
+    "ForwardTile",
+    "Knobs",
+    "Mma",
+    "MmaBackward",
     "Part",
+    "Portable",
+    "PortableBackward",
     "Reduction",
     "Schedule",
     "Scratch",
     "Tanh",
+    "Value",
+    "Warpgroup",
+    "Wgmma",
     "check",
-    "most_warps",
+    "default",
+    "defaults",
     "parse",
     "problems",
 ]
+
+Schedule = Annotated[Wgmma | Mma | Portable, Field(discriminator="family")]
+Part = ForwardTile | PortableBackward | MmaBackward | Warpgroup
+"""How one of a schedule's two kernels runs."""
+
+FAMILIES: tuple[type[Wgmma] | type[Mma] | type[Portable], ...] = (Wgmma, Mma, Portable)
+"""The families, those first whose defaults are preferred where they can serve."""
+
+
+def defaults(variant: Variant, device: Device) -> tuple[Schedule, ...]:
+    """Return the default of every family that serves ``variant`` on ``device``, the preferred one first."""
+    serving = [family for family in FAMILIES if not family.unsupported(variant, device)]
+    first = next(family for family in serving if family.preferred(variant, device))
+    serving.sort(key=lambda family: family is not first)
+    return tuple(family.default(variant, device) for family in serving)
+
+
+def default(variant: Variant, device: Device) -> Schedule:
+    """Return the schedule that serves ``variant`` on ``device`` until a tuned one does."""
+    return defaults(variant, device)[0]
+
+
+def problems(variant: Variant, schedule: Schedule, device: Device) -> tuple[str, ...]:
+    """Return why ``schedule`` cannot serve ``variant`` on ``device``; empty when it can."""
+    return tuple(schedule.problems(variant, device))
+
+
+def check(variant: Variant, schedule: Schedule, device: Device) -> Schedule:
+    """Return ``schedule``, or raise ``ScheduleError`` with every reason why it is not valid."""
+    reasons = problems(variant, schedule, device)
+    if reasons:
+        raise ScheduleError(f"{variant.key} on {device.arch}: {'; '.join(reasons)}")
+    return schedule

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from m2gen.tune.space import AXES, Value, values_of
+from m2gen.tune.coordinates import AXES, Coordinate, values_of
 from m2gen.tune.trial import Trial
 
 FEWEST = 8
@@ -29,9 +29,9 @@ def importances(trials: Iterable[Trial]) -> dict[str, float]:
     return {name: _between([values[name] for values, _ in passed], times) / total for name in AXES}
 
 
-def _between(values: list[Value], times: np.ndarray) -> float:
+def _between(values: list[Coordinate], times: np.ndarray) -> float:
     """Return the sum of squares between the groups of trials that share a value."""
-    groups: dict[Value, list[float]] = {}
+    groups: dict[Coordinate, list[float]] = {}
     for value, time in zip(values, times, strict=True):
         groups.setdefault(value, []).append(float(time))
     mean = float(times.mean())

@@ -8,12 +8,11 @@ from m2gen import __version__
 from m2gen.bucket import bucket_of
 from m2gen.db import POLICY, Environment, Key, Provenance, Reason, Record, Sizes, Timing
 from m2gen.db.rank import failures, preference, stale
+from m2gen.kernels.identity import kernel_hash
 from m2gen.kernels.lowering import Lowering
-from m2gen.kernels.render import kernel_hash
 from m2gen.measure.context import Context
 from m2gen.measure.statistics import estimate
-from m2gen.schedule import Schedule, problems
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Schedule, default, problems
 from m2gen.tune.log import Outcome
 from m2gen.tune.space import Subject, fits, space_hash
 from m2gen.tune.trial import KNOWN, Trial

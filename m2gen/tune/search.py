@@ -6,18 +6,16 @@ import random
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from m2gen.schedule import Layouts, Schedule
+from m2gen.schedule import Schedule
+from m2gen.tune.coordinates import AXES, columns, distributions, indices, moved, place, values_of
 from m2gen.tune.sampler import Sampler
-from m2gen.tune.space import AXES, Value, schedule_of, values_of
 from m2gen.tune.trial import Trial
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
     from optuna.trial import Trial as Asked
 
 COMBINED_EVERY = 3
@@ -39,43 +37,41 @@ class Proposal:
 
 
 def neighbours(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
-    """Return the points that are one step of one axis away, or the next that there is, in the order of the axes.
+    """Return the points that are one step of one axis of the family away, or the next that there is, in their order.
 
-    They say which knob matters, and most share interval, tanh, layouts and segments, so that their parts can be
-    combined.
+    They say which knob matters, and most share interval, tanh and segments, so that their parts can be combined.
     """
     every, values = set(points), values_of(schedule)
     found = []
-    for name, place in indices(schedule).items():
-        for further in (reversed(AXES[name][:place]), AXES[name][place + 1 :]):
-            candidates = (schedule_of({**values, name: value}) for value in further)
-            found += [point for point in candidates if point in every][:1]
+    for name, axis in schedule.AXES.items():
+        here = place(axis, values[name])
+        for further in (reversed(axis[:here]), axis[here + 1 :]):
+            found += [point for point in (moved(schedule, {name: value}) for value in further) if point in every][:1]
     return found
 
 
+SIDES = ("forward", "backward")
 MANY_SEGMENTS = 7
-"""With which a turn that is a quarter full takes a little more than a quarter of its time."""
+"""With which a wave that is a quarter full takes a little more than a quarter of its time."""
 
 
-def tiles(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
-    """Return the points whose kernels both have half, as many, or twice the rows, with each of the layouts.
+def tiles(starts: Sequence[Schedule], points: Sequence[Schedule]) -> list[Schedule]:
+    """Return the points whose kernels both have half, as many, or twice the rows of a start, the first being tried.
 
-    Rows trade programs for the work of each, in both kernels alike, and which layouts are faster depends on them: a
-    step of one axis from the default misses what two of them gain together. So do forwards of two warps, which sum y
-    in shared memory, and segments, which are worth most where both kernels have tiles that suit them.
+    Rows trade programs for the work of each, in both kernels alike, and which family is faster depends on them: a step
+    of one axis from the default misses what two of them gain together. So do forwards of two warps, which sum y in
+    shared memory, and segments, which are worth most where both kernels have tiles that suit them.
     """
+    found, first = [], starts[0]
+    for start in starts:
+        rows = {name: getattr(start, side).rows for side in SIDES if (name := f"{side}.rows") in start.AXES}
+        scaled = ({name: int(count * scale) for name, count in rows.items()} for scale in (2, 0.5, 1))
+        found += [moved(start, knobs) for knobs in scaled]
+    pair = {"forward.rows": 2 * first.forward.rows, "forward.warps": 2 * first.forward.warps}
+    for segments in (first.segments, MANY_SEGMENTS):
+        found += [moved(first, {**knobs, "segments": segments}) for knobs in (pair, {})]
     every = set(points)
-    found = []
-    for layouts in (schedule.layouts, *(other for other in Layouts if other is not schedule.layouts)):
-        start = schedule.laid_out(layouts)
-        for scale in (2, 0.5, 1):
-            forward = replace(start.forward, rows=int(start.forward.rows * scale))
-            backward = replace(start.backward, rows=int(start.backward.rows * scale))
-            found.append(replace(start, forward=forward, backward=backward))
-    pair = replace(schedule.forward, rows=2 * schedule.forward.rows, warps=2 * schedule.forward.warps)
-    for segments in (schedule.segments, MANY_SEGMENTS):
-        found += [replace(schedule, forward=each, segments=segments) for each in (pair, schedule.forward)]
-    return [point for point in found if point in every and point != schedule]
+    return [point for point in dict.fromkeys(found) if point in every and point != first]
 
 
 class Proposer:
@@ -184,44 +180,18 @@ class Proposer:
 
     @cached_property
     def _places(self) -> Any:
-        return np.array([_column(name, self._points) for name in AXES], dtype=np.int16).T
+        return np.array(list(columns(self._points)), dtype=np.int16).T
 
 
 _LARGE = 20.0
 """Logarithm of a time in milliseconds that no candidate takes: what the sampler is told of those that failed."""
-_PLACES = {name: {value: index for index, value in enumerate(values)} for name, values in AXES.items()}
-
-
-def indices(schedule: Schedule) -> dict[str, int]:
-    """Return a schedule as places on the axes; one between two places is at the lower."""
-    return {name: _index(name, value) for name, value in values_of(schedule).items()}
-
-
-def _index(name: str, value: Value) -> int:
-    places = _PLACES[name]
-    if value in places:
-        return places[value]
-    return sum(isinstance(other, int) and isinstance(value, int) and other < value for other in places) - 1
-
-
-def _column(name: str, points: Iterable[Schedule]) -> list[int]:
-    """Return the places of points on one axis, which is named as the knob's attribute is: there may be many points."""
-    places = _PLACES[name]
-    return [places[v] if v in places else _index(name, v) for v in map(attrgetter(name), points)]
-
-
-def distributions(axes: Iterable[str] = AXES) -> dict[str, BaseDistribution]:
-    """Return what Optuna is told of axes: that their places are numbers in order."""
-    from optuna.distributions import IntDistribution
-
-    return {name: IntDistribution(0, len(AXES[name]) - 1) for name in axes}
 
 
 def best_combination(trials: Iterable[Trial], left: Container[Schedule]) -> Schedule | None:
     """Return the point of ``left`` whose forward and backward were timed in two trials and add up to the least.
 
-    A call's time is the sum of both kernels' times, and each depends on its own knobs, tanh and layouts, and a little
-    on the interval, which is that of either trial. None before ``COMBINED_AFTER`` trials have passed, and where no sum
+    A call's time is the sum of both kernels' times, and each depends on its own knobs, family and tanh, and a little on
+    the interval, which is that of either trial. None before ``COMBINED_AFTER`` trials have passed, and where no sum
     promises more than the best trial.
     """
     passed = [trial for trial in trials if trial.samples and not trial.failure and trial.samples.backward_ms]
@@ -232,16 +202,17 @@ def best_combination(trials: Iterable[Trial], left: Container[Schedule]) -> Sche
     for trial in passed:
         schedule, samples = trial.schedule, trial.samples
         assert samples is not None
+        both = (schedule.family, schedule.tanh, schedule.segments)
         for table, part, times in (
             (forwards, schedule.forward, samples.forward_ms),
             (backwards, schedule.backward, samples.backward_ms),
         ):
-            key = part, (schedule.tanh, schedule.layouts, schedule.segments)
+            key = part, both
             known = table.get(key, (float("inf"), schedule))
             table[key] = min(known, (float(np.median(times)), schedule), key=lambda pair: pair[0])
     best = min(trial.samples.median_ms for trial in passed if trial.samples)
     sums = [
-        (one + other, Schedule(forward, backward, schedule.interval, *both))
+        (one + other, replace(schedule, forward=forward, backward=backward))
         for (forward, both), (one, first) in forwards.items()
         for (backward, same), (other, second) in backwards.items()
         if both == same and one + other < best

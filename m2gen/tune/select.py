@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from m2gen.db import Estimate
 from m2gen.measure.statistics import as_fast, estimate
 from m2gen.schedule import Schedule
-from m2gen.tune.space import values_of
+from m2gen.tune.coordinates import values_of
 from m2gen.tune.trial import Samples
 
 

@@ -19,8 +19,8 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, Pro
 
 from m2gen.errors import TuneError, UsageError
 from m2gen.schedule import Schedule, parse
+from m2gen.tune.coordinates import distributions, indices
 from m2gen.tune.journal import decode_trial, encode_trial
-from m2gen.tune.search import distributions, indices
 from m2gen.tune.trial import Trial
 
 ATTRIBUTE = "m2gen"

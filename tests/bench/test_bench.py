@@ -26,8 +26,7 @@ from m2gen.db import Database, Failure, Reason
 from m2gen.device import TARGETS
 from m2gen.errors import UsageError
 from m2gen.measure.roofline import decoding_work, floors_ms, peaks_of, work_of
-from m2gen.schedule import Layouts, parse
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Family, default, parse
 from m2gen.spec import Fp32Products
 
 SPEC = """schema: 1
@@ -91,13 +90,13 @@ def test_everyone_side_by_side(spec: str, script: Script) -> None:
     assert len({tuple(turn) for turn in turns}) > 2, "in another order each time"
 
 
-def test_the_compilers_layouts_take_part_where_the_default_has_others(spec: str, script: Script) -> None:
-    """bf16 on sm_90 has explicit layouts by default: beside them, the same knobs in the compiler's layouts."""
+def test_portable_kernels_take_part_where_the_default_has_others(spec: str, script: Script) -> None:
+    """bf16 on sm_90 has kernels of mma by default: beside them, the portable family's default."""
     Path(spec).write_text(SPEC.replace("fp32", "bf16"), encoding="utf-8")
-    found = rows(bench("--only", "default", "--only", "auto"))
-    usual, auto = (parse(found["sequence", kind]["schedule"]) for kind in ("default", "auto"))
-    assert usual.layouts is Layouts.EXPLICIT
-    assert auto == usual.laid_out(Layouts.AUTO)
+    found = rows(bench("--only", "default", "--only", "portable"))
+    usual, portable = (parse(found["sequence", kind]["schedule"]) for kind in ("default", "portable"))
+    assert usual.family is Family.MMA
+    assert portable.family is Family.PORTABLE
 
 
 def test_medians_intervals_and_speed_ups(spec: str, script: Script) -> None:

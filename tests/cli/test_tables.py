@@ -24,8 +24,7 @@ from m2gen.device import TARGETS
 from m2gen.kernels.resources import Resources
 from m2gen.pipeline import CheckRow, Plan, Tuned, TuneRequest, VerifyOutcome
 from m2gen.pipeline.tune import Goal
-from m2gen.schedule import Layouts, parse
-from m2gen.schedule.words import full_words, schedule_words
+from m2gen.schedule import parse
 from m2gen.spec import Objective, TanhMode
 from m2gen.tune.log import Outcome, Standing
 from m2gen.tune.select import Selection
@@ -77,11 +76,11 @@ def test_kernels() -> None:
     rows: list[CheckRow] = []
     for found in manifest["resources"]["kernels"]:
         key, kernel, arch = found.pop("variant"), found.pop("kernel"), found.pop("arch")
-        source = "nearest 9bf597094e93, exact 9bf597094e93"
+        source = "nearest f27c2d22ab5e, exact f27c2d22ab5e"
         rows.append(CheckRow(key, kernel, arch, "", Resources(**found), (), source, (note,), named[key]))
     check(build.kernel_tables(rows, verbose=False))
     drawn = " ".join(line for each in build.kernel_tables(rows, verbose=False) for line, _ in each.lines(None))
-    assert "exact 9bf597094e93" in drawn
+    assert "exact f27c2d22ab5e" in drawn
     assert "nearest" not in drawn
     assert f"m2rnn_7b bf16 backward {note}" in drawn
 
@@ -175,25 +174,32 @@ def test_which_calls_a_schedule_serves() -> None:
 
 
 WORDS = {
-    "f16x2u4a_b16x2c2a_i32_ptx": "portable, 16 rows, 2 warps",
-    "f64x2u8a_b32x1c2as_i16_s7_ptx_explicit": "mma, 64/32 rows, 2/1 warps, 7 segments",
-    "f32x1u8p_b16x1c4as_i32_ptx_explicit": "mma, 32/16 rows, 1 warp",
-    "f64x4u1a_b64x4c1as_i12_ptx_warpgroup": "wgmma, 64 rows, 4 warps",
+    "portable_f16x2u4a_b16x2c2a_i32_ptx": "portable, 16 rows, 2 warps",
+    "mma_f64x2u8a_b32x1c2as_i16_s7_ptx": "mma, 64/32 rows, 2/1 warps, 7 segments",
+    "mma_f32x1u8p_b16x1c4as_i32_ptx": "mma, 32/16 rows, 1 warp",
+    "wgmma_aa_i12_ptx": "wgmma, 64 rows, 4 warps",
 }
 
 
 @pytest.mark.parametrize(("slug", "words"), WORDS.items(), ids=WORDS.keys())
 def test_words_of_schedules(slug: str, words: str) -> None:
     """Family, rows and warps, of both kernels where they differ, and segments."""
-    assert schedule_words(parse(slug)) == words
-    assert full_words(parse(slug), parse(slug)) == full_words(parse(slug), None) == words
+    assert parse(slug).describe() == words
+    assert parse(slug).describe(parse(slug)) == parse(slug).describe() == words
 
 
 def test_words_tell_knobs_from_the_default() -> None:
     """What the words leave out is said where it differs."""
     usual = make_schedule()
-    other = replace(usual, interval=64, layouts=Layouts.EXPLICIT, backward=replace(usual.backward, chunk=8))
-    assert full_words(other, usual).endswith(" warp; backward.chunk 8, interval 64")
+    other = replace(usual, interval=64, backward=replace(usual.backward, chunk=8))
+    assert other.describe(usual).endswith(" warp; backward.chunk 8, interval 64")
+
+
+def test_words_tell_the_knobs_of_another_family() -> None:
+    """A knob that a family lacks is a constant of it, and is never said of it."""
+    mma, wgmma = parse("mma_f32x1u8a_b32x1c2as_i16_ptx"), parse("wgmma_ap_i12_ptx")
+    assert wgmma.describe(mma) == "wgmma, 64 rows, 4 warps; backward.reduction partial, interval 12"
+    assert mma.describe(wgmma).endswith("; forward.unroll 8, backward.chunk 2, backward.reduction atomic, interval 16")
 
 
 def named(variants: Sequence[tuple[Variant, tuple[str, ...]]]) -> list[str]:

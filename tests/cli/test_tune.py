@@ -16,9 +16,10 @@ from command_line import document, fails, run
 from searches import DEFAULT, NEIGHBOUR, SPEC
 
 from m2gen.db import Database
+from m2gen.db.choice import module_name
 from m2gen.schedule import parse
-from m2gen.schedule.words import full_words, schedule_words
 from m2gen.tune.services import TuningContext
+from m2gen.variant import parse_variant
 
 BUILD = sys.modules["m2gen.pipeline.build"]
 """The module, whose name in the package is that of its function."""
@@ -65,7 +66,7 @@ def test_a_dry_run_needs_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert size["expected_seconds"] >= size["points"]
     text = run(*TUNE, "--dry-run", "--target", "sm_90").output
     assert f"points  {' ' * 57}{size['points']}"[:6] in text
-    assert "forward.rows must be a power of two from 16 to 64" in text
+    assert "interval must be a multiple of forward.unroll = 8" in text
     (bounded,) = document(*TUNE, "--dry-run", "--target", "sm_90", "--max-memory", "1GB")
     assert bounded["pruned"]["memory over --max-memory"] > 0
     assert not (tmp_path / "db").exists()
@@ -137,11 +138,11 @@ def test_the_closing_table_and_progress(context: TuningContext) -> None:
     assert times["default ms"] == f"{record.timing.default.median_ms:.3f}"
     assert times["tuned ms"] == f"{record.timing.tuned.median_ms:.3f}"
     assert times["record"] == record.id
-    assert (costs["schedule"], costs["trials"]) == (schedule_words(record.schedule), "30")
+    assert (costs["schedule"], costs["trials"]) == (record.schedule.describe(), "30")
     trials = [line for line in result.stderr.splitlines() if " ms; best " in line]
     assert len(trials) == 30
     assert "left" in trials[-1]
-    knobs = full_words(parse(NEIGHBOUR), parse(DEFAULT))
+    knobs = parse(NEIGHBOUR).describe(parse(DEFAULT))
     assert any(f" {knobs} (" in line for line in trials), "trials say in which knobs they differ from the default"
     assert record.schedule.slug not in result.output
     again = run(*TUNE, *DB, "--trials", "30", "--budget", "60s", "--verbose")
@@ -168,15 +169,16 @@ def test_the_next_build_uses_what_was_found(context: TuningContext, monkeypatch:
     calls = bucket.replace("<=", "≤")
     for tier, served in ((f"exact {record.id}", calls), (f"nearest {record.id}", f"all but {calls}")):
         (line,) = (line for line in text.splitlines() if line.endswith(tier))
-        assert re.split(r" {2,}", line)[1:3] == [served, schedule_words(record.schedule)]
+        assert re.split(r" {2,}", line)[1:3] == [served, record.schedule.describe()]
     assert "Records of Simulated GPU" in text
     served = document(*build)["schedules"]
     assert {(each["tier"], each["schedule"], each["record"]) for each in served} == {
         (tier, slug, record.id) for tier in ("exact", "nearest")
     }
-    kernels = {path.stem for path in Path("generated/one").rglob(f"{record.key.variant}__*.py")}
-    assert f"{record.key.variant}__{slug}" in kernels
-    assert f"{record.key.variant}__{DEFAULT}" not in kernels
+    kernels = {path.stem for path in Path("generated/one/kernels").glob("*.py")}
+    variant = parse_variant(record.key.variant)
+    assert module_name(variant, record.schedule) in kernels
+    assert module_name(variant, parse(DEFAULT)) not in kernels
 
 
 def test_json_is_one_document(context: TuningContext) -> None:
@@ -199,12 +201,12 @@ def test_the_report_is_one_page(context: TuningContext) -> None:
     assert "http" not in text
     words = " ".join(page.words)
     assert text.count("<circle") == 30
-    wrong = full_words(parse(NEIGHBOUR), parse(DEFAULT))
+    wrong = parse(NEIGHBOUR).describe(parse(DEFAULT))
     for expected in ("Finalists", "History", "Importance of each knob", "forward.rows", "wrong", wrong, "Roofline"):
         assert expected in words
     assert "peaks are not known" in words, "of a simulated GPU"
     (record,) = (r for r in Database(Path("db")).records() if not r.failure)
-    assert schedule_words(record.schedule) in words
+    assert record.schedule.describe() in words
     assert f'title="{record.schedule.slug}"' in text
 
 

@@ -23,7 +23,7 @@ from m2gen.db import Database, Record, encode, export_text, files, merged, read_
 from m2gen.db.files import LOCK
 from m2gen.device import TARGETS
 from m2gen.errors import DatabaseError
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import default
 
 RECORDS = (
     winner(),
@@ -113,7 +113,7 @@ def test_finding(tmp_path: Path) -> None:
 BAD = {
     "torn": (b'{"environment": {"arch', "the file ends within a line; $ must be JSON"),
     "conflict": (b"<<<<<<< ours\n", "$ must be JSON"),
-    "schema": (encode(winner(seed=9)).replace('"schema": 2', '"schema": 3').encode() + b"\n", "$.schema must be 2"),
+    "schema": (encode(winner(seed=9)).replace('"schema": 3', '"schema": 2').encode() + b"\n", "$.schema must be 3"),
     "edited": (encode(winner(seed=9)).replace('"seed": 9', '"seed": 8').encode() + b"\n", "$.id must be"),
     "latin": (b"\xff\xfe\n", "$ must be UTF-8"),
     "moved": (encode(winner(where=environment(H100))).encode() + b"\n", "$ must be in sm_90/nvidia_h100_80gb_hbm3/"),
@@ -324,7 +324,7 @@ UNTRUSTED = {
     "empty": (b"\n", "must hold at least one record"),
     "repeated": (encode(winner()).encode() + b"\n" + encode(winner()).encode(), "each record must be there once"),
     "torn": (encode(winner()).encode() + b"\n" + encode(failed()).encode()[:-1], "x.jsonl:2: the file ends within"),
-    "one of two": (b"{}\n" + encode(winner()).encode(), r"x.jsonl:1: \$.schema must be 2"),
+    "one of two": (b"{}\n" + encode(winner()).encode(), r"x.jsonl:1: \$.schema must be 3"),
     "many": (b"{}\n" * 50, "and 30 more"),
 }
 

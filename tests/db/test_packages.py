@@ -16,13 +16,14 @@ from support import ROOT, make_schedule
 from m2gen import pipeline
 from m2gen.bucket import BUCKETS, Bucket
 from m2gen.db import Database, Record, Tier, read_export, write_export
+from m2gen.db.choice import module_name
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.kernels.compile import Job
 from m2gen.kernels.resources import Resources
 from m2gen.package import emit
 from m2gen.package.directory import MANIFEST, write
 from m2gen.pipeline import Plan
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import default
 from m2gen.spec import Objective
 
 TINY = str(ROOT / "specs" / "tiny.yaml")
@@ -84,7 +85,7 @@ def test_records_that_cannot_be_trusted_do_not_serve() -> None:
 def test_the_package_and_its_manifest_name_tiers_and_records() -> None:
     """Dispatch has a module for each bucket; the manifest and the kernels say why."""
     package = pipeline.render(planned(LOW, HIGH))
-    low, high = (f"{VARIANT.key}__{record.schedule.slug}" for record in (LOW, HIGH))
+    low, high = (module_name(VARIANT, record.schedule) for record in (LOW, HIGH))
     rows = [f'            "{module}",\n' for module in (low, low, low, high, high, high)]
     assert f'    "sm_90": {{\n        "{VARIANT.key}": (\n{"".join(rows)}        ),\n' in package.files["dispatch.py"]
     title = " ".join(package.files[f"kernels/{high}.py"].split('"""')[1].split())
@@ -100,7 +101,7 @@ def test_the_package_and_its_manifest_name_tiers_and_records() -> None:
 def test_one_record_serves_all_buckets_by_one_module() -> None:
     """A table of buckets that are all the same is not spelled out."""
     text = pipeline.render(planned(LOW)).files["dispatch.py"]
-    module = f"{VARIANT.key}__{LOW.schedule.slug}"
+    module = module_name(VARIANT, LOW.schedule)
     assert f'        "{VARIANT.key}": (\n            "{module}",\n        ),\n' in text
 
 

@@ -15,7 +15,9 @@ from support import make_schedule, make_variant, variants
 
 from m2gen.bucket import BUCKETS, Bucket, bucket_of, most_sequences
 from m2gen.db import POLICY, SCHEMA, Estimate, Failure, NotARecord, Reason, Sizes, Status, TensorError, decode, encode
+from m2gen.device import TARGETS
 from m2gen.errors import DatabaseError
+from m2gen.schedule import defaults
 from m2gen.spec import Objective
 from m2gen.variant import parse_variant
 from m2gen.verify.oracle import DRAWS, FACTOR
@@ -45,16 +47,17 @@ def test_a_line_is_read_back_as_it_was_written(record) -> None:
     assert encode(again) == encode(record)
 
 
-def test_a_knob_that_came_later_is_written_where_it_is_used() -> None:
-    """Records without segments stay what they were, and one segment is not written."""
-    one = winner()
-    cut = replace(one, schedule=replace(one.schedule, segments=3))
-    assert "segments" not in json.loads(encode(one))["schedule"]
-    assert json.loads(encode(cut))["schedule"]["segments"] == 3
-    assert decode(encode(cut)) == cut
-    assert cut.id != one.id
-    with pytest.raises(NotARecord, match=r"\$\.id must be|canonical"):
-        decode(changed("schedule.segments", 1))
+@pytest.mark.parametrize("family", ["portable", "mma", "wgmma"])
+def test_a_record_holds_the_knobs_of_its_family(family: str) -> None:
+    """All of them and no other: what another family has is no key of its records."""
+    variant = make_variant(64, 64, (2, 2, 2, 2, 2), "bf16", tanh="approx")
+    (schedule,) = (one for one in defaults(variant, TARGETS["sm_90"]) if one.family == family)
+    record = winner(variant=variant, schedule=schedule)
+    written = json.loads(encode(record))["schedule"]
+    assert written.pop("family") == family
+    knobs = {f"{a}.{b}" for a in ("forward", "backward") for b in written.pop(a)} | set(written)
+    assert knobs == set(schedule.AXES)
+    assert decode(encode(record)) == record
 
 
 def test_ids_name_content() -> None:
@@ -73,7 +76,7 @@ def test_status() -> None:
 
 
 WRONG = {
-    "schema": (SCHEMA + 1, r"\$.schema must be 2, got '3'"),
+    "schema": (SCHEMA + 1, r"\$.schema must be 3, got '4'"),
     "id": ("0" * 12, r"\$.id must be [0-9a-f]{12}, which the content gives, got '0{12}'"),
     "extra": (1, r"\$.id must be|\$ must be canonical"),
     "key.objective": ("fast", r"\$.key.objective must be 'train' or 'infer', got 'fast'"),
@@ -84,6 +87,8 @@ WRONG = {
     "environment.sm_count": (0, r"\$.environment.sm_count must be greater"),
     "provenance.kernel": ("x", r"\$.provenance.kernel must match"),
     "problem.batch": (True, r"\$.problem.batch must be a valid integer, got True"),
+    "schedule.family": ("fast", r"\$.schedule must have the family portable, mma, wgmma, got"),
+    "schedule.forward.rows": (True, r"\$.schedule.forward.rows must be a valid integer, got True"),
     "schedule.interval": (7, r"\$.schedule.interval must be a multiple of forward.unroll = 4, got 7"),
     "schedule.tanh": ("ptx", r"\$.schedule.tanh must be exp where the spec asks for exact, got ptx"),
     "timing.tuned.low_ms": (1e6, r"\$.timing.tuned must have low_ms <= median_ms"),

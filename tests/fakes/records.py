@@ -20,8 +20,8 @@ from m2gen.db import (
     TensorError,
     Timing,
 )
+from m2gen.kernels.identity import kernel_hash
 from m2gen.kernels.lowering import Lowering
-from m2gen.kernels.render import kernel_hash
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective
 from m2gen.variant import Variant

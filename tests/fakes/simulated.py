@@ -26,8 +26,7 @@ from m2gen.db import Environment, Failure, Reason, TensorError
 from m2gen.device import TARGETS, Device
 from m2gen.measure.gpu import raised
 from m2gen.measure.workers import Lost, Service, Worker
-from m2gen.schedule import Layouts, Schedule
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Family, Schedule, default
 from m2gen.tune.gpu import GPU
 from m2gen.tune.services import Services, TuningContext
 from m2gen.tune.trial import Compiled, CompileTask, Measurement, Samples, Step, Task
@@ -83,11 +82,11 @@ def milliseconds(schedule: Schedule, base: Schedule) -> tuple[float, float]:
         return abs(value.bit_length() - best.bit_length())
 
     forward, backward = schedule.forward, schedule.backward
-    layouts = 0.05 if schedule.layouts is Layouts.EXPLICIT else 0.0
+    family = 0.05 if schedule.family is Family.MMA else 0.0
     one = 1.0 + 0.1 * apart(forward.rows, 16) + 0.15 * apart(forward.warps, 1) + 0.05 * apart(forward.unroll, 8)
     other = 2.0 + 0.3 * apart(backward.rows, 16) + 0.2 * apart(backward.warps, 1) + 0.2 * apart(backward.chunk, 4)
     shared = 0.05 * apart(schedule.interval, 32) + (0.5 if schedule.tanh != base.tanh else 0.0)
-    return one + layouts + shared, other + shared
+    return one + family + shared, other + shared
 
 
 class AcceleratorError(RuntimeError):

@@ -10,8 +10,20 @@ from types import ModuleType
 from m2gen.device import PORTABLE, detect
 from m2gen.kernels.compile import load_module
 from m2gen.package import emit
-from m2gen.schedule import BackwardSchedule, ForwardSchedule, Layouts, Reduction, Schedule, Tanh, check
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import (
+    Family,
+    ForwardTile,
+    Mma,
+    MmaBackward,
+    Portable,
+    PortableBackward,
+    Reduction,
+    Schedule,
+    Scratch,
+    Tanh,
+    check,
+    default,
+)
 from m2gen.spec import ClipMode, Dtype, Fp32Products, GateKind, Heads, StateDtype, TanhMode
 from m2gen.variant import BuiltVariant, Variant
 
@@ -45,10 +57,17 @@ def make_schedule(
     backward_rows: int = 16,
     warps: int = 1,
     tanh: str = "exp",
-) -> Schedule:
-    """Return a schedule of 16 rows a program and four steps between checkpoints, unless told otherwise."""
-    forward = ForwardSchedule(forward_rows, warps, unroll, Reduction(reduction))
-    return Schedule(forward, BackwardSchedule(backward_rows, warps, chunk, Reduction(reduction)), interval, Tanh(tanh))
+) -> Portable:
+    """Return a portable schedule of 16 rows a program and four steps between checkpoints, unless told otherwise."""
+    forward = ForwardTile(forward_rows, warps, unroll, Reduction(reduction))
+    return Portable(forward, PortableBackward(backward_rows, warps, chunk, Reduction(reduction)), interval, Tanh(tanh))
+
+
+def as_mma(schedule: Portable, scratch: Scratch = Scratch.L2) -> Mma:
+    """Return the schedule of the mma family that has a portable one's knobs."""
+    backward = schedule.backward
+    other = MmaBackward(backward.rows, backward.warps, backward.chunk, backward.reduction, scratch)
+    return Mma(schedule.forward, other, schedule.interval, schedule.tanh, schedule.segments)
 
 
 SCHEDULES = {
@@ -88,15 +107,15 @@ def variants(clip: str) -> list[Variant]:
 
 
 def build_package(name: str, chosen: Iterable[Variant], schedule: Schedule) -> emit.Package:
-    """Render a package whose variants all run by one schedule, on this GPU alone if layouts are explicit."""
+    """Render a package whose variants all run by one schedule, portable, or for this GPU alone."""
     choices = []
     for variant in chosen:
         built = BuiltVariant(variant, ("layer",))
-        if schedule.layouts is Layouts.AUTO:
+        if schedule.family is Family.PORTABLE:
             choices.append(emit.Choice(built, PORTABLE, check(variant, schedule, PORTABLE)))
             continue
         device = detect()
-        assert device is not None, "nothing but a GPU runs explicit layouts"
+        assert device is not None, "nothing but a GPU runs other families"
         choices.append(emit.Choice(built, PORTABLE, default(variant, PORTABLE)))
         choices.append(emit.Choice(built, device, check(variant, schedule, device)))
     return emit.package(emit.Origin(name, f"{name}.yaml", "0" * 12), choices)

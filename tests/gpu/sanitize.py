@@ -24,10 +24,11 @@ from types import ModuleType
 
 import torch
 from calls import arguments, differentiate
-from support import GATED_HEADS, build_package, import_package, make_schedule, make_variant
+from support import GATED_HEADS, as_mma, build_package, import_package, make_schedule, make_variant
 
 from m2gen.problem import Inputs, Problem, make_inputs
-from m2gen.schedule import SHORTEST_SEGMENT, Layouts, Schedule, Scratch
+from m2gen.schedule import Family, Reduction, Scratch, Tanh, Warpgroup, Wgmma
+from m2gen.schedule.knobs import SHORTEST_SEGMENT
 from m2gen.variant import Variant
 
 TOOLS = {
@@ -40,34 +41,29 @@ CLEAN = "SUMMARY: 0 "
 """What either tool prints last when it has looked and found nothing."""
 
 
-def explicit(schedule: Schedule, scratch: Scratch = Scratch.SHARED) -> Schedule:
-    """Return a schedule with the layouts written down, and its scratch in shared memory or in the L2."""
-    return replace(schedule, backward=replace(schedule.backward, scratch=scratch), layouts=Layouts.EXPLICIT)
-
-
 MATRIX = {
     "masked": (make_variant(9, 9, (2, 1, 4, 4, 2), "bf16"), make_schedule("atomic", interval=4, chunk=2)),
     "two_row_blocks": (make_variant(24, 17), make_schedule("atomic", interval=2, chunk=2)),
     "several_warps": (make_variant(32, 64, (1, 1, 2, 1, 2), "fp16"), make_schedule("atomic", interval=4, warps=4)),
-    "explicit": (
+    "mma": (
         make_variant(40, 16, (1, 1, 4, 2, 4), "bf16"),
-        explicit(make_schedule("atomic", interval=8, unroll=8, forward_rows=32, backward_rows=32)),
+        as_mma(make_schedule("atomic", interval=8, unroll=8, forward_rows=32, backward_rows=32), Scratch.SHARED),
     ),
-    "explicit_warps": (
+    "mma_warps": (
         make_variant(32, 64, (1, 1, 2, 1, 2), "fp16"),
-        explicit(make_schedule("atomic", interval=4, unroll=4, warps=4)),
+        as_mma(make_schedule("atomic", interval=4, unroll=4, warps=4), Scratch.SHARED),
     ),
-    "explicit_four_steps": (  # of states in the registers of one warp
+    "mma_four_steps": (  # of states in the registers of one warp
         make_variant(32, 16, (1, 1, 2, 2, 2), "bf16"),
-        explicit(make_schedule("atomic", interval=8, unroll=4, chunk=4, forward_rows=32, backward_rows=32), Scratch.L2),
+        as_mma(make_schedule("atomic", interval=8, unroll=4, chunk=4, forward_rows=32, backward_rows=32)),
     ),
     "warpgroups": (
         make_variant(96, 40, (1, 1, 2, 1, 2), "fp16"),
-        replace(make_schedule("atomic").laid_out(Layouts.WARPGROUP), interval=4),
+        Wgmma(Warpgroup(Reduction.ATOMIC), Warpgroup(Reduction.ATOMIC), 4, Tanh.EXP),
     ),
     "warps_apart": (
         make_variant(24, 16, (1, 1, 2, 2, 2), "bf16"),
-        replace(make_schedule("atomic", forward_rows=32, interval=8, warps=2), layouts=Layouts.EXPLICIT, segments=2),
+        replace(as_mma(make_schedule("atomic", forward_rows=32, interval=8, warps=2)), segments=2),
     ),
     "softplus": (make_variant(heads=GATED_HEADS, dtype="bf16", gate="softplus"), make_schedule("atomic")),
     "total": (make_variant(16, 24, (1, 2, 4, 4, 2), "fp16", "total"), make_schedule("atomic")),
@@ -84,7 +80,7 @@ CUT = {"segments": Problem(2, SHORTEST_SEGMENT + 3, initial_state=True)}
 def entries() -> list[str]:
     """Name the entries that this GPU can run: all of them on Hopper, which alone has products of warpgroups."""
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    return [name for name, (_, schedule) in MATRIX.items() if hopper or schedule.layouts is not Layouts.WARPGROUP]
+    return [name for name, (_, schedule) in MATRIX.items() if hopper or schedule.family is not Family.WGMMA]
 
 
 def calls(name: str, folder: Path, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:

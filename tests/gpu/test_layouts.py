@@ -1,4 +1,4 @@
-"""Kernels whose layouts are written down, on a GPU: the interpreter runs none of them."""
+"""Kernels of ``mma`` and ``wgmma`` on a GPU: no interpreter runs them, and a stand-in knows nothing of layouts."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from support import make_variant
 
 from m2gen.device import detect
 from m2gen.measure.checks import STEPS, seeded_cases
-from m2gen.schedule import HOPPER, Layouts, check, parse
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Mma, Wgmma, check, default, parse
+from m2gen.schedule.wgmma import HOPPER
 from m2gen.spec import Objective
 from m2gen.tune.candidate import load
 from m2gen.tune.check import Candidate, check_candidate
@@ -34,7 +34,7 @@ def test_every_output_and_gradient(variant: Variant, warps: int | None) -> None:
     """Against float64, on the check's problems and those that it holds back; with warps that share a program, too."""
     device = detect()
     assert device is not None
-    schedule = replace(default(variant, device), layouts=Layouts.EXPLICIT)
+    schedule = Mma.default(variant, device)
     if warps is not None:
         parts = {side: replace(getattr(schedule, side), warps=warps) for side in ("forward", "backward")}
         schedule = replace(schedule, **parts)
@@ -62,7 +62,7 @@ def test_warpgroups(variant: Variant, interval: int) -> None:
     assert device is not None
     if device.arch != HOPPER:
         pytest.skip("only Hopper has wgmma")
-    schedule = replace(default(variant, device).laid_out(Layouts.WARPGROUP), interval=interval)
+    schedule = replace(Wgmma.default(variant, device), interval=interval)
     candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
     asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
     verdict = check_candidate(candidate, asked, torch.device("cuda"))
@@ -82,8 +82,8 @@ def test_warps_with_rows_of_their_own(name: str, forward: str) -> None:
     """y from shared memory: one and several programs for a head's rows, as many outputs as threads, more and fewer."""
     variant, device = APART[name][0], detect()
     assert device is not None
-    usual = default(variant, device)
-    schedule = parse(f"{forward}_{usual.backward.slug}_i16_{usual.tanh}_explicit")
+    usual = Mma.default(variant, device)
+    schedule = parse(f"mma_{forward}_{usual.backward.slug}_i16_{usual.tanh}")
     candidate = Candidate(load(variant, check(variant, schedule, device)), variant, schedule, Objective.TRAIN)
     asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
     verdict = check_candidate(candidate, asked, torch.device("cuda"))
@@ -91,7 +91,7 @@ def test_warps_with_rows_of_their_own(name: str, forward: str) -> None:
 
 
 def test_the_widest_state() -> None:
-    """128 columns, whose layouts the compiler chooses, with gradients of initial states over 145 steps near f = 1."""
+    """128 columns, whose kernels are portable, with gradients of initial states over 145 steps near f = 1."""
     variant = make_variant(128, 128, (8, 8, 8, 8, 8), "bf16", tanh="approx")
     device = detect()
     assert device is not None

@@ -6,7 +6,7 @@ import pytest
 from support import make_variant
 
 from m2gen.device import PORTABLE, detect
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import default
 from m2gen.verify import Feature, cases, only, run_case
 
 GROUPED = (1, 2, 4, 4, 2)

@@ -11,8 +11,7 @@ from support import make_variant
 
 from m2gen.device import detect
 from m2gen.problem import Inputs, Problem, make_inputs
-from m2gen.schedule import Layouts
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Family, default
 
 PUBLISHED = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
 LENGTHS = (7, 1, 0, 8, 37, 0, 16, 3)
@@ -39,13 +38,13 @@ def with_one_of(inputs: Inputs, index: int, value: float) -> Inputs:
 
 @pytest.mark.gpu
 def test_the_kernels_are_explicit() -> None:
-    """What this file is about: on a GPU of NVIDIA's the default has explicit layouts and iterations of eight steps."""
+    """What this file is about: on a GPU of NVIDIA's the default is of mma and has iterations of eight steps."""
     device = detect()
     assert device is not None
     if not device.is_nvidia:
-        pytest.skip("explicit layouts are NVIDIA's")
+        pytest.skip("mma is NVIDIA's")
     schedule = default(PUBLISHED, device)
-    assert (schedule.layouts, schedule.forward.rows, schedule.forward.unroll) == (Layouts.EXPLICIT, 32, 8)
+    assert (schedule.family, schedule.forward.rows, schedule.forward.unroll) == (Family.MMA, 32, 8)
 
 
 @pytest.mark.parametrize("value", [nan, inf, 3.0])

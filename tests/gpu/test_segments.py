@@ -10,8 +10,7 @@ from support import build_package, import_package, make_variant
 
 from m2gen.device import detect
 from m2gen.problem import Problem, make_inputs
-from m2gen.schedule import Layouts
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Family, default
 
 pytestmark = pytest.mark.gpu
 
@@ -35,7 +34,7 @@ def test_segments_have_the_bits_of_one(tmp_path, device, variant, problem) -> No
     found = detect()
     assert found is not None
     schedule = default(variant, found)
-    assert schedule.layouts is Layouts.EXPLICIT  # tests/runtime/test_op_segments.py has the others
+    assert schedule.family is Family.MMA  # tests/runtime/test_op_segments.py has the others
     whole, cut = (
         import_package(tmp_path / (name := f"{variant.key}_{made.slug}"), build_package(name, [variant], made)).m2rnn
         for made in (schedule, replace(schedule, segments=SEGMENTS))

@@ -15,7 +15,7 @@ from m2gen.cache import materialise
 from m2gen.device import detect
 from m2gen.measure.statistics import difference
 from m2gen.pipeline.bench import this_bench_context
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import default
 
 pytestmark = pytest.mark.gpu
 

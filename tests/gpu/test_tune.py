@@ -14,7 +14,7 @@ from support import ROOT, make_variant
 from m2gen.db import Database
 from m2gen.device import detect
 from m2gen.measure.workers import run_isolated
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import default
 from m2gen.spec import Objective
 from m2gen.tune.gpu import GPU
 from m2gen.tune.precompile import PRECOMPILE

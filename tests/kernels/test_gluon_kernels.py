@@ -20,8 +20,7 @@ from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.reductions import Reductions, Sums
 from m2gen.kernels.render import render_kernel
 from m2gen.measure.checks import seeded_cases
-from m2gen.schedule import Layouts, Schedule, check, parse
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Mma, Portable, Schedule, check, parse
 from m2gen.spec import Objective
 from m2gen.tune.check import Candidate, check_candidate
 from m2gen.variant import Variant
@@ -36,23 +35,23 @@ STEPS = 9
 """Steps of the plain problems, whose last iteration, chunk and interval are no whole ones."""
 
 CASES = {
-    "steps_share_sums": (BF16, "f32x1u8a_b32x1c2as_i8_ptx_explicit"),
-    "four_steps_of_states": (BF16, "f16x1u4a_b16x1c4a_i8_ptx_explicit"),
-    "half_precision": (HALF, "f16x1u2p_b16x1c2ps_i4_exp_explicit"),
-    "four_steps_of_half_precision": (HALF, "f32x1u4a_b32x1c4a_i4_exp_explicit"),
-    "computed_gate": (GATED, "f32x1u4a_b32x1c2as_i4_exp_explicit"),
-    "computed_gate_in_half_precision": (replace(HALF, gate=GATED.gate), "f32x1u2a_b32x1c4a_i8_exp_explicit"),
-    "every_chunk_is_saved": (BF16, "f32x1u2a_b32x1c2a_i2_ptx_explicit"),
-    "one_step": (BF16, "f32x1u1a_b32x1c1a_i4_ptx_explicit"),
-    "odd": (HALF, "f32x1u3a_b32x1c3a_i6_exp_explicit"),
-    "warps_share_rows": (BF16, "f16x2u4a_b16x2c2as_i8_ptx_explicit"),
-    "warps_have_rows": (LARGE, "f64x4u4a_b64x2c1a_i4_ptx_explicit"),
-    "warps_have_rows_of_all_heads": (LARGE, "f64x2u8p_b32x2c2ps_i8_ptx_explicit"),
-    "both": (SQUARE, "f32x4u4a_b32x4c2a_i8_ptx_explicit"),
-    "warpgroups": (SQUARE, "f64x4u1a_b64x4c1as_i4_ptx_warpgroup"),
-    "warpgroups_in_half_precision": (replace(SQUARE, dtype=HALF.dtype), "f64x4u1p_b64x4c1ps_i12_exp_warpgroup"),
-    "warpgroups_clamp_all": (replace(SQUARE, clip=HALF.clip), "f64x4u1a_b64x4c1as_i2_ptx_warpgroup"),
-    "warpgroups_compute_gates": (replace(SQUARE, gate=GATED.gate), "f64x4u1a_b64x4c1as_i4_exp_warpgroup"),
+    "steps_share_sums": (BF16, "mma_f32x1u8a_b32x1c2as_i8_ptx"),
+    "four_steps_of_states": (BF16, "mma_f16x1u4a_b16x1c4a_i8_ptx"),
+    "half_precision": (HALF, "mma_f16x1u2p_b16x1c2ps_i4_exp"),
+    "four_steps_of_half_precision": (HALF, "mma_f32x1u4a_b32x1c4a_i4_exp"),
+    "computed_gate": (GATED, "mma_f32x1u4a_b32x1c2as_i4_exp"),
+    "computed_gate_in_half_precision": (replace(HALF, gate=GATED.gate), "mma_f32x1u2a_b32x1c4a_i8_exp"),
+    "every_chunk_is_saved": (BF16, "mma_f32x1u2a_b32x1c2a_i2_ptx"),
+    "one_step": (BF16, "mma_f32x1u1a_b32x1c1a_i4_ptx"),
+    "odd": (HALF, "mma_f32x1u3a_b32x1c3a_i6_exp"),
+    "warps_share_rows": (BF16, "mma_f16x2u4a_b16x2c2as_i8_ptx"),
+    "warps_have_rows": (LARGE, "mma_f64x4u4a_b64x2c1a_i4_ptx"),
+    "warps_have_rows_of_all_heads": (LARGE, "mma_f64x2u8p_b32x2c2ps_i8_ptx"),
+    "both": (SQUARE, "mma_f32x4u4a_b32x4c2a_i8_ptx"),
+    "warpgroups": (SQUARE, "wgmma_aa_i4_ptx"),
+    "warpgroups_in_half_precision": (replace(SQUARE, dtype=HALF.dtype), "wgmma_pp_i12_exp"),
+    "warpgroups_clamp_all": (replace(SQUARE, clip=HALF.clip), "wgmma_aa_i2_ptx"),
+    "warpgroups_compute_gates": (replace(SQUARE, gate=GATED.gate), "wgmma_aa_i4_exp"),
 }
 
 
@@ -71,7 +70,7 @@ def test_results_are_within_budget(variant: Variant, slug: str) -> None:
     judged(variant, schedule, load_module(render_kernel(Lowering(variant, schedule))))
 
 
-@pytest.mark.parametrize("slug", ["f32x1u4a_b32x1c2as_i4_s3_ptx_explicit", "f32x2u2a_b16x2c1a_i2_s2_ptx_explicit"])
+@pytest.mark.parametrize("slug", ["mma_f32x1u4a_b32x1c2as_i4_s3_ptx", "mma_f32x2u2a_b16x2c1a_i2_s2_ptx"])
 def test_segments_go_on_from_one_another(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """States, their gradients, dW and the gate's sums pass from program to program."""
     schedule = check(GATED, replace(parse(slug), tanh=parse(CASES["odd"][1]).tanh), TARGETS["sm_90"])
@@ -96,7 +95,7 @@ def test_the_cases_have_every_way_to_sum() -> None:
 def test_what_shares_sums() -> None:
     """Not a gate that the kernel computes, whose slopes differ from step to step, several warps, or a single step."""
     variant = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
-    chosen = replace(default(variant, TARGETS["sm_90"]), layouts=Layouts.EXPLICIT)
+    chosen = Mma.default(variant, TARGETS["sm_90"])
 
     def sums(variant: Variant, **knobs: int) -> Reductions:
         forward = replace(chosen.forward, **{"warps": knobs["warps"]} if "warps" in knobs else {})
@@ -110,4 +109,4 @@ def test_what_shares_sums() -> None:
     assert not sums(variant, warps=2).together
     assert sums(variant).y is Sums.BUTTERFLY
     assert sums(variant, warps=2).y is Sums.MEMORY
-    assert Reductions(variant, chosen.laid_out(Layouts.AUTO)).y is Sums.EACH
+    assert Reductions(variant, Portable.default(variant, TARGETS["sm_90"])).y is Sums.EACH

@@ -14,8 +14,7 @@ from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.package.emit import Origin
 from m2gen.pipeline import check, open_spec, plan
 from m2gen.pipeline.plan import Plan
-from m2gen.schedule import parse
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import default, parse
 from m2gen.variant import BuiltVariant
 
 SPILLS = {
@@ -80,7 +79,7 @@ def test_a_weight_of_128_columns_lies_in_shared_memory() -> None:
 def test_a_compiler_that_dies_is_named_and_costs_no_other_kernel() -> None:
     """The assembler of another vendor takes its process down at PTX; kernels of both targets have a line."""
     variant = make_variant(dtype="bf16", tanh="approx")
-    schedule = parse("f16x1u4a_b16x1c2a_i16_ptx")
+    schedule = parse("portable_f16x1u4a_b16x1c2a_i16_ptx")
     spec, _ = open_spec("tiny.yaml")
     built = BuiltVariant(variant, ("broken",))
     choices = tuple(Choice(built, TARGETS[arch], schedule) for arch in ("gfx942", "sm_90"))

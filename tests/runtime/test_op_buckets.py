@@ -14,11 +14,11 @@ from calls import assert_close, differentiate, operators_of, packed
 from support import SCHEDULES, import_package, make_variant
 
 from m2gen.bucket import BUCKETS, Bucket, most_sequences
+from m2gen.db.choice import module_name
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.package import emit
 from m2gen.problem import Inputs, Problem, make_inputs
-from m2gen.schedule import Schedule
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Schedule, default
 from m2gen.variant import BuiltVariant
 from m2gen.verify.oracle import eager, own_arithmetic
 
@@ -67,14 +67,14 @@ def kernels_of(package: ModuleType) -> list[ModuleType]:
 
 @pytest.fixture
 def launched(split: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Return a list that the package's launchers add themselves to: (slug of the schedule, launcher)."""
+    """Return a list that the package's launchers add themselves to: (module of kernels, launcher)."""
     calls: list[tuple[str, str]] = []
 
     def noting(kernels: ModuleType, name: str) -> Callable[..., Any]:
         launch = getattr(kernels, name)
 
         def call(*arguments: Any) -> Any:
-            calls.append((kernels.__name__.split("__")[-1], name))
+            calls.append((kernels.__name__.split(".")[-1], name))
             return launch(*arguments)
 
         return call
@@ -111,7 +111,8 @@ def test_forward_and_backward_run_by_the_bucket_of_the_call(
     """The number of sequences decides, however they are laid out; both directions use the same kernels, rightly."""
     inputs = lay_out(draw(device, batch))
     found = differentiate(split.m2rnn, inputs)
-    assert launched == [(schedule.slug, "forward"), (schedule.slug, "backward")]
+    module = module_name(VARIANT, schedule)
+    assert launched == [(module, "forward"), (module, "backward")]
     assert_close(found, differentiate(REFERENCE, inputs), 64 * EPS)
 
 
@@ -123,8 +124,8 @@ def test_steps_of_decoding(split, launched, device) -> None:
         y, _ = split.m2rnn_step(**token, weight=inputs.weight, state=inputs.initial_state.clone())
         expected, _ = split.m2rnn(*(getattr(inputs, n) for n in ("q", "k", "v", "weight", "forget", "initial_state")))
         assert_close({"y": y}, {"y": expected[:, 0]}, 16 * EPS)
-    slugs = [FEW.slug] * 2 + [MANY.slug] * 2
-    assert launched == list(zip(slugs, ["step", "forward"] * 2, strict=True))
+    modules = [module_name(VARIANT, FEW)] * 2 + [module_name(VARIANT, MANY)] * 2
+    assert launched == list(zip(modules, ["step", "forward"] * 2, strict=True))
 
 
 def test_the_package_and_the_database_count_alike(split) -> None:
@@ -137,7 +138,8 @@ def test_the_package_and_the_database_count_alike(split) -> None:
     (variant,) = dispatch.VARIANTS
     table, most = dispatch.table_of(variant, torch.device("cpu"))
     assert most == most_sequences(HEADS, SMS)
-    assert [module.__name__.split("__")[-1] for module in table] == [FEW.slug] + [MANY.slug] * 5
+    few, many = module_name(VARIANT, FEW), module_name(VARIANT, MANY)
+    assert [module.__name__.split(".")[-1] for module in table] == [few] + [many] * 5
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from support import build_package, import_package, make_schedule, make_variant
 from torch import Tensor
 
 from m2gen.problem import Problem, make_inputs
-from m2gen.schedule import SHORTEST_SEGMENT, Schedule
+from m2gen.schedule import Schedule
+from m2gen.schedule.knobs import SHORTEST_SEGMENT
 from m2gen.variant import Variant
 
 SEGMENTS = 3

@@ -3,30 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import SCHEDULES, make_schedule, make_variant
+from support import SCHEDULES, as_mma, make_schedule, make_variant
 
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.errors import ScheduleError
-from m2gen.schedule import Layouts, Schedule, Scratch, Tanh, check, parse, problems
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import (
+    FAMILIES,
+    Family,
+    Mma,
+    Portable,
+    Schedule,
+    Scratch,
+    Tanh,
+    Wgmma,
+    check,
+    default,
+    defaults,
+    parse,
+    problems,
+)
 from m2gen.variant import Variant
 
 DEVICES = (*TARGETS.values(), PORTABLE)
 WIDE = make_variant(64, 64)
+SQUARE = make_variant(64, 64, (2, 2, 2, 2, 2), "bf16", tanh="approx")
 
 
-def _with(direction: str, **facts: Any) -> Schedule:
+def _with(direction: str, **facts: Any) -> Portable:
     """Return a valid schedule with some facts of one direction replaced."""
     base = make_schedule(interval=16)
     return replace(base, **{direction: replace(getattr(base, direction), **facts)})
 
 
-INVALID = {
+INVALID: dict[str, tuple[Schedule, str]] = {
     "rows_below_a_tile": (_with("forward", rows=8), "forward.rows must be a power of two from 16 to 64, got 8"),
     "rows_no_power": (_with("backward", rows=48), "backward.rows must be a power of two from 16 to 64, got 48"),
     "rows_above_the_state": (
@@ -41,17 +56,13 @@ INVALID = {
     "chunk_off_interval": (_with("backward", chunk=3), "interval must be a multiple of backward.chunk = 3, got 16"),
     "unroll_off_interval": (_with("forward", unroll=5), "interval must be a multiple of forward.unroll = 5, got 16"),
     "no_interval": (make_schedule(interval=0), "interval must be a multiple of forward.unroll = 2, got 0"),
-    "shared_without_layouts": (
-        _with("backward", scratch=Scratch.SHARED),
-        "backward.scratch must be l2 for layouts auto, got shared",
-    ),
     "shared_for_nothing": (
-        replace(_with("backward", scratch=Scratch.SHARED), interval=2),
+        as_mma(make_schedule(interval=2), Scratch.SHARED),
         "backward.scratch must be l2 unless interval is above backward.chunk = 2, got shared",
     ),
     "no_segments": (replace(make_schedule(), segments=0), "segments must be from 1 to 64, got 0"),
     "shared_for_too_much": (
-        replace(_with("backward", scratch=Scratch.SHARED, rows=64), interval=64),
+        as_mma(make_schedule(interval=64, backward_rows=64), Scratch.SHARED),
         "backward.scratch must take at most 65536 bytes of shared memory, got 524288",
     ),
 }
@@ -72,8 +83,7 @@ def test_the_scratch_is_in_shared_memory_where_that_costs_no_programs() -> None:
     assert all(schedule.scratch_bytes(published) == 16384 for schedule in chosen.values())
     shared = {arch for arch, schedule in chosen.items() if schedule.backward.scratch is Scratch.SHARED}
     assert shared == {"sm_80", "sm_90", "sm_100"}
-    assert chosen["sm_90"].laid_out(Layouts.AUTO).backward.scratch is Scratch.L2
-    assert problems(published, chosen["sm_90"].laid_out(Layouts.AUTO), TARGETS["sm_90"]) == ()
+    assert Portable.default(published, TARGETS["sm_90"]).backward.scratch is Scratch.L2
 
 
 def test_every_reason_at_once() -> None:
@@ -136,24 +146,99 @@ def test_different_variants_have_different_keys(one, other) -> None:
 
 
 def test_different_schedules_have_different_slugs() -> None:
-    """Every knob shows in the name of a schedule, for it names a module."""
+    """Every knob shows in the name of a schedule."""
     knobs = ({"interval": 8}, {"unroll": 4}, {"chunk": 4}, {"forward_rows": 32}, {"backward_rows": 32}, {"warps": 2})
-    every = [make_schedule(**knob) for knob in knobs]  # type: ignore[arg-type]
+    every: list[Schedule] = [make_schedule(**knob) for knob in knobs]  # type: ignore[arg-type]
     every += [make_schedule(), make_schedule("partial"), make_schedule(tanh="ptx")]
-    every += [replace(make_schedule(), segments=3), replace(make_schedule(), layouts=Layouts.EXPLICIT)]
+    every += [replace(make_schedule(), segments=3), as_mma(make_schedule()), as_mma(make_schedule(), Scratch.SHARED)]
+    usual = Wgmma.default(SQUARE, TARGETS["sm_90"])
+    every += [usual, replace(usual, interval=4), replace(usual, tanh=Tanh.EXP)]
     assert len({schedule.slug for schedule in every}) == len(every)
     assert [parse(schedule.slug) for schedule in every] == every
 
 
+@pytest.mark.parametrize(
+    "slug",
+    ["f16x1u2a_b16x1c2a_i4_exp", "portable_f16x1u2a_b16x1c2as_i4_exp", "wgmma_aa_i12_s3_ptx", "mma_aa_i12_ptx", ""],
+)
+def test_what_names_no_schedule(slug: str) -> None:
+    """No family, a knob that the family does not have, another family's knobs."""
+    with pytest.raises(ScheduleError, match="a schedule must be named as mma_f32x1u4a_b32x1c2as_i16_ptx is, got"):
+        parse(slug)
+
+
+def test_schedules_are_told_in_words() -> None:
+    """The family and its tiles, of both kernels if they differ, and segments if there are several."""
+    assert make_schedule(warps=2).describe() == "portable, 16 rows, 2 warps"
+    assert Wgmma.default(SQUARE, TARGETS["sm_90"]).describe() == "wgmma, 64 rows, 4 warps"
+    cut = replace(as_mma(make_schedule(forward_rows=64, backward_rows=32)), segments=7)
+    assert cut.describe() == "mma, 64/32 rows, 1 warp, 7 segments"
+
+
 def test_segments_are_whole_intervals() -> None:
-    """Of 128 steps at least; warpgroups have none."""
+    """They have 128 steps at least; warpgroups walk alone."""
     schedules = {interval: make_schedule(interval=interval) for interval in (1, 12, 16, 128)}
     assert {i: schedule.shortest_segment for i, schedule in schedules.items()} == {1: 128, 12: 132, 16: 128, 128: 128}
-    grouped = replace(
-        default(make_variant(64, 64, dtype="bf16"), TARGETS["sm_90"]).laid_out(Layouts.WARPGROUP), segments=3
-    )
-    reasons = problems(make_variant(64, 64, dtype="bf16"), grouped, TARGETS["sm_90"])
-    assert reasons == ("segments must be 1 for layouts warpgroup, got 3",)
-    cut = replace(make_schedule(), segments=3)
-    assert cut.laid_out(Layouts.EXPLICIT).segments == 3
-    assert cut.laid_out(Layouts.WARPGROUP).segments == 1
+    assert "segments" not in Wgmma.AXES
+    assert Wgmma.default(SQUARE, TARGETS["sm_90"]).segments == 1
+
+
+@pytest.mark.parametrize("arch", ["gfx942", "portable"])
+def test_mma_needs_nvidia(arch: str) -> None:
+    """Its products are NVIDIA's, and no interpreter runs them."""
+    device = TARGETS.get(arch, PORTABLE)
+    assert f"family must be portable for bf16 on {arch}, got mma" in problems(SQUARE, as_mma(make_schedule()), device)
+    assert [schedule.family for schedule in defaults(SQUARE, device)] == [Family.PORTABLE]
+
+
+def test_mma_needs_operands_of_16_bits() -> None:
+    """Registers of a product of float32 operands are laid out otherwise."""
+    reasons = problems(WIDE, as_mma(make_schedule()), TARGETS["sm_90"])
+    assert reasons == ("family must be portable for fp32 on sm_90, got mma",)
+
+
+@pytest.mark.parametrize("schedule", ["mma_f16x4u4a_b16x1c2a_i16_ptx", "mma_f16x1u4a_b16x4c2a_i16_ptx"])
+def test_every_warp_of_mma_has_a_tile(schedule: str) -> None:
+    """Layouts of more warps than a tile has parts are none."""
+    side = "forward" if "f16x4" in schedule else "backward"
+    expected = f"{side}.warps must be at most 2, each with a 16 x 8 tile, got 4"
+    published = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
+    assert problems(published, parse(schedule), TARGETS["sm_90"]) == (expected,)
+
+
+@pytest.mark.parametrize(
+    ("dims", "arch", "slug", "reason"),
+    [
+        ((64, 64), "sm_100", "wgmma_aa_i12_ptx", "family must be portable or mma on sm_100, got wgmma"),
+        ((64, 32), "sm_90", "wgmma_aa_i12_ptx", "unless V is from 33 to 64 and K above 32, got wgmma"),
+        ((32, 64), "sm_90", "wgmma_aa_i12_ptx", "unless V is from 33 to 64 and K above 32, got wgmma"),
+        ((64, 64), "sm_90", "wgmma_aa_i16_ptx", "interval must be from 2 to 12, got 16"),
+        ((64, 64), "sm_90", "wgmma_aa_i1_ptx", "interval must be from 2 to 12, got 1"),
+    ],
+)
+def test_where_warpgroups_are_none(dims: tuple[int, int], arch: str, slug: str, reason: str) -> None:
+    """The predicate says which architecture, dims and memory they need."""
+    found = problems(make_variant(*dims, (2, 2, 2, 2, 2), "bf16", tanh="approx"), parse(slug), TARGETS[arch])
+    assert any(reason in line for line in found), found
+
+
+def test_which_family_is_preferred() -> None:
+    """Warpgroups where there are many heads, then mma, up to the columns that it has registers for."""
+    device = TARGETS["sm_90"]
+    few, many = (make_variant(64, 64, (n, n, n, n, n), "bf16", tanh="approx") for n in (8, 16))
+    assert [schedule.family for schedule in defaults(few, device)] == [Family.MMA, Family.WGMMA, Family.PORTABLE]
+    assert [schedule.family for schedule in defaults(many, device)] == [Family.WGMMA, Family.MMA, Family.PORTABLE]
+    assert default(many, TARGETS["sm_80"]) == Mma.default(many, TARGETS["sm_80"])
+    assert default(make_variant(64, 128, dtype="bf16"), device).family is Family.PORTABLE
+
+
+@settings(max_examples=60, deadline=None)
+@given(any_variant(), st.sampled_from(DEVICES))
+def test_every_familys_default_is_valid_where_it_serves(variant, device) -> None:
+    """Its values are among those that are searched, and no family serves what another refuses to name."""
+    served = defaults(variant, device)
+    assert {type(schedule) for schedule in served} == {f for f in FAMILIES if not f.unsupported(variant, device)}
+    for schedule in served:
+        assert problems(variant, schedule, device) == ()
+        assert type(schedule).of({name: attrgetter(name)(schedule) for name in schedule.AXES}) == schedule
+        assert all(attrgetter(name)(schedule) in values for name, values in schedule.axes(variant, device).items())

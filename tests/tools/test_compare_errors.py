@@ -11,20 +11,18 @@ from support import ROOT
 
 from m2gen.kernels.compile import load_module
 from m2gen.measure.checks import STEPS, SeededCase, seeded_cases
-from m2gen.schedule import Layouts, Schedule
+from m2gen.schedule import Family, Schedule
 from m2gen.variant import Variant, parse_variant
 
 tool = load_module(ROOT / "tools" / "compare_errors.py", "m2gen_test_compare_errors")
 
 
 def compared(monkeypatch: pytest.MonkeyPatch, factor: float, layer: str = "m2rnn_7b") -> int:
-    """Run the tool's command line, where explicit kernels err ``factor`` times as much as portable ones."""
+    """Run the tool's command line, where kernels of mma err ``factor`` times as much as portable ones."""
 
     def errors(variant: Variant, schedule: Schedule, asked: SeededCase) -> dict[str, float]:
         portable = {"y": 1e-3, "dq": 2e-3}
-        return {
-            name: error * (factor if schedule.layouts is Layouts.EXPLICIT else 1) for name, error in portable.items()
-        }
+        return {name: error * (factor if schedule.family is Family.MMA else 1) for name, error in portable.items()}
 
     monkeypatch.setattr(tool, "errors", errors)
     monkeypatch.setattr(tool, "this_bench_context", scripted.given(Script()))

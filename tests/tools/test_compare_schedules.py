@@ -14,7 +14,7 @@ from m2gen.errors import ScheduleError
 from m2gen.kernels.compile import load_module
 
 tool = load_module(ROOT / "tools" / "compare_schedules.py", "m2gen_test_compare_schedules")
-SLUGS = ("f32x1u8a_b32x1c2as_i16_ptx_explicit", "f32x1u4p_b32x1c2p_i16_ptx")
+SLUGS = ("mma_f32x1u8a_b32x1c2as_i16_ptx", "portable_f32x1u4p_b32x1c2p_i16_ptx")
 
 
 def compared(monkeypatch: pytest.MonkeyPatch, script: Script, *schedules: str) -> None:
@@ -57,4 +57,4 @@ def test_a_schedule_that_is_not_valid_is_an_error(monkeypatch, tmp_path: Path) -
     """Before anything is timed."""
     monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(ScheduleError, match="interval must be a multiple"):
-        compared(monkeypatch, Script(), "f32x1u4a_b32x1c2a_i3_ptx")
+        compared(monkeypatch, Script(), "portable_f32x1u4a_b32x1c2a_i3_ptx")

@@ -14,7 +14,7 @@ from calls import Spy
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.kernels.launch import SHORT
 from m2gen.problem import Problem
-from m2gen.schedule import Layouts, problems
+from m2gen.schedule import Family, problems
 from m2gen.spec import ClipMode, Fp32Products
 
 
@@ -56,13 +56,13 @@ def test_the_matrix_covers_what_it_should() -> None:
     assert {v.clip for v in variants} == set(ClipMode)
     assert {v.products for v in variants} == set(Fp32Products)
     assert {s.two_level for _, s in sanitize.MATRIX.values()} == {False, True}
-    explicit = [s.backward for _, s in sanitize.MATRIX.values() if s.layouts is Layouts.EXPLICIT]
-    assert {(1, 4), (1, 2)} <= {(part.warps, part.chunk) for part in explicit}
+    mma = [s.backward for _, s in sanitize.MATRIX.values() if s.family is Family.MMA]
+    assert {(1, 4), (1, 2)} <= {(part.warps, part.chunk) for part in mma}
     assert math.prod(sanitize.PROBLEMS["long"].lead) > SHORT
     assert 0 in (sanitize.PROBLEMS["packed"].lengths or ())
-    devices = {Layouts.AUTO: PORTABLE, Layouts.EXPLICIT: TARGETS["sm_90"], Layouts.WARPGROUP: TARGETS["sm_90"]}
-    assert [problems(v, s, devices[s.layouts]) for v, s in sanitize.MATRIX.values()] == [()] * len(variants)
-    assert {s.layouts for _, s in sanitize.MATRIX.values()} == set(Layouts)
+    devices = {Family.PORTABLE: PORTABLE, Family.MMA: TARGETS["sm_90"], Family.WGMMA: TARGETS["sm_90"]}
+    assert [problems(v, s, devices[s.family]) for v, s in sanitize.MATRIX.values()] == [()] * len(variants)
+    assert {s.family for _, s in sanitize.MATRIX.values()} == set(Family)
 
 
 FAKES = {

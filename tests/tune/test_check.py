@@ -113,7 +113,7 @@ def test_the_held_out_problems_are_others() -> None:
     seen, unseen = seeded_cases(VARIANT, checks.STEPS), seeded_cases(VARIANT, checks.STEPS, held_out=True)
     assert not {q.seed for q in seen} & {q.seed for q in unseen}
     assert not {q.case.problem for q in seen} & {q.case.problem for q in unseen}
-    from m2gen.tune.space import AXES
+    from m2gen.tune.coordinates import AXES
 
     longest = max(value for value in AXES["interval"] if isinstance(value, int))
     for asked in (*seen[:2], *unseen[:2]):

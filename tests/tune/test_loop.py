@@ -21,8 +21,7 @@ from m2gen.errors import DatabaseError, TuneError
 from m2gen.measure import lock
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import Tuned, TuneRequest, TuningContext, tune
-from m2gen.schedule import Schedule, parse
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Schedule, default, parse
 from m2gen.spec import Objective
 from m2gen.tune.final import FEWEST_ROUNDS, FINALISTS
 from m2gen.tune.log import Limits, Standing
@@ -332,14 +331,15 @@ def test_a_worker_that_cannot_write_ends_the_search(spec: Path, where: str) -> N
 
 
 def test_inference_tunes_the_forward_alone(spec: Path) -> None:
-    """The backward and the interval stay those of the default, as far as layouts let them; no backward is timed."""
+    """The backward and the interval stay those of the family's default; no backward is timed."""
     simulated.script(spec.parent / "script.json")
     request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=20, objective=Objective.INFER)
     (tuned,) = tune(plan(str(spec)), request, simulated.context(), Silent())
     base = standard(tuned)
     assert {t.schedule.interval for t in tuned.outcome.trials} == {base.interval}
     for schedule in (t.schedule for t in tuned.outcome.trials):
-        assert schedule.backward == base.laid_out(schedule.layouts).backward
+        usual = type(schedule).default(tuned.goal.subject.variant, tuned.goal.subject.device)
+        assert schedule.backward == usual.backward
     (record,) = tuned.records
     assert record.key.objective is Objective.INFER
     assert record.timing is not None

@@ -10,8 +10,7 @@ from support import make_schedule, make_variant
 from m2gen.db import Reason
 from m2gen.device import TARGETS
 from m2gen.measure.workers import run_isolated
-from m2gen.schedule import Layouts, Scratch, Tanh, parse
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Mma, Scratch, Tanh, parse
 from m2gen.spec import Objective
 from m2gen.tune import precompile as module
 from m2gen.tune.precompile import PRECOMPILE
@@ -21,7 +20,7 @@ from m2gen.tune.trial import Compiled, CompileTask
 VARIANT = make_variant(dtype="bf16", tanh="approx")
 DEVICE = TARGETS["sm_90"]
 SUBJECT = Subject(VARIANT, DEVICE, Objective.TRAIN, 2, 64)
-BASE = parse("f16x1u4a_b16x1c2a_i16_ptx")
+BASE = parse("portable_f16x1u4a_b16x1c2a_i16_ptx")
 """The compiler chooses its layouts, so that it takes shared memory, and compiles for every vendor but for its tanh."""
 
 
@@ -51,12 +50,12 @@ def test_resources_binaries_and_limits() -> None:
     assert "shared memory must be at most 64 bytes, got" in refused.failure.message
 
 
-def test_explicit_layouts_of_one_warp_fit_where_there_is_no_shared_memory() -> None:
+def test_mma_of_one_warp_fits_where_there_is_no_shared_memory() -> None:
     """Threads have all that their products and sums need; the default adds its scratch; none is the compiler's code."""
-    explicit, usual = replace(BASE, layouts=Layouts.EXPLICIT), default(VARIANT, DEVICE)
-    assert explicit == replace(usual, backward=replace(usual.backward, scratch=Scratch.L2))
+    usual = Mma.default(VARIANT, DEVICE)
+    buffered = replace(usual, backward=replace(usual.backward, scratch=Scratch.L2))
     none = replace(SUBJECT, device=replace(DEVICE, shared_bytes=0))
-    tasks = (CompileTask(none, explicit), CompileTask(SUBJECT, usual), CompileTask(SUBJECT, BASE))
+    tasks = (CompileTask(none, buffered), CompileTask(SUBJECT, usual), CompileTask(SUBJECT, BASE))
     found, scratch, other = compiled(*tasks)
     for compiles in (found, scratch):
         assert compiles.failure is None, compiles.details

@@ -9,17 +9,16 @@ import pytest
 import simulated
 from records import H100, H200, SMS, environment, failed, sequences_in, winner
 from searches import SPEC, Silent
-from support import make_schedule, make_variant
+from support import as_mma, make_schedule, make_variant
 
 from m2gen.bucket import Bucket
 from m2gen.db import Database, Reason, Record, stale
 from m2gen.device import TARGETS
+from m2gen.kernels.identity import kernel_hash
 from m2gen.kernels.lowering import Lowering
-from m2gen.kernels.render import kernel_hash
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, tune
-from m2gen.schedule import Layouts, parse, problems
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import default, parse, problems
 from m2gen.spec import Objective
 from m2gen.tune.memory import USUAL, MemoryBound
 from m2gen.tune.records import NEIGHBOURS, known_failures, seeds
@@ -99,8 +98,8 @@ def test_a_stale_record_is_a_seed_where_its_schedule_is_valid() -> None:
     fresh, old = winner(variant=VARIANT, schedule=FIRST, high=0.9), winner(variant=VARIANT, schedule=SECOND, high=0.1)
     assert named(SUBJECT, outdated(old), fresh)[1:] == [(FIRST.slug, "record"), (SECOND.slug, "record")]
     odd = replace(SECOND, interval=SECOND.forward.unroll + 1)
-    explicit = replace(SECOND, layouts=Layouts.EXPLICIT)
-    for variant, schedule in ((VARIANT, odd), (make_variant(64, 16, (1, 1, 4, 4, 4), "fp32"), explicit)):
+    mma = as_mma(SECOND)
+    for variant, schedule in ((VARIANT, odd), (make_variant(64, 16, (1, 1, 4, 4, 4), "fp32"), mma)):
         subject = replace(SUBJECT, variant=variant)
         assert problems(variant, schedule, DEVICE)
         refused = outdated(replace(winner(variant=variant, schedule=SECOND), schedule=schedule))
@@ -127,7 +126,8 @@ def test_failures_of_these_kernels_on_this_gpu_are_known() -> None:
 def test_a_record_that_fails_now_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that seeds a search is tried as anything is: what becomes of it is recorded, so that it serves no more."""
     spec = simulated.place(tmp_path, monkeypatch, SPEC)
-    schedule, variant = parse("f32x1u8a_b32x1c2a_i64_ptx"), parse_variant("k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx")
+    schedule = parse("portable_f32x1u8a_b32x1c2a_i64_ptx")
+    variant = parse_variant("k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx")
     simulated.script(tmp_path / "script.json", ms={schedule.slug: 1.0}, wrong=[schedule.slug])
     database = Database(tmp_path / "db")
     database.add([winner(Bucket.EIGHT, variant=variant, schedule=schedule, where=simulated.ENVIRONMENT)])
@@ -142,7 +142,8 @@ def test_a_record_that_fails_now_is_a_failure(tmp_path: Path, monkeypatch: pytes
 def test_a_search_begins_with_a_stale_record_and_replaces_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is the second trial, wins as it did before, and its new record is of the kernels that are rendered now."""
     spec = simulated.place(tmp_path, monkeypatch, SPEC)
-    schedule, variant = parse("f32x1u8a_b32x1c2a_i64_ptx"), parse_variant("k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx")
+    schedule = parse("portable_f32x1u8a_b32x1c2a_i64_ptx")
+    variant = parse_variant("k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx")
     simulated.script(tmp_path / "script.json", ms={schedule.slug: 1.0})
     database = Database(tmp_path / "db")
     database.add([outdated(winner(Bucket.EIGHT, variant=variant, schedule=schedule, where=simulated.ENVIRONMENT))])

@@ -25,7 +25,7 @@ from m2gen.db import Database, Environment
 from m2gen.errors import TuneError, UsageError
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, study_name, tune
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import default
 from m2gen.spec import Objective
 from m2gen.tune import shared
 from m2gen.tune.memory import MemoryBound
@@ -99,7 +99,7 @@ def test_two_workers_one_killed_nothing_lost_or_repeated(folder: Path, url: str)
     assert two.stdout is not None
     output = said[1] + two.stdout.read()
     assert two.wait() == 0, output
-    assert "winner f" in output
+    assert "winner mma_f" in output
     study = _study(url)
     counts = Counter(trial.schedule for trial in study)
     assert set(counts.values()) == {1}

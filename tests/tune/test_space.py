@@ -18,25 +18,28 @@ from m2gen.kernels.lowering import Lowering
 from m2gen.measure.checks import STEPS, seeded_cases
 from m2gen.measure.statistics import NOISE
 from m2gen.schedule import (
-    SHORTEST_SEGMENT,
-    BackwardSchedule,
-    ForwardSchedule,
-    Layouts,
+    FAMILIES,
+    Family,
+    Mma,
     Reduction,
     Schedule,
     Scratch,
     Tanh,
+    Wgmma,
+    default,
+    defaults,
     parse,
     problems,
 )
-from m2gen.schedule.heuristic import default
+from m2gen.schedule.knobs import SHORTEST_SEGMENT
 from m2gen.spec import Objective
+from m2gen.tune.coordinates import AXES, indices, moved, values_of
 from m2gen.tune.knobs import importances
 from m2gen.tune.memory import MemoryBound, extra_bytes
 from m2gen.tune.sampler import Sampler
-from m2gen.tune.search import Proposer, best_combination, indices, neighbours, tiles
+from m2gen.tune.search import Proposer, best_combination, neighbours, tiles
 from m2gen.tune.select import select
-from m2gen.tune.space import AXES, Subject, enumerate_space, fits, schedule_of, space_hash, values_of
+from m2gen.tune.space import Subject, enumerate_space, fits, space_hash
 from m2gen.tune.trial import Samples, Trial
 from m2gen.variant import parse_variant
 
@@ -48,30 +51,34 @@ BASE = default(SMALL, DEVICE)
 POINTS = enumerate_space(TRAIN).points
 
 
-def test_the_axes_are_all_knobs_of_a_schedule() -> None:
-    """Every field of every part has an axis, and the default's values are on them."""
-    parts = {"forward": ForwardSchedule, "backward": BackwardSchedule}
-    names = [f"{side}.{field.name}" for side, part in parts.items() for field in fields(part)]
-    names += [field.name for field in fields(Schedule) if field.name not in parts]
-    assert names == list(AXES)
-    assert set(AXES["tanh"]) == set(Tanh)
-    assert set(AXES["forward.reduction"]) == set(AXES["backward.reduction"]) == set(Reduction)
-    assert all(value in AXES[name] for name, value in values_of(default(LARGE, DEVICE)).items())
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
+def test_a_familys_axes_are_its_knobs(family: type[Schedule]) -> None:
+    """Every field of the schedule and of its parts has an axis, and no axis is about a knob that it lacks."""
+    names = [f"{side}.{field.name}" for side, part in family.PARTS.items() for field in fields(part)]
+    names += [field.name for field in fields(family) if field.name not in (*family.PARTS, "family")]
+    assert sorted(names) == sorted(family.AXES)
+    for knob, values in (("tanh", Tanh), ("forward.reduction", Reduction), ("backward.reduction", Reduction)):
+        assert set(family.AXES[knob]) == set(values)
+    assert {name: set(AXES[name]) >= set(values) for name, values in family.AXES.items()} == dict.fromkeys(names, True)
 
 
-_SIZE = prod(len(values) for values in AXES.values())
+def _size(subject: Subject) -> int:
+    """Return how many points the families' products have."""
+    serving = [family for family in FAMILIES if not family.unsupported(subject.variant, subject.device)]
+    return sum(prod(map(len, family.axes(subject.variant, subject.device).values())) for family in serving)
 
 
 def _sampled(every: int) -> Iterator[Schedule]:
-    """Return points of the whole product, one of ``every``."""
-    for values in islice(product(*AXES.values()), 0, None, every):
-        yield schedule_of(dict(zip(AXES, values, strict=True)))
+    """Return points of the products of all axes of all families, one of ``every``."""
+    for family in FAMILIES:
+        for values in islice(product(*family.AXES.values()), 0, None, every):
+            yield family.of(dict(zip(family.AXES, values, strict=True)))
 
 
 def test_every_valid_point_is_enumerated_or_counted_with_a_reason() -> None:
-    """Against the validity predicate on a sample of the whole product: no valid point is lost without a reason."""
+    """Against the validity predicate on a sample of the products: no valid point is lost without a reason."""
     space = enumerate_space(TRAIN)
-    assert len(space.points) + sum(space.pruned.values()) == space.size == 2_764_800 == _SIZE // len(AXES["segments"])
+    assert len(space.points) + sum(space.pruned.values()) == space.size == _size(TRAIN) // len(AXES["segments"])
     assert len(set(space.points)) == len(space.points)
     every = set(space.points)
     assert BASE in every
@@ -115,29 +122,31 @@ def test_segments_are_points_where_programs_take_turns() -> None:
     """Not where the GPU holds all of either kernel's programs at once, and not where they would be short."""
 
     def cut(subject: Subject) -> set[int]:
-        return {p.segments for p in enumerate_space(subject).points if p.layouts is Layouts.EXPLICIT}
+        return {p.segments for p in enumerate_space(subject).points if p.family is Family.MMA}
 
     variant = make_variant(64, 16, (1, 1, 84, 84, 84), "bf16", tanh="approx")
     subject = replace(TRAIN, variant=variant, batch=8, seq=4096, memory=MemoryBound())
     assert cut(subject) == set(AXES["segments"])
-    assert enumerate_space(subject).size == _SIZE
+    assert enumerate_space(subject).size == _size(subject)
     assert cut(replace(subject, batch=1)) == {1}  # 84 x 4 tiles of 16 rows, where 4 x 132 of two warps run at once
     assert cut(replace(subject, seq=3 * SHORTEST_SEGMENT)) == {1, 3}
     usual = default(variant, DEVICE)
     pair = replace(usual.forward, rows=64, warps=2)
     assert {replace(usual, forward=pair, segments=7), replace(usual, segments=7)} <= set(
-        tiles(usual, enumerate_space(subject).points)
+        tiles([usual], enumerate_space(subject).points)
     )
     infer = enumerate_space(replace(subject, objective=Objective.INFER)).points
     assert {point.segments for point in infer} == set(AXES["segments"])
 
 
 def test_inference_has_the_forwards_knobs_only() -> None:
-    """What it never runs is the default's."""
+    """What it never runs is that of the family's default."""
     space = enumerate_space(replace(TRAIN, objective=Objective.INFER))
+    usual = {schedule.family: schedule for schedule in defaults(SMALL, DEVICE)}
     for point in space.points:
-        assert (point.backward, point.interval) == (BASE.laid_out(point.layouts).backward, BASE.interval)
-    assert {point.layouts for point in space.points} == {Layouts.AUTO, Layouts.EXPLICIT}
+        same = usual[point.family]
+        assert (point.backward, point.interval) == (same.backward, same.interval)
+    assert {point.family for point in space.points} == {Family.PORTABLE, Family.MMA}
     assert len({point.forward for point in space.points}) > 8
 
 
@@ -145,16 +154,16 @@ def test_warpgroups_are_points_where_they_are_valid() -> None:
     """Of 64 columns on Hopper: every interval that fits and either sum, for training and for inference."""
     variant = make_variant(96, 64, (4, 4, 4, 4, 4), "bf16", tanh="approx")
     subject = replace(TRAIN, variant=variant, memory=MemoryBound())
-    found = [point for point in enumerate_space(subject).points if point.layouts is Layouts.WARPGROUP]
+    found = [point for point in enumerate_space(subject).points if point.family is Family.WGMMA]
     assert {point.interval for point in found} == {2, 4, 8, 12}
     assert (
         {point.forward.reduction for point in found} == {point.backward.reduction for point in found} == set(Reduction)
     )
-    usual = default(variant, DEVICE)
-    assert usual.laid_out(Layouts.WARPGROUP) in found
-    assert usual.laid_out(Layouts.WARPGROUP) in tiles(usual, enumerate_space(subject).points)
+    usual = Wgmma.default(variant, DEVICE)
+    assert usual in found
+    assert usual in tiles(defaults(variant, DEVICE), enumerate_space(subject).points)
     inference = enumerate_space(replace(subject, objective=Objective.INFER)).points
-    assert {p.interval for p in inference if p.layouts is Layouts.WARPGROUP} == {12}
+    assert {p.interval for p in inference if p.family is Family.WGMMA} == {12}
     assert len(set(inference)) == len(inference)
 
 
@@ -183,10 +192,10 @@ def test_memory_is_that_of_the_equations() -> None:
 
 
 def test_the_hash_names_the_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It changes with an axis."""
+    """It changes with an axis of a family."""
     before = space_hash()
     assert before == space_hash()
-    monkeypatch.setitem(AXES, "interval", (16, 32))
+    monkeypatch.setattr(Mma, "AXES", {**Mma.AXES, "interval": (16, 32)})
     assert space_hash() != before
 
 
@@ -194,12 +203,12 @@ def test_the_hash_names_the_declaration(monkeypatch: pytest.MonkeyPatch) -> None
 def test_slugs_and_values_name_schedules(schedule: Schedule) -> None:
     """Both ways, without loss."""
     assert parse(schedule.slug) == schedule
-    assert schedule_of(values_of(schedule)) == schedule
+    assert moved(schedule, {}) == schedule
     assert [AXES[name][place] for name, place in indices(schedule).items()] == list(values_of(schedule).values())
 
 
 def test_neighbours_are_the_next_points_of_one_axis() -> None:
-    """In the space, with none between them: 12 is no interval of eight steps an iteration, so 8 is the one below 16."""
+    """In the space, with none between them."""
     found, every = neighbours(BASE, POINTS), set(POINTS)
     assert len(found) == len(set(found)) > 6
     assert set(found) <= every
@@ -207,25 +216,25 @@ def test_neighbours_are_the_next_points_of_one_axis() -> None:
         one, other = indices(schedule), indices(BASE)
         (name,) = (name for name in AXES if one[name] != other[name])
         low, high = sorted((one[name], other[name]))
-        between = [schedule_of({**values_of(BASE), name: value}) for value in AXES[name][low + 1 : high]]
+        between = [moved(BASE, {name: value}) for value in AXES[name][low + 1 : high]]
         assert every.isdisjoint(between)
     assert {8, 32} <= {schedule.interval for schedule in found}
     assert BASE.forward.unroll == 8
 
 
 def test_tiles_change_the_rows_of_both_kernels() -> None:
-    """Half, as many and twice, in either dialect; none but those in the space, and never the schedule itself."""
+    """Half, as many and twice, in either family; none but those in the space, and never the default itself."""
+    starts = defaults(SMALL, DEVICE)
+    assert [start.family for start in starts] == [Family.MMA, Family.PORTABLE]
 
-    def tiled(rows: int, layouts: Layouts) -> Schedule:
-        parts = {side: replace(getattr(BASE, side), rows=rows) for side in ("forward", "backward")}
-        return replace(BASE, **parts).laid_out(layouts)
+    def tiled(rows: int, start: Schedule) -> Schedule:
+        return moved(start, {"forward.rows": rows, "backward.rows": rows})
 
-    assert tiled(32, Layouts.EXPLICIT) == BASE
-    wide, narrow = ([tiled(rows, layouts) for layouts in (Layouts.AUTO, Layouts.EXPLICIT)] for rows in (64, 16))
-    auto = tiled(32, Layouts.AUTO)
-    points = [*wide, *narrow, auto, BASE, tiled(128, Layouts.AUTO)]
-    assert tiles(BASE, points) == [wide[1], narrow[1], wide[0], narrow[0], auto]
-    assert tiles(BASE, [narrow[0], BASE]) == [narrow[0]]
+    assert tiled(32, starts[0]) == starts[0] == BASE
+    wide, narrow = ([tiled(rows, start) for start in starts] for rows in (64, 16))
+    points = [*wide, *narrow, *starts, tiled(128, starts[1])]
+    assert tiles(starts, points) == [wide[0], narrow[0], wide[1], narrow[1], starts[1]]
+    assert tiles(starts, [narrow[1], BASE]) == [narrow[1]]
 
 
 def _trial(schedule: Schedule, ms: float | None = None) -> Trial:

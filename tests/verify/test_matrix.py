@@ -8,8 +8,7 @@ from support import make_variant
 from m2gen.device import TARGETS
 from m2gen.pipeline import open_spec
 from m2gen.pipeline.verify import MATRIX
-from m2gen.schedule import Layouts
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Family, default
 from m2gen.spec import ClipMode, Dtype, GateKind
 from m2gen.variant import expand
 from m2gen.verify import Check, Feature, cases, quick
@@ -58,7 +57,7 @@ def test_long_sequences_reach_the_kernels_of_the_published_models() -> None:
     published = [v for v in variants if (v.state_expansion, v.head_dim, v.dtype, v.gate) == (64, 16, "bf16", "given")]
     schedules = {v: default(v, TARGETS["sm_90"]) for v in published}
     assert {s.forward.rows for s in schedules.values()} == {32}
-    assert {s.layouts for s in schedules.values()} == {Layouts.EXPLICIT}
+    assert {s.family for s in schedules.values()} == {Family.MMA}
     names = {case.name for v, s in schedules.items() for case in cases(v, s.interval, interpreted=False)}
     assert {"steps_4096", "steps_16384"} <= names
 
@@ -67,7 +66,7 @@ def test_the_matrix_reaches_warpgroups() -> None:
     """With either clip, gate and narrow dtype, one and several programs for a head's rows, and masked tiles."""
     specs = [open_spec(name)[0] for name in ("matrix.yaml", "matrix_total.yaml")]
     variants = [built.variant for spec in specs for built in expand(spec)]
-    grouped = [v for v in variants if default(v, TARGETS["sm_90"]).layouts is Layouts.WARPGROUP]
+    grouped = [v for v in variants if default(v, TARGETS["sm_90"]).family is Family.WGMMA]
     assert {v.clip for v in grouped} == set(ClipMode)
     assert {v.gate for v in grouped} == set(GateKind)
     assert {v.dtype for v in grouped} == {Dtype.BF16, Dtype.FP16}

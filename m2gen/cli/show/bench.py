@@ -19,7 +19,6 @@ from m2gen.cli.show.table import Table, print_tables
 from m2gen.db import Environment
 from m2gen.errors import UsageError
 from m2gen.schedule import parse
-from m2gen.schedule.words import full_words
 from m2gen.variant import BuiltVariant, layer_names, parse_variant
 
 TIME_COLUMNS = ("kernels", "steps", "forward ms", "95 %", "both ms", "95 %", "speed-up", "extra GB", "host µs")
@@ -133,7 +132,7 @@ def ms_text(value: float) -> str:
 
 def _schedule_cells(row: Row, usual: str | None, *, verbose: bool) -> tuple[str, ...]:
     """Return what a schedule is, and the knobs in which it differs from the default's."""
-    cells = (row.contender, full_words(parse(row.schedule), parse(usual) if usual else None), row.source)
+    cells = (row.contender, parse(row.schedule).describe(parse(usual) if usual else None), row.source)
     return (*cells, row.variant, row.schedule) if verbose else cells
 
 

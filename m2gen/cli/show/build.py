@@ -19,7 +19,6 @@ from m2gen.device import PORTABLE, TARGETS, detect
 from m2gen.errors import listed
 from m2gen.kernels.render import templates_dir
 from m2gen.pipeline import BuildOutcome, CheckRow, Plan, shipped_database, shipped_specs, state
-from m2gen.schedule.words import schedule_words
 from m2gen.variant import BuiltVariant
 
 KERNEL_COLUMNS = ("layer", "kernel", "registers", "spills B", "shared B", "code B", "from")
@@ -64,7 +63,7 @@ def schedule_tables(planned: Plan, *, verbose: bool) -> Iterator[Table]:
     for device in dict.fromkeys(choice.device for choice in planned.choices if verbose or choice.device != PORTABLE):
         shown = [choice for choice in planned.choices if choice.device == device]
         cells = [
-            (names[c.variant], calls(c.buckets), schedule_words(c.schedule), c.source)
+            (names[c.variant], calls(c.buckets), c.schedule.describe(), c.source)
             + ((c.variant.key, c.schedule.slug) if verbose else ())
             for c in shown
         ]

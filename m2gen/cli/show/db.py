@@ -11,7 +11,6 @@ from m2gen.cli.show.report import print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.db import Database, Record, encode, slot
 from m2gen.pipeline import Answer, state
-from m2gen.schedule.words import schedule_words
 
 LIST_COLUMNS = ("id", "layer", "programs/SM", "schedule", "ms", "speed-up")
 FAILED_COLUMNS = ("id", "layer", "schedule", "why")
@@ -55,7 +54,7 @@ def list_tables(winners: Sequence[Record], names: Mapping[str, str]) -> Iterator
 
 def _list_cells(record: Record, names: Mapping[str, str]) -> tuple[Any, ...]:
     key, timing = record.key, record.timing
-    what = (record.id, names[key.variant], calls([key.bucket]), schedule_words(record.schedule))
+    what = (record.id, names[key.variant], calls([key.bucket]), record.schedule.describe())
     if timing is None:
         return (*what, "", "")
     tuned = timing.tuned.median_ms
@@ -66,7 +65,7 @@ def failure_tables(failures: Sequence[Record], names: Mapping[str, str]) -> Iter
     """Yield a table for every GPU on which schedules are known to fail."""
     for device in dict.fromkeys(record.environment.device for record in failures):
         rows = [
-            (r.id, names[r.key.variant], schedule_words(r.schedule), f"{r.failure.reason}: {r.failure.message}")
+            (r.id, names[r.key.variant], r.schedule.describe(), f"{r.failure.reason}: {r.failure.message}")
             for r in failures
             if r.environment.device == device and r.failure is not None
         ]
@@ -117,7 +116,7 @@ def why_table(answer: Answer, name: str, batch: int | None) -> Table:
 
 
 def _why_cells(record: Record, reason: str) -> tuple[Any, ...]:
-    return (record.id, calls([record.key.bucket]), schedule_words(record.schedule), reason)
+    return (record.id, calls([record.key.bucket]), record.schedule.describe(), reason)
 
 
 def _answer_document(answer: Answer) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from m2gen.db import Environment
 from m2gen.measure.roofline import Work, floors_ms, peaks_of, work_of
 from m2gen.pipeline import Plan, Tuned
 from m2gen.schedule import Schedule
-from m2gen.schedule.words import full_words
 from m2gen.spec import Objective
 from m2gen.tune.knobs import importances
 from m2gen.tune.trial import Trial
@@ -74,7 +73,7 @@ def _finalists(tuned: Tuned) -> list[dict[str, Any]]:
         ]
         rows.append(
             {
-                "schedule": full_words(schedule, outcome.default),
+                "schedule": schedule.describe(outcome.default),
                 "slug": schedule.slug,
                 "ms": f"{estimate.median_ms:.3f}",
                 "interval": f"{estimate.low_ms:.3f} to {estimate.high_ms:.3f}",
@@ -114,7 +113,7 @@ def _history(tuned: Tuned) -> dict[str, Any] | None:
     for index, trial in enumerate(trials):
         ms = trial.median_ms
         best = min(best, ms or best)
-        words = full_words(trial.schedule, tuned.outcome.default)
+        words = trial.schedule.describe(tuned.outcome.default)
         what = f"{ms:.3f} ms" if ms else str(trial.failure.reason) if trial.failure else "none"
         points.append(
             {
@@ -154,7 +153,7 @@ def _failures(trials: Sequence[Trial], default: Schedule) -> list[dict[str, Any]
     found = []
     for kind, failed in sorted(kinds.items(), key=lambda item: -len(item[1])):
         messages = Counter(trial.failure.message for trial in failed if trial.failure).most_common(3)
-        example = full_words(failed[0].schedule, default)
+        example = failed[0].schedule.describe(default)
         found.append({"kind": kind, "count": len(failed), "messages": [m for m, _ in messages], "example": example})
     return found
 

@@ -14,7 +14,6 @@ from m2gen.cli.show.watcher import TerminalWatcher
 from m2gen.errors import TuneError, UsageError
 from m2gen.pipeline import Plan, Size, Tuned, TuneRequest, this_tuning_context
 from m2gen.pipeline import tune as search
-from m2gen.schedule.words import schedule_words
 from m2gen.tune.services import TuningContext
 from m2gen.variant import Variant
 
@@ -176,7 +175,7 @@ def _costs(tuned: Tuned) -> tuple[Any, ...]:
     name = "none"
     if outcome.choice is not None:
         winner = outcome.choice.winner
-        name = "the default" if winner == outcome.default else schedule_words(winner)
+        name = "the default" if winner == outcome.default else winner.describe()
     return (name, len(outcome.trials), failed, f"{outcome.seconds:.0f}", f"{outcome.gpu_seconds:.0f}")
 
 

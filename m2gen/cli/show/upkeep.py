@@ -11,7 +11,6 @@ from m2gen.cli.show.table import Table, print_tables
 from m2gen.db import Change, Fault
 from m2gen.errors import listed
 from m2gen.pipeline import Recheck, Replayed, Superfluous
-from m2gen.schedule.words import schedule_words
 
 
 def show_change(change: Change, *, as_json: bool) -> None:
@@ -46,7 +45,7 @@ def show_rechecks(found: Sequence[Recheck], *, as_json: bool) -> int:
     elif found:
         names = known_names(item.record.key.variant for item in found)
         rows = [
-            (item.record.id, names[item.record.key.variant], schedule_words(item.record.schedule), _verdict(item))
+            (item.record.id, names[item.record.key.variant], item.record.schedule.describe(), _verdict(item))
             for item in found
         ]
         print_tables([Table("Verified", ("id", "layer", "schedule", "result"), rows)])
@@ -86,6 +85,6 @@ def show_replay(found: Replayed, *, as_json: bool) -> None:
         for what, both in measured.items()
         for name, e in zip((f"{what}, recorded", f"{what}, now"), both, strict=True)
     ]
-    title = f"Record {found.record.id}: {schedule_words(found.record.schedule)}"
+    title = f"Record {found.record.id}: {found.record.schedule.describe()}"
     print_tables([Table(title, ("what", "ms", "95 % interval"), rows)])
     print("the record's schedule stands" if found.faster else "the default schedule is as fast now, within noise")

@@ -11,7 +11,6 @@ from rich.progress import Progress as Bar
 
 from m2gen.cli.show.report import Display
 from m2gen.schedule import Schedule
-from m2gen.schedule.words import full_words
 from m2gen.tune.log import Standing
 from m2gen.tune.trial import Trial
 
@@ -46,7 +45,7 @@ class TerminalWatcher:
             self._bar.update(self._bar.task_ids[0], description=text, completed=standing.done, total=standing.most)
         elif not self._quiet:
             found = f"{trial.failure.reason}: {trial.failure.message}" if trial.failure else f"{trial.median_ms:.3f} ms"
-            words = full_words(trial.schedule, self._default)
+            words = trial.schedule.describe(self._default)
             words += f" {trial.schedule.slug}" if self._display.verbose else ""
             where = f"tune {standing.done}/{standing.most}"
             line = f"{where} {words} ({trial.origin}) {found}; {standing_text(standing)}"

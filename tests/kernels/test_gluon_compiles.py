@@ -1,25 +1,24 @@
-"""Kernels whose layouts are written down: where they are valid, what they compile to, and what they share."""
+"""Kernels of ``mma`` and ``wgmma``: what they compile to, and what they share with portable ones."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support import ROOT, make_variant
 
-from m2gen.device import PORTABLE, TARGETS
+from m2gen.device import TARGETS
 from m2gen.errors import CompileError
 from m2gen.kernels.compile import Job, compiled, load_kernels
 from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, binary_of
 from m2gen.pipeline.check import compile_all
-from m2gen.schedule import WARPGROUP_OPERANDS, Layouts, Schedule, check, parse, problems
-from m2gen.schedule.heuristic import default
+from m2gen.schedule import Mma, Portable, Schedule, check, parse
+from m2gen.schedule.wgmma import OPERANDS_BYTES
 from m2gen.variant import Variant
 
 VARIANTS = {
@@ -39,35 +38,19 @@ def machine_code(job: Job) -> bytes:
     return binary_of(compiled(job), job.device)
 
 
-def explicit(variant: Variant, arch: str) -> Schedule:
-    return replace(default(variant, TARGETS[arch]), layouts=Layouts.EXPLICIT)
+def mma(variant: Variant, arch: str) -> Schedule:
+    return Mma.default(variant, TARGETS[arch])
 
 
 def source(variant: Variant, arch: str = "sm_90") -> str:
-    return render_kernel(Lowering(variant, explicit(variant, arch)))
-
-
-@pytest.mark.parametrize("arch", ["gfx942", "portable"])
-def test_they_need_nvidia(arch: str) -> None:
-    """Their products are NVIDIA's, and no interpreter runs them."""
-    variant, device = VARIANTS["published"], TARGETS.get(arch, PORTABLE)
-    schedule = replace(default(variant, device), layouts=Layouts.EXPLICIT)
-    assert problems(variant, schedule, device) == (f"layouts must be auto for bf16 on {arch}, got explicit",)
-
-
-def test_they_need_operands_of_16_bits() -> None:
-    """Registers of a product of float32 operands are laid out otherwise."""
-    variant = make_variant(64, 16, dtype="fp32")
-    schedule = replace(default(variant, TARGETS["sm_90"]), layouts=Layouts.EXPLICIT)
-    reasons = problems(variant, schedule, TARGETS["sm_90"])
-    assert reasons == ("layouts must be auto for fp32 on sm_90, got explicit",)
+    return render_kernel(Lowering(variant, mma(variant, arch)))
 
 
 def test_they_compile() -> None:
     """With no GPU; where one warp holds a program, shared memory has the backward's scratch and no operands."""
     targets = {"published": ("sm_80", "sm_90"), "masked_softplus": ("sm_90",), "square": ("sm_90",)}
     jobs = [
-        Job(Lowering(variant, explicit(variant, arch)), direction, TARGETS[arch])
+        Job(Lowering(variant, mma(variant, arch)), direction, TARGETS[arch])
         for name, variant in VARIANTS.items()
         for arch in targets[name]
         for direction in Direction
@@ -83,7 +66,7 @@ def test_they_compile() -> None:
 
 
 @pytest.mark.parametrize(
-    ("slug", "spilled"), [("f64x2u8a_b32x1c2as_i16_ptx_explicit", 0), ("f64x2u8a_b32x1c2as_i16_s7_ptx_explicit", 32)]
+    ("slug", "spilled"), [("mma_f64x2u8a_b32x1c2as_i16_ptx", 0), ("mma_f64x2u8a_b32x1c2as_i16_s7_ptx", 32)]
 )
 def test_warps_with_rows_of_their_own_compile(slug: str, spilled: int) -> None:
     """They sum y in shared memory, have all registers, and spill next to nothing (with Triton 3.6.0, nothing)."""
@@ -103,10 +86,10 @@ def test_warps_with_rows_of_their_own_compile(slug: str, spilled: int) -> None:
 
 
 def test_both_texts_have_the_same_recurrence() -> None:
-    """One template: what the two differ in is where things lie and how they are summed, never the recurrence."""
+    """What the two families differ in is where things lie and how they are summed, never the recurrence."""
     variant = VARIANTS["published"]
-    auto = render_kernel(Lowering(variant, default(variant, TARGETS["sm_90"]).laid_out(Layouts.AUTO)))
-    explicit = source(variant)
+    portable = render_kernel(Lowering(variant, Portable.default(variant, TARGETS["sm_90"])))
+    mma = source(variant)
     for statement in (
         "return tl.fma(u, z, f * h)",
         "h_1 = f_0 * h_0 + u_0 * z_0",
@@ -114,10 +97,10 @@ def test_both_texts_have_the_same_recurrence() -> None:
         "slope_0 = u_0 - u_0 * z_0 * z_0",
         "d = g * slope_0",
     ):
-        assert statement in auto
-        assert statement in explicit
-    assert "c = tl.fma(f_0, g, product(d_operand, w_t, zeros))" in auto
-    assert "c = f_0 * g + product(d_operand, w_t, zeros)" in explicit
+        assert statement in portable
+        assert statement in mma
+    assert "c = tl.fma(f_0, g, product(d_operand, w_t, zeros))" in portable
+    assert "c = f_0 * g + product(d_operand, w_t, zeros)" in mma
 
 
 def test_the_interpreter_imports_them(tmp_path: Path) -> None:
@@ -136,24 +119,16 @@ def test_a_triton_whose_assembler_never_ends_on_them(monkeypatch: pytest.MonkeyP
     """An error says which versions do, before anything is compiled."""
     monkeypatch.setattr("triton.__version__", "3.9.0")
     variant = VARIANTS["published"]
-    job = Job(Lowering(variant, explicit(variant, "sm_90")), Direction.FORWARD, TARGETS["sm_90"])
+    job = Job(Lowering(variant, mma(variant, "sm_90")), Direction.FORWARD, TARGETS["sm_90"])
     with pytest.raises(CompileError, match=r"explicit layouts must have Triton before 3\.9, got 3\.9\.0"):
         compiled(job)
 
 
-@pytest.mark.parametrize("schedule", ["f16x4u4a_b16x1c2a_i16_ptx_explicit", "f16x1u4a_b16x4c2a_i16_ptx_explicit"])
-def test_every_warp_has_a_tile(schedule: str) -> None:
-    """Layouts of more warps than a tile has parts are none."""
-    side = "forward" if "f16x4" in schedule else "backward"
-    expected = f"{side}.warps must be at most 2, each with a 16 x 8 tile, for explicit layouts, got 4"
-    assert problems(VARIANTS["published"], parse(schedule), TARGETS["sm_90"]) == (expected,)
-
-
 GROUPED = {
-    "square": (make_variant(64, 64, (2, 2, 2, 2, 2), "bf16", tanh="approx"), "f64x4u1a_b64x4c1as_i12_ptx_warpgroup"),
+    "square": (make_variant(64, 64, (2, 2, 2, 2, 2), "bf16", tanh="approx"), "wgmma_aa_i12_ptx"),
     "masked_softplus": (
         make_variant(96, 40, (1, 2, 4, 2, 4), "fp16", "total", gate="softplus"),
-        "f64x4u1p_b64x4c1ps_i4_exp_warpgroup",
+        "wgmma_pp_i4_exp",
     ),
 }
 
@@ -171,41 +146,9 @@ def test_warpgroups_compile(variant: Variant, slug: str) -> None:
         assert isinstance(resources, Resources), resources
         assert not resources.limits(device, job.warps)
         if job.direction is Direction.BACKWARD:
-            needed = schedule.scratch_bytes(variant) + WARPGROUP_OPERANDS
+            needed = schedule.scratch_bytes(variant) + OPERANDS_BYTES
             assert needed - 1024 < resources.shared_bytes <= needed + 1024
     assert b"wgmma" in compiled(jobs[0]).asm["ptx"].encode()
-
-
-@pytest.mark.parametrize(
-    ("dims", "arch", "slug", "reason"),
-    [
-        ((64, 64), "sm_100", "f64x4u1a_b64x4c1as_i12_ptx_warpgroup", "layouts must be auto or explicit on sm_100"),
-        ((64, 32), "sm_90", "f64x4u1a_b64x4c1as_i12_ptx_warpgroup", "unless V is from 33 to 64"),
-        ((64, 64), "sm_90", "f64x4u2a_b64x4c1as_i12_ptx_warpgroup", "forward must have 64 rows, 4 warps and unroll 1"),
-        (
-            (64, 64),
-            "sm_90",
-            "f64x4u1a_b64x4c1a_i12_ptx_warpgroup",
-            "backward must have 64 rows, 4 warps, chunk 1",
-        ),
-        ((64, 64), "sm_90", "f64x4u1a_b64x4c1as_i16_ptx_warpgroup", "bytes of shared memory, got 289920"),
-    ],
-)
-def test_where_warpgroups_are_none(dims: tuple[int, int], arch: str, slug: str, reason: str) -> None:
-    """The predicate says which architecture, columns, tiles and memory they need."""
-    found = problems(make_variant(*dims, (2, 2, 2, 2, 2), "bf16", tanh="approx"), parse(slug), TARGETS[arch])
-    assert any(reason in line for line in found), found
-
-
-def test_layouts_change_to_warpgroups_and_back() -> None:
-    """Warpgroups have tiles of their own, and other layouts the usual ones again."""
-    device = TARGETS["sm_90"]
-    few, many = (make_variant(64, 64, (n, n, n, n, n), "bf16", tanh="approx") for n in (8, 16))
-    assert default(few, device).layouts is Layouts.EXPLICIT
-    assert default(many, device) == default(few, device).laid_out(Layouts.WARPGROUP)
-    assert default(many, device).laid_out(Layouts.EXPLICIT) == default(few, device)
-    assert default(many, device).laid_out(Layouts.AUTO) == default(few, device).laid_out(Layouts.AUTO)
-    assert default(many, TARGETS["sm_80"]).layouts is Layouts.EXPLICIT
 
 
 def test_loads_stay_ahead_of_a_branch() -> None:

@@ -1,0 +1,107 @@
+"""The ``mma`` family: Gluon kernels in the layouts of ``mma.sync``, for 16-bit operands on NVIDIA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, Self
+
+from m2gen.device import Device
+from m2gen.schedule.knobs import USUAL_INTERVAL, Axes, Family, Knobs, Reduction, Scratch, Tanh, best_tanh
+from m2gen.schedule.tiles import (
+    BACKWARD_AXES,
+    FORWARD_AXES,
+    SHARED_AXES,
+    BackwardTile,
+    ForwardTile,
+    most_warps,
+    tile_problems,
+    usual_tile,
+)
+from m2gen.spec import Dtype
+from m2gen.variant import Variant
+
+MOST_COLS = 64
+"""Columns up to which threads have registers for the state weight; a compiler that chooses layouts keeps it in shared
+memory, where these kernels spill 350 bytes a thread at 128."""
+RESIDENT_WARPS = 8
+"""Warps that an SM of NVIDIA has registers for, with the 255 a thread that a backward takes."""
+
+
+@dataclass(frozen=True)
+class MmaBackward(BackwardTile):
+    """How the backward runs."""
+
+    scratch: Scratch = Scratch.L2
+
+    @property
+    def slug(self) -> str:
+        return super().slug + ("s" if self.scratch is Scratch.SHARED else "")
+
+
+@dataclass(frozen=True)
+class Mma(Knobs):
+    """A schedule of 16 x 8 tiles, of which every warp has one or more."""
+
+    forward: ForwardTile
+    backward: MmaBackward
+    interval: int
+    tanh: Tanh
+    segments: int = 1
+    family: Literal[Family.MMA] = field(default=Family.MMA, kw_only=True)
+
+    AXES: ClassVar[Axes] = {**FORWARD_AXES, **BACKWARD_AXES, "backward.scratch": tuple(Scratch), **SHARED_AXES}
+    PARTS: ClassVar = {"forward": ForwardTile, "backward": MmaBackward}
+
+    @classmethod
+    def unsupported(cls, variant: Variant, device: Device) -> str:
+        """Say why no schedule of the family serves a variant on a device; empty where one does."""
+        if device.is_nvidia and variant.dtype is not Dtype.FP32:
+            return ""
+        return f"family must be portable for {variant.dtype} on {device.arch}"
+
+    @classmethod
+    def preferred(cls, variant: Variant, device: Device) -> bool:
+        """Whether the family's default serves until a search finds better.
+
+        A step of the published layers takes 0.8 to 0.9 of the time that portable kernels take.
+        """
+        return not cls.unsupported(variant, device) and variant.padded_cols <= MOST_COLS
+
+    @classmethod
+    def default(cls, variant: Variant, device: Device) -> Self:
+        """Return what measurements say of shapes (docs/performance.md), with no search.
+
+        Rows and warps are those of portable kernels. Eight steps share the sums of y where registers and instructions
+        are few. States are rebuilt into shared memory, if that leaves an SM as many programs as its registers do: 3 to
+        5 % of a step.
+        """
+        rows, warps = usual_tile(variant, device)
+        tanh = best_tanh(variant, device)
+        unroll = 8 if tanh is Tanh.PTX and (rows, warps) == (32, 1) else 4
+        forward = ForwardTile(rows, warps, unroll, Reduction.ATOMIC)
+        scratch = USUAL_INTERVAL // 2 * rows * variant.padded_cols * 4
+        fits = scratch * (RESIDENT_WARPS // warps) <= device.shared_bytes
+        backward = MmaBackward(rows, warps, 2, Reduction.ATOMIC, Scratch.SHARED if fits else Scratch.L2)
+        return cls(forward, backward, USUAL_INTERVAL, tanh)
+
+    def problems(self, variant: Variant, device: Device) -> Iterator[str]:
+        """Yield why the schedule cannot serve a variant on a device."""
+        unsupported = self.unsupported(variant, device)
+        if unsupported:
+            yield f"{unsupported}, got {self.family}"
+        yield from tile_problems(self, variant, device)
+        for direction, part in (("forward", self.forward), ("backward", self.backward)):
+            most = most_warps(variant, part.rows)
+            if part.warps > most:
+                yield f"{direction}.warps must be at most {most}, each with a 16 x 8 tile, got {part.warps}"
+        if self.backward.scratch is Scratch.SHARED:
+            yield from self._shared_problems(variant, device)
+
+    def _shared_problems(self, variant: Variant, device: Device) -> Iterator[str]:
+        if not self.two_level:
+            limit = f"unless interval is above backward.chunk = {self.backward.chunk}"
+            yield f"backward.scratch must be l2 {limit}, got {self.backward.scratch}"
+        taken = self.scratch_bytes(variant)
+        if taken > device.shared_bytes:
+            yield f"backward.scratch must take at most {device.shared_bytes} bytes of shared memory, got {taken}"

@@ -1,0 +1,66 @@
+"""Schedules as places on axes: what a sampler and statistics see, whatever the family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
+
+from m2gen.schedule import FAMILIES, Family, Schedule, Value
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+Coordinate = Value | Family
+
+
+def _axes() -> dict[str, tuple[Coordinate, ...]]:
+    found: dict[str, dict[Coordinate, None]] = {}
+    for family in reversed(FAMILIES):
+        for name, values in family.AXES.items():
+            found.setdefault(name, {}).update(dict.fromkeys(values))
+    numbers = {name: all(isinstance(value, int) for value in values) for name, values in found.items()}
+    axes = {name: tuple(sorted(values) if numbers[name] else values) for name, values in found.items()}
+    return {**axes, "family": tuple(Family)}
+
+
+AXES: dict[str, tuple[Coordinate, ...]] = _axes()
+"""The knobs of all families, each with all values that any of them searches, and the family itself. What is no knob of
+a family is a constant of it, which is its place on that axis."""
+
+
+def values_of(schedule: Schedule) -> dict[str, Coordinate]:
+    """Return a schedule as a value for each axis."""
+    return {name: attrgetter(name)(schedule) for name in AXES}
+
+
+def place(values: Sequence[Coordinate], value: Coordinate) -> int:
+    """Return where a value is among those of an axis; one between two of them is at the lower."""
+    if value in values:
+        return values.index(value)
+    return sum(isinstance(other, int) and isinstance(value, int) and other < value for other in values) - 1
+
+
+def indices(schedule: Schedule) -> dict[str, int]:
+    """Return a schedule as places on the axes."""
+    return {name: place(AXES[name], value) for name, value in values_of(schedule).items()}
+
+
+def columns(points: Sequence[Schedule]) -> Iterable[list[int]]:
+    """Yield the places of points on each axis: there may be many points."""
+    for name, values in AXES.items():
+        known = {value: index for index, value in enumerate(values)}
+        value_of = attrgetter(name)
+        yield [known[v] if (v := value_of(point)) in known else place(values, v) for point in points]
+
+
+def distributions(axes: Iterable[str] = AXES) -> dict[str, BaseDistribution]:
+    """Return what Optuna is told of axes: that their places are numbers in order."""
+    from optuna.distributions import IntDistribution
+
+    return {name: IntDistribution(0, len(AXES[name]) - 1) for name in axes}
+
+
+def moved(schedule: Schedule, knobs: Mapping[str, Any]) -> Schedule:
+    """Return the schedule of the same family with other values of some of its knobs."""
+    return type(schedule).of({**values_of(schedule), **knobs})
