@@ -14,12 +14,20 @@ from m2gen.schedule import Schedule, default
 from m2gen.spec import Objective
 from m2gen.variant import BuiltVariant, Variant
 
+LONGEST_NAME = 59
+"""Characters of a generated file's name."""
+
 
 def module_name(variant: Variant, schedule: Schedule) -> str:
-    """Name a module of kernels by dims, heads, dtype and family, and by digits for all that is left."""
-    rest = hashlib.sha256(f"{variant.key} {schedule.slug}".encode()).hexdigest()[:8]
+    """Name a module of kernels by dims, heads, dtype and family, and by 12 hex digits of its variant and schedule.
+
+    The module's title says both in full. However long the dims are, the file's name has at most ``LONGEST_NAME``
+    characters: what is cut off stands in the title, and the digits tell modules apart.
+    """
+    digits = hashlib.sha256(f"{variant.key} {schedule.slug}".encode()).hexdigest()[:12]
     dims = f"k{variant.state_expansion}_v{variant.head_dim}_n{variant.total_heads}"
-    return f"{dims}_{variant.dtype}_{schedule.family}_{rest}"
+    said = f"{dims}_{variant.dtype}_{schedule.family}"
+    return f"{said[: LONGEST_NAME - len('_.py') - len(digits)]}_{digits}"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 3
 """Version of the records' format; a line of another version is kept, and not used."""
+OLDER = (1, 2)
+"""Versions whose schedules had layouts in place of a family."""
 LONGEST_LINE = 16384
 """Bytes of a line that may be a record; those that m2gen writes take about two thousand."""
 
@@ -164,7 +166,8 @@ def decode(line: str) -> Record:
     value = _object(line)
     schema, identity = value.pop("schema", None), value.pop("id", None)
     if schema != SCHEMA:
-        raise NotARecord(f"$.schema must be {SCHEMA}, got {str(schema)[:20]!r}")
+        remedy = " (m2gen tune measures again; m2gen db prune --unreadable removes the line)" if schema in OLDER else ""
+        raise NotARecord(f"$.schema must be {SCHEMA}, got {str(schema)[:20]!r}{remedy}")
     record = _parse(json.dumps(value))
     expected, text = _line(record)
     if identity != expected:

@@ -26,7 +26,7 @@ def parse(slug: str) -> Portable | Mma | Wgmma:
         return Wgmma(forward, backward, int(found[3]), Tanh(found[4]))
     found = _TILES.fullmatch(slug)
     if found is None or (found[1] == "portable" and found[10]):
-        raise ScheduleError(f"a schedule must be named as mma_f32x1u4a_b32x1c2as_i16_ptx is, got {slug!r}")
+        raise ScheduleError(f"a schedule must begin with its family, as mma_f32x1u4a_b32x1c2as_i16_ptx, got {slug!r}")
     tile = ForwardTile(int(found[2]), int(found[3]), int(found[4]), _REDUCTIONS[found[5]])
     rows, warps, chunk = (int(number) for number in found.group(6, 7, 8))
     interval, segments, tanh = int(found[11]), int(found[12] or 1), Tanh(found[13])

@@ -76,7 +76,7 @@ def test_status() -> None:
 
 
 WRONG = {
-    "schema": (SCHEMA + 1, r"\$.schema must be 3, got '4'"),
+    "schema": (SCHEMA + 1, r"\$.schema must be 3, got '4'$"),
     "id": ("0" * 12, r"\$.id must be [0-9a-f]{12}, which the content gives, got '0{12}'"),
     "extra": (1, r"\$.id must be|\$ must be canonical"),
     "key.objective": ("fast", r"\$.key.objective must be 'train' or 'infer', got 'fast'"),
@@ -105,6 +105,14 @@ def test_what_is_wrong_with_a_line_is_said(path: str, value: Any, message: str) 
     """A value of the wrong type, out of range, or at odds with another is named with its place."""
     with pytest.raises(NotARecord, match=message):
         decode(changed(path, value))
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_record_of_layouts_is_told_what_to_do(schema: int) -> None:
+    """Of an earlier version, whose kernels are named otherwise, and which no build can use."""
+    remedy = r"\(m2gen tune measures again; m2gen db prune --unreadable removes the line\)"
+    with pytest.raises(NotARecord, match=rf"^\$\.schema must be 3, got '{schema}' {remedy}$"):
+        decode(changed("schema", schema))
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "<<<<<<< HEAD", "{", "[" * 9000, '{"schema": ' + "9" * 9000 + "}"])
