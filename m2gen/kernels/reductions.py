@@ -78,6 +78,11 @@ class Reductions:
         return Sums.MEMORY if part.warps == warps_down(part) else Sums.EACH
 
     @property
+    def y_parts(self) -> int:
+        """Sums of a step's columns that meet in shared memory: of every warp, those of the lanes of eight rows."""
+        return 8 * self.schedule.forward.warps
+
+    @property
     def together(self) -> bool:
         """Whether the steps of a chunk share the sums of gradients, by butterflies: where one warp has a whole tile.
 
