@@ -196,6 +196,16 @@ def test_an_earlier_run_is_shown_as_it_was() -> None:
     assert "tuned    mma, 64/32 rows, 2/1 warps, 7 segments  exact b661837bca60" in text
 
 
+def test_a_run_of_an_earlier_version_is_shown(tmp_path: Path) -> None:
+    """Schedules that are named otherwise by now have the names that they had."""
+    earlier = tmp_path / "earlier.json"
+    text = NUMBERS.read_text(encoding="utf-8").replace("mma_f64x2u8a_b32x1c2as_i16_s7_ptx", "f64x2_ptx_explicit")
+    earlier.write_text(text, encoding="utf-8")
+    shown = run("bench", "--from", str(earlier)).stdout
+    assert "tuned    f64x2_ptx_explicit" in shown
+    assert "mma, 64/32 rows, 2/1 warps " in shown
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

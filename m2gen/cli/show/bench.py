@@ -17,7 +17,7 @@ from m2gen.cli.show.names import implementation_names
 from m2gen.cli.show.report import Display, print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.db import Environment
-from m2gen.errors import UsageError
+from m2gen.errors import ScheduleError, UsageError
 from m2gen.schedule import parse
 from m2gen.variant import BuiltVariant, layer_names, parse_variant
 
@@ -132,8 +132,16 @@ def ms_text(value: float) -> str:
 
 def _schedule_cells(row: Row, usual: str | None, *, verbose: bool) -> tuple[str, ...]:
     """Return what a schedule is, and the knobs in which it differs from the default's."""
-    cells = (row.contender, parse(row.schedule).describe(parse(usual) if usual else None), row.source)
+    cells = (row.contender, _in_words(row.schedule, usual), row.source)
     return (*cells, row.variant, row.schedule) if verbose else cells
+
+
+def _in_words(slug: str, usual: str | None) -> str:
+    """Say what a schedule is; of a run of an earlier m2gen, by the name that it had then."""
+    try:
+        return parse(slug).describe(parse(usual) if usual else None)
+    except ScheduleError:
+        return slug
 
 
 def _limit_tables(rows: Sequence[Row], names: Mapping[str, str]) -> Iterator[Table]:
