@@ -228,7 +228,7 @@ def _writer(root: Path, first: int, last: int, dies: int = 0) -> subprocess.Pope
     """Start a process that adds records; after the first one it dies at its ``dies``-th call of the system, if any."""
     write_export(root.parent / "one.jsonl", [winner()])
     command = [sys.executable, "-c", WRITE, str(root), str(root.parent / "one.jsonl"), *map(str, (first, last, dies))]
-    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests" / "fakes")))
     environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
 

@@ -239,7 +239,7 @@ def test_which_family_is_preferred() -> None:
     assert default(make_variant(64, 128, dtype="bf16"), device).family is Family.PORTABLE
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(any_variant(), st.sampled_from(DEVICES))
 def test_every_familys_default_is_valid_where_it_serves(variant, device) -> None:
     """Its values are among those that are searched, and no family serves what another refuses to name."""
