@@ -15,7 +15,7 @@ from m2gen.cache import key_of
 from m2gen.device import Device
 from m2gen.kernels.demand import demand_of
 from m2gen.kernels.lowering import Direction, Lowering
-from m2gen.schedule import FAMILIES, Part, Reduction, Schedule, Value, default, problems
+from m2gen.schedule import FAMILIES, Family, Part, Reduction, Schedule, Value, default, problems
 from m2gen.schedule.mma import RESIDENT_WARPS
 from m2gen.schedule.tiles import most_warps
 from m2gen.spec import Objective
@@ -98,11 +98,15 @@ MEMORY = "memory over --max-memory"
 class Space:
     """The points of a subject's space in a fixed order, and why the others are none."""
 
-    size: int
-    """Points of the products of the axes of all families that serve the variant."""
+    products: dict[Family, int]
+    """Points of the product of each family's axes, of the families that serve the variant."""
     points: tuple[Schedule, ...]
     pruned: dict[str, int]
     """How many points each reason excludes; a point counts for the first that does."""
+
+    @property
+    def size(self) -> int:
+        return sum(self.products.values())
 
 
 def space_hash() -> str:
@@ -127,17 +131,17 @@ def _axes(subject: Subject, family: type[Schedule]) -> Values:
 @lru_cache(maxsize=1)
 def enumerate_space(subject: Subject) -> Space:
     """Return every point of a subject's space, and how many each constraint excludes."""
-    size, pruned = 0, Counter[str]()
+    products, pruned = dict[Family, int](), Counter[str]()
     points: list[Schedule] = []
     for family in FAMILIES:
         if not family.unsupported(subject.variant, subject.device):
             axes = _axes(subject, family)
-            size += prod(map(len, axes.values()))
+            products[family.family] = prod(map(len, axes.values()))
             _enumerate(subject, family, axes, points, pruned)
     kept = _within_memory(subject, points)
     if len(kept) != len(points):
         pruned[MEMORY] = len(points) - len(kept)
-    return Space(size, kept, dict(pruned))
+    return Space(products, kept, dict(pruned))
 
 
 def _enumerate(

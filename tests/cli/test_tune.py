@@ -62,7 +62,7 @@ def test_a_dry_run_needs_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "one.yaml").write_text(SPEC, encoding="utf-8")
     (size,) = document(*TUNE, "--dry-run", "--target", "sm_90")
-    assert size["points"] + sum(size["pruned"].values()) == size["product"]
+    assert size["points"] + sum(size["pruned"].values()) == size["product"] == sum(size["products"].values())
     assert size["expected_seconds"] >= size["points"]
     text = run(*TUNE, "--dry-run", "--target", "sm_90").output
     assert f"points  {' ' * 57}{size['points']}"[:6] in text

@@ -63,7 +63,7 @@ def show_sizes(sizes: Sequence[Size], names: Mapping[Variant, str], *, as_json: 
 def size_table(size: Size, name: str) -> Table:
     """Return the table of one search's space."""
     space, subject = size.space, size.goal.subject
-    rows: list[tuple[str, int]] = [("product of all axes", space.size)]
+    rows = [(f"product of the axes of {family}", count) for family, count in space.products.items()]
     rows += sorted(((why, -count) for why, count in space.pruned.items()), key=lambda row: row[1])
     rows += [("points", len(space.points)), ("seconds to try all, about", round(size.seconds))]
     title = f"{name}, B{subject.batch} S{subject.seq}, {subject.device.arch}"
@@ -80,6 +80,7 @@ def _size_json(size: Size) -> dict[str, Any]:
         "arch": subject.device.arch,
         "objective": str(subject.objective),
         "product": size.space.size,
+        "products": size.space.products,
         "pruned": size.space.pruned,
         "points": len(size.space.points),
         "expected_seconds": round(size.seconds),
