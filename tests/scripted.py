@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from records import H200, environment
 
-from m2gen.bench.entries import Entry, Found, TimerTask
+from m2gen.bench.entries import Entry, TimerResult, TimerTask
 from m2gen.bench.kinds import Call, Kind, TimerStep
 from m2gen.db import Failure, Reason
 from m2gen.device import TARGETS
@@ -42,19 +42,19 @@ class Script:
     asked: list[TimerTask] = field(default_factory=list)
     draw: random.Random = field(default_factory=lambda: random.Random(0))
 
-    def ask(self, task: TimerTask) -> Found:
+    def ask(self, task: TimerTask) -> TimerResult:
         """Do one step as the script says."""
         self.asked.append(task)
         name = task.entry.implementation.name
         if task.step is TimerStep.ADMIT:
             host = 20.0 if task.entry.implementation.kind.generated else None
-            return Found(extra_bytes=10**9, host_us=host, failure=self.broken.get(name))
+            return TimerResult(extra_bytes=10**9, host_us=host, failure=self.broken.get(name))
         if name in self.breaks:
-            return Found(failure=self.breaks[name])
+            return TimerResult(failure=self.breaks[name])
         middle = self.ms(task.entry) * (1 + self.drift * task.entry.arm)
         forward = tuple(middle * (1 + self.noise * self.draw.uniform(-1, 1)) for _ in range(SAMPLES))
         sequence = task.entry.workload.call is Call.SEQUENCE
-        return Found(forward, tuple(3 * ms for ms in forward) if sequence else ())
+        return TimerResult(forward, tuple(3 * ms for ms in forward) if sequence else ())
 
     def sampled(self) -> list[str]:
         """Return the implementations that were timed, in their order."""

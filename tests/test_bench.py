@@ -70,8 +70,8 @@ def bench(*arguments: str, status: int = 0) -> Any:
 
 
 def rows(found: Any) -> dict[tuple[str, str], Any]:
-    """Return the rows of a document by call and contender."""
-    return {(row["call"], row["contender"]): row for row in found["rows"]}
+    """Return the rows of a document by call and implementation."""
+    return {(row["call"], row["implementation"]): row for row in found["rows"]}
 
 
 def test_everyone_side_by_side(spec: str, script: Script) -> None:
@@ -143,7 +143,7 @@ def test_what_pytorch_cannot_do_fails_no_benchmark(spec: str, script: Script) ->
 def test_only_decode_and_peer(spec: str, script: Script) -> None:
     """Implementations and batches of decoding can be chosen, and peers added; peers decode nothing."""
     found = bench("--only", "default", "--only", "peer", "--peer", "other.kernels:adapter", "--decode", "8")
-    assert [(row["contender"], row["call"], row["batch"]) for row in found["rows"]] == [
+    assert [(row["implementation"], row["call"], row["batch"]) for row in found["rows"]] == [
         ("default", "sequence", 66),
         ("other.kernels:adapter", "sequence", 66),
         ("default", "decode", 8),
@@ -154,7 +154,7 @@ def test_only_decode_and_peer(spec: str, script: Script) -> None:
 
 
 def test_installed_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An entry point is a peer under its name, which cannot be that of a contender of ours."""
+    """An entry point is a peer under its name, which cannot be that of a implementation of ours."""
     from importlib.metadata import EntryPoint
 
     points = [EntryPoint(name, f"{name}:f", peers.GROUP) for name in ("published", "default")]
@@ -248,8 +248,8 @@ def against(path: object, status: int, *more: str) -> Any:
 def test_against_an_earlier_run(spec: str, script: Script) -> None:
     """The same speed passes; each binary is timed beside itself in the same turns, and loops are not timed."""
     found = against(recorded(script), 0)
-    assert len(found) == 2 * (2 + 2), "two contenders: forward and both of the workload, a token on either state"
-    assert {c["place"]["contender"] for c in found} == {"default", "tuned"}
+    assert len(found) == 2 * (2 + 2), "two implementations: forward and both of the workload, a token on either state"
+    assert {c["place"]["implementation"] for c in found} == {"default", "tuned"}
     assert all(0.01 <= c["noise"] < 0.02 for c in found)
     arms = [task.entry.arm for task in script.asked]
     assert arms.count(0) == arms.count(1)
@@ -282,7 +282,7 @@ def test_kernels_that_fail_now_are_a_regression(spec: str, script: Script) -> No
     recorded(script)
     script.broken = {"tuned": WRONG}
     found = against("before.json", 1)
-    assert {c["place"]["contender"] for c in found if c["slower"]} == {"tuned"}
+    assert {c["place"]["implementation"] for c in found if c["slower"]} == {"tuned"}
     assert all(WRONG.message in c["failure"] for c in found if c["slower"])
 
 
@@ -291,7 +291,7 @@ def test_losing_a_record_is_a_regression(spec: str, script: Script) -> None:
     recorded(script)
     found = document("bench", "--spec", spec, "--no-db", "--quiet", "--against", "before.json", status=1)
     slower = [c for c in found["comparisons"] if c["slower"]]
-    assert {c["place"]["contender"] for c in slower} == {"tuned"}
+    assert {c["place"]["implementation"] for c in slower} == {"tuned"}
     assert slower[0]["change"] == pytest.approx(1.0, abs=0.02)
 
 
@@ -309,7 +309,7 @@ def test_against_a_database(spec: str, script: Script) -> None:
 
     script.ms = ms
     found = bench("--against", "db")["comparisons"]
-    assert [(c["place"]["contender"], c["place"]["what"]) for c in found] == [
+    assert [(c["place"]["implementation"], c["place"]["what"]) for c in found] == [
         ("default", "forward+backward"),
         ("tuned", "forward+backward"),
     ]
@@ -397,7 +397,7 @@ def test_a_sweep(spec: str, script: Script) -> None:
     """The table over S and its lines, whose slope is the script's; only kernels are timed."""
     swept = bench("--sweep", "seq")["sweeps"][0]
     assert [point["x"] for point in swept["points"]] == [128 << i for i in range(8)]
-    lines = {(line["contender"], line["what"]): line for line in swept["lines"]}
+    lines = {(line["implementation"], line["what"]): line for line in swept["lines"]}
     assert set(lines) == {(name, what) for name in ("default", "tuned") for what in ("forward", "forward+backward")}
     assert lines["default", "forward"]["slope_ms"] == pytest.approx(0.01 * 66, rel=2e-3)
     assert lines["tuned", "forward+backward"]["worst"] < 5e-3

@@ -41,7 +41,7 @@ def edited(tmp_path: Path) -> Callable[[Callable[[list[Any]], list[Any]]], Path]
 
 
 def medians() -> dict[tuple[str, str, int], dict[str, list[float]]]:
-    """Return the times of the committed file by workload and contender, read without m2gen's reader."""
+    """Return the times of the committed file by workload and implementation, read without m2gen's reader."""
     found: dict[tuple[str, str, int], dict[str, list[float]]] = {}
     for row in json.loads(NUMBERS.read_text(encoding="utf-8"))["rows"]:
         where = (row["layer"], f"{row['batch']} × {row['seq']} tokens", row["seq"])
@@ -215,10 +215,10 @@ def test_what_cannot_be_shown(options: tuple[str, ...], message: str) -> None:
 
 def sweeps() -> sweep.SweepDocument:
     """Return a sweep whose times are those of the committed run."""
-    book = load(NUMBERS)
-    rows = [row for row in book.rows if row.layer == "m2rnn_7b" and row.seq == 4096]
+    document = load(NUMBERS)
+    rows = [row for row in document.rows if row.layer == "m2rnn_7b" and row.seq == 4096]
     points = tuple(sweep.CurvePoint(x, True, tuple(rows)) for x in (128, 256, 512))
-    return sweep.SweepDocument(book.environment, (sweep.Sweep(Axis.SEQ, "m2rnn_7b", points),))
+    return sweep.SweepDocument(document.environment, (sweep.Sweep(Axis.SEQ, "m2rnn_7b", points),))
 
 
 def test_sweeps_of_an_earlier_run(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from m2gen.pipeline.tune import Goal
 from m2gen.schedule import Layouts, parse
 from m2gen.schedule.words import full_words, schedule_words
 from m2gen.spec import Objective, TanhMode
-from m2gen.tune.log import Outcome, Standing
+from m2gen.tune.log import Outcome, SearchProgress
 from m2gen.tune.select import Selection
 from m2gen.tune.space import Subject
 from m2gen.tune.trial import Samples, Trial
@@ -139,7 +139,7 @@ def test_the_bar_of_a_search() -> None:
     console = Console(width=WIDTH, file=io.StringIO(), force_terminal=True)
     progress = watcher.bar(console)
     best = Trial(make_schedule(), "search", samples=Samples((123.4,), (123.4,), 0))
-    text = watcher.standing_text(Standing(1000, 2000, best, 1234.5, {"launch": 100, "memory": 100}, 3599))
+    text = watcher.progress_text(SearchProgress(1000, 2000, best, 1234.5, {"launch": 100, "memory": 100}, 3599))
     progress.add_task(text, completed=1000, total=2000, stage="m2rnn_410m bf16 B8 S4096, 10 of 12")
     with console.capture() as capture:
         console.print(progress.get_renderable())
@@ -153,7 +153,7 @@ def test_benchmarks() -> None:
     """The committed run beside its peer, and the same with decoding and every kind of schedule."""
     check(bench.bench_tables(RUN, verbose=False))
     kinds = ("default", "auto", "compiled")
-    rows = [replace(row, contender=name) for row in RUN.rows if row.schedule for name in kinds]
+    rows = [replace(row, implementation=name) for row in RUN.rows if row.schedule for name in kinds]
     rows += [replace(row, failure="wrong: dq of plain must be within 1.00e-03, got 2.00e-01") for row in RUN.rows]
     check(bench.bench_tables(Document(RUN.environment, (*RUN.rows, *rows)), verbose=False))
 
@@ -162,7 +162,7 @@ def test_sweeps() -> None:
     """Five implementations along an axis."""
     row = next(row for row in RUN.rows if row.schedule)
     names = ("default", "auto", "tuned", "published", "another_kernel")
-    rows = {x: tuple(replace(row, contender=n, seq=x) for n in names) for x in (1, 2, 16384)}
+    rows = {x: tuple(replace(row, implementation=n, seq=x) for n in names) for x in (1, 2, 16384)}
     points = tuple(sweep.CurvePoint(x, True, found) for x, found in rows.items())
     check(sweep.sweep_tables(sweep.Sweep(sweep.Axis.SEQ, "m2rnn_410m", points)))
 

@@ -24,7 +24,7 @@ from m2gen.schedule import Schedule, parse
 from m2gen.schedule.heuristic import default
 from m2gen.spec import Objective
 from m2gen.tune.final import FEWEST_ROUNDS, FINALISTS
-from m2gen.tune.log import Limits, Standing
+from m2gen.tune.log import Limits, SearchProgress
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 from m2gen.variant import parse_variant
@@ -61,13 +61,13 @@ class Silent:
 
     def __init__(self) -> None:
         self.trials: list[Trial] = []
-        self.standings: list[Standing] = []
+        self.seen: list[SearchProgress] = []
 
     def stage(self, text: str) -> None: ...
 
-    def trial(self, trial: Trial, standing: Standing) -> None:
+    def trial(self, trial: Trial, progress: SearchProgress) -> None:
         self.trials.append(trial)
-        self.standings.append(standing)
+        self.seen.append(progress)
 
     def details(self, text: str) -> None: ...
 
@@ -257,8 +257,8 @@ def test_an_interrupt_keeps_the_best_so_far(spec: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
 
     class Impatient(Silent):
-        def trial(self, trial: Trial, standing: Standing) -> None:
-            super().trial(trial, standing)
+        def trial(self, trial: Trial, progress: SearchProgress) -> None:
+            super().trial(trial, progress)
             if len(self.trials) >= 12:  # once more where a finaliser, of which Python ignores errors, had swallowed it
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -389,16 +389,16 @@ def test_inference_tunes_the_forward_alone(spec: Path) -> None:
 
 
 def test_progress_tells_what_is_left(spec: Path) -> None:
-    """Standings count trials, name the best and the failures by kind, and the time that is left falls."""
+    """Progress counts trials, names the best and the failures by kind, and the time that is left falls."""
     simulated.script(spec.parent / "script.json", wrong=[NEIGHBOUR])
     watcher = Silent()
     search(spec, watcher=watcher)
-    last = watcher.standings[-1]
+    last = watcher.seen[-1]
     assert last.done == 24 == last.most
     assert last.failures == {"wrong": 1}
     assert last.best is not None
     assert last.default_ms == pytest.approx(3.75, rel=0.01)
-    left = [standing.seconds_left for standing in watcher.standings]
+    left = [progress.seconds_left for progress in watcher.seen]
     assert left == sorted(left, reverse=True)
 
 

@@ -23,14 +23,14 @@ SAMPLES = {"forward": "forward_ms", "forward+backward": "step_ms"}
 
 
 @dataclass(frozen=True)
-class Place:
+class TimedCall:
     """What a recorded time is of."""
 
     variant: str
     call: Call
     batch: int
     seq: int
-    contender: str
+    implementation: str
     """``default`` or ``tuned``."""
     what: str
     """A key of ``SAMPLES``."""
@@ -41,7 +41,7 @@ class Baseline:
     """Times of an earlier run on one device, and the toolchains that they were measured with."""
 
     device: str
-    times: Mapping[Place, Estimate]
+    times: Mapping[TimedCall, Estimate]
     toolchains: tuple[str, ...] = ()
 
     def has(self, workload: BenchWorkload) -> bool:
@@ -55,7 +55,7 @@ class Comparison:
     """One time then and now."""
 
     layer: str
-    place: Place
+    place: TimedCall
     before: Estimate
     now: Estimate | None
     noise: float
@@ -83,11 +83,11 @@ def baseline(path: Path, here: Environment) -> Baseline:
     read = load(path)
     if read.environment.device != here.device:
         raise UsageError(f"--against {path} must be of {here.device}, got one of {read.environment.device}")
-    times: dict[Place, Estimate] = {}
+    times: dict[TimedCall, Estimate] = {}
     for row in read.rows:
         for what, found in (("forward", row.forward), ("forward+backward", row.step)):
-            if found is not None and row.contender in ("default", "tuned") and not row.failure:
-                place = Place(row.variant, row.call, row.batch, row.seq, row.contender, what)
+            if found is not None and row.implementation in ("default", "tuned") and not row.failure:
+                place = TimedCall(row.variant, row.call, row.batch, row.seq, row.implementation, what)
                 times.setdefault(place, found.estimate)
     return Baseline(here.device, times, (_toolchain(read.environment),))
 
@@ -97,7 +97,7 @@ def _toolchain(environment: Environment) -> str:
 
 
 def _of_database(database: Database, here: Environment) -> Baseline:
-    times: dict[Place, Estimate] = {}
+    times: dict[TimedCall, Estimate] = {}
     toolchains: dict[str, None] = {}
     for record in database.contents().records:
         sizes, timing, environment = record.problem, record.timing, record.environment
@@ -105,9 +105,9 @@ def _of_database(database: Database, here: Environment) -> Baseline:
             continue
         # a search for inference times what a forward without gradients takes
         what = "forward" if record.key.objective is Objective.INFER else "forward+backward"
-        place = Place(record.key.variant, Call.SEQUENCE, sizes.batch, sizes.seq, "tuned", what)
+        place = TimedCall(record.key.variant, Call.SEQUENCE, sizes.batch, sizes.seq, "tuned", what)
         times[place] = timing.tuned
-        times[replace(place, contender="default")] = timing.default
+        times[replace(place, implementation="default")] = timing.default
         toolchains[_toolchain(environment)] = None
     if not times:
         raise UsageError(f"--against {database.root} must have records of {here.device}, got none")
@@ -127,13 +127,13 @@ def compare(results: Sequence[Result], before: Baseline, seed: int = 0) -> list[
     for name in ("default", "tuned"):
         arms = by_name.get(name) or by_name.get("default", [])
         for what in SAMPLES:
-            place = Place(workload.variant.key, workload.call, workload.batch, workload.seq, name, what)
+            place = TimedCall(workload.variant.key, workload.call, workload.batch, workload.seq, name, what)
             if arms and place in before.times:
                 found.append(_comparison(arms, place, before.times[place], seed))
     return found
 
 
-def _comparison(arms: Sequence[Result], place: Place, before: Estimate, seed: int) -> Comparison:
+def _comparison(arms: Sequence[Result], place: TimedCall, before: Estimate, seed: int) -> Comparison:
     layer = arms[0].entry.workload.layer
     failures = [str(arm.failure) for arm in arms if arm.failure]
     if failures:

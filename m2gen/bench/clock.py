@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2gen.bench.entries import BenchWorkload, Entry, Found
+from m2gen.bench.entries import BenchWorkload, Entry, TimerResult
 from m2gen.bench.operators import Stepper, sequence_operator, stepper
 from m2gen.measure.clock import Clock, Replay, aside, peak_bytes
 from m2gen.problem import Inputs, Problem, make_inputs
@@ -45,10 +45,10 @@ def captured(entry: Entry, device: torch.device) -> Clock:
     return Clock(training.captured(), extra_bytes)
 
 
-def sampled(clock: Clock) -> Found:
+def sampled(clock: Clock) -> TimerResult:
     """Sample an entry for one round."""
     calls = clock.sample(FEWEST, MOST)
-    return Found(tuple(call[0] for call in calls), tuple(call[1] + call[2] for call in calls if call[1:]))
+    return TimerResult(tuple(call[0] for call in calls), tuple(call[1] + call[2] for call in calls if call[1:]))
 
 
 class _Training:

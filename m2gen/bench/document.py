@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from m2gen import __version__
 from m2gen.bench.kinds import Call
 from m2gen.bench.side_by_side import Result, Times
-from m2gen.db import Environment, worded
+from m2gen.db import Environment, message_of
 from m2gen.errors import UsageError
 
 SCHEMA = 1
@@ -23,7 +23,7 @@ _Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation, a contender in documents, on one workload."""
+    """One implementation, a implementation in documents, on one workload."""
 
     layer: str
     variant: str
@@ -32,7 +32,7 @@ class Row:
     seq: _Count
     steps: _Count
     """Of each timed call: fewer than ``seq`` for loops of PyTorch."""
-    contender: str
+    implementation: str
     schedule: str
     """Slug; empty where the implementation is not generated."""
     source: str
@@ -59,7 +59,7 @@ class Document:
 def row_of(result: Result) -> Row:
     """Return a result as a row."""
     entry, found = result.entry, result.found
-    workload, contender = entry.workload, entry.implementation
+    workload, implementation = entry.workload, entry.implementation
     return Row(
         workload.layer,
         workload.variant.key,
@@ -67,9 +67,9 @@ def row_of(result: Result) -> Row:
         workload.batch,
         workload.seq,
         entry.steps,
-        contender.name,
-        contender.schedule.slug if contender.kind.generated else "",
-        contender.source,
+        implementation.name,
+        implementation.schedule.slug if implementation.kind.generated else "",
+        implementation.source,
         result.forward,
         result.step,
         found.extra_bytes,
@@ -84,7 +84,7 @@ def speed_ups(rows: Sequence[Row]) -> list[float | None]:
 
     None where either of the two has no time: it failed the check, say, or is not there.
     """
-    base = {_place(row): row for row in rows if row.contender == "default" and not row.failure}
+    base = {_place(row): row for row in rows if row.implementation == "default" and not row.failure}
     return [_speed_up(row, base.get(_place(row))) for row in rows]
 
 
@@ -120,7 +120,7 @@ def load(path: Path) -> Document:
     try:
         return _adapter().validate_python(json.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        raise UsageError(f"{path}: {worded(error.errors()[0])}") from error
+        raise UsageError(f"{path}: {message_of(error.errors()[0])}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: $ must be what `m2gen bench --json` prints ({error})") from error
     except OSError as error:

@@ -83,7 +83,7 @@ class TimerTask:
 
 
 @dataclass(frozen=True)
-class Found:
+class TimerResult:
     """What a timer found: times of single calls in milliseconds, or why there are none."""
 
     forward_ms: tuple[float, ...] = ()
@@ -96,8 +96,8 @@ class Found:
     """What a forward without gradients takes of the host; of generated operators alone."""
     failure: Failure | None = None
 
-    def __add__(self, other: Found) -> Found:
-        return Found(
+    def __add__(self, other: TimerResult) -> TimerResult:
+        return TimerResult(
             self.forward_ms + other.forward_ms,
             self.step_ms + other.step_ms,
             max(self.extra_bytes, other.extra_bytes),
@@ -109,7 +109,7 @@ class Found:
 class Timer(Protocol):
     """Whoever holds implementations against the oracle and times them: a GPU, or in tests a script."""
 
-    def ask(self, task: TimerTask) -> Found: ...
+    def ask(self, task: TimerTask) -> TimerResult: ...
 
 
 @dataclass(frozen=True)

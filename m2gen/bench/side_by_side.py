@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from m2gen.bench.entries import BenchContext, BenchWorkload, Entry, Found, Implementation, TimerTask
+from m2gen.bench.entries import BenchContext, BenchWorkload, Entry, TimerResult, Implementation, TimerTask
 from m2gen.bench.kinds import TimerStep
 from m2gen.db import Estimate, Failure
 from m2gen.device import Device
@@ -48,7 +48,7 @@ class Result:
     """What became of one implementation on one workload."""
 
     entry: Entry
-    found: Found
+    found: TimerResult
     forward: Times | None = None
     step: Times | None = None
     """Forward and backward."""
@@ -73,7 +73,7 @@ def side_by_side(
     entries = [Entry(workload, implementation, arm) for implementation in implementations for arm in range(arms)]
     found = {entry: context.timer.ask(TimerTask(entry, TimerStep.ADMIT)) for entry in entries}
 
-    def sample(entry: Entry) -> Found | None:
+    def sample(entry: Entry) -> TimerResult | None:
         now = context.timer.ask(TimerTask(entry, TimerStep.SAMPLE))
         if now.failure is None:
             return now
@@ -86,7 +86,7 @@ def side_by_side(
     return [_result(entry, found[entry], context.device, seed) for entry in entries]
 
 
-def _result(entry: Entry, found: Found, device: Device, seed: int) -> Result:
+def _result(entry: Entry, found: TimerResult, device: Device, seed: int) -> Result:
     if found.failure is not None:
         return Result(entry, found)
 

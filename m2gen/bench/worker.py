@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from m2gen.bench.entries import Found, TimerTask
+from m2gen.bench.entries import TimerResult, TimerTask
 from m2gen.bench.kinds import TimerStep
 from m2gen.db import Failure, Reason
 from m2gen.measure.gpu import Captures, gpu_service, raised, torch_device
@@ -19,19 +19,19 @@ _CLOCKS: Captures[Clock] = Captures()
 """Captured entries of one workload."""
 
 
-def serve(task: TimerTask) -> Found:
+def serve(task: TimerTask) -> TimerResult:
     """Do one step; whatever is raised is the implementation's failure."""
     from m2gen.bench.operators import CannotServe
 
     try:
         return _serve(task)
     except (CannotServe, ImportError) as error:
-        return Found(failure=Failure.of(Reason.LAUNCH, str(error)))
+        return TimerResult(failure=Failure.of(Reason.LAUNCH, str(error)))
     except Exception as error:  # of a compiler, a driver, a kernel or a peer
-        return Found(failure=raised(error))
+        return TimerResult(failure=raised(error))
 
 
-def _serve(task: TimerTask) -> Found:
+def _serve(task: TimerTask) -> TimerResult:
     import torch
 
     from m2gen.bench.check import failure_of
@@ -42,12 +42,12 @@ def _serve(task: TimerTask) -> Found:
     if task.step is TimerStep.ADMIT:
         failure = failure_of(entry, device)
         if failure is not None:
-            return Found(failure=failure)
+            return TimerResult(failure=failure)
         torch.cuda.empty_cache()
     clock = _CLOCKS.get(entry, lambda: captured(entry, device))
     if task.step is TimerStep.SAMPLE:
         return sampled(clock)
-    return Found(extra_bytes=clock.extra_bytes, host_us=host_us(entry, device))
+    return TimerResult(extra_bytes=clock.extra_bytes, host_us=host_us(entry, device))
 
 
-GPU = gpu_service(serve, SECONDS, lambda failure: Found(failure=failure))
+GPU = gpu_service(serve, SECONDS, lambda failure: TimerResult(failure=failure))

@@ -18,7 +18,7 @@ from m2gen.db.fields import (
 from m2gen.db.files import Contents, Fault, slug
 from m2gen.db.lookup import Query, Rejection, Served, Tier, look_up, usual_device
 from m2gen.db.rank import failures, flag, is_default, preference, slot, stale, verdict
-from m2gen.db.record import SCHEMA, NotARecord, Record, decode, encode, worded
+from m2gen.db.record import SCHEMA, NotARecord, Record, decode, encode, message_of
 
 __all__ = [
     "POLICY",
@@ -51,6 +51,7 @@ __all__ = [
     "is_default",
     "look_up",
     "merged",
+    "message_of",
     "preference",
     "read_export",
     "read_other",
@@ -59,6 +60,5 @@ __all__ = [
     "stale",
     "usual_device",
     "verdict",
-    "worded",
     "write_export",
 ]

@@ -64,7 +64,7 @@ def this_bench_context(command: str) -> Iterator[BenchContext]:
 
 
 @dataclass(frozen=True)
-class _Field:
+class _Implementations:
     """Everyone who can take part: packages by the plans that they come from, and peers."""
 
     plans: dict[Kind, Plan]
@@ -103,11 +103,11 @@ class _Field:
             progress.finish()
 
 
-def _field(planned: Plan, context: BenchContext, request: BenchRequest) -> _Field:
+def _implementations(planned: Plan, context: BenchContext, request: BenchRequest) -> _Implementations:
     plans = {Kind.DEFAULT: planned.without_records(), Kind.AUTO: planned.in_auto_layouts(), Kind.TUNED: planned}
     asked = {kind: plan for kind, plan in plans.items() if kind in (Kind.DEFAULT, *request.kinds)}
     folders = {kind: materialise(f"packages/{plan.origin.name}", render(plan).files) for kind, plan in asked.items()}
-    return _Field(asked, context, request, folders)
+    return _Implementations(asked, context, request, folders)
 
 
 def workloads(planned: Plan, request: BenchRequest) -> list[BenchWorkload]:
@@ -138,7 +138,7 @@ def bench(
 ) -> Iterator[tuple[Result, ...]]:
     """Yield the results of each workload as they are known."""
     jobs = [(workload.name, workload) for workload in workloads(planned, request)]
-    yield from _field(planned, context, request).timed(jobs, progress)
+    yield from _implementations(planned, context, request).timed(jobs, progress)
 
 
 def sweep(
@@ -159,10 +159,10 @@ def sweep(
     built = [BuiltVariant(variant, (base.layer,)) for variant in dict.fromkeys(p.workload.variant for p in every)]
     grown = replace(planned, choices=_choices(planned, built, relevant(records, built)))
     kinds = tuple(kind for kind in request.kinds if kind.most_steps is None)
-    field = _field(grown, context, replace(request, kinds=kinds))
+    timed = _implementations(grown, context, replace(request, kinds=kinds))
     jobs = [(f"{axis} {point.x}", point.workload) for point in every]
     found = Swept(axis, base.layer, ())
-    for point, results in zip(every, field.timed(jobs, progress, f"sweep {axis}"), strict=True):
+    for point, results in zip(every, timed.results(jobs, progress, f"sweep {axis}"), strict=True):
         found = replace(found, at=(*found.at, (point, results)))
         yield found
 
@@ -183,6 +183,6 @@ def regressions(
     jobs = [(workload.name, workload) for workload in workloads(planned, request) if before.has(workload)]
     if not jobs:
         raise UsageError("--against must have times of the spec's workloads, got none")
-    field = _field(planned, context, replace(request, kinds=(Kind.DEFAULT, Kind.TUNED)))
-    for results in field.timed(jobs, progress, arms=2):
+    timed = _implementations(planned, context, replace(request, kinds=(Kind.DEFAULT, Kind.TUNED)))
+    for results in timed.results(jobs, progress, arms=2):
         yield from compare(results, before, request.seed)

@@ -1,4 +1,4 @@
-"""YAML specs: what a user asks for, read once, checked as a whole, and frozen."""
+"""YAML specs: read once, checked as a whole, and frozen."""
 
 from m2gen.spec.fields import (
     KNOWN_TARGETS,

@@ -47,7 +47,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Standing:
+class SearchProgress:
     """How far a search is."""
 
     done: int
@@ -62,7 +62,7 @@ class Watcher(Protocol):
     """Whoever shows a search."""
 
     def stage(self, text: str) -> None: ...
-    def trial(self, trial: Trial, standing: Standing) -> None: ...
+    def trial(self, trial: Trial, progress: SearchProgress) -> None: ...
     def details(self, text: str) -> None: ...
 
 
@@ -109,7 +109,7 @@ class TrialLog:
         self.trials[trial.schedule] = trial
         if fits(self.subject, trial.schedule):
             self._fitting.add(trial.schedule)
-        self.watcher.trial(trial, self.standing())
+        self.watcher.trial(trial, self.progress())
 
     def amend(self, trial: Trial, found: Measurement) -> Trial:
         """Take in what the final found of a trial, and keep it on disk where it failed after all."""
@@ -126,7 +126,7 @@ class TrialLog:
         if found.failure is not None:
             self.watcher.details(found.details)
             self.ledger.record(amended)
-            self.watcher.trial(amended, self.standing())
+            self.watcher.trial(amended, self.progress())
         return amended
 
     @property
@@ -163,10 +163,10 @@ class TrialLog:
     def best_ms(self) -> float | None:
         return next((trial.median_ms for trial in self.passed), None)
 
-    def standing(self) -> Standing:
+    def progress(self) -> SearchProgress:
         """Return how far the search is."""
         failures = Counter(str(trial.failure.reason) for trial in self.trials.values() if trial.failure)
-        return Standing(
+        return SearchProgress(
             len(self.trials),
             self.most,
             next(iter(self.passed), None),

@@ -11,7 +11,7 @@ from itertools import chain
 from m2gen.errors import TuneError
 from m2gen.measure.workers import finished
 from m2gen.schedule import Schedule
-from m2gen.tune.final import FINALISTS, hold_final
+from m2gen.tune.final import FINALISTS, run_final
 from m2gen.tune.log import Outcome, TrialLog
 from m2gen.tune.search import EVERY, SEARCHED, Proposal, Proposer
 from m2gen.tune.select import select
@@ -57,7 +57,7 @@ class Search:
             for trial in (*known, *self._log.ledger.trials()):
                 self._learn(None, trial)
             self._screen()
-            finals = hold_final(self._log, self._ask_gpu, seed)
+            finals = run_final(self._log, self._ask_gpu, seed)
         except KeyboardInterrupt:
             interrupted = True
         finally:

@@ -1,7 +1,7 @@
-"""Every output and gradient of a generated package against the float64 reference, within derived budgets.
+"""Check every output and gradient of a generated package against the float64 reference, within derived budgets.
 
-``oracle`` says what a problem's exact results are and how far off each may be; ``judge`` holds results against it, as
-often as there are candidates. ``cases`` lists what a variant is put through, and ``run_case`` does one of them.
+``oracle`` gives a problem's exact results and their budgets; ``judge`` compares any number of candidates with them.
+``cases`` lists the cases of a variant, and ``run_case`` runs one.
 """
 
 from m2gen.problem import Gates, Weights, make_inputs

@@ -1,4 +1,4 @@
-"""Run one case: whatever happens in it ends up in its report."""
+"""Run one case and report whatever happens in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST_MESSAGE = 400
 
 
 def run_case(package: GeneratedPackage, variant: Variant, case: Case, seed: int, device: torch.device) -> CaseReport:
-    """Run one case of an imported package and judge what it gives; an exception is a failed case."""
+    """Run one case of an imported package and judge its results; an exception makes it a failed case."""
     start = time.monotonic()
     results: tuple[TensorResult, ...] = ()
     failure = ""

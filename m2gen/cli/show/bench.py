@@ -28,12 +28,12 @@ MORE_COLUMNS = ("variant", "slug")
 """What --verbose adds to schedules."""
 LIMIT_COLUMNS = ("kernels", "call", "ms", "µs/step", "floor ms")
 AGAINST_COLUMNS = ("kernels", "call", "then ms", "now ms", "change", "noise", "verdict")
-Place = tuple[str, str, Call, int, int]
+WorkloadKey = tuple[str, str, Call, int, int]
 """Layer, variant, call, batch and length of a workload."""
 CALLS = {"forward": "forward", "forward+backward": "both"}
 """Names of calls in tables, by those in documents."""
 LOOPS = tuple(str(kind) for kind in Kind if kind.most_steps is not None)
-"""Contenders that are loops of PyTorch, thousands of times off any floor."""
+"""Implementations that are loops of PyTorch, thousands of times off any floor."""
 
 
 def run_bench(
@@ -57,7 +57,7 @@ def run_bench(
 
 
 def show_bench(document: Document, display: Display) -> None:
-    """Print the times of every contender, and how near they are to the GPU's limits."""
+    """Print the times of every implementation, and how near they are to the GPU's limits."""
     if display.as_json:
         print_json(dump(document))
     else:
@@ -66,30 +66,30 @@ def show_bench(document: Document, display: Display) -> None:
 
 def bench_tables(document: Document, *, verbose: bool) -> Iterator[Table]:
     """Yield the tables of a run; in each, the rows of a workload have it as their heading."""
-    names = implementation_names(row.contender for row in document.rows)
+    names = implementation_names(row.implementation for row in document.rows)
     passed = [pair for pair in zip(document.rows, speed_ups(document.rows), strict=True) if not pair[0].failure]
-    times = sections((place(row), _time_cells(row, names[row.contender], speed)) for row, speed in passed)
+    times = sections((place(row), _time_cells(row, names[row.implementation], speed)) for row, speed in passed)
     notes = ["both: forward and backward; 95 %: how far the interval that holds the median reaches; L2 cold"]
     notes += ["speed-up: default = 1, by time a step"] if any(speed for _, speed in passed) else []
     yield Table(f"Medians on {document.environment.device}", TIME_COLUMNS, times, notes)
     if generated := [row for row in document.rows if row.schedule]:
         columns = (*SCHEDULE_COLUMNS, *MORE_COLUMNS) if verbose else SCHEDULE_COLUMNS
-        usual = {place(row): row.schedule for row in generated if row.contender == Kind.DEFAULT}
+        usual = {place(row): row.schedule for row in generated if row.implementation == Kind.DEFAULT}
         cells = (_schedule_cells(row, usual.get(place(row)), verbose=verbose) for row in generated)
         rows = sections(zip(map(place, generated), cells, strict=True))
         yield Table("Schedules", columns, rows)
-    yield from _limit_tables([row for row, _ in passed if row.contender not in LOOPS], names)
+    yield from _limit_tables([row for row, _ in passed if row.implementation not in LOOPS], names)
     if failed := [row for row in document.rows if row.failure]:
-        rows = sections((place(row), (names[row.contender], row.failure)) for row in failed)
+        rows = sections((place(row), (names[row.implementation], row.failure)) for row in failed)
         yield Table("Failed", ("kernels", "why"), rows)
 
 
-def place(row: Row) -> Place:
+def place(row: Row) -> WorkloadKey:
     """Return what rows of one workload share."""
     return (row.layer, row.variant, row.call, row.batch, row.seq)
 
 
-def workload_names(places: Iterable[Place]) -> dict[Place, str]:
+def workload_names(places: Iterable[WorkloadKey]) -> dict[WorkloadKey, str]:
     """Return the names of workloads: layer and dtype, then the size."""
     found = list(dict.fromkeys(places))
     named: dict[tuple[str, str], str] = {}
@@ -100,7 +100,7 @@ def workload_names(places: Iterable[Place]) -> dict[Place, str]:
     return {where: f"{named[where[:2]]}, {sized(*where[2:])}" for where in found}
 
 
-def sections(rows: Iterable[tuple[Place, Sequence[Any]]]) -> list[Any]:
+def sections(rows: Iterable[tuple[WorkloadKey, Sequence[Any]]]) -> list[Any]:
     """Return rows below the names of their workloads."""
     placed = list(rows)
     names = workload_names(where for where, _ in placed)
@@ -133,7 +133,7 @@ def ms_text(value: float) -> str:
 
 def _schedule_cells(row: Row, usual: str | None, *, verbose: bool) -> tuple[str, ...]:
     """Return what a schedule is, and the knobs in which it differs from the default's."""
-    cells = (row.contender, full_words(parse(row.schedule), parse(usual) if usual else None), row.source)
+    cells = (row.implementation, full_words(parse(row.schedule), parse(usual) if usual else None), row.source)
     return (*cells, row.variant, row.schedule) if verbose else cells
 
 
@@ -147,7 +147,7 @@ def _limit_tables(rows: Sequence[Row], names: Mapping[str, str]) -> Iterator[Tab
     ]
     if found:
         columns = (*LIMIT_COLUMNS, *map(_short, found[0][2].floors_ms))
-        cells = sections((place(row), _limit_cells(row, names[row.contender], call, t)) for row, call, t in found)
+        cells = sections((place(row), _limit_cells(row, names[row.implementation], call, t)) for row, call, t in found)
         note = "Each limit alone would make the call take its part of the time; floor: the largest of them"
         yield Table("Achieved parts of the GPU's limits", columns, cells, [note])
 
@@ -180,7 +180,7 @@ def run_against(found: Iterable[Comparison], before: Baseline, here: Environment
     return 1 if slower else 0
 
 
-def _place(c: Comparison) -> Place:
+def _place(c: Comparison) -> WorkloadKey:
     return (c.layer, c.place.variant, c.place.call, c.place.batch, c.place.seq)
 
 
@@ -189,7 +189,7 @@ def _against_cells(c: Comparison) -> tuple[Any, ...]:
     change = "" if c.change is None else f"{c.change:+.1%}"
     verdict = c.failure or ("SLOWER" if c.slower else "faster" if _faster(c) else "same")
     call = "step" if c.place.call.decodes else CALLS[c.place.what]
-    return (c.place.contender, call, ms_text(c.before.median_ms), now, change, f"{c.noise:.1%}", verdict)
+    return (c.place.implementation, call, ms_text(c.before.median_ms), now, change, f"{c.noise:.1%}", verdict)
 
 
 def _faster(c: Comparison) -> bool:

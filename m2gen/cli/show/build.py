@@ -6,7 +6,6 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 from m2gen import __version__
@@ -18,6 +17,7 @@ from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE, TARGETS, detect
 from m2gen.errors import listed
 from m2gen.kernels.render import templates_dir
+from m2gen.measure.context import installed
 from m2gen.pipeline import BuildOutcome, CheckRow, Plan, shipped_database, shipped_specs, state
 from m2gen.schedule.words import schedule_words
 from m2gen.variant import BuiltVariant
@@ -164,18 +164,11 @@ def _variant_json(built: BuiltVariant) -> dict[str, Any]:
     }
 
 
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "missing"
-
-
 def show_info(*, as_json: bool) -> None:
     """Print what m2gen runs on and with, and what is missing."""
     device = detect()
     packages = ("torch", "triton", "jinja2", "optuna", "pyyaml", "rich", "pydantic", "typer")
-    versions = {"m2gen": __version__, "python": platform.python_version(), **{p: _version_of(p) for p in packages}}
+    versions = {"m2gen": __version__, "python": platform.python_version(), **{p: installed(p) or "missing" for p in packages}}
     folders = {
         "specs": shipped_specs(),
         "templates": templates_dir(),

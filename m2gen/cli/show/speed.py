@@ -11,7 +11,7 @@ from typing import Any
 from m2gen.bench.document import Document, Row
 from m2gen.bench.kinds import Kind
 from m2gen.bench.side_by_side import Times
-from m2gen.cli.show.bench import Place, place, workload_names
+from m2gen.cli.show.bench import WorkloadKey, place, workload_names
 from m2gen.cli.show.figure import THEMES, Style, Theme, new_figure, write_figure
 from m2gen.cli.show.names import implementation_names
 from m2gen.errors import UsageError
@@ -48,11 +48,11 @@ def speed_groups(document: Document) -> list[Group]:
     peers, or if there are none with the default. Raises UsageError where there is no such workload; names on standard
     error those that are left out.
     """
-    timed: dict[Place, dict[str, Row]] = {}
+    timed: dict[WorkloadKey, dict[str, Row]] = {}
     for row in document.rows:
         if not row.call.decodes:
             having = timed.setdefault(place(row), {})
-            having |= {} if row.failure or row.step is None or row.forward is None else {row.contender: row}
+            having |= {} if row.failure or row.step is None or row.forward is None else {row.implementation: row}
     peers = dict.fromkeys(name for rows in timed.values() for name in rows if name not in set(Kind))
     labels = {name: f"{short} kernel" for name, short in implementation_names(peers).items()}
     labels = labels or {str(Kind.DEFAULT): "m2gen, default schedule"}
@@ -69,7 +69,7 @@ def speed_groups(document: Document) -> list[Group]:
 
 def _group(name: str, rows: dict[str, Row], labels: dict[str, str]) -> Group | None:
     ours = rows.get(Kind.TUNED) or (rows.get(Kind.DEFAULT) if str(Kind.DEFAULT) not in labels else None)
-    others = {label: rows[contender] for contender, label in labels.items() if contender in rows}
+    others = {label: rows[implementation] for implementation, label in labels.items() if implementation in rows}
     if ours is None or not others:
         return None
     ms = {label: (_ms(row.forward), _ms(row.step)) for label, row in {OURS: ours, **others}.items()}

@@ -21,7 +21,7 @@ from m2gen.cli.show.bench import CALLS, ms_text
 from m2gen.cli.show.names import implementation_names
 from m2gen.cli.show.report import Display, print_json
 from m2gen.cli.show.table import Table, print_tables
-from m2gen.db import Environment, worded
+from m2gen.db import Environment, message_of
 from m2gen.errors import UsageError, among
 from m2gen.pipeline import Swept
 
@@ -71,7 +71,7 @@ def load_run(path: Path) -> Document | SweepDocument:
     try:
         return _adapter().validate_python(document)
     except ValidationError as error:
-        raise UsageError(f"{path}: {worded(error.errors()[0])}") from error
+        raise UsageError(f"{path}: {message_of(error.errors()[0])}") from error
 
 
 def of_layers(run: Document | SweepDocument, layers: Sequence[str]) -> Document | SweepDocument:
@@ -97,7 +97,7 @@ class Curve:
     """The times of one implementation along a sweep, and the line through those that it has to fit."""
 
     name: str
-    contender: str
+    implementation: str
     what: str
     """A key of ``CALLS``."""
     x: tuple[int, ...]
@@ -117,17 +117,17 @@ class Curve:
 
 def curves(sweep: Sweep) -> list[Curve]:
     """Return the curves of a sweep: each implementation's forward, then its forward and backward."""
-    names = implementation_names(row.contender for point in sweep.points for row in point.rows)
-    pairs = [(contender, what) for contender in names for what in CALLS]
-    return [c for contender, what in pairs if (c := _curve(sweep, contender, names[contender], what)) is not None]
+    names = implementation_names(row.implementation for point in sweep.points for row in point.rows)
+    pairs = [(implementation, what) for implementation in names for what in CALLS]
+    return [c for implementation, what in pairs if (c := _curve(sweep, implementation, names[implementation], what)) is not None]
 
 
-def _curve(sweep: Sweep, contender: str, name: str, what: str) -> Curve | None:
+def _curve(sweep: Sweep, implementation: str, name: str, what: str) -> Curve | None:
     timed = [
         (point, times)
         for point in sweep.points
         for row in point.rows
-        if row.contender == contender and (times := row.forward if what == "forward" else row.step) is not None
+        if row.implementation == implementation and (times := row.forward if what == "forward" else row.step) is not None
     ]
     if not timed:
         return None
@@ -135,7 +135,7 @@ def _curve(sweep: Sweep, contender: str, name: str, what: str) -> Curve | None:
     line = fit([x for x, _ in fitted], [ms for _, ms in fitted])
     xs = tuple(point.x for point, _ in timed)
     every = tuple(times for _, times in timed)
-    return Curve(name, contender, what, xs, every, line, min((x for x, _ in fitted), default=None))
+    return Curve(name, implementation, what, xs, every, line, min((x for x, _ in fitted), default=None))
 
 
 def run_sweeps(
@@ -198,7 +198,7 @@ def sweep_tables(sweep: Sweep) -> Iterator[Table]:
         rows = [(p.x, _size(p), *(_cell(curve.median_at(p.x)) for curve in shown)) for p in sweep.points]
         if shown:
             yield Table(f"{title}: {call}, ms", (x_name, "size", *(curve.name for curve in shown)), rows)
-    failed = [(p.x, row.contender, row.failure) for p in sweep.points for row in p.rows if row.failure]
+    failed = [(p.x, row.implementation, row.failure) for p in sweep.points for row in p.rows if row.failure]
     if failed:
         yield Table("Failed", (x_name, "kernels", "why"), failed)
     yield Table(f"Lines through {title}", FIT_COLUMNS, list(map(_fit_cells, drawn)))
@@ -229,7 +229,7 @@ def sweeps_document(document: SweepDocument) -> dict[str, Any]:
 
 def _sweep_document(sweep: Sweep) -> dict[str, Any]:
     lines = [
-        {"contender": curve.contender, "what": curve.what, "from": curve.fitted_from, **asdict(curve.line)}
+        {"implementation": curve.implementation, "what": curve.what, "from": curve.fitted_from, **asdict(curve.line)}
         for curve in curves(sweep)
         if curve.line
     ]
