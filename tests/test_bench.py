@@ -31,7 +31,7 @@ from m2gen.schedule.heuristic import default
 from m2gen.spec import Fp32Products
 
 SPEC = """schema: 1
-name: raced
+name: timed
 targets: sm_90
 layers:
   wide:
@@ -59,14 +59,14 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return a spec whose one workload is in the bucket of a record in ./db."""
     monkeypatch.chdir(tmp_path)
-    Path("raced.yaml").write_text(SPEC, encoding="utf-8")
+    Path("timed.yaml").write_text(SPEC, encoding="utf-8")
     Database(Path("db")).add([RECORD])
-    return "raced.yaml"
+    return "timed.yaml"
 
 
 def bench(*arguments: str, status: int = 0) -> Any:
-    """Return the document of a run on the raced spec and its record."""
-    return document("bench", "--spec", "raced.yaml", "--db", "db", "--quiet", *arguments, status=status)
+    """Return the document of a run on the timed spec and its record."""
+    return document("bench", "--spec", "timed.yaml", "--db", "db", "--quiet", *arguments, status=status)
 
 
 def rows(found: Any) -> dict[tuple[str, str], Any]:
@@ -75,7 +75,7 @@ def rows(found: Any) -> dict[tuple[str, str], Any]:
 
 
 def test_everyone_side_by_side(spec: str, script: Script) -> None:
-    """Default, tuned, eager and compiled on the workload and on one token, in turns, with the record that serves."""
+    """Default, tuned, eager and compiled are timed in rounds, on the workload and on a token, with their sources."""
     found = rows(bench())
     kinds = ["default", "tuned", "eager", "compiled"]
     calls = ["sequence", "decode", "decode_bf16"]
@@ -86,9 +86,9 @@ def test_everyone_side_by_side(spec: str, script: Script) -> None:
     assert {row["host_us"] for row in found.values() if row["schedule"]} == {20.0}
     assert found["decode", "default"]["batch"] == 64
     assert found["decode", "default"]["step"] is None
-    turns = [script.sampled()[4 * i : 4 * i + 4] for i in range(len(calls) * ROUNDS)]
-    assert all(sorted(turn) == sorted(kinds) for turn in turns)
-    assert len({tuple(turn) for turn in turns}) > 2, "in another order each time"
+    rounds = [script.sampled()[4 * i : 4 * i + 4] for i in range(len(calls) * ROUNDS)]
+    assert all(sorted(sampled) == sorted(kinds) for sampled in rounds)
+    assert len({tuple(sampled) for sampled in rounds}) > 2, "in another order each time"
 
 
 def test_the_compilers_layouts_take_part_where_the_default_has_others(spec: str, script: Script) -> None:
@@ -246,7 +246,7 @@ def against(path: object, status: int, *more: str) -> Any:
 
 
 def test_against_an_earlier_run(spec: str, script: Script) -> None:
-    """The same speed passes; each binary is timed beside itself in the same turns, and loops are not timed."""
+    """The same speed passes; each binary is timed twice in the same rounds, and loops are not timed."""
     found = against(recorded(script), 0)
     assert len(found) == 2 * (2 + 2), "two implementations: forward and both of the workload, a token on either state"
     assert {c["place"]["implementation"] for c in found} == {"default", "tuned"}
@@ -299,7 +299,7 @@ def test_against_a_database(spec: str, script: Script) -> None:
     """A record's time is held against the tuned schedule, and its default's against the default."""
     sizes = RECORD.problem
     text = SPEC.replace("{batch: 66, seq: 256}", f"{{batch: {sizes.batch}, seq: {sizes.seq}}}")
-    Path("raced.yaml").write_text(text, encoding="utf-8")
+    Path("timed.yaml").write_text(text, encoding="utf-8")
     timing = RECORD.timing
     assert timing is not None
 
@@ -364,7 +364,7 @@ def test_points_of_a_sweep(axis: Axis) -> None:
 
 
 def test_several_layers_of_a_spec() -> None:
-    """Of those that are named, in the spec's order; a name that is none is said."""
+    """The named layers are timed, in the spec's order; an unknown name is an error."""
     planned = pipeline.plan("h200.yaml", records=())
     found = pipeline.workloads(planned, pipeline.BenchRequest(("square_16", "m2rnn_410m")))
     assert [workload.layer for workload in found] == ["m2rnn_410m", "square_16"]

@@ -1,4 +1,4 @@
-"""The process that has the GPU: holds implementations against the oracle and times them; one may crash or hang."""
+"""The worker process on the GPU, which checks and times implementations; it may crash or hang."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SECONDS = 600.0
 """Longest that a step may take: compiling an unrolled reference takes minutes."""
 
 _CLOCKS: Captures[Clock] = Captures()
-"""Captured entries of one workload."""
+"""Clocks of the current workload's entries."""
 
 
 def serve(task: TimerTask) -> TimerResult:
-    """Do one step; whatever is raised is the implementation's failure."""
+    """Do one step; any exception is the implementation's failure."""
     from m2gen.bench.operators import CannotServe
 
     try:

@@ -12,7 +12,7 @@ from m2gen.db import Estimate
 RESAMPLES = 2000
 LEVEL = 0.95
 NOISE = 0.005
-"""Fraction of a median that is noise, however many samples there are: sessions differ by as much (docs/performance.md)."""
+"""Fraction of a median that is noise for any number of samples: sessions differ by as much (docs/performance.md)."""
 
 
 def _medians(samples: Sequence[float], seed: int) -> Any:
