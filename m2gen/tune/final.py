@@ -1,4 +1,4 @@
-"""The best of a screening against the default: checked on new problems, timed in rounds."""
+"""Compare the best of a screening with the default: check them on held-out problems, time them in rounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from m2gen.tune.log import TrialLog
 from m2gen.tune.trial import Measurement, Samples, Step, Task, Trial
 
 FINALISTS = 6
-"""Of the screening, beside the default."""
+"""Number of candidates from the screening that the final times beside the default."""
 ROUNDS = 8
 FEWEST_ROUNDS = 3
 
@@ -19,7 +19,7 @@ Ask = Callable[[Task], Measurement]
 
 
 def run_final(log: TrialLog, ask: Ask, seed: int) -> dict[Schedule, Samples]:
-    """Return the samples of the default and of the best that pass the held-out check; none without a default.
+    """Return the samples of the default and of the best that pass the held-out check; empty if the default failed.
 
     Rounds end with the budget, but not before ``FEWEST_ROUNDS``; the order within a round is drawn from ``seed``.
     """
@@ -38,7 +38,7 @@ def run_final(log: TrialLog, ask: Ask, seed: int) -> dict[Schedule, Samples]:
 
 
 def _finalists(log: TrialLog, ask: Ask) -> list[Trial]:
-    """Return the default and the fastest that pass the check on problems that no trial has seen."""
+    """Return the default and the fastest candidates that pass the held-out check."""
 
     def passes(trial: Trial) -> bool:
         return log.amend(trial, ask(Task(log.subject, trial.schedule, Step.HELD_OUT))).failure is None
