@@ -1,4 +1,4 @@
-"""What ``m2gen tune`` shows of a search that is under way."""
+"""Show the progress of a search of ``m2gen tune``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT = "default"
 
 
 class TerminalWatcher:
-    """A bar with the best so far on a terminal; a plain line a trial elsewhere; nothing when quiet."""
+    """Shows a bar with the best so far on a terminal, a line for each trial elsewhere, and nothing if quiet."""
 
     def __init__(self, display: Display) -> None:
         self._display, self._quiet = display, display.quiet or display.as_json
@@ -63,13 +63,13 @@ class TerminalWatcher:
 
 
 def bar(console: Console) -> Bar:
-    """Return the live line of a search: how far it is, and what it has found."""
+    """Return the progress bar of a search."""
     columns = (TextColumn("{task.fields[stage]}", markup=False), BarColumn(6), MofNCompleteColumn())
     return Bar(*columns, TextColumn("{task.description}", markup=False), console=console)
 
 
 def progress_text(progress: SearchProgress) -> str:
-    """Say the best so far, its speed-up over the default, what failed and the time left, in one line."""
+    """Return the best so far, its speed-up over the default, the failures and the time left as one line."""
     parts = []
     if progress.best is not None and progress.best.median_ms is not None:
         speed = f" ({progress.default_ms / progress.best.median_ms:.2f}x)" if progress.default_ms else ""
