@@ -4,12 +4,10 @@
 ``cases`` lists the cases of a variant, and ``run_case`` runs one.
 """
 
-from m2gen.problem import Gates, Weights, make_inputs
 from m2gen.verify.case import Case, CaseReport, Check, Feature, Layout, Loss, TensorResult, report
 from m2gen.verify.matrix import cases, only, quick
 from m2gen.verify.oracle import (
     FACTOR,
-    GATE_PARAMETERS,
     OPERANDS,
     TENSORS,
     Operator,
@@ -18,31 +16,25 @@ from m2gen.verify.oracle import (
     judge,
     oracle,
 )
-from m2gen.verify.run import failed_case, run_case
-from m2gen.verify.subject import GeneratedPackage
+from m2gen.verify.run import one_line, run_case
 
 __all__ = [
     "FACTOR",
-    "GATE_PARAMETERS",
     "OPERANDS",
     "TENSORS",
     "Case",
     "CaseReport",
     "Check",
     "Feature",
-    "Gates",
-    "GeneratedPackage",
     "Layout",
     "Loss",
     "Operator",
     "Oracle",
     "TensorResult",
-    "Weights",
     "cases",
     "differentiate",
-    "failed_case",
     "judge",
-    "make_inputs",
+    "one_line",
     "only",
     "oracle",
     "quick",

@@ -78,13 +78,11 @@ def judge(given: Mapping[str, Tensor], known: Oracle) -> tuple[TensorResult, ...
 def same(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[TensorResult, ...]:
     """Compare tensors bit by bit; a tensor that differs, or has a NaN, gets its relative error, which is over 0."""
     return tuple(
-        TensorResult(name, 0.0 if torch.equal(out, expected[name]) else _difference(out, expected[name]), 0.0)
+        TensorResult(
+            name, 0.0 if torch.equal(out, expected[name]) else relative_error(out, expected[name]) or math.ulp(0.0), 0.0
+        )
         for name, out in given.items()
     )
-
-
-def _difference(out: Tensor, expected: Tensor) -> float:
-    return relative_error(out, expected) or math.ulp(0.0)
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:

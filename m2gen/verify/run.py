@@ -28,11 +28,6 @@ def run_case(package: GeneratedPackage, variant: Variant, case: Case, seed: int,
     return report(variant, case, seed, results, time.monotonic() - start, failure)
 
 
-def failed_case(variant: Variant, case: Case, seed: int, error: Exception) -> CaseReport:
-    """Return the report of a case that could not begin."""
-    return report(variant, case, seed, failure=one_line(error))
-
-
 def one_line(error: Exception) -> str:
     """Return an exception's type and message in one line of bounded length."""
     text = " ".join(f"{type(error).__name__}: {error}".split())
