@@ -6,7 +6,6 @@ import ast
 import graphlib
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,13 +131,6 @@ def test_a_circle_would_be_found() -> None:
     """The check fails on two modules of one folder that import each other."""
     with pytest.raises(graphlib.CycleError):
         in_order({"m2gen.db.a": {"m2gen.db.b"}, "m2gen.db.b": {"m2gen.db.a"}})
-
-
-def test_no_class_is_defined_twice() -> None:
-    """A name is of one class, wherever one reads it."""
-    trees = [ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for path in SOURCES]
-    names = Counter(node.name for tree in trees for node in tree if isinstance(node, ast.ClassDef))
-    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_few_modules_are_outside_the_folders() -> None:
