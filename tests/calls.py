@@ -136,9 +136,9 @@ class Spy:
 
     def __init__(self, package: ModuleType, patch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
-        """Which operators were called, in order."""
+        """Names of the operators that were called, in order."""
         self.launched: list[str] = []
-        """Which launchers were called, in order."""
+        """Names of the launchers that were called, in order."""
         self.results: dict[str, list[Any]] = {}
         """What each operator and launcher returned, by its name."""
         library = operators_of(package)

@@ -28,7 +28,7 @@ from m2gen.kernels.compile import load_module
 
 HIDDEN = 12
 SMS = 12
-"""Of a GPU on which few sequences already make a difference: 3 fill the first bucket with 2 heads, 1 does with 4."""
+"""SMs of a GPU whose first bucket few sequences fill: 3 of 2 heads, or 1 of 4 heads."""
 
 
 @dataclass(frozen=True)

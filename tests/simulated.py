@@ -95,7 +95,7 @@ class AcceleratorError(RuntimeError):
 
 
 _ERRORS: list[AcceleratorError] = []
-"""Of this process, since no call of it works any more."""
+"""Errors of this process, none of whose later calls works."""
 
 
 def measure(task: Task) -> Measurement:

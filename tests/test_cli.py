@@ -206,7 +206,7 @@ def test_a_failing_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lines = result.stderr.splitlines()
     expected = f"m2gen: base fp32 ragged: t1 must be within 1.00e-03, got 2.00e-03; reproduce: {AGAIN}"
     assert lines == [expected, expected.replace("t1", "t2").replace("2.00e-03", "nan")]
-    assert result.stdout.splitlines() == ["1 cases, 3 tensors, 2 over budget, 0 broken off, 0.5 s"]
+    assert result.stdout.splitlines() == ["1 cases, 3 tensors, 2 over budget, 0 without results, 0.5 s"]
     (case,) = ElementTree.parse(tmp_path / "report.xml").iter("testcase")
     failure = case.find("failure")
     assert (case.get("classname"), case.get("name"), case.get("time")) == (KEY, "ragged", "0.250")

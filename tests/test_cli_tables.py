@@ -97,7 +97,7 @@ def reports(plan: Plan) -> Iterable[CaseReport]:
 
 
 def test_verifications() -> None:
-    """Of every case of the shipped matrix, those with the longest names nearest to their budgets."""
+    """Cases of the shipped matrix with the longest names, nearest to their budgets."""
     found = tuple(report for spec in ("matrix.yaml", "matrix_total.yaml") for report in reports(planned(spec)))
     assert len(found) > 10_000
     check(verify.verify_tables(VerifyOutcome("NVIDIA H200", found, 1.0), verbose=False))

@@ -246,7 +246,7 @@ def test_verify_skips_other_devices(context: TuningContext, monkeypatch: pytest.
 
 
 def test_replay_measures_again(context: TuningContext) -> None:
-    """Recorded and measured now context side by side, in turns with the default."""
+    """Recorded and new times stand side by side, both measured alternately with the default."""
     run(*TUNE, *DB, "--trials", "40", "--budget", "60s")
     (record,) = Database(Path("db")).records()
     found = document("db", "replay", record.id[:8], *DB)

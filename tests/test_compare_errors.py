@@ -47,7 +47,7 @@ def test_every_problem_and_tensor_has_a_line(monkeypatch, capsys) -> None:
 
 
 def test_more_than_a_tenth_fails(monkeypatch) -> None:
-    """Of any schedule, on any problem."""
+    """An error that is more than a tenth larger fails the tool, for any schedule and problem."""
     assert compared(monkeypatch, 1.11) == 1
 
 

@@ -36,7 +36,7 @@ def test_every_schedule_has_a_line(monkeypatch, capsys, tmp_path: Path) -> None:
 
 
 def test_what_fails_the_gate_has_no_time(monkeypatch, capsys, tmp_path: Path) -> None:
-    """The reason stands in its line."""
+    """A schedule that fails the check has the reason in its line."""
     monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path))
     compared(monkeypatch, Script(broken={"default": WRONG}), SLUGS[0])
     row = capsys.readouterr().out.splitlines()[-1]

@@ -310,14 +310,14 @@ def test_a_folder_that_can_be_written_in_one_that_cannot(package: Path, monkeypa
 def test_builds_that_mix_without_a_lock_are_told(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing keeps another build out, files are written again, and in the end it is said."""
     monkeypatch.setattr(directory, "exchanged", lambda one, other: False)
-    turns: list[int] = []
+    writes: list[int] = []
     once = directory._update_once
 
     def interfere(real: Path, contents: dict[str, bytes]) -> None:
         once(real, contents)
-        if len(turns) < rounds:
+        if len(writes) < rounds:
             (real / "op.py").write_text("another build's", encoding="utf-8")
-        turns.append(1)
+        writes.append(1)
 
     monkeypatch.setattr(directory, "_update_once", interfere)
     rounds = 1

@@ -33,7 +33,7 @@ from support import make_variant
 from torch import Tensor, nn
 
 LENGTHS = (5, 0, 1, 3)
-"""Of packed sequences: longer than the convolution, empty, and shorter."""
+"""Lengths of packed sequences: longer than the convolution, empty, and shorter."""
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 CHANNELS = 6
 LENGTHS = (7, 0, 1, 2, 9)
-"""Of packed sequences: longer than the widest convolution, empty, and shorter."""
+"""Lengths of packed sequences: longer than the widest convolution, empty, and shorter."""
 
 
 @pytest.fixture(scope="module")

@@ -146,7 +146,7 @@ def test_different_schedules_have_different_slugs() -> None:
 
 
 def test_segments_are_whole_intervals() -> None:
-    """Of 128 steps at least; warpgroups have none."""
+    """A segment has at least 128 steps; warpgroups have no segments."""
     schedules = {interval: make_schedule(interval=interval) for interval in (1, 12, 16, 128)}
     assert {i: schedule.shortest_segment for i, schedule in schedules.items()} == {1: 128, 12: 132, 16: 128, 128: 128}
     grouped = replace(

@@ -1,4 +1,4 @@
-"""The check holds real kernels against float64, in the interpreter; the worker and the clock on a stand-in GPU."""
+"""The check compares real kernels with float64 in the interpreter; the worker and the clock run on a stand-in GPU."""
 
 from __future__ import annotations
 

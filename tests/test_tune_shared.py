@@ -133,7 +133,7 @@ FACTS = {
     "triton": "3.7",
     "ptxas": "13.0",
 }
-"""Of an environment, each other than the simulated one's."""
+"""Facts of an environment, each of them different from the simulated one's."""
 
 
 def test_workers_share_a_study_only_on_one_kind_of_gpu_and_toolchain() -> None:
@@ -231,7 +231,7 @@ def test_a_trial_whose_worker_died_before_it_gave_up_the_claim(tmp_path: Path, m
 
 
 def test_a_trial_of_another_shape_is_named(tmp_path: Path) -> None:
-    """Of another m2gen, say; the error says what to do."""
+    """A trial that cannot be read, such as one of another m2gen, is an error that says what to do."""
     one = _open(tmp_path, "one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared, "encode_trial", lambda trial: {"schedule": 5})

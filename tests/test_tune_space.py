@@ -142,7 +142,7 @@ def test_inference_has_the_forwards_knobs_only() -> None:
 
 
 def test_warpgroups_are_points_where_they_are_valid() -> None:
-    """Of 64 columns on Hopper: every interval that fits and either sum, for training and for inference."""
+    """States of 64 columns on Hopper have every interval that fits and either sum, for training and for inference."""
     variant = make_variant(96, 64, (4, 4, 4, 4, 4), "bf16", tanh="approx")
     subject = replace(TRAIN, variant=variant, memory=MemoryBound())
     found = [point for point in enumerate_space(subject).points if point.layouts is Layouts.WARPGROUP]

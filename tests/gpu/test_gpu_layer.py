@@ -18,7 +18,7 @@ from m2gen.kernels.layouts import TOO_NEW
 pytestmark = pytest.mark.gpu
 
 HEADS = {"given": (1, 1, 16, 16, 16), "softplus": (2, 1, 16, 16, 16)}
-"""Of q, k, v, f and w. A budget needs more than a few of f: their gradients have one number a head."""
+"""Head counts of q, k, v, f and w. A budget needs more than a few of f: their gradients have one number a head."""
 VARIANTS = {
     "given": make_variant(64, 16, HEADS["given"], "bf16"),
     "softplus": make_variant(9, 9, HEADS["softplus"], "bf16", gate="softplus"),

@@ -43,7 +43,7 @@ def kernels(cache: Path) -> set[str]:
 
 @pytest.mark.parametrize("objective", list(Objective))
 def test_the_gpu_worker_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: Objective) -> None:
-    """Every kernel of gate and clock lies in Triton's cache before the GPU worker looks for it."""
+    """Every kernel of check and clock is in Triton's cache before the GPU worker needs it."""
     device = detect()
     assert device is not None
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
