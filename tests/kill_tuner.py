@@ -68,7 +68,7 @@ def recorded() -> list[str]:
 
 
 def state() -> dict[str, Any]:
-    """Return what is on disk."""
+    """Return the files on disk."""
     contents = Database(Path("db")).contents()
     return {
         "recorded": recorded(),
@@ -100,7 +100,7 @@ def enter(folder: Path, spec: str) -> None:
 
 @dataclass(frozen=True)
 class Calls:
-    """How many calls of the system a search makes before its first trial, for each, and altogether."""
+    """The number of system calls that a search makes before its first trial, for each trial, and altogether."""
 
     before: int
     each: int

@@ -57,7 +57,7 @@ def trained(mixer: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def tanh_of_both(state: Tensor, weight: Tensor, outer: Tensor) -> Tensor:
-    """Return what the recurrence writes to a head's state."""
+    """Return the values that the recurrence writes to a head's state."""
     return torch.tanh(state @ weight + outer)
 
 

@@ -1,4 +1,4 @@
-"""What one rank does for tests/test_parallel.py: the layer sharded over ranks against the layer on one."""
+"""The checks on each rank for tests/test_parallel.py: the layer sharded over ranks against the layer on one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMS = 12
 
 @dataclass(frozen=True)
 class Numerics:
-    """What computes, and how far apart results may be: sums over ranks are in another order."""
+    """The backend, and its tolerance, since sums over ranks have another order."""
 
     dtype: torch.dtype
     backend: str
@@ -113,7 +113,7 @@ CALLS: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]] = {
     "packed": ((8,), {"cu_seqlens": offsets_of((5, 0, 3))}),
     "padded": ((3, 4), {"attention_mask": torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]])}),
 }
-"""How tokens lie: their leading dims, and what says where sequences are."""
+"""Shapes of calls: leading dims, and the arguments that say where sequences are."""
 
 
 def heads_match(subject: Subject, heads: dict[str, int], numerics: Numerics, how: str = "batch") -> None:

@@ -18,7 +18,7 @@ from m2gen.pipeline import BenchContext
 DEVICE = replace(TARGETS["sm_90"], name=H200)
 SAMPLES = 5
 FASTER = {"default": 1.0, "tuned": 0.5, "eager": 40.0, "compiled": 10.0}
-"""Times a step, as parts of the default's."""
+"""Time per step, as fractions of the default's."""
 
 
 def by_steps(entry: Entry) -> float:
@@ -32,9 +32,9 @@ class Script:
 
     ms: Callable[[Entry], float] = by_steps
     noise: float = 0.001
-    """Part by which samples differ from each other."""
+    """Fraction by which samples differ from each other."""
     drift: float = 0.0
-    """Part by which the second arm of an entry is slower than the first."""
+    """Fraction by which the second arm of an entry is slower than the first."""
     broken: Mapping[str, Failure] = field(default_factory=dict)
     """Failures of implementations at the check."""
     breaks: Mapping[str, Failure] = field(default_factory=dict)
@@ -67,7 +67,7 @@ def context(script: Script) -> BenchContext:
 
 
 def given(script: Script) -> Callable[[str], object]:
-    """Return what gives the command line a scripted context in place of the GPU at hand."""
+    """Return a function that gives the command line a scripted context in place of the GPU at hand."""
 
     @contextmanager
     def this_bench_context(command: str) -> Iterator[BenchContext]:

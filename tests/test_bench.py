@@ -116,7 +116,7 @@ def test_medians_intervals_and_speed_ups(spec: str, script: Script) -> None:
 
 @pytest.mark.parametrize("when", ["broken", "breaks"])
 def test_no_speed_up_of_what_failed(spec: str, script: Script, when: str) -> None:
-    """What fails the check, or breaks off when it is timed, has no times and no speed-up; the command says so."""
+    """An implementation that fails the check, or later, has no times and no speed-up; the command says so."""
     setattr(script, when, {"tuned": WRONG})
     found = rows(bench(status=1))
     tuned = found["sequence", "tuned"]
@@ -179,7 +179,7 @@ def test_the_tables(spec: str, script: Script) -> None:
 
 
 def test_floors_of_the_7b_layer() -> None:
-    """Those that docs/performance.md names: on an H200, tanh takes 0.53 ms for each pass over the sequence."""
+    """The floors are those in docs/performance.md: on an H200, tanh takes 0.53 ms for each pass over the sequence."""
     entry = Implementation(Kind.DEFAULT, default(LAYER_7B, TARGETS["sm_90"]))
     (result,) = side_by_side(BASE, [entry], scripted.context(Script()))
     assert result.forward is not None
@@ -269,7 +269,7 @@ def test_a_slowdown_fails(spec: str, script: Script, capsys: pytest.CaptureFixtu
 
 
 def test_noise_that_a_run_beside_itself_shows_is_allowed(spec: str, script: Script) -> None:
-    """Where the same binary differs from itself by 10 %, 5 % slower says nothing, and 30 % still does."""
+    """If one binary differs from itself by 10 %, 5 % slower is noise, and 30 % is not."""
     recorded(script, factor=0.95)
     script.drift = 0.1
     found = against("before.json", 0)
@@ -278,7 +278,7 @@ def test_noise_that_a_run_beside_itself_shows_is_allowed(spec: str, script: Scri
 
 
 def test_kernels_that_fail_now_are_a_regression(spec: str, script: Script) -> None:
-    """What was timed then and is wrong now has no time, and fails."""
+    """An implementation that was timed then and is wrong now has no time, and fails."""
     recorded(script)
     script.broken = {"tuned": WRONG}
     found = against("before.json", 1)
@@ -287,7 +287,7 @@ def test_kernels_that_fail_now_are_a_regression(spec: str, script: Script) -> No
 
 
 def test_losing_a_record_is_a_regression(spec: str, script: Script) -> None:
-    """Where what was tuned is not any more, the default that serves now is held against it."""
+    """If a tuned record is lost, the default, which serves now, is compared with its time."""
     recorded(script)
     found = document("bench", "--spec", spec, "--no-db", "--quiet", "--against", "before.json", status=1)
     slower = [c for c in found["comparisons"] if c["slower"]]
@@ -424,7 +424,7 @@ def test_a_figure(spec: str, script: Script, suffix: str) -> None:
 
 
 def test_a_figure_needs_matplotlib(spec: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before anything is timed."""
+    """The missing library is an error before anything is timed."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     line = fails(2, "bench", "--spec", spec, "--db", "db", "--sweep", "seq", "--plot", "a.svg")
     assert "pip install 'm2gen[plot]'" in line
@@ -453,7 +453,7 @@ def test_requests_that_cannot_be_met(spec: str, script: Script, arguments: tuple
 
 
 def test_a_document_reads_back(spec: str, script: Script, tmp_path: Path) -> None:
-    """What is printed is what is read, to the last digit."""
+    """A printed document reads back to the last digit."""
     found = bench()
     (tmp_path / "a.json").write_text(json.dumps(found), encoding="utf-8")
     again = dump(load(tmp_path / "a.json"))

@@ -29,7 +29,7 @@ PEER = "tools.published_kernel:published"
 
 @pytest.fixture
 def edited(tmp_path: Path) -> Callable[[Callable[[list[Any]], list[Any]]], Path]:
-    """Return what writes the committed run with other rows."""
+    """Return a function that writes the committed run with other rows."""
 
     def write(change: Callable[[list[Any]], list[Any]]) -> Path:
         content = json.loads(NUMBERS.read_text(encoding="utf-8"))
@@ -160,7 +160,7 @@ def test_several_peers_are_bars_of_their_own(edited: Any) -> None:
 
 
 def test_failures_are_not_drawn(edited: Any) -> None:
-    """What failed its check has no bar, and so no factor."""
+    """An implementation that failed its check has no bar, and so no factor."""
 
     def change(rows: list[Any]) -> list[Any]:
         broken = {"failure": "wrong: dq", "forward": None, "step": None}
@@ -181,7 +181,7 @@ def test_failures_are_not_drawn(edited: Any) -> None:
     ],
 )
 def test_a_run_that_could_not_be_drawn_is_refused(kinds: tuple[Kind, ...], peers: dict[str, str], fits: bool) -> None:
-    """It is said before minutes are spent on timing."""
+    """The error comes before minutes are spent on timing."""
     if fits:
         speed.check_comparable(kinds, peers)
     else:
@@ -219,7 +219,7 @@ def test_an_earlier_run_is_shown_as_it_was() -> None:
     ],
 )
 def test_what_cannot_be_shown(options: tuple[str, ...], message: str) -> None:
-    """One line, status 2."""
+    """The error is one line with status 2."""
     assert message in fails(2, "bench", *options)
 
 

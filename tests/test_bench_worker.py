@@ -56,7 +56,7 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def served(
     implementation: Implementation, workload: BenchWorkload = SEQUENCE, step: TimerStep = TimerStep.ADMIT
 ) -> TimerResult:
-    """Return what the worker's function finds."""
+    """Return the result of the worker's function."""
     return worker.serve(TimerTask(Entry(workload, implementation), step))
 
 

@@ -61,7 +61,7 @@ def python(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    """Return what a process printed after checking that it came to its end."""
+    """Check that a process ended well, and return its output."""
     out, errors = process.communicate()
     assert process.returncode == 0, errors
     return out.strip()

@@ -70,7 +70,7 @@ def test_specs_and_schedules(spec: str) -> None:
 
 
 def test_kernels() -> None:
-    """What the kernels of the committed package take, and what their registers hold where they spill."""
+    """Resources of the committed package's kernels, with notes on those that spill."""
     manifest = json.loads((ROOT / "generated" / "h100" / "MANIFEST.json").read_text(encoding="utf-8"))
     named = {variant.key: name for variant, name in planned("h100.yaml").names.items()}
     note = "spills: tiles of the state alone take 88 of 255 registers a thread, and state weights 16"
@@ -190,7 +190,7 @@ def test_words_of_schedules(slug: str, words: str) -> None:
 
 
 def test_words_tell_knobs_from_the_default() -> None:
-    """What the words leave out is said where it differs."""
+    """Knobs that the short words leave out are named if they differ from the default."""
     usual = make_schedule()
     other = replace(usual, interval=64, layouts=Layouts.EXPLICIT, backward=replace(usual.backward, chunk=8))
     assert full_words(other, usual).endswith(" warp; backward.chunk 8, interval 64")
@@ -244,7 +244,7 @@ def test_headings_and_columns_without_cells() -> None:
 
 
 def test_a_terminal_shows_what_a_pipe_shows() -> None:
-    """Where there is room, a terminal has the same lines, in colours; brackets are no markup."""
+    """A wide terminal has the same lines, in colours; brackets are no markup."""
     command = ["spec", "show", "--spec", TINY]
     piped = CliRunner().invoke(app, command)
     drawn = CliRunner().invoke(app, command, env={"FORCE_COLOR": "1", "COLUMNS": "100"}, color=True)

@@ -1,4 +1,4 @@
-"""The tool that holds schedules' errors beside the portable templates', on scripted errors."""
+"""The tool that compares schedules' errors with those of the portable templates, on scripted errors."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_a_layer_that_is_not_there(monkeypatch, capsys) -> None:
 
 
 def test_a_schedule_that_is_not_valid_is_an_error(monkeypatch, tmp_path: Path) -> None:
-    """Before anything is timed."""
+    """An invalid schedule is an error before anything is timed."""
     monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(ScheduleError, match="interval must be a multiple"):
         compared(monkeypatch, Script(), "f32x1u4a_b32x1c2a_i3_ptx")

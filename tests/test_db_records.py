@@ -127,7 +127,7 @@ def test_another_spelling_of_a_record_is_refused() -> None:
 
 
 def test_a_record_that_could_not_be_read_cannot_be_written() -> None:
-    """What a program makes is held to what a file is."""
+    """Records that a program makes are checked like those in a file."""
     for record in (
         replace(winner(), errors=(TensorError("y", float("inf"), 1.0),)),
         replace(winner(), schedule=make_schedule(warps=3)),
@@ -157,7 +157,7 @@ def test_variants_are_parsed_from_their_keys(variant) -> None:
     ["", "k16", VARIANT.key + "_x", VARIANT.key + "\n", VARIANT.key.replace("k16", "k016"), "k999" + VARIANT.key[3:]],
 )
 def test_other_texts_are_no_variants(key: str) -> None:
-    """Neither another spelling nor dims that templates do not serve."""
+    """Other spellings, and dims that the templates do not serve, are refused."""
     with pytest.raises(ValueError, match="must be the key of a variant"):
         parse_variant(key)
 

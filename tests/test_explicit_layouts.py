@@ -35,7 +35,7 @@ def start_worker() -> None:
 
 
 def machine_code(job: Job) -> bytes:
-    """Return what a kernel is compiled to."""
+    """Return the machine code of a kernel."""
     return binary_of(compiled(job), job.device)
 
 
@@ -64,7 +64,7 @@ def test_they_need_operands_of_16_bits() -> None:
 
 
 def test_they_compile() -> None:
-    """With no GPU; where one warp holds a program, shared memory has the backward's scratch and no operands."""
+    """They compile without a GPU; with one warp a program, shared memory has the backward's scratch and no operands."""
     targets = {"published": ("sm_80", "sm_90"), "masked_softplus": ("sm_90",), "square": ("sm_90",)}
     jobs = [
         Job(Lowering(variant, explicit(variant, arch)), direction, TARGETS[arch])
@@ -160,7 +160,7 @@ GROUPED = {
 
 @pytest.mark.parametrize(("variant", "slug"), GROUPED.values(), ids=GROUPED.keys())
 def test_warpgroups_compile(variant: Variant, slug: str) -> None:
-    """With no GPU: products of warpgroups, and as much shared memory as the validity predicate counts, or less."""
+    """They compile without a GPU, to WGMMA, with at most as much shared memory as the validity predicate counts."""
     device = TARGETS["sm_90"]
     schedule = check(variant, parse(slug), device)
     assert schedule.slug == slug

@@ -1,4 +1,4 @@
-"""What ``m2rnn_step`` writes in place must be a state's own memory."""
+"""A state that ``m2rnn_step`` writes in place must not share memory with itself or with operands."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_exact_specs_refuse_the_approximate_instruction() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_the_tests_own_schedules_are_valid(schedule: Schedule) -> None:
-    """What the kernel tests run could be chosen by a search."""
+    """A search could choose the schedules of the kernel tests."""
     assert check(make_variant(), schedule, PORTABLE) is schedule
 
 

@@ -68,7 +68,7 @@ def test_trials_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_a_trial_is_json(tmp_path: Path) -> None:
-    """What is written can be read by anything that reads JSON."""
+    """A written trial can be read by anything that reads JSON."""
     for failed in (False, True):
         text = json.dumps(encode_trial(trial(POINTS[3], failed=failed)), allow_nan=False)
         assert decode_trial(json.loads(text)) == trial(POINTS[3], failed=failed)

@@ -49,7 +49,7 @@ def beside(**knobs: int) -> str:
 
 
 DEFAULT = STANDARD.slug
-"""What ``standard`` returns for the spec: failures are scripted by name."""
+"""Slug of the default for the spec, since failures are scripted by name."""
 BEST = "f16x1u8p_b16x1c4p_i32_ptx"
 """One of the fastest of the simulation: 3.0 ms, where the default takes 3.75."""
 NEIGHBOUR = beside(unroll=4)
@@ -325,7 +325,7 @@ def test_a_read_only_database_loses_nothing(spec: Path) -> None:
 
 
 def test_a_database_that_cannot_be_written_is_said_at_once(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything runs."""
+    """The error comes before anything runs."""
     log = simulated.script(spec.parent / "script.json")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(DatabaseError, match="db must be a folder that can be written"):
@@ -420,7 +420,7 @@ def test_random_and_tpe_search_the_same_space(spec: Path) -> None:
 
 
 def test_records_seed_the_next_search(spec: Path) -> None:
-    """What the database has is tried right after the default."""
+    """Schedules of records are tried right after the default."""
     simulated.script(spec.parent / "script.json", ms={BEST: 1.0})
     request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=60)
     (first,) = tune(plan(str(spec)), request, simulated.context(), Silent())

@@ -1,4 +1,4 @@
-"""What a search begins with: which records of the database, in which order, and which failures it leaves alone."""
+"""Seeds of a search: records of the database in order, and failures that are not tried."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _worker(folder: Path, url: str, name: str, trials: int, last: int = -1) -> s
 
 
 def _until_met(worker: subprocess.Popen[str]) -> str:
-    """Return what a worker prints before it waits for the other."""
+    """Return the output of a worker before it waits for the other."""
     assert worker.stdout is not None
     said = ""
     for line in worker.stdout:
@@ -259,7 +259,7 @@ def test_fresh_forgets_a_study(tmp_path: Path) -> None:
     ],
 )
 def test_a_url_that_cannot_be_used(url: str, message: str) -> None:
-    """Said in one line, as a user's error."""
+    """The error is one line and the user's status."""
     with pytest.raises(UsageError, match=message):
         open_study(url, "study", "one")
 

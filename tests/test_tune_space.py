@@ -133,7 +133,7 @@ def test_segments_are_points_where_programs_take_turns() -> None:
 
 
 def test_inference_has_the_forwards_knobs_only() -> None:
-    """What it never runs is the default's."""
+    """Knobs of the backward, which inference never runs, are the default's."""
     space = enumerate_space(replace(TRAIN, objective=Objective.INFER))
     for point in space.points:
         assert (point.backward, point.interval) == (BASE.laid_out(point.layouts).backward, BASE.interval)
