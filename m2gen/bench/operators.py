@@ -36,7 +36,7 @@ def sequence_operator(implementation: Implementation, variant: Variant) -> Opera
     if implementation.kind is Kind.PEER:
         found = peers.operator_of(implementation.source, variant)
         if found is None:
-            raise CannotServe(f"{implementation.source} does not serve {variant.key}")
+            raise CannotServe(f"{implementation.source} does not serve this variant")
         operator: Operator = found
         return operator
     return _maybe_compiled(implementation, _reference(variant))

@@ -26,7 +26,7 @@ class Context:
     gpu: str
     """Name of the GPU, which one tuner or benchmark may use at a time."""
     worker: str
-    """Name of the worker."""
+    """Name of the worker: its host and GPU."""
 
 
 def this_context(command: str) -> Context:
@@ -34,7 +34,8 @@ def this_context(command: str) -> Context:
     device = detect()
     if device is None:
         raise UsageError(f"{command} must run on a machine whose GPU torch can use, got none")
-    return Context(device, environment(device), gpu_name(), worker_name())
+    gpu = gpu_name()
+    return Context(device, environment(device), gpu, f"{platform.node()}:{gpu}"[:100])
 
 
 def environment(device: Device) -> Environment:
@@ -79,11 +80,6 @@ def _ptxas(device: Device) -> str:
         return ""
     found = re.search(r"release [\d.]+, V([\d.]+)", text)
     return found[1] if found else ""
-
-
-def worker_name() -> str:
-    """Return a name of this host and the GPU that torch uses."""
-    return f"{platform.node()}:{gpu_name()}"[:100]
 
 
 def gpu_name() -> str:

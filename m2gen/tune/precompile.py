@@ -22,7 +22,7 @@ from m2gen.kernels.compile import backend_of, telling, toolchain
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, binary_of, resources_of
-from m2gen.measure.workers import Lost, Service
+from m2gen.measure.workers import Lost, Service, without_interpreter
 from m2gen.spec import Objective
 from m2gen.tune.space import Subject
 from m2gen.tune.trial import Compiled, CompileTask
@@ -35,7 +35,7 @@ VERSION = "2"
 
 def prepare() -> None:
     """Set up a compile worker: no interpreter, no GPU, one thread."""
-    os.environ.pop("TRITON_INTERPRET", None)
+    without_interpreter()
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
     import torch
 
@@ -82,13 +82,10 @@ def _compile(task: CompileTask) -> Compiled:
     every = [(resources_of(kernel, subject.device), kernel.metadata.num_warps) for kernel in kernels]
     reasons = [reason for resources, warps in every for reason in resources.limits(subject.device, warps)]
     failure = Failure.of(Reason.LAUNCH, reasons[0]) if reasons else None
-    resources = [_first(every, kernels, side) for side in _sides(subject.objective)]
+    sides = ("forward", "backward") if subject.objective is Objective.TRAIN else ("forward",)
+    resources = [_first(every, kernels, side) for side in sides]
     name = _binary(task, kernels, every)
     return Compiled(*_worst(resources), binary=name, failure=failure, seconds=time.monotonic() - start)
-
-
-def _sides(objective: Objective) -> tuple[str, ...]:
-    return ("forward", "backward") if objective is Objective.TRAIN else ("forward",)
 
 
 def _first(every: list[tuple[Resources, int]], kernels: list[Any], side: str) -> Resources:
