@@ -51,7 +51,7 @@ def shortcoming() -> str:
 
 def _usual() -> Path | None:
     """Return the cache in the user's home, or None if that cannot be written."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))  # which must be absolute, or is to be ignored
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))  # ignored unless absolute, as the XDG specification asks
     home = _home()
     root = named if named.is_absolute() else home and home / ".cache"
     return root / "m2gen" if root is not None and _writable(root / "m2gen") else None

@@ -47,6 +47,6 @@ def peers(named: Iterable[str] = ()) -> dict[str, str]:
 def operator_of(adapter: str, variant: Variant) -> Callable[..., Any] | None:
     """Import an adapter and return its operator for a variant, or None; raises whatever the peer raises."""
     module, _, function = adapter.partition(":")
-    if os.getcwd() not in sys.path:  # which an installed command does not have
+    if os.getcwd() not in sys.path:  # an installed command does not look there
         sys.path.append(os.getcwd())
     return getattr(importlib.import_module(module), function)(variant)  # type: ignore[no-any-return]

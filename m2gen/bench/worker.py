@@ -27,7 +27,7 @@ def serve(task: TimerTask) -> TimerResult:
         return _serve(task)
     except (CannotServe, ImportError) as error:
         return TimerResult(failure=Failure.of(Reason.LAUNCH, str(error)))
-    except Exception as error:  # of a compiler, a driver, a kernel or a peer
+    except Exception as error:  # raised by a compiler, a driver, a kernel or a peer
         return TimerResult(failure=raised(error))
 
 

@@ -116,7 +116,7 @@ def _run() -> int | None:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        if message():  # empty where the help was printed instead
+        if message():  # empty if the help was printed instead
             print(f"m2gen: {message()} (see `m2gen --help`)", file=sys.stderr)
         status = getattr(error, "exit_code", 2)
     return status

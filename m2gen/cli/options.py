@@ -68,7 +68,7 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document in place of tables.", rich_help_panel=OUTPUT)
 ]
 QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Show no progress, and of tables only results.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--quiet", "-q", help="Show only results: neither progress nor tables.", rich_help_panel=OUTPUT)
 ]
 VerboseOption = Annotated[
     bool,

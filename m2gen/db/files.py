@@ -126,7 +126,7 @@ def replace(root: Path, contents: Mapping[PurePosixPath, Contents]) -> None:
     try:
         with os_errors_as(DatabaseError, f"{root} must be writable", UNHARMED):
             for name, content in contents.items():
-                for left in (root / name).parent.glob(f"{_staging_prefix(name)}*"):  # by a writer that was killed
+                for left in (root / name).parent.glob(f"{_staging_prefix(name)}*"):  # left by a killed writer
                     left.unlink()
                 if content.records or content.faults:
                     staged.append((stage(root / name, _bytes_of(content)), root / name))

@@ -78,7 +78,7 @@ def _checked(record: Record) -> Record:
 def _line(record: Record) -> tuple[str, str]:
     """Return the id and the line of a record that was read."""
     content = {**asdict(record), "schema": SCHEMA}
-    if record.schedule.segments == 1:  # a knob that came later: records without it stay what they are
+    if record.schedule.segments == 1:  # a newer knob: older records keep their text and id
         del content["schedule"]["segments"]
     identity = hashlib.sha256(_dump(content).encode()).hexdigest()[:12]
     return identity, _dump({**content, "id": identity})

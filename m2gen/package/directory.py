@@ -123,7 +123,7 @@ def _replace(shown: Path, real: Path, contents: Mapping[str, bytes]) -> bool:
     try:
         staging.mkdir()
     except OSError:
-        if real.is_dir():  # a folder that can be written in one that cannot
+        if real.is_dir():  # the folder may be writable though its parent is not
             return False
         raise
     try:
@@ -136,7 +136,7 @@ def _replace(shown: Path, real: Path, contents: Mapping[str, bytes]) -> bool:
             return False
         try:
             owned.refuse_others(shown, staging, contents)
-        except PlaceError:  # somebody put a file there since the last look
+        except PlaceError:  # a file was put there since the last check
             exchanged(staging, real)
             raise
         time.sleep(GRACE)
@@ -177,7 +177,9 @@ def _update_once(real: Path, contents: Mapping[str, bytes]) -> None:
         staging.mkdir()
         if MANIFEST in contents:
             _move(staging, real, MANIFEST, _listing_also(contents[MANIFEST], before))
-        for path in sorted(changed, key=lambda path: (path == "__init__.py", path)):  # which imports the others
+        for path in sorted(
+            changed, key=lambda path: (path == "__init__.py", path)
+        ):  # last, since it imports the others
             _move(staging, real, path, contents[path])
         for path in {*(before - contents.keys()), *tree.bytecode} - {MANIFEST}:
             (real / path).unlink(missing_ok=True)

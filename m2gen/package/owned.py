@@ -127,7 +127,7 @@ def others(folder: Path, contents: Mapping[str, bytes]) -> list[str]:
     """
     before = listed_in(folder)
     tree = scan(folder)
-    owned = before | listed_in(folder)  # another build may have put its own in between
+    owned = before | listed_in(folder)  # another build may have written its own in between
     return [path for path in tree.others(owned) if path not in contents or not equal(folder / path, contents[path])]
 
 

@@ -23,7 +23,7 @@ def run_case(package: GeneratedPackage, variant: Variant, case: Case, seed: int,
         results = tuple(CHECKS[case.check](CaseContext(package, variant, case, seed, device)))
         if not results:
             failure = "nothing was judged"
-    except Exception as error:  # of a compiler, a driver or a check: one case's failure, not the run's
+    except Exception as error:  # raised by a compiler, a driver or a check: only this case fails
         failure = one_line(error)
     return report(variant, case, seed, results, time.monotonic() - start, failure)
 
