@@ -173,7 +173,7 @@ def test_merge(db: str, tmp_path: Path) -> None:
     better, worse = winner(high=0.4), winner(Bucket.ONE, high=0.95)
     Database(tmp_path / "other").add([better, worse, OTHER])
     result = run("db", "merge", str(tmp_path / "other"), "--db", db)
-    assert result.stdout.startswith("1 records added, 1 replaced, 2 not taken")
+    assert result.stdout.startswith("1 records added, 1 replaced, 2 not added")
     assert held(db) == ({*RECORDS} - {FAST}) | {better}
     (tmp_path / "other" / files.place(OTHER)).write_text("torn", encoding="utf-8")
     assert "must be JSON" in fails(2, "db", "merge", str(tmp_path / "other"), "--db", db)

@@ -177,9 +177,7 @@ def _update_once(real: Path, contents: Mapping[str, bytes]) -> None:
         staging.mkdir()
         if MANIFEST in contents:
             _move(staging, real, MANIFEST, _listing_also(contents[MANIFEST], before))
-        for path in sorted(
-            changed, key=lambda path: (path == "__init__.py", path)
-        ):  # last, since it imports the others
+        for path in sorted(changed, key=lambda path: (path == "__init__.py", path)):  # it imports the others
             _move(staging, real, path, contents[path])
         for path in {*(before - contents.keys()), *tree.bytecode} - {MANIFEST}:
             (real / path).unlink(missing_ok=True)
