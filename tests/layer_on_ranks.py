@@ -1,4 +1,4 @@
-"""The checks on each rank for tests/test_parallel.py: the layer sharded over ranks against the layer on one."""
+"""What one rank does for tests/test_parallel.py: the layer sharded over ranks against the layer on one."""
 
 from __future__ import annotations
 

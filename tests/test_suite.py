@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from support import ROOT
 
 TESTS = sorted(path for path in (ROOT / "tests").glob("*.py") if path.name != "sanitize.py")
-"""Test files that run without a GPU; on one, m2gen's own clock is under test, and ``sanitize.py`` is a tool."""
+"""Those that run without a GPU; on one, m2gen's own clock is under test, and ``sanitize.py`` is a tool."""
 CLOCKS = {"time", "monotonic", "perf_counter", "process_time", "thread_time", "monotonic_ns", "perf_counter_ns"}
 LONG = 1800
 """Seconds that only what hangs takes."""
