@@ -110,7 +110,7 @@ def _holding(folder: Path) -> Database:
         ),
         (("--layer", "other"), "--layer must be among base, got 'other'"),
         (("--target", "sm_90"), "--target must be given with --dry-run only"),
-        (("--report", "none/out.html"), "--report must be in a folder that is there, got none/out.html"),
+        (("--report", "none/out.html"), "--report must be in an existing folder, got none/out.html"),
         (("--storage", "nonsense", "--trials", "1"), "--storage must be a database URL"),
     ],
 )
@@ -256,7 +256,7 @@ def test_replay_measures_again(context: TuningContext) -> None:
     assert now["median_ms"] == pytest.approx(then["median_ms"], rel=0.01)
     text = run("db", "replay", record.id, *DB).output
     assert "default, now" in text
-    assert "the record's schedule stands" in text
+    assert "the record's schedule is still the best" in text
     simulated.script(Path("script.json"), wrong=[record.schedule.slug])
     assert "wrong: dq of plain" in fails(1, "db", "replay", record.id, *DB, "--quiet")
     assert json.loads(Path("script.json").read_text())["wrong"] == [record.schedule.slug]
