@@ -1,4 +1,4 @@
-"""Problem buckets: how many programs there are for each SM, which is what decides between schedules."""
+"""Buckets of calls by the number of programs for each SM, which is what decides between schedules."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from bisect import bisect_left
 from enum import StrEnum
 
 HALVES = (1, 2, 4, 8, 16)
-"""The most programs in each bucket but the last, in halves of a program an SM. Generated packages carry this table."""
+"""Upper bounds of all buckets but the last, in half programs per SM. Generated packages carry this table."""
 
 
 class Bucket(StrEnum):
-    """Heads of all sequences for each SM, from a GPU that is half idle to one whose SMs take turns."""
+    """Programs per SM, one for each head of each sequence: from a GPU that is half idle to one of several waves."""
 
     HALF = "<=0.5"
     ONE = "<=1"
@@ -21,7 +21,7 @@ class Bucket(StrEnum):
 
     @property
     def place(self) -> int:
-        """Place in the order of sizes."""
+        """Index in the order of sizes."""
         return BUCKETS.index(self)
 
 
@@ -29,13 +29,13 @@ BUCKETS = tuple(Bucket)
 
 
 def most_sequences(heads: int, sm_count: int) -> tuple[int, ...]:
-    """Return the most sequences of ``heads`` heads in each bucket but the last, on a GPU of ``sm_count`` SMs."""
+    """Return the largest number of sequences of ``heads`` heads in each bucket but the last, for ``sm_count`` SMs."""
     return tuple(halves * sm_count // (2 * heads) for halves in HALVES)
 
 
 def bucket_of(sequences: int, heads: int, sm_count: int) -> Bucket:
-    """Return the bucket of a call: B, or the sequences of a packed batch; N heads of the state; SMs of the GPU.
+    """Return the bucket of ``sequences`` (B, or the packed ones) with N ``heads`` each, on ``sm_count`` SMs.
 
-    The length of sequences plays no part: steps follow each other, whatever the schedule.
+    The sequence length plays no part: steps follow each other, whatever the schedule.
     """
     return BUCKETS[bisect_left(most_sequences(heads, sm_count), sequences)]

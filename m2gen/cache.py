@@ -15,13 +15,13 @@ from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter
 
-from m2gen.errors import CacheError
+from m2gen.errors import CacheError, os_errors_as
 
 Value = TypeVar("Value")
 
 ELSEWHERE = "M2GEN_CACHE_DIR may name another folder"
-"""What to do where the cache cannot be used."""
-_OF_DISKS = {
+"""Advice that ends every error about the cache."""
+_DISK_ERRORS = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
 }
@@ -30,8 +30,8 @@ _OF_DISKS = {
 def cache_dir() -> Path:
     """Return ``$M2GEN_CACHE_DIR``, else ``m2gen`` below ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
-    Where that cannot be written, or the user has no home, it is a folder among the temporary files that only this user
-    can write: generated modules are imported from it. Raises CacheError where there is no such folder either.
+    If that cannot be written, or the user has no home, return a folder among the temporary files that only this user
+    can write, since generated modules are imported from it. Raises CacheError if there is no such folder either.
     """
     explicit = os.environ.get("M2GEN_CACHE_DIR")
     if explicit:
@@ -41,7 +41,7 @@ def cache_dir() -> Path:
 
 
 def shortcoming() -> str:
-    """Return what the cache lacks, empty where that is nothing."""
+    """Return what the cache lacks, or an empty string."""
     if not _writable(cache_dir()):
         return f"cache that can be written ({ELSEWHERE})"
     if os.environ.get("M2GEN_CACHE_DIR") or _usual() is not None:
@@ -50,15 +50,15 @@ def shortcoming() -> str:
 
 
 def _usual() -> Path | None:
-    """Return the cache in the user's home, None where that cannot be written."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))  # which must be absolute, or is to be ignored
+    """Return the cache in the user's home, or None if that cannot be written."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))  # ignored unless absolute, as the XDG specification asks
     home = _home()
     root = named if named.is_absolute() else home and home / ".cache"
     return root / "m2gen" if root is not None and _writable(root / "m2gen") else None
 
 
 def _home() -> Path | None:
-    """Return the user's home; None of a user without ``HOME`` whom the system does not know."""
+    """Return the user's home directory, or None if neither ``HOME`` nor the system names one."""
     try:
         home = Path.home()
     except RuntimeError:
@@ -67,44 +67,38 @@ def _home() -> Path | None:
 
 
 def _writable(folder: Path) -> bool:
-    """Return whether a folder can be written, or made."""
+    """Return whether a folder can be written or created."""
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)
 
 
 def _temporary() -> Path:
-    try:
+    with os_errors_as(CacheError, "the cache must have a folder that can be written", f"; {ELSEWHERE}"):
         folder = Path(tempfile.gettempdir()) / f"m2gen-{os.getuid()}"
         folder.mkdir(mode=0o700, exist_ok=True)
         facts = folder.lstat()
-    except OSError as error:
-        raise CacheError(f"the cache must have a folder that can be written: {_reason(error)}; {ELSEWHERE}") from error
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
         raise CacheError(f"{folder} must be a folder that only this user can write; {ELSEWHERE}")
     return folder
 
 
 def provide_for_triton() -> None:
-    """Have Triton keep what it compiles in this cache where its own, in the user's home, cannot be written."""
+    """Point Triton's cache of compiled kernels into this one if its own, in the user's home, cannot be written."""
     if os.environ.get("TRITON_CACHE_DIR") or os.environ.get("TRITON_HOME"):
         return
     home = _home()
     if home is None or not _writable(home / ".triton" / "cache"):
-        with contextlib.suppress(CacheError):  # which whoever needs the cache raises again
+        with contextlib.suppress(CacheError):  # raised again by whatever needs the cache
             os.environ["TRITON_CACHE_DIR"] = str(cache_dir() / "triton")
 
 
 def is_of_a_disk(error: BaseException) -> bool:
-    """Return whether an error says that a file could not be written, and nothing about what was computed."""
-    return isinstance(error, CacheError) or (isinstance(error, OSError) and error.errno in _OF_DISKS)
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
+    """Return whether an error means that a file could not be written, and says nothing about what was computed."""
+    return isinstance(error, CacheError) or (isinstance(error, OSError) and error.errno in _DISK_ERRORS)
 
 
 def key_of(*parts: str) -> str:
-    """Return 24 hex digits that name the given texts."""
+    """Return 24 hex digits of a hash of the given texts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(f"{len(part)}:{part}".encode())
@@ -112,7 +106,7 @@ def key_of(*parts: str) -> str:
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never a part."""
+    """Write a file in one step: readers see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -131,7 +125,7 @@ def _adapter(shape: Any) -> TypeAdapter[Any]:
 
 
 def load_result(kind: str, key: str, shape: type[Value]) -> Value | None:
-    """Return a cached value of type ``shape``; None where the cache has nothing that ``store_result`` would write."""
+    """Return the cached value of type ``shape``, or None if the entry is not what ``store_result`` would write."""
     adapter = _adapter(cast("Hashable", shape))
     try:
         data = (cache_dir() / kind / f"{key}.json").read_bytes()
@@ -142,21 +136,19 @@ def load_result(kind: str, key: str, shape: type[Value]) -> Value | None:
 
 
 def store_result(kind: str, key: str, value: object) -> None:
-    """Keep a value, of a dataclass; a cache that cannot be written is no error, only slower."""
+    """Cache a dataclass instance. A cache that cannot be written is no error, only slower."""
     data = _adapter(cast("Hashable", type(value))).dump_json(value)
     with contextlib.suppress(OSError, CacheError):
         _write_atomically(cache_dir() / kind / f"{key}.json", data)
 
 
 def materialise(kind: str, files: Mapping[str, str]) -> Path:
-    """Return a folder that holds the given texts, and is named by them; raises CacheError where it cannot."""
+    """Return a folder, named by a hash of ``files``, that holds them; raises CacheError if it cannot be written."""
     key = key_of(*(part for item in sorted(files.items()) for part in item))
     folder = cache_dir() / kind / key
-    try:
+    with os_errors_as(CacheError, f"{folder} must be writable", f"; {ELSEWHERE}"):
         for path, text in files.items():
             target, data = folder / path, text.encode()
             if not target.is_file() or target.read_bytes() != data:
                 _write_atomically(target, data)
-    except OSError as error:
-        raise CacheError(f"{folder} must be writable: {_reason(error)}; {ELSEWHERE}") from error
     return folder

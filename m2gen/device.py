@@ -1,4 +1,4 @@
-"""Which GPU this is, and what every known target allows."""
+"""The GPU at hand, and the limits of every known target."""
 
 from __future__ import annotations
 
@@ -9,29 +9,25 @@ from m2gen.errors import UsageError, among
 
 @dataclass(frozen=True)
 class Device:
-    """One kind of GPU: what a schedule may use of it and what a record is keyed by."""
+    """One kind of GPU: its limits for schedules, and the name that records are keyed by."""
 
     arch: str
-    """``sm_90``, ``gfx942``; ``portable`` for kernels that assume no GPU in particular."""
+    """``sm_90`` or ``gfx942``, say; ``portable`` for kernels that assume no particular GPU."""
     name: str
-    """Product name, or the arch where no GPU was looked at."""
+    """Product name, or the arch if no GPU was detected."""
     sm_count: int
     """Streaming multiprocessors or compute units."""
     shared_bytes: int
-    """Shared memory (LDS) that one program may use."""
+    """Maximum shared memory (LDS) per program, in bytes."""
     registers: int
-    """32-bit registers that one thread may use."""
+    """Maximum 32-bit registers per thread."""
     register_file: int
-    """32-bit registers that all threads of one program may use together."""
+    """Maximum 32-bit registers of all threads of one program together."""
     warp_size: int = 32
 
     @property
     def is_nvidia(self) -> bool:
         return self.arch.startswith("sm_")
-
-    @property
-    def is_amd(self) -> bool:
-        return self.arch.startswith("gfx")
 
 
 def _nvidia(arch: str, sm_count: int, shared_kib: int) -> Device:
@@ -59,23 +55,23 @@ TARGETS: dict[str, Device] = {
 }
 
 PORTABLE = Device("portable", "portable", 100, 64 * 1024, registers=255, register_file=65536)
-"""The least that every target has: serves the interpreter and GPUs that a spec does not list."""
+"""Limits that every target meets: for the interpreter, and for GPUs that a spec does not list."""
 
 
 def target(arch: str) -> Device:
-    """Return the table's entry for ``arch``; raises ``UsageError`` for an unknown one."""
+    """Return the entry of ``TARGETS`` for ``arch``; raises UsageError for an unknown one."""
     if arch not in TARGETS:
         raise UsageError(f"--target must be {among(TARGETS)}, got {arch!r}")
     return TARGETS[arch]
 
 
 def limits(arch: str) -> Device:
-    """Return what ``arch`` allows; for one outside the table, the portable limits under its name."""
+    """Return the limits of ``arch``; for one outside ``TARGETS``, the portable limits under its name."""
     return TARGETS.get(arch) or replace(PORTABLE, arch=arch, name=arch)
 
 
 def detect() -> Device | None:
-    """Return the current GPU, or None where torch sees none; an arch outside the table gets the portable limits."""
+    """Return the current GPU, or None if torch sees none. An arch outside ``TARGETS`` gets the portable limits."""
     import torch
 
     if not torch.cuda.is_available():

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 MOST_LISTED = 20
-"""Problems, or names, that are listed: what follows is counted."""
+"""Maximum number of problems or names that a message lists; the rest are counted."""
 
 
 def listed(lines: Iterable[str]) -> list[str]:
-    """Return the first lines, and one that says how many more there are."""
+    """Return the first ``MOST_LISTED`` lines, and one that says how many more there are."""
     every = list(lines)
     more = len(every) - MOST_LISTED
     return every if more <= 0 else [*every[:MOST_LISTED], f"and {more} more"]
 
 
 def among(names: Iterable[str]) -> str:
-    """Word the choice among ``names``, of which only the first are listed."""
+    """Return ``among a, b, c``, with only the first of many names."""
     return f"among {', '.join(listed(names))}"
 
 
 class M2genError(Exception):
-    """A failure that is reported as a line a problem, the first ones of many, without a traceback."""
+    """A failure that is reported without a traceback: one line for each problem, the first ones of many."""
 
     exit_status = 1
 
@@ -62,13 +63,13 @@ class EmitError(M2genError):
 
 
 class PlaceError(EmitError):
-    """The place that a command is told to write to holds what m2gen did not write, or cannot be written."""
+    """The output path cannot be written, or holds files that m2gen did not write."""
 
     exit_status = 2
 
 
 class CacheError(M2genError):
-    """The user's cache cannot be written, and what was asked for needs files there."""
+    """The user's cache cannot be written, and the command needs files there."""
 
     exit_status = 2
 
@@ -81,3 +82,12 @@ class DatabaseError(M2genError):
 
 class TuneError(M2genError):
     """A search cannot begin or go on; what it found so far is kept."""
+
+
+@contextmanager
+def os_errors_as(kind: type[M2genError], contract: str, advice: str = "") -> Iterator[None]:
+    """Raise a ``kind`` with ``<contract>: <reason><advice>``, as ``a.json must be writable``, for every OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{contract}: {error.strerror or error}{advice}") from error

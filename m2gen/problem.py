@@ -1,4 +1,4 @@
-"""Run-time sizes, and seeded inputs that reach the corners of the recurrence."""
+"""Run-time sizes, and seeded inputs that cover the corner cases of the recurrence."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Gates(StrEnum):
     """How the forget gate is drawn."""
 
     MIXED = "mixed"
-    """Sigmoids of a shifted normal, a tenth of them exactly 0 and a tenth exactly 1; where the kernel computes the
-    gate, a standard normal input."""
+    """Sigmoids of a shifted normal, a tenth of them exactly 0 and a tenth exactly 1; if the kernel computes the gate,
+    a standard normal input."""
     SLOW = "slow"
     """1 - 1e-4 in float32: the state hardly forgets."""
     VANISHING = "vanishing"
-    """1 - f about 1e-6, of which 1 - float32(f) keeps 4 bits; only where the kernel computes the gate."""
+    """1 - f is about 1e-6, of which 1 - float32(f) keeps 4 bits; only if the kernel computes the gate."""
     ZERO = "zero"
     ONE = "one"
 
@@ -47,11 +47,11 @@ class Draw:
     gates: Gates = Gates.MIXED
     weights: Weights = Weights.TRAINED
     dy_scale: float = 1.0
-    """Of the incoming gradients."""
+    """Scale of the incoming gradients."""
     value_scale: float = 1.0
-    """Of k and v; from about 8 on, nearly every tanh is saturated."""
+    """Scale of k and v; from about 8 on, nearly every tanh is saturated."""
     wide: bool = False
-    """forget and weight in float32, between the numbers of the narrow dtypes."""
+    """forget and weight are float32, with values that the narrow dtypes cannot represent."""
     repeated: bool = False
     """Every step of every sequence has the operands and dy of the first."""
 
@@ -66,10 +66,10 @@ class Problem:
     batch: int
     seq: int
     lengths: tuple[int, ...] | None = None
-    """Lengths of packed sequences, in place of batch and seq."""
+    """Lengths of packed sequences, instead of batch and seq."""
     initial_state: bool = False
     long_offsets: bool = False
-    """Offsets in int64 rather than int32."""
+    """Whether ``cu_seqlens`` is int64 rather than int32."""
 
     @property
     def sequences(self) -> int:
@@ -83,7 +83,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The operands of one call and the gradients that come back to it."""
+    """The operands of one call, and the gradients of its results."""
 
     q: Tensor
     k: Tensor
@@ -95,7 +95,7 @@ class Inputs:
     dy: Tensor
     dstate: Tensor
     A_log: Tensor | None = None
-    """With ``dt_bias`` (Nf,), only where the kernel computes the gate; ``forget`` is its input then."""
+    """A_log and dt_bias, both (Nf,), are there only if the kernel computes the gate; ``forget`` is then its input."""
     dt_bias: Tensor | None = None
 
     def to(self, device: torch.device) -> Inputs:
@@ -138,7 +138,7 @@ def make_inputs(variant: Variant, problem: Problem, seed: int, draw: Draw = PLAI
 
 
 def _repeated(x: Tensor, lead: tuple[int, ...]) -> Tensor:
-    """Return x with the first entry of its leading dims everywhere."""
+    """Return x with every entry of its leading dims equal to the first."""
     return x[(slice(0, 1),) * len(lead)].expand(x.shape)
 
 
@@ -150,7 +150,7 @@ def _offsets(problem: Problem) -> Tensor | None:
 
 
 def _widened(inputs: Inputs) -> Inputs:
-    """Return forget and weight in float32, moved off the numbers of the narrow dtypes."""
+    """Return forget and weight in float32, moved to values that the narrow dtypes cannot represent."""
     off = 1 - 2.0**-11
     return replace(inputs, forget=inputs.forget.float() * off, weight=inputs.weight.float() * off)
 
@@ -180,7 +180,7 @@ def _gate_parameters(variant: Variant, generator: torch.Generator) -> dict[str, 
 def _gates(
     variant: Variant, draw: Draw, generator: torch.Generator, lead: tuple[int, ...], parameters: dict[str, Tensor]
 ) -> Tensor:
-    """Return f in the variant's dtype, or where the kernel computes it its input; near f = 1 in float32."""
+    """Return f, or the gate's input if the kernel computes it, in the variant's dtype; SLOW gates in float32."""
     shape, dtype = (*lead, variant.heads.f), TORCH_DTYPE[variant.dtype]
     if variant.computes_gate:
         noise = torch.randn(*shape, generator=generator)
@@ -197,7 +197,7 @@ def _gates(
 
 
 def _gate_inputs(gates: Gates, noise: Tensor, parameters: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Return x such that exp(A_log) softplus(x + dt_bias), which is -log f, is of the size that ``gates`` asks for."""
+    """Return x for which exp(A_log) softplus(x + dt_bias), which is -log f, has the size that ``gates`` asks for."""
     decay = {Gates.SLOW: 1e-4, Gates.VANISHING: 1e-6}.get(gates)
     if decay is None:
         return noise.to(dtype)

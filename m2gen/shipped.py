@@ -1,4 +1,4 @@
-"""Where the files are that ship with m2gen: specs, templates, the tuning database."""
+"""The location of files that ship with m2gen: specs, templates, the tuning database."""
 
 from __future__ import annotations
 

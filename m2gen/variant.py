@@ -38,13 +38,13 @@ class Variant:
     """V: columns of the state."""
     heads: Heads
     dtype: Dtype
-    """Of q, k, v, the weight's products and y."""
+    """Element type of q, k, v, y and the operands of products with the weight."""
     state_dtype: StateDtype
     clip: ClipMode
     tanh: TanhMode
     gate: GateKind = GateKind.GIVEN
     products: Fp32Products = Fp32Products.IEEE
-    """Of fp32 operands; ``IEEE`` for the narrow dtypes, whose products have no choice."""
+    """How fp32 operands are multiplied; ``IEEE`` for the narrow dtypes, which have no choice."""
 
     @property
     def computes_gate(self) -> bool:
@@ -74,7 +74,7 @@ class Variant:
 
     @property
     def key(self) -> str:
-        """Name the variant in file names, tables and records: dims, groups and dtype, then any other numerics."""
+        """The variant's name in files, tables and records: dims, groups and dtype, then any other numerics."""
         heads = self.heads
         groups = f"q{heads.q}_k{heads.k}_v{heads.v}_f{heads.f}_w{heads.w}"
         numerics = [self.dtype, self.clip, self.tanh]
@@ -92,7 +92,7 @@ class BuiltVariant:
 
 
 def expand(spec: Spec) -> tuple[BuiltVariant, ...]:
-    """Return the variants of ``spec`` in the order of the file, each once, with the layers that need it."""
+    """Return each variant of ``spec`` once, in the order of the file, with the layers that need it."""
     layers: dict[Variant, list[str]] = {}
     for name, layer in spec.layers.items():
         for point in layer.points():
@@ -114,10 +114,10 @@ def expand(spec: Spec) -> tuple[BuiltVariant, ...]:
 
 
 def layer_names(built: Iterable[BuiltVariant]) -> dict[Variant, str]:
-    """Name variants as tables and messages do: by their layers and dtype, ``m2rnn_7b bf16``.
+    """Return the names of variants in tables and messages: layers and dtype, as ``m2rnn_7b bf16``.
 
-    Of variants that share layers and dtype, since their layer is a grid, names also have what they differ in. A variant
-    that no layer asks for is named by its dims, ``K64 V16 N132 bf16``.
+    Variants of a grid, which share layers and dtype, are told apart by the facts in which they differ. A variant that
+    no layer asks for is named by its dims, as ``K64 V16 N132 bf16``.
     """
     named: dict[str, list[Variant]] = {}
     for each in built:
@@ -131,7 +131,7 @@ def _plain_name(built: BuiltVariant) -> str:
 
 
 def _told_apart(name: str, variants: list[Variant]) -> dict[Variant, str]:
-    """Add to the name of each variant the facts of it that others of that name do not share."""
+    """Append to the name of each variant the facts in which variants of that name differ."""
     facts = [_facts(variant) for variant in variants]
     differing = [place for place, values in enumerate(zip(*facts, strict=True)) if len(set(values)) > 1]
     return {v: " ".join([name, *(fact[i] for i in differing)]) for v, fact in zip(variants, facts, strict=True)}

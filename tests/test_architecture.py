@@ -1,4 +1,4 @@
-"""What may import what, how large a module may be, and what ``--help`` may cost."""
+"""Imports follow the layers, modules stay small, and ``--help`` stays cheap."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import graphlib
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,7 +62,7 @@ MODULES = {module_of(path): path for path in SOURCES}
 
 
 def _absolute(path: Path, node: ast.ImportFrom) -> str:
-    """Return what a ``from`` names, relative imports resolved."""
+    """Return the module of a ``from``, with relative imports resolved."""
     if not node.level:
         return node.module or ""
     package = ("m2gen", *path.relative_to(PACKAGE).parts[:-1])
@@ -111,7 +110,7 @@ def test_the_table_is_about_the_rooms_that_exist() -> None:
 
 
 def test_tuning_and_benchmarks_are_siblings() -> None:
-    """What both need is in ``measure``: neither imports the other."""
+    """Neither imports the other: both share ``measure``."""
     assert "tune" not in ALLOWED["bench"].split()
     assert "bench" not in ALLOWED["tune"].split()
     assert {"tune", "bench"}.isdisjoint(ALLOWED["measure"].split())
@@ -123,7 +122,7 @@ def in_order(graph: dict[str, set[str]]) -> None:
 
 
 def test_no_imports_go_in_a_circle() -> None:
-    """Neither rooms nor modules do, imports in functions and for type checkers included."""
+    """Neither rooms nor modules import in a circle, including imports in functions and for type checkers."""
     in_order({room: set(allowed.split()) for room, allowed in ALLOWED.items()})
     in_order({name: arrows(path) for name, path in MODULES.items()})
 
@@ -134,15 +133,8 @@ def test_a_circle_would_be_found() -> None:
         in_order({"m2gen.db.a": {"m2gen.db.b"}, "m2gen.db.b": {"m2gen.db.a"}})
 
 
-def test_no_class_is_defined_twice() -> None:
-    """A name is of one class, wherever one reads it."""
-    trees = [ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for path in SOURCES]
-    names = Counter(node.name for tree in trees for node in tree if isinstance(node, ast.ClassDef))
-    assert [name for name, count in names.items() if count > 1] == []
-
-
 def test_few_modules_are_outside_the_folders() -> None:
-    """What is directly in m2gen/ are the nouns that every folder speaks of."""
+    """Only the nouns that every folder uses are directly in m2gen/."""
     assert len(list(PACKAGE.glob("*.py"))) <= MOST_AT_THE_TOP
 
 
@@ -163,7 +155,7 @@ TEXTS = {"arguments", "demand", "launch", "layouts", "loads", "lowering", "outpu
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_rendering_is_pure(path: Path) -> None:
-    """What goes into a rendered text imports no torch, no triton, no clock and no random numbers."""
+    """Modules that rendered text depends on import no torch, no triton, no clock and no random numbers."""
     if room_of(path) in PURE or (room_of(path) == "kernels" and path.stem in TEXTS | {"__init__"}):
         roots = {name.split(".")[0] for name in imported(path)}
         assert not roots & {"torch", "triton", "time", "datetime", "random", "uuid"}

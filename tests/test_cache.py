@@ -181,7 +181,7 @@ def test_a_cache_that_cannot_be_written(
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
-    """As a limit of the size of files simulates it: a real failure to write, in the process that compiles."""
+    """A limit on the size of files simulates a full disk: a real failure to write, in the process that compiles."""
 
     def limited() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
@@ -203,7 +203,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_triton_s_full_disk_is_no_compilers_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What Triton cannot keep says nothing of the kernel."""
+    """A failure of Triton to write its cache says nothing about the kernel."""
     import triton
 
     def full(*_: object, **__: object) -> None:
@@ -248,7 +248,7 @@ def _spoil(root: Path, kind: str, data: bytes | None) -> int:
 
 @pytest.mark.parametrize("data", [*SHAPES.values(), None], ids=[*SHAPES, "a folder"])
 def test_an_entry_of_another_shape_is_none(data: bytes | None, cache_dir: Path) -> None:
-    """It is made again, and kept where there is a place for it."""
+    """It is computed again, and written if possible."""
     store_result("resources", "key", TAKEN)
     assert load_result("resources", "key", Resources) == TAKEN
     assert load_result("resources", "key", Compiled) is None
@@ -312,7 +312,7 @@ def test_a_file_that_is_not_what_it_should_be_is_written_again(data: bytes, cach
 
 
 def test_a_folder_in_a_files_place_is_named(cache_dir: Path) -> None:
-    """It is somebody's, and stays."""
+    """A folder that is not m2gen's stays."""
     folder = materialise("sources", {"kernel.py": "a = 1\n"})
     (folder / "kernel.py").unlink()
     (folder / "kernel.py" / "mine").mkdir(parents=True)
@@ -323,7 +323,7 @@ def test_a_folder_in_a_files_place_is_named(cache_dir: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), CacheError("x must be writable")])
 def test_a_full_disk_is_no_candidates_failure(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither where a candidate compiles nor where it runs: a failure would be recorded of it for good."""
+    """A full disk stops the search while a candidate compiles or runs: a failure would be recorded for good."""
     from m2gen.tune import gpu
     from m2gen.tune.trial import Step, Task
 

@@ -85,5 +85,5 @@ def test_every_page_is_reached_from_the_readme() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    """What a newcomer reads first has at most 1,200 words."""
+    """The README has at most 1,200 words."""
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1200

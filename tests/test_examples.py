@@ -180,7 +180,7 @@ def test_a_run_ends_after_the_last_length_has_settled(example) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["m2rnn", "attention", "linear", "gru"])
 def test_captured_steps_train_as_eager_ones(example, device, kind) -> None:
-    """Steps of two lengths in turns have the losses of eager steps, up to what the order of atomics changes."""
+    """Steps of two alternating lengths have the losses of eager steps, up to what the order of atomics changes."""
     example("state_tracking")
     train = example("state_tracking", "train")
     losses = {}

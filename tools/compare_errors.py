@@ -1,4 +1,4 @@
-"""Hold schedules of one layer against float64, beside the portable templates' on the same problems; needs a GPU.
+"""Compare the errors of one layer's schedules with those of the portable templates, against float64; needs a GPU.
 
     python tools/compare_errors.py specs/h200.yaml m2rnn_7b default
 
@@ -24,7 +24,7 @@ from m2gen.tune.check import Candidate, check_candidate
 from m2gen.variant import Variant, expand
 
 MOST = 1.1
-"""How many times the error of the portable kernels another schedule's may be."""
+"""Largest error of another schedule, as a multiple of the portable kernels' error."""
 
 
 def errors(variant: Variant, schedule: Schedule, asked: SeededCase) -> dict[str, float]:
@@ -37,7 +37,7 @@ def errors(variant: Variant, schedule: Schedule, asked: SeededCase) -> dict[str,
 
 
 def compared(variant: Variant, schedules: list[Schedule]) -> Iterator[tuple[str, str, float, list[float]]]:
-    """Yield problem, tensor, the first schedule's error, and the multiples of it that the others have."""
+    """Yield problem, tensor, the first schedule's error, and those of the others as multiples of it."""
     portable, *others = schedules
     for asked in (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True)):
         usual = errors(variant, portable, asked)
@@ -47,7 +47,7 @@ def compared(variant: Variant, schedules: list[Schedule]) -> Iterator[tuple[str,
 
 
 def main() -> int:
-    """Print the table of the schedules that the command line names; return 1 if one errs too much."""
+    """Print the table of the schedules on the command line; return 1 if an error is too large."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path)
     parser.add_argument("layer")

@@ -1,7 +1,7 @@
 """Replay random search against TPE on recorded trials: ``tools/compare_samplers.py JOURNAL... [--seeds N]``.
 
 Each journal of ``m2gen tune`` (below ``~/.cache/m2gen/tune``; or one compressed as ``.gz``) is a table of candidates
-and what they took. Both samplers search that table as ``m2gen tune`` would search the space, from the default schedule
+and their times. Both samplers search that table as ``m2gen tune`` would search the space, from the default schedule
 on, and nothing runs: a proposal's result is looked up. The trials of a long random search are the most even sample:
 
     m2gen tune --spec h200.yaml --layer m2rnn_7b --sampler random --budget 10m --fresh
@@ -32,7 +32,7 @@ CLOSE = 1.01
 
 
 def recorded(path: Path) -> list[Trial]:
-    """Return the trials of a journal, the last of each candidate, in order."""
+    """Return the trials of a journal in order, the last one of each candidate."""
     trials = {}
     data = path.read_bytes()
     for line in (gzip.decompress(data) if path.suffix == ".gz" else data).split(b"\n")[:-1]:
@@ -44,7 +44,7 @@ def recorded(path: Path) -> list[Trial]:
 
 
 def default_of(trials: Sequence[Trial]) -> Schedule:
-    """Return the default schedule of then; raises UsageError for a journal that has none."""
+    """Return the journal's default schedule; raises UsageError if it has none."""
     found = next((trial.schedule for trial in trials if trial.origin == "default"), None)
     if found is None:
         raise UsageError("a journal must have a trial of the default schedule, got none")
@@ -52,7 +52,7 @@ def default_of(trials: Sequence[Trial]) -> Schedule:
 
 
 def replay(trials: Sequence[Trial], sampler: Sampler, seed: int) -> list[float]:
-    """Return the best time after each proposal; infinity before one passed."""
+    """Return the best time after each proposal, infinity before one passes."""
     table = {trial.schedule: trial for trial in trials}
     points, start = list(table), default_of(trials)
     first = [(start, "default")]

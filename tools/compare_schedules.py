@@ -1,8 +1,8 @@
-"""Time schedules of one layer side by side, each held against the oracle first, as m2gen bench times packages.
+"""Time schedules of one layer side by side, after checking each against the oracle, as m2gen bench does.
 
     python tools/compare_schedules.py specs/h200.yaml m2rnn_7b 0 default portable_f32x1u4a_b32x1c2a_i16_ptx
 
-The number is that of the layer's workload in the spec. Needs a GPU.
+The number is the index of the layer's workload in the spec. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def line(result: Result) -> str:
 
 
 def main() -> None:
-    """Print the table of the schedules that the command line names."""
+    """Print the table of the schedules on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path)
     parser.add_argument("layer")
@@ -61,12 +61,12 @@ def main() -> None:
     with this_bench_context("compare_schedules") as context:
         usual = default(built.variant, context.device)
         named = [usual if slug == "default" else parse(slug) for slug in given.schedules]
-        entered = [implementation(built, check(built.variant, s, context.device), context.device) for s in named]
+        timed = [implementation(built, check(built.variant, s, context.device), context.device) for s in named]
         print(f"{given.layer}, B{size.batch} S{size.seq}\n")
         print(
             "| schedule | forward ms | forward and backward ms | extra GB | host us |\n| --- | --- | --- | --- | --- |"
         )
-        for result in side_by_side(BenchWorkload(given.layer, built.variant, size.batch, size.seq), entered, context):
+        for result in side_by_side(BenchWorkload(given.layer, built.variant, size.batch, size.seq), timed, context):
             print(line(result), flush=True)
 
 

@@ -1,9 +1,9 @@
-"""Count the instructions of each loop of a layer's kernels, by the machine code that ptxas writes; needs no GPU.
+"""Count the instructions in each loop of a layer's kernels, from the machine code of ptxas; needs no GPU.
 
     python tools/loop_instructions.py specs/h200.yaml m2rnn_7b mma_f32x1u8a_b32x1c2a_i16_ptx
 
-A loop is what lies between a backward branch and its target. Divided by the schedule's steps an iteration, the count
-is what a step of one program issues; inner loops are within outer ones.
+A loop is the code between a backward branch and its target. The count, divided by the schedule's steps per iteration,
+is the number of instructions that one step of a program issues; inner loops are within outer ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adapter of ``m2gen bench`` for the published Triton kernels of M2RNN, which need not be installed otherwise.
+"""An adapter of ``m2gen bench`` for the published Triton kernels of M2RNN, which are needed for nothing else.
 
 They are in github.com/open-lm-engine/accelerated-model-architectures, whose package ``xma`` must be importable:
 
@@ -18,7 +18,7 @@ from m2gen.variant import Variant
 
 
 def published(variant: Variant) -> Callable[..., Any] | None:
-    """Return the published operator for a variant; None where it computes the gate, which theirs does not."""
+    """Return the published operator for a variant, or None if that computes the gate, which theirs does not."""
     if variant.computes_gate:
         return None
     from xma.layers.m2rnn import m2rnn

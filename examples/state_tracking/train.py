@@ -130,7 +130,7 @@ def begin(part: nn.Module, config: Config) -> None:
 
 
 class Curriculum:
-    """Which lengths are trained: the longest so far more than half of the time, and the shorter ones."""
+    """The lengths to train on: the longest so far more than half of the time, and the shorter ones."""
 
     def __init__(self, config: Config, seed: int) -> None:
         self.lengths = config.lengths
@@ -144,7 +144,7 @@ class Curriculum:
 
     @property
     def stage(self) -> int:
-        """Which of the lengths is the longest so far."""
+        """Index of the longest length so far."""
         return min(len(self.known_at), len(self.lengths) - 1)
 
     @property

@@ -1,6 +1,7 @@
-"""How long implementations of the recurrence take beside each other, and how far they are from the GPU's limits.
+"""Time implementations of the recurrence side by side, and compare them with the GPU's limits.
 
-``entries`` has the types: a workload, the implementations on it, a timer that is a GPU or a script. ``side_by_side``
-holds each implementation against the oracle before it times any, in rounds; ``worker`` is the GPU. ``sweep`` has sizes
-along an axis, ``document`` results as JSON, ``against`` their comparison with earlier ones, ``peers`` adapters.
+``entries`` has the types: workloads, implementations, and a timer that is a GPU or a script. ``side_by_side`` checks
+every implementation against the oracle, then times them in rounds; ``worker`` is the process on the GPU. ``sweep`` has
+the sizes along an axis, ``document`` the results as JSON, ``against`` the comparison with earlier ones, and ``peers``
+the adapters of other implementations.
 """

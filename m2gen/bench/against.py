@@ -1,9 +1,10 @@
-"""Whether this m2gen is slower than an earlier one: recorded times, and what noise is in this session."""
+"""Compare the times of this m2gen with recorded ones, within the noise of this session."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from m2gen.bench.document import load
@@ -16,78 +17,77 @@ from m2gen.measure.statistics import difference, estimate
 from m2gen.spec import Objective
 
 BETWEEN_SESSIONS = 0.01
-"""Part of a median by which sessions of one binary differ (docs/performance.md), which a run beside itself
-cannot show."""
+"""Fraction by which medians of one binary differ between sessions (docs/performance.md), which no single run shows."""
 SAMPLES = {"forward": "forward_ms", "forward+backward": "step_ms"}
-"""What is compared, and where its samples are."""
+"""The attribute of ``TimerResult`` with the samples of each call that is compared."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """What a recorded time is of."""
+class TimedCall:
+    """The call and implementation of a recorded time."""
 
     variant: str
     call: Call
     batch: int
     seq: int
-    contender: str
-    """``default`` or ``tuned``."""
+    implementation: str
+    """Either ``default`` or ``tuned``."""
     what: str
-    """A key of ``SAMPLES``."""
+    """One of the keys of ``SAMPLES``."""
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Times of an earlier run on one device, and the toolchains that they were measured with."""
+    """Times of an earlier run on one device, and their toolchains."""
 
     device: str
-    times: Mapping[Place, Estimate]
+    times: Mapping[TimedCall, Estimate]
     toolchains: tuple[str, ...] = ()
 
     def has(self, workload: BenchWorkload) -> bool:
-        """Whether there is a time of a workload."""
+        """Return whether there is a time of a workload."""
         asked = (workload.variant.key, workload.call, workload.batch, workload.seq)
         return any((place.variant, place.call, place.batch, place.seq) == asked for place in self.times)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One time then and now."""
+    """A recorded time and the time of now."""
 
     layer: str
-    place: Place
+    place: TimedCall
     before: Estimate
     now: Estimate | None
     noise: float
-    """Part of a median by which the same binary differed from itself, and at least ``BETWEEN_SESSIONS``."""
+    """Fraction by which the medians of one binary differed in this run, and at least ``BETWEEN_SESSIONS``."""
     failure: str = ""
 
     @property
     def change(self) -> float | None:
-        """How much longer it takes now, as a part of the time then."""
+        """The increase as a fraction of the recorded time."""
         return None if self.now is None else self.now.median_ms / self.before.median_ms - 1
 
     @property
     def slower(self) -> bool:
-        """Whether it is slower beyond noise and both intervals, or does not run any more."""
+        """Whether the call is slower beyond noise and both intervals, or fails now."""
         return self.now is None or self.now.low_ms > self.before.high_ms * (1 + self.noise)
 
 
 def baseline(path: Path, here: Environment) -> Baseline:
-    """Read what ``m2gen bench --json`` printed, or of a tuning database what was measured on the device at hand.
+    """Read the output of ``m2gen bench --json``, or the records of a tuning database for the device at hand.
 
-    Raises UsageError where there is no such file or folder, it cannot be used, or is of another device.
+    Raises UsageError if there is no such file or folder, it cannot be used, or is of another device.
     """
     if path.is_dir():
         return _of_database(Database(path), here)
     read = load(path)
     if read.environment.device != here.device:
         raise UsageError(f"--against {path} must be of {here.device}, got one of {read.environment.device}")
-    times: dict[Place, Estimate] = {}
+    times: dict[TimedCall, Estimate] = {}
     for row in read.rows:
         for what, found in (("forward", row.forward), ("forward+backward", row.step)):
-            if found is not None and row.contender in ("default", "tuned") and not row.failure:
-                place = Place(row.variant, row.call, row.batch, row.seq, row.contender, what)
+            if found is not None and row.implementation in ("default", "tuned") and not row.failure:
+                place = TimedCall(row.variant, row.call, row.batch, row.seq, row.implementation, what)
                 times.setdefault(place, found.estimate)
     return Baseline(here.device, times, (_toolchain(read.environment),))
 
@@ -97,7 +97,7 @@ def _toolchain(environment: Environment) -> str:
 
 
 def _of_database(database: Database, here: Environment) -> Baseline:
-    times: dict[Place, Estimate] = {}
+    times: dict[TimedCall, Estimate] = {}
     toolchains: dict[str, None] = {}
     for record in database.contents().records:
         sizes, timing, environment = record.problem, record.timing, record.environment
@@ -105,9 +105,9 @@ def _of_database(database: Database, here: Environment) -> Baseline:
             continue
         # a search for inference times what a forward without gradients takes
         what = "forward" if record.key.objective is Objective.INFER else "forward+backward"
-        place = Place(record.key.variant, Call.SEQUENCE, sizes.batch, sizes.seq, "tuned", what)
+        place = TimedCall(record.key.variant, Call.SEQUENCE, sizes.batch, sizes.seq, "tuned", what)
         times[place] = timing.tuned
-        times[replace(place, contender="default")] = timing.default
+        times[replace(place, implementation="default")] = timing.default
         toolchains[_toolchain(environment)] = None
     if not times:
         raise UsageError(f"--against {database.root} must have records of {here.device}, got none")
@@ -117,7 +117,7 @@ def _of_database(database: Database, here: Environment) -> Baseline:
 def compare(results: Sequence[Result], before: Baseline, seed: int = 0) -> list[Comparison]:
     """Compare a workload's results, each implementation twice (``side_by_side(..., arms=2)``), with recorded times.
 
-    Where nothing is tuned any more, what serves now, the default, is compared with what was tuned.
+    If nothing is tuned any more, the default, which serves now, is compared with the recorded tuned time.
     """
     by_name: dict[str, list[Result]] = {}
     for result in results:
@@ -127,21 +127,17 @@ def compare(results: Sequence[Result], before: Baseline, seed: int = 0) -> list[
     for name in ("default", "tuned"):
         arms = by_name.get(name) or by_name.get("default", [])
         for what in SAMPLES:
-            place = Place(workload.variant.key, workload.call, workload.batch, workload.seq, name, what)
+            place = TimedCall(workload.variant.key, workload.call, workload.batch, workload.seq, name, what)
             if arms and place in before.times:
                 found.append(_comparison(arms, place, before.times[place], seed))
     return found
 
 
-def _comparison(arms: Sequence[Result], place: Place, before: Estimate, seed: int) -> Comparison:
+def _comparison(arms: Sequence[Result], place: TimedCall, before: Estimate, seed: int) -> Comparison:
     layer = arms[0].entry.workload.layer
     failures = [str(arm.failure) for arm in arms if arm.failure]
     if failures:
         return Comparison(layer, place, before, None, BETWEEN_SESSIONS, failures[0])
     one, *others = (getattr(arm.found, SAMPLES[place.what]) for arm in arms)
     noise = max([BETWEEN_SESSIONS, *(difference(one, other, seed) for other in others)])
-    return Comparison(layer, place, before, estimate([*one, *_flat(others)], seed), noise)
-
-
-def _flat(samples: Iterable[Iterable[float]]) -> list[float]:
-    return [ms for each in samples for ms in each]
+    return Comparison(layer, place, before, estimate([*one, *chain.from_iterable(others)], seed), noise)

@@ -1,4 +1,4 @@
-"""Before the clock: every output and gradient of an implementation within its budget against float64."""
+"""Check every output and gradient of an implementation against float64 before it is timed."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from m2gen.verify.oracle import gate_of
 from m2gen.verify.subject import poisoned
 
 TOKENS = 4
-"""That decoding is judged on, one after the other."""
+"""Number of tokens, one after the other, on which decoding is judged."""
 DECODING = "decoding"
 SEED = 200
 
 
 def failure_of(entry: Entry, device: torch.device) -> Failure | None:
-    """Return why an entry must not be timed, or None; worked out once for all workloads that ask the same."""
+    """Return why an entry must not be timed, or None; computed once for all workloads with the same question."""
     return _failure(entry.implementation, entry.workload.variant, _cases(entry), device)
 
 
 def _cases(entry: Entry) -> tuple[SeededCase, ...]:
-    """Return what an entry is held to: the cases of tuning, packed ones for generated operators alone.
+    """Return the cases of an entry: those of tuning, packed ones only for generated operators.
 
-    ``torch.compile`` unrolls a sequence, so that it has the size that is timed; decoding has its batch.
+    ``torch.compile`` unrolls a sequence, so its case has the size that is timed; decoding has its own batch.
     """
     workload = entry.timed
     if workload.call.decodes:

@@ -1,4 +1,4 @@
-"""An entry's calls on the inputs of its workload: captured once, replayed by the GPU's clock."""
+"""Capture an entry's calls on the inputs of its workload once, and time their replays."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2gen.bench.entries import BenchWorkload, Entry, Found
+from m2gen.bench.entries import BenchWorkload, Entry, TimerResult
 from m2gen.bench.operators import Stepper, sequence_operator, stepper
 from m2gen.measure.clock import Clock, Replay, aside, peak_bytes
 from m2gen.problem import Inputs, Problem, make_inputs
@@ -19,12 +19,12 @@ from m2gen.verify import Case, Operator
 from m2gen.verify.oracle import OPERANDS, call, gate_of, named_operands
 
 FEWEST, MOST = 3, 10
-"""Samples of one round."""
+"""Bounds on the number of samples in one round."""
 CALLS = 200
-"""Calls that one timing of the host spans: few enough for the driver's queue, which holds about a thousand."""
+"""Calls in one timing of the host: few enough for the driver's queue, which holds about a thousand."""
 TIMINGS = 20
 WARM_UPS = 2
-"""Calls outside a graph: the first compiles."""
+"""Number of calls before the capture; the first compiles."""
 
 
 def captured(entry: Entry, device: torch.device) -> Clock:
@@ -45,10 +45,10 @@ def captured(entry: Entry, device: torch.device) -> Clock:
     return Clock(training.captured(), extra_bytes)
 
 
-def sampled(clock: Clock) -> Found:
+def sampled(clock: Clock) -> TimerResult:
     """Sample an entry for one round."""
     calls = clock.sample(FEWEST, MOST)
-    return Found(tuple(call[0] for call in calls), tuple(call[1] + call[2] for call in calls if call[1:]))
+    return TimerResult(tuple(call[0] for call in calls), tuple(call[1] + call[2] for call in calls if call[1:]))
 
 
 class _Training:
@@ -60,7 +60,7 @@ class _Training:
         self._case = Case("timed", Problem(*inputs.q.shape[:2]))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Run without gradients: nothing is saved."""
+        """Run forward without gradients, which saves nothing."""
         with torch.no_grad():
             return self.saving()
 
@@ -86,7 +86,7 @@ class _Training:
 
 
 def _decoding(step: Stepper, inputs: Inputs) -> Callable[[], Any]:
-    """Return a call of one token, which starts from the state that the last one left."""
+    """Return a decoding step of one token, which advances the state in place."""
     token = [x[:, 0] for x in (inputs.q, inputs.k, inputs.v)]
     return partial(step, *token, inputs.weight, inputs.forget[:, 0], inputs.initial_state, **gate_of(inputs))
 
@@ -98,7 +98,7 @@ def _inputs(workload: BenchWorkload, device: torch.device) -> Inputs:
 
 
 def _drawn(workload: BenchWorkload, device: torch.device) -> Inputs:
-    """Return inputs of the workload's size; of decoding with states of its dtype."""
+    """Return inputs of the workload's size, for decoding with states of its dtype."""
     problem = Problem(workload.batch, workload.seq, initial_state=workload.call.decodes)
     inputs = make_inputs(workload.variant, problem, seed=0).to(device)
     if not workload.call.narrow_state or inputs.initial_state is None:
@@ -107,10 +107,10 @@ def _drawn(workload: BenchWorkload, device: torch.device) -> Inputs:
 
 
 def host_us(entry: Entry, device: torch.device) -> float | None:
-    """Return the microseconds that a call of one step of one sequence takes of the host, without gradients.
+    """Return the host's microseconds for a call with one step of one sequence, without gradients.
 
-    The least of ``TIMINGS``, as timeit advises: whatever else the host does only adds to it. None of what is not
-    generated.
+    It is the least of ``TIMINGS``, as timeit advises: whatever else the host does only adds to it. None if the
+    implementation is not generated.
     """
     workload, implementation = replace(entry.workload, batch=1, seq=1), entry.implementation
     if not implementation.kind.generated:

@@ -1,21 +1,20 @@
-"""A run's results as a document: what ``m2gen bench --json`` prints, and ``--against`` reads."""
+"""A run's results as a document, which ``m2gen bench --json`` prints, and ``--from`` and ``--against`` read."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from m2gen import __version__
-from m2gen.bench.kinds import Call
+from m2gen.bench.kinds import Axis, Call
 from m2gen.bench.side_by_side import Result, Times
-from m2gen.db import Environment, worded
-from m2gen.errors import UsageError
+from m2gen.db import Environment, message_of
+from m2gen.errors import UsageError, among, os_errors_as
 
 SCHEMA = 1
 _Count = Annotated[int, Field(ge=1)]
@@ -23,7 +22,7 @@ _Count = Annotated[int, Field(ge=1)]
 
 @dataclass(frozen=True)
 class Row:
-    """One implementation, a contender in documents, on one workload."""
+    """The times of one implementation on one workload."""
 
     layer: str
     variant: str
@@ -31,24 +30,25 @@ class Row:
     batch: _Count
     seq: _Count
     steps: _Count
-    """Of each timed call: fewer than ``seq`` for loops of PyTorch."""
-    contender: str
+    """Steps of each timed call: fewer than ``seq`` for loops of PyTorch."""
+    implementation: Annotated[str, Field(validation_alias=AliasChoices("implementation", "contender"))]
+    """Name of the implementation; older documents call it the contender."""
     schedule: str
-    """Slug; empty where the implementation is not generated."""
+    """Slug of the schedule; empty if the implementation is not generated."""
     source: str
     forward: Times | None
     step: Times | None
-    """Forward and backward; none of decoding."""
+    """Times of forward and backward together; None for decoding."""
     extra_bytes: int
     host_us: float | None
     failure: str
-    """Why there are no times: of the check, the compiler, the GPU's memory, a crash or a hang."""
+    """Why there are no times: the check, the compiler, the GPU's memory, a crash or a hang."""
     arm: int = 0
 
 
 @dataclass(frozen=True)
 class Document:
-    """Everything that one run found."""
+    """All results of one run."""
 
     environment: Environment
     rows: tuple[Row, ...]
@@ -56,10 +56,42 @@ class Document:
     m2gen: str = __version__
 
 
+@dataclass(frozen=True)
+class CurvePoint:
+    """The times of all implementations at one point of an axis."""
+
+    x: int
+    fitted: bool
+    """Whether lines are fitted to it."""
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The results of a sweep of one layer."""
+
+    axis: Axis
+    layer: str
+    points: tuple[CurvePoint, ...]
+
+
+@dataclass(frozen=True)
+class SweepDocument:
+    """The sweeps of one run."""
+
+    environment: Environment
+    sweeps: tuple[Sweep, ...]
+
+
+Shape = TypeVar("Shape")
+_DOCUMENT = TypeAdapter(Document)
+_SWEEPS = TypeAdapter(SweepDocument)
+
+
 def row_of(result: Result) -> Row:
     """Return a result as a row."""
     entry, found = result.entry, result.found
-    workload, contender = entry.workload, entry.implementation
+    workload, implementation = entry.workload, entry.implementation
     return Row(
         workload.layer,
         workload.variant.key,
@@ -67,9 +99,9 @@ def row_of(result: Result) -> Row:
         workload.batch,
         workload.seq,
         entry.steps,
-        contender.name,
-        contender.schedule.slug if contender.kind.generated else "",
-        contender.source,
+        implementation.name,
+        implementation.schedule.slug if implementation.kind.generated else "",
+        implementation.source,
         result.forward,
         result.step,
         found.extra_bytes,
@@ -80,11 +112,11 @@ def row_of(result: Result) -> Row:
 
 
 def speed_ups(rows: Sequence[Row]) -> list[float | None]:
-    """Return how many times as fast as the default each row is, a step of its longest timed call compared.
+    """Return for each row how many times as fast as the default it is, by time per step of its longest timed call.
 
-    None where either of the two has no time: it failed the check, say, or is not there.
+    None if either of the two has no time, because it failed or is not there.
     """
-    base = {_place(row): row for row in rows if row.contender == "default" and not row.failure}
+    base = {_place(row): row for row in rows if row.implementation == "default" and not row.failure}
     return [_speed_up(row, base.get(_place(row))) for row in rows]
 
 
@@ -101,13 +133,8 @@ def _speed_up(row: Row, base: Row | None) -> float | None:
     return (other.median_ms / base.steps) / (mine.median_ms / row.steps)
 
 
-@cache
-def _adapter() -> TypeAdapter[Document]:
-    return TypeAdapter(Document)
-
-
 def dump(document: Document) -> dict[str, Any]:
-    """Return the document; each row also says its speed-up and its parts of the floors."""
+    """Return the document as JSON values; each row also has its speed-up and its achieved fractions of the floors."""
     rows = []
     for row, speed in zip(document.rows, speed_ups(document.rows), strict=True):
         parts = {name: times.parts for name in ("forward", "step") if (times := getattr(row, name)) is not None}
@@ -116,12 +143,43 @@ def dump(document: Document) -> dict[str, Any]:
 
 
 def load(path: Path) -> Document:
-    """Read a document; raises UsageError with what is wrong with it, and where."""
+    """Read a document of workloads; raises UsageError with what is wrong with it, and where."""
+    return _valid(_DOCUMENT, _read(path), path)
+
+
+def load_run(path: Path) -> Document | SweepDocument:
+    """Read a document of workloads or of sweeps; raises UsageError with what is wrong with it, and where."""
+    content = _read(path)
+    if isinstance(content, dict) and "sweeps" in content:
+        return _valid(_SWEEPS, content, path)
+    return _valid(_DOCUMENT, content, path)
+
+
+def _read(path: Path) -> Any:
     try:
-        return _adapter().validate_python(json.loads(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        raise UsageError(f"{path}: {worded(error.errors()[0])}") from error
+        with os_errors_as(UsageError, f"{path} must be readable"):
+            return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{path}: $ must be what `m2gen bench --json` prints ({error})") from error
-    except OSError as error:
-        raise UsageError(f"{path} must be readable: {error.strerror or error}") from error
+
+
+def _valid(adapter: TypeAdapter[Shape], content: Any, path: Path) -> Shape:
+    try:
+        return adapter.validate_python(content)
+    except ValidationError as error:
+        raise UsageError(f"{path}: {message_of(error.errors()[0])}") from error
+
+
+def of_layers(run: Document | SweepDocument, layers: Sequence[str]) -> Document | SweepDocument:
+    """Return the part of a run that is about ``layers``, or all of it if none is given.
+
+    Raises UsageError for a layer that the run does not have.
+    """
+    having = dict.fromkeys(each.layer for each in (run.rows if isinstance(run, Document) else run.sweeps))
+    for name in layers:
+        if name not in having:
+            raise UsageError(f"--layer must be {among(having)}, got {name!r}")
+    asked = layers or tuple(having)
+    if isinstance(run, Document):
+        return replace(run, rows=tuple(row for row in run.rows if row.layer in asked))
+    return replace(run, sweeps=tuple(sweep for sweep in run.sweeps if sweep.layer in asked))

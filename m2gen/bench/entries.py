@@ -1,4 +1,4 @@
-"""What is timed beside what, and who times it. Imports neither torch nor triton."""
+"""The types of benchmarks: workloads, implementations and timers. Imports neither torch nor triton."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sized(call: Call, batch: int, seq: int) -> str:
 
 @dataclass(frozen=True)
 class BenchWorkload:
-    """A call of one variant, of one size."""
+    """One call of a variant, with its sizes."""
 
     layer: str
     variant: Variant
@@ -37,17 +37,17 @@ class BenchWorkload:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One implementation that is timed."""
+    """One implementation of the operator."""
 
     kind: Kind
     schedule: Schedule
-    """Its own where it is generated, else the default, by which floors are counted."""
+    """The schedule of a generated implementation; of others the default, from which floors are computed."""
     source: str = ""
-    """Tier and record of a generated one's schedule; the adapter of a peer, as ``module:function``."""
+    """Tier and record of a generated schedule, or the adapter of a peer as ``module:function``."""
     package: Path | None = None
-    """Folder of the package that a generated one is in."""
+    """Folder of the package with a generated implementation."""
     label: str = ""
-    """Name of a peer."""
+    """Name of the peer."""
 
     @property
     def name(self) -> str:
@@ -61,43 +61,43 @@ class Entry:
     workload: BenchWorkload
     implementation: Implementation
     arm: int = 0
-    """Tells entries apart that are the same binary, timed beside itself to see what noise is."""
+    """Tells apart entries of the same binary, which is timed twice to measure noise."""
 
     @property
     def steps(self) -> int:
-        """Steps of each timed call."""
+        """Number of steps in each timed call."""
         return min(self.workload.seq, self.implementation.kind.most_steps or self.workload.seq)
 
     @property
     def timed(self) -> BenchWorkload:
-        """The workload as far as it is timed."""
+        """The workload with the number of steps that are timed."""
         return replace(self.workload, seq=self.steps)
 
 
 @dataclass(frozen=True)
 class TimerTask:
-    """One step with one entry."""
+    """One step of a timer with one entry."""
 
     entry: Entry
     step: TimerStep
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a timer found: times of single calls in milliseconds, or why there are none."""
+class TimerResult:
+    """A timer's result: times of single calls in milliseconds, or a failure."""
 
     forward_ms: tuple[float, ...] = ()
-    """Without gradients: nothing is saved. Of decoding: the step."""
+    """Times of the forward without gradients, or of a decoding step."""
     step_ms: tuple[float, ...] = ()
-    """Forward that saves what the backward needs, and the backward; none of decoding."""
+    """Times of a forward that saves for the backward plus the backward; empty for decoding."""
     extra_bytes: int = 0
-    """Peak allocation of a forward and backward beyond the inputs."""
+    """Peak allocation of forward and backward beyond the inputs."""
     host_us: float | None = None
-    """What a forward without gradients takes of the host; of generated operators alone."""
+    """Host time of a forward without gradients; for generated operators alone."""
     failure: Failure | None = None
 
-    def __add__(self, other: Found) -> Found:
-        return Found(
+    def __add__(self, other: TimerResult) -> TimerResult:
+        return TimerResult(
             self.forward_ms + other.forward_ms,
             self.step_ms + other.step_ms,
             max(self.extra_bytes, other.extra_bytes),
@@ -107,13 +107,13 @@ class Found:
 
 
 class Timer(Protocol):
-    """Whoever holds implementations against the oracle and times them: a GPU, or in tests a script."""
+    """Checks implementations against the oracle and times them: a GPU worker, or in tests a script."""
 
-    def ask(self, task: TimerTask) -> Found: ...
+    def ask(self, task: TimerTask) -> TimerResult: ...
 
 
 @dataclass(frozen=True)
 class BenchContext(Context):
-    """A GPU and the timer that has it, real or scripted."""
+    """A GPU and its timer, real or scripted."""
 
     timer: Timer

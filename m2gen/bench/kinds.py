@@ -1,4 +1,4 @@
-"""What can be timed, and along what. Imports nothing, for the command line has these in its options."""
+"""Kinds of implementations, calls and axes. Imports nothing, since the command line has these in its options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """Where the operator of an implementation comes from."""
+    """The origin of an implementation's operator."""
 
     DEFAULT = "default"
     """A package whose schedules are the defaults."""
@@ -17,7 +17,7 @@ class Kind(StrEnum):
     EAGER = "eager"
     """The reference in eager PyTorch, in the dtypes that the kernels use."""
     COMPILED = "compiled"
-    """The same under ``torch.compile``, its steps unrolled."""
+    """The same under ``torch.compile``, with its steps unrolled."""
     PEER = "peer"
     """Another implementation, through an adapter (``m2gen.bench.peers``)."""
 
@@ -27,20 +27,20 @@ class Kind(StrEnum):
 
     @property
     def most_steps(self) -> int | None:
-        """Steps that are timed at most: a loop of PyTorch takes minutes for thousands, and every one
-        that is unrolled takes seconds to compile."""
+        """Maximum number of timed steps: thousands in a PyTorch loop take minutes, and an unrolled step takes seconds
+        to compile."""
         return {Kind.EAGER: 128, Kind.COMPILED: 8}.get(self)
 
 
 class Call(StrEnum):
-    """What is called."""
+    """The call that is timed."""
 
     SEQUENCE = "sequence"
-    """The operator on B sequences of S steps: forward, then forward and backward."""
+    """Run the operator on B sequences of S steps: forward, then forward and backward."""
     DECODE = "decode"
-    """One step for B sequences, whose float32 states are updated in place."""
+    """Decode one token for each of B sequences, with float32 states updated in place."""
     DECODE_BF16 = "decode_bf16"
-    """The same with states in bf16, which are half the traffic."""
+    """Decode with states in bf16, which are half the traffic."""
 
     @property
     def decodes(self) -> bool:
@@ -48,27 +48,27 @@ class Call(StrEnum):
 
     @property
     def narrow_state(self) -> bool:
-        """Whether states are in bf16 between calls."""
+        """Whether states are kept in bf16 between calls."""
         return self is Call.DECODE_BF16
 
 
 class TimerStep(StrEnum):
-    """What a timer is asked to do with an entry."""
+    """A step that a timer is asked to do with an entry."""
 
     ADMIT = "admit"
-    """Hold it against the oracle; if it passes, capture it and measure its memory and what it takes of the host."""
+    """Check the entry; if it passes, capture it and measure its memory and host time."""
     SAMPLE = "sample"
-    """Time it; it was admitted."""
+    """Time an entry that was admitted."""
 
 
 class Axis(StrEnum):
-    """What grows along a sweep."""
+    """The size that grows along a sweep."""
 
     SEQ = "seq"
-    """S, at the batch of the layer's first workload."""
+    """Sequence length S, at the batch of the layer's first workload."""
     BATCH = "batch"
-    """B times N, by the batch; the line is through those that fill the GPU."""
+    """B times N, by the batch; the line goes through those that fill the GPU."""
     HEADS = "heads"
     """B times N, by the heads of a batch that fills the GPU."""
     ROWS = "rows"
-    """K, on the layer's first workload with a batch that fills the GPU; up to 16 rows the cost is that of a tile."""
+    """Rows K, on the layer's first workload with a batch that fills the GPU; up to 16 rows cost as much as one tile."""

@@ -1,4 +1,4 @@
-"""From an implementation to what is called: a sequence's operator, and one step of decoding."""
+"""The callables of an implementation: the operator on sequences, and one decoding step."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ class CannotServe(Exception):
 
 
 def sequence_operator(implementation: Implementation, variant: Variant) -> Operator:
-    """Return what is called on whole sequences; raises CannotServe, or whatever a package or a peer raises."""
+    """Return the operator on whole sequences; raises CannotServe, or whatever a package or a peer raises."""
     if implementation.kind.generated:
         return partial(_package(implementation.package).m2rnn, deterministic=False)
     if implementation.kind is Kind.PEER:
         found = peers.operator_of(implementation.source, variant)
         if found is None:
-            raise CannotServe(f"{implementation.source} does not serve {variant.key}")
+            raise CannotServe(f"{implementation.source} does not serve this variant")
         operator: Operator = found
         return operator
     return _maybe_compiled(implementation, _reference(variant))
 
 
 def stepper(implementation: Implementation, variant: Variant) -> Stepper:
-    """Return what advances states by one token; raises CannotServe, or whatever a package raises."""
+    """Return the function that advances states by one token; raises CannotServe, or whatever a package raises."""
     if implementation.kind.generated:
         return _package(implementation.package).m2rnn_step  # type: ignore[no-any-return]
     if implementation.kind is Kind.PEER:
@@ -64,12 +64,12 @@ def _package(folder: Path | None) -> ModuleType:
 
 
 def _reference(variant: Variant) -> Operator:
-    """Return the eager recurrence with a float32 state, and products in the variant's dtype."""
+    """Return the eager recurrence with a float32 state and products in the variant's dtype."""
     return eager(variant, Arithmetic(torch.float32, TORCH_DTYPE[variant.dtype]))
 
 
 def _maybe_compiled(implementation: Implementation, call: Callable[..., Any]) -> Callable[..., Any]:
     if implementation.kind is not Kind.COMPILED:
         return call
-    torch.compiler.reset()  # every variant is the same code, of which dynamo compiles only so many
+    torch.compiler.reset()  # all variants share one code object, which dynamo recompiles only so often
     return torch.compile(call, dynamic=False, fullgraph=True)

@@ -1,6 +1,6 @@
-"""Other implementations that are timed beside the generated kernels, each behind an adapter of a few lines.
+"""Other implementations to time beside the generated kernels, each behind an adapter of a few lines.
 
-An adapter takes a variant and returns what is called as the generated ``m2rnn`` is, or None where it cannot serve it:
+An adapter takes a variant and returns a function with the signature of ``m2rnn``, or None if it cannot serve it:
 
     def adapter(variant):
         from peer import scan
@@ -31,7 +31,7 @@ _ADAPTER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 
 
 def peers(named: Iterable[str] = ()) -> dict[str, str]:
-    """Return the adapters of installed packages by the peer's name, and those that are ``named`` under their own.
+    """Return adapters by the peer's name: those of installed packages, and those that are ``named``.
 
     Raises UsageError for a name that is not ``module:function``.
     """
@@ -47,6 +47,6 @@ def peers(named: Iterable[str] = ()) -> dict[str, str]:
 def operator_of(adapter: str, variant: Variant) -> Callable[..., Any] | None:
     """Import an adapter and return its operator for a variant, or None; raises whatever the peer raises."""
     module, _, function = adapter.partition(":")
-    if os.getcwd() not in sys.path:  # an installed command does not look where it was typed, its user does
+    if os.getcwd() not in sys.path:  # an installed command does not look there
         sys.path.append(os.getcwd())
     return getattr(importlib.import_module(module), function)(variant)  # type: ignore[no-any-return]

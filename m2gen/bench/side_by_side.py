@@ -1,4 +1,4 @@
-"""One workload: every implementation is held against the oracle, and those that pass are timed in rounds."""
+"""Check every implementation on one workload, and time those that pass in rounds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from m2gen.bench.entries import BenchContext, BenchWorkload, Entry, Found, Implementation, TimerTask
+from m2gen.bench.entries import BenchContext, BenchWorkload, Entry, Implementation, TimerResult, TimerTask
 from m2gen.bench.kinds import TimerStep
 from m2gen.db import Estimate, Failure
 from m2gen.device import Device
@@ -17,8 +17,7 @@ from m2gen.measure.rounds import in_rounds
 from m2gen.measure.statistics import estimate
 
 ROUNDS = 6
-"""In which every implementation is timed."""
-
+"""Number of rounds, in each of which every implementation is timed."""
 
 _Ms = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -31,7 +30,7 @@ class Times:
     low_ms: _Ms
     high_ms: _Ms
     floors_ms: dict[str, float]
-    """How long each limit alone makes the call take."""
+    """Milliseconds that each limit of the GPU alone makes the call take."""
 
     @property
     def estimate(self) -> Estimate:
@@ -39,19 +38,19 @@ class Times:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The achieved part of each floor: 1 is as fast as that limit allows."""
+        """The achieved fraction of each limit: 1 is as fast as it allows."""
         return {name: ms / self.median_ms for name, ms in self.floors_ms.items()}
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one implementation on one workload."""
+    """The result of one implementation on one workload."""
 
     entry: Entry
-    found: Found
+    found: TimerResult
     forward: Times | None = None
     step: Times | None = None
-    """Forward and backward."""
+    """Times of forward and backward together."""
 
     @property
     def failure(self) -> Failure | None:
@@ -66,14 +65,14 @@ def side_by_side(
     seed: int = 0,
     arms: int = 1,
 ) -> list[Result]:
-    """Return the result of every implementation, in their order; with two ``arms``, of each of them twice.
+    """Return the results of the implementations in their order; with two ``arms``, each is timed as two entries.
 
-    One that fails the check, or breaks off later, is never timed again, and its result has no times.
+    An entry that fails the check, or later, is not timed again, and its result has no times.
     """
     entries = [Entry(workload, implementation, arm) for implementation in implementations for arm in range(arms)]
     found = {entry: context.timer.ask(TimerTask(entry, TimerStep.ADMIT)) for entry in entries}
 
-    def sample(entry: Entry) -> Found | None:
+    def sample(entry: Entry) -> TimerResult | None:
         now = context.timer.ask(TimerTask(entry, TimerStep.SAMPLE))
         if now.failure is None:
             return now
@@ -86,7 +85,7 @@ def side_by_side(
     return [_result(entry, found[entry], context.device, seed) for entry in entries]
 
 
-def _result(entry: Entry, found: Found, device: Device, seed: int) -> Result:
+def _result(entry: Entry, found: TimerResult, device: Device, seed: int) -> Result:
     if found.failure is not None:
         return Result(entry, found)
 
@@ -99,7 +98,7 @@ def _result(entry: Entry, found: Found, device: Device, seed: int) -> Result:
 
 
 def floors(entry: Entry, device: Device, *, training: bool) -> dict[str, float]:
-    """Return the floors of a call of ``entry`` in milliseconds; none on a GPU whose peaks are not known."""
+    """Return the floors of a call of ``entry`` in milliseconds; empty for a GPU whose peak rates are not known."""
     peaks = peaks_of(device.name)
     if peaks is None:
         return {}

@@ -1,4 +1,4 @@
-"""How cost grows: workloads along one axis, and the straight line through their times."""
+"""Workloads along one axis, and the straight line through their times."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ LENGTHS = tuple(128 << i for i in range(8))
 ROWS = tuple(2 << i for i in range(8))
 HEADS = tuple(1 << i for i in range(8))
 PER_SM = (0.5, *(float(1 << i) for i in range(11)))
-"""Heads of all sequences for each SM."""
+"""Programs per SM, one for each head of each sequence."""
 FULL = 8
-"""Heads an SM from which on every SM has more programs than it can hold at once, so that they take turns."""
+"""Programs per SM that fill every GPU: more than it holds at once."""
 SHORT = 32
-"""Steps where thousands of sequences must fit into memory."""
+"""Sequence length if thousands of sequences must fit into memory."""
 
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """One place on the axis."""
+    """One point on the axis."""
 
     x: int
     workload: BenchWorkload
     fitted: bool = True
-    """Whether the line has to go through it."""
+    """Whether the line is fitted to it."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The line ms = intercept + slope x with the least squares of relative deviations."""
+    """The line ms = intercept + slope x with the least sum of squared relative deviations."""
 
     intercept_ms: float
     slope_ms: float
-    """For each unit of x."""
+    """Milliseconds per unit of x."""
     worst: float
     """The largest relative deviation of a point from the line."""
     points: int
@@ -50,9 +50,9 @@ class Fit:
 
 
 def points(axis: Axis, base: BenchWorkload, sm_count: int, tile: int) -> tuple[SweepPoint, ...]:
-    """Return the workloads of a sweep, which start from a layer's first one.
+    """Return the workloads of a sweep from ``base``.
 
-    Up to ``tile`` rows one program has all of them, and their number says little about time.
+    Up to ``tile`` rows are one program's, so their number says little about time, and the line is not fitted to them.
     """
     variant = base.variant
     heads = variant.total_heads
@@ -74,7 +74,7 @@ def points(axis: Axis, base: BenchWorkload, sm_count: int, tile: int) -> tuple[S
 
 
 def with_heads(variant: Variant, total: int) -> Variant:
-    """Return the variant with ``total`` heads: one stays one, other groups keep their part as far as it divides."""
+    """Return the variant with ``total`` heads: single groups stay, others keep their share as far as it divides."""
 
     def scaled(count: int) -> int:
         if count == variant.total_heads:
@@ -87,7 +87,7 @@ def with_heads(variant: Variant, total: int) -> Variant:
 
 
 def fit(xs: Sequence[float], ms: Sequence[float]) -> Fit | None:
-    """Return the line through times; None for fewer than three, which say nothing about one."""
+    """Return the line through times, or None for fewer than three points."""
     if len(xs) < 3:
         return None
     x, t = np.asarray(xs, dtype=np.float64), np.asarray(ms, dtype=np.float64)

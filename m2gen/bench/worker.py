@@ -1,10 +1,10 @@
-"""The process that has the GPU: holds implementations against the oracle and times them; one may crash or hang."""
+"""The worker process on the GPU, which checks and times implementations; it may crash or hang."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from m2gen.bench.entries import Found, TimerTask
+from m2gen.bench.entries import TimerResult, TimerTask
 from m2gen.bench.kinds import TimerStep
 from m2gen.db import Failure, Reason
 from m2gen.measure.gpu import Captures, gpu_service, raised, torch_device
@@ -16,22 +16,22 @@ SECONDS = 600.0
 """Longest that a step may take: compiling an unrolled reference takes minutes."""
 
 _CLOCKS: Captures[Clock] = Captures()
-"""Captured entries of one workload."""
+"""Clocks of the current workload's entries."""
 
 
-def serve(task: TimerTask) -> Found:
-    """Do one step; whatever is raised is the implementation's failure."""
+def serve(task: TimerTask) -> TimerResult:
+    """Do one step; any exception is the implementation's failure."""
     from m2gen.bench.operators import CannotServe
 
     try:
         return _serve(task)
     except (CannotServe, ImportError) as error:
-        return Found(failure=Failure.of(Reason.LAUNCH, str(error)))
-    except Exception as error:  # of a compiler, a driver, a kernel or a peer
-        return Found(failure=raised(error))
+        return TimerResult(failure=Failure.of(Reason.LAUNCH, str(error)))
+    except Exception as error:  # raised by a compiler, a driver, a kernel or a peer
+        return TimerResult(failure=raised(error))
 
 
-def _serve(task: TimerTask) -> Found:
+def _serve(task: TimerTask) -> TimerResult:
     import torch
 
     from m2gen.bench.check import failure_of
@@ -42,12 +42,12 @@ def _serve(task: TimerTask) -> Found:
     if task.step is TimerStep.ADMIT:
         failure = failure_of(entry, device)
         if failure is not None:
-            return Found(failure=failure)
+            return TimerResult(failure=failure)
         torch.cuda.empty_cache()
     clock = _CLOCKS.get(entry, lambda: captured(entry, device))
     if task.step is TimerStep.SAMPLE:
         return sampled(clock)
-    return Found(extra_bytes=clock.extra_bytes, host_us=host_us(entry, device))
+    return TimerResult(extra_bytes=clock.extra_bytes, host_us=host_us(entry, device))
 
 
-GPU = gpu_service(serve, SECONDS, lambda failure: Found(failure=failure))
+GPU = gpu_service(serve, SECONDS, lambda failure: TimerResult(failure=failure))

@@ -1,4 +1,4 @@
-"""The command line: ``app`` has the commands, a file a group of them, and ``show`` what they print."""
+"""The command line: ``app`` has all commands, with a file for each group of them; ``show`` has their output."""
 
 from m2gen.cli.app import main
 

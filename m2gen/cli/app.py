@@ -1,4 +1,4 @@
-"""The command line. Exit status 0: done; 1: a check failed; 2: the command or a spec cannot be used."""
+"""The command line with all its commands. Exit status 0: done; 1: a check failed; 2: a command or spec is wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ORDER = ("info", "spec", "build", "check", "verify", "tune", "bench", "db", "ver
 
 
 class InOrder(TyperGroup):
-    """Commands whose help lists them in the order of use, groups among them."""
+    """A group whose help lists commands and subgroups in the order of use."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=ORDER.index)
@@ -63,7 +63,7 @@ def root(
         bool, typer.Option("--version", help="Print m2gen's version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Take options that are given before a command."""
+    """Handle the options before a command."""
 
 
 @spec_app.command("show")
@@ -109,14 +109,14 @@ def main() -> None:
 
 
 def _run() -> int | None:
-    """Return the exit status; what the parser refuses is one line, as every other error."""
+    """Run the app and return the exit status; errors of the parser are one line, like all others."""
     try:
         status: int | None = app(standalone_mode=False)
     except Exception as error:
         message = getattr(error, "format_message", None)
         if message is None:
             raise
-        if message():  # empty where the help was printed instead
+        if message():  # empty if the help was printed instead
             print(f"m2gen: {message()} (see `m2gen --help`)", file=sys.stderr)
         status = getattr(error, "exit_code", 2)
     return status

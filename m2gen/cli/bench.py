@@ -1,4 +1,4 @@
-"""``m2gen bench``: its options, and what they ask for."""
+"""The command ``m2gen bench`` and its options."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ from m2gen.cli.show.figure import Style, check_figure
 from m2gen.errors import UsageError
 
 if TYPE_CHECKING:
-    from m2gen.bench.document import Document
+    from m2gen.bench.document import Document, SweepDocument
     from m2gen.cli.show.report import Display
-    from m2gen.cli.show.sweep import SweepDocument
     from m2gen.db import Record
     from m2gen.pipeline import BenchRequest
 
 TOKENS_OF = 64
-"""Sequences whose decoding is timed where nothing else is asked for."""
+"""The default of ``--decode``."""
 SIZES, PICTURE = "Sizes", "Results of earlier runs, and pictures"
 EXAMPLES = examples(
     "m2gen bench --spec h200.yaml",
@@ -44,54 +43,64 @@ EXAMPLES = examples(
     "m2gen bench --from run.json --plot speed.svg",
 )
 
+OnlyOption = Annotated[
+    list[Kind] | None, typer.Option("--only", help="Only these kernels; may be repeated. All if not given.")
+]
+PeerOption = Annotated[
+    list[str] | None,
+    typer.Option("--peer", help="Also another implementation, by its adapter as module:function; may be repeated."),
+]
+DecodeOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--decode",
+        min=0,
+        help="Batch size of decoding, one token a sequence; may be repeated; 64 if not given, 0 for none.",
+        rich_help_panel=SIZES,
+    ),
+]
+SweepOption = Annotated[
+    list[Axis] | None,
+    typer.Option(
+        "--sweep",
+        help="Sizes along this axis, in place of the spec's workloads; may be repeated.",
+        rich_help_panel=SIZES,
+    ),
+]
+EarlierOption = Annotated[
+    Path | None,
+    typer.Option("--from", help="Show this --json of an earlier run; needs no GPU.", rich_help_panel=PICTURE),
+]
+AgainstOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--against",
+        help="Exit 1 if slower than this --json of an earlier run, or than this tuning database.",
+        rich_help_panel=PICTURE,
+    ),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Draw workloads or sweeps into this .svg or .png.", rich_help_panel=PICTURE),
+]
+StyleOption = Annotated[
+    Style, typer.Option("--style", help="What --plot's picture is to be seen on.", rich_help_panel=PICTURE)
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the order of measurements and of intervals.")]
+
 
 def bench(
     spec: OptionalSpecOption = None,
     layer: LayersOption = None,
-    only: Annotated[
-        list[Kind] | None, typer.Option("--only", help="Only these kernels; may be repeated. All if not given.")
-    ] = None,
-    peer: Annotated[
-        list[str] | None,
-        typer.Option("--peer", help="Also another implementation, by its adapter as module:function; may be repeated."),
-    ] = None,
-    decode: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--decode",
-            min=0,
-            help="Sequences for each of which one token is decoded; 64 if not given, 0 for none.",
-            rich_help_panel=SIZES,
-        ),
-    ] = None,
-    sweep: Annotated[
-        list[Axis] | None,
-        typer.Option(
-            "--sweep",
-            help="Sizes along this axis, in place of the spec's workloads; may be repeated.",
-            rich_help_panel=SIZES,
-        ),
-    ] = None,
-    earlier: Annotated[
-        Path | None,
-        typer.Option("--from", help="Show this --json of an earlier run; needs no GPU.", rich_help_panel=PICTURE),
-    ] = None,
-    against: Annotated[
-        Path | None,
-        typer.Option(
-            "--against",
-            help="Exit 1 if slower than this --json of an earlier run, or than this tuning database.",
-            rich_help_panel=PICTURE,
-        ),
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", help="Draw workloads or sweeps into this .svg or .png.", rich_help_panel=PICTURE),
-    ] = None,
-    style: Annotated[
-        Style, typer.Option("--style", help="What --plot's picture is to be seen on.", rich_help_panel=PICTURE)
-    ] = Style.LIGHT,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the order of measurements and of intervals.")] = 0,
+    only: OnlyOption = None,
+    peer: PeerOption = None,
+    decode: DecodeOption = None,
+    sweep: SweepOption = None,
+    earlier: EarlierOption = None,
+    against: AgainstOption = None,
+    plot: PlotOption = None,
+    style: StyleOption = Style.LIGHT,
+    seed: SeedOption = 0,
     db: DbOption = None,
     no_db: NoDbOption = False,
     json: JsonOption = False,
@@ -118,13 +127,13 @@ def bench(
 
 @dataclass(frozen=True)
 class Picture:
-    """Where --plot draws, and how; nowhere if there is no file."""
+    """The file and style of ``--plot``; nothing is drawn if there is no file."""
 
     file: Path | None
     style: Style
 
     def workloads(self, document: Document) -> None:
-        """Draw a run's workloads; raises UsageError where there is nothing to compare."""
+        """Draw a run's workloads; raises UsageError if there is nothing to compare."""
         if self.file is not None:
             from m2gen.cli.show.speed import draw_speed
 
@@ -139,7 +148,7 @@ class Picture:
 
 
 def _check(spec: str | None, earlier: Path | None, plot: Path | None, timed: list[str]) -> None:
-    """Raise UsageError for options that do not go together, or cannot be met; ``timed`` say what is to be timed."""
+    """Raise UsageError for options that contradict each other; ``timed`` are those that ask for timing."""
     if (spec is None) == (earlier is None):
         raise UsageError("bench must be given either --spec, to time its workloads, or --from, to show an earlier run")
     if earlier is not None and timed:
@@ -153,10 +162,10 @@ def _check(spec: str | None, earlier: Path | None, plot: Path | None, timed: lis
 
 
 def _show_earlier(path: Path, layers: tuple[str, ...], display: Display, picture: Picture) -> None:
-    """Show, and draw, what an earlier run printed, of some layers or of all."""
-    from m2gen.bench.document import Document
+    """Show and draw the document of an earlier run, for some layers or all."""
+    from m2gen.bench.document import Document, load_run, of_layers
     from m2gen.cli.show.bench import show_bench
-    from m2gen.cli.show.sweep import load_run, of_layers, show_sweeps
+    from m2gen.cli.show.sweep import show_sweeps
 
     found = of_layers(load_run(path), layers)
     if isinstance(found, Document):
@@ -176,7 +185,7 @@ def _time(
     display: Display,
     picture: Picture,
 ) -> int:
-    """Time what is asked for on the GPU at hand, and show it; return the exit status."""
+    """Time on the GPU at hand, show the results, and return the exit status."""
     from m2gen import pipeline
     from m2gen.bench.peers import peers
     from m2gen.cli.show.bench import run_against, run_bench
@@ -187,7 +196,7 @@ def _time(
     found = peers(request.peers)
     if picture.file is not None and not axes:
         check_comparable(request.kinds, found)
-    pipeline.workloads(planned, request)  # what is wrong with the request is said before a GPU is looked for
+    pipeline.workloads(planned, request)  # raises errors of the request before a GPU is looked for
     progress = terminal_progress(display.quiet)
     with pipeline.this_bench_context("m2gen bench") as context:
         if axes:

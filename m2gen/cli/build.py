@@ -1,4 +1,4 @@
-"""``m2gen build`` and ``m2gen check``: their options, and what they ask for."""
+"""The commands ``m2gen build`` and ``m2gen check`` and their options."""
 
 from __future__ import annotations
 
@@ -31,23 +31,28 @@ BUILD_EXAMPLES = examples(
 )
 CHECK_EXAMPLES = examples("m2gen check --spec h100.yaml", "m2gen check --spec tiny.yaml --target sm_80,gfx942")
 
+FormOption = Annotated[
+    Format,
+    typer.Option("--format", help="A package to import, a wheel to install, or a repository of the kernels Hub."),
+]
+WheelOption = Annotated[bool, typer.Option("--wheel", help="The same as --format wheel.")]
+CheckOption = Annotated[
+    bool,
+    typer.Option(
+        "--check",
+        help="Write nothing; exit 1 with a diff if a package is stale: that of --spec, or any in --out without it.",
+    ),
+]
+NoVerifyOption = Annotated[bool, typer.Option("--no-verify", help="Write the package without verifying it.")]
+
 
 def build(
     spec: OptionalSpecOption = None,
     out: OutOption = None,
-    form: Annotated[
-        Format,
-        typer.Option("--format", help="A package to import, a wheel to install, or a repository of the kernels Hub."),
-    ] = Format.PACKAGE,
-    wheel: Annotated[bool, typer.Option("--wheel", help="The same as --format wheel.")] = False,
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check",
-            help="Write nothing; exit 1 with a diff if a package is stale: that of --spec, or any in --out without it.",
-        ),
-    ] = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Write the package without verifying it.")] = False,
+    form: FormOption = Format.PACKAGE,
+    wheel: WheelOption = False,
+    check: CheckOption = False,
+    no_verify: NoVerifyOption = False,
     db: DbOption = None,
     no_db: NoDbOption = False,
     json: JsonOption = False,
@@ -89,7 +94,7 @@ def check(
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Cross-compile every kernel for every target, with no GPU, and show what it takes."""
+    """Cross-compile every kernel for every target, without a GPU, and show the resources."""
     from m2gen import pipeline
     from m2gen.cli.show.build import show_check
 

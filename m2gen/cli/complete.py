@@ -1,4 +1,4 @@
-"""What a shell offers after Tab, for the options whose values m2gen knows. Imports neither torch nor triton."""
+"""Shell completion of options whose values m2gen knows. Imports neither torch nor triton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ID = re.compile(r'"id": "([0-9a-f]{12})"')
 
 
 def complete_spec(incomplete: str) -> list[str]:
-    """Offer spec files: as paths, and by the names that are looked for in ``specs/`` and among those shipped."""
+    """Offer spec files: paths, and names in ``specs/`` and among the shipped ones."""
     folder = incomplete.rpartition("/")[0]
     given = [path for path in Path(folder or ".").glob("*") if path.suffix == ".yaml"]
     paths = [f"{folder}/{path.name}" if "/" in incomplete else path.name for path in given]
@@ -27,38 +27,38 @@ def complete_spec(incomplete: str) -> list[str]:
 
 
 def complete_layer(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Offer the layers of the spec that was named before."""
+    """Offer the layers of the spec earlier on the line."""
     spec = _spec(ctx)
     return _beginning(incomplete, spec.layers if spec else ())
 
 
 def complete_variant(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Offer the keys of the variants of the spec that was named before."""
+    """Offer the variant keys of the spec earlier on the line."""
     spec = _spec(ctx)
     return _beginning(incomplete, [built.variant.key for built in expand(spec)] if spec else ())
 
 
 def complete_target(incomplete: str) -> list[str]:
-    """Offer architectures for the last place of a list."""
+    """Offer architectures for the last item of a comma-separated list."""
     before, comma, last = incomplete.rpartition(",")
     chosen = before.split(",")
     return [before + comma + arch for arch in TARGETS if arch.startswith(last) and arch not in chosen]
 
 
 def complete_record(ctx: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """Offer the ids of records, each with the GPU and the variant that it is of."""
+    """Offer the ids of records, each with its GPU and variant."""
     offered = ((found, f"{path.parent.name} {path.stem}") for path in _record_files(ctx) for found in _ids(path))
     return [each for each in offered if each[0].startswith(incomplete)]
 
 
 def complete_asked(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Offer what ``db why`` can be asked about: layers of the spec, or variants that there are records of."""
+    """Offer the names that ``db why`` takes: layers of the spec, or variants with records."""
     known = dict.fromkeys(path.stem for path in _record_files(ctx))
     return [*complete_layer(ctx, incomplete), *_beginning(incomplete, known)]
 
 
 def complete_device(ctx: typer.Context, incomplete: str) -> list[str]:
-    """Offer the GPUs that there are records of, by the names of their folders."""
+    """Offer the GPUs with records, by the names of their folders."""
     return _beginning(incomplete, dict.fromkeys(path.parent.name for path in _record_files(ctx)))
 
 

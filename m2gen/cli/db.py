@@ -1,4 +1,4 @@
-"""``m2gen db``: commands that look at the tuning database, and the group of all of them."""
+"""The commands of ``m2gen db`` that only read the tuning database, and the group itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from m2gen.spec import Objective
 
 db_app = typer.Typer(
     no_args_is_help=True,
-    help="Look after the tuning database, which has measured, verified schedules.",
+    help="Look after the tuning database of measured, verified schedules.",
     epilog="A record is a line of DB/<arch>/<device>/<variant>.jsonl, named by its id or the first digits of that.",
 )
 
@@ -40,7 +40,7 @@ def list_(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """List records: what each serves, how fast it was, and which are stale."""
+    """List records: the calls that each serves, its speed, and whether it is stale."""
     from m2gen.cli.show.db import show_list
     from m2gen.pipeline import open_database
 
@@ -51,7 +51,7 @@ def list_(
 
 @db_app.command()
 def show(identity: IdArgument, db: DbOption = None, json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Show everything that one record says."""
+    """Show all fields of one record."""
     from m2gen.cli.show.db import show_record
     from m2gen.pipeline import open_database
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how every command reports what goes wrong."""
+"""Options that several commands share, and the reporting of errors in every command."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from m2gen.pipeline import Plan
 
 DATABASE, OUTPUT = "Tuning database", "Output"
-"""Groups of options in a command's help."""
+"""Titles of option groups in a command's help."""
 
 
 def examples(*commands: str) -> str:
-    """Return what a command's help ends with."""
+    """Return the examples at the end of a command's help."""
     return "\n".join(["Examples:", *(f"  {command}" for command in commands)])
 
 
@@ -68,7 +68,7 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document in place of tables.", rich_help_panel=OUTPUT)
 ]
 QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Show no progress, and of tables only results.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--quiet", "-q", help="Show only results: neither progress nor tables.", rich_help_panel=OUTPUT)
 ]
 VerboseOption = Annotated[
     bool,
@@ -81,7 +81,7 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 @contextmanager
 def reporting(debug: bool) -> Iterator[None]:
-    """Turn errors into one line each on standard error and an exit status."""
+    """Print errors as one line each on standard error, and exit with their status."""
     try:
         yield
     except typer.Exit:
@@ -104,21 +104,21 @@ def reporting(debug: bool) -> Iterator[None]:
 
 
 def terminal_progress(quiet: bool) -> TerminalProgress:
-    """Return what shows progress, or with ``quiet`` none."""
+    """Return the progress on standard error, which shows nothing if ``quiet``."""
     from m2gen.cli.show.report import TerminalProgress
 
     return TerminalProgress(quiet=quiet)
 
 
 def warn_of_faults(contents: Contents) -> tuple[Record, ...]:
-    """Return the records, after a line on standard error for each of the first lines that are none."""
+    """Return the records, and warn on standard error of lines that are not records."""
     for line in listed(f"not used: {fault}" for fault in contents.faults):
         print(f"m2gen: warning: {line}", file=sys.stderr)
     return contents.records
 
 
 def records_of(db: Path | None, no_db: bool) -> tuple[Record, ...]:
-    """Return the records that builds look at."""
+    """Return the records for builds: those of ``db`` or the shipped database, none with ``no_db``."""
     from m2gen.pipeline import open_database
 
     if no_db:
@@ -127,7 +127,7 @@ def records_of(db: Path | None, no_db: bool) -> tuple[Record, ...]:
 
 
 def planned(spec: str, target: str | None = None, *, records: Iterable[Record] = ()) -> Plan:
-    """Return the plan of a spec, for its targets or for those of --target."""
+    """Return the plan of a spec, for the targets of --target or its own."""
     from m2gen.pipeline import plan
 
     return plan(spec, target.split(",") if target else None, records)

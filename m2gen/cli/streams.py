@@ -1,4 +1,4 @@
-"""The standard streams of a command: some are closed, some are full, and some have a reader that has seen enough."""
+"""Handle standard streams that are closed, full, or whose reader is gone."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import sys
 from collections.abc import Callable
 
 GONE = 141
-"""Exit status of a command whose reader is gone: what a shell shows of a program that SIGPIPE ended."""
+"""Exit status if the reader of the output is gone: that of a program which SIGPIPE ended."""
 _OUTPUTS = (1, 2)
 
 
 def open_streams() -> None:
-    """Put the null device where a stream is closed, so that no file takes its number; escape what cannot be encoded."""
+    """Replace closed streams by the null device, so that no file takes their numbers; escape unencodable characters."""
     for descriptor in (0, *_OUTPUTS):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which takes the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -29,7 +29,7 @@ def open_streams() -> None:
 
 
 def reader_is_gone() -> bool:
-    """Return whether nobody reads the other end of standard output or standard error."""
+    """Return whether standard output or standard error is a pipe without a reader."""
     watched = select.poll()
     for descriptor in _OUTPUTS:
         watched.register(descriptor, select.POLLOUT)
@@ -37,10 +37,10 @@ def reader_is_gone() -> bool:
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command and return its exit status, with all that it printed written.
+    """Run a command, flush its output, and return its exit status.
 
-    Where the reader is gone, as that of ``m2gen info | head -1`` is, this is quiet. Where the disk is full, this is one
-    line, of the command itself if it found that out.
+    This is quiet if the reader is gone, as in ``m2gen info | head -1``, and prints one line if the disk is full, unless
+    the command already did.
     """
     status = 0
     try:
@@ -61,14 +61,14 @@ def exit_status(command: Callable[[], int | None]) -> int:
 def _run(command: Callable[[], int | None]) -> int:
     try:
         return command() or 0
-    except SystemExit as left:  # Typer's and Rich's way out of a broken pipe, and that of completion
+    except SystemExit as left:  # raised by Typer and Rich for a broken pipe, and by completion
         if isinstance(left.__context__, BrokenPipeError):
             return GONE
         return left.code if isinstance(left.code, int) else int(bool(left.code))
 
 
 def _drop_unwritten() -> None:
-    """Let what could not be written go nowhere, rather than have the interpreter fail once more as it ends."""
+    """Discard unwritten output, so that the interpreter does not fail again as it ends."""
     for descriptor, stream in zip(_OUTPUTS, (sys.__stdout__, sys.__stderr__), strict=True):
         try:
             if stream is not None:

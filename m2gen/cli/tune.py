@@ -1,4 +1,4 @@
-"""``m2gen tune``: its options, and what they ask for."""
+"""The command ``m2gen tune`` and its options."""
 
 from __future__ import annotations
 
@@ -32,83 +32,95 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
-
 SEARCH = "Search"
 EXAMPLES = examples(
     "m2gen tune --spec h200.yaml --layer m2rnn_410m --dry-run",
     "m2gen tune --spec h200.yaml --budget 10m --report out.html",
 )
 
+ObjectiveOption = Annotated[
+    Objective | None, typer.Option("--objective", help="What to make fast, in place of the spec's.")
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Only show how large the search spaces are, and why; needs no GPU.")
+]
+TargetOption = Annotated[
+    str | None,
+    typer.Option("--target", help="Architecture whose search spaces --dry-run shows.", autocompletion=complete_target),
+]
+BudgetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", help="Time for all searches, as 10m or 90s; the spec's if not given.", rich_help_panel=SEARCH
+    ),
+]
+TrialsOption = Annotated[
+    int | None,
+    typer.Option("--trials", min=1, help="Maximum number of candidates of each search.", rich_help_panel=SEARCH),
+]
+MaxMemoryOption = Annotated[
+    str,
+    typer.Option(
+        "--max-memory",
+        help="Maximum memory of a call: 2GB, 3x that of the default schedule, or any.",
+        rich_help_panel=SEARCH,
+    ),
+]
+SamplerOption = Annotated[
+    Sampler,
+    typer.Option(
+        "--sampler",
+        help="How to propose candidates if there are too many to try all; random is a baseline.",
+        rich_help_panel=SEARCH,
+    ),
+]
+SeedOption = Annotated[
+    int,
+    typer.Option("--seed", min=0, help="Seed of the order of candidates and of intervals.", rich_help_panel=SEARCH),
+]
+FreshOption = Annotated[
+    bool,
+    typer.Option(
+        "--fresh/--resume",
+        help="Start anew, or resume where the last run of a search ended.",
+        rich_help_panel=SEARCH,
+    ),
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        help="URL of a database through which several workers share each search.",
+        rich_help_panel=SEARCH,
+    ),
+]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option("--report", help="Also write an HTML page about the searches to this file.", rich_help_panel=OUTPUT),
+]
+
 
 def tune(
     spec: SpecOption,
     layer: LayersOption = None,
-    objective: Annotated[
-        Objective | None, typer.Option("--objective", help="What is made fast, in place of the spec's.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only show how large the spaces are, and why; needs no GPU.")
-    ] = False,
-    target: Annotated[
-        str | None,
-        typer.Option("--target", help="Architecture whose spaces --dry-run shows.", autocompletion=complete_target),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            "--budget", help="Time for all searches, as 10m or 90s; the spec's if not given.", rich_help_panel=SEARCH
-        ),
-    ] = None,
-    trials: Annotated[
-        int | None, typer.Option("--trials", min=1, help="Most candidates of each search.", rich_help_panel=SEARCH)
-    ] = None,
-    max_memory: Annotated[
-        str,
-        typer.Option(
-            "--max-memory",
-            help="Most memory that a call may take: 2GB, 3x what the default schedule takes, or any.",
-            rich_help_panel=SEARCH,
-        ),
-    ] = "1.5x",
-    sampler: Annotated[
-        Sampler,
-        typer.Option(
-            "--sampler",
-            help="What proposes candidates of spaces too large to try; random is a baseline.",
-            rich_help_panel=SEARCH,
-        ),
-    ] = Sampler.TPE,
-    seed: Annotated[
-        int,
-        typer.Option("--seed", min=0, help="Seed of the order of candidates and of intervals.", rich_help_panel=SEARCH),
-    ] = 0,
-    fresh: Annotated[
-        bool,
-        typer.Option(
-            "--fresh/--resume",
-            help="Start anew, or go on where the last run of a search ended.",
-            rich_help_panel=SEARCH,
-        ),
-    ] = False,
-    storage: Annotated[
-        str | None,
-        typer.Option(
-            "--storage",
-            help="URL of a database through which several workers share each search.",
-            rich_help_panel=SEARCH,
-        ),
-    ] = None,
+    objective: ObjectiveOption = None,
+    dry_run: DryRunOption = False,
+    target: TargetOption = None,
+    budget: BudgetOption = None,
+    trials: TrialsOption = None,
+    max_memory: MaxMemoryOption = "1.5x",
+    sampler: SamplerOption = Sampler.TPE,
+    seed: SeedOption = 0,
+    fresh: FreshOption = False,
+    storage: StorageOption = None,
     db: DbOption = None,
-    report: Annotated[
-        Path | None,
-        typer.Option("--report", help="Also write an HTML page about the searches here.", rich_help_panel=OUTPUT),
-    ] = None,
+    report: ReportOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
     verbose: VerboseOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Search the fastest schedules on this GPU, and put them into the tuning database."""
+    """Search for the fastest schedules on this GPU, and add them to the tuning database."""
     from m2gen import pipeline
     from m2gen.cli.show.report import Display
     from m2gen.cli.show.tune import run, show_sizes

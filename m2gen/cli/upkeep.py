@@ -1,4 +1,4 @@
-"""``m2gen db``: commands that move records, remove them, or hold them against the GPU again."""
+"""The commands of ``m2gen db`` that merge, remove, check or measure records."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def prune(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Remove records that can serve nothing any more: stale, outdone, or of kernels that failed since."""
+    """Remove records that can serve nothing any more: stale, outranked, or of kernels that failed since."""
     from m2gen import pipeline
     from m2gen.cli.show.upkeep import show_pruned
 

@@ -1,4 +1,4 @@
-"""``m2gen verify``: its options, and what they ask for."""
+"""The command ``m2gen verify`` and its options."""
 
 from __future__ import annotations
 

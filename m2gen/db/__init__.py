@@ -16,9 +16,9 @@ from m2gen.db.fields import (
     Timing,
 )
 from m2gen.db.files import Contents, Fault, slug
-from m2gen.db.lookup import Query, Rejection, Served, Tier, look_up, usual_device
-from m2gen.db.rank import failures, flag, is_default, preference, slot, stale, verdict
-from m2gen.db.record import SCHEMA, NotARecord, Record, decode, encode, worded
+from m2gen.db.lookup import Query, Served, Tier, look_up, usual_device
+from m2gen.db.rank import failures, flag, slot, stale, verdict
+from m2gen.db.record import SCHEMA, NotARecord, Record, decode, encode, message_of
 
 __all__ = [
     "POLICY",
@@ -36,7 +36,6 @@ __all__ = [
     "Query",
     "Reason",
     "Record",
-    "Rejection",
     "Served",
     "Sizes",
     "Status",
@@ -48,10 +47,9 @@ __all__ = [
     "export_text",
     "failures",
     "flag",
-    "is_default",
     "look_up",
     "merged",
-    "preference",
+    "message_of",
     "read_export",
     "read_other",
     "slot",
@@ -59,6 +57,5 @@ __all__ = [
     "stale",
     "usual_device",
     "verdict",
-    "worded",
     "write_export",
 ]

@@ -1,4 +1,4 @@
-"""Which schedules serve a variant on an arch, and where each comes from: a record of the tuning database, or none."""
+"""Choose the schedules that serve a variant on an arch: from records of the tuning database, or the default."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Choice:
     device: Device
     schedule: Schedule
     tier: Tier = Tier.DEFAULT
-    """Of the tuning database's look-up."""
+    """How close the record is to the calls that it serves."""
     record: Record | None = None
     buckets: tuple[Bucket, ...] = BUCKETS
 
@@ -58,14 +58,14 @@ class Choice:
 
     @property
     def calls(self) -> str:
-        """The buckets that are served, as tables say it."""
+        """The buckets that are served, for tables."""
         return "all" if self.buckets == BUCKETS else " ".join(self.buckets)
 
 
 def choose(built: BuiltVariant, device: Device, objective: Objective, records: Iterable[Record]) -> tuple[Choice, ...]:
-    """Return what serves every bucket of a variant on an arch, each schedule and tier once, in the order of buckets.
+    """Return the choices that serve all buckets of a variant on an arch, each schedule and tier once, in bucket order.
 
-    ``device`` names an arch; records of the device that packages for it are built for (``db.usual_device``) come
+    ``device`` names an arch; records of the product that packages for it are built for (``db.usual_device``) come
     first. The GPU at hand plays no part, so that a database gives the same package on every machine.
     """
     if device == PORTABLE:

@@ -1,4 +1,4 @@
-"""The database as a whole: what it holds, and the few ways in which it changes."""
+"""The database as a whole: its contents, and the few ways to change it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _NOTHING: _Pair = (set(), set())
 
 @dataclass(frozen=True)
 class Change:
-    """What a write did: records that are new, that went for a preferred one, and that were not taken."""
+    """The result of a write: records that are new, that were replaced or removed, and that were not taken."""
 
     added: tuple[Record, ...] = ()
     removed: tuple[Record, ...] = ()
     refused: tuple[Record, ...] = ()
-    """A record of the same slot is preferred, or is this very one."""
+    """Records whose slot already has a preferred one, or this very one."""
 
 
 def merged(records: Iterable[Record]) -> tuple[Record, ...]:
-    """Return the preferred record of each slot (``rank.slot``, ``rank.preference``), whatever order they come in."""
+    """Return the preferred record of each slot (``rank.slot``, ``rank.preference``), whatever their order."""
     best: dict[Hashable, Record] = {}
     for record in records:
         held = best.get(slot(record))
@@ -39,12 +39,12 @@ def merged(records: Iterable[Record]) -> tuple[Record, ...]:
 
 @dataclass(frozen=True)
 class Database:
-    """A folder of records; one that is not there is empty."""
+    """A folder of records; a missing one is empty."""
 
     root: Path
 
     def contents(self, arch: str | None = None, variant: str | None = None) -> Contents:
-        """Return the records, of one arch or variant if named, by file and order, and every line that is none."""
+        """Return the records in order of files, of one arch or variant if given, and the lines that are not records."""
         records: list[Record] = []
         faults: list[Fault] = []
         for name in files.names(self.root):
@@ -55,11 +55,11 @@ class Database:
         return Contents(tuple(records), tuple(faults))
 
     def records(self) -> tuple[Record, ...]:
-        """Return every record that can be read, by file and order."""
+        """Return every record that can be read, in order of files."""
         return self.contents().records
 
     def find(self, prefix: str) -> Record:
-        """Return the record whose id begins with ``prefix``; raises DatabaseError where that is not exactly one."""
+        """Return the record whose id begins with ``prefix``; raises DatabaseError unless there is exactly one."""
         found = {record.id: record for record in self.records() if record.id.startswith(prefix)}
         if len(found) != 1 or not prefix:
             given = ", ".join(listed(found)) or "no record"
@@ -67,10 +67,10 @@ class Database:
         return found.popitem()[1]
 
     def add(self, records: Iterable[Record]) -> Change:
-        """Add records, each replacing one of its slot that it is preferred to; other writers' records stay.
+        """Add records; of each slot the preferred record stays. Records of other writers are kept.
 
-        Raises DatabaseError where a record is not valid or the folder cannot be written; then nothing has changed, or
-        where the disk failed between two files, each is as it was or as it should be.
+        Raises DatabaseError if a record is not valid or the folder cannot be written. Then nothing has changed, or, if
+        the disk failed between two files, each file is either old or new.
         """
         given: dict[PurePosixPath, list[Record]] = {}
         for record in dict.fromkeys(records):
@@ -93,7 +93,7 @@ class Database:
         )
 
     def remove(self, ids: Iterable[str]) -> Change:
-        """Remove records by their whole ids; those that are not there are no error."""
+        """Remove records by their whole ids; a missing one is no error."""
         unwanted = set(ids)
         having = {files.place(record) for record in self.records() if record.id in unwanted}
 
@@ -104,7 +104,7 @@ class Database:
         return Change(removed=tuple(sorted(before - after, key=files.order)))
 
     def drop_faults(self) -> tuple[Fault, ...]:
-        """Remove the lines that are no records, and return them."""
+        """Remove the lines that are not records, and return them."""
         faults = self.contents().faults
         having = dict.fromkeys(PurePosixPath(fault.path.relative_to(self.root).as_posix()) for fault in faults)
         if having:
@@ -112,7 +112,7 @@ class Database:
         return faults
 
     def _rewrite(self, names: Iterable[PurePosixPath], change: _Edit, *, keep_faults: bool = True) -> _Pair:
-        """Replace the records of files by what ``change`` makes of them, under the lock; return them before, after."""
+        """Replace the records of files by the result of ``change``, under the lock; return those before and after."""
         with files.locked(self.root):
             held = {name: files.read(self.root, name) for name in names}
             made = {

@@ -1,4 +1,4 @@
-"""All records as one file of lines, written whole, and checked whole before anything of it is used."""
+"""Export and import all records as one file of lines, which is written whole and checked whole."""
 
 from __future__ import annotations
 
@@ -9,28 +9,26 @@ from pathlib import Path
 from m2gen.db import files
 from m2gen.db.database import Database
 from m2gen.db.record import Record
-from m2gen.errors import DatabaseError
+from m2gen.errors import DatabaseError, os_errors_as
 
 MOST_BYTES = 64 * 2**20
-"""Of a file that may be imported: some thirty thousand records."""
+"""Maximum size of an imported file: some thirty thousand records."""
 
 
 def export_text(records: Iterable[Record]) -> str:
-    """Return every record's line, by file and then in the order of the file."""
+    """Return the lines of all records, in order of files."""
     ordered = sorted(set(records), key=lambda record: (str(files.place(record)), files.order(record)))
     return "".join(files.text_of([record]) for record in ordered)
 
 
 def write_export(path: Path, records: Iterable[Record]) -> None:
-    """Write an export in one step; raises DatabaseError where that cannot be done."""
-    try:
+    """Write an export in one step; raises DatabaseError if ``path`` cannot be written."""
+    with os_errors_as(DatabaseError, f"{path} must be writable"):
         os.replace(files.stage(path, export_text(records).encode()), path)
-    except OSError as error:
-        raise DatabaseError(f"{path} must be writable: {error.strerror or error}") from error
 
 
 def read_export(path: Path) -> tuple[Record, ...]:
-    """Return the records of an untrusted file; raises DatabaseError, naming lines, unless every line is a record."""
+    """Return the records of an untrusted file; raises DatabaseError, with lines, unless every line is a record."""
     data = _limited(path)
     content = files.parse(data, path)
     problems = [str(fault) for fault in content.faults]
@@ -45,18 +43,15 @@ def read_export(path: Path) -> tuple[Record, ...]:
 
 
 def _limited(path: Path) -> bytes:
-    try:
-        with open(path, "rb") as stream:
-            data = stream.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise DatabaseError(f"{path} must be readable: {error.strerror or error}") from error
+    with os_errors_as(DatabaseError, f"{path} must be readable"), open(path, "rb") as stream:
+        data = stream.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
         raise DatabaseError(f"{path} must take at most {MOST_BYTES} bytes, got more")
     return data
 
 
 def read_other(path: Path) -> tuple[Record, ...]:
-    """Return the records of another database or of an export; raises DatabaseError unless all of them can be read."""
+    """Return the records of another database or of an export; raises DatabaseError unless all can be read."""
     if not path.is_dir():
         return read_export(path)
     content = Database(path).contents()

@@ -1,4 +1,4 @@
-"""What a record is made of: its key, where it comes from, what was measured and found."""
+"""The parts of a record: its key, environment and provenance, sizes, timing, errors or failure."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from m2gen.bucket import Bucket
 from m2gen.spec import Objective
 
 POLICY = "float64_draws4_x2"
-"""The numerics policy that records must have passed: docs/design.md, section 6. A budget that is derived in another
-way gets another name, and every record is measured again."""
+"""The numerics policy that records must have passed (docs/design.md, section 6). If budgets are derived in another way,
+the policy gets another name, and every record is measured again."""
 
 _Count = Annotated[int, Field(ge=1, lt=2**31)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -22,16 +22,16 @@ _Error = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Bytes = Annotated[int, Field(ge=0, lt=2**53)]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 _Fact = Annotated[str, Field(pattern=r"^[ -~]{0,100}$")]
-"""A version or a name: printable ASCII, empty where it is not known."""
+"""A version or a name: printable ASCII, empty if it is not known."""
 _Message = Annotated[str, Field(pattern=r"^[ -~]{0,500}$")]
 
 
 @dataclass(frozen=True)
 class Key:
-    """What a record answers: which schedule serves these calls?"""
+    """The calls that a record's schedule serves."""
 
     variant: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,120}$")]
-    """``Variant.key``."""
+    """``Variant.key`` of the variant."""
     objective: Objective
     bucket: Bucket
     policy: Annotated[str, Field(pattern=r"^[a-z0-9_.]{1,60}$")]
@@ -40,11 +40,11 @@ class Key:
 
 @dataclass(frozen=True)
 class Environment:
-    """What a record was measured on and with."""
+    """The GPU and the toolchain of a measurement."""
 
     arch: Annotated[str, Field(pattern=r"^(sm_[0-9]{2,3}|gfx[0-9a-f]{3,4})$")]
     device: Annotated[str, Field(pattern=r"^[A-Za-z0-9][ -~]{0,79}$")]
-    """Product name as the driver gives it."""
+    """Product name, as the driver gives it."""
     sm_count: _Count
     driver: _Fact
     torch: _Fact
@@ -54,29 +54,29 @@ class Environment:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a record comes from."""
+    """The origin of a record."""
 
     kernel: _Hash
-    """``kernels.identity.kernel_hash`` of what was measured; a record of other kernels is stale."""
+    """``kernels.identity.kernel_hash`` of the measured kernels; a record with another hash is stale."""
     space: _Hash
     """Hash of the declared search space."""
     m2gen: _Fact
     seed: _Seed
     trials: _Count
-    """Candidates that were looked at in this search."""
+    """Number of candidates in this search."""
     worker: _Fact = ""
-    """Who measured: a host and a GPU, or any other name."""
+    """Name of the worker that measured, usually its host and GPU."""
     study: _Fact = ""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The problem that was measured."""
+    """The sizes of the measured problem."""
 
     batch: _Count
     seq: _Count
     lengths: tuple[_Count, ...] = ()
-    """Of packed sequences, in place of batch and seq."""
+    """Lengths of packed sequences, instead of batch and seq."""
 
     @property
     def sequences(self) -> int:
@@ -94,11 +94,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one call takes, of what ``Key.objective`` says, and what it needs."""
+    """Time and memory of one call: forward and backward, or as ``Key.objective`` says forward alone."""
 
     tuned: Estimate
     default: Estimate
-    """Of the default schedule, in turns with the tuned one."""
+    """Time of the default schedule, measured alternately with the tuned one."""
     forward_ms: _Ms
     backward_ms: _Ms | None
     """None for ``Objective.INFER``."""
@@ -107,13 +107,13 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """The end of the confidence interval as a part of the default's time: what merging and look-up compare."""
+        """The interval's upper end as a fraction of the default's median, by which merging and look-up compare."""
         return self.tuned.high_ms / self.default.median_ms
 
 
 @dataclass(frozen=True)
 class TensorError:
-    """The worst error of one tensor over the whole check, and its budget there."""
+    """The worst error of one tensor over the whole check, and its budget in that case."""
 
     tensor: Annotated[str, Field(pattern=r"^[A-Za-z_]{1,40}$")]
     error: _Error
@@ -126,15 +126,15 @@ class Reason(StrEnum):
     HANG = "hang"
     CRASH = "crash"
     WRONG = "wrong"
-    """Over a budget, or other bits where the schedule claims determinism."""
+    """A tensor was over its budget, or did not repeat its bits though the schedule claims determinism."""
     LAUNCH = "launch"
-    """It does not compile, or takes more than the GPU has."""
+    """The kernels do not compile, or take more resources than the GPU has."""
     MEMORY = "memory"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a schedule must not be used, and in one line what was seen."""
+    """Why a schedule must not be used: the reason, and one line of detail."""
 
     reason: Reason
     message: _Message = ""
@@ -144,15 +144,15 @@ class Failure:
 
     @classmethod
     def of(cls, reason: Reason, text: str) -> Failure:
-        """Return a failure whose message is ``text`` on one line, printable, and no longer than it may be."""
+        """Return a failure whose message is ``text`` as one printable line of bounded length."""
         line = " ".join(text.split()).encode("ascii", "backslashreplace").decode()
         return cls(reason, "".join(c if " " <= c <= "~" else "?" for c in line)[:500])
 
 
 class Status(StrEnum):
-    """What a record is for."""
+    """The purpose of a record."""
 
     WINNER = "winner"
-    """Serves builds."""
+    """The record serves builds."""
     FAILED = "failed"
-    """Keeps a schedule from being tried or served again."""
+    """The record keeps a schedule from being tried or served again."""

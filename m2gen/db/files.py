@@ -1,4 +1,4 @@
-"""Records on disk: ``<arch>/<device>/<variant>.jsonl``, read without a lock, replaced in one step under one."""
+"""Records on disk: ``<arch>/<device>/<variant>.jsonl``, read without a lock, and replaced in one step under one."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from filelock import FileLock, Timeout
 
-from m2gen.db.fields import Environment
 from m2gen.db.record import NotARecord, Record, decode, encode
-from m2gen.errors import DatabaseError
+from m2gen.errors import DatabaseError, os_errors_as
 
 LOCK = ".lock"
 LOCK_SECONDS = 60.0
-"""How long a writer waits for another, which holds the lock for as long as writing a few files takes."""
+"""Longest that a writer waits for another, which holds the lock while it writes a few files."""
+UNHARMED = "; nothing that was there is lost"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A line that is no record: it is not used, and stays where it is."""
+    """A line that is not a record: it is not used, but kept."""
 
     path: Path
     line: int
     reason: str
     raw: bytes
     torn: bool = False
-    """Whether the file ends within it, as after a copy or a download that broke off."""
+    """Whether the file ends within the line, as after a copy or download that broke off."""
 
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {'the file ends within a line; ' if self.torn else ''}{self.reason}"
@@ -38,36 +38,36 @@ class Fault:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file or a database holds."""
+    """The records and the faulty lines of a file or a database."""
 
     records: tuple[Record, ...] = ()
     faults: tuple[Fault, ...] = ()
 
 
 def slug(device: str) -> str:
-    """Return a product name as the name of a folder."""
+    """Return a product name as a folder name."""
     return re.sub(r"[^a-z0-9]+", "_", device.lower()).strip("_")
 
 
 def place(record: Record) -> PurePosixPath:
     """Return a record's file relative to the database."""
-    environment: Environment = record.environment
+    environment = record.environment
     return PurePosixPath(environment.arch, slug(environment.device), f"{record.key.variant}.jsonl")
 
 
 def order(record: Record) -> tuple[object, ...]:
-    """Return what a file's records are sorted by: the key in the order of sizes, winners first, then the id."""
+    """Return the sort key of records in a file: objective, bucket and policy, winners first, then the id."""
     key = record.key
     return (key.objective, key.bucket.place, key.policy, record.failure is not None, record.id)
 
 
 def text_of(records: Iterable[Record]) -> str:
-    """Return the lines of records, each once, in order."""
+    """Return the lines of records, each once, sorted by ``order``."""
     return "".join(encode(record) + "\n" for record in sorted(set(records), key=order))
 
 
 def parse(data: bytes, path: Path, fits: Callable[[Record], bool] = lambda record: True) -> Contents:
-    """Return the records of a file's content, and the lines that are none or, by ``fits``, belong elsewhere."""
+    """Return the records in a file's content, and the lines that are not records or do not belong there (``fits``)."""
     records: dict[Record, None] = {}
     faults: list[Fault] = []
     lines = data.split(b"\n")
@@ -86,18 +86,15 @@ def parse(data: bytes, path: Path, fits: Callable[[Record], bool] = lambda recor
 
 
 def read(root: Path, name: PurePosixPath) -> Contents:
-    """Return what one file of a database holds; nothing where there is none."""
+    """Return the contents of one file of a database, empty if it is missing; raises DatabaseError."""
     path = root / name
-    try:
+    with os_errors_as(DatabaseError, f"{path} must be readable"), suppress(FileNotFoundError):
         return parse(path.read_bytes(), path, lambda record: place(record) == name)
-    except FileNotFoundError:
-        return Contents()
-    except OSError as error:
-        raise DatabaseError(f"{path} must be readable: {error.strerror or error}") from error
+    return Contents()
 
 
 def names(root: Path) -> list[PurePosixPath]:
-    """Return the files of a database, sorted; raises DatabaseError where ``root`` is something else than a folder."""
+    """Return the files of a database, sorted; raises DatabaseError if ``root`` is not a folder."""
     if root.exists() and not root.is_dir():
         raise DatabaseError(f"{root} must be a folder, got a file")
     return sorted(PurePosixPath(path.relative_to(root).as_posix()) for path in root.glob("*/*/*.jsonl"))
@@ -105,15 +102,14 @@ def names(root: Path) -> list[PurePosixPath]:
 
 @contextmanager
 def locked(root: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
-    """Exclude other writers; the system drops the lock of a process that dies. Raises DatabaseError."""
-    try:
+    """Hold the lock that excludes other writers, which the system drops if the process dies; raises DatabaseError."""
+    with os_errors_as(DatabaseError, f"{root} must be writable", UNHARMED):
         root.mkdir(parents=True, exist_ok=True)
         lock = FileLock(root / LOCK, timeout=seconds)
-        lock.acquire()
-    except Timeout as error:
-        raise DatabaseError(f"{root} must be free within {seconds:g} s, got a writer that holds {LOCK}") from error
-    except OSError as error:
-        raise _unwritable(root, error) from error
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise DatabaseError(f"{root} must be free within {seconds:g} s, got a writer that holds {LOCK}") from error
     try:
         yield
     finally:
@@ -121,27 +117,26 @@ def locked(root: Path, seconds: float = LOCK_SECONDS) -> Iterator[None]:
 
 
 def replace(root: Path, contents: Mapping[PurePosixPath, Contents]) -> None:
-    """Make files hold exactly this, with the faults' lines as they were; files with nothing are removed.
+    """Write files, with faulty lines as they were, and remove those without contents; the caller holds the lock.
 
     Everything is on disk under temporary names before the first file is replaced, so that a full disk changes nothing;
-    each file is replaced in one step. The caller holds the lock. Raises DatabaseError.
+    each file is replaced in one step. Raises DatabaseError.
     """
     staged: list[tuple[str, Path]] = []
     try:
-        for name, content in contents.items():
-            for left in (root / name).parent.glob(f"{_staging_prefix(name)}*"):  # by a writer that was killed
-                left.unlink()
-            if content.records or content.faults:
-                staged.append((stage(root / name, _bytes_of(content)), root / name))
-        while staged:
-            os.replace(*staged[0])
-            staged.pop(0)
-        for name, content in contents.items():
-            if not content.records and not content.faults:
-                (root / name).unlink(missing_ok=True)
-            _sync_folder((root / name).parent)
-    except OSError as error:
-        raise _unwritable(root, error) from error
+        with os_errors_as(DatabaseError, f"{root} must be writable", UNHARMED):
+            for name, content in contents.items():
+                for left in (root / name).parent.glob(f"{_staging_prefix(name)}*"):  # left by a killed writer
+                    left.unlink()
+                if content.records or content.faults:
+                    staged.append((stage(root / name, _bytes_of(content)), root / name))
+            while staged:
+                os.replace(*staged[0])
+                staged.pop(0)
+            for name, content in contents.items():
+                if not content.records and not content.faults:
+                    (root / name).unlink(missing_ok=True)
+                _sync_folder((root / name).parent)
     finally:
         for temporary, _ in staged:
             with suppress(OSError):
@@ -149,19 +144,19 @@ def replace(root: Path, contents: Mapping[PurePosixPath, Contents]) -> None:
 
 
 def _bytes_of(content: Contents) -> bytes:
-    """Return a file's bytes: records, then the lines that are none, the torn one last and without an end."""
+    """Return a file's bytes: records, then the lines that are not records, a torn one last and without an end."""
     faults = sorted(content.faults, key=lambda fault: fault.torn)
     lines = b"".join(fault.raw + (b"" if fault.torn else b"\n") for fault in faults)
     return text_of(content.records).encode() + lines
 
 
 def _staging_prefix(path: PurePath) -> str:
-    """Return how names begin under which a file is written before it is put in place; an editor's do not."""
+    """Return the prefix of temporary names for a file, which no editor uses."""
     return f".{path.name}.m2gen-"
 
 
 def stage(path: Path, data: bytes) -> str:
-    """Write ``data`` under a temporary name beside ``path``, and return that name."""
+    """Write and sync ``data`` under a temporary name beside ``path``; return that name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=_staging_prefix(path))
     try:
@@ -178,14 +173,10 @@ def stage(path: Path, data: bytes) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have renames survive a loss of power, where the file system can say so."""
+    """Sync a folder, so that renames survive a loss of power, if the file system supports that."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _unwritable(root: Path, error: OSError) -> DatabaseError:
-    return DatabaseError(f"{root} must be writable: {error.strerror or error}; nothing that was there is lost")

@@ -1,4 +1,4 @@
-"""Which record serves a call, and why every other one does not: one function for builds and for explanations."""
+"""Look up the record that serves a call, and say why every other one does not: for builds and for explanations."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from m2gen.spec import Objective
 
 
 class Tier(StrEnum):
-    """How close a record is to what it serves, from close to none."""
+    """How close a record is to the calls that it serves, from close to none."""
 
     EXACT = "exact"
-    """The bucket and the device."""
+    """The record has the call's bucket and device."""
     NEAREST = "nearest"
-    """The nearest bucket, on the device."""
+    """The record has the call's device, and of its buckets the nearest."""
     ARCH = "arch"
-    """Another device of the arch."""
+    """The record is of another device of the arch."""
     DEFAULT = "default"
-    """No record: the heuristic."""
+    """No record can serve; the heuristic's schedule does."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """What a schedule is needed for."""
+    """The calls for which a schedule is needed."""
 
     variant: str
     objective: Objective
     arch: str
     device: str
-    """Product name."""
+    """Product name of the GPU."""
     bucket: Bucket
 
 
@@ -48,18 +48,18 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Served:
-    """What serves a query."""
+    """The answer to a query."""
 
     tier: Tier
     record: Record | None = None
     rejected: tuple[Rejection, ...] = ()
-    """In the order in which they would serve, then those that cannot."""
+    """Records that could serve, in order of preference, then those that cannot."""
 
 
 def usual_device(records: Iterable[Record], arch: str) -> str:
-    """Return the device of ``arch`` that packages are built for: that of most usable winners, the first by name.
+    """Return the device of ``arch`` that packages are built for: the one with most usable winners, the first by name.
 
-    A package must be the same on every machine, so the GPU at hand, if any, plays no part.
+    A package must be the same on every machine, so the GPU at hand plays no part.
     """
     usable = [r for r in records if r.environment.arch == arch and r.failure is None and not stale(r)]
     counts = Counter(record.environment.device for record in usable)
@@ -67,7 +67,7 @@ def usual_device(records: Iterable[Record], arch: str) -> str:
 
 
 def look_up(records: Iterable[Record], query: Query) -> Served:
-    """Return the record that serves ``query``, by tiers, and why others of the variant do not."""
+    """Return the record that serves ``query``, by tiers, and the reasons why others of the variant do not."""
     same = [record for record in dict.fromkeys(records) if record.key.variant == query.variant]
     known = failures(same)
     reasons = {record: _disqualified(record, query) or _known_failure(record, known) for record in same}
@@ -99,20 +99,20 @@ def _other_device(record: Record, query: Query) -> bool:
     return record.environment.device != query.device
 
 
-def _steps(record: Record, query: Query) -> tuple[int, int]:
-    """Return how far the record's bucket is; of two as far, the one of fewer programs is nearer."""
+def _bucket_distance(record: Record, query: Query) -> tuple[int, int]:
+    """Return the distance of the record's bucket; of two at the same distance, that of fewer programs is nearer."""
     return abs(record.key.bucket.place - query.bucket.place), record.key.bucket.place
 
 
 def _distance(record: Record, query: Query) -> tuple[object, ...]:
-    return (_other_device(record, query), *_steps(record, query), *preference(record))
+    return (_other_device(record, query), *_bucket_distance(record, query), *preference(record))
 
 
 def _outranked(record: Record, winner: Record, query: Query) -> str:
-    """Say which comparison of ``_distance`` the record lost."""
+    """Return which comparison of ``_distance`` the record lost."""
     if _other_device(record, query) != _other_device(winner, query):
         return f"of another device, {record.environment.device}"
-    if _steps(record, query) != _steps(winner, query):
+    if _bucket_distance(record, query) != _bucket_distance(winner, query):
         return f"bucket {record.key.bucket} is further than {winner.key.bucket}"
     for name in ("triton", "ptxas", "torch", "driver"):
         mine, other = (getattr(r.environment, name) for r in (record, winner))

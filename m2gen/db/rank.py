@@ -1,4 +1,4 @@
-"""Which of two records is preferred, and which can serve at all: for look-up, merging and pruning alike."""
+"""Rank records, and say which can serve at all: for look-up, merging and pruning alike."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from m2gen.variant import parse_variant
 
 
 def slot(record: Record) -> Hashable:
-    """Return what a database holds at most one record of: a key, an environment and a problem; a failed schedule."""
+    """Return the identity of which a database holds one record: key, environment, and problem or failed schedule."""
     what = record.problem if record.failure is None else record.schedule
     return (record.key, record.environment, what)
 
 
 def stale(record: Record) -> str:
-    """Say why a record cannot be used by this m2gen on any GPU; empty where it can."""
+    """Return why this m2gen cannot use a record on any GPU, or an empty string if it can."""
     if record.key.policy != POLICY:
         return f"stale: passed numerics policy {record.key.policy}, which is {POLICY} now"
     now = kernel_hash(Lowering(parse_variant(record.key.variant), record.schedule))
@@ -32,7 +32,7 @@ def stale(record: Record) -> str:
 
 
 def flag(record: Record, triton: str) -> str:
-    """Say what a record's toolchain differs by from the Triton at hand, which is no reason not to use it."""
+    """Return how a record's Triton differs from the one at hand, which is no reason not to use it."""
     known = record.environment.triton
     return f"measured with triton {known or 'unknown'}, here {triton}" if known != triton else ""
 
@@ -43,7 +43,7 @@ def _default(variant: str, arch: str) -> Schedule:
 
 
 def is_default(record: Record) -> bool:
-    """Whether the record's schedule is what would serve without it."""
+    """Return whether the record's schedule would also serve without it."""
     return record.schedule == _default(record.key.variant, record.environment.arch)
 
 
@@ -52,28 +52,28 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def newest_first(record: Record) -> tuple[tuple[int, ...], ...]:
-    """Return the toolchain as numbers, negated so that later versions sort first."""
+    """Return the toolchain's versions, negated so that later ones sort first."""
     environment = record.environment
     parts = (environment.triton, environment.ptxas, environment.torch, environment.driver)
     return tuple((*(-number for number in _version(part)), 1) for part in parts)
 
 
 def preference(record: Record) -> tuple[object, ...]:
-    """Return what records of one key and device are compared by; the smallest is preferred.
+    """Return the sort key of records of one key and device; the smallest is preferred.
 
-    Kernels that are still rendered; a later toolchain; a lower upper end of the confidence interval, as a part of the
-    default's time, since times of different problems do not compare; the default schedule; the smaller id.
+    In order: kernels that are still rendered; a later toolchain; a smaller ``Timing.ratio``, since times of different
+    problems do not compare; the default schedule; the smaller id.
     """
     ratio = record.timing.ratio if record.timing else 0.0
     return (bool(stale(record)), newest_first(record), ratio, not is_default(record), record.id)
 
 
 def failures(records: Iterable[Record]) -> dict[Hashable, Record]:
-    """Return the records of failures by what they keep from serving, which has the very text of their kernels."""
+    """Return the records of failures by their ``verdict``, which disqualifies winners with the same one."""
     return {verdict(record): record for record in records if record.failure is not None}
 
 
 def verdict(record: Record) -> Hashable:
-    """Return what a failure is a verdict on: kernels on a device, compiled by one toolchain, whatever the problem."""
+    """Return what a failure is about: kernels on a device, compiled by one Triton, whatever the problem."""
     environment = record.environment
     return (record.key.variant, environment.arch, environment.device, environment.triton, record.provenance.kernel)

@@ -1,6 +1,6 @@
 """A record of the tuning database: one schedule for one key on one GPU, measured and verified, or known to fail.
 
-Records are canonical lines of JSON, so a record has one text, and its id is the hash of that.
+Records are canonical lines of JSON: a record has exactly one text, and its id is the hash of that.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -31,11 +31,11 @@ SCHEMA = 3
 OLDER = (1, 2)
 """Versions whose schedules had layouts in place of a family."""
 LONGEST_LINE = 16384
-"""Bytes of a line that may be a record; those that m2gen writes take about two thousand."""
+"""Maximum length of a line in characters; m2gen writes about two thousand."""
 
 
 class NotARecord(ValueError):
-    """Why a line is no record, as ``$.place must ..., got ...``."""
+    """A line is not a record; the message is ``$.place must ..., got ...``."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Record:
     problem: Sizes
     schedule: Schedule
     timing: Timing | None = None
-    """Of a winner."""
+    """Times of a winner; None for a failure."""
     errors: tuple[TensorError, ...] = ()
     failure: Failure | None = None
 
@@ -58,13 +58,11 @@ class Record:
 
     @cached_property
     def id(self) -> str:
-        """12 hex digits of the record's content; raises DatabaseError where that is not valid."""
+        """12 hex digits of the content's hash; raises DatabaseError if the content is not valid."""
         return _written(self)[0]
 
 
-@cache
-def _adapter() -> TypeAdapter[Record]:
-    return TypeAdapter(Record)
+_ADAPTER = TypeAdapter(Record)
 
 
 def _dump(value: Any) -> str:
@@ -72,7 +70,7 @@ def _dump(value: Any) -> str:
 
 
 def _checked(record: Record) -> Record:
-    """Return a record as it would be read, numbers in their fields' types; raises NotARecord."""
+    """Return a record as it would be read back, numbers in their fields' types; raises NotARecord."""
     try:
         return _parse(json.dumps(asdict(record), allow_nan=False))
     except ValueError as error:
@@ -87,18 +85,18 @@ def _line(record: Record) -> tuple[str, str]:
 
 
 def _parse(text: str) -> Record:
-    """Return the record that ``text`` says, types and relations checked; raises NotARecord."""
+    """Return the record in ``text``, with types and relations checked; raises NotARecord."""
     try:
-        record = _adapter().validate_json(text, strict=True)
+        record = _ADAPTER.validate_json(text, strict=True)
     except ValidationError as error:
-        raise NotARecord(worded(error.errors()[0])) from error
+        raise NotARecord(message_of(error.errors()[0])) from error
     for problem in _contradictions(record):
         raise NotARecord(problem)
     return record
 
 
-def worded(error: ErrorDetails) -> str:
-    """Return what pydantic found as ``$.place must ..., got ...``."""
+def message_of(error: ErrorDetails) -> str:
+    """Return an error of pydantic as ``$.place must ..., got ...``."""
     place = (part for part in error["loc"] if part not in tuple(Family))  # pydantic names the family, which is no key
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     must = re.sub(r"^(Input|String|Value) should", "must", error["msg"])
@@ -109,7 +107,7 @@ def worded(error: ErrorDetails) -> str:
 
 
 def _contradictions(record: Record) -> Iterator[str]:
-    """Yield what no single value is wrong with, but several together are."""
+    """Yield the contradictions between values each of which is valid by itself."""
     try:
         variant = parse_variant(record.key.variant)
     except ValueError as error:
@@ -145,7 +143,7 @@ def _written(record: Record) -> tuple[str, str]:
 
 
 def encode(record: Record) -> str:
-    """Return the record's line, without its end; raises DatabaseError where the record is not valid."""
+    """Return the record's line, without its end; raises DatabaseError if the record is not valid."""
     return _written(record)[1]
 
 

@@ -1,1 +1,1 @@
-"""What tuning and benchmarks share: context, isolated workers, clock, checks, rounds, statistics and the roofline."""
+"""Shared by tuning and benchmarks: context, isolated workers, clock, checks, rounds, statistics and the roofline."""

@@ -1,4 +1,4 @@
-"""The problems to which everything is held before it is timed, and the verdict: errors, or the first over budget."""
+"""Check results against the oracle before anything is timed: the cases, and the verdict."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from m2gen.verify import Case, Loss, Oracle, TensorResult, oracle
 from m2gen.verify.subject import inputs_of, poisoned
 
 STEPS = 144
-"""Steps of the plain problems: beyond every checkpoint interval that is searched, and a multiple of 16, as the sizes
-that are timed usually are, since Triton compiles another kernel for strides that are none."""
+"""Steps of the plain problems: more than every checkpoint interval in the search space, and a multiple of 16 as usual
+sizes are, since Triton compiles another kernel for strides that are not."""
 
 
 @dataclass(frozen=True)
 class SeededCase:
-    """One case, and the seed of its inputs."""
+    """A case with the seed of its inputs."""
 
     case: Case
     seed: int
 
 
 def seeded_cases(variant: Variant, steps: int, *, held_out: bool = False) -> tuple[SeededCase, ...]:
-    """Return what a variant is held to: the cases of every trial, or those that only finalists see.
+    """Return the cases of every trial, or with ``held_out`` those that only finalists get.
 
-    Plain calls as they are timed, whose incoming gradients are within and over the clip bound; and a packed batch of
-    ragged lengths from initial states, f near 1 in float32, with a gradient of the final states.
+    Two are plain calls as they are timed, with incoming gradients within and over the clip bound. The third is a packed
+    batch of ragged lengths from initial states, with f near 1 in float32 and a gradient of the final states.
     """
     shift = 100 if held_out else 0
     sequences, length = (1, 2 * steps) if held_out else (2, steps)
@@ -47,33 +47,33 @@ def seeded_cases(variant: Variant, steps: int, *, held_out: bool = False) -> tup
 
 @lru_cache(maxsize=8)
 def answered(variant: Variant, asked: SeededCase, device: torch.device) -> tuple[Inputs, Oracle]:
-    """Return a case's inputs and the oracle's answer, worked out once for all that are held to it."""
+    """Return a case's inputs and the oracle's answer, computed once for all candidates."""
     inputs = inputs_of(variant, asked.case, asked.seed, device)
     return inputs, oracle(variant, asked.case, inputs, asked.seed)
 
 
 def prepare(variant: Variant, asked: Iterable[SeededCase], device: torch.device) -> None:
-    """Work out the answers before the first candidate needs them."""
+    """Compute the oracle's answers before the first candidate needs them."""
     for each in asked:
         answered(variant, each, device)
-    with poisoned():  # whose first use imports a compiler
+    with poisoned():  # the first use imports a compiler
         pass
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst error of every tensor, and why what was checked must not be used, if so."""
+    """The worst error of every tensor, and the failure if there is one."""
 
     errors: tuple[TensorError, ...]
     failure: Failure | None = None
 
 
 Judge = Callable[[Case, Inputs, Oracle], Iterable[TensorResult]]
-"""Runs what is checked on a case's inputs, and holds its results against the oracle's."""
+"""Runs a candidate on a case's inputs, and judges its results by the oracle."""
 
 
 def check(variant: Variant, asked: Iterable[SeededCase], judged: Judge, device: torch.device) -> Verdict:
-    """Judge every case; the first that fails ends the check."""
+    """Judge every case; the first failure ends the check."""
     worst: dict[str, TensorResult] = {}
     for each in asked:
         for result in judged(each.case, *answered(variant, each, device)):

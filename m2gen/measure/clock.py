@@ -1,4 +1,4 @@
-"""How long calls take on a CUDA GPU: graphs of them, replayed with a cold L2 and warm clocks."""
+"""Time calls on a CUDA GPU: graphs of them, replayed with a cold L2 and warm clocks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Result = TypeVar("Result")
 now = time.monotonic
 """The host's clock."""
 WARM_SECONDS = 0.04
-"""Of replays before the first that counts: a GPU that waited for a compiler has lowered its clocks."""
+"""Seconds of warm-up replays: a GPU that waited for a compiler has lowered its clocks."""
 COUNTED_SECONDS = 0.15
-"""Of calls that count, as far as the bounds on their number allow."""
+"""Seconds of calls that are sampled, within the bounds on their number."""
 L2_TIMES = 3
-"""Size of the buffer that is written between calls, in sizes of the L2."""
+"""Size of the buffer that is written between calls, as a multiple of the L2's size."""
 
 
 class Replay(Generic[Result]):
-    """A call captured once; every replay writes the memory of ``results``, which the captured run returned."""
+    """A call captured in a CUDA graph; every replay overwrites ``results``, which the captured call returned."""
 
     def __init__(self, run: Callable[[], Result]) -> None:
-        self._run = run  # has the operands, whose memory every replay reads: nobody else may keep them
+        self._run = run  # keeps the operands alive, whose memory every replay reads
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self.results = run()
@@ -40,14 +40,14 @@ class Replay(Generic[Result]):
 
 
 def timed(replays: Sequence[Replay[Result]], count: int) -> list[tuple[float, ...]]:
-    """Return the milliseconds of each replay in ``count`` calls, each after the L2 was filled with something else."""
+    """Return the milliseconds of each replay in ``count`` calls, each after the L2 was flushed."""
     calls = [[replay.enqueue() for replay in replays] for _ in range(count)]
     torch.cuda.synchronize()
     return [tuple(start.elapsed_time(end) for start, end in call) for call in calls]
 
 
 def warm(replays: Sequence[Replay[Result]]) -> list[tuple[float, ...]]:
-    """Replay until the GPU's clocks are up, at least once, and return the times."""
+    """Replay at least once, until the GPU's clocks are up, and return the times in milliseconds."""
     found: list[tuple[float, ...]] = []
     start = now()
     while not found or now() - start < WARM_SECONDS:
@@ -56,7 +56,7 @@ def warm(replays: Sequence[Replay[Result]]) -> list[tuple[float, ...]]:
 
 
 def aside(run: Callable[[], object]) -> None:
-    """Run a call on a stream of its own, as torch asks for before a backward is captured."""
+    """Run a call on a side stream, as torch requires before a backward is captured."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -75,7 +75,7 @@ def _flush_buffer() -> torch.Tensor:
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """Run a call once outside any graph; return what it allocates at most beyond what is there."""
+    """Run a call once outside any graph; return its peak allocation in bytes beyond what was allocated before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -86,7 +86,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 class Clock:
-    """Graphs that together are one call, and what that allocates at most beyond what is there."""
+    """The graphs of one call, and the call's peak allocation in bytes."""
 
     def __init__(self, replays: Sequence[Replay[Any]], extra_bytes: int) -> None:
         self._replays = replays
@@ -95,7 +95,7 @@ class Clock:
     def sample(self, fewest: int, most: int, worth_ms: float = float("inf")) -> list[tuple[float, ...]]:
         """Warm up, and return the milliseconds of each graph in ``fewest`` to ``most`` calls.
 
-        As many as ``COUNTED_SECONDS`` hold; the fewest of a call that takes longer than ``worth_ms``.
+        There are as many calls as ``COUNTED_SECONDS`` hold, but the fewest if one takes longer than ``worth_ms``.
         """
         estimate = median(map(sum, warm(self._replays)))
         count = min(most, max(fewest, int(COUNTED_SECONDS * 1e3 / estimate)))

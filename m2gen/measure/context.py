@@ -1,4 +1,4 @@
-"""Where measurements are made: the GPU at hand, what runs on it and who has it, as records state it."""
+"""The context of measurements: the GPU at hand, its toolchain and the worker that uses it."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True)
 class Context:
-    """A GPU, what a record says of it, and who has it."""
+    """A GPU, its environment as records state it, and the worker that uses it."""
 
     device: Device
     environment: Environment
     gpu: str
-    """Names the GPU, which one tuner or benchmark at a time may use."""
+    """Name of the GPU, which one tuner or benchmark may use at a time."""
     worker: str
-    """Names who measures."""
+    """Name of the worker: its host and GPU."""
 
 
 def this_context(command: str) -> Context:
-    """Return that of the GPU at hand; raises UsageError where torch can use none."""
+    """Return the context of the GPU at hand; raises UsageError if torch can use none."""
     device = detect()
     if device is None:
         raise UsageError(f"{command} must run on a machine whose GPU torch can use, got none")
-    return Context(device, environment(device), gpu_name(), worker_name())
+    gpu = gpu_name()
+    return Context(device, environment(device), gpu, f"{platform.node()}:{gpu}"[:100])
 
 
 def environment(device: Device) -> Environment:
-    """Return the environment of this process; empty facts where they cannot be found out."""
+    """Return the environment of this process; facts that cannot be found out are empty."""
     name = re.sub(r"[^ -.0-~]", "_", device.name)[:80]
     return Environment(
-        device.arch, name, device.sm_count, _driver(), _version("torch"), _version("triton"), _ptxas(device)
+        device.arch, name, device.sm_count, _driver(), installed("torch"), installed("triton"), _ptxas(device)
     )
 
 
-def _version(package: str) -> str:
+def installed(package: str) -> str:
+    """Return the version of an installed package, or an empty string."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -53,7 +55,7 @@ def _version(package: str) -> str:
 
 
 def _driver() -> str:
-    """Return the version of the GPU's driver; of an AMD GPU, which has it in the kernel, ROCm's."""
+    """Return the version of the GPU's driver; for AMD GPUs, whose driver is in the kernel, that of ROCm."""
     import torch
 
     if torch.version.hip:
@@ -66,7 +68,7 @@ def _driver() -> str:
 
 
 def _ptxas(device: Device) -> str:
-    """Return the version of the assembler that Triton's wheel carries."""
+    """Return the version of the ptxas in Triton's wheel."""
     if not device.is_nvidia:
         return ""
     import triton.backends.nvidia
@@ -80,13 +82,8 @@ def _ptxas(device: Device) -> str:
     return found[1] if found else ""
 
 
-def worker_name() -> str:
-    """Name this host and the GPU that torch uses."""
-    return f"{platform.node()}:{gpu_name()}"[:100]
-
-
 def gpu_name() -> str:
-    """Name the GPU that torch uses among all there are: by its UUID, else by its number."""
+    """Return a name of the GPU that torch uses: its UUID, or its index."""
     import torch
 
     index = torch.cuda.current_device()

@@ -1,6 +1,6 @@
-"""The process that has the GPU, for tuning and for benchmarks: its failures, and what it keeps captured.
+"""The worker process on the GPU, for tuning and for benchmarks: its failures, and the calls that it keeps captured.
 
-Imports no torch: a worker sets its environment first.
+This module does not import torch, since a worker sets its environment first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 
 
 class Judged(Protocol):
-    """What a worker found, or why what it was given must not be used."""
+    """A worker's result, which may be a failure."""
 
     @property
     def failure(self) -> Failure | None: ...
@@ -40,7 +40,7 @@ def torch_device() -> torch.device:
 def gpu_service(
     serve: Callable[[Task], Found], seconds: float, failed: Callable[[Failure], Found]
 ) -> Service[Task, Found]:
-    """Return the service of a process that has the GPU; ``failed`` makes a result of why there is none."""
+    """Return the service of a GPU worker; ``failed`` makes a result from a failure."""
 
     def lost(task: Task, lost: Lost) -> Found:
         return failed(Failure.of(Reason.HANG if lost.hung else Reason.CRASH, lost.reason))
@@ -49,12 +49,12 @@ def gpu_service(
 
 
 def _unusable(found: Judged) -> bool:
-    """Whether the process may be unusable: an error of a kernel stays with its context."""
+    """Return whether the process may be unusable: the error of a kernel stays with its CUDA context."""
     return found.failure is not None and found.failure.reason is Reason.CRASH
 
 
 def raised(error: Exception) -> Failure:
-    """Return what an exception of a compiler, a driver or a kernel makes of the candidate that raised it."""
+    """Return the failure of a candidate whose compiler, driver or kernel raised ``error``."""
     names = {kind.__name__ for kind in type(error).__mro__}
     reason = Reason.CRASH
     if "OutOfMemoryError" in names:
@@ -65,7 +65,7 @@ def raised(error: Exception) -> Failure:
 
 
 class Captures(Generic[Value]):
-    """Captured calls that stay on the GPU for their next round, so many at most, and of one group at a time."""
+    """Captured calls that stay on the GPU for their next round: at most ``most``, and of one group at a time."""
 
     def __init__(self, most: int = sys.maxsize) -> None:
         self._most = most
@@ -76,13 +76,13 @@ class Captures(Generic[Value]):
         return iter(self._held)
 
     def enter(self, group: Hashable) -> None:
-        """Drop what was captured for another group."""
+        """Drop the captures of another group."""
         if group != self._group:
             self.clear()
             self._group = group
 
     def get(self, key: Hashable, capture: Callable[[], Value]) -> Value:
-        """Return what was captured under a key, or capture it now; what is held makes room where there is none."""
+        """Return the capture under a key, or capture it now, dropping others if there is no room."""
         import torch
 
         if key not in self._held:
@@ -98,7 +98,7 @@ class Captures(Generic[Value]):
         return self._held[key]
 
     def clear(self) -> None:
-        """Drop everything, and give its memory back."""
+        """Drop all captures, and free their memory."""
         import torch
 
         self._held.clear()

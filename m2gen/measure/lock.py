@@ -1,4 +1,4 @@
-"""One tuner or benchmark for each GPU of a machine: what two measure at once, neither measures."""
+"""The lock of a GPU, which lets one tuner or benchmark at a time measure on it."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from m2gen.errors import TuneError
+from m2gen.errors import TuneError, os_errors_as
 
 
 @contextmanager
 def exclusive(gpu: str) -> Iterator[None]:
-    """Hold the lock of a GPU, named by its UUID; raises TuneError where another process holds it.
+    """Hold the lock of a GPU, named by its UUID; raises TuneError if another process holds it.
 
     The system drops the lock with the process, however that ends.
     """
     path = Path(tempfile.gettempdir()) / f"m2gen-{gpu}.lock"
-    try:
+    with os_errors_as(TuneError, f"{path} must be writable"):
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise TuneError(f"{path} must be writable: {error.strerror or error}") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What a call has to do at least, and how long the limits of a GPU make that take."""
+"""The least work of a call, and the time that each limit of a GPU makes it take."""
 
 from __future__ import annotations
 
@@ -9,37 +9,40 @@ from m2gen.spec import Dtype, Fp32Products
 from m2gen.variant import Variant
 
 FORWARD_FLOPS = 7
-"""Of a state's element and step beside the product with W: k v^T (2), f H + (1 - f) Z (3), H^T q (2)."""
+"""Float32 operations per element of the state and step, without the product with W: k v^T (2), f H + (1 - f) Z (3),
+H^T q (2)."""
 REBUILD_FLOPS = 5
-"""The same without y: what the backward repeats."""
+"""The same without H^T q, when the backward rebuilds states."""
 BACKWARD_FLOPS = 17
-"""C + q dy^T (2), D (4), dq, dk and dv (2 each), df (3), f G (2)."""
+"""The same for the backward: C + q dy^T (2), D (4), dq, dk and dv (2 each), df (3), f G (2)."""
 BYTES = {Dtype.BF16: 2, Dtype.FP16: 2, Dtype.FP32: 4}
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one call computes and moves at least."""
+    """The least that one call computes and moves."""
 
     tanh: float
+    """Evaluations of tanh."""
     flops: float
-    """Of float32 arithmetic beside products of matrices."""
+    """Float32 operations outside matrix products."""
     product_flops: float
+    """Operations of matrix products."""
     traffic: float
     """Bytes of operands, results and checkpoints, each moved once."""
 
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a GPU can do at most."""
+    """Peak rates of a GPU."""
 
     clock_ghz: float
     tanh: float
-    """Per clock and SM."""
+    """Evaluations of tanh per clock and SM."""
     flops: float
-    """Of float32, per clock and SM."""
+    """Float32 operations per clock and SM."""
     product_flops: float
-    """Of bf16 or fp16 matrices with float32 sums, dense, per clock and SM; half of it of tf32."""
+    """Operations of dense bf16 or fp16 products with float32 sums, per clock and SM; tf32 has half as many."""
     bytes_per_second: float
 
 
@@ -54,14 +57,14 @@ PEAKS = {
 
 
 def peaks_of(product: str) -> Peaks | None:
-    """Return the peaks of a GPU by its product name; None where they are not known here."""
+    """Return the peak rates of a GPU by its product name, or None if they are not known."""
     return next((peaks for name, peaks in PEAKS.items() if name in product), None)
 
 
 def work_of(variant: Variant, schedule: Schedule, sizes: tuple[int, int], *, training: bool) -> Work:
-    """Return what a call on (batch, seq) does at least: the equations of docs/design.md, section 2, counted.
+    """Return the least work of a call on (batch, seq), counted from the equations of docs/design.md, section 2.
 
-    The backward repeats the forward once, and twice where it rebuilds states into a scratch first.
+    The backward repeats the forward once, or twice if it rebuilds states into a scratch first.
     """
     batch, seq = sizes
     tokens, heads = batch * seq, variant.heads
@@ -81,8 +84,10 @@ def work_of(variant: Variant, schedule: Schedule, sizes: tuple[int, int], *, tra
 
 
 def decoding_work(variant: Variant, batch: int, state_bytes: int) -> Work:
-    """Return what one step of decoding for ``batch`` sequences does at least: a forward of one step whose states, of
-    ``state_bytes`` an element, are read and written."""
+    """Return the least work of one decoding step for ``batch`` sequences.
+
+    It is a forward of one step that reads and writes states of ``state_bytes`` per element.
+    """
     rows, cols, heads = variant.state_expansion, variant.head_dim, variant.heads
     elements = batch * variant.total_heads * rows * cols
     element = BYTES[variant.dtype]
@@ -93,14 +98,14 @@ def decoding_work(variant: Variant, batch: int, state_bytes: int) -> Work:
 
 
 def _product_flops(variant: Variant, peaks: Peaks) -> float:
-    """Return what a GPU can do of the variant's products: IEEE ones have no tensor cores."""
+    """Return the peak rate of the variant's products; IEEE float32 has no tensor cores."""
     if variant.dtype is not Dtype.FP32:
         return peaks.product_flops
     return peaks.product_flops / 2 if variant.products is Fp32Products.TF32 else peaks.flops
 
 
 def floors_ms(work: Work, peaks: Peaks, sm_count: int, variant: Variant) -> dict[str, float]:
-    """Return how many milliseconds each limit alone makes a call take."""
+    """Return the milliseconds that each limit alone makes a call take, by the limit's name."""
     per_second = peaks.clock_ghz * 1e9 * sm_count
     products = _product_flops(variant, peaks)
     return {

@@ -1,4 +1,4 @@
-"""Times that are taken in rounds: whatever changes in the meantime, clocks or neighbours, changes for everyone."""
+"""Sample in rounds, so that drift of clocks or other load affects all candidates alike."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from typing import Protocol, Self, TypeVar
 
 
 class Summed(Protocol):
-    """Samples of one round, to which those of the next are added."""
+    """Samples that can be added to those of other rounds."""
 
     def __add__(self, other: Self, /) -> Self: ...
 
 
-Entrant = TypeVar("Entrant")
+Item = TypeVar("Item")
 Sampled = TypeVar("Sampled", bound=Summed)
 
 
 def in_rounds(
-    entrants: Iterable[Entrant],
-    sample: Callable[[Entrant], Sampled | None],
+    items: Iterable[Item],
+    sample: Callable[[Item], Sampled | None],
     rounds: Iterable[int],
     seed: int,
-) -> dict[Entrant, Sampled]:
-    """Return the samples of every entrant, each once a round, in an order that is drawn from ``seed``.
+) -> dict[Item, Sampled]:
+    """Sample every item once a round, in an order drawn from ``seed``, and return the sums.
 
-    One without samples in a round, as it failed, takes part in no other and is not in the result.
+    An item whose ``sample`` returns None has failed: it is not sampled again, and not in the result.
     """
-    order, left = random.Random(seed), list(entrants)
-    found: dict[Entrant, Sampled] = {}
+    order, left = random.Random(seed), list(items)
+    found: dict[Item, Sampled] = {}
     for _ in rounds:
         order.shuffle(left)
-        for entrant in list(left):
-            now = sample(entrant)
+        for item in list(left):
+            now = sample(item)
             if now is None:
-                left.remove(entrant)
-                found.pop(entrant, None)
+                left.remove(item)
+                found.pop(item, None)
             else:
-                found[entrant] = found[entrant] + now if entrant in found else now
+                found[item] = found[item] + now if item in found else now
     return found

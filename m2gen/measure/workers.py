@@ -1,4 +1,4 @@
-"""Run tasks in processes of their own: one that crashes or hangs costs its task, never the run."""
+"""Run tasks in separate processes: a crash or hang costs one task, never the run."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from typing import Any, Generic, TypeVar
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 GRACE_SECONDS = 10.0
-"""How long a process may take to end by itself."""
+"""Longest that a process may take to end by itself."""
 
 
 def cpus() -> int:
-    """Return how many processes to use: as many as there are CPUs that this process may run on."""
+    """Return the number of CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def without_interpreter() -> None:
-    """Prepare a process for compiled kernels, never the interpreter's."""
+    """Prepare a process for compiled kernels: switch Triton's interpreter off."""
     os.environ.pop("TRITON_INTERPRET", None)
 
 
 @dataclass(frozen=True)
 class Lost:
-    """What became of the process that had a task."""
+    """How the process that had a task ended."""
 
     reason: str
     hung: bool = False
@@ -40,18 +40,18 @@ class Lost:
 
 @dataclass(frozen=True)
 class Service(Generic[Task, Result]):
-    """How tasks are done, and what becomes of those that are not."""
+    """How tasks are done, and how their failures become results."""
 
     serve: Callable[[Task], Result]
-    """Does one task in a process; a function that can be imported."""
+    """Does one task in the worker process; must be importable."""
     prepare: Callable[[], None]
-    """Runs first in every process, before anything that ``serve`` or a task needs is imported."""
+    """Runs first in every worker process, before ``serve`` or a task imports anything."""
     seconds: float
-    """Longest that a task may take, with the start of its process."""
+    """Longest that a task may take, including the start of its process."""
     lost: Callable[[Task, Lost], Result]
-    """Returns the result of a task whose process died or was stopped, and why."""
+    """Returns the result of a task whose process died or was stopped."""
     suspect: Callable[[Result], bool] = lambda result: False
-    """Whether a process that gave this result, of a GPU's error say, must not serve again."""
+    """Returns whether the process that gave this result, such as a GPU error, must not serve again."""
     now: Callable[[], float] = time.monotonic
     """The clock by which ``seconds`` pass."""
 
@@ -59,12 +59,12 @@ class Service(Generic[Task, Result]):
 def run_isolated(
     groups: Iterable[Iterable[Task]], service: Service[Task, Result], processes: int
 ) -> Iterator[tuple[Task, Result]]:
-    """Yield each task with its result as it is known; the tasks of a group go to one process, one after the other."""
+    """Yield each task with its result as it is known; the tasks of a group run in one process, in order."""
     waiting = deque(deque(group) for group in groups)
     at: dict[Worker[Task, Result], deque[Task]] = {}
 
     def begin(worker: Worker[Task, Result]) -> None:
-        """Begin the next task of the group, or of the next group; end the process where there is none."""
+        """Begin the next task of the group, or of the next group; end the process if there is none."""
         while not at[worker] and waiting:
             at[worker] = waiting.popleft()
         if at[worker]:
@@ -86,21 +86,21 @@ def run_isolated(
 
 
 def finished(busy: Sequence[Worker[Any, Any]], seconds: float = float("inf")) -> list[Worker[Any, Any]]:
-    """Return the workers that have a result or are out of time, after waiting up to ``seconds`` for the first."""
+    """Wait up to ``seconds``, and return the workers that have a result or are out of time."""
     least = min(seconds, *(worker.left for worker in busy))
     ready = connection.wait([worker.pipe for worker in busy], timeout=max(0.0, least))
     return [worker for worker in busy if worker.pipe in ready or worker.left < 0]
 
 
 def _loop(pipe: Any, prepare: Callable[[], None], serve: Callable[[Any], Any]) -> None:
-    """Serve the tasks that come through a pipe until it is closed; Ctrl-C is the parent's to handle."""
+    """Serve the tasks from a pipe until it is closed; the parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
     prepare()
     while True:
         try:
             task = pipe.recv()
-        except (EOFError, ConnectionError):  # closed, perhaps with a result in it that nobody read
+        except (EOFError, ConnectionError):  # closed, perhaps with an unread result
             return
         result = serve(task)
         try:
@@ -110,13 +110,13 @@ def _loop(pipe: Any, prepare: Callable[[], None], serve: Callable[[Any], Any]) -
 
 
 def _end_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, even of SIGKILL in the middle of a task."""
+    """Ask Linux to kill this process when its parent dies, even by SIGKILL in the middle of a task."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class Worker(Generic[Task, Result]):
-    """One process at a time, and the task that it is at; a new process where the last one cannot be trusted."""
+    """A worker process and its current task; a process that cannot be trusted is replaced by a new one."""
 
     def __init__(self, service: Service[Task, Result]) -> None:
         self._service = service
@@ -126,12 +126,12 @@ class Worker(Generic[Task, Result]):
         self._deadline = 0.0
 
     def begin(self, task: Task) -> None:
-        """Send a task to the process, which is started where there is none."""
+        """Send a task to the process, which is started if there is none."""
         if self._process is None:
             self._start()
         self.task = task
         self._deadline = self._service.now() + self._service.seconds
-        with contextlib.suppress(OSError):  # of a process that is gone, which ``collect`` finds out
+        with contextlib.suppress(OSError):  # ``collect`` finds out that the process is gone
             self.pipe.send(task)
 
     @property
@@ -140,7 +140,7 @@ class Worker(Generic[Task, Result]):
         return self._deadline - self._service.now()
 
     def collect(self) -> tuple[Task, Result]:
-        """Return the task and its result, received or lost; end a process that cannot be trusted with another."""
+        """Return the task and its result, received or lost; end a process that cannot be trusted."""
         task = self.task
         assert task is not None
         if not self.pipe.poll():
@@ -171,14 +171,14 @@ class Worker(Generic[Task, Result]):
         theirs.close()
 
     def _reap(self) -> str:
-        """Return what a process ended with."""
+        """Return the signal or exit status of a process that died."""
         self._process.join(GRACE_SECONDS)
         code = self._process.exitcode
         self.stop()
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
 
     def drop(self) -> None:
-        """End the process where it is in the middle of a task."""
+        """End the process if it is in the middle of a task."""
         if self.task is not None:
             self.stop()
 

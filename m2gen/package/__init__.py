@@ -1,1 +1,1 @@
-"""A package of kernels: the texts of its files, the folder that holds them, and the forms that others install."""
+"""A package of kernels: the text of its files, the folder that holds them, wheels and repositories of the Hub."""

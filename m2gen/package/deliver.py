@@ -1,4 +1,4 @@
-"""A generated package in the form that was asked for: a folder to import, a wheel, a repository of the Hub."""
+"""Write a generated package in the requested form: a folder to import, a wheel, or a repository of the Hub."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from m2gen.package.wheel import check_wheel, write_wheel
 
 
 def _folder(form: Format, out: Path, origin: Origin, package: Package, manifest: str) -> tuple[Path, dict[str, str]]:
-    """Return the folder of one of the forms that are folders, and its files."""
+    """Return the folder and the files of a package or a repository of the Hub."""
     if form is Format.HF_KERNEL:
         return out / kernel_name(origin), kernel_repository(origin, package, manifest)
     return out / origin.name, {**package.files, directory.MANIFEST: manifest}
 
 
 def check_delivery(form: Format, out: Path, origin: Origin, package: Package) -> None:
-    """Raise what ``deliver`` would raise, as far as that can be seen without writing."""
+    """Raise the errors of ``deliver`` that can be found without writing."""
     if form is Format.WHEEL:
         check_wheel(out, package)
     else:
@@ -27,10 +27,9 @@ def check_delivery(form: Format, out: Path, origin: Origin, package: Package) ->
 
 
 def deliver(form: Format, out: Path, origin: Origin, package: Package, manifest: str) -> Path:
-    """Write a package below ``out`` in one of its forms, in one step, and return the folder or file that it is.
+    """Write a package below ``out`` in one step, and return its folder or file.
 
-    Raises PlaceError where that cannot be written or something else is in its place, SpecError for a name that the Hub
-    does not take.
+    Raises PlaceError if that cannot be written or holds something else, SpecError for a name that the Hub refuses.
     """
     if form is Format.WHEEL:
         return write_wheel(out, origin, package, manifest)

@@ -1,4 +1,4 @@
-"""A package's files on disk: compared with what they should be, and put in place so that no reader finds a part."""
+"""Compare a package's files on disk with the rendered ones, and replace them so that no reader finds a part."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 
-from m2gen.errors import PlaceError
+from m2gen.errors import PlaceError, os_errors_as
 from m2gen.package import owned
 from m2gen.package.owned import MANIFEST
-from m2gen.package.place import check_folder, exchanged, locked, resolved, unwritable, write_file
+from m2gen.package.place import check_folder, exchanged, locked, resolved, write_file
 
 __all__ = ["MANIFEST", "Format", "check_place", "diff", "write"]
 
 ATTEMPTS = 3
-"""Times that files are written because another build wrote to them at once, where nothing keeps it out."""
+"""Times that files are written again after another build wrote to them, where no lock keeps it out."""
 GRACE = 0.25
 """Seconds between an exchange and the removal of the old files: an import that was listing them finds them all."""
 SHOWN = 64 * 1024
-"""Bytes up to which a comparison shows a file that should not be there."""
+"""Maximum bytes of a file that should not be there and whose content a comparison shows."""
 
 
 class Format(StrEnum):
-    """What a build makes of a package: folders but for the wheel."""
+    """The form of a build: all are folders but the wheel."""
 
     PACKAGE = "package"
     WHEEL = "wheel"
@@ -34,14 +34,14 @@ class Format(StrEnum):
 
     @property
     def folder(self) -> Path:
-        """Where builds put it unless they are told otherwise."""
+        """The default of ``--out``."""
         return Path("generated" if self is Format.PACKAGE else "dist")
 
 
 def diff(directory: Path, expected: Mapping[str, str]) -> list[str]:
     """Return a unified diff from the files on disk to ``expected``, the manifest's resources aside.
 
-    A file that should not be there is shown if it is a short text, else named.
+    A file that should not be there is shown if it is a short text, and named otherwise.
     """
     strays = owned.scan(directory).others(expected) if directory.is_dir() else []
     lines: list[str] = []
@@ -63,7 +63,7 @@ def _text(path: Path) -> str:
 
 
 def _stray_text(path: Path) -> str:
-    """Return what a file holds, or nothing where that is long or no text."""
+    """Return the content of a file, or an empty string if it is long or not text."""
     try:
         return path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= SHOWN else ""
     except UnicodeDecodeError:
@@ -82,7 +82,7 @@ def _without_resources(path: str, text: str) -> str:
 
 
 def check_place(directory: Path, files: Mapping[str, str]) -> None:
-    """Raise PlaceError where ``write`` would, as far as that can be seen without writing."""
+    """Raise the errors of ``write`` that can be found without writing."""
     check_folder(directory.parent)
     real = resolved(directory)
     with locked(real.parent):
@@ -90,16 +90,16 @@ def check_place(directory: Path, files: Mapping[str, str]) -> None:
 
 
 def write(directory: Path, files: Mapping[str, str]) -> None:
-    """Make ``directory`` hold exactly ``files``, and a repository that it has; if it does already, write nothing.
+    """Make ``directory`` hold exactly ``files``, beside a ``.git`` that it may have; write nothing if it does already.
 
-    Whoever looks, even after a kill, finds the old files or the new (each of them, where ``_update`` has to do it).
-    Builds that write at once wait for each other. A link is followed, and stays.
+    Readers, even after a kill, find the old files or the new (file by file, if ``_update`` has to do it). Concurrent
+    builds wait for each other. A link is followed, and stays.
 
-    Raises PlaceError where the directory holds what m2gen did not write, or cannot be written.
+    Raises PlaceError if the directory holds files that m2gen did not write, or cannot be written.
     """
     check_folder(directory.parent)
     real, contents = resolved(directory), _encoded(files)
-    with unwritable(directory):
+    with os_errors_as(PlaceError, f"{directory} must be writable"):
         real.parent.mkdir(parents=True, exist_ok=True)
         with locked(real.parent) as alone:
             owned.refuse_others(directory, real, contents)
@@ -113,17 +113,17 @@ def write(directory: Path, files: Mapping[str, str]) -> None:
 
 
 def _encoded(files: Mapping[str, str]) -> dict[str, bytes]:
-    """Return files as bytes, the manifest first, so that what is half written says whose it is."""
+    """Return files as bytes, the manifest first, so that a half-written folder is known to be m2gen's."""
     return {path: files[path].encode() for path in sorted(files, key=lambda path: (path != MANIFEST, path))}
 
 
 def _replace(shown: Path, real: Path, contents: Mapping[str, bytes]) -> bool:
-    """Put a new folder in the place of the old one in one step; False where the system cannot."""
+    """Replace the old folder by a new one in one step; return False if the system cannot."""
     staging = real.parent / owned.staging_name(real.name)
     try:
         staging.mkdir()
     except OSError:
-        if real.is_dir():  # a folder that can be written in one that cannot
+        if real.is_dir():  # the folder may be writable though its parent is not
             return False
         raise
     try:
@@ -136,7 +136,7 @@ def _replace(shown: Path, real: Path, contents: Mapping[str, bytes]) -> bool:
             return False
         try:
             owned.refuse_others(shown, staging, contents)
-        except PlaceError:  # somebody put a file there since the last look
+        except PlaceError:  # a file was put there since the last check
             exchanged(staging, real)
             raise
         time.sleep(GRACE)
@@ -146,7 +146,7 @@ def _replace(shown: Path, real: Path, contents: Mapping[str, bytes]) -> bool:
 
 
 def _renamed(staging: Path, real: Path) -> bool:
-    """Give a folder a name that nothing has; False where another build was faster."""
+    """Rename a folder to an unused name; return False if another build took it first."""
     try:
         staging.rename(real)
     except OSError:
@@ -159,8 +159,8 @@ def _renamed(staging: Path, real: Path) -> bool:
 def _update(shown: Path, real: Path, contents: Mapping[str, bytes]) -> None:
     """Replace the files of a folder one by one: it has a repository, is a mount, or cannot be exchanged.
 
-    No file is missing or half written at any time, but a reader may find some of the old and some of the new. First
-    comes a manifest that lists both, so that the next build knows them after a kill.
+    No file is missing or half written at any time, but a reader may find some old and some new files. A manifest that
+    lists both comes first, so that the next build knows them after a kill.
     """
     for _ in range(ATTEMPTS):
         _update_once(real, contents)
@@ -177,7 +177,7 @@ def _update_once(real: Path, contents: Mapping[str, bytes]) -> None:
         staging.mkdir()
         if MANIFEST in contents:
             _move(staging, real, MANIFEST, _listing_also(contents[MANIFEST], before))
-        for path in sorted(changed, key=lambda path: (path == "__init__.py", path)):  # which imports the others
+        for path in sorted(changed, key=lambda path: (path == "__init__.py", path)):  # it imports the others
             _move(staging, real, path, contents[path])
         for path in {*(before - contents.keys()), *tree.bytecode} - {MANIFEST}:
             (real / path).unlink(missing_ok=True)
@@ -189,14 +189,14 @@ def _update_once(real: Path, contents: Mapping[str, bytes]) -> None:
 
 
 def _move(staging: Path, real: Path, path: str, data: bytes) -> None:
-    """Replace one file, which is the old one until it is all of the new."""
+    """Replace one file in one step."""
     write_file(staging / path, data)
     (real / path).parent.mkdir(parents=True, exist_ok=True)
     (staging / path).replace(real / path)
 
 
 def _listing_also(manifest: bytes, before: Iterable[str]) -> bytes:
-    """Return a manifest that lists what was there before, too."""
+    """Return a manifest that also lists the files ``before``."""
     parsed = json.loads(manifest)
     gone = dict.fromkeys(sorted({*before} - {MANIFEST}), "0" * 16)
     return json.dumps({**parsed, "files": {**gone, **parsed["files"]}}, indent=2).encode()

@@ -1,4 +1,4 @@
-"""A generated package as a kernel repository of the Hugging Face Hub, which loads as it is."""
+"""Make a kernel repository of the Hugging Face Hub from a generated package, which loads as it is."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from m2gen.package.owned import hashes
 LICENSE = "apache-2.0"
 """Identifier of the licence, as the Hub spells it."""
 VERSION = 1
-"""Of the package's interface, as the Hub counts."""
+"""Version of the package's interface, as the Hub counts."""
 BACKENDS = ("cpu", "cuda", "rocm")
-"""Builds of torch that find a variant: on the CPU there are Triton's interpreter and the eager reference."""
+"""Builds of torch that the repository serves; CPU tensors run in Triton's interpreter or on the eager reference."""
 TEMPLATES = ("build.toml", "flake.nix", "CARD.md")
 KERNEL_NAME = re.compile(r"[a-z][-a-z0-9]*[a-z0-9]")
-"""What the Hub takes for the name of a kernel."""
+"""Names that the Hub accepts for a kernel."""
 
 
 def kernel_name(origin: Origin) -> str:
-    """Return the name of the Hub's repository, whose module has underscores instead.
+    """Return the name of the repository: the package's with dashes for underscores.
 
-    Raises SpecError for one that the Hub refuses.
+    Raises SpecError for a name that the Hub refuses.
     """
     name = origin.name.replace("_", "-")
     if KERNEL_NAME.fullmatch(name) is None:
-        words = "two or more of a-z, 0-9 and _, a letter first and no _ last, for the Hub"
-        raise SpecError([f"{origin.spec_file}: $.name must be {words}, got {origin.name!r}"])
+        contract = "two or more of a-z, 0-9 and _, a letter first and no _ last, for the Hub"
+        raise SpecError([f"{origin.spec_file}: $.name must be {contract}, got {origin.name!r}"])
     return name
 
 
 def kernel_repository(origin: Origin, package: Package, manifest: str) -> dict[str, str]:
     """Return the files of a repository; pure.
 
-    ``build/torch-<backend>/`` is what the ``kernels`` library loads, ``torch-ext/<name>/`` and ``build.toml`` what
-    kernel-builder makes the same of. The layers have no state, so that their forward can replace others'.
+    The ``kernels`` library loads ``build/torch-<backend>/``; kernel-builder makes the same of ``torch-ext/<name>/`` and
+    ``build.toml``. The layers have no state, so that their forward can replace that of other layers.
     """
     module = {**package.files, MANIFEST: manifest}
     command = f"{origin.command} --format {Format.HF_KERNEL}"
@@ -58,9 +58,9 @@ def kernel_repository(origin: Origin, package: Package, manifest: str) -> dict[s
 
 
 def _metadata(origin: Origin, namespace: str, backend: str, module: Mapping[str, str]) -> str:
-    """Return what the ``kernels`` library reads of a variant.
+    """Return the metadata.json that the ``kernels`` library reads.
 
-    Its ``id`` is the name that the module gets, and has to be the namespace of the operators.
+    Its ``id`` becomes the name of the module, and has to be the namespace of the operators.
     """
     digests = {path: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for path, text in module.items()}
     facts = {
@@ -77,7 +77,7 @@ def _metadata(origin: Origin, namespace: str, backend: str, module: Mapping[str,
 
 
 def _manifest(origin: Origin, files: Mapping[str, str]) -> str:
-    """Return the repository's own MANIFEST.json: which files m2gen wrote, so that it may replace them."""
+    """Return the repository's own MANIFEST.json, which lists the files that m2gen wrote and may replace."""
     spec = {"file": origin.spec_file, "hash": origin.spec_hash}
     made = {"name": origin.name, "m2gen": __version__, "format": Format.HF_KERNEL}
     return _json({**made, "spec": spec, "files": hashes(files)})

@@ -1,4 +1,4 @@
-"""What of a folder is m2gen's: what its own manifest there lists. Everything else is somebody's, and stays."""
+"""Tell which files of a folder are m2gen's: those that its manifest there lists. All others stay as they are."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from m2gen.errors import PlaceError
+from m2gen.errors import PlaceError, os_errors_as
 
 MANIFEST = "MANIFEST.json"
 GIT = ".git"
-"""A repository at the top of a folder: never read, moved or removed."""
+"""A git repository at the top of a folder is never read, moved or removed."""
 HASH = re.compile(r"[0-9a-f]{16}")
 CACHE = "__pycache__"
 BYTECODE = re.compile(r".+\.pyc(\.\d+)?")
-"""Python's cache of a module, also while it is being written; it can be made again at any time."""
+"""Python's cache of a module, also while it is being written; it can be removed at any time."""
 NAMED = 3
-"""Files that a refusal names before it counts the rest."""
+"""Number of files that a refusal names; it counts the rest."""
 
 
 def hashes(files: Mapping[str, str]) -> dict[str, str]:
@@ -31,7 +31,7 @@ def hashes(files: Mapping[str, str]) -> dict[str, str]:
 
 
 def listed(manifest: bytes) -> frozenset[str]:
-    """Return the files that a manifest says m2gen wrote, itself among them; empty if it is none of m2gen's."""
+    """Return the files that a manifest lists, itself included; empty if it is not m2gen's."""
     try:
         parsed = json.loads(manifest)
     except (ValueError, RecursionError):
@@ -47,7 +47,7 @@ def listed(manifest: bytes) -> frozenset[str]:
 
 
 def listed_in(folder: Path) -> frozenset[str]:
-    """Return the files that the manifest in ``folder`` says m2gen wrote; empty where there is none of m2gen's."""
+    """Return the files that the manifest in ``folder`` lists; empty if there is none of m2gen's."""
     path = folder / MANIFEST
     try:
         return frozenset() if path.is_symlink() else listed(path.read_bytes())
@@ -57,22 +57,22 @@ def listed_in(folder: Path) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Tree:
-    """Everything below a folder but its repository and what killed builds left; relative paths with slashes."""
+    """Everything below a folder except ``.git`` and leftovers of killed builds, as relative paths with slashes."""
 
     files: frozenset[str]
-    """Whatever is no folder, links to folders among them, but for bytecode."""
+    """Everything that is neither a folder nor bytecode; links to folders are files."""
     folders: frozenset[str]
     bytecode: frozenset[str]
 
     def others(self, owned: Collection[str]) -> list[str]:
-        """Return the files that ``owned`` does not have, and with a slash the folders in which there is nothing."""
+        """Return the files that are not in ``owned``, and empty folders, with a slash."""
         used = {parent.as_posix() for path in {*self.files, *owned} for parent in PurePosixPath(path).parents}
         empty = (path for path in self.folders - used if PurePosixPath(path).name != CACHE)
         return sorted([*(self.files - set(owned)), *(f"{path}/" for path in empty)])
 
 
 def scan(folder: Path) -> Tree:
-    """Walk a folder without following links; raises OSError where a part of it cannot be read."""
+    """Return the tree below a folder, without following links; raises OSError if a part of it cannot be read."""
     skipped = {GIT, *(path.name for path in leftovers(folder))}
     files: set[str] = set()
     folders: set[str] = set()
@@ -95,7 +95,7 @@ def scan(folder: Path) -> Tree:
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """Return what is in a folder, nothing where there is none, perhaps no longer."""
+    """Return the entries of a folder; none if it is missing, perhaps since a moment ago."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -104,7 +104,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def equal(path: Path, data: bytes) -> bool:
-    """Whether a path is a plain file that holds exactly ``data``."""
+    """Return whether a path is a regular file that holds exactly ``data``."""
     try:
         return not path.is_symlink() and path.stat().st_size == len(data) and path.read_bytes() == data
     except OSError:
@@ -112,7 +112,7 @@ def equal(path: Path, data: bytes) -> bool:
 
 
 def same(folder: Path, contents: Mapping[str, bytes]) -> bool:
-    """Whether a folder holds exactly these files, a repository and bytecode aside."""
+    """Return whether a folder holds exactly these files, apart from ``.git`` and bytecode."""
     return (
         folder.is_dir()
         and not scan(folder).others(contents)
@@ -121,26 +121,24 @@ def same(folder: Path, contents: Mapping[str, bytes]) -> bool:
 
 
 def others(folder: Path, contents: Mapping[str, bytes]) -> list[str]:
-    """Return what lies in a folder that m2gen did not write, and that is not what it is about to write.
+    """Return the files in a folder that m2gen neither wrote nor is about to write with the same content.
 
-    Raises OSError where a part of it cannot be read.
+    Raises OSError if a part of the folder cannot be read.
     """
     before = listed_in(folder)
     tree = scan(folder)
-    owned = before | listed_in(folder)  # another build may have put its own in between
+    owned = before | listed_in(folder)  # another build may have written its own in between
     return [path for path in tree.others(owned) if path not in contents or not equal(folder / path, contents[path])]
 
 
 def refuse_others(shown: Path, place: Path, contents: Mapping[str, bytes]) -> None:
-    """Raise PlaceError where writing ``contents`` would cost somebody a file; ``shown`` is the user's word for it."""
+    """Raise PlaceError if ``place`` holds files of others; ``shown`` is the path as the user gave it."""
     if not os.path.lexists(place):
         return
     if not place.is_dir():
         raise PlaceError(f"{shown} must be a folder, got {'a link to itself' if place.is_symlink() else 'a file'}")
-    try:
+    with os_errors_as(PlaceError, f"{shown} must be readable"):
         found = others(place, contents)
-    except OSError as error:
-        raise PlaceError(f"{shown} must be readable: {error.strerror or error}") from error
     if found:
         raise PlaceError(
             f"{shown} must be absent, empty or a generated package, got what m2gen did not write: {_some(found)};"
@@ -149,15 +147,15 @@ def refuse_others(shown: Path, place: Path, contents: Mapping[str, bytes]) -> No
 
 
 def _some(names: Sequence[str]) -> str:
-    """Name the first few, and say how many more there are."""
+    """Return the first few names, and how many more there are."""
     shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:NAMED])
     return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED} more"
 
 
 def remove(folder: Path, paths: Iterable[str]) -> None:
-    """Remove these files, bytecode, folders that are empty then, and last the manifest, which says whose it is.
+    """Remove these files, bytecode, folders that are then empty, and last the manifest, by which others are told apart.
 
-    What cannot be removed, or is somebody's, stays.
+    Whatever cannot be removed, or is not m2gen's, stays.
     """
     with contextlib.suppress(OSError):
         clean(folder)
@@ -169,19 +167,19 @@ def remove(folder: Path, paths: Iterable[str]) -> None:
 
 
 def prune(folder: Path, below: Iterable[str]) -> None:
-    """Remove those of the folders ``below`` a folder in which there is nothing."""
+    """Remove those of the folders ``below`` that are empty."""
     for path in sorted(below, reverse=True):
         with contextlib.suppress(OSError):
             (folder / path).rmdir()
 
 
 def staging_name(name: str = "") -> str:
-    """Return a name that no other build uses, for what is on its way to ``name``, or into the folder that it is in."""
+    """Return a temporary name that no other build uses, for ``name`` or for files of the folder itself."""
     return f"{f'.{name}' if name else ''}.m2gen-{secrets.token_hex(8)}"
 
 
 def leftovers(folder: Path, name: str = "") -> list[Path]:
-    """Return what builds left in ``folder`` on the way to ``name``, or into it: so named, and all of it m2gen's."""
+    """Return the temporary folders in ``folder`` that killed builds left, for ``name`` or itself, if all is m2gen's."""
     pattern = re.compile(re.escape(f".{name}" if name else "") + r"\.m2gen-[0-9a-f]{16}")
     found = [folder / entry.name for entry in _entries(folder) if pattern.fullmatch(entry.name)]
     owned = {MANIFEST, name} if name else {MANIFEST, *listed_in(folder)}
@@ -193,7 +191,7 @@ def leftovers(folder: Path, name: str = "") -> list[Path]:
 
 
 def clean(folder: Path, name: str = "") -> None:
-    """Remove what killed builds left in ``folder``; the caller keeps other builds out, so that none is still at it."""
+    """Remove the leftovers of killed builds in ``folder``; the caller holds the lock that keeps running builds out."""
     also = {name} if name else listed_in(folder)
     for path in leftovers(folder, name):
         remove(path, {*also, *listed_in(path)})

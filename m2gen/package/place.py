@@ -1,4 +1,4 @@
-"""Places that builds write to: checked, kept to one build at a time, and exchanged in one step."""
+"""Output paths: checked, locked for one build at a time, and exchanged in one step."""
 
 from __future__ import annotations
 
@@ -13,32 +13,23 @@ from m2gen.errors import PlaceError
 
 
 def check_folder(out: Path) -> None:
-    """Raise PlaceError where a folder to build into is something else, or a link to nothing; it may be absent."""
+    """Raise PlaceError if ``out`` is a file or a dangling link; it may be absent."""
     if os.path.lexists(out) and not out.is_dir():
         what = "a file" if out.exists() else f"a link to {resolved(out)}, which does not exist"
         raise PlaceError(f"--out {out} must be writable as a folder, got {what}")
 
 
 def resolved(path: Path) -> Path:
-    """Return where a path leads, links followed, whether or not anything is there."""
+    """Return a path with its links followed, whether or not it exists."""
     return Path(os.path.realpath(path))
 
 
 @contextmanager
-def unwritable(shown: Path) -> Iterator[None]:
-    """Turn what the system refuses into one line that names the place."""
-    try:
-        yield
-    except OSError as error:
-        raise PlaceError(f"{shown} must be writable: {error.strerror or error}") from error
-
-
-@contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Wait until no other build writes in ``folder``, and keep others out; yield whether that can be done.
+    """Hold the lock of ``folder``, waiting for other builds; yield whether there is such a lock.
 
-    The lock is on the folder itself: no file is left behind, a folder that cannot be written has it as well, and the
-    system drops it with its process. NFS has none on folders; builds go on without it there.
+    The lock is on the folder itself: it leaves no file behind, works for folders that cannot be written, and the
+    system drops it with its process. NFS has no locks on folders; builds go on without one there.
     """
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -60,7 +51,7 @@ def _flocked(handle: int) -> bool:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and sync it to disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as stream:
         stream.write(data)
@@ -69,7 +60,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def exchanged(one: Path, other: Path) -> bool:
-    """Exchange two names in one system call; False where the system or the file system has none."""
+    """Exchange two names in one system call; return False if the system or the file system cannot."""
     exchange, at_cwd = 2, -100  # RENAME_EXCHANGE, AT_FDCWD of Linux's renameat2(2)
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is None:

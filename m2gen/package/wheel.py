@@ -1,4 +1,4 @@
-"""A generated package as a wheel: built by hatchling from a written project, and put in place in one step."""
+"""Build a wheel of a generated package with hatchling, and put it in place in one step."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from importlib import metadata
 from pathlib import Path
 
 from m2gen import __version__
-from m2gen.errors import EmitError, PlaceError
+from m2gen.errors import EmitError, PlaceError, os_errors_as
 from m2gen.kernels.render import render_template, templates_dir
 from m2gen.package import owned
 from m2gen.package.emit import Origin, Package
-from m2gen.package.place import check_folder, locked, resolved, unwritable, write_file
+from m2gen.package.place import check_folder, locked, resolved, write_file
 
 LICENSE = "Apache-2.0"
 TORCH = "torch>=2.10"
-"""The first whose builds for GPUs bring a Triton that m2gen knows, as ``triton``, ``triton-rocm`` or another."""
+"""The first version whose GPU builds bring a Triton that m2gen supports, as ``triton`` or ``triton-rocm``."""
 REASON = 300
-"""Characters of what hatchling says that an error repeats: the last ones, where the reason is."""
+"""Number of characters that an error repeats of hatchling's output: the last ones, where the reason is."""
 EPOCH = "315532800"
-"""The time of every file in a wheel, 1980, the earliest that zip can say: the same package gives the same bytes."""
+"""Time of every file in a wheel, 1980, the earliest in zip files: the same package gives the same bytes."""
 
 
 def wheel_name(package: Package) -> str:
-    """Return the file name of a package's wheel, which the package's content decides."""
+    """Return the file name of a package's wheel, which depends on the package's content alone."""
     return f"{_project(package).replace('-', '_')}-{_version(package)}-py3-none-any.whl"
 
 
 def _project(package: Package) -> str:
-    """Return the name of the distribution as indexes have it: lower case, and no dash last."""
+    """Return the normalised name of the distribution: lower case, without a dash at the end."""
     return f"m2gen-{re.sub('_+', '-', package.name).strip('-')}".lower()
 
 
 def _version(package: Package) -> str:
-    """Return a version that PyPI takes, which no other content has.
+    """Return a version that PyPI accepts and that no other content has.
 
-    PyPI refuses local versions (``0.1.0+hash``), so the content is the number of a post-release.
+    PyPI refuses local versions (``0.1.0+hash``), so the content's hash is the number of a post-release.
     """
     return f"{__version__}.post{int(package.content_hash[:8], 16)}"
 
 
 def license_text() -> str:
-    """Return the licence of m2gen and of what it generates, which lies beside the templates' folder."""
+    """Return the licence of m2gen and of generated code, which lies beside the templates' folder."""
     return (templates_dir().parent / "LICENSE").read_text(encoding="utf-8")
 
 
 def _triton() -> str:
-    """Return what m2gen itself requires of Triton."""
+    """Return the requirement of m2gen itself on Triton."""
     return next(line for line in metadata.requires("m2gen") or () if re.match(r"triton\b", line))
 
 
@@ -70,7 +70,7 @@ def _sources(origin: Origin, package: Package, manifest: str) -> dict[str, str]:
 
 
 def wheel(origin: Origin, package: Package, manifest: str) -> bytes:
-    """Return a wheel that installs the package under its own name; raises EmitError where it cannot be built."""
+    """Return a wheel that installs the package under its own name; raises EmitError if it cannot be built."""
     try:
         with tempfile.TemporaryDirectory(prefix="m2gen-") as folder:
             root = Path(folder)
@@ -85,7 +85,7 @@ def wheel(origin: Origin, package: Package, manifest: str) -> bytes:
 
 
 def _hatchling(project: Path, out: Path) -> None:
-    """Run the backend in a process of its own: it asks the working directory and the environment."""
+    """Run the backend in a separate process, since it reads the working directory and the environment."""
     command = [sys.executable, "-P", "-m", "hatchling", "build", "--target", "wheel", "--directory", str(out)]
     environment = {**os.environ, "SOURCE_DATE_EPOCH": EPOCH}
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
@@ -94,19 +94,19 @@ def _hatchling(project: Path, out: Path) -> None:
 
 
 def check_wheel(out: Path, package: Package) -> None:
-    """Raise PlaceError where ``write_wheel`` would, as far as that can be seen without building."""
+    """Raise the errors of ``write_wheel`` that can be found without building."""
     check_folder(out)
     _refuse_other(out / wheel_name(package), package)
 
 
 def write_wheel(out: Path, origin: Origin, package: Package, manifest: str) -> Path:
-    """Put a package's wheel into a folder and return its place; where it is already, write nothing.
+    """Write a package's wheel to a folder, unless it is there already, and return its path.
 
-    Raises PlaceError where a file of its name is not m2gen's, or the folder cannot be written.
+    Raises PlaceError if a file of its name is not m2gen's, or the folder cannot be written.
     """
     check_wheel(out, package)
     data, shown = wheel(origin, package, manifest), out / wheel_name(package)
-    with unwritable(out):
+    with os_errors_as(PlaceError, f"{out} must be writable"):
         out.mkdir(parents=True, exist_ok=True)
         real = resolved(shown)
         with locked(real.parent) as alone:
@@ -134,7 +134,7 @@ def _refuse_other(shown: Path, package: Package, data: bytes = b"") -> None:
 
 
 def _is_own(path: Path, package: Package) -> bool:
-    """Whether a wheel holds what m2gen's manifest in it lists, beside what describes the wheel, and nothing else."""
+    """Return whether a wheel holds the files of m2gen's manifest in it and its own metadata, and nothing else."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

@@ -1,4 +1,4 @@
-"""The only module that chains the stages: each file is one command's way from a plan to its outcome."""
+"""The stages of each command, from a plan to its outcome; no other room chains stages."""
 
 from m2gen.bench.against import baseline
 from m2gen.bench.entries import BenchContext
@@ -14,7 +14,7 @@ from m2gen.pipeline.bench import (
 from m2gen.pipeline.build import BuildOutcome, build, committed_specs, difference
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.db import Answer, Question, Superfluous, open_database, state, superfluous, why
-from m2gen.pipeline.plan import Plan, Progress, open_spec, plan, relevant, render, shipped_database, shipped_specs
+from m2gen.pipeline.plan import Plan, open_spec, plan, render, shipped_database, shipped_specs
 from m2gen.pipeline.recheck import Recheck, Replayed, replay, verify_records
 from m2gen.pipeline.tune import Size, Tuned, TuneRequest, dry_run, dry_run_device, this_tuning_context, tune
 from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_lines, reproduce, verify, verify_full
@@ -26,7 +26,6 @@ __all__ = [
     "BuildOutcome",
     "CheckRow",
     "Plan",
-    "Progress",
     "Question",
     "Recheck",
     "Replayed",
@@ -51,7 +50,6 @@ __all__ = [
     "open_spec",
     "plan",
     "regressions",
-    "relevant",
     "render",
     "replay",
     "reproduce",

@@ -1,4 +1,4 @@
-"""Time a plan's packages beside other implementations, on the GPU at hand."""
+"""Time a plan's packages side by side with other implementations, on the GPU at hand."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from m2gen.variant import BuiltVariant
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What to time of a plan, beside what."""
+    """The layers, implementations and sizes to time."""
 
     layers: tuple[str, ...] = ()
-    """Names of layers; all that have workloads where there are none."""
+    """Names of layers; if empty, all that have workloads."""
     kinds: tuple[Kind, ...] = tuple(Kind)
     peers: tuple[str, ...] = ()
-    """Adapters as ``module:function``, beside those that installed packages register."""
+    """Adapters as ``module:function``, in addition to those that installed packages register."""
     decode: tuple[int, ...] = ()
-    """Batches of which one token is decoded."""
+    """Batch sizes for which one token is decoded."""
     seed: int = 0
-    """Of the order of rounds and of resampling."""
+    """Seed of the order of rounds and of resampling."""
 
 
 @dataclass(frozen=True)
 class Swept:
-    """The results at each point of a sweep of one layer."""
+    """The results at each point of one layer's sweep."""
 
     axis: Axis
     layer: str
@@ -53,7 +53,7 @@ class Swept:
 
 @contextmanager
 def this_bench_context(command: str) -> Iterator[BenchContext]:
-    """Hold the GPU at hand with a worker process; raises UsageError where there is none."""
+    """Lock the GPU at hand and start a worker process; raises UsageError if there is no GPU."""
     here = this_context(command)
     timer = Worker(GPU)
     try:
@@ -64,16 +64,16 @@ def this_bench_context(command: str) -> Iterator[BenchContext]:
 
 
 @dataclass(frozen=True)
-class _Field:
-    """Everyone who can take part: packages by the plans that they come from, and peers."""
+class _Implementations:
+    """The implementations to time: packages by their plans, PyTorch loops, and peers."""
 
     plans: dict[Kind, Plan]
     context: BenchContext
     request: BenchRequest
     folders: dict[Kind, Path]
 
-    def implementations(self, workload: BenchWorkload) -> list[Implementation]:
-        """Return who takes part in a workload; packages beside the default one where their schedule is another."""
+    def of(self, workload: BenchWorkload) -> list[Implementation]:
+        """Return the implementations for a workload; other packages than the default only if their schedule differs."""
         variant, kinds = workload.variant, self.request.kinds
         base, *others = (self._generated(kind, workload) for kind in self.plans)
         loops = [Implementation(kind, default(variant, self.context.device)) for kind in (Kind.EAGER, Kind.COMPILED)]
@@ -89,29 +89,28 @@ class _Field:
         (choice,) = (c for c in self.plans[kind].serving(workload.variant, device.arch) if bucket in c.buckets)
         return Implementation(kind, choice.schedule, choice.source, self.folders[kind])
 
-    def timed(
+    def results(
         self, jobs: Sequence[tuple[str, BenchWorkload]], progress: Progress, stage: str = "bench", arms: int = 1
     ) -> Iterator[tuple[Result, ...]]:
-        """Yield the results of each workload, which has a name for ``progress``, as they are known."""
+        """Yield the results of each (name, workload) as they are known."""
         progress.start(stage, len(jobs))
         try:
             for name, workload in jobs:
-                entered = self.implementations(workload)
-                yield tuple(side_by_side(workload, entered, self.context, seed=self.request.seed, arms=arms))
+                yield tuple(side_by_side(workload, self.of(workload), self.context, seed=self.request.seed, arms=arms))
                 progress.advance(name)
         finally:
             progress.finish()
 
 
-def _field(planned: Plan, context: BenchContext, request: BenchRequest) -> _Field:
+def _implementations(planned: Plan, context: BenchContext, request: BenchRequest) -> _Implementations:
     plans = {Kind.DEFAULT: planned.without_records(), Kind.PORTABLE: planned.portable(), Kind.TUNED: planned}
     asked = {kind: plan for kind, plan in plans.items() if kind in (Kind.DEFAULT, *request.kinds)}
     folders = {kind: materialise(f"packages/{plan.origin.name}", render(plan).files) for kind, plan in asked.items()}
-    return _Field(asked, context, request, folders)
+    return _Implementations(asked, context, request, folders)
 
 
 def workloads(planned: Plan, request: BenchRequest) -> list[BenchWorkload]:
-    """Return every variant on its layers' workloads, then its decoding; raises UsageError for an unknown layer."""
+    """Return all variants on their layers' workloads, then their decoding; raises UsageError for an unknown layer."""
     layers = planned.layers(request.layers)
     named = [
         (name, built.variant)
@@ -138,7 +137,7 @@ def bench(
 ) -> Iterator[tuple[Result, ...]]:
     """Yield the results of each workload as they are known."""
     jobs = [(workload.name, workload) for workload in workloads(planned, request)]
-    yield from _field(planned, context, request).timed(jobs, progress)
+    yield from _implementations(planned, context, request).results(jobs, progress)
 
 
 def sweep(
@@ -149,9 +148,9 @@ def sweep(
     records: Sequence[Record],
     progress: Progress,
 ) -> Iterator[Swept]:
-    """Time generated kernels and peers along an axis, from the first workload of the first layer that is asked for.
+    """Time generated kernels and peers along an axis, from the first workload of the first requested layer.
 
-    Yields what is known after each point, so that whoever is interrupted has it.
+    Yields the results so far after each point, so that an interruption loses none.
     """
     base = workloads(planned, request)[0]
     widest = replace(base.variant, state_expansion=ROWS[-1])
@@ -159,10 +158,10 @@ def sweep(
     built = [BuiltVariant(variant, (base.layer,)) for variant in dict.fromkeys(p.workload.variant for p in every)]
     grown = replace(planned, choices=_choices(planned, built, relevant(records, built)))
     kinds = tuple(kind for kind in request.kinds if kind.most_steps is None)
-    field = _field(grown, context, replace(request, kinds=kinds))
+    timed = _implementations(grown, context, replace(request, kinds=kinds))
     jobs = [(f"{axis} {point.x}", point.workload) for point in every]
     found = Swept(axis, base.layer, ())
-    for point, results in zip(every, field.timed(jobs, progress, f"sweep {axis}"), strict=True):
+    for point, results in zip(every, timed.results(jobs, progress, f"sweep {axis}"), strict=True):
         found = replace(found, at=(*found.at, (point, results)))
         yield found
 
@@ -176,13 +175,13 @@ def _choices(planned: Plan, built: Sequence[BuiltVariant], records: Sequence[Rec
 def regressions(
     planned: Plan, request: BenchRequest, context: BenchContext, before: Baseline, progress: Progress
 ) -> Iterator[Comparison]:
-    """Yield every recorded time beside one of now, each binary timed in rounds with itself.
+    """Yield the comparison of every recorded time with one of now, each binary timed twice.
 
-    Raises UsageError where no workload of the plan has a recorded time.
+    Raises UsageError if no workload of the plan has a recorded time.
     """
     jobs = [(workload.name, workload) for workload in workloads(planned, request) if before.has(workload)]
     if not jobs:
         raise UsageError("--against must have times of the spec's workloads, got none")
-    field = _field(planned, context, replace(request, kinds=(Kind.DEFAULT, Kind.TUNED)))
-    for results in field.timed(jobs, progress, arms=2):
+    timed = _implementations(planned, context, replace(request, kinds=(Kind.DEFAULT, Kind.TUNED)))
+    for results in timed.results(jobs, progress, arms=2):
         yield from compare(results, before, request.seed)

@@ -1,4 +1,4 @@
-"""Take a plan to a package on disk: rendered, compiled, verified, written."""
+"""Build a package from a plan: render, compile, verify, write."""
 
 from __future__ import annotations
 
@@ -23,21 +23,24 @@ from m2gen.pipeline.verify import VerifyRequest, failure_lines, verify
 
 @dataclass(frozen=True)
 class BuildOutcome:
-    """What a build made: the package, the folder or wheel it is in, what its kernels take, how they were verified."""
+    """The result of a build: the package, its folder or wheel, the kernels' resources, and how they were verified."""
 
     package: Package
     directory: Path
     rows: tuple[CheckRow, ...]
     verified: str
-    """Backend that verified the package, or why none did."""
+    """Backend that verified the package, or ``not verified``."""
 
 
 def build(
     planned: Plan, out: Path, progress: Progress, *, verified: bool = True, form: Format = Format.PACKAGE
 ) -> BuildOutcome:
-    """Render, compile, verify and write ``out/<name>/``, or another form; a failure at any stage writes nothing."""
+    """Render, compile, verify and write ``out/<name>/``, or another form; a failure at any stage writes nothing.
+
+    Raises CompileError, VerifyError or PlaceError.
+    """
     rendered = render(planned)
-    check_delivery(form, out, planned.origin, rendered)  # before minutes are spent
+    check_delivery(form, out, planned.origin, rendered)  # fails before minutes of compiling
     rows = check(planned, progress)
     broken = [row for row in rows if row.problems]
     if broken:
@@ -58,13 +61,13 @@ def _resources(rows: Iterable[CheckRow]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Verified:
-    """What the cache keeps of a verification that passed."""
+    """A verification that passed, as the cache keeps it."""
 
     cases: int
 
 
 def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
-    """Verify unless this very package passed with this very m2gen on this kind of device before."""
+    """Verify, unless the same package passed with the same m2gen on the same kind of device before."""
     device = detect()
     backend = device.name if device else "interpreter (its portable kernels)"
     sources = (path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.parent.rglob("*.py")))
@@ -79,9 +82,9 @@ def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
 
 
 def committed_specs(out: Path) -> list[str]:
-    """Return the spec file that each package in ``out`` names; raises UsageError where there is none.
+    """Return the spec file of each package in ``out``; raises UsageError if there is none.
 
-    Repositories of the Hub are no packages, and what a killed build left is none.
+    Repositories of the Hub and leftovers of killed builds are not packages.
     """
     manifests = [path for path in sorted(out.glob(f"*/{MANIFEST}")) if path.parent.name[0] != "."]
     names = [name for path in manifests if (name := _spec_of(path)) is not None]
@@ -100,7 +103,7 @@ def _spec_of(manifest: Path) -> str | None:
 
 
 def difference(planned: Plan, out: Path) -> list[str]:
-    """Return a unified diff from what lies in ``out/<name>/`` to what the sources render; empty when they agree.
+    """Return a unified diff from ``out/<name>/`` to the rendered package; empty if they agree.
 
     The manifest's resources depend on the toolchain, not on the sources, and are left out.
     """

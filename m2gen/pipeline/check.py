@@ -1,4 +1,4 @@
-"""Cross-compile every kernel of a plan and judge what it takes."""
+"""Cross-compile every kernel of a plan, and check its resources."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from m2gen.measure.workers import Lost, Service, cpus, run_isolated, without_int
 from m2gen.pipeline.plan import Plan, Progress
 
 SECONDS = 600.0
-"""Longest that a kernel may compile."""
+"""Longest that the compilation of a kernel may take."""
 
 
 @dataclass(frozen=True)
 class CheckRow:
-    """One kernel on one target: what it takes, and why it cannot launch or compile, if so."""
+    """One kernel on one target: its resources, and why it cannot compile or launch, if so."""
 
     variant: str
     kernel: str
@@ -31,20 +31,20 @@ class CheckRow:
     resources: Resources | None
     problems: tuple[str, ...]
     source: str = "default"
-    """Tiers, and ids of records, that the schedule comes from."""
+    """Tiers and record ids of the schedule, separated by commas."""
     notes: tuple[str, ...] = ()
-    """What is slow rather than wrong: spills, and what takes the registers."""
+    """Notes on what is slow rather than wrong: spills, and the tiles that take the registers."""
     name: str = ""
-    """Of the variant, by its layers and dtype."""
+    """Name of the variant: its layers and dtype."""
 
     @property
     def place(self) -> str:
-        """The kernel, as messages name it."""
+        """The kernel's name in messages."""
         return f"{self.name or self.variant} {self.kernel} on {self.arch}"
 
 
 def check(planned: Plan, progress: Progress) -> list[CheckRow]:
-    """Cross-compile every kernel of every target and judge what it takes."""
+    """Cross-compile every kernel for every target, and check its resources."""
     jobs: dict[Job, list[Choice]] = {}
     for choice in planned.choices:
         if choice.device == PORTABLE:
@@ -67,7 +67,7 @@ def check(planned: Plan, progress: Progress) -> list[CheckRow]:
 def compile_all(
     jobs: Iterable[Job], processes: int, done: Callable[[Job], None] = lambda job: None
 ) -> dict[Job, Resources | CompileError]:
-    """Cross-compile in parallel processes, each distinct kernel once; ``done`` is called as each is known."""
+    """Cross-compile in parallel processes, each distinct kernel once; call ``done`` for each job as it is done."""
     results: dict[Job, Resources | CompileError] = {}
     missing: dict[str, list[Job]] = {}
     for job in dict.fromkeys(jobs):
@@ -81,7 +81,7 @@ def compile_all(
     for job, result in run_isolated([same[:1] for same in missing.values()], service, processes):
         if isinstance(result, Resources):
             store_result("resources", job.key, result)
-        elif not isinstance(result, CompileError):  # of no kernel: a full disk, say
+        elif not isinstance(result, CompileError):  # not the kernel's fault: a full disk, say
             raise result
         for same in missing[job.key]:
             results[same] = result
@@ -110,7 +110,7 @@ def _check_row(name: str, job: Job, choices: list[Choice], result: Resources | C
 
 
 def _notes(job: Job, resources: Resources) -> tuple[str, ...]:
-    """Say what takes the registers of a kernel that spills."""
+    """Return which tiles take the registers of a kernel that spills."""
     if not resources.spill_bytes:
         return ()
     demand = demand_of(job.lowering, job.direction, job.device.warp_size)

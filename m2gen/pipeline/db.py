@@ -1,4 +1,4 @@
-"""The tuning database as commands see it: where it lies, what state its records are in, which serves what and why."""
+"""The tuning database for commands: open it, and explain which records serve, are stale or superfluous."""
 
 from __future__ import annotations
 
@@ -30,14 +30,17 @@ from m2gen.variant import BuiltVariant, Variant, expand, parse_variant
 
 
 def open_database(folder: Path | None, *, new: bool = False) -> Database:
-    """Return the database in ``folder``, which may be ``new``, or that which ships with m2gen; raises UsageError."""
+    """Return the database in ``folder``, which may be ``new``, or the shipped one.
+
+    Raises UsageError if ``folder`` is missing, or is not a folder.
+    """
     if folder is not None and not (folder.is_dir() or (new and not folder.exists())):
         raise UsageError(f"--db must be a folder, got {folder}")
     return shipped_database() if folder is None else Database(folder)
 
 
 def state(record: Record) -> str:
-    """Return what a table says of a record: that it failed, is stale, or is flagged; empty for one to be used."""
+    """Return whether a record failed, is stale or flagged, for tables; empty if it can be used."""
     if record.failure is not None:
         return f"failed: {record.failure.reason}"
     return stale(record) or flag(record, triton_version())
@@ -45,22 +48,22 @@ def state(record: Record) -> str:
 
 @dataclass(frozen=True)
 class Question:
-    """What ``m2gen db why`` is asked: about a layer of a spec, or a variant by its key."""
+    """The question of ``m2gen db why``, about a layer of a spec or a variant's key."""
 
     name: str
     spec: str | None = None
     objective: Objective | None = None
-    """The spec's if None, else train."""
+    """Objective; if None that of the spec, or train without a spec."""
     batch: int | None = None
-    """Sequences; every bucket if None."""
+    """Number of sequences; every bucket if None."""
     arch: str | None = None
     device: str | None = None
-    """Product name; the GPU at hand, else what packages are built for, if None."""
+    """Product name; if None the GPU at hand, or else the device that packages are built for."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What serves one query, of a GPU with so many SMs."""
+    """The answer to one query, for a GPU with ``sm_count`` SMs."""
 
     query: Query
     sm_count: int
@@ -68,7 +71,7 @@ class Answer:
 
 
 def why(database: Database, question: Question) -> list[Answer]:
-    """Return what serves the calls that are asked about, and what disqualified every other record."""
+    """Return the record that serves each bucket in question, and the reasons against every other record."""
     everything = database.records()
     variants, objective, records = _asked(question, everything)
     arch, device, sm_count = _device(question, everything, records)
@@ -84,7 +87,7 @@ _Asked = tuple[list[Variant], Objective, tuple[Record, ...]]
 
 
 def _asked(question: Question, records: tuple[Record, ...]) -> _Asked:
-    """Return the variants that a name means, the objective, and the records that a build would look at."""
+    """Return the variants of the name in question, the objective, and the records that a build would use."""
     if question.spec is None:
         try:
             variant = parse_variant(question.name)
@@ -107,7 +110,7 @@ def _buckets(question: Question, variant: Variant, sm_count: int) -> tuple[Bucke
 
 
 def _device(question: Question, everything: Iterable[Record], same: Iterable[Record]) -> tuple[str, str, int]:
-    """Return arch, product name and SMs of the GPU that is asked about."""
+    """Return arch, product name and SM count of the GPU in question."""
     known = {r.environment.device: r.environment for r in everything if question.arch in (None, r.environment.arch)}
     here = detect()
     if question.device is not None:
@@ -128,14 +131,14 @@ def _device(question: Question, everything: Iterable[Record], same: Iterable[Rec
 
 @dataclass(frozen=True)
 class Superfluous:
-    """A record that can serve nothing any more, and why."""
+    """A record that can serve nothing any more, with the reason."""
 
     record: Record
     reason: str
 
 
 def superfluous(records: Iterable[Record], *, failed: bool) -> list[Superfluous]:
-    """Return what ``m2gen db prune`` removes: the stale, the outdone and, with ``failed``, every failure."""
+    """Return the records that ``m2gen db prune`` removes: stale or outranked ones, with ``failed`` also failures."""
     records = tuple(records)
     kept = set(merged(records))
     known = failures(records)

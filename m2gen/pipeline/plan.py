@@ -1,4 +1,4 @@
-"""A spec with the schedules that serve it, and the package they render."""
+"""A plan: a spec with the schedules that serve it, and the package that it renders to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from m2gen.variant import BuiltVariant, Variant, expand, layer_names
 
 
 class Progress(Protocol):
-    """Whoever shows how far a stage is."""
+    """Shows how far a stage is."""
 
     def start(self, stage: str, total: int) -> None: ...
     def advance(self, item: str) -> None: ...
@@ -41,7 +41,7 @@ class Plan:
         return tuple(dict.fromkeys(choice.built for choice in self.choices))
 
     def layers(self, names: Collection[str] = ()) -> dict[str, Layer]:
-        """Return the spec's layers of these names, all where none is given; raises UsageError for an unknown one."""
+        """Return the spec's layers with these names, or all if none is given; raises UsageError for an unknown one."""
         for name in names:
             if name not in self.spec.layers:
                 raise UsageError(f"--layer must be {among(self.spec.layers)}, got {name!r}")
@@ -49,20 +49,20 @@ class Plan:
 
     @property
     def names(self) -> dict[Variant, str]:
-        """The names of the variants in tables and messages: layers and dtype."""
+        """Names of the variants in tables and messages: layers and dtype."""
         return layer_names(self.variants)
 
     def serving(self, variant: Variant, arch: str) -> tuple[Choice, ...]:
-        """Return what serves ``variant`` on ``arch``: its own schedules, or the portable one."""
+        """Return the choices that serve ``variant`` on ``arch``: its own schedules, or the portable one."""
         having = [choice for choice in self.choices if choice.variant == variant]
         return tuple(c for c in having if c.device.arch == arch) or tuple(c for c in having if c.device == PORTABLE)
 
     def interval(self, variant: Variant, arch: str) -> int:
-        """Return the checkpoint interval that serves ``variant`` on ``arch`` in the smallest bucket."""
+        """Return the checkpoint interval for ``variant`` on ``arch`` in the smallest bucket."""
         return self.serving(variant, arch)[0].schedule.interval
 
     def without_records(self) -> Plan:
-        """Return the plan that an empty tuning database gives: default schedules everywhere."""
+        """Return the plan without records: default schedules everywhere."""
         pairs = dict.fromkeys((choice.built, choice.device) for choice in self.choices)
         chosen = (c for built, device in pairs for c in choose(built, device, self.spec.tuning.objective, ()))
         return replace(self, choices=tuple(chosen))
@@ -76,7 +76,7 @@ class Plan:
     def uniform(self) -> tuple[Plan, ...]:
         """Return plans in which a variant has one schedule for all calls, and which together have every schedule.
 
-        Small problems reach every kernel in them; the first is this plan where no variant has several schedules.
+        Small problems reach every kernel in them. If no variant has several schedules, the only plan is this one.
         """
         schedules: dict[tuple[BuiltVariant, Device], dict[Schedule, Choice]] = {}
         for choice in self.choices:
@@ -105,15 +105,16 @@ def shipped_database() -> Database:
 
 
 def relevant(records: Iterable[Record], variants: Iterable[BuiltVariant]) -> tuple[Record, ...]:
-    """Return the records of ``variants``: what a package for them is decided by."""
+    """Return the records of ``variants``."""
     keys = {built.variant.key for built in variants}
     return tuple(record for record in records if record.key.variant in keys)
 
 
 def plan(name: str, arches: Iterable[str] | None = None, records: Iterable[Record] | None = None) -> Plan:
-    """Choose schedules for every variant of a spec on each of ``arches`` (the spec's targets) and ``portable``.
+    """Choose schedules for every variant of a spec on each of ``arches`` (the spec's targets if None) and ``portable``.
 
-    ``records`` are those of a tuning database, the shipped one if None.
+    ``records`` come from a tuning database, the shipped one if None. Raises SpecError, and UsageError for an unknown
+    arch.
     """
     spec, path = open_spec(name)
     devices = [target(arch) for arch in dict.fromkeys(spec.targets if arches is None else arches)]
@@ -129,5 +130,5 @@ def plan(name: str, arches: Iterable[str] | None = None, records: Iterable[Recor
 
 
 def render(planned: Plan) -> Package:
-    """Render the package of a plan; pure."""
+    """Render the package of a plan, which is a pure function of it."""
     return emit.package(planned.origin, planned.choices)

@@ -1,4 +1,4 @@
-"""Hold records against the GPU at hand again: the check for all of them, a measurement for one."""
+"""Check records again on the GPU at hand, or measure one again."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from m2gen.tune.trial import CompileTask, Measurement, Samples, Step, Task, go_o
 from m2gen.variant import parse_variant
 
 SEED = 0
-"""Of the order of rounds, and of resampling."""
+"""Seed of the order of rounds and of resampling."""
 
 
 @dataclass(frozen=True)
 class Recheck:
-    """What became of a record: why it was not looked at, or what the check found."""
+    """The result of checking a record again: why it was skipped, or what the check found."""
 
     record: Record
     skipped: str = ""
@@ -38,7 +38,7 @@ class Recheck:
 
 @dataclass(frozen=True)
 class Replayed:
-    """One measurement, then and now."""
+    """A record with its times of now."""
 
     record: Record
     tuned: Estimate
@@ -55,7 +55,7 @@ def _subject(record: Record, context: TuningContext) -> Subject:
 
 
 def _elsewhere(record: Record, context: TuningContext) -> str:
-    """Say why a record cannot be measured here; empty where it can."""
+    """Return why a record cannot be measured here, or an empty string."""
     here = context.environment
     if (record.environment.arch, record.environment.device) != (here.arch, here.device):
         return f"of another device: {record.environment.device}, here {here.device}"
@@ -63,9 +63,9 @@ def _elsewhere(record: Record, context: TuningContext) -> str:
 
 
 def verify_records(database: Database, ids: Sequence[str], context: TuningContext, progress: Progress) -> list[Recheck]:
-    """Check the winners of this device again, or only those of ``ids``; a failure is added to the database.
+    """Check the winners of this device again, or only those of ``ids``, and add failures to the database.
 
-    So a record that fails serves no build from then on (``m2gen db why`` says so).
+    A record that fails serves no build from then on.
     """
     asked = [database.find(prefix) for prefix in ids] if ids else list(database.records())
     winners = [record for record in asked if record.failure is None]
@@ -85,7 +85,7 @@ def _failed_before(record: Record, known: dict[object, Record]) -> str:
 
 
 def _checked(records: Sequence[Record], context: TuningContext, progress: Progress) -> dict[Record, Measurement]:
-    """Return what the whole check finds of every record's schedule; of the same schedule twice, once."""
+    """Return the result of the whole check for each record; equal tasks run once."""
     services = context.services
     tasks = {record: Task(_subject(record, context), record.schedule, Step.VERIFY) for record in records}
     compiling = [[CompileTask(task.subject, task.schedule)] for task in dict.fromkeys(tasks.values())]
@@ -116,14 +116,14 @@ def _failure(record: Record, found: Measurement, context: TuningContext) -> Reco
 
 
 def replay(record: Record, context: TuningContext, progress: Progress) -> Replayed:
-    """Check and time a record's schedule and the default in rounds, as its search did.
+    """Check a record's schedule and the default, and time both in rounds, as the search did.
 
-    Raises UsageError for a record of another device, of kernels that are rendered no more, or of a failure;
-    VerifyError where one of the two fails now.
+    Raises UsageError for a record of another device, a stale one or a failure, and VerifyError if one of the two
+    schedules fails now.
     """
     reason = _elsewhere(record, context) or ("records a failure" if record.failure else "")
     if reason:
-        raise UsageError(f"record {record.id} must be one that can be measured here, got one {reason}")
+        raise UsageError(f"record {record.id} must be one that can be measured here, got: {reason}")
     subject = _subject(record, context)
     base = default(subject.variant, context.device)
     schedules = list(dict.fromkeys((record.schedule, base)))

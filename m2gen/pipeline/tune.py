@@ -1,4 +1,4 @@
-"""Search schedules for a plan's workloads on the GPU at hand, and put what was found into the tuning database."""
+"""Search schedules for a plan's workloads on the GPU at hand, and add the results to the tuning database."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ from m2gen.tune.services import Processes, Services, TuningContext, processes_of
 from m2gen.tune.space import Space, Subject, enumerate_space, space_hash
 
 GPU_SECONDS_EACH = 1.0
-"""What a trial takes of the GPU, about (docs/tuning.md)."""
+"""Typical GPU time of a trial (docs/tuning.md)."""
 COMPILE_SECONDS_EACH = 8.0
-"""What a candidate takes of one CPU."""
+"""Typical time to compile a candidate on one CPU."""
 
 
 @dataclass(frozen=True)
 class TuneRequest:
-    """What to tune of a plan, how long, and where results go."""
+    """The layers to tune, the limits of searches, and the database for the results."""
 
     database: Database
     layers: tuple[str, ...] = ()
-    """Names of layers; all that have workloads where there are none."""
+    """Names of layers; if empty, all that have workloads."""
     seconds: float | None = None
-    """For all searches together; the spec's budget where None."""
+    """Time for all searches together; the spec's budget if None."""
     trials: int | None = None
-    """For each search."""
+    """Maximum number of candidates of each search."""
     seed: int = 0
     sampler: Sampler = Sampler.TPE
     objective: Objective | None = None
@@ -59,7 +59,7 @@ class TuneRequest:
 
 @dataclass(frozen=True)
 class Goal:
-    """One search: the subject, and the layer of the spec that asks for it first."""
+    """One search: its subject, and the first layer of the spec that needs it."""
 
     layer: str
     subject: Subject
@@ -67,7 +67,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What one search found and left in the database."""
+    """The outcome of one search, and its records in the database."""
 
     goal: Goal
     outcome: Outcome
@@ -76,9 +76,9 @@ class Tuned:
 
 
 def goals(planned: Plan, request: TuneRequest, device: Device) -> list[Goal]:
-    """Return a search for every variant and bucket of the plan's workloads; of several in one bucket, the first.
+    """Return a search for every variant and bucket of the plan's workloads, with the first workload of the bucket.
 
-    Raises UsageError for a layer that the spec does not have, and where no layer has a workload.
+    Raises UsageError for an unknown layer, and if no layer has a workload.
     """
     layers = planned.layers(request.layers)
     found: dict[object, Goal] = {}
@@ -96,12 +96,12 @@ def goals(planned: Plan, request: TuneRequest, device: Device) -> list[Goal]:
 
 @dataclass(frozen=True)
 class Size:
-    """How large one search's space is, and how long it is expected to take."""
+    """The size of one search's space, and the expected time to try all of it."""
 
     goal: Goal
     space: Space
     seconds: float
-    """Of trying every point."""
+    """Expected time to try every point."""
 
 
 def dry_run(planned: Plan, request: TuneRequest, device: Device, compilers: int) -> list[Size]:
@@ -112,19 +112,19 @@ def dry_run(planned: Plan, request: TuneRequest, device: Device, compilers: int)
 
 
 def dry_run_device(arch: str | None, targets: Sequence[str]) -> Device:
-    """Return the device whose space is sized: that of the arch, else the GPU at hand, else the spec's first target."""
+    """Return the device of a dry run: that of ``arch``, else the GPU at hand, else the spec's first target."""
     return target(arch) if arch else detect() or target(targets[0])
 
 
 def this_tuning_context(command: str) -> TuningContext:
-    """Return the GPU at hand with its services; raises UsageError where there is none."""
+    """Return the GPU at hand with its services; raises UsageError if there is none."""
     here = this_context(command)
     services = Services(PRECOMPILE, GPU, max(1, cpus() - 2))
     return TuningContext(here.device, here.environment, here.gpu, here.worker, services)
 
 
 def tune(planned: Plan, request: TuneRequest, context: TuningContext, watcher: Watcher) -> Iterator[Tuned]:
-    """Search for every goal, one after the other within the budget, and yield each once it is in the database."""
+    """Run the searches one after the other within the budget, and yield each once its records are in the database."""
     chosen, names = goals(planned, request, context.device), planned.names
     _check_writable(request.database.root)
     budget = planned.spec.tuning.budget_seconds if request.seconds is None else request.seconds
@@ -142,7 +142,7 @@ def tune(planned: Plan, request: TuneRequest, context: TuningContext, watcher: W
 
 
 def _check_writable(root: Path) -> None:
-    """Raise DatabaseError where records could not be added after hours of searching."""
+    """Raise DatabaseError if records could not be added, before hours of searching."""
     there = next(path for path in (root, *root.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise DatabaseError(f"{root} must be a folder that can be written, or that can be made")
@@ -170,20 +170,20 @@ def _tune_one(
 
 
 def _exhaustive(space: Space, limits: Limits, context: TuningContext) -> bool:
-    """Whether every point can be tried."""
+    """Return whether there is time to try every point."""
     each = max(GPU_SECONDS_EACH, COMPILE_SECONDS_EACH / context.services.compilers)
     within = limits.trials is None or len(space.points) <= limits.trials
     return within and len(space.points) * each <= limits.screening
 
 
 def study_name(subject: Subject, context: TuningContext) -> str:
-    """Name a search by everything that its trials depend on."""
+    """Return a name for a search, made of everything that its trials depend on."""
     facts = (repr(key_of_subject(subject)), repr(asdict(context.environment)), f"{subject.batch} {subject.seq}")
     return key_of(*facts, template_hash(), space_hash(), toolchain())
 
 
 def _ledger(subject: Subject, request: TuneRequest, context: TuningContext) -> AbstractContextManager[Ledger]:
-    """Return where trials are kept: a study that several workers share, or a journal in the user's cache."""
+    """Return the ledger of trials: a study that several workers share, or a journal in the user's cache."""
     name = study_name(subject, context)
     if request.storage is not None:
         from m2gen.tune.shared import open_study

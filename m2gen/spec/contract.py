@@ -1,4 +1,4 @@
-"""How a field of the model states its contract, so that one sentence serves every way of breaking it."""
+"""How a field of the model states its contract: one sentence for every way of breaking it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 CONTRACT = "contract"
-"""Type of the pydantic error that carries ``Breach``es; ``m2gen.spec.problems`` words them."""
+"""Type of the pydantic error that carries ``Breach``es; ``m2gen.spec.problems`` makes messages of them."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def refuse(breaches: Iterable[Breach]) -> PydanticCustomError:
 
 
 def must_be(contract: str) -> WrapValidator:
-    """Replace whatever an inner validator says by ``must be <contract>``."""
+    """Return a validator that replaces the message of an inner one by ``must be <contract>``."""
 
     def check(value: object, inner: ValidatorFunctionWrapHandler) -> object:
         try:
@@ -51,18 +51,18 @@ def must_be(contract: str) -> WrapValidator:
 
 
 def one_of(values: Iterable[str]) -> WrapValidator:
-    """Word the choice among ``values``."""
+    """Return a validator whose message lists ``values``."""
     words = [str(value) for value in values]
     return must_be(words[0] if len(words) == 1 else f"one of {', '.join(words)}")
 
 
 def choice(enum: type[StrEnum]) -> WrapValidator:
-    """Word the choice among the members of ``enum``."""
+    """Return a validator whose message lists the members of ``enum``."""
     return one_of(member.value for member in enum)
 
 
 def _as_tuple(value: object) -> tuple[object, ...]:
-    """Make a scalar a grid of one, and refuse a grid of none."""
+    """Return a scalar as a grid of one; refuse an empty grid."""
     if not isinstance(value, list | tuple):
         return (value,)
     if not value:
@@ -84,7 +84,7 @@ def _distinct(values: tuple[Hashable, ...]) -> tuple[Hashable, ...]:
 
 
 class _OneOrMany:
-    """Tells the JSON schema what ``_as_tuple`` and ``_distinct`` do: an item, or a list of different items."""
+    """States what ``_as_tuple`` and ``_distinct`` accept in the JSON schema: an item, or a list of different items."""
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         many = handler(schema)
@@ -94,4 +94,4 @@ class _OneOrMany:
 T = TypeVar("T")
 
 Grid = Annotated[tuple[T, ...], AfterValidator(_distinct), BeforeValidator(_as_tuple), _OneOrMany()]
-"""One value, or a list of different values of which each is built."""
+"""One value, or a list of different values, each of which is built."""

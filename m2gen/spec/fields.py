@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field
 from m2gen.spec.contract import Breach, choice, must_be, one_of, refuse
 
 MAX_STATE_EXPANSION = 256
-"""Largest K that the templates are verified for."""
+"""Largest K for which the templates are verified."""
 MAX_HEAD_DIM = 128
 """Largest V that the templates serve: a program holds the V x V state weight in its registers."""
 MAX_HEADS = 65535
@@ -22,7 +22,7 @@ MAX_VARIANTS = 4096
 MAX_SIZE = 2**31 - 1
 _MAX_NAME = 64
 IMPORTED = ("m2gen", "numpy", "torch", "triton")
-"""Packages that a generated one, what it imports, or whoever builds it imports by name."""
+"""Packages that generated code or its build imports, so that no spec may have their names."""
 _TAKEN = {name.lower() for name in (*IMPORTED, *sys.stdlib_module_names, "test")}
 
 KnownTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]
@@ -44,12 +44,12 @@ class StateDtype(StrEnum):
 
 
 class ClipMode(StrEnum):
-    """Which gradient of the state the backward clamps."""
+    """The gradient of the state that the backward clamps."""
 
     CARRY = "carry"
-    """The one carried from the future, before the output's share is added."""
+    """The gradient carried from later steps, before the output's share is added."""
     TOTAL = "total"
-    """The sum of both."""
+    """The sum of both shares."""
 
 
 class TanhMode(StrEnum):
@@ -60,7 +60,7 @@ class TanhMode(StrEnum):
 
 
 class GateKind(StrEnum):
-    """Where the forget gate comes from."""
+    """The source of the forget gate."""
 
     GIVEN = "given"
     """The operand ``forget`` is f itself."""
@@ -73,11 +73,11 @@ class Fp32Products(StrEnum):
 
     IEEE = "ieee"
     TF32 = "tf32"
-    """On tensor cores, operands rounded to 11 significant bits."""
+    """Products run on tensor cores, with operands rounded to 11 significant bits."""
 
 
 class Objective(StrEnum):
-    """What tuning makes fast."""
+    """The calls that tuning makes fast."""
 
     TRAIN = "train"
     """Forward and backward together."""
@@ -91,7 +91,7 @@ def _identifier(value: str) -> str:
 
 
 def _free(value: str) -> str:
-    """Refuse a package that would be imported in another's place, or install over it, also where case is ignored."""
+    """Refuse a name that would shadow another package, or overwrite its files, also where file names ignore case."""
     if value.lower() in _TAKEN:
         others = ", ".join(IMPORTED)
         raise refuse([Breach((), f"name no package that others import ({others}, Python's own modules)", value)])

@@ -1,4 +1,4 @@
-"""From a name on the command line to a checked ``Spec``."""
+"""Find, load and check specs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from m2gen.errors import SpecError
 from m2gen.spec.model import Spec
-from m2gen.spec.problems import json_path, printable, worded
+from m2gen.spec.problems import json_path, printable, problems_of
 from m2gen.spec.source import MAX_BYTES, read
 
 _HASH_DIGITS = 12
@@ -28,10 +28,10 @@ def parse_spec(text: str | bytes, location: str) -> Spec:
     try:
         spec = Spec.model_validate(source.value)
     except ValidationError as error:
-        problems += worded(source.value, error)
+        problems += problems_of(source.value, error)
     if spec is None or problems:
         problems.sort(key=lambda problem: problem.position or source.position(problem.path))
-        raise SpecError(f"{location}: {json_path(problem.path)} {problem.words}" for problem in problems)
+        raise SpecError(f"{location}: {json_path(problem.path)} {problem.message}" for problem in problems)
     return spec
 
 
@@ -49,7 +49,7 @@ def load_spec(path: Path) -> Spec:
 def find_spec(name: str, *, roots: Sequence[Path]) -> Path:
     """Return the first file among ``name`` itself, ``specs/name``, and ``name`` in each of ``roots``.
 
-    An absolute ``name`` is only looked for where it says.
+    Raises SpecError if there is none. An absolute ``name`` is not looked for elsewhere.
     """
     given = Path(name)
     places = [given] if given.is_absolute() else [given, Path("specs") / given, *(root / given for root in roots)]
@@ -63,13 +63,13 @@ def find_spec(name: str, *, roots: Sequence[Path]) -> Path:
 def json_schema() -> dict[str, Any]:
     """Return the JSON schema of a spec file, for editors.
 
-    Only m2gen can tell head counts that do not divide, and a name that another package has.
+    The schema does not express that head counts divide, nor which names are taken; m2gen checks both.
     """
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Spec.model_json_schema()}
 
 
 def spec_hash(spec: Spec) -> str:
-    """Return 12 hex digits of what ``spec`` means.
+    """Return 12 hex digits of a hash of what ``spec`` means.
 
     Comments, formatting, the order of keys, defaults written out, grids of one and the unit of the budget do not
     matter; names and the order of layers and of grid entries do.

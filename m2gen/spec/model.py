@@ -1,4 +1,4 @@
-"""The frozen values that a spec is made of, with every rule that relates several fields."""
+"""The frozen values of a spec, with every rule that relates several fields."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ from m2gen.spec.fields import (
 
 
 class _Frozen(BaseModel):
-    """Immutable, hashable, and without room for unknown keys."""
+    """A model that is immutable, hashable, and refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Heads(_Frozen):
-    """How many heads each operand has; head n of N reads group ``n // (N // its count)``."""
+    """Head counts of the operands; head n of N reads group ``n // (N // count)``."""
 
     q: HeadCount
     k: HeadCount
@@ -93,7 +93,7 @@ class HeadGrid(_Frozen):
 
     @property
     def axes(self) -> tuple[tuple[int, ...], ...]:
-        """The counts asked for q, k, v, f and w."""
+        """The counts given for q, k, v, f and w."""
         return self.q, self.k, self.v, self.f, self.w
 
     @property
@@ -200,7 +200,7 @@ def _bounded(layers: Mapping[str, Layer]) -> Layers:
 
 
 class Numerics(_Frozen):
-    """What the kernels compute where speed and meaning meet."""
+    """Choices between speed and accuracy, for all layers."""
 
     state: StateElementType = StateDtype.FP32
     clip: Clip = ClipMode.CARRY
@@ -209,23 +209,23 @@ class Numerics(_Frozen):
 
 
 class Tuning(_Frozen):
-    """How long to search, and for what."""
+    """The time budget and the objective of searches."""
 
     budget: Duration = "10m"
     objective: Goal = Objective.TRAIN
 
     @property
     def budget_seconds(self) -> int:
-        """The budget as a number."""
+        """The budget in seconds."""
         return int(self.budget[:-1]) * {"s": 1, "m": 60, "h": 3600}[self.budget[-1]]
 
 
 class Spec(_Frozen):
-    """Everything that a user asks for."""
+    """A whole spec file."""
 
     schema_version: Annotated[int, Field(strict=True, ge=1, le=1), must_be("1")] = Field(alias="schema")
     name: SpecName
-    """Names the generated package."""
+    """Name of the generated package."""
     targets: Grid[Target]
     layers: Annotated[
         Mapping[LayerName, Layer],

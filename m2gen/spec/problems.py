@@ -1,4 +1,4 @@
-"""The wording of everything that can be wrong with a spec: one printable line a problem."""
+"""Messages about everything that can be wrong with a spec: one printable line for each problem."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ _MODELS: dict[KeyPath, type[BaseModel]] = {
 
 
 class SpecProblem(NamedTuple):
-    """One thing that is wrong, and where."""
+    """One thing that is wrong with a spec, and its place."""
 
     path: KeyPath
-    words: str
+    message: str
     position: Position | None = None
-    """Given where it is not simply that of ``path``."""
+    """Given if it is not the position of ``path``."""
 
 
 def printable(text: str) -> str:
-    """Escape what would break a line or hide in it."""
+    """Return ``text`` with its unprintable characters escaped."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _written(value: object) -> str:
-    """Write ``value`` as YAML has it, strings quoted."""
+    """Return ``value`` as YAML, strings quoted."""
     match value:
         case None:
             return "null"
@@ -61,13 +61,13 @@ def _written(value: object) -> str:
 
 
 def short(value: object) -> str:
-    """Write ``value`` on one line of at most 60 characters."""
+    """Return ``value`` as YAML on one line of at most 60 characters."""
     text = _written(value)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
 
 
 def json_path(path: KeyPath) -> str:
-    """Write ``path`` as ``$.layers.base.head_dim[1]``."""
+    """Return ``path`` as ``$.layers.base.head_dim[1]``."""
     plain = (isinstance(part, str) and part.isascii() and part.isidentifier() and len(part) <= 64 for part in path)
     return "$" + "".join(
         f".{part}" if is_plain else f"[{short(part)}]" for part, is_plain in zip(path, plain, strict=True)
@@ -75,12 +75,12 @@ def json_path(path: KeyPath) -> str:
 
 
 def must(contract: str, given: object) -> str:
-    """Word a broken contract."""
+    """Return the message about a broken contract."""
     return f"must {contract}, got {short(given)}"
 
 
 def _resolve(data: object, location: Iterable[str | int]) -> KeyPath:
-    """Turn pydantic's location into the file's: a scalar that stands for a list of one has no index there."""
+    """Return pydantic's location as the file has it: a scalar that stands for a list of one has no index."""
     path: list[str | int] = []
     node = data
     for part in location:
@@ -113,7 +113,7 @@ def _breach(data: object, location: KeyPath, breach: Breach) -> SpecProblem:
     return SpecProblem(_resolve(data, where), must(breach.must, breach.given))
 
 
-def _worded(data: object, error: ErrorDetails) -> Iterator[SpecProblem]:
+def _messages(data: object, error: ErrorDetails) -> Iterator[SpecProblem]:
     path = _resolve(data, error["loc"])
     match error["type"]:
         case str(kind) if kind == CONTRACT:
@@ -130,7 +130,7 @@ def _worded(data: object, error: ErrorDetails) -> Iterator[SpecProblem]:
             yield SpecProblem(path, f"must be valid ({printable(error['msg'])}), got {short(error['input'])}")
 
 
-def worded(data: object, error: ValidationError) -> Iterator[SpecProblem]:
-    """Yield what pydantic found wrong with ``data``, in m2gen's words."""
+def problems_of(data: object, error: ValidationError) -> Iterator[SpecProblem]:
+    """Yield what pydantic found wrong with ``data``, as m2gen's messages."""
     for detail in error.errors(include_url=False):
-        yield from _worded(data, detail)
+        yield from _messages(data, detail)

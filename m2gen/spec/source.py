@@ -1,4 +1,4 @@
-"""Text to plain values and their positions: the safe, bounded part of YAML that a spec needs.
+"""Read YAML to plain values and their positions: the safe, bounded subset that a spec needs.
 
 One document of mappings, lists and scalars. Scalars follow YAML 1.2 (``yes``, ``1_000``, ``1:30`` and dates are
 strings), and integers are plain decimal. Keys are text. Tags and aliases are refused, so nothing can be constructed
@@ -20,7 +20,7 @@ MAX_BYTES = 2**20
 MAX_DEPTH = 16
 MAX_NODES = 20_000
 
-_WORDS: dict[str, object] = {
+_CONSTANTS: dict[str, object] = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),
     **dict.fromkeys(("false", "False", "FALSE"), False),
@@ -35,7 +35,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 @dataclass
 class Source:
-    """The values of a file, where each stands, and the keys that it gives twice."""
+    """The values of a file, the position of each, and the problems of repeated keys."""
 
     location: str
     value: object = None
@@ -43,16 +43,16 @@ class Source:
     problems: list[SpecProblem] = field(default_factory=list)
 
     def position(self, path: KeyPath) -> Position:
-        """Return the line and column of ``path``, or of the closest thing around it that the file has."""
+        """Return the line and column of ``path``, or of its innermost parent that the file has."""
         while path not in self.positions and path:
             path = path[:-1]
         return self.positions.get(path, (0, 0))
 
 
 def plain(text: str) -> object:
-    """Return what an unquoted scalar stands for."""
-    if text in _WORDS:
-        return _WORDS[text]
+    """Return the value of an unquoted scalar."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
     if _INTEGER.fullmatch(text):
         return int(text)
     if _FLOAT.fullmatch(text) and not _LEADING_ZERO.fullmatch(text):
@@ -63,7 +63,7 @@ def plain(text: str) -> object:
 
 
 class _Mark(Protocol):
-    """What marks of both of PyYAML's parsers have."""
+    """The position in marks of both of PyYAML's parsers."""
 
     @property
     def line(self) -> int: ...
@@ -84,13 +84,13 @@ class _Reader:
         self.nodes = 0
         self.parser = yaml.SafeLoader(text)
 
-    def refuse(self, position: Position, words: str) -> NoReturn:
-        """Raise the one problem of a text that is not worth reading on."""
+    def refuse(self, position: Position, message: str) -> NoReturn:
+        """Raise SpecError with the one problem after which nothing more is read."""
         line, column = position
-        raise SpecError([f"{self.source.location}: line {line + 1}, column {column + 1} {words}"])
+        raise SpecError([f"{self.source.location}: line {line + 1}, column {column + 1} {message}"])
 
     def next(self) -> yaml.Event:
-        """Return the next event, or refuse the text that stands there."""
+        """Return the next event; refuse what is not valid YAML."""
         try:
             event: yaml.Event = self.parser.get_event()  # type: ignore[no-untyped-call]
         except yaml.MarkedYAMLError as error:
@@ -113,7 +113,7 @@ class _Reader:
         return self.source
 
     def check(self, event: yaml.Event, depth: int) -> Position:
-        """Refuse what a spec may not hold at all; return where ``event`` stands."""
+        """Return the position of ``event``; refuse what no spec may contain."""
         position = _at(event.start_mark)
         self.nodes += 1
         if self.nodes > MAX_NODES:
@@ -135,7 +135,7 @@ class _Reader:
         return self.sequence(path) if isinstance(event, yaml.SequenceStartEvent) else self.mapping(path)
 
     def text(self, event: yaml.ScalarEvent) -> str:
-        """Return the text of a scalar; escapes can spell halves of characters, which no other text can hold."""
+        """Return the text of a scalar; refuse lone surrogates, which escapes can spell."""
         value: str = event.value
         if _SURROGATE.search(value):
             self.refuse(_at(event.start_mark), f"must be Unicode text, got {short(value)}")
@@ -149,7 +149,7 @@ class _Reader:
         return values
 
     def mapping(self, path: KeyPath) -> dict[str, object]:
-        """Read the mapping at ``path``; a repeated key is a problem, and its first value stays."""
+        """Read the mapping at ``path``; a repeated key is a problem, and the first value is kept."""
         values: dict[str, object] = {}
         while not isinstance(event := self.next(), yaml.MappingEndEvent):
             position = self.check(event, len(path))
@@ -158,8 +158,8 @@ class _Reader:
             key = self.text(event)
             here = (*path, key)
             if key in values:
-                words = f"must be given once, got it again on line {position[0] + 1}"
-                self.source.problems.append(SpecProblem(here, words, position))
+                message = f"must be given once, got it again on line {position[0] + 1}"
+                self.source.problems.append(SpecProblem(here, message, position))
             self.source.positions.setdefault(here, position)
             value = self.node(self.next(), here)
             values.setdefault(key, value)

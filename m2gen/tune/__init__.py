@@ -1,1 +1,1 @@
-"""The search for schedules: the declared space, candidates in isolated workers, trials, and the records of winners."""
+"""Search for schedules: the declared space, candidates in isolated workers, trials, and records of winners."""

@@ -1,4 +1,4 @@
-"""A candidate's kernels and its launchers on one problem, called as the operator calls them."""
+"""Load a candidate's kernels, and call its launchers as the operator does."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from m2gen.variant import Variant
 from m2gen.verify import OPERANDS
 
 DIFFERENTIABLE = (*OPERANDS[:5], "A_log", "dt_bias", "initial_state")
-"""The launchers' operands that may have a gradient, in their order."""
+"""Operands of the launchers that may have a gradient, in order."""
 PER_STEP = ("q", "k", "v", "forget", "dy")
 
 
 def load(variant: Variant, schedule: Schedule) -> ModuleType:
-    """Render and import a candidate's kernels, from the file that every process compiles them from."""
+    """Render and import a candidate's kernels; all processes compile the same cached file."""
     return load_kernels(render_kernel(Lowering(variant, schedule)))
 
 
@@ -37,7 +37,7 @@ class KernelCall:
     objective: Objective
     clip: float | None = 1.0
     from_state: bool = False
-    """Whether a gradient of the final state comes back, too."""
+    """Whether the backward gets a gradient of the final state."""
 
     @property
     def _operands(self) -> tuple[Any, ...]:
@@ -52,7 +52,7 @@ class KernelCall:
         return y, state, saved
 
     def backward(self, saved: Tensor) -> list[Tensor]:
-        """Return the gradients of the operands that are there, in the order of ``DIFFERENTIABLE``."""
+        """Return the gradients of the given operands, in the order of ``DIFFERENTIABLE``."""
         inputs, bound = self.inputs, math.inf if self.clip is None else self.clip
         wanted = [getattr(inputs, name) is not None for name in DIFFERENTIABLE]
         dstate = inputs.dstate if self.from_state else None
@@ -62,7 +62,7 @@ class KernelCall:
         return found
 
     def results(self) -> dict[str, Tensor]:
-        """Return y, the state and every gradient by name, as ``m2gen.verify.judge`` takes them."""
+        """Return y, the state and every gradient by name, for ``m2gen.verify.judge``."""
         y, state, saved = self.forward()
         named = {"y": y, "state": state}
         if self.objective is Objective.TRAIN:
@@ -72,7 +72,7 @@ class KernelCall:
 
 
 def blank(inputs: Inputs, problem: Problem) -> Inputs:
-    """Return inputs of another problem with as many lead dims, of the same dtypes and any content."""
+    """Return uninitialised inputs of another problem with as many leading dims and the same dtypes."""
     lead = problem.lead
 
     def of_problem(name: str) -> Tensor:

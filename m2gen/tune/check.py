@@ -1,4 +1,4 @@
-"""Before the clock: every output and gradient of a candidate within its budget, and bits that repeat."""
+"""Check every output and gradient of a candidate before it is timed: within its budget, with bits that repeat."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from m2gen.verify.oracle import same
 from m2gen.verify.subject import poisoned
 
 RESULT = {"df": "dforget"}
-"""Names of gradients where they are not those of the kernel's arguments."""
+"""Names of gradients that differ from those of the kernel's arguments."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A loaded candidate."""
+    """A candidate with its loaded kernels."""
 
     module: ModuleType
     variant: Variant
@@ -35,7 +35,7 @@ class Candidate:
 
 
 def check_candidate(candidate: Candidate, asked: Iterable[SeededCase], device: torch.device) -> Verdict:
-    """Hold a candidate against the oracle on every case; the first one that it fails ends the check."""
+    """Judge a candidate by the oracle on every case; the first failure ends the check."""
 
     def judged(case: Case, inputs: Inputs, known: Oracle) -> Iterator[TensorResult]:
         call = call_of(candidate.module, candidate.objective, case, inputs)
@@ -44,7 +44,7 @@ def check_candidate(candidate: Candidate, asked: Iterable[SeededCase], device: t
         yield from judge(first, known)
         with poisoned():
             again = call.results()
-        yield from same(_claimed(again, candidate), _claimed(first, candidate))
+        yield from same(_deterministic(again, candidate), _deterministic(first, candidate))
 
     return check(candidate.variant, asked, judged, device)
 
@@ -54,7 +54,7 @@ def call_of(module: ModuleType, objective: Objective, case: Case, inputs: Inputs
     return KernelCall(module, inputs, objective, case.clip, case.loss is Loss.BOTH)
 
 
-def _claimed(results: dict[str, Tensor], candidate: Candidate) -> dict[str, Tensor]:
-    """Return the tensors whose bits the schedule claims to repeat."""
+def _deterministic(results: dict[str, Tensor], candidate: Candidate) -> dict[str, Tensor]:
+    """Return the tensors that the schedule claims to be deterministic."""
     names = {RESULT.get(name, name) for name in Lowering(candidate.variant, candidate.schedule).varying}
     return {name: x for name, x in results.items() if name not in names}

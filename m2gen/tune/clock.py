@@ -1,4 +1,4 @@
-"""How long a candidate takes: its forward and backward by the GPU's clock, for as long as it is worth."""
+"""Time a candidate's forward and backward by the GPU's clock, slow candidates with few samples."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from m2gen.tune.candidate import KernelCall
 from m2gen.tune.trial import Samples
 
 FEWEST, MOST = 5, 30
-"""Samples of a screening."""
+"""Bounds on the number of samples in the screening."""
 AGAIN = 10
-"""Samples of one round of a finalist."""
+"""Number of samples of a finalist in one round."""
 FAR_SLOWER = 1.4
-"""Times the best median, beyond which a candidate is not worth more than a few samples."""
+"""Multiple of the best median beyond which a candidate gets only a few samples."""
 
 
 def captured(call: KernelCall) -> Clock:
-    """Capture a candidate's forward and backward on the problem that is tuned for."""
+    """Capture a candidate's forward and backward on the problem of the search."""
     extra_bytes = peak_bytes(lambda: _run(call))
     forward = Replay(call.forward)
     replays: list[Replay[Any]] = [forward]
@@ -28,7 +28,7 @@ def captured(call: KernelCall) -> Clock:
 
 
 def screened(clock: Clock, best_ms: float | None) -> Samples:
-    """Sample a candidate for the first time; only a few times where it is far slower than the best."""
+    """Sample a candidate for the first time, with few samples if it is far slower than the best."""
     worth_ms = FAR_SLOWER * best_ms if best_ms else float("inf")
     return _samples(clock.sample(FEWEST, MOST, worth_ms), clock)
 

@@ -1,4 +1,4 @@
-"""The best of a screening against the default: checked on new problems, timed in rounds."""
+"""Compare the best of a screening with the default: check them on held-out problems, time them in rounds."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from m2gen.tune.log import TrialLog
 from m2gen.tune.trial import Measurement, Samples, Step, Task, Trial
 
 FINALISTS = 6
-"""Of the screening, beside the default."""
+"""Number of candidates from the screening that the final times beside the default."""
 ROUNDS = 8
 FEWEST_ROUNDS = 3
 
 Ask = Callable[[Task], Measurement]
 
 
-def hold_final(log: TrialLog, ask: Ask, seed: int) -> dict[Schedule, Samples]:
-    """Return the samples of the default and of the best that pass the held-out check; none without a default.
+def run_final(log: TrialLog, ask: Ask, seed: int) -> dict[Schedule, Samples]:
+    """Return the samples of the default and of the best that pass the held-out check; empty if the default failed.
 
     Rounds end with the budget, but not before ``FEWEST_ROUNDS``; the order within a round is drawn from ``seed``.
     """
-    entered = _entrants(log, ask)
-    log.watcher.stage(f"final of {len(entered)}")
+    finalists = _finalists(log, ask)
+    log.watcher.stage(f"final of {len(finalists)}")
 
     def sample(schedule: Schedule) -> Samples | None:
         found = ask(Task(log.subject, schedule, Step.TIME))
@@ -33,12 +33,12 @@ def hold_final(log: TrialLog, ask: Ask, seed: int) -> dict[Schedule, Samples]:
     def within_budget(number: int) -> bool:
         return number < FEWEST_ROUNDS or log.elapsed <= log.limits.seconds
 
-    schedules = [trial.schedule for trial in entered]
+    schedules = [trial.schedule for trial in finalists]
     return in_rounds(schedules, sample, takewhile(within_budget, range(ROUNDS)), seed)
 
 
-def _entrants(log: TrialLog, ask: Ask) -> list[Trial]:
-    """Return the default and the fastest that pass the check on problems that no trial has seen."""
+def _finalists(log: TrialLog, ask: Ask) -> list[Trial]:
+    """Return the default and the fastest candidates that pass the held-out check."""
 
     def passes(trial: Trial) -> bool:
         return log.amend(trial, ask(Task(log.subject, trial.schedule, Step.HELD_OUT))).failure is None
@@ -46,10 +46,10 @@ def _entrants(log: TrialLog, ask: Ask) -> list[Trial]:
     default = log.baseline
     if default is None or not passes(default):
         return []
-    entered = [default]
+    finalists = [default]
     for trial in log.passed:
-        if len(entered) > FINALISTS:
+        if len(finalists) > FINALISTS:
             break
         if trial.schedule != log.default and not trial.copy_of and passes(trial):
-            entered.append(trial)
-    return entered
+            finalists.append(trial)
+    return finalists

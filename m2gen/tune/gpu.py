@@ -1,4 +1,4 @@
-"""The worker that has the GPU: checks and times candidates, one process that may crash or hang."""
+"""The worker process on the GPU, which checks and times candidates; it may crash or hang."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:  # these import torch, and a worker must set its environment f
     from m2gen.tune.check import Candidate
 
 SECONDS = 90.0
-"""Longest that a step may take, with the start of the process and the oracle's answers."""
+"""Longest that a step may take, including the start of the process and the oracle's answers."""
 KEPT = 8
-"""Captured candidates that stay on the GPU: finalists are timed in rounds."""
+"""Number of captured candidates that stay on the GPU, since finalists are timed in rounds."""
 
 _CLOCKS: Captures[Clock] = Captures(KEPT)
 
 
 def serve(task: Task) -> Measurement:
-    """Do one step; whatever is raised is the candidate's failure, but for what says that a file cannot be written."""
+    """Do one step; any exception is the candidate's failure, unless a file could not be written."""
     start = time.monotonic()
     try:
         found = _serve(task)
-    except Exception as error:  # of a compiler, a driver or a kernel
+    except Exception as error:  # raised by a compiler, a driver or a kernel
         if is_of_a_disk(error):
             return Measurement(stopped=str(error), details=traceback.format_exc())
         found = Measurement(failure=raised(error), details=traceback.format_exc())
@@ -71,7 +71,7 @@ def _candidate(task: Task) -> Candidate:
 
 
 def _clock(task: Task) -> Clock:
-    """Return the captured candidate, kept from its last round or captured now."""
+    """Return the candidate's captured calls, kept from its last round or captured now."""
     from m2gen.tune.candidate import KernelCall
     from m2gen.tune.clock import captured
 

@@ -1,12 +1,12 @@
-"""Every trial of a search as a line on disk, so that a killed tuner goes on where it was."""
+"""A journal of a search: every trial is a line on disk, so that a killed tuner resumes where it was."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +14,54 @@ from pydantic import TypeAdapter
 
 from m2gen.cache import ELSEWHERE
 from m2gen.db import Failure, Reason
-from m2gen.errors import ScheduleError, TuneError
+from m2gen.errors import ScheduleError, TuneError, os_errors_as
 from m2gen.schedule import Schedule, parse
 from m2gen.tune.trial import Trial
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
-@cache
-def _adapter() -> TypeAdapter[Trial]:
-    return TypeAdapter(Trial)
+_ADAPTER = TypeAdapter(Trial)
 
 
 def encode_trial(trial: Trial) -> Any:
     """Return a trial as JSON values."""
-    return _adapter().dump_python(trial, mode="json")
+    return _ADAPTER.dump_python(trial, mode="json")
 
 
 def decode_trial(value: Any) -> Trial:
-    """Return the trial that ``encode_trial`` wrote; raises ValueError for anything else."""
-    return _adapter().validate_python(value)
+    """Return a trial from JSON values; raises ValueError if they are not one."""
+    return _ADAPTER.validate_python(value)
 
 
 def _machine() -> list[str]:
-    """Return this host and what names its last start; a killed tuner is no candidate's fault, a dead machine may be."""
+    """Return this host and the id of its last boot: a candidate is blamed for a reboot, but not for a killed tuner."""
     return [platform.node(), BOOT.read_text(encoding="ascii").strip() if BOOT.exists() else ""]
 
 
 class Journal:
     """A search's trials in a file of JSON lines; each is on disk before ``record`` returns.
 
-    A torn last line, of a tuner that was killed, is cut off; any other line that is no trial raises TuneError.
+    A torn last line, left by a killed tuner, is cut off; any other line that is not a trial raises TuneError.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], *, fresh: bool = False) -> None:
-        """``fresh`` forgets what earlier runs found."""
+        """Open or create a journal; ``fresh`` drops the trials of earlier runs. Raises TuneError."""
         self.path = path
         self._trials: dict[Schedule, Trial] = {}
         self._begun: dict[str, list[str]] = {}
-        try:
+        with os_errors_as(TuneError, f"{path} must be writable", f"; {ELSEWHERE}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             if fresh:
                 path.unlink(missing_ok=True)
             self._read()
             empty = not path.exists() or not path.stat().st_size
             self._stream = open(path, "ab", buffering=0)  # noqa: SIM115  (kept open for the search)
-        except OSError as error:
-            raise TuneError(f"{path} must be writable: {error.strerror or error}; {ELSEWHERE}") from error
         if empty:
             self._append({"search": dict(header)})
 
     def trials(self) -> list[Trial]:
-        """Return what earlier runs found, in order."""
+        """Return the trials of earlier runs, in order."""
         known = {schedule.slug for schedule in self._trials}
         for slug, machine in self._begun.items():
             host, boot = _machine()
@@ -75,15 +71,15 @@ class Journal:
         return list(self._trials.values())
 
     def news(self) -> list[Trial]:
-        """Return what other workers found since the last call: a journal has one worker."""
+        """Return the trials of other workers since the last call: none, since a journal has one worker."""
         return []
 
     def adopt(self) -> list[Schedule]:
-        """Return candidates of workers that are gone: a journal has one worker."""
+        """Return abandoned candidates of other workers: none, since a journal has one worker."""
         return []
 
     def pending(self) -> int:
-        """Return how many candidates other workers are at."""
+        """Return the number of candidates that other workers hold: none, since a journal has one worker."""
         return 0
 
     def claim(self, schedule: Schedule) -> bool:
@@ -91,16 +87,16 @@ class Journal:
         return schedule not in self._trials
 
     def begin(self, schedule: Schedule) -> None:
-        """Note that a candidate is about to run on the GPU, in case the machine does not survive it."""
+        """Note that a candidate is about to run on the GPU, in case the machine goes down."""
         self._append({"begun": schedule.slug, "machine": _machine()})
 
     def record(self, trial: Trial) -> None:
-        """Keep a trial; a later one of the same candidate, of the finals, replaces it."""
+        """Write a trial; a later one of the same candidate, from the final, replaces it."""
         self._trials[trial.schedule] = trial
         self._append({"trial": encode_trial(trial)})
 
     def release(self, schedule: Schedule) -> None:
-        """Give up a claim: of a journal, nobody else waits for it."""
+        """Give up a claim, which does nothing here, since a journal has one worker."""
 
     def close(self) -> None:
         """Close the file."""
@@ -109,17 +105,18 @@ class Journal:
     def _append(self, value: Mapping[str, Any]) -> None:
         line = json.dumps(value, sort_keys=True, allow_nan=False).encode() + b"\n"
         start = os.fstat(self._stream.fileno()).st_size
+        advice = f"; trials so far are kept; {ELSEWHERE}"
         try:
-            if self._stream.write(line) != len(line):
-                raise OSError(28, "No space left on device")
-            os.fsync(self._stream.fileno())
-        except OSError as error:
+            with os_errors_as(TuneError, f"{self.path} must be writable", advice):
+                if self._stream.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self._stream.fileno())
+        except TuneError:
             self._stream.truncate(start)
-            reason = error.strerror or error
-            raise TuneError(f"{self.path} must be writable: {reason}; trials so far are kept; {ELSEWHERE}") from error
+            raise
 
     def _read(self) -> None:
-        """Read what is there, and cut off a last line without an end."""
+        """Read the file, and cut off a last line without an end."""
         if not self.path.exists():
             return
         text = self.path.read_bytes()

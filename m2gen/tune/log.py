@@ -1,4 +1,4 @@
-"""What a search has found so far, how far it is, and who is told: shared by the screening and the final."""
+"""The trials of a search so far and its progress, shared by the screening and the final."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from m2gen.tune.space import Subject, fits
 from m2gen.tune.trial import Measurement, Samples, Trial
 
 FINALS_SECONDS = 25.0
-"""Of the budget, or ``FINALS_PART`` of it where that is less."""
+"""Seconds of the budget that the final gets, or ``FINALS_PART`` of it if that is less."""
 FINALS_PART = 0.3
 
 
 class Ledger(Protocol):
-    """Where a search's trials are kept: a journal of one worker, or a study that several share."""
+    """Keeps a search's trials: a journal of one worker, or a study that several share."""
 
     def trials(self) -> list[Trial]: ...
     def news(self) -> list[Trial]: ...
@@ -33,7 +33,7 @@ class Ledger(Protocol):
 
 @dataclass(frozen=True)
 class Limits:
-    """When a search ends."""
+    """The limits at which a search ends."""
 
     seconds: float
     trials: int | None = None
@@ -47,8 +47,8 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """How far a search is."""
+class SearchProgress:
+    """The progress of a search."""
 
     done: int
     most: int
@@ -59,27 +59,27 @@ class Standing:
 
 
 class Watcher(Protocol):
-    """Whoever shows a search."""
+    """Shows the progress of a search."""
 
     def stage(self, text: str) -> None: ...
-    def trial(self, trial: Trial, standing: Standing) -> None: ...
+    def trial(self, trial: Trial, progress: SearchProgress) -> None: ...
     def details(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a search found, and what it cost."""
+    """The result of a search, and its cost."""
 
     subject: Subject
     default: Schedule
     trials: tuple[Trial, ...]
     finals: Mapping[Schedule, Samples]
     choice: Selection | None
-    """None where nothing passed, or the default did not."""
+    """The winner; None if the default failed or nothing may win."""
     points: int
     seconds: float
     compile_seconds: float
-    """Of all compilers together."""
+    """Time of all compilers together."""
     interrupted: bool = False
 
     @property
@@ -88,7 +88,7 @@ class Outcome:
 
 
 class TrialLog:
-    """The trials of one search, the ledger that keeps them and the watcher that sees them."""
+    """The trials of one search, with the ledger that keeps them and the watcher that shows them."""
 
     def __init__(self, subject: Subject, default: Schedule, limits: Limits, ledger: Ledger, watcher: Watcher) -> None:
         self.subject, self.default, self.limits = subject, default, limits
@@ -96,7 +96,7 @@ class TrialLog:
         self.trials: dict[Schedule, Trial] = {}
         self._fitting: set[Schedule] = set()
         self.most = 0
-        """Trials that there will be."""
+        """Number of trials that the search will have."""
         self._start = limits.now()
 
     @property
@@ -105,14 +105,14 @@ class TrialLog:
         return self.limits.now() - self._start
 
     def learn(self, trial: Trial) -> None:
-        """Take in a trial that is on disk."""
+        """Add a trial that the ledger already has."""
         self.trials[trial.schedule] = trial
         if fits(self.subject, trial.schedule):
             self._fitting.add(trial.schedule)
-        self.watcher.trial(trial, self.standing())
+        self.watcher.trial(trial, self.progress())
 
     def amend(self, trial: Trial, found: Measurement) -> Trial:
-        """Take in what the final found of a trial, and keep it on disk where it failed after all."""
+        """Add a result of the final to a trial, and record the trial if it failed after all."""
         known = self.trials[trial.schedule]
         errors = {error.tensor: error for error in known.errors}
         for error in found.errors:
@@ -126,19 +126,19 @@ class TrialLog:
         if found.failure is not None:
             self.watcher.details(found.details)
             self.ledger.record(amended)
-            self.watcher.trial(amended, self.standing())
+            self.watcher.trial(amended, self.progress())
         return amended
 
     @property
     def passed(self) -> list[Trial]:
-        """Trials whose schedules may win, the fastest first."""
+        """Trials whose schedules may win, fastest first."""
         passed = [trial for trial in self.trials.values() if trial.median_ms is not None and self.may_win(trial)]
         return sorted(passed, key=lambda trial: (trial.median_ms or 0.0, trial.schedule.slug))
 
     def may_win(self, trial: Trial) -> bool:
-        """Whether a trial's memory is within the subject's bound, both by arithmetic and as measured.
+        """Return whether a trial's memory is within the subject's bound, both estimated and measured.
 
-        The default is tried though it be over, and so may be what a journal or another worker brings.
+        The default is tried even if it is not, as may be trials of a journal or of other workers.
         """
         if trial.schedule not in self._fitting or trial.samples is None:
             return False
@@ -147,7 +147,7 @@ class TrialLog:
 
     @property
     def _most_bytes(self) -> float | None:
-        """Return the largest measured peak that may win: none before the default's, where that is what counts."""
+        """The largest measured peak that may win; None without a bound, or before the default's peak is known."""
         times, default = self.subject.times, self.trials.get(self.default)
         if times is None or default is None or default.samples is None:
             return self.subject.memory.size
@@ -155,7 +155,7 @@ class TrialLog:
 
     @property
     def baseline(self) -> Trial | None:
-        """The default's trial, if it passed."""
+        """The default's trial if it passed."""
         trial = self.trials.get(self.default)
         return None if trial is None or trial.median_ms is None else trial
 
@@ -163,10 +163,10 @@ class TrialLog:
     def best_ms(self) -> float | None:
         return next((trial.median_ms for trial in self.passed), None)
 
-    def standing(self) -> Standing:
-        """Return how far the search is."""
+    def progress(self) -> SearchProgress:
+        """Return the progress of the search."""
         failures = Counter(str(trial.failure.reason) for trial in self.trials.values() if trial.failure)
-        return Standing(
+        return SearchProgress(
             len(self.trials),
             self.most,
             next(iter(self.passed), None),

@@ -1,4 +1,4 @@
-"""One search: candidates compile on the CPUs while one at a time runs on the GPU; the best of them meet in a final."""
+"""Run one search: candidates compile on the CPUs while one at a time runs on the GPU; a final compares the best."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import chain
 from m2gen.errors import TuneError
 from m2gen.measure.workers import finished
 from m2gen.schedule import Schedule
-from m2gen.tune.final import FINALISTS, hold_final
+from m2gen.tune.final import FINALISTS, run_final
 from m2gen.tune.log import Outcome, TrialLog
 from m2gen.tune.search import EVERY, SEARCHED, Proposal, Proposer
 from m2gen.tune.select import select
@@ -20,12 +20,12 @@ from m2gen.tune.trial import Compiled, CompileTask, Measurement, Samples, Step, 
 
 POLL_SECONDS = 0.2
 DEFAULT_SECONDS = 120.0
-"""Longest that a search waits, beyond its budget, for the default schedule's time."""
+"""Longest that a search waits beyond its budget for the default schedule's time."""
 
 
 @dataclass(order=True)
 class _Ready:
-    """A compiled candidate; of points that only the search proposes, what spills waits for what does not."""
+    """A compiled candidate in the queue; those that spill come last, unless a seed proposed them."""
 
     spills: bool
     number: int
@@ -34,7 +34,7 @@ class _Ready:
 
 
 class Search:
-    """The search for the schedule of one subject."""
+    """A search for the fastest schedule of one subject."""
 
     def __init__(self, log: TrialLog, proposer: Proposer, processes: Processes, worker: str) -> None:
         self._log, self._proposer, self._processes, self._worker = log, proposer, processes, worker
@@ -47,9 +47,9 @@ class Search:
         self._compile_seconds = 0.0
 
     def run(self, seed: int, known: Iterable[Trial] = ()) -> Outcome:
-        """Search until the limits, then hold the final; Ctrl-C ends either, and keeps what was verified.
+        """Search until the limits, then run the final; Ctrl-C ends either, and keeps the results so far.
 
-        ``known`` are trials that the database has: they are not made again, nor written to the ledger.
+        ``known`` are failures from the database, which are neither tried again nor written to the ledger.
         """
         points, interrupted = self._proposer.left, False
         finals: dict[Schedule, Samples] = {}
@@ -57,7 +57,7 @@ class Search:
             for trial in (*known, *self._log.ledger.trials()):
                 self._learn(None, trial)
             self._screen()
-            finals = hold_final(self._log, self._ask_gpu, seed)
+            finals = run_final(self._log, self._ask_gpu, seed)
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -77,7 +77,7 @@ class Search:
             if not busy and (over or not self._log.ledger.pending()):
                 return
             if not busy:
-                time.sleep(POLL_SECONDS)  # others may yet finish what they have, or leave it
+                time.sleep(POLL_SECONDS)  # other workers still hold candidates, which they may finish or abandon
             for worker in finished(busy, 1.0) if busy else ():
                 task, result = worker.collect()
                 go_on(result)
@@ -90,16 +90,16 @@ class Search:
 
     @property
     def _over(self) -> bool:
-        """Whether the screening's time is up: not before the default, which all else is compared with, was measured.
+        """Whether the screening's time is up, which needs the default's time, unless that takes too long.
 
-        That one waits for the first process on the GPU and for the oracle, which can take longer than a short budget;
-        but not for ever, where another worker has it.
+        The default waits for the first process on the GPU and for the oracle, which can take longer than a short
+        budget, or another worker may hold it.
         """
         late = self._log.elapsed - self._log.limits.screening
         return late > 0 and (self._log.default in self._log.trials or late > DEFAULT_SECONDS)
 
     def _fill(self) -> None:
-        """Give every idle station something to do."""
+        """Give every idle worker a task."""
         for trial in self._log.ledger.news():
             self._learn(None, trial)
         for compiler in self._processes.compilers:
@@ -117,7 +117,7 @@ class Search:
 
     @property
     def _underway(self) -> int:
-        """Candidates that were proposed and are no trials yet."""
+        """Number of candidates that were proposed and are not trials yet."""
         copies = sum(map(len, self._copies.values()))
         return len(self._compiling) + len(self._ready) + (self._running is not None) + copies
 
@@ -135,7 +135,7 @@ class Search:
         return None
 
     def _release(self) -> None:
-        """Give up what has not come to the GPU."""
+        """Give up the candidates that have not reached the GPU."""
         for compiler in self._processes.compilers:
             compiler.drop()
         waiting = [ready.proposal.schedule for ready in chain(self._ready, *self._copies.values())]
@@ -160,7 +160,7 @@ class Search:
             self._log.watcher.details(compiled.details)
             self._finish(proposal, Trial(schedule, proposal.origin, compiled, failure=compiled.failure))
             return
-        spills = compiled.spill_bytes > 0 and proposal.origin in (SEARCHED, EVERY)  # what else is tried has its reason
+        spills = compiled.spill_bytes > 0 and proposal.origin in (SEARCHED, EVERY)  # seeds are tried regardless
         ready = _Ready(spills, self._compiled, proposal, compiled)
         twin = next((t for t in self._log.trials.values() if t.compiled and t.compiled.binary == compiled.binary), None)
         pending = (*self._ready, *([self._running] if self._running else []))
@@ -206,7 +206,7 @@ class Search:
 
 
 def _outcome(log: TrialLog, finals: dict[Schedule, Samples], seed: int, cost: tuple[int, float, bool]) -> Outcome:
-    """Choose among finalists; without a final, among the fastest of the screening."""
+    """Choose the winner among finalists, or without a final among the fastest of the screening."""
     samples = finals
     if log.default not in samples:
         screened = [log.baseline, *log.passed[:FINALISTS]] if log.baseline else []
@@ -219,7 +219,7 @@ def _outcome(log: TrialLog, finals: dict[Schedule, Samples], seed: int, cost: tu
 
 
 def _copy(ready: _Ready, twin: Trial) -> Trial:
-    """Return the trial of a candidate whose machine code was measured under another name."""
+    """Return the trial of a candidate with the same machine code as ``twin``, which was measured."""
     twin_slug = twin.copy_of or twin.schedule.slug
     return replace(
         twin,

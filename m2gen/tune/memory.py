@@ -1,4 +1,4 @@
-"""What one call allocates beyond its operands, their gradients and y: known before anything runs."""
+"""Estimate what one call allocates beyond its operands, their gradients and y, before anything runs."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from m2gen.kernels.outputs import Output
 from m2gen.schedule import Reduction
 
 SINGLE = 4
-"""Bytes of a float32, which every buffer between kernels holds."""
+"""Bytes of a float32, the element type of every buffer between kernels."""
 
 
 @dataclass(frozen=True)
 class MemoryBound:
-    """Most memory that a call may take: of the one that is set; no bound where none is.
+    """Maximum memory of a call: ``size`` or ``times``; no bound if both are None.
 
-    It holds twice: by arithmetic for what lies beyond inputs, gradients and y, before anything runs; and for the
-    measured peak beyond the inputs, which has the gradients and y in it.
+    The bound applies twice: to the estimate of what lies beyond inputs, gradients and y, before anything runs; and to
+    the measured peak beyond the inputs, which includes the gradients and y.
     """
 
     size: int | None = None
-    """Bytes."""
+    """Maximum in bytes."""
     times: float | None = None
-    """What the default schedule takes, that many times."""
+    """Maximum as a multiple of the default schedule's memory."""
 
 
 USUAL = MemoryBound(times=1.5)
-"""Every layer of a model holds its checkpoints from its forward to its backward: a schedule that is a tenth faster with
-five times the checkpoints, as that of interval 2 is for the 7B layer, does not fit where the default does."""
+"""The default bound. Every layer of a model holds its checkpoints from its forward to its backward, so a schedule that
+is a tenth faster with five times the checkpoints, as interval 2 is for the 7B layer, may not fit where the default
+does."""
 
 
 def extra_bytes(k: Lowering, batch: int, seq: int, *, training: bool) -> int:
-    """Return the bytes of checkpoints, partial sums and scratch of a forward call, and a backward with ``training``."""
+    """Return the bytes of checkpoints, partial sums and scratch of a forward, and with ``training`` of a backward."""
     variant, schedule = k.variant, k.schedule
     tokens, heads = batch * seq, variant.total_heads
     state = heads * variant.state_expansion * variant.head_dim * SINGLE
@@ -48,7 +49,7 @@ def extra_bytes(k: Lowering, batch: int, seq: int, *, training: bool) -> int:
 
 
 def _buffer(out: Output, reduction: Reduction, tokens: int) -> int:
-    """Return the bytes of the float32 buffer that several programs write an output to."""
+    """Return the bytes of the float32 buffer of an output that several programs contribute to."""
     if not out.shared:
         return 0
     rows = 1 if reduction is Reduction.ATOMIC else out.contributors

@@ -1,8 +1,7 @@
-"""Compile a candidate, with no GPU, for exactly the calls that the check and the clock will make of it.
+"""Compile a candidate without a GPU, for exactly the calls that the check and the clock will make.
 
-The candidate's own launchers run on tensors without memory, and a driver that only knows its target answers Triton:
-so its argument types, constants and divisibilities are those of the real call, and what is compiled lies in Triton's
-cache when the GPU worker asks for it.
+The candidate's own launchers run on meta tensors, with a driver for Triton that only knows its target. So the argument
+types, constants and divisibilities are those of the real call, and the GPU worker finds the kernels in Triton's cache.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from m2gen.kernels.compile import backend_of, telling, toolchain
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, binary_of, resources_of
-from m2gen.measure.workers import Lost, Service
+from m2gen.measure.workers import Lost, Service, without_interpreter
 from m2gen.spec import Objective
 from m2gen.tune.space import Subject
 from m2gen.tune.trial import Compiled, CompileTask
 from m2gen.variant import Variant
 
 SECONDS = 150.0
-"""Longest that a candidate may compile; one that takes longer is excluded."""
+"""Longest that the compilation of a candidate may take; a slower one is excluded."""
 VERSION = "2"
 
 
 def prepare() -> None:
     """Set up a compile worker: no interpreter, no GPU, one thread."""
-    os.environ.pop("TRITON_INTERPRET", None)
+    without_interpreter()
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
     import torch
 
@@ -44,10 +43,10 @@ def prepare() -> None:
 
 
 def precompile(task: CompileTask) -> Compiled:
-    """Compile a candidate, or return what is known of the same text for the same toolchain."""
+    """Compile a candidate, or return the cached result for the same source and toolchain."""
     subject, schedule = task.subject, task.schedule
     source = render_kernel(Lowering(subject.variant, schedule))
-    device = replace(subject.device, name="", sm_count=0)  # which no kernel depends on
+    device = replace(subject.device, name="", sm_count=0)  # no kernel depends on these
     sizes = f"{subject.batch} {subject.seq} {subject.objective}"
     key = key_of(VERSION, toolchain(), repr(device), sizes, source)
     known = load_result("precompiled", key, Compiled)
@@ -56,7 +55,7 @@ def precompile(task: CompileTask) -> Compiled:
     start = time.monotonic()
     try:
         found = _compile(task)
-    except Exception as error:  # of a compiler: whatever it raises, the candidate is not one
+    except Exception as error:  # a compiler may raise anything
         told = telling(error)
         if is_of_a_disk(told):
             return Compiled(stopped=str(told), details=traceback.format_exc())
@@ -83,17 +82,14 @@ def _compile(task: CompileTask) -> Compiled:
     every = [(resources_of(kernel, subject.device), kernel.metadata.num_warps) for kernel in kernels]
     reasons = [reason for resources, warps in every for reason in resources.limits(subject.device, warps)]
     failure = Failure.of(Reason.LAUNCH, reasons[0]) if reasons else None
-    resources = [_first(every, kernels, side) for side in _sides(subject.objective)]
+    sides = ("forward", "backward") if subject.objective is Objective.TRAIN else ("forward",)
+    resources = [_first(every, kernels, side) for side in sides]
     name = _binary(task, kernels, every)
     return Compiled(*_worst(resources), binary=name, failure=failure, seconds=time.monotonic() - start)
 
 
-def _sides(objective: Objective) -> tuple[str, ...]:
-    return ("forward", "backward") if objective is Objective.TRAIN else ("forward",)
-
-
 def _first(every: list[tuple[Resources, int]], kernels: list[Any], side: str) -> Resources:
-    """Return what the kernel takes that is timed: the first compiled of its name."""
+    """Return the resources of the kernel that is timed, the first one compiled for its direction."""
     return next(one for (one, _), kernel in zip(every, kernels, strict=True) if f"_{side}_" in kernel.metadata.name)
 
 
@@ -106,7 +102,7 @@ def _worst(resources: list[Resources]) -> tuple[int, int, int]:
 
 
 def _binary(task: CompileTask, kernels: list[Any], every: list[tuple[Resources, int]]) -> str:
-    """Name the machine code and how it is launched: grids, buffers and checkpoints follow from the schedule's rest."""
+    """Return a name for the machine code and its launch: grids, buffers and checkpoints."""
     schedule, variant = task.schedule, task.subject.variant
     launched = (
         schedule.interval,
@@ -122,7 +118,7 @@ def _binary(task: CompileTask, kernels: list[Any], every: list[tuple[Resources, 
 
 
 def _calls(subject: Subject, module: Any) -> Iterator[Any]:
-    """Yield the call that is timed, then those of the check, on tensors without memory."""
+    """Yield the call that is timed, then those of the check, on meta tensors."""
     from m2gen.problem import Problem
     from m2gen.tune.candidate import KernelCall, blank
     from m2gen.tune.check import call_of
@@ -147,7 +143,7 @@ def _checked_inputs(variant: Variant) -> list[tuple[Any, Any]]:
 
 
 class _Absent:
-    """What Triton asks of a driver before it compiles, answered for a GPU that need not be there."""
+    """A driver for Triton that has the target of a GPU, which need not be there."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -166,7 +162,7 @@ class _Absent:
 
 @contextmanager
 def _recorded(device: Device) -> Iterator[list[Any]]:
-    """Compile for ``device`` where kernels would be launched, and list what was compiled, each once."""
+    """Within the context, compile for ``device`` instead of launching, and collect each compiled kernel once."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 

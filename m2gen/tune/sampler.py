@@ -1,12 +1,12 @@
-"""How a space is searched that is too large to be tried as a whole; imports nothing, for the command line."""
+"""Samplers for spaces that are too large to try every point. Imports nothing, for the command line."""
 
 from enum import StrEnum
 
 
 class Sampler(StrEnum):
-    """Who proposes the next candidate."""
+    """The source of the next candidate."""
 
     TPE = "tpe"
-    """Optuna's multivariate tree-structured Parzen estimator, with a constant liar for what is running."""
+    """Optuna's multivariate tree-structured Parzen estimator, with a constant liar for running candidates."""
     RANDOM = "random"
-    """Points in a seeded order: the baseline."""
+    """Points in a seeded order, as a baseline."""

@@ -1,4 +1,4 @@
-"""From samples to a winner: the finalists within noise of the fastest, and a choice that leans towards the default."""
+"""Select the winner: among the finalists within noise of the fastest, the one most like the default."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from m2gen.tune.trial import Samples
 
 @dataclass(frozen=True)
 class Selection:
-    """The winner among finalists, and what it was selected from."""
+    """The winner among finalists, with their medians."""
 
     winner: Schedule
     estimates: Mapping[Schedule, Estimate]
     ties: tuple[Schedule, ...]
-    """Finalists within noise of the fastest, the winner and the fastest among them."""
+    """Finalists within noise of the fastest, including the winner and the fastest."""
 
 
 def select(
     samples: Mapping[Schedule, Samples], eligible: Collection[Schedule], default: Schedule, seed: int
 ) -> Selection:
-    """Return the fastest eligible finalist, or of those within noise of it the default, else the one most like it.
+    """Return, among the eligible finalists within noise of the fastest, the one most like the default.
 
     So the winner is the default, if that is eligible, unless another is faster beyond noise.
     """
@@ -42,6 +42,6 @@ def select(
 
 
 def _distance(schedule: Schedule, default: Schedule) -> int:
-    """Return in how many knobs two schedules differ."""
+    """Return the number of knobs in which two schedules differ."""
     one, other = values_of(schedule), values_of(default)
     return sum(one[name] != other[name] for name in one)

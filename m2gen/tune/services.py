@@ -1,4 +1,4 @@
-"""Who does the work of searches: processes that compile candidates, and the one that has the GPU."""
+"""The worker processes of searches: several that compile candidates, and one on the GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from m2gen.tune.trial import Compiled, CompileTask, Measurement, Task
 
 @dataclass(frozen=True)
 class Services:
-    """How candidates are compiled and measured, and in how many processes."""
+    """The services that compile and measure candidates, and the number of compiling processes."""
 
     compile: Service[CompileTask, Compiled]
     measure: Service[Task, Measurement]
@@ -25,7 +25,7 @@ class Services:
 
 @dataclass(frozen=True)
 class TuningContext(Context):
-    """A GPU and the services that search on it, real or simulated."""
+    """A GPU and the services for searches on it, real or simulated."""
 
     services: Services
     now: Callable[[], float] = time.monotonic
@@ -34,7 +34,7 @@ class TuningContext(Context):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of services: they serve one search after the other."""
+    """The processes of services, which one search after the other uses."""
 
     compilers: tuple[Worker[CompileTask, Compiled], ...]
     gpu: Worker[Task, Measurement]
@@ -47,7 +47,7 @@ class Processes:
 
 @contextmanager
 def processes_of(services: Services) -> Iterator[Processes]:
-    """Yield the processes of services, which start with their first tasks and end with the block."""
+    """Yield the processes of services; they start with their first tasks and end with the context."""
     compilers = tuple(services.start(services.compile) for _ in range(services.compilers))
     processes = Processes(compilers, services.start(services.measure))
     try:

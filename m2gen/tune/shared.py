@@ -1,8 +1,8 @@
-"""A search that workers on several GPUs or hosts share: trials in Optuna's database storage, each claimed once.
+"""Share a search among workers on several GPUs or hosts, by trials in Optuna's database storage.
 
-Optuna's tables hold the finished trials, one study a search. A claim is a row of a table beside them whose primary key
-is the candidate, so that the database itself refuses the second; workers renew theirs, and take over those of a
-worker that stopped doing so.
+Optuna's tables hold the finished trials, with one study for each search. A claim is a row in another table whose
+primary key is the candidate, so that the database refuses a second claim; workers renew their claims, and take over
+expired ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from m2gen.tune.trial import Trial
 
 ATTRIBUTE = "m2gen"
 RACES = 10
-"""Times that tables are created before it counts as an error that another worker creates them, too."""
+"""Attempts to create tables or the study while other workers create them as well."""
 
 Made = TypeVar("Made")
 
@@ -43,11 +43,10 @@ _CLAIMS = sql.Table(
 
 @dataclass(frozen=True)
 class Pace:
-    """How often a worker renews its claims and looks for others' trials, in seconds."""
+    """Seconds between the regular actions of a worker."""
 
     grace: float = 120.0
-    """After which a claim that its worker did not renew is another's to take, by the database's clock; longer than any
-    step on the GPU."""
+    """Age at which a claim expires, by the database's clock; longer than any step on the GPU."""
     renew: float = 5.0
     poll: float = 1.0
     now: Callable[[], float] = time.monotonic
@@ -57,7 +56,7 @@ USUAL = Pace()
 
 
 def open_study(url: str, name: str, worker: str, *, fresh: bool = False, pace: Pace = USUAL) -> SharedStudy:
-    """Join or begin a study; raises UsageError where the URL cannot be used, TuneError where the database cannot."""
+    """Join or create a study; raises UsageError for a bad URL, and TuneError if the database cannot be used."""
     try:
         parsed = sql.make_url(url)
         if parsed.drivername == "postgresql":
@@ -71,7 +70,7 @@ def open_study(url: str, name: str, worker: str, *, fresh: bool = False, pace: P
 
 
 class SharedStudy:
-    """A ledger in a database."""
+    """A ledger in a database, which several workers share."""
 
     def __init__(self, engine: sql.Engine, url: sql.URL, name: str, worker: str, *, fresh: bool, pace: Pace) -> None:
         import optuna
@@ -90,11 +89,11 @@ class SharedStudy:
             self._study = _raced(lambda: optuna.create_study(storage=storage, study_name=name, load_if_exists=True))
 
     def trials(self) -> list[Trial]:
-        """Return what all workers have found so far."""
+        """Return the trials of all workers so far."""
         return self._unseen()
 
     def news(self) -> list[Trial]:
-        """Return what other workers found since the last call, and renew this worker's claims."""
+        """Return the trials of other workers since the last call, and renew this worker's claims."""
         now = self._pace.now()
         if now - self._renewed > self._pace.renew:
             self._renewed = now
@@ -105,7 +104,7 @@ class SharedStudy:
         return self._unseen()
 
     def claim(self, schedule: Schedule) -> bool:
-        """Return whether a candidate was free, and is this worker's now."""
+        """Claim a candidate; return False if another worker has it."""
         row = {"study": self._name, "candidate": schedule.slug, "worker": self._worker, "done": False}
         with self._errors():
             try:
@@ -116,19 +115,19 @@ class SharedStudy:
         return True
 
     def adopt(self) -> list[Schedule]:
-        """Take over the claims that their workers no longer renew, and return those whose trials are still missing."""
+        """Take over expired claims, and return those whose trials are still missing."""
         with self._errors(), self._engine.begin() as connection:
             open_ = sql.and_(_CLAIMS.c.study == self._name, ~_CLAIMS.c.done, _CLAIMS.c.worker != self._worker)
             rows = connection.execute(sql.select(_CLAIMS.c.candidate, _CLAIMS.c.worker, _AGE).where(open_)).all()
         stale = [(candidate, worker) for candidate, worker, age in rows if float(age) > self._pace.grace]
         taken = [parse(candidate) for candidate, worker in stale if self._take(candidate, worker)]
-        finished = {trial.schedule for trial in self._stored()} if taken else set()
+        finished = {trial.schedule for _, trial in self._numbered()} if taken else set()
         for schedule in finished.intersection(taken):
             self._update(_CLAIMS.c.candidate == schedule.slug, done=True)
         return [schedule for schedule in taken if schedule not in finished]
 
     def pending(self) -> int:
-        """Return how many candidates other workers are at."""
+        """Return the number of candidates that other workers hold."""
         others = sql.and_(_CLAIMS.c.study == self._name, ~_CLAIMS.c.done, _CLAIMS.c.worker != self._worker)
         with self._errors(), self._engine.begin() as connection:
             return int(connection.execute(sql.select(sql.func.count()).where(others)).scalar_one())
@@ -138,13 +137,13 @@ class SharedStudy:
         self._update(_CLAIMS.c.candidate == schedule.slug, seen=sql.func.now())
 
     def release(self, schedule: Schedule) -> None:
-        """Give up a claim, for any worker to take."""
+        """Give up a claim, so that any worker may take it."""
         mine = sql.and_(self._mine, _CLAIMS.c.candidate == schedule.slug)
         with self._errors(), self._engine.begin() as connection:
             connection.execute(_CLAIMS.delete().where(mine))
 
     def record(self, trial: Trial) -> None:
-        """Keep a trial in the study, and its claim as done."""
+        """Write a trial to the study, and mark its claim as done."""
         from optuna.trial import TrialState, create_trial
 
         self._recorded.add(trial.schedule)
@@ -169,13 +168,13 @@ class SharedStudy:
         return sql.and_(_CLAIMS.c.study == self._name, _CLAIMS.c.worker == self._worker, ~_CLAIMS.c.done)
 
     def _take(self, candidate: str, worker: str) -> bool:
-        """Make another's claim this worker's, unless somebody was quicker."""
+        """Take over an expired claim; return False if its worker renewed it, or another was quicker."""
         held = sql.and_(
             _CLAIMS.c.study == self._name,
             _CLAIMS.c.candidate == candidate,
             _CLAIMS.c.worker == worker,
             ~_CLAIMS.c.done,
-            self._pace.grace < _AGE,  # still: its worker may have renewed it since
+            self._pace.grace < _AGE,
         )
         with self._errors(), self._engine.begin() as connection:
             done = connection.execute(_CLAIMS.update().where(held).values(worker=self._worker, seen=sql.func.now()))
@@ -186,13 +185,10 @@ class SharedStudy:
             connection.execute(_CLAIMS.update().where(sql.and_(_CLAIMS.c.study == self._name, where)).values(**values))
 
     def _unseen(self) -> list[Trial]:
-        """Return the trials that were not returned before, and that this object did not record."""
+        """Return the trials that are new and that this worker did not record."""
         found = {number: trial for number, trial in self._numbered() if number not in self._known}
         self._known.update(found)
         return [trial for trial in found.values() if trial.schedule not in self._recorded]
-
-    def _stored(self) -> list[Trial]:
-        return [trial for _, trial in self._numbered()]
 
     def _numbered(self) -> Iterator[tuple[int, Trial]]:
         with self._errors():
@@ -227,11 +223,11 @@ class SharedStudy:
 
 
 _AGE = sql.extract("epoch", sql.func.now()) - sql.extract("epoch", _CLAIMS.c.seen)
-"""Seconds since a claim was renewed, by the database's own clock."""
+"""Seconds since a claim was renewed, by the database's clock."""
 
 
 def _raced(make: Callable[[], Made]) -> Made:
-    """Return what ``make`` returns, also where another worker makes the same tables or study at the same time."""
+    """Return the result of ``make``, trying again if another worker makes the same tables or study."""
     for attempt in range(RACES):
         try:
             return make()

@@ -1,4 +1,4 @@
-"""What the tuner asks of a GPU, and what it learns: tasks, samples, trials. Imports neither torch nor triton."""
+"""Tasks for GPU workers and their results: samples, measurements, trials. Imports neither torch nor triton."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from m2gen.schedule import Schedule
 from m2gen.tune.space import Subject
 
 KNOWN = "known"
-"""Origin of what a record says that it fails: it is not tried."""
+"""Origin of a candidate that is not tried, since a record says that it fails."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Samples:
 
     forward_ms: tuple[float, ...]
     backward_ms: tuple[float, ...]
-    """Of the call in the same place of ``forward_ms``; empty for inference."""
+    """Times of the backward of the same calls; empty for inference."""
     peak_bytes: int
 
     @property
     def call_ms(self) -> tuple[float, ...]:
-        """Forward and backward together: what is optimised."""
+        """Forward and backward together, which is minimised."""
         if not self.backward_ms:
             return self.forward_ms
         return tuple(one + other for one, other in zip(self.forward_ms, self.backward_ms, strict=True))
@@ -41,49 +41,49 @@ class Samples:
 
 
 class Step(StrEnum):
-    """What is done with a candidate on the GPU."""
+    """A step with a candidate on the GPU."""
 
     PREPARE = "prepare"
-    """Work out the answers of the check, so that the first candidate need not wait for them."""
+    """Compute the oracle's answers, so that the first candidate need not wait for them."""
     SCREEN = "screen"
-    """Check it; if it passes, time it for as long as it is not far slower than the best."""
+    """Check the candidate, and if it passes, time it, with few samples if it is far slower than the best."""
     HELD_OUT = "held_out"
-    """Check it on problems that no trial has seen."""
+    """Check the candidate on held-out problems, which no trial has seen."""
     TIME = "time"
-    """Time it again; it has passed."""
+    """Time the candidate again, after it passed."""
     VERIFY = "verify"
-    """Check it on all problems, without timing it."""
+    """Check the candidate on all problems, without timing it."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """One step with one candidate, for a GPU worker."""
+    """One step with one candidate, for the GPU worker."""
 
     subject: Subject
     schedule: Schedule
     step: Step
     best_ms: float | None = None
-    """Median of the best candidate so far."""
+    """Median of the best candidate so far, in milliseconds."""
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a GPU worker found: the worst error of every tensor, samples if it passed, or why it must not be used."""
+    """A GPU worker's result: the worst error of every tensor, and samples or a failure."""
 
     errors: tuple[TensorError, ...] = ()
     samples: Samples | None = None
     failure: Failure | None = None
     seconds: float = 0.0
     details: str = field(default="", compare=False)
-    """Traceback of what was raised."""
+    """Traceback of the exception."""
     stopped: str = ""
-    """Why this machine cannot go on, a full disk say: of no candidate, so nothing that may be recorded of one."""
+    """Why this machine cannot go on, as with a full disk; it says nothing about the candidate."""
 
 
 @dataclass(frozen=True)
 class CompileTask:
-    """One candidate to compile for all calls that the check and the clock will make of it."""
+    """One candidate to compile, for all calls that the check and the clock will make."""
 
     subject: Subject
     schedule: Schedule
@@ -91,34 +91,34 @@ class CompileTask:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a candidate's kernels take, the worst of them, and a name for what runs."""
+    """The resources of a candidate's kernels (the worst of them), and a name of the machine code."""
 
     registers: int = 0
     spill_bytes: int = 0
     shared_bytes: int = 0
     binary: str = ""
-    """Candidates of one name have the same machine code and launch it the same way."""
+    """Name of the machine code and its launch; candidates with the same name run the same."""
     failure: Failure | None = None
     seconds: float = 0.0
     details: str = field(default="", compare=False)
     stopped: str = ""
-    """As in ``Measurement``."""
+    """Why this machine cannot go on, as in ``Measurement``."""
 
 
 def go_on(found: Compiled | Measurement) -> None:
-    """Raise TuneError where a worker says that this machine cannot go on."""
+    """Raise TuneError if a worker says that this machine cannot go on."""
     if found.stopped:
         raise TuneError(f"workers must be able to write their files: {found.stopped}")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate with everything that was found out about it: a line of the journal."""
+    """One candidate with all its results: a line of the journal."""
 
     schedule: Schedule
     origin: str
-    """Why it was tried: default, record, similar, elsewhere, tile, neighbour, combined, search, every; adopted from a
-    worker that is gone, resumed after its machine went down. Or known: a record says that it fails."""
+    """Why the candidate was tried: default, record, similar, elsewhere, tile, neighbour, combined, search or every;
+    adopted from a worker that is gone, or resumed after its machine went down. Or ``KNOWN``."""
     compiled: Compiled | None = None
     errors: tuple[TensorError, ...] = ()
     samples: Samples | None = None
@@ -126,9 +126,9 @@ class Trial:
     gpu_seconds: float = 0.0
     worker: str = ""
     copy_of: str = ""
-    """Slug of the candidate that has the same machine code, whose samples these are."""
+    """Slug of the candidate with the same machine code whose samples these are."""
 
     @property
     def median_ms(self) -> float | None:
-        """What is optimised, of a candidate that passed."""
+        """Median time of a candidate that passed, which is minimised."""
         return self.samples.median_ms if self.samples and not self.failure else None

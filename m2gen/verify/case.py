@@ -1,4 +1,4 @@
-"""What one check is, and what it found."""
+"""Verification cases and their reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from m2gen.variant import Variant
 
 
 class Feature(StrEnum):
-    """What of the operator's contract a case is about; summaries have a line for each."""
+    """The part of the operator's contract that a case is about; summaries have a line for each."""
 
     RECURRENCE = "recurrence"
     PACKED = "packed"
@@ -29,7 +29,7 @@ class Feature(StrEnum):
 
 
 class Loss(StrEnum):
-    """Which results the gradients come from."""
+    """The results that have an incoming gradient."""
 
     Y = "y"
     STATE = "state"
@@ -37,28 +37,28 @@ class Loss(StrEnum):
 
 
 class Layout(StrEnum):
-    """How the operands and incoming gradients lie in memory."""
+    """The memory layout of the operands and incoming gradients."""
 
     PLAIN = "plain"
     STRIDED = "strided"
-    """Every other element of a wider tensor."""
+    """Operands are every other element of a wider tensor."""
     TRANSPOSED = "transposed"
-    """The first and the second dim swapped."""
+    """The first and the second dim are swapped in memory."""
     SLICED = "sliced"
-    """The middle of a fused projection's last dim."""
+    """Operands are slices of a fused projection's last dim."""
     EXPANDED = "expanded"
-    """One step of one sequence, expanded with stride 0."""
+    """One step of one sequence is expanded with stride 0."""
 
 
 class Check(StrEnum):
-    """What is done with a case's problem; ``m2gen.verify.checks`` has a function for each."""
+    """The check of a case; ``m2gen.verify.checks`` has a function for each."""
 
     GRADIENTS = "gradients"
-    """Results and all gradients against float64."""
+    """Compare results and all gradients with float64."""
     SINGLE = "single"
-    """The same, with a gradient wanted for one operand at a time."""
+    """Compare each gradient when it is wanted alone."""
     INFERENCE = "inference"
-    """Results against float64 where no gradient is wanted."""
+    """Compare results with float64 when no gradient is wanted."""
     AUTOCAST = "autocast"
     CHUNKED = "chunked"
     ISOLATED = "isolated"
@@ -74,13 +74,13 @@ class Check(StrEnum):
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether the interpreter cannot run it, or not in any reasonable time."""
+        """Whether the interpreter cannot run it in reasonable time."""
         return self in (Check.GRAPH, Check.STEP_GRAPH, Check.DRIFT)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One check: a problem, how its inputs are drawn, how the operator is called, and what is differentiated."""
+    """One case: a problem, how its inputs are drawn, how the operator is called, and what is differentiated."""
 
     name: str
     problem: Problem
@@ -94,7 +94,7 @@ class Case:
     layout: Layout = Layout.PLAIN
     deterministic: bool = False
     narrow_state: bool = False
-    """Decoding keeps the state in bf16 between steps, and so does the oracle that draws its budget."""
+    """Whether decoding keeps the state in bf16 between steps, as does the eager loop that its budget comes from."""
     feature: Feature = Feature.RECURRENCE
     check: Check = Check.GRADIENTS
 
@@ -106,7 +106,7 @@ class Case:
 
     @property
     def question(self) -> Case:
-        """The case reduced to what the oracle's answer depends on."""
+        """The case reduced to the facts that the oracle's answer depends on."""
         layout = self.layout if self.layout is Layout.EXPANDED else Layout.PLAIN
         plain = Case("", self.problem)
         return replace(self, name="", layout=layout, deterministic=False, feature=plain.feature, check=plain.check)
@@ -114,14 +114,14 @@ class Case:
 
 @dataclass(frozen=True)
 class TensorResult:
-    """One tensor's relative error ‖out - ref‖ / ‖ref‖ against its budget; absolute where ref is 0."""
+    """One tensor's relative error ‖out - ref‖ / ‖ref‖ (absolute if ref is 0) and its budget."""
 
     tensor: str
     error: float
     budget: float
-    """0 where the tensor must have the same bits as another."""
+    """Largest error allowed; 0 if the tensor must have the same bits as another."""
     over: bool = False
-    """Whether the error must be over the budget: a control, of something that is known to go wrong."""
+    """Whether the error must be over the budget: a control, which is known to be wrong."""
 
     @property
     def passed(self) -> bool:
@@ -129,14 +129,14 @@ class TensorResult:
 
     @property
     def verdict(self) -> str:
-        """What the error had to be, and was."""
+        """The requirement and the error, for messages."""
         if not self.budget and not self.over:
             return f"must have the same bits, got a relative difference of {self.error:.2e}"
         return f"must be {'over' if self.over else 'within'} {self.budget:.2e}, got {self.error:.2e}"
 
     @property
     def part(self) -> float:
-        """The error as a part of the budget; 0 for bits that are the same."""
+        """The error as a fraction of the budget; 0 for equal bits."""
         if self.budget:
             return self.error / self.budget
         return 0.0 if self.passed else float("inf")
@@ -144,24 +144,24 @@ class TensorResult:
 
 @dataclass(frozen=True)
 class CaseReport:
-    """What one case found."""
+    """The results of one case."""
 
     variant: str
     dtype: str
-    """Of the variant's operands; ``tf32`` where its products are."""
+    """Dtype of the variant's operands; ``tf32`` if its products are."""
     feature: Feature
     case: str
     seed: int
     results: tuple[TensorResult, ...]
     seconds: float
     failure: str = ""
-    """Why there are no results, in one line: what was raised, or what became of the process."""
+    """Why there are no results, in one line: the exception, or how the process ended."""
     spec: str = ""
-    """The spec file that the variant comes from."""
+    """Spec file of the variant."""
     schedule: str = ""
-    """Slug of the schedule that it ran by."""
+    """Slug of the schedule."""
     name: str = ""
-    """Of the variant, by the spec's layers and dtype."""
+    """Name of the variant: the spec's layers and dtype."""
 
     @property
     def passed(self) -> bool:

@@ -1,4 +1,4 @@
-"""Which cases a variant gets: every one that applies to it, on the GPU or in the interpreter."""
+"""The matrix of cases: for each feature, those that apply to a variant on the GPU or in the interpreter."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from m2gen.verify.case import Case, Check, Feature, Layout, Loss
 LONG = 4096
 DRIFT = 16384
 LONG_STATE = 1024
-"""Most elements of a state, N K V, whose eager reference runs thousands of steps, forward and backward."""
+"""Largest state, in elements N K V, for cases with thousands of steps, which the eager reference runs as well."""
 INTERPRETED_TILES = 64
-"""Most 16x16 tiles of a state that the interpreter walks in reasonable time."""
+"""Largest state, in 16x16 tiles, that the interpreter scans in reasonable time."""
 CHAOTIC_STEPS = 5
-"""Under standard normal weights, after which errors of the last bit have grown to the size of the state."""
+"""Steps under standard normal weights; more let errors of the last bit grow to the size of the state."""
 WAVES_OF_PROGRAMS = 4096
-"""Several waves on any GPU: 31 programs for each of 132 multiprocessors."""
+"""Several waves on any GPU: 31 programs for each of 132 SMs."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the sizes of a variant's cases follow from."""
+    """The facts from which the sizes of a variant's cases follow."""
 
     variant: Variant
     interval: int
-    """C: steps between checkpoints."""
+    """C, the steps between checkpoints."""
     interpreted: bool
 
     @property
     def ragged(self) -> Problem:
-        """Two sequences (one in the interpreter) that end just after a checkpoint, from initial states."""
+        """Two sequences (one in the interpreter) from initial states that end just after a checkpoint."""
         return Problem(1 if self.interpreted else 2, self.interval + 3, initial_state=True)
 
     @property
     def brief(self) -> Problem:
-        """Two sequences that fit in one interval, for cases that call the operator often."""
+        """Two sequences within one interval, for cases that call the operator often."""
         return Problem(2, min(self.interval, 6), initial_state=True)
 
     @property
@@ -47,7 +47,7 @@ class Setting:
 
     @property
     def long(self) -> bool:
-        """Whether sequences of thousands of steps are within reach."""
+        """Whether sequences of thousands of steps take reasonable time."""
         variant = self.variant
         state = variant.total_heads * variant.state_expansion * variant.head_dim
         return not self.interpreted and state <= LONG_STATE
@@ -56,7 +56,7 @@ class Setting:
 def cases(variant: Variant, interval: int, *, interpreted: bool) -> tuple[Case, ...]:
     """Return every case that applies to a variant whose checkpoints are ``interval`` steps apart.
 
-    The interpreter gets shorter sequences, and one single case where it would have to walk too many tiles.
+    The interpreter gets shorter sequences, and a single case if the state has too many tiles for it.
     """
     setting = Setting(variant, interval, interpreted)
     if interpreted and _work(variant) > INTERPRETED_TILES * MIN_TILE**2:
@@ -79,7 +79,7 @@ def quick(variants: Mapping[Variant, int], *, interpreted: bool) -> list[tuple[V
 
 
 def _work(variant: Variant) -> int:
-    """Return the elements of a padded state."""
+    """Return the number of elements of a padded state."""
     return variant.total_heads * variant.padded_rows * variant.padded_cols
 
 

@@ -1,4 +1,4 @@
-"""The float64 answer to a problem, and the budgets that a kernel's own dtypes leave it.
+"""The float64 results of a problem, and error budgets derived from the kernel's own dtypes.
 
 A tensor's budget is FACTOR times the error that the eager reference makes when it rounds where the kernel's own
 dtypes round, on the same inputs, plus one rounding of the tensor's dtype (docs/design.md, section 6). Rounding depends
@@ -26,11 +26,11 @@ from m2gen.verify.case import Case, Loss, TensorResult
 FACTOR = 2.0
 DRAWS = 4
 FEW_TOKENS = 128
-"""Up to here a tensor may be a handful of numbers, whose error is luck: twice the draws, which cost little."""
+"""Up to this many tokens a tensor may be a handful of numbers, whose error is luck: they get twice the draws."""
 APPROXIMATE_TANH_BITS = 11
 """``tanh.approx.f32`` has a relative error of up to 2^-11 (PTX ISA)."""
 FUNCTION_BITS = 22
-"""``ex2.approx.f32``, of which kernels make every other function, has one of up to 2^-22 (PTX ISA)."""
+"""``ex2.approx.f32``, from which kernels make every other function, has one of up to 2^-22 (PTX ISA)."""
 OPERANDS = ("q", "k", "v", "weight", "forget", "initial_state")
 GATE_PARAMETERS = ("A_log", "dt_bias")
 TENSORS = ("y", "state", "dq", "dk", "dv", "dweight", "dforget", "dinitial_state")
@@ -41,7 +41,7 @@ Arrange = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Oracle:
-    """Exact results and gradients by name, in float64, and what each tensor's relative error may be."""
+    """Exact float64 results and gradients by name, the budget of each tensor's relative error, and its dtype."""
 
     exact: Mapping[str, Tensor]
     budgets: Mapping[str, float]
@@ -49,9 +49,9 @@ class Oracle:
 
 
 def oracle(variant: Variant, case: Case, inputs: Inputs, seed: int) -> Oracle:
-    """Evaluate the reference in float64 and in the kernel's own dtypes, whose rows ``seed`` orders.
+    """Evaluate the reference in float64, and for budgets in the kernel's own dtypes with draws from ``seed``.
 
-    Depends on ``case.question`` alone, so one oracle serves every schedule of a variant, and every layout.
+    The result depends on ``case.question`` alone, so one oracle serves every schedule of a variant, and every layout.
     """
     exact = differentiate(eager(variant, EXACT), inputs, case, dtype=torch.float64)
     draws = DRAWS * 2 if math.prod(case.problem.lead) <= FEW_TOKENS else DRAWS
@@ -76,19 +76,17 @@ def judge(given: Mapping[str, Tensor], known: Oracle) -> tuple[TensorResult, ...
 
 
 def same(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[TensorResult, ...]:
-    """Compare tensors bit by bit; of those that differ, or are NaN, the result has the relative error."""
+    """Compare tensors bit by bit; a tensor that differs, or has a NaN, gets its relative error, which is over 0."""
     return tuple(
-        TensorResult(name, 0.0 if torch.equal(out, expected[name]) else _difference(out, expected[name]), 0.0)
+        TensorResult(
+            name, 0.0 if torch.equal(out, expected[name]) else relative_error(out, expected[name]) or math.ulp(0.0), 0.0
+        )
         for name, out in given.items()
     )
 
 
-def _difference(out: Tensor, expected: Tensor) -> float:
-    return relative_error(out, expected) or math.ulp(0.0)
-
-
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """Return ‖out - ref‖ / ‖ref‖ in float64, ‖out‖ where ref is 0 everywhere."""
+    """Return ‖out - ref‖ / ‖ref‖ in float64, or ‖out‖ if ref is 0 everywhere."""
     if out.shape != ref.shape:
         return math.inf
     norm = ref.double().norm().item()
@@ -96,7 +94,7 @@ def relative_error(out: Tensor, ref: Tensor) -> float:
 
 
 def own_arithmetic(variant: Variant) -> Arithmetic:
-    """Return where the variant's kernels cannot but round."""
+    """Return the roundings that the variant's kernels cannot avoid."""
     return Arithmetic(
         torch.float32,
         TORCH_DTYPE[variant.dtype],
@@ -107,7 +105,7 @@ def own_arithmetic(variant: Variant) -> Arithmetic:
 
 
 def eager(variant: Variant, arithmetic: Arithmetic) -> Operator:
-    """Return the reference with the variant's meaning of ``clip`` and with ``arithmetic``."""
+    """Return the reference operator with the variant's clip mode and with ``arithmetic``."""
 
     def call(*operands: Any, **facts: Any) -> tuple[Tensor, Tensor]:
         total = variant.clip is ClipMode.TOTAL
@@ -117,13 +115,13 @@ def eager(variant: Variant, arithmetic: Arithmetic) -> Operator:
 
 
 def named_operands(inputs: Inputs) -> dict[str, Tensor]:
-    """Return every operand that can have a gradient and is there, by name."""
+    """Return by name every operand that is given and can have a gradient."""
     every = {name: getattr(inputs, name) for name in (*OPERANDS, *GATE_PARAMETERS)}
     return {name: x for name, x in every.items() if x is not None}
 
 
 def gate_of(inputs: Inputs) -> dict[str, Tensor]:
-    """Return A_log and dt_bias by name, where the variant computes its gate."""
+    """Return A_log and dt_bias by name if the variant computes its gate, else nothing."""
     every = {name: getattr(inputs, name) for name in GATE_PARAMETERS}
     return {name: x for name, x in every.items() if x is not None}
 
@@ -145,7 +143,7 @@ def differentiate(
 ) -> dict[str, Tensor]:
     """Return y, state and the gradients d<operand> of one call by name.
 
-    Operands are cast to ``dtype`` if given, and laid out in memory by ``arrange`` as the incoming gradients are;
+    Operands are cast to ``dtype`` if given, and laid out in memory by ``arrange``, as are the incoming gradients;
     ``wanted`` names the operands that require a gradient, all of them by default.
     """
     leaves = {name: arrange(x if dtype is None else x.to(dtype)) for name, x in named_operands(inputs).items()}
@@ -164,7 +162,7 @@ def differentiate(
 
 
 def _gradients(outputs: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> Sequence[Tensor]:
-    """Return the gradients of leaves; zeros of those that no output depends on, as in a call of no steps."""
+    """Return the gradients of leaves, zeros for those that no output depends on, as in a call of no steps."""
     if not outputs:
         return [torch.zeros_like(leaf) for leaf in leaves]
     results, incoming = zip(*outputs, strict=True)
@@ -172,7 +170,7 @@ def _gradients(outputs: list[tuple[Tensor, Tensor]], leaves: list[Tensor]) -> Se
 
 
 def _dtypes(inputs: Inputs, case: Case, exact: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
-    """Return the dtype of every result: y as q, the state in float32 unless narrow, gradients as their operands."""
+    """Return the dtype of every result: y has q's, the state float32 unless narrow, gradients their operands'."""
     operands = {f"d{name}": x.dtype for name, x in named_operands(inputs).items()}
     state = torch.bfloat16 if case.narrow_state else torch.float32
     every = {"y": inputs.q.dtype, "state": state, **operands}
@@ -182,9 +180,9 @@ def _dtypes(inputs: Inputs, case: Case, exact: Mapping[str, Tensor]) -> dict[str
 def _drawn_errors(
     variant: Variant, inputs: Inputs, case: Case, exact: Mapping[str, Tensor], seed: int, *, nominal: bool
 ) -> dict[str, float]:
-    """Return every tensor's error in the kernel's own dtypes, with rows, which never mix, in an order from ``seed``.
+    """Return every tensor's error in the kernel's own dtypes, with the state's rows in an order drawn from ``seed``.
 
-    Values are rounded on a grid from ``seed`` as well, but for the ``nominal`` draw.
+    Values are rounded on a grid drawn from ``seed`` as well, except in the ``nominal`` draw.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(inputs.q.shape[-1], generator=generator).to(inputs.q.device)

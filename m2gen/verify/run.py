@@ -1,4 +1,4 @@
-"""Run one case: whatever happens in it ends up in its report."""
+"""Run one case and report whatever happens in it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST_MESSAGE = 400
 
 
 def run_case(package: GeneratedPackage, variant: Variant, case: Case, seed: int, device: torch.device) -> CaseReport:
-    """Run one case of an imported package and judge what it gives; an exception is a failed case."""
+    """Run one case of an imported package and judge its results; an exception makes it a failed case."""
     start = time.monotonic()
     results: tuple[TensorResult, ...] = ()
     failure = ""
@@ -23,14 +23,9 @@ def run_case(package: GeneratedPackage, variant: Variant, case: Case, seed: int,
         results = tuple(CHECKS[case.check](CaseContext(package, variant, case, seed, device)))
         if not results:
             failure = "nothing was judged"
-    except Exception as error:  # of a compiler, a driver or a check: one case's failure, not the run's
+    except Exception as error:  # raised by a compiler, a driver or a check: only this case fails
         failure = one_line(error)
     return report(variant, case, seed, results, time.monotonic() - start, failure)
-
-
-def failed_case(variant: Variant, case: Case, seed: int, error: Exception) -> CaseReport:
-    """Return the report of a case that could not begin."""
-    return report(variant, case, seed, failure=one_line(error))
 
 
 def one_line(error: Exception) -> str:

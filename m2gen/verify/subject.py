@@ -1,4 +1,4 @@
-"""What a check is done to: a package's operator on one case's inputs, beside what the oracle knows of them."""
+"""The context of a check: a package's operator, one case's inputs, and the oracle's results for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from m2gen.verify.oracle import OPERANDS, Operator, Oracle, differentiate, gate_
 
 
 class GeneratedPackage(Protocol):
-    """What a generated package exports."""
+    """A generated package."""
 
     __name__: str
 
@@ -47,17 +47,17 @@ class CaseContext:
 
     @property
     def known(self) -> Oracle:
-        """The oracle's answer, kept for the next case that asks the same."""
+        """The oracle's answer, which is cached for the next case with the same question."""
         return _known(self.variant, self.case.question, self.seed, self.device)
 
     @property
     def operator(self) -> Operator:
-        """The package's operator; the default mode even where ``poisoned`` asks torch for determinism."""
+        """The package's operator, in the mode of the case even though ``poisoned`` asks torch for determinism."""
         return partial(self.package.m2rnn, deterministic=self.case.deterministic)
 
     @property
     def gate(self) -> dict[str, Tensor]:
-        """A_log and dt_bias where the variant computes its gate."""
+        """A_log and dt_bias by name if the variant computes its gate, else nothing."""
         return gate_of(self.inputs)
 
     @property
@@ -87,9 +87,9 @@ def _known(variant: Variant, question: Case, seed: int, device: torch.device) ->
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill what torch allocates without initialising with NaN, so that an element nobody wrote is seen."""
+    """Fill uninitialised allocations of torch with NaN, so that an element that is never written is seen."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills, by default
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills memory by default
     try:
         yield
     finally:

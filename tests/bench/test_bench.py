@@ -30,7 +30,7 @@ from m2gen.schedule import Family, default, parse
 from m2gen.spec import Fp32Products
 
 SPEC = """schema: 1
-name: raced
+name: timed
 targets: sm_90
 layers:
   wide:
@@ -58,23 +58,23 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Script:
 def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return a spec whose one workload is in the bucket of a record in ./db."""
     monkeypatch.chdir(tmp_path)
-    Path("raced.yaml").write_text(SPEC, encoding="utf-8")
+    Path("timed.yaml").write_text(SPEC, encoding="utf-8")
     Database(Path("db")).add([RECORD])
-    return "raced.yaml"
+    return "timed.yaml"
 
 
 def bench(*arguments: str, status: int = 0) -> Any:
-    """Return the document of a run on the raced spec and its record."""
-    return document("bench", "--spec", "raced.yaml", "--db", "db", "--quiet", *arguments, status=status)
+    """Return the document of a run on the timed spec and its record."""
+    return document("bench", "--spec", "timed.yaml", "--db", "db", "--quiet", *arguments, status=status)
 
 
 def rows(found: Any) -> dict[tuple[str, str], Any]:
-    """Return the rows of a document by call and contender."""
-    return {(row["call"], row["contender"]): row for row in found["rows"]}
+    """Return the rows of a document by call and implementation."""
+    return {(row["call"], row["implementation"]): row for row in found["rows"]}
 
 
 def test_everyone_side_by_side(spec: str, script: Script) -> None:
-    """Default, tuned, eager and compiled on the workload and on one token, in turns, with the record that serves."""
+    """Default, tuned, eager and compiled are timed in rounds, on the workload and on a token, with their sources."""
     found = rows(bench())
     kinds = ["default", "tuned", "eager", "compiled"]
     calls = ["sequence", "decode", "decode_bf16"]
@@ -85,9 +85,9 @@ def test_everyone_side_by_side(spec: str, script: Script) -> None:
     assert {row["host_us"] for row in found.values() if row["schedule"]} == {20.0}
     assert found["decode", "default"]["batch"] == 64
     assert found["decode", "default"]["step"] is None
-    turns = [script.sampled()[4 * i : 4 * i + 4] for i in range(len(calls) * ROUNDS)]
-    assert all(sorted(turn) == sorted(kinds) for turn in turns)
-    assert len({tuple(turn) for turn in turns}) > 2, "in another order each time"
+    rounds = [script.sampled()[4 * i : 4 * i + 4] for i in range(len(calls) * ROUNDS)]
+    assert all(sorted(sampled) == sorted(kinds) for sampled in rounds)
+    assert len({tuple(sampled) for sampled in rounds}) > 2, "in another order each time"
 
 
 def test_portable_kernels_take_part_where_the_default_has_others(spec: str, script: Script) -> None:
@@ -115,7 +115,7 @@ def test_medians_intervals_and_speed_ups(spec: str, script: Script) -> None:
 
 @pytest.mark.parametrize("when", ["broken", "breaks"])
 def test_no_speed_up_of_what_failed(spec: str, script: Script, when: str) -> None:
-    """What fails the check, or breaks off when it is timed, has no times and no speed-up; the command says so."""
+    """An implementation that fails the check, or later, has no times and no speed-up; the command says so."""
     setattr(script, when, {"tuned": WRONG})
     found = rows(bench(status=1))
     tuned = found["sequence", "tuned"]
@@ -142,7 +142,7 @@ def test_what_pytorch_cannot_do_fails_no_benchmark(spec: str, script: Script) ->
 def test_only_decode_and_peer(spec: str, script: Script) -> None:
     """Implementations and batches of decoding can be chosen, and peers added; peers decode nothing."""
     found = bench("--only", "default", "--only", "peer", "--peer", "other.kernels:adapter", "--decode", "8")
-    assert [(row["contender"], row["call"], row["batch"]) for row in found["rows"]] == [
+    assert [(row["implementation"], row["call"], row["batch"]) for row in found["rows"]] == [
         ("default", "sequence", 66),
         ("other.kernels:adapter", "sequence", 66),
         ("default", "decode", 8),
@@ -153,7 +153,7 @@ def test_only_decode_and_peer(spec: str, script: Script) -> None:
 
 
 def test_installed_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An entry point is a peer under its name, which cannot be that of a contender of ours."""
+    """An entry point is a peer under its name, which cannot be that of a implementation of ours."""
     from importlib.metadata import EntryPoint
 
     points = [EntryPoint(name, f"{name}:f", peers.GROUP) for name in ("published", "default")]
@@ -178,7 +178,7 @@ def test_the_tables(spec: str, script: Script) -> None:
 
 
 def test_floors_of_the_7b_layer() -> None:
-    """Those that docs/performance.md names: on an H200, tanh takes 0.53 ms for each pass over the sequence."""
+    """The floors are those in docs/performance.md: on an H200, tanh takes 0.53 ms for each pass over the sequence."""
     entry = Implementation(Kind.DEFAULT, default(LAYER_7B, TARGETS["sm_90"]))
     (result,) = side_by_side(BASE, [entry], scripted.context(Script()))
     assert result.forward is not None
@@ -245,10 +245,10 @@ def against(path: object, status: int, *more: str) -> Any:
 
 
 def test_against_an_earlier_run(spec: str, script: Script) -> None:
-    """The same speed passes; each binary is timed beside itself in the same turns, and loops are not timed."""
+    """The same speed passes; each binary is timed twice in the same rounds, and loops are not timed."""
     found = against(recorded(script), 0)
-    assert len(found) == 2 * (2 + 2), "two contenders: forward and both of the workload, a token on either state"
-    assert {c["place"]["contender"] for c in found} == {"default", "tuned"}
+    assert len(found) == 2 * (2 + 2), "two implementations: forward and both of the workload, a token on either state"
+    assert {c["place"]["implementation"] for c in found} == {"default", "tuned"}
     assert all(0.01 <= c["noise"] < 0.02 for c in found)
     arms = [task.entry.arm for task in script.asked]
     assert arms.count(0) == arms.count(1)
@@ -268,7 +268,7 @@ def test_a_slowdown_fails(spec: str, script: Script, capsys: pytest.CaptureFixtu
 
 
 def test_noise_that_a_run_beside_itself_shows_is_allowed(spec: str, script: Script) -> None:
-    """Where the same binary differs from itself by 10 %, 5 % slower says nothing, and 30 % still does."""
+    """If one binary differs from itself by 10 %, 5 % slower is noise, and 30 % is not."""
     recorded(script, factor=0.95)
     script.drift = 0.1
     found = against("before.json", 0)
@@ -277,20 +277,20 @@ def test_noise_that_a_run_beside_itself_shows_is_allowed(spec: str, script: Scri
 
 
 def test_kernels_that_fail_now_are_a_regression(spec: str, script: Script) -> None:
-    """What was timed then and is wrong now has no time, and fails."""
+    """An implementation that was timed then and is wrong now has no time, and fails."""
     recorded(script)
     script.broken = {"tuned": WRONG}
     found = against("before.json", 1)
-    assert {c["place"]["contender"] for c in found if c["slower"]} == {"tuned"}
+    assert {c["place"]["implementation"] for c in found if c["slower"]} == {"tuned"}
     assert all(WRONG.message in c["failure"] for c in found if c["slower"])
 
 
 def test_losing_a_record_is_a_regression(spec: str, script: Script) -> None:
-    """Where what was tuned is not any more, the default that serves now is held against it."""
+    """If a tuned record is lost, the default, which serves now, is compared with its time."""
     recorded(script)
     found = document("bench", "--spec", spec, "--no-db", "--quiet", "--against", "before.json", status=1)
     slower = [c for c in found["comparisons"] if c["slower"]]
-    assert {c["place"]["contender"] for c in slower} == {"tuned"}
+    assert {c["place"]["implementation"] for c in slower} == {"tuned"}
     assert slower[0]["change"] == pytest.approx(1.0, abs=0.02)
 
 
@@ -298,7 +298,7 @@ def test_against_a_database(spec: str, script: Script) -> None:
     """A record's time is held against the tuned schedule, and its default's against the default."""
     sizes = RECORD.problem
     text = SPEC.replace("{batch: 66, seq: 256}", f"{{batch: {sizes.batch}, seq: {sizes.seq}}}")
-    Path("raced.yaml").write_text(text, encoding="utf-8")
+    Path("timed.yaml").write_text(text, encoding="utf-8")
     timing = RECORD.timing
     assert timing is not None
 
@@ -308,7 +308,7 @@ def test_against_a_database(spec: str, script: Script) -> None:
 
     script.ms = ms
     found = bench("--against", "db")["comparisons"]
-    assert [(c["place"]["contender"], c["place"]["what"]) for c in found] == [
+    assert [(c["place"]["implementation"], c["place"]["what"]) for c in found] == [
         ("default", "forward+backward"),
         ("tuned", "forward+backward"),
     ]
@@ -363,7 +363,7 @@ def test_points_of_a_sweep(axis: Axis) -> None:
 
 
 def test_several_layers_of_a_spec() -> None:
-    """Of those that are named, in the spec's order; a name that is none is said."""
+    """The named layers are timed, in the spec's order; an unknown name is an error."""
     planned = pipeline.plan("h200.yaml", records=())
     found = pipeline.workloads(planned, pipeline.BenchRequest(("square_16", "m2rnn_410m")))
     assert [workload.layer for workload in found] == ["m2rnn_410m", "square_16"]
@@ -396,7 +396,7 @@ def test_a_sweep(spec: str, script: Script) -> None:
     """The table over S and its lines, whose slope is the script's; only kernels are timed."""
     swept = bench("--sweep", "seq")["sweeps"][0]
     assert [point["x"] for point in swept["points"]] == [128 << i for i in range(8)]
-    lines = {(line["contender"], line["what"]): line for line in swept["lines"]}
+    lines = {(line["implementation"], line["what"]): line for line in swept["lines"]}
     assert set(lines) == {(name, what) for name in ("default", "tuned") for what in ("forward", "forward+backward")}
     assert lines["default", "forward"]["slope_ms"] == pytest.approx(0.01 * 66, rel=2e-3)
     assert lines["tuned", "forward+backward"]["worst"] < 5e-3
@@ -423,7 +423,7 @@ def test_a_figure(spec: str, script: Script, suffix: str) -> None:
 
 
 def test_a_figure_needs_matplotlib(spec: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Said before anything is timed."""
+    """The missing library is an error before anything is timed."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     line = fails(2, "bench", "--spec", spec, "--db", "db", "--sweep", "seq", "--plot", "a.svg")
     assert "pip install 'm2gen[plot]'" in line
@@ -452,7 +452,7 @@ def test_requests_that_cannot_be_met(spec: str, script: Script, arguments: tuple
 
 
 def test_a_document_reads_back(spec: str, script: Script, tmp_path: Path) -> None:
-    """What is printed is what is read, to the last digit."""
+    """A printed document reads back to the last digit."""
     found = bench()
     (tmp_path / "a.json").write_text(json.dumps(found), encoding="utf-8")
     again = dump(load(tmp_path / "a.json"))

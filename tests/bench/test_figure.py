@@ -29,7 +29,7 @@ PEER = "tools.published_kernel:published"
 
 @pytest.fixture
 def edited(tmp_path: Path) -> Callable[[Callable[[list[Any]], list[Any]]], Path]:
-    """Return what writes the committed run with other rows."""
+    """Return a function that writes the committed run with other rows."""
 
     def write(change: Callable[[list[Any]], list[Any]]) -> Path:
         content = json.loads(NUMBERS.read_text(encoding="utf-8"))
@@ -41,12 +41,12 @@ def edited(tmp_path: Path) -> Callable[[Callable[[list[Any]], list[Any]]], Path]
 
 
 def medians() -> dict[tuple[str, str, int], dict[str, list[float]]]:
-    """Return the times of the committed file by workload and contender, read without m2gen's reader."""
+    """Return the times of the committed file by workload and implementation, read without m2gen's reader."""
     found: dict[tuple[str, str, int], dict[str, list[float]]] = {}
     for row in json.loads(NUMBERS.read_text(encoding="utf-8"))["rows"]:
         where = (row["layer"], f"{row['batch']} × {row['seq']} tokens", row["seq"])
         times = [row["forward"]["median_ms"], row["step"]["median_ms"]]
-        found.setdefault(where, {})[row["contender"]] = times
+        found.setdefault(where, {})[row["implementation"]] = times
     return {where: both for where, both in found.items() if {"tuned", PEER} <= set(both)}
 
 
@@ -124,7 +124,9 @@ def test_text_stays_within_the_picture() -> None:
 
 def test_default_kernels_where_they_are_what_is_tuned(edited: Any) -> None:
     """A package that is the default's is not timed twice: its times are those of m2gen."""
-    path = edited(lambda rows: [{**row, "contender": row["contender"].replace("tuned", "default")} for row in rows])
+    path = edited(
+        lambda rows: [{**row, "implementation": row["implementation"].replace("tuned", "default")} for row in rows]
+    )
     groups = speed.speed_groups(load(path))
     assert [group.ms["m2gen, tuned"] for group in groups] == [tuple(both["tuned"]) for both in medians().values()]
 
@@ -132,7 +134,9 @@ def test_default_kernels_where_they_are_what_is_tuned(edited: Any) -> None:
 def test_tuned_beside_default_without_a_peer(edited: Any) -> None:
     """A run of m2gen's own kernels shows what tuning gains."""
     path = edited(
-        lambda rows: [{**row, "contender": {"tuned": "tuned", PEER: "default"}[row["contender"]]} for row in rows]
+        lambda rows: [
+            {**row, "implementation": {"tuned": "tuned", PEER: "default"}[row["implementation"]]} for row in rows
+        ]
     )
     groups = speed.speed_groups(load(path))
     assert list(groups[0].ms) == ["m2gen, tuned", "m2gen, default schedule"]
@@ -143,8 +147,8 @@ def test_several_peers_are_bars_of_their_own(edited: Any) -> None:
     """Loops of PyTorch, which are timed on fewer steps, and decoding are not among them."""
 
     def change(rows: list[Any]) -> list[Any]:
-        peer = next(row for row in rows if row["contender"] == PEER)
-        others = [{**peer, "contender": name} for name in ("fla:scan", "eager", "compiled")]
+        peer = next(row for row in rows if row["implementation"] == PEER)
+        others = [{**peer, "implementation": name} for name in ("fla:scan", "eager", "compiled")]
         return [*rows, *others, {**rows[0], "call": "decode", "seq": 1, "steps": 1, "step": None}]
 
     first, *others = speed.speed_groups(load(edited(change)))
@@ -156,11 +160,11 @@ def test_several_peers_are_bars_of_their_own(edited: Any) -> None:
 
 
 def test_failures_are_not_drawn(edited: Any) -> None:
-    """What failed its check has no bar, and so no factor."""
+    """An implementation that failed its check has no bar, and so no factor."""
 
     def change(rows: list[Any]) -> list[Any]:
         broken = {"failure": "wrong: dq", "forward": None, "step": None}
-        return [{**row, **broken} if row["contender"] == "tuned" else row for row in rows]
+        return [{**row, **broken} if row["implementation"] == "tuned" else row for row in rows]
 
     with pytest.raises(UsageError, match="must have times of m2gen's kernels beside those of another implementation"):
         speed.speed_groups(load(edited(change)))
@@ -177,12 +181,18 @@ def test_failures_are_not_drawn(edited: Any) -> None:
     ],
 )
 def test_a_run_that_could_not_be_drawn_is_refused(kinds: tuple[Kind, ...], peers: dict[str, str], fits: bool) -> None:
-    """It is said before minutes are spent on timing."""
+    """The error comes before minutes are spent on timing."""
     if fits:
         speed.check_comparable(kinds, peers)
     else:
         with pytest.raises(UsageError, match="--plot must have times"):
             speed.check_comparable(kinds, peers)
+
+
+def test_documents_that_say_contender_are_read(edited) -> None:
+    """Older documents call an implementation a contender."""
+    path = edited(lambda rows: [{"contender": row.pop("implementation"), **row} for row in rows])
+    assert load(path) == load(NUMBERS)
 
 
 def test_an_earlier_run_is_shown_as_it_was() -> None:
@@ -219,16 +229,16 @@ def test_a_run_of_an_earlier_version_is_shown(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_shown(options: tuple[str, ...], message: str) -> None:
-    """One line, status 2."""
+    """The error is one line with status 2."""
     assert message in fails(2, "bench", *options)
 
 
 def sweeps() -> sweep.SweepDocument:
     """Return a sweep whose times are those of the committed run."""
-    book = load(NUMBERS)
-    rows = [row for row in book.rows if row.layer == "m2rnn_7b" and row.seq == 4096]
+    document = load(NUMBERS)
+    rows = [row for row in document.rows if row.layer == "m2rnn_7b" and row.seq == 4096]
     points = tuple(sweep.CurvePoint(x, True, tuple(rows)) for x in (128, 256, 512))
-    return sweep.SweepDocument(book.environment, (sweep.Sweep(Axis.SEQ, "m2rnn_7b", points),))
+    return sweep.SweepDocument(document.environment, (sweep.Sweep(Axis.SEQ, "m2rnn_7b", points),))
 
 
 def test_sweeps_of_an_earlier_run(tmp_path: Path) -> None:

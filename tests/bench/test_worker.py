@@ -1,4 +1,4 @@
-"""The benchmark's worker on a stand-in GPU: what of each kind of implementation is gated, captured and sampled."""
+"""The benchmark's worker on a stand-in GPU, which checks, captures and samples each kind of implementation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stand_in import REPLAY_MS, stand_in_gpu
 from support import build_package, make_schedule, make_variant
 
 from m2gen.bench import check, clock, operators, worker
-from m2gen.bench.entries import BenchWorkload, Entry, Found, Implementation, TimerTask
+from m2gen.bench.entries import BenchWorkload, Entry, Implementation, TimerResult, TimerTask
 from m2gen.bench.kinds import Call, Kind, TimerStep
 from m2gen.cache import materialise
 from m2gen.db import Failure, Reason
@@ -35,8 +35,8 @@ LOOPS = {Kind.EAGER: Implementation(Kind.EAGER, SCHEDULE), Kind.COMPILED: Implem
 @pytest.fixture(scope="module")
 def generated() -> Implementation:
     """Return the implementation that is a package of two variants."""
-    package = build_package("raced", [VARIANT, GATED], SCHEDULE)
-    return Implementation(Kind.DEFAULT, SCHEDULE, "default", materialise("packages/raced", package.files))
+    package = build_package("timed", [VARIANT, GATED], SCHEDULE)
+    return Implementation(Kind.DEFAULT, SCHEDULE, "default", materialise("packages/timed", package.files))
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +55,8 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def served(
     implementation: Implementation, workload: BenchWorkload = SEQUENCE, step: TimerStep = TimerStep.ADMIT
-) -> Found:
-    """Return what the worker's function finds."""
+) -> TimerResult:
+    """Return the result of the worker's function."""
     return worker.serve(TimerTask(Entry(workload, implementation), step))
 
 
@@ -88,7 +88,7 @@ def test_loops_of_pytorch(kind: Kind, workload: BenchWorkload) -> None:
 
 
 def test_loops_are_timed_on_fewer_steps() -> None:
-    """Of a long sequence only as many steps as the kind allows, and the check of a compiled one has that size."""
+    """Loops run only as many steps as their kind allows, and the check of a compiled one has that size."""
     long = BenchWorkload("base", VARIANT, 2, 4096)
     steps = {kind: Entry(long, implementation).steps for kind, implementation in LOOPS.items()}
     assert steps == {Kind.EAGER: 128, Kind.COMPILED: 8}
@@ -158,7 +158,7 @@ def test_peers(
 
 
 def test_clocks_of_one_workload_are_kept(generated: Implementation) -> None:
-    """Turns reuse what was captured; another workload makes room."""
+    """Rounds reuse captures; another workload drops them."""
     served(generated)
     served(generated, step=TimerStep.SAMPLE)
     assert list(worker._CLOCKS) == [Entry(SEQUENCE, generated)]
@@ -166,15 +166,15 @@ def test_clocks_of_one_workload_are_kept(generated: Implementation) -> None:
     assert list(worker._CLOCKS) == [Entry(TOKEN, generated)]
 
 
-def _dies(task: TimerTask) -> Found:
+def _dies(task: TimerTask) -> TimerResult:
     raise SystemExit(3)
 
 
-def _hangs(task: TimerTask) -> Found:
+def _hangs(task: TimerTask) -> TimerResult:
     import time
 
     time.sleep(1e6)
-    return Found()
+    return TimerResult()
 
 
 NEVER, AT_ONCE = repeat(0.0), count(step=3600.0)
@@ -182,7 +182,7 @@ NEVER, AT_ONCE = repeat(0.0), count(step=3600.0)
 
 
 @pytest.mark.parametrize(("serve", "clock", "reason"), [(_dies, NEVER, Reason.CRASH), (_hangs, AT_ONCE, Reason.HANG)])
-def test_a_contender_that_takes_its_process_down(serve, clock, reason, generated: Implementation) -> None:
+def test_an_implementation_that_takes_its_process_down(serve, clock, reason, generated: Implementation) -> None:
     """A crash and a hang are that implementation's failure, and the next one gets a new process."""
     timer = Worker(replace(worker.GPU, serve=serve, seconds=60.0, now=partial(next, clock)))
     try:
@@ -196,8 +196,8 @@ def test_a_contender_that_takes_its_process_down(serve, clock, reason, generated
 
 def test_a_cuda_error_makes_a_process_suspect() -> None:
     """The context of an illegal access serves nobody else."""
-    assert worker.GPU.suspect(Found(failure=Failure(Reason.CRASH, "illegal access")))
-    assert not worker.GPU.suspect(Found(failure=Failure(Reason.WRONG, "y")))
+    assert worker.GPU.suspect(TimerResult(failure=Failure(Reason.CRASH, "illegal access")))
+    assert not worker.GPU.suspect(TimerResult(failure=Failure(Reason.WRONG, "y")))
     assert worker.GPU.lost(TimerTask(Entry(SEQUENCE, LOOPS[Kind.EAGER]), TimerStep.ADMIT), Lost("x")).failure
 
 

@@ -46,7 +46,7 @@ BUILD = ("build", "--spec", "one.yaml", "--no-verify", "--quiet")
 
 
 def test_build_refuses_a_folder_of_something_else(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What m2gen did not write is named before anything is compiled, and building anew is not needed to find out."""
+    """Files that m2gen did not write are named before anything is compiled."""
     monkeypatch.setattr(STAGE, "check", None)
     (built / "notes.txt").write_text("mine", encoding="utf-8")
     assert fails(2, *BUILD) == (

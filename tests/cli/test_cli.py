@@ -151,7 +151,7 @@ def test_spec_show_and_schema() -> None:
 
 
 def test_info() -> None:
-    """What m2gen runs on is there to be read, and to be parsed."""
+    """The device, versions and folders come as a table and as a document."""
     facts = document("info")
     assert facts["versions"]["m2gen"] == __version__
     assert facts["targets"] == list(TARGETS)
@@ -206,7 +206,7 @@ def test_a_failing_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lines = result.stderr.splitlines()
     expected = f"m2gen: base fp32 ragged: t1 must be within 1.00e-03, got 2.00e-03; reproduce: {AGAIN}"
     assert lines == [expected, expected.replace("t1", "t2").replace("2.00e-03", "nan")]
-    assert result.stdout.splitlines() == ["1 cases, 3 tensors, 2 over budget, 0 broken off, 0.5 s"]
+    assert result.stdout.splitlines() == ["1 cases, 3 tensors, 2 over budget, 0 without results, 0.5 s"]
     (case,) = ElementTree.parse(tmp_path / "report.xml").iter("testcase")
     failure = case.find("failure")
     assert (case.get("classname"), case.get("name"), case.get("time")) == (KEY, "ragged", "0.250")
@@ -248,7 +248,7 @@ def test_verify_prints_a_line_a_feature_and_a_line_a_tensor(monkeypatch: pytest.
 
 @pytest.mark.parametrize("options", [(), ("--full", "--spec", TINY), ("--full", "--quick")], ids=" ".join)
 def test_verify_takes_a_spec_or_everything(options: tuple[str, ...]) -> None:
-    """What is to be verified is either a spec or the full matrix."""
+    """The command verifies either a spec or the full matrix."""
     assert "must be given --spec" in fails(2, "verify", *options)
 
 

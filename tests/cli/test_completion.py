@@ -37,7 +37,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def offered(line: str) -> list[str]:
-    """Return what bash is offered for the last word of a line."""
+    """Return the completions that bash gets for the last word of a line."""
     words = line.split(" ")
     env = {"_M2GEN_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
     result = CliRunner().invoke(app, [], prog_name="m2gen", env=env)
@@ -78,7 +78,7 @@ def test_what_tab_offers(line: str, expected: list[str]) -> None:
 
 
 def test_shipped_specs_are_offered_from_anywhere() -> None:
-    """Commands find them, so Tab does."""
+    """Completion offers shipped specs, since commands find them."""
     assert "h200.yaml" in offered("m2gen build --spec h")
 
 

@@ -77,7 +77,7 @@ def test_many_lines_that_are_no_records(db: str, tmp_path: Path) -> None:
 
 
 def test_records_of_another_triton_are_flagged(db: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A toolchain that differs is said, and no more."""
+    """Records of another toolchain are only flagged."""
     for here, said in (("3.6.0", ""), ("9.9.9", "measured with triton 3.6.0, here 9.9.9")):
         monkeypatch.setattr(sys.modules["m2gen.pipeline.db"], "triton_version", lambda here=here: here)
         assert document("db", "show", FAST.id, "--db", db)["state"] == said
@@ -135,7 +135,7 @@ def test_why_without_any_record(tmp_path: Path) -> None:
 
 
 def test_why_agrees_with_the_build(db: str) -> None:
-    """What is explained is what is built."""
+    """The explanation agrees with the build."""
     plan = m2gen.pipeline.plan(TINY, records=held(db))
     built = {
         (c.variant.key, bucket): (c.tier, c.record and c.record.id)
@@ -169,18 +169,18 @@ def test_diff_of_records_and_of_databases(db: str, tmp_path: Path) -> None:
 
 
 def test_merge(db: str, tmp_path: Path) -> None:
-    """The preferred record of each key stays; what was done is said."""
+    """The preferred record of each key stays, and the command prints what changed."""
     better, worse = winner(high=0.4), winner(Bucket.ONE, high=0.95)
     Database(tmp_path / "other").add([better, worse, OTHER])
     result = run("db", "merge", str(tmp_path / "other"), "--db", db)
-    assert result.stdout.startswith("1 records added, 1 replaced, 2 not taken")
+    assert result.stdout.startswith("1 records added, 1 replaced, 2 not added")
     assert held(db) == ({*RECORDS} - {FAST}) | {better}
     (tmp_path / "other" / files.place(OTHER)).write_text("torn", encoding="utf-8")
     assert "must be JSON" in fails(2, "db", "merge", str(tmp_path / "other"), "--db", db)
 
 
 def test_prune(db: str, tmp_path: Path) -> None:
-    """What can serve nothing goes, with its reason; a dry run only says so; failures and broken lines when asked."""
+    """Superfluous records go, with the reason; failures and broken lines only on request; a dry run changes nothing."""
     dead = failed(Reason.WRONG, where=environment(H100))
     Database(Path(db)).add([dead])
     expected = {STALE.id: "stale", OTHER.id: f"its kernels failed: record {dead.id}"}

@@ -67,7 +67,7 @@ def test_a_reader_of_everything_that_is_gone(gone: int) -> None:
 
 
 def test_head_of_info() -> None:
-    """As people type it."""
+    """A command as people type it ends quietly."""
     call = f"'{sys.executable}' -m m2gen info | head -1"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(["bash", "-c", call], env=environment, capture_output=True, text=True, check=False)
@@ -76,7 +76,7 @@ def test_head_of_info() -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_ends_in_a_way_of_its_own(shell: str, gone: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With status 0, and as every command where the reader is gone."""
+    """Completion ends with status 0, and like every command if the reader is gone."""
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     for stdout, status in ((subprocess.PIPE, 0), (gone, 141)):
         done = command("--show-completion", shell, stdout=stdout)
@@ -121,7 +121,7 @@ sys.exit(os.open(sys.argv[1], os.O_WRONLY))
 
 
 def test_no_file_takes_a_closed_streams_number(tmp_path: Path) -> None:
-    """Else whatever a compiler prints would be written into a record, say."""
+    """If a file took the number, the output of a compiler could be written into a record."""
     (tmp_path / "record").write_text("mine", encoding="utf-8")
     call = [sys.executable, "-c", NUMBERS, str(tmp_path / "record")]
     done = subprocess.run(call, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
@@ -130,7 +130,7 @@ def test_no_file_takes_a_closed_streams_number(tmp_path: Path) -> None:
 
 
 def test_an_encoding_that_lacks_letters() -> None:
-    """They are escaped, and nothing fails."""
+    """Unencodable letters are escaped, and nothing fails."""
     done = command("--help", encoding="ascii", stdout=subprocess.PIPE)
     assert (done.returncode, done.stderr) == (0, "")
     assert r"M\xb2RNN" in done.stdout

@@ -26,7 +26,7 @@ from m2gen.pipeline import CheckRow, Plan, Tuned, TuneRequest, VerifyOutcome
 from m2gen.pipeline.tune import Goal
 from m2gen.schedule import parse
 from m2gen.spec import Objective, TanhMode
-from m2gen.tune.log import Outcome, Standing
+from m2gen.tune.log import Outcome, SearchProgress
 from m2gen.tune.select import Selection
 from m2gen.tune.space import Subject
 from m2gen.tune.trial import Samples, Trial
@@ -69,7 +69,7 @@ def test_specs_and_schedules(spec: str) -> None:
 
 
 def test_kernels() -> None:
-    """What the kernels of the committed package take, and what their registers hold where they spill."""
+    """Resources of the committed package's kernels, with notes on those that spill."""
     manifest = json.loads((ROOT / "generated" / "h100" / "MANIFEST.json").read_text(encoding="utf-8"))
     named = {variant.key: name for variant, name in planned("h100.yaml").names.items()}
     note = "spills: tiles of the state alone take 88 of 255 registers a thread, and state weights 16"
@@ -96,7 +96,7 @@ def reports(plan: Plan) -> Iterable[CaseReport]:
 
 
 def test_verifications() -> None:
-    """Of every case of the shipped matrix, those with the longest names nearest to their budgets."""
+    """Cases of the shipped matrix with the longest names, nearest to their budgets."""
     found = tuple(report for spec in ("matrix.yaml", "matrix_total.yaml") for report in reports(planned(spec)))
     assert len(found) > 10_000
     check(verify.verify_tables(VerifyOutcome("NVIDIA H200", found, 1.0), verbose=False))
@@ -138,7 +138,7 @@ def test_the_bar_of_a_search() -> None:
     console = Console(width=WIDTH, file=io.StringIO(), force_terminal=True)
     progress = watcher.bar(console)
     best = Trial(make_schedule(), "search", samples=Samples((123.4,), (123.4,), 0))
-    text = watcher.standing_text(Standing(1000, 2000, best, 1234.5, {"launch": 100, "memory": 100}, 3599))
+    text = watcher.progress_text(SearchProgress(1000, 2000, best, 1234.5, {"launch": 100, "memory": 100}, 3599))
     progress.add_task(text, completed=1000, total=2000, stage="m2rnn_410m bf16 B8 S4096, 10 of 12")
     with console.capture() as capture:
         console.print(progress.get_renderable())
@@ -152,7 +152,7 @@ def test_benchmarks() -> None:
     """The committed run beside its peer, and the same with decoding and every kind of schedule."""
     check(bench.bench_tables(RUN, verbose=False))
     kinds = ("default", "auto", "compiled")
-    rows = [replace(row, contender=name) for row in RUN.rows if row.schedule for name in kinds]
+    rows = [replace(row, implementation=name) for row in RUN.rows if row.schedule for name in kinds]
     rows += [replace(row, failure="wrong: dq of plain must be within 1.00e-03, got 2.00e-01") for row in RUN.rows]
     check(bench.bench_tables(Document(RUN.environment, (*RUN.rows, *rows)), verbose=False))
 
@@ -161,7 +161,7 @@ def test_sweeps() -> None:
     """Five implementations along an axis."""
     row = next(row for row in RUN.rows if row.schedule)
     names = ("default", "auto", "tuned", "published", "another_kernel")
-    rows = {x: tuple(replace(row, contender=n, seq=x) for n in names) for x in (1, 2, 16384)}
+    rows = {x: tuple(replace(row, implementation=n, seq=x) for n in names) for x in (1, 2, 16384)}
     points = tuple(sweep.CurvePoint(x, True, found) for x, found in rows.items())
     check(sweep.sweep_tables(sweep.Sweep(sweep.Axis.SEQ, "m2rnn_410m", points)))
 
@@ -189,7 +189,7 @@ def test_words_of_schedules(slug: str, words: str) -> None:
 
 
 def test_words_tell_knobs_from_the_default() -> None:
-    """What the words leave out is said where it differs."""
+    """Knobs that the short words leave out are named if they differ from the default."""
     usual = make_schedule()
     other = replace(usual, interval=64, backward=replace(usual.backward, chunk=8))
     assert other.describe(usual).endswith(" warp; backward.chunk 8, interval 64")
@@ -250,7 +250,7 @@ def test_headings_and_columns_without_cells() -> None:
 
 
 def test_a_terminal_shows_what_a_pipe_shows() -> None:
-    """Where there is room, a terminal has the same lines, in colours; brackets are no markup."""
+    """A wide terminal has the same lines, in colours; brackets are no markup."""
     command = ["spec", "show", "--spec", TINY]
     piped = CliRunner().invoke(app, command)
     drawn = CliRunner().invoke(app, command, env={"FORCE_COLOR": "1", "COLUMNS": "100"}, color=True)

@@ -39,7 +39,7 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TuningContext:
 
 
 class Page(HTMLParser):
-    """What a page refers to outside itself, and its visible text."""
+    """Collects the external references of a page, and its visible text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -111,12 +111,12 @@ def _holding(folder: Path) -> Database:
         ),
         (("--layer", "other"), "--layer must be among base, got 'other'"),
         (("--target", "sm_90"), "--target must be given with --dry-run only"),
-        (("--report", "none/out.html"), "--report must be in a folder that is there, got none/out.html"),
+        (("--report", "none/out.html"), "--report must be in an existing folder, got none/out.html"),
         (("--storage", "nonsense", "--trials", "1"), "--storage must be a database URL"),
     ],
 )
 def test_options_that_cannot_be_used(arguments: tuple[str, ...], message: str, context: TuningContext) -> None:
-    """One line each, status 2, and no database."""
+    """Each error is one line with status 2, and no database is made."""
     assert message in fails(2, *TUNE, *DB, *arguments, "--quiet")
     assert not Path("db").exists()
 
@@ -182,7 +182,7 @@ def test_the_next_build_uses_what_was_found(context: TuningContext, monkeypatch:
 
 
 def test_json_is_one_document(context: TuningContext) -> None:
-    """With the records that were made, and nothing else on standard output."""
+    """The document has the new records, and standard output has nothing else."""
     (found,) = document(*TUNE, *DB, "--trials", "20", "--budget", "60s")
     (record,) = Database(Path("db")).records()
     assert found["records"] == [record.id]
@@ -211,7 +211,7 @@ def test_the_report_is_one_page(context: TuningContext) -> None:
 
 
 def test_the_report_of_a_known_gpu_has_its_limits(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As parts of what the winner took: tanh's is the largest of the 7B layer's kind."""
+    """The limits are fractions of the winner's time; that of tanh is the largest for layers like the 7B one."""
     known = replace(context, environment=replace(context.environment, device="NVIDIA H200"))
     monkeypatch.setattr("m2gen.cli.show.tune.this_tuning_context", lambda command: known)
     assert run(*TUNE, *DB, "--trials", "12", "--budget", "60s", "--report", "out.html").exit_code == 0
@@ -237,7 +237,7 @@ def test_verify_holds_records_against_the_gpu(context: TuningContext) -> None:
 
 
 def test_verify_skips_other_devices(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records are held against the GPU they were measured on only."""
+    """Records are only checked on the GPU that measured them."""
     run(*TUNE, *DB, "--trials", "3", "--budget", "60s")
     other = replace(context, environment=replace(context.environment, device="Another"))
     monkeypatch.setattr("m2gen.pipeline.this_tuning_context", lambda command: other)
@@ -248,7 +248,7 @@ def test_verify_skips_other_devices(context: TuningContext, monkeypatch: pytest.
 
 
 def test_replay_measures_again(context: TuningContext) -> None:
-    """Recorded and measured now context side by side, in turns with the default."""
+    """Recorded and new times stand side by side, both measured alternately with the default."""
     run(*TUNE, *DB, "--trials", "40", "--budget", "60s")
     (record,) = Database(Path("db")).records()
     found = document("db", "replay", record.id[:8], *DB)
@@ -258,7 +258,7 @@ def test_replay_measures_again(context: TuningContext) -> None:
     assert now["median_ms"] == pytest.approx(then["median_ms"], rel=0.01)
     text = run("db", "replay", record.id, *DB).output
     assert "default, now" in text
-    assert "the record's schedule stands" in text
+    assert "the record's schedule is still the best" in text
     simulated.script(Path("script.json"), wrong=[record.schedule.slug])
     assert "wrong: dq of plain" in fails(1, "db", "replay", record.id, *DB, "--quiet")
     assert json.loads(Path("script.json").read_text())["wrong"] == [record.schedule.slug]

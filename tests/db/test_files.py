@@ -301,7 +301,7 @@ def test_a_stale_record_gives_way(tmp_path: Path) -> None:
 
 
 def test_ties_go_to_the_default() -> None:
-    """Of two schedules as fast, the default needs no tuning to explain it."""
+    """The default wins over a schedule that is as fast, since no tuning has to explain it."""
     first = winner()
     usual = winner(schedule=default(VARIANT, TARGETS["sm_90"]))
     others = [winner(schedule=make_schedule(interval=interval)) for interval in (4, 8, 12, 20)]

@@ -1,4 +1,4 @@
-"""Which record serves, by tiers, and what is said of those that do not."""
+"""The record that serves, by tiers, and the reasons against those that do not."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_other_variants_are_not_mentioned() -> None:
 
 
 def test_the_device_that_packages_are_built_for() -> None:
-    """Of an arch's devices that with most usable winners, the first by name of two; without any, the arch itself."""
+    """It is the arch's device with most usable winners, the first by name of two; without any, the arch itself."""
     assert usual_device([EXACT, NEAR, OTHER], "sm_90") == H200
     assert usual_device([OTHER, EXACT], "sm_90") == usual_device([EXACT, OTHER], "sm_90") == H100
     assert usual_device([STALE, failed(), OTHER], "sm_90") == H100

@@ -44,7 +44,7 @@ def planned(*records: Record) -> Plan:
 
 
 def facts(plan: Plan, arch: str = "sm_90") -> list[tuple[Any, ...]]:
-    """Return what serves the records' variant on one arch."""
+    """Return the choices for the records' variant on one arch."""
     return [(c.buckets, c.schedule, c.tier, c.record) for c in plan.serving(VARIANT, arch)]
 
 

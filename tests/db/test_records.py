@@ -109,7 +109,7 @@ def test_what_is_wrong_with_a_line_is_said(path: str, value: Any, message: str) 
 
 @pytest.mark.parametrize("schema", [1, 2])
 def test_a_record_of_layouts_is_told_what_to_do(schema: int) -> None:
-    """Of an earlier version, whose kernels are named otherwise, and which no build can use."""
+    """A record of an earlier version names kernels otherwise, and no build can use it."""
     remedy = r"\(m2gen tune measures again; m2gen db prune --unreadable removes the line\)"
     with pytest.raises(NotARecord, match=rf"^\$\.schema must be 3, got '{schema}' {remedy}$"):
         decode(changed("schema", schema))
@@ -140,7 +140,7 @@ def test_another_spelling_of_a_record_is_refused() -> None:
 
 
 def test_a_record_that_could_not_be_read_cannot_be_written() -> None:
-    """What a program makes is held to what a file is."""
+    """Records that a program makes are checked like those in a file."""
     for record in (
         replace(winner(), errors=(TensorError("y", float("inf"), 1.0),)),
         replace(winner(), schedule=make_schedule(warps=3)),
@@ -170,7 +170,7 @@ def test_variants_are_parsed_from_their_keys(variant) -> None:
     ["", "k16", VARIANT.key + "_x", VARIANT.key + "\n", VARIANT.key.replace("k16", "k016"), "k999" + VARIANT.key[3:]],
 )
 def test_other_texts_are_no_variants(key: str) -> None:
-    """Neither another spelling nor dims that templates do not serve."""
+    """Other spellings, and dims that the templates do not serve, are refused."""
     with pytest.raises(ValueError, match="must be the key of a variant"):
         parse_variant(key)
 

@@ -1,4 +1,4 @@
-"""How tests call the operator: results and gradients by name, packed batches, and spies on what runs."""
+"""Call the operator in tests: results and gradients by name, packed batches, and spies on operators and launchers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def operators_of(package: ModuleType) -> ModuleType:
 
 
 def arguments(inputs: Inputs, names: Iterable[str] = (*DIFFERENTIABLE, "cu_seqlens")) -> dict[str, Tensor]:
-    """Return what ``m2rnn`` is called with, by name: those operands that are there."""
+    """Return the arguments of ``m2rnn`` by name: the operands that are given."""
     return {name: x for name in names if (x := getattr(inputs, name)) is not None}
 
 
@@ -132,15 +132,15 @@ def distance(given: Tensor, expected: Tensor) -> float:
 
 
 class Spy:
-    """What runs under a package's ``m2rnn``: its registered operators, and the launchers of its kernels."""
+    """Records the calls under a package's ``m2rnn``: of registered operators, and of launchers of kernels."""
 
     def __init__(self, package: ModuleType, patch: pytest.MonkeyPatch) -> None:
         self.names: list[str] = []
-        """Which operators were called, in order."""
+        """Names of the operators that were called, in order."""
         self.launched: list[str] = []
-        """Which launchers were called, in order."""
+        """Names of the launchers that were called, in order."""
         self.results: dict[str, list[Any]] = {}
-        """What each operator and launcher returned, by its name."""
+        """Results of each operator and launcher, by its name."""
         library = operators_of(package)
         for name in ("FORWARD", "BACKWARD", "STEP"):
             patch.setattr(library, name, self._recording(name, getattr(library, name)))

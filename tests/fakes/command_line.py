@@ -1,4 +1,4 @@
-"""How tests run m2gen's commands, and small results for the stages that they replace."""
+"""Run m2gen's commands in tests, with small results for the stages that tests replace."""
 
 from __future__ import annotations
 

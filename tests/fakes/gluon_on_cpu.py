@@ -203,7 +203,7 @@ def product(a: Any, b: Any, total: Any, use_acc: bool = True, **_: Any) -> Tenso
 
 
 def exchange(x: np.ndarray, lanes: int) -> np.ndarray:
-    """Return what the lanes have whose number differs in one bit: eight rows a warp, and four columns where summed."""
+    """Butterfly shuffle: return the values of lane ^ ``lanes``, with eight rows a warp, and four columns in sums."""
     axis, bit = (0, lanes // 4) if lanes >= 4 else (1, lanes)
     assert x.shape[0] % 8 == 0
     assert axis == 0 or x.shape[1] == 4
@@ -242,7 +242,7 @@ def _maths(act: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 def language() -> ModuleType:
-    """Return what kernels import as ``tl``."""
+    """Return the module that kernels import as ``tl``."""
     tl: Any = ModuleType("gluon_on_cpu.language")
     for name, dtype in DTYPES.items():
         setattr(tl, name, dtype)

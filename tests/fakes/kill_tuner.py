@@ -26,7 +26,7 @@ from m2gen.db import Database
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, tune
 from m2gen.tune.journal import decode_trial
-from m2gen.tune.log import Standing
+from m2gen.tune.log import SearchProgress
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
@@ -44,7 +44,7 @@ class Silent:
 
     def stage(self, text: str) -> None: ...
 
-    def trial(self, trial: Trial, standing: Standing) -> None:
+    def trial(self, trial: Trial, progress: SearchProgress) -> None:
         self.at += [self._count.made] if self._count else []
 
     def details(self, text: str) -> None: ...
@@ -68,7 +68,7 @@ def recorded() -> list[str]:
 
 
 def state() -> dict[str, Any]:
-    """Return what is on disk."""
+    """Return the files on disk."""
     contents = Database(Path("db")).contents()
     return {
         "recorded": recorded(),
@@ -100,7 +100,7 @@ def enter(folder: Path, spec: str) -> None:
 
 @dataclass(frozen=True)
 class Calls:
-    """How many calls of the system a search makes before its first trial, for each, and altogether."""
+    """The number of system calls that a search makes before its first trial, for each trial, and altogether."""
 
     before: int
     each: int

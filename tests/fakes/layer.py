@@ -19,7 +19,7 @@ GROUPED = (2, 1, 4, 2, 4)
 PLAIN = {"state_expansion": 16, "head_dim": 16, "heads": {"q": 1, "k": 1, "v": 2, "f": 2, "w": 2}}
 GATED = {"state_expansion": 9, "head_dim": 9, "heads": {**dict(zip("qkvfw", GROUPED, strict=True)), "g": 2}}
 SHAPES = {"given": PLAIN, "softplus": GATED}
-"""Of layers whose variant is given the gate, and whose variant computes it."""
+"""Shapes of layers whose variant is given the gate, and whose variant computes it."""
 
 
 def layered(folder: Path) -> ModuleType:
@@ -57,7 +57,7 @@ def trained(mixer: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def tanh_of_both(state: Tensor, weight: Tensor, outer: Tensor) -> Tensor:
-    """Return what the recurrence writes to a head's state."""
+    """Return the values that the recurrence writes to a head's state."""
     return torch.tanh(state @ weight + outer)
 
 

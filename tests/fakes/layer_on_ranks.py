@@ -28,12 +28,12 @@ from m2gen.kernels.compile import load_module
 
 HIDDEN = 12
 SMS = 12
-"""Of a GPU on which few sequences already make a difference: 3 fill the first bucket with 2 heads, 1 does with 4."""
+"""SMs of a GPU whose first bucket few sequences fill: 3 of 2 heads, or 1 of 4 heads."""
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """What computes, and how far apart results may be: sums over ranks are in another order."""
+    """The backend, and its tolerance, since sums over ranks have another order."""
 
     dtype: torch.dtype
     backend: str
@@ -113,7 +113,7 @@ CALLS: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]] = {
     "packed": ((8,), {"cu_seqlens": offsets_of((5, 0, 3))}),
     "padded": ((3, 4), {"attention_mask": torch.tensor([[1, 1, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]])}),
 }
-"""How tokens lie: their leading dims, and what says where sequences are."""
+"""Shapes of calls: leading dims, and the arguments that say where sequences are."""
 
 
 def heads_match(subject: Subject, heads: dict[str, int], numerics: Numerics, how: str = "batch") -> None:

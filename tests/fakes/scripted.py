@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from records import H200, environment
 
-from m2gen.bench.entries import Entry, Found, TimerTask
+from m2gen.bench.entries import Entry, TimerResult, TimerTask
 from m2gen.bench.kinds import Call, Kind, TimerStep
 from m2gen.db import Failure, Reason
 from m2gen.device import TARGETS
@@ -18,7 +18,7 @@ from m2gen.pipeline import BenchContext
 DEVICE = replace(TARGETS["sm_90"], name=H200)
 SAMPLES = 5
 FASTER = {"default": 1.0, "tuned": 0.5, "eager": 40.0, "compiled": 10.0}
-"""Times a step, as parts of the default's."""
+"""Time per step, as fractions of the default's."""
 
 
 def by_steps(entry: Entry) -> float:
@@ -32,9 +32,9 @@ class Script:
 
     ms: Callable[[Entry], float] = by_steps
     noise: float = 0.001
-    """Part by which samples differ from each other."""
+    """Fraction by which samples differ from each other."""
     drift: float = 0.0
-    """Part by which the second arm of an entry is slower than the first."""
+    """Fraction by which the second arm of an entry is slower than the first."""
     broken: Mapping[str, Failure] = field(default_factory=dict)
     """Failures of implementations at the check."""
     breaks: Mapping[str, Failure] = field(default_factory=dict)
@@ -42,19 +42,19 @@ class Script:
     asked: list[TimerTask] = field(default_factory=list)
     draw: random.Random = field(default_factory=lambda: random.Random(0))
 
-    def ask(self, task: TimerTask) -> Found:
+    def ask(self, task: TimerTask) -> TimerResult:
         """Do one step as the script says."""
         self.asked.append(task)
         name = task.entry.implementation.name
         if task.step is TimerStep.ADMIT:
             host = 20.0 if task.entry.implementation.kind.generated else None
-            return Found(extra_bytes=10**9, host_us=host, failure=self.broken.get(name))
+            return TimerResult(extra_bytes=10**9, host_us=host, failure=self.broken.get(name))
         if name in self.breaks:
-            return Found(failure=self.breaks[name])
+            return TimerResult(failure=self.breaks[name])
         middle = self.ms(task.entry) * (1 + self.drift * task.entry.arm)
         forward = tuple(middle * (1 + self.noise * self.draw.uniform(-1, 1)) for _ in range(SAMPLES))
         sequence = task.entry.workload.call is Call.SEQUENCE
-        return Found(forward, tuple(3 * ms for ms in forward) if sequence else ())
+        return TimerResult(forward, tuple(3 * ms for ms in forward) if sequence else ())
 
     def sampled(self) -> list[str]:
         """Return the implementations that were timed, in their order."""
@@ -67,7 +67,7 @@ def context(script: Script) -> BenchContext:
 
 
 def given(script: Script) -> Callable[[str], object]:
-    """Return what gives the command line a scripted context in place of the GPU at hand."""
+    """Return a function that gives the command line a scripted context in place of the GPU at hand."""
 
     @contextmanager
     def this_bench_context(command: str) -> Iterator[BenchContext]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import simulated
 
 from m2gen.schedule import default
-from m2gen.tune.log import Standing
+from m2gen.tune.log import SearchProgress
 from m2gen.tune.trial import Trial
 from m2gen.variant import parse_variant
 
@@ -43,12 +43,12 @@ class Silent:
 
     def __init__(self) -> None:
         self.trials: list[Trial] = []
-        self.standings: list[Standing] = []
+        self.seen: list[SearchProgress] = []
 
     def stage(self, text: str) -> None: ...
 
-    def trial(self, trial: Trial, standing: Standing) -> None:
+    def trial(self, trial: Trial, progress: SearchProgress) -> None:
         self.trials.append(trial)
-        self.standings.append(standing)
+        self.seen.append(progress)
 
     def details(self, text: str) -> None: ...

@@ -17,7 +17,7 @@ import simulated
 from m2gen.db import Database
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, tune
-from m2gen.tune.log import Standing
+from m2gen.tune.log import SearchProgress
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
@@ -34,7 +34,7 @@ class Printing:
     def stage(self, text: str) -> None:
         print(f"stage {text}", flush=True)
 
-    def trial(self, trial: Trial, standing: Standing) -> None:
+    def trial(self, trial: Trial, progress: SearchProgress) -> None:
         print(f"{trial.origin} {trial.schedule.slug}", flush=True)
         self._own += trial.worker == self._worker
         if trial.worker == self._worker and self._own == MEET:

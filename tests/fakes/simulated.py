@@ -38,9 +38,9 @@ VARIABLE = "M2GEN_SIMULATION"
 DEVICE = replace(TARGETS["sm_90"], name="Simulated GPU")
 ENVIRONMENT = Environment("sm_90", DEVICE.name, DEVICE.sm_count, "1.0", "2.11", "3.6", "12.9")
 PEAK = 1000
-"""Bytes that a candidate takes of which the script says nothing."""
+"""Bytes of candidates that the script does not mention."""
 HANGS = "hangs"
-"""What the log has of a step that never ends."""
+"""Line in the log for a step that never ends."""
 
 
 def place(folder: Path, patch: pytest.MonkeyPatch, spec: str) -> Path:
@@ -61,7 +61,7 @@ def script(path: Path, **says: Any) -> Path:
 
 
 def lines(log: Path) -> list[str]:
-    """Return what reached the compiler and the GPU."""
+    """Return the log of steps that reached the compiler and the GPU."""
     return log.read_text(encoding="utf-8").splitlines() if log.exists() else []
 
 
@@ -90,11 +90,11 @@ def milliseconds(schedule: Schedule, base: Schedule) -> tuple[float, float]:
 
 
 class AcceleratorError(RuntimeError):
-    """As torch raises it: an error of a kernel, which stays with the process."""
+    """The error that torch raises for a kernel, which stays with the process."""
 
 
 _ERRORS: list[AcceleratorError] = []
-"""Of this process, since no call of it works any more."""
+"""Errors of this process, none of whose later calls works."""
 
 
 def measure(task: Task) -> Measurement:

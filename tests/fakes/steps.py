@@ -28,7 +28,7 @@ def _calls_the_system(event: str, called: Any) -> bool:
 
 
 class Count:
-    """How many calls were made within a block so far: of any function, or of the ``system`` alone."""
+    """Counts the calls within a block: of any function, or with ``system`` of system calls alone."""
 
     def __init__(self, *, system: bool = False) -> None:
         self.made = 0

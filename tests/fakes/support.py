@@ -85,17 +85,17 @@ HEADS = (
     (4, 2, 2, 4, 1),
     (1, 2, 4, 2, 4),
 )
-"""Of q, k, v, f and w: each of them is somewhere 1, all four, and a proper divisor."""
+"""Head counts of q, k, v, f and w: each is somewhere 1, all four, and a proper divisor."""
 DIMS = ((16, 16), (9, 9), (24, 17), (32, 16))
 """K and V: full tiles, masked ones, and rows that take two programs of 16."""
 DTYPES = tuple(Dtype)
 OPERANDS = ("q", "k", "v", "weight", "forget", "initial_state")
 STEPS = 5
-"""Of the one sequence that the operator's tests call it on."""
+"""Steps of the one sequence on which tests call the operator."""
 
 
 GATED_HEADS = (2, 1, 4, 2, 4)
-"""Of q, k, v, f and w where the kernel computes the gate, whose parameters two heads share."""
+"""Head counts of q, k, v, f and w if the kernel computes the gate, whose parameters two heads share."""
 
 
 def variants(clip: str) -> list[Variant]:

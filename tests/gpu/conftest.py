@@ -1,4 +1,4 @@
-"""Fixtures of the tests that need a GPU; their logic also runs in the interpreter, on sizes that it can walk."""
+"""Fixtures of the tests that need a GPU; their logic also runs in the interpreter, on small sizes."""
 
 from __future__ import annotations
 

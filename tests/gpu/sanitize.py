@@ -38,7 +38,7 @@ TOOLS = {
 LIMIT = 200
 """Seconds a tool may take."""
 CLEAN = "SUMMARY: 0 "
-"""What either tool prints last when it has looked and found nothing."""
+"""The last line of either tool if it found nothing."""
 
 
 MATRIX = {

@@ -18,13 +18,13 @@ from m2gen.kernels.layouts import TOO_NEW
 pytestmark = pytest.mark.gpu
 
 HEADS = {"given": (1, 1, 16, 16, 16), "softplus": (2, 1, 16, 16, 16)}
-"""Of q, k, v, f and w. A budget needs more than a few of f: their gradients have one number a head."""
+"""Head counts of q, k, v, f and w. A budget needs more than a few of f: their gradients have one number a head."""
 VARIANTS = {
     "given": make_variant(64, 16, HEADS["given"], "bf16"),
     "softplus": make_variant(9, 9, HEADS["softplus"], "bf16", gate="softplus"),
 }
 STEPS = 20
-"""More than there are between two checkpoints of a default schedule."""
+"""More steps than between two checkpoints of a default schedule."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _fresh_dynamo() -> Iterator[None]:
 
 
 def test_the_layouts_are_explicit(subject, device) -> None:
-    """What serves the layer is what these tests are about, unless Triton is too new to compile it."""
+    """The layer runs on explicit layouts, which these tests are about, unless Triton is too new to compile them."""
     dispatch = module_of(subject.package, "dispatch")
     (key,) = dispatch.VARIANTS
     kernels, _ = dispatch.table_of(key, device)
@@ -72,7 +72,7 @@ def test_outputs_and_every_gradient_against_float64(subject) -> None:
 
 
 def test_inductor(subject) -> None:
-    """As one graph, forward and backward, the layer is held to what the eager one is, and as near to that one."""
+    """Compiled to one graph, the layer is within the eager one's budgets, forward and backward, and close to it."""
     eager = with_gradients(subject.layer, subject.x)
     compiled = with_gradients(torch.compile(subject.layer, fullgraph=True), subject.x)
     given = dict(zip(eager, compiled.values(), strict=True))

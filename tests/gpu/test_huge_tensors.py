@@ -124,7 +124,7 @@ class Huge:
 
     @property
     def elements(self) -> int:
-        """Of each of y, dq, dk and dv."""
+        """Number of elements of each of y, dq, dk and dv."""
         return self.batch * self.seq * self.heads * 16
 
     @property

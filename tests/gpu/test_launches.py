@@ -1,4 +1,4 @@
-"""What a call does on the host: no waiting, the right device, and nothing launched for a call that is refused."""
+"""Calls never wait for the GPU, run on the right device, and launch nothing if they are refused."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def with_one_of(inputs: Inputs, index: int, value: float) -> Inputs:
 
 @pytest.mark.gpu
 def test_the_kernels_are_explicit() -> None:
-    """What this file is about: on a GPU of NVIDIA's the default is of mma and has iterations of eight steps."""
+    """On NVIDIA GPUs the default is of mma and has iterations of eight steps, which this file is about."""
     device = detect()
     assert device is not None
     if not device.is_nvidia:

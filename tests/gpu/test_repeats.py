@@ -64,7 +64,7 @@ STRICT = [
 
 @pytest.mark.parametrize(("variant", "problem"), STRICT)
 def test_under_torchs_strict_mode(built, device, variant, problem) -> None:
-    """Where torch refuses what may vary, it refuses nothing of a call, and the bits are those of deterministic=True."""
+    """If torch refuses nondeterministic operations, a call runs, and has the bits of deterministic=True."""
     operator, inputs = built(variant).m2rnn, make_inputs(variant, problem, seed=1).to(device)
     expected = differentiate(operator, inputs, deterministic=True)
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""Walks in several segments on a GPU that holds few of their programs at once: the bits of walks in one."""
+"""Scans in several segments have the bits of one, on a GPU that holds few of their programs at once."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def kernels(cache: Path) -> set[str]:
 
 @pytest.mark.parametrize("objective", list(Objective))
 def test_the_gpu_worker_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: Objective) -> None:
-    """Every kernel of gate and clock lies in Triton's cache before the GPU worker looks for it."""
+    """Every kernel of check and clock is in Triton's cache before the GPU worker needs it."""
     device = detect()
     assert device is not None
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
@@ -66,7 +66,7 @@ def test_the_gpu_worker_compiles_nothing(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_short_search(tmp_path: Path) -> None:
-    """As a person types it: a record whose winner is no slower than the default, and a second run that repeats none."""
+    """A search as a person types it ends in a record no slower than the default; a second run repeats no trial."""
     (tmp_path / "one.yaml").write_text(SPEC, encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "M2GEN_CACHE_DIR": str(tmp_path / "cache")}

@@ -34,7 +34,7 @@ def start_worker() -> None:
 
 
 def machine_code(job: Job) -> bytes:
-    """Return what a kernel is compiled to."""
+    """Return the machine code of a kernel."""
     return binary_of(compiled(job), job.device)
 
 
@@ -47,7 +47,7 @@ def source(variant: Variant, arch: str = "sm_90") -> str:
 
 
 def test_they_compile() -> None:
-    """With no GPU; where one warp holds a program, shared memory has the backward's scratch and no operands."""
+    """They compile without a GPU; with one warp a program, shared memory has the backward's scratch and no operands."""
     targets = {"published": ("sm_80", "sm_90"), "masked_softplus": ("sm_90",), "square": ("sm_90",)}
     jobs = [
         Job(Lowering(variant, mma(variant, arch)), direction, TARGETS[arch])
@@ -135,7 +135,7 @@ GROUPED = {
 
 @pytest.mark.parametrize(("variant", "slug"), GROUPED.values(), ids=GROUPED.keys())
 def test_warpgroups_compile(variant: Variant, slug: str) -> None:
-    """With no GPU: products of warpgroups, and as much shared memory as the validity predicate counts, or less."""
+    """They compile without a GPU, to WGMMA, with at most as much shared memory as the validity predicate counts."""
     device = TARGETS["sm_90"]
     schedule = check(variant, parse(slug), device)
     assert schedule.slug == slug

@@ -80,7 +80,7 @@ def test_segments_go_on_from_one_another(slug: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_cases_have_every_way_to_sum() -> None:
-    """Of y and of gradients, by shuffles, products and shared memory."""
+    """The cases sum y and gradients by shuffles, products and shared memory."""
     every = [Reductions(variant, parse(slug)) for variant, slug in CASES.values()]
     assert {sums.y for sums in every} == set(Sums)
     assert {(s.together, s.df_together, s.by_product) for s in every} == {

@@ -19,7 +19,7 @@ Modules = Callable[[str, str], ModuleType]
 RAGGED = Problem(1, 7, initial_state=True)
 CLIPS = ("carry", "total")
 INTERVAL = 4
-"""Of the schedules ``one_level_atomic`` and ``two_level_atomic``."""
+"""Checkpoint interval of the schedules ``one_level_atomic`` and ``two_level_atomic``."""
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_narrow_dtypes_far_from_the_bound(run, scale, dtype) -> None:
 
 @pytest.mark.parametrize("problem", [Problem(2, 35), Problem(0, 0, lengths=(3, 64, 0, 2))], ids=["padded", "packed"])
 def test_atomics_of_long_calls(run, problem) -> None:
-    """Above the tokens up to which y is summed in rows, whatever the schedule says: rows of two programs add to it."""
+    """Calls too long for y to be summed in rows, whatever the schedule says, have it summed by atomics."""
     assert math.prod(problem.lead) > SHORT
     tensors = tuple(name for name in TENSORS if name != "dinitial_state")
     assert_within_budget(run(make_variant(24, 17), "one_level_atomic", problem), tensors)

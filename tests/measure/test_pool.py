@@ -75,7 +75,7 @@ def test_a_group_has_one_process_until_that_is_suspect(service: Service[str, str
 
 
 def test_groups_run_side_by_side(service: Service[str, str]) -> None:
-    """As many as there are processes for, each its own."""
+    """As many groups run at once as there are processes."""
     never = replace(service, now=lambda: 0.0)
     results = dict(run_isolated([["a", "crash"], ["b"], ["c", "d"]], never, 2))
     assert results["crash"] == "crash lost: its process ended with SIGSEGV"

@@ -28,8 +28,8 @@ from written import files
 from m2gen.package import directory
 os.fsync = lambda handle: None  # what a disk keeps without power is not the question
 folder, versions, rounds = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
-for turn in range(rounds):
-    directory.write(folder, files(versions[turn % len(versions)]))
+for attempt in range(rounds):
+    directory.write(folder, files(versions[attempt % len(versions)]))
 """
 )
 READER = (
@@ -61,7 +61,7 @@ def python(code: str, *arguments: object) -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str]) -> str:
-    """Return what a process printed after checking that it came to its end."""
+    """Check that a process ended well, and return its output."""
     out, errors = process.communicate()
     assert process.returncode == 0, errors
     return out.strip()
@@ -109,12 +109,12 @@ def test_builds_at_once_while_others_import(tmp_path: Path, kind: str, versions:
 
 def test_builds_at_once_of_a_package_that_is_not_there(tmp_path: Path) -> None:
     """The first of several builds makes the folder, and the others find it made, every time."""
-    for turn in range(6):
-        writers = [python(WRITER, tmp_path / "deep" / str(turn) / "p", version, 2) for version in ("1", "1", "22")]
+    for attempt in range(6):
+        writers = [python(WRITER, tmp_path / "deep" / str(attempt) / "p", version, 2) for version in ("1", "1", "22")]
         for writer in writers:
             ended(writer)
-        assert complete(tmp_path / "deep" / str(turn) / "p") in ("1", "22")
-        assert [path.name for path in (tmp_path / "deep" / str(turn)).iterdir()] == ["p"]
+        assert complete(tmp_path / "deep" / str(attempt) / "p") in ("1", "22")
+        assert [path.name for path in (tmp_path / "deep" / str(attempt)).iterdir()] == ["p"]
 
 
 KILL = (

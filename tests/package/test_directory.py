@@ -1,4 +1,4 @@
-"""What a build may replace: what m2gen's own manifest lists, and nothing that is somebody else's."""
+"""A build replaces the files that m2gen's own manifest lists, and no others."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ NOT_MANIFESTS = {
 
 @pytest.mark.parametrize("content", NOT_MANIFESTS.values(), ids=NOT_MANIFESTS)
 def test_a_folder_with_a_file_of_the_manifests_name_is_somebodys(package: Path, content: bytes) -> None:
-    """What decides is what the manifest says, not that there is one."""
+    """The content of a manifest decides, not its existence."""
     (package / MANIFEST).write_bytes(content)
     refused(package, MANIFEST)
 
@@ -263,7 +263,7 @@ def test_a_failure_half_way_leaves_the_old_package(package: Path, monkeypatch: p
 
 
 def test_a_file_that_comes_in_the_last_moment_is_not_lost(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What somebody puts into a package while it is being replaced is found before anything is removed."""
+    """A file that is put into a package while it is being replaced is found before anything is removed."""
 
     def late(one: Path, other: Path) -> bool:
         if not (package / "mine").exists() and complete(package) == "old":
@@ -308,16 +308,16 @@ def test_a_folder_that_can_be_written_in_one_that_cannot(package: Path, monkeypa
 
 
 def test_builds_that_mix_without_a_lock_are_told(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing keeps another build out, files are written again, and in the end it is said."""
+    """Without a lock, files are written again after another build wrote them, and in the end this is an error."""
     monkeypatch.setattr(directory, "exchanged", lambda one, other: False)
-    turns: list[int] = []
+    writes: list[int] = []
     once = directory._update_once
 
     def interfere(real: Path, contents: dict[str, bytes]) -> None:
         once(real, contents)
-        if len(turns) < rounds:
+        if len(writes) < rounds:
             (real / "op.py").write_text("another build's", encoding="utf-8")
-        turns.append(1)
+        writes.append(1)
 
     monkeypatch.setattr(directory, "_update_once", interfere)
     rounds = 1

@@ -55,7 +55,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _lint(folder: Path) -> str:
-    """Return what the project's linter says of generated code, with the exception that the project makes for it."""
+    """Return the findings of the project's linter in generated code, with the project's exception for it."""
     config = str(ROOT / "pyproject.toml")
     command = [sys.executable, "-m", "ruff", "check", "--no-cache", "--ignore", "SIM102", "--config", config]
     command += ["--output-format", "concise", "--quiet", str(folder)]

@@ -149,7 +149,7 @@ def test_kernels_parses_what_is_written(repository: Path, package: emit.Package)
 
 @pytest.mark.parametrize("edition", [4, 6])
 def test_the_parser_tells_editions_apart(repository: Path, tmp_path: Path, edition: int) -> None:
-    """What the test above relies on: this version of kernels refuses any edition but its own."""
+    """This version of kernels refuses any edition but its own, which the test above relies on."""
     text = (repository / "build.toml").read_text(encoding="utf-8")
     (tmp_path / "build.toml").write_text(text.replace("edition = 5", f"edition = {edition}"), encoding="utf-8")
     with pytest.raises(ValueError, match=f"unsupported build edition {edition}"):

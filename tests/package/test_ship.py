@@ -100,7 +100,7 @@ def test_a_wheel_installs_where_there_is_no_m2gen(spec: Path, tmp_path: Path) ->
 
 
 def metadata_of(wheel: Path) -> Message:
-    """Return what a wheel says of itself."""
+    """Return a wheel's metadata."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         return message_from_bytes(archive.read(name))
@@ -161,7 +161,7 @@ def test_a_wheel_is_the_same_wherever_it_is_built(tmp_path: Path, monkeypatch: p
 
 
 def test_a_wheel_that_cannot_be_built_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What hatchling says last is the reason."""
+    """The last lines of hatchling's output are the reason."""
     package = build_package("one", [make_variant()], SCHEDULES["one_level_atomic"])
     monkeypatch.setattr(wheel, "TORCH", "torch>=")
     with pytest.raises(EmitError, match=r"hatchling must build a wheel of the package, got .*torch>=") as caught:
@@ -188,7 +188,7 @@ def test_an_installed_m2gen_has_what_wheels_need(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_compiling")
 @pytest.mark.parametrize("content", ["empty", "text", "zip", "folder", "other", "more", "link"])
 def test_a_file_that_is_no_wheel_of_m2gens_is_refused(spec: Path, content: str) -> None:
-    """What lies under the wheel's name stays unless m2gen wrote all of it."""
+    """A file with the wheel's name stays unless m2gen wrote all of it."""
     build("--wheel")
     (made,) = (spec.parent / "dist").iterdir()
     data, mine = made.read_bytes(), spec.parent / "mine.whl"
@@ -265,7 +265,7 @@ found = importlib.util.spec_from_file_location("one_0123abc", begin, submodule_s
 one = sys.modules["one_0123abc"] = importlib.util.module_from_spec(found)
 found.loader.exec_module(one)
 """
-"""As the kernels library does: by path, under a name of its own."""
+"""Code that imports by path under another name, as the kernels library does."""
 
 
 @pytest.mark.usefixtures("no_compiling")

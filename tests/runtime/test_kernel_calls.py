@@ -1,4 +1,4 @@
-"""What a call may look like: strides, pieces, nothing at all; and that verification notices broken kernels."""
+"""Calls with any strides, in pieces and without sequences; and verification notices broken kernels."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ SABOTAGE = {
     "store_of_state": ("tl.store(h_last +", None, {"state"}),
     "output": ("y_1 = tl.sum(column(q_1", "y_1 = tl.sum(column(q_0", {"y"}),
 }
-"""What is broken, by what text, and the results that it must push over budget."""
+"""Changes that break a kernel, and the results that each must push over budget."""
 
 
 def _broken(source: str, old: str, new: str | None) -> str:

@@ -33,7 +33,7 @@ from support import make_variant
 from torch import Tensor, nn
 
 LENGTHS = (5, 0, 1, 3)
-"""Of packed sequences: longer than the convolution, empty, and shorter."""
+"""Lengths of packed sequences: longer than the convolution, empty, and shorter."""
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ MASKS = {
 
 @pytest.mark.parametrize("name", MASKS)
 def test_a_padded_batch_is_its_sequences_one_by_one(package, device, name) -> None:
-    """What the mask leaves out has no part in anything, and comes out as 0."""
+    """Masked tokens have no effect on others, and their outputs are 0."""
     layer, x = make_layer(package).to(device), tokens(device, 3, 5)
     rows, dtype = MASKS[name]
     mask = torch.tensor(rows, device=device).bool()

@@ -1,4 +1,4 @@
-"""What calls write in place: one line for a cache that does not fit, and nothing written by a call that fails."""
+"""A cache that does not fit is an error of one line, and a call that fails writes nothing in place."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CALLS: dict[str, Callable[[nn.Module, Tensor, Any], Tensor]] = {
 
 
 class Failed(BaseException):
-    """What no ``except Exception`` sees, as a KeyboardInterrupt."""
+    """An exception that is not an ``Exception``, as a KeyboardInterrupt."""
 
 
 def fail(*_: Any) -> None:
@@ -118,7 +118,7 @@ MESSAGE = (
 @pytest.mark.parametrize("how", CALLS)
 @pytest.mark.parametrize("name", ["conv", "state"])
 def test_elements_that_share_memory_are_refused(package, device, name, how) -> None:
-    """As torch refuses a write to such a tensor, and before anything is written to the other one."""
+    """The error is that of torch for such a tensor, and comes before anything is written to the other one."""
     layer, x = make_layer(package).to(device), tokens(device, 2, 3)
     for share in SHARING.values():
         cache = moved(layer, device)

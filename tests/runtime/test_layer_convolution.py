@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 CHANNELS = 6
 LENGTHS = (7, 0, 1, 2, 9)
-"""Of packed sequences: longer than the widest convolution, empty, and shorter."""
+"""Lengths of packed sequences: longer than the widest convolution, empty, and shorter."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_module_of_this_class_is_torchs(convolution, device, width) -> None:
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 @pytest.mark.parametrize("begun", [False, True], ids=["from zeros", "from states"])
 def test_packed_sequences_have_the_bits_that_they_have_alone(convolution, device, width, dtype, begun) -> None:
-    """So have the states after them, from which a second half has the bits of the whole; gradients agree."""
+    """Packed sequences and the states after them have the bits of calls alone, also continued; gradients agree."""
     module, offsets = made(convolution, device, width, dtype), offsets_of(LENGTHS).to(device)
     x, before = inputs(device, sum(LENGTHS), dtype=dtype), inputs(device, len(LENGTHS), width - 1, dtype=dtype)
     together, after = convolution.convolve_packed(module, x, width, offsets, before if begun else None)

@@ -74,7 +74,7 @@ def test_a_tangent_is_computed_or_refused(package, device, backend, wrt) -> None
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_tangent_never_gets_into_a_cache(package, device, steps) -> None:
-    """Where the operator refuses a tangent, the cache is as it was."""
+    """If the operator refuses a tangent, the cache is unchanged."""
     layer, x = make_layer(package, "softplus").to(device), tokens(device, 2, 4)
     cache = layer.allocate_cache(2)
     with torch.no_grad(), forward_ad.dual_level():
@@ -88,7 +88,7 @@ def test_a_tangent_never_gets_into_a_cache(package, device, steps) -> None:
 
 
 def every_shape(layer: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return what each way to call a layer gives, of (2, 5) tokens."""
+    """Return the results of each way to call a layer on (2, 5) tokens."""
     offsets = torch.tensor([0, 4, 10], device=x.device)
     results = [layer(x), layer(x.flatten(0, 1), cu_seqlens=offsets)]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What acts on a module's ``forward`` acts on every child of the layer, since the layer calls them and reads none."""
+"""Wrappers of a module's ``forward`` work on every child of the layer, since the layer calls them and reads none."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 def every_call(layer: nn.Module, device: torch.device) -> Results:
-    """Return what each way to call a layer gives: a batch, packed, padded, cached, step by step, and ``scan``."""
+    """Return the results of each way to call a layer: a batch, packed, padded, cached, step by step, and ``scan``."""
     x, offsets = tokens(device, 2, 5), offsets_of((6, 0, 1, 3)).to(device)
     mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 1]], device=device)
     with torch.no_grad():

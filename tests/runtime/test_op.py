@@ -1,4 +1,4 @@
-"""What the generated operator returns, reads and keeps."""
+"""The results, operands and saved tensors of the generated operator."""
 
 from __future__ import annotations
 

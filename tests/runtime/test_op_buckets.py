@@ -24,7 +24,7 @@ from m2gen.verify.oracle import eager, own_arithmetic
 
 EPS = torch.finfo(torch.float32).eps
 HEADS, SMS = 2, 12
-"""Of a GPU on which few sequences already make a difference, so that the interpreter need not run many."""
+"""Sizes at which few sequences reach another bucket, so that the interpreter need not run many."""
 VARIANT = make_variant(heads=(1, 1, HEADS, 1, 1))
 FEW, MANY = SCHEDULES["two_level_atomic"], SCHEDULES["two_level_partial"]
 ALIKE = SCHEDULES["one_level_atomic"]

@@ -42,7 +42,7 @@ def draw(device: torch.device, heads: tuple[int, ...] = HEADS, dtype: str = "fp3
 
 
 class _Clamp(torch.autograd.Function):
-    """What the published backward does with the gradient that a step hands to the one before."""
+    """The clamp of the published backward on the gradient from one step to the one before."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, bound: float | None) -> Tensor:
@@ -110,7 +110,7 @@ def test_equals_the_published_recurrence(compat, device, clipping) -> None:
 
 
 def test_the_clippings_of_that_test_differ(device) -> None:
-    """What the test above compares depends on the clipping in the first digits."""
+    """The results that the test above compares differ in their first digits without the clipping."""
     inputs = draw(device)
     free, bound = (call(published, inputs, torch.float64, gradient_clipping=c) for c in (None, 1.0))
     assert min(distance(bound[f"d{name}"], free[f"d{name}"]) for name in ("k", "v", "weight", "forget")) > 0.01

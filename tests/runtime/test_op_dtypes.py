@@ -1,4 +1,4 @@
-"""What dtypes go in and come out, what autocast picks, and what fp32 products are made of."""
+"""The dtypes of operands and results, under autocast as well, and the kind of fp32 products."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_autocast_casts_what_may_be_narrow(package, device, dtype, gate) -> None
 
 
 def test_autocast_casts_a_narrow_weight_and_gate_to_its_dtype(package, device) -> None:
-    """What is not float32 is cast, so operands of several narrow dtypes fit together."""
+    """Operands that are not float32 are cast, so several narrow dtypes work together."""
     inputs = make_inputs(make_variant(), PROBLEM, seed=0).to(device)
     mixed = replace(inputs, k=inputs.k.half(), weight=inputs.weight.half(), forget=inputs.forget.half())
     with torch.autocast(device.type, torch.bfloat16):

@@ -96,7 +96,7 @@ WRONG = {
     **{name: (*wrong, ValueError) for name, wrong in (SHAPES | DEVICES | VALUES).items()},
     **{name: (*wrong, (TypeError, ValueError)) for name, wrong in TYPES.items()},
 }
-"""What is wrong with a call, what the error must say, and its type."""
+"""Wrong calls, with the message and the type of the error."""
 
 
 @pytest.mark.parametrize("wrong", WRONG)

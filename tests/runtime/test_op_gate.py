@@ -89,7 +89,7 @@ def test_gates_next_to_one_keep_what_they_write(package, device, x) -> None:
 
 @pytest.mark.parametrize("decay", [0.1, 0.3, 0.34, 0.36, 0.4, 1.0, 5.0])
 def test_no_seam_between_the_ways_to_compute_the_gate(package, device, decay) -> None:
-    """From gates near 1 to gates near 0, the state from zeros, (1 - f) tanh(k v^T), is right to a few roundings."""
+    """A first state, (1 - f) tanh(k v^T), is right to a few roundings, for f from near 1 to near 0."""
     inputs = with_gate(draw(device, 1, initial_state=False), 0.0, rate=decay / 0.8)
     _, state = package.m2rnn(**arguments(inputs))
     assert distance(state, exact(inputs)["state"]) < 8 * EPS

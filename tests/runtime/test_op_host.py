@@ -1,4 +1,4 @@
-"""What a call does on the host when nothing is to be differentiated: no dispatcher, and each launch looked up once."""
+"""Calls without gradients skip torch's dispatcher, and look each launch up once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``m2rnn_step`` writes in place must be a state's own memory."""
+"""A state that ``m2rnn_step`` writes in place must not share memory with itself or with operands."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_state_of_its_own(package, call, device, name, path) -> None:
 
 
 def test_whatever_torch_refuses_is_refused(package) -> None:
-    """Of all small strides, exactly those are found at which two elements are at one place; torch finds fewer."""
+    """Exactly those small strides are found with which two elements share memory; torch finds fewer."""
     memory = operators_of(package).memory
     shape = (2, 3, 2)
     for strides in itertools.product(range(7), repeat=3):

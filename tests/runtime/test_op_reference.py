@@ -36,7 +36,7 @@ def test_is_the_reference(modules, device, mode, clip) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_any_dims_and_dtype(package, device, monkeypatch, dtype) -> None:
-    """What no kernel was built for runs, also in float64, and no kernel does."""
+    """Dims and dtypes without kernels run on the reference, also in float64, and no kernel does."""
     drawn = make_inputs(UNBUILT, Problem(1, 3, initial_state=True), seed=3).to(device)
     inputs = changed(drawn, ("q", "k", "v", "weight", "forget"), lambda x: x.to(dtype))
     spy = Spy(package, monkeypatch)

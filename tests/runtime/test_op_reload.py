@@ -123,7 +123,7 @@ def patching(sources: dict[str, str]) -> Callable[[ModuleType], None]:
 
 
 def source_of(module: ModuleType) -> str:
-    """Return what is on disk of a module."""
+    """Return the source of a module on disk."""
     return Path(str(module.__file__)).read_text(encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Walks in several segments: the bits of a walk in one, whatever the lengths, in the order in which programs begin."""
+"""Scans in several segments have the bits of one, whatever the lengths, in the order in which programs begin."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TAKEN = {"padded": [3], "packed": [1, 2, 1]}
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory) -> dict[int, ModuleType]:
-    """Return packages with walks in one segment and in several."""
+    """Return packages with scans in one segment and in several."""
 
     def package(schedule: Schedule) -> ModuleType:
         folder = tmp_path_factory.mktemp(f"segments_{schedule.segments}")
@@ -59,7 +59,7 @@ def turns(packages, monkeypatch) -> list[Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_segments_have_the_bits_of_one(packages, turns, device, name, variant: Variant) -> None:
-    """y, states and every gradient; every program has had its turn, and every segment of every walk has ended."""
+    """y, states and every gradient agree; every program has begun, and every segment of every scan has ended."""
     inputs = make_inputs(variant, PROBLEMS[name], seed=4).to(device)
     whole, cut = (packages[count].m2rnn for count in (1, SEGMENTS))
     expected = differentiate(whole, inputs, deterministic=True)

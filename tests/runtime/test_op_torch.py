@@ -143,7 +143,7 @@ with open("layer.pickle", "rb") as stream:
 assert "m2gen" not in sys.modules
 torch.save(layer(x).detach(), "y.pt")
 """
-"""What a process does with a pickle that finds the package it is of, and nothing of m2gen."""
+"""Code of a process that loads a pickle, finds its package, and cannot import m2gen."""
 
 
 def test_a_pickled_layer_in_another_process(tmp_path, device) -> None:

@@ -42,7 +42,7 @@ def token_of(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def facts(*tensors: Tensor) -> list[tuple[torch.Size, torch.dtype]]:
-    """Return what a tensor without memory has."""
+    """Return the facts of a tensor without memory."""
     return [(x.shape, x.dtype) for x in tensors]
 
 
@@ -182,7 +182,7 @@ ONE_PRODUCT = 2 * 2 * STEPS * HEADS * ROWS * COLS
 
 
 def counted(package: ModuleType, run: Any) -> dict[str, int]:
-    """Return what torch counts of each operator of a package."""
+    """Return torch's count of flops for each operator of a package."""
     with FlopCounterMode(display=False) as counter:
         run()
     prefix = f"{operators_of(package).NAMESPACE}."

@@ -101,7 +101,7 @@ def test_gradients_of_a_module_called_with_other_parameters(package, device) -> 
 
 
 def slices(operands: Operands, dims: tuple[int | None, ...]) -> list[Operands]:
-    """Return what each place of a mapped dim calls with."""
+    """Return the arguments of each slice of a mapped dim."""
     size = next(x.shape[dim] for x, dim in zip(operands, dims, strict=True) if dim is not None)
     pairs = list(zip(operands, dims, strict=True))
     return [tuple(x if dim is None else x.select(dim, i) for x, dim in pairs) for i in range(size)]
@@ -346,7 +346,7 @@ def test_steps_are_mapped_in_place(package, operands, token) -> None:
 
 
 def test_the_registered_operators_alone(package, operands) -> None:
-    """What holds of ``m2rnn`` holds of what it calls: transforms reach the operator itself."""
+    """Transforms of the registered operators agree with those of ``m2rnn``."""
     q, k, v, weight, forget, state = operands
 
     def forward(q: Tensor) -> Tensor:

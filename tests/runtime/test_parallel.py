@@ -18,7 +18,7 @@ from m2gen.variant import BuiltVariant, Variant
 RANKS = 2
 SHARED = (1, 1, 4, 4, 4)
 SHARE = (1, 1, 2, 2, 2)
-"""Of one rank."""
+"""SMs of one rank's GPU."""
 
 
 def by_bucket(chosen: Iterable[Variant]) -> emit.Package:

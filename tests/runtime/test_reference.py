@@ -140,7 +140,7 @@ def test_the_two_clip_modes_differ_once_the_bound_binds() -> None:
 
 
 def test_the_first_states_gradient_is_not_clamped() -> None:
-    """What leaves the sequence may exceed the bound in both modes, for the caller's clip is its own."""
+    """The first state's gradient may exceed the bound in both modes, since the caller has its own clip."""
     operands = draw(GROUPS["none"], steps=0)
     for clip in ("carry", "total"):
         leaf = operands["initial_state"].clone().requires_grad_()

@@ -109,7 +109,7 @@ def test_exact_specs_refuse_the_approximate_instruction() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_the_tests_own_schedules_are_valid(schedule: Schedule) -> None:
-    """What the kernel tests run could be chosen by a search."""
+    """A search could choose the schedules of the kernel tests."""
     assert check(make_variant(), schedule, PORTABLE) is schedule
 
 
@@ -183,7 +183,7 @@ def test_schedules_are_told_in_words() -> None:
 
 
 def test_segments_are_whole_intervals() -> None:
-    """They have 128 steps at least; warpgroups walk alone."""
+    """A segment has at least 128 steps; warpgroups have no segments."""
     schedules = {interval: make_schedule(interval=interval) for interval in (1, 12, 16, 128)}
     assert {i: schedule.shortest_segment for i, schedule in schedules.items()} == {1: 128, 12: 132, 16: 128, 128: 128}
     assert "segments" not in Wgmma.AXES

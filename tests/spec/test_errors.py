@@ -65,7 +65,7 @@ def duration(given: str) -> str:
 
 
 TAKEN_NAMES = ("torch", "triton", "m2gen", "numpy", "Torch", "TRITON", "json", "Json", "os", "sys", "test", "this")
-"""Whose packages would be imported in the place of others, or install over them; some file systems ignore case."""
+"""Names of specs whose packages would shadow others, or install over them; some file systems ignore case."""
 
 # What is replaced in GOOD, by what, and the one problem of the result.
 EDITS = [

@@ -1,4 +1,4 @@
-"""The tool that holds schedules' errors beside the portable templates', on scripted errors."""
+"""The tool that compares schedules' errors with those of the portable templates, on scripted errors."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_problem_and_tensor_has_a_line(monkeypatch, capsys) -> None:
 
 
 def test_more_than_a_tenth_fails(monkeypatch) -> None:
-    """Of any schedule, on any problem."""
+    """An error that is more than a tenth larger fails the tool, for any schedule and problem."""
     assert compared(monkeypatch, 1.11) == 1
 
 

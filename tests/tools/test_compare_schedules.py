@@ -36,7 +36,7 @@ def test_every_schedule_has_a_line(monkeypatch, capsys, tmp_path: Path) -> None:
 
 
 def test_what_fails_the_gate_has_no_time(monkeypatch, capsys, tmp_path: Path) -> None:
-    """The reason stands in its line."""
+    """A schedule that fails the check has the reason in its line."""
     monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path))
     compared(monkeypatch, Script(broken={"default": WRONG}), SLUGS[0])
     row = capsys.readouterr().out.splitlines()[-1]
@@ -54,7 +54,7 @@ def test_a_layer_that_is_not_there(monkeypatch, capsys) -> None:
 
 
 def test_a_schedule_that_is_not_valid_is_an_error(monkeypatch, tmp_path: Path) -> None:
-    """Before anything is timed."""
+    """An invalid schedule is an error before anything is timed."""
     monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(ScheduleError, match="interval must be a multiple"):
         compared(monkeypatch, Script(), "portable_f32x1u4a_b32x1c2a_i3_ptx")

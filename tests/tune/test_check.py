@@ -1,4 +1,4 @@
-"""The check holds real kernels against float64, in the interpreter; the worker and the clock on a stand-in GPU."""
+"""The check compares real kernels with float64 in the interpreter; the worker and the clock run on a stand-in GPU."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ SUBJECT = Subject(VARIANT, TARGETS["sm_90"], Objective.TRAIN, 1, 8)
 
 
 def served(step: Step, schedule: Schedule = PARTIAL, best_ms: float | None = None) -> Measurement:
-    """Return what the worker's function finds."""
+    """Return the result of the worker's function."""
     return gpu.serve(Task(SUBJECT, schedule, step, best_ms))
 
 
@@ -178,7 +178,7 @@ def test_far_slower_candidates_are_dropped_after_a_few_samples() -> None:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("replay_ms", "count"), [(5.0, 15), (100.0, clock.FEWEST)])
 def test_slow_candidates_are_sampled_less(replay_ms: float, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many calls as take the time that is to be counted, forward and backward together."""
+    """There are as many calls as fit the time to sample, forward and backward together."""
     monkeypatch.setattr("stand_in.REPLAY_MS", replay_ms)
     screened = served(Step.SCREEN)
     assert screened.samples is not None

@@ -68,7 +68,7 @@ def test_trials_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_a_trial_is_json(tmp_path: Path) -> None:
-    """What is written can be read by anything that reads JSON."""
+    """A written trial can be read by anything that reads JSON."""
     for failed in (False, True):
         text = json.dumps(encode_trial(trial(POINTS[3], failed=failed)), allow_nan=False)
         assert decode_trial(json.loads(text)) == trial(POINTS[3], failed=failed)
@@ -77,7 +77,7 @@ def test_a_trial_is_json(tmp_path: Path) -> None:
 @settings(max_examples=60)
 @given(cut=st.integers(0, 4000))
 def test_a_journal_that_ends_anywhere_keeps_its_whole_lines(tmp_path_factory: pytest.TempPathFactory, cut: int) -> None:
-    """Of a torn last line nothing stays, and the next trial begins a line of its own."""
+    """A torn last line is cut off, and the next trial begins a new line."""
     path = tmp_path_factory.mktemp("torn") / "j.jsonl"
     journal = Journal(path, HEADER)
     for point in POINTS[:3]:

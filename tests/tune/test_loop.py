@@ -24,7 +24,7 @@ from m2gen.pipeline.tune import Tuned, TuneRequest, TuningContext, tune
 from m2gen.schedule import Schedule, default, parse
 from m2gen.spec import Objective
 from m2gen.tune.final import FEWEST_ROUNDS, FINALISTS
-from m2gen.tune.log import Limits, Standing
+from m2gen.tune.log import Limits, SearchProgress
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
@@ -214,8 +214,8 @@ def test_an_interrupt_keeps_the_best_so_far(spec: Path) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
 
     class Impatient(Silent):
-        def trial(self, trial: Trial, standing: Standing) -> None:
-            super().trial(trial, standing)
+        def trial(self, trial: Trial, progress: SearchProgress) -> None:
+            super().trial(trial, progress)
             if len(self.trials) >= 12:  # once more where a finaliser, of which Python ignores errors, had swallowed it
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -282,7 +282,7 @@ def test_a_read_only_database_loses_nothing(spec: Path) -> None:
 
 
 def test_a_database_that_cannot_be_written_is_said_at_once(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything runs."""
+    """The error comes before anything runs."""
     log = simulated.script(spec.parent / "script.json")
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(DatabaseError, match="db must be a folder that can be written"):
@@ -347,16 +347,16 @@ def test_inference_tunes_the_forward_alone(spec: Path) -> None:
 
 
 def test_progress_tells_what_is_left(spec: Path) -> None:
-    """Standings count trials, name the best and the failures by kind, and the time that is left falls."""
+    """Progress counts trials, names the best and the failures by kind, and the time that is left falls."""
     simulated.script(spec.parent / "script.json", wrong=[NEIGHBOUR])
     watcher = Silent()
     search(spec, watcher=watcher)
-    last = watcher.standings[-1]
+    last = watcher.seen[-1]
     assert last.done == 24 == last.most
     assert last.failures == {"wrong": 1}
     assert last.best is not None
     assert last.default_ms == pytest.approx(3.75, rel=0.01)
-    left = [standing.seconds_left for standing in watcher.standings]
+    left = [progress.seconds_left for progress in watcher.seen]
     assert left == sorted(left, reverse=True)
 
 
@@ -378,7 +378,7 @@ def test_random_and_tpe_search_the_same_space(spec: Path) -> None:
 
 
 def test_records_seed_the_next_search(spec: Path) -> None:
-    """What the database has is tried right after the default."""
+    """Schedules of records are tried right after the default."""
     simulated.script(spec.parent / "script.json", ms={BEST: 1.0})
     request = TuneRequest(Database(spec.parent / "db"), seconds=60, trials=60)
     (first,) = tune(plan(str(spec)), request, simulated.context(), Silent())

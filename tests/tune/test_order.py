@@ -20,7 +20,7 @@ from m2gen.tune.sampler import Sampler
 from m2gen.tune.space import enumerate_space
 
 SMALL = SPEC.replace("state_expansion: 64", "state_expansion: 16")
-"""Of which inference has few schedules."""
+"""A variant with few schedules for inference."""
 
 
 def place(folder: Path, patch: pytest.MonkeyPatch, spec: str) -> Path:

@@ -1,4 +1,4 @@
-"""What a search begins with: which records of the database, in which order, and which failures it leaves alone."""
+"""Seeds of a search: records of the database in order, and failures that are not tried."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_what_is_no_seed() -> None:
 
 
 def test_few_similar_records_are_seeds() -> None:
-    """Of more than that many only the nearest, and what is not valid takes nobody's place."""
+    """If there are too many, only the nearest are seeds, and invalid ones do not count."""
     many = [winner(variant=OTHER_HEADS, schedule=make_schedule(interval=4 * n), high=n / 100) for n in range(1, 12)]
     wide = replace(FIRST, forward=replace(FIRST.forward, rows=128))
     assert problems(VARIANT, wide, DEVICE)

@@ -64,7 +64,7 @@ def _worker(folder: Path, url: str, name: str, trials: int, last: int = -1) -> s
 
 
 def _until_met(worker: subprocess.Popen[str]) -> str:
-    """Return what a worker prints before it waits for the other."""
+    """Return the output of a worker before it waits for the other."""
     assert worker.stdout is not None
     said = ""
     for line in worker.stdout:
@@ -133,7 +133,7 @@ FACTS = {
     "triton": "3.7",
     "ptxas": "13.0",
 }
-"""Of an environment, each other than the simulated one's."""
+"""Facts of an environment, each of them different from the simulated one's."""
 
 
 def test_workers_share_a_study_only_on_one_kind_of_gpu_and_toolchain() -> None:
@@ -231,7 +231,7 @@ def test_a_trial_whose_worker_died_before_it_gave_up_the_claim(tmp_path: Path, m
 
 
 def test_a_trial_of_another_shape_is_named(tmp_path: Path) -> None:
-    """Of another m2gen, say; the error says what to do."""
+    """A trial that cannot be read, such as one of another m2gen, is an error that says what to do."""
     one = _open(tmp_path, "one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared, "encode_trial", lambda trial: {"schedule": 5})
@@ -259,7 +259,7 @@ def test_fresh_forgets_a_study(tmp_path: Path) -> None:
     ],
 )
 def test_a_url_that_cannot_be_used(url: str, message: str) -> None:
-    """Said in one line, as a user's error."""
+    """The error is one line and the user's status."""
     with pytest.raises(UsageError, match=message):
         open_study(url, "study", "one")
 

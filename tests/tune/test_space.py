@@ -140,7 +140,7 @@ def test_segments_are_points_where_programs_take_turns() -> None:
 
 
 def test_inference_has_the_forwards_knobs_only() -> None:
-    """What it never runs is that of the family's default."""
+    """Knobs of the backward, which inference never runs, are those of the family's default."""
     space = enumerate_space(replace(TRAIN, objective=Objective.INFER))
     usual = {schedule.family: schedule for schedule in defaults(SMALL, DEVICE)}
     for point in space.points:
@@ -151,7 +151,7 @@ def test_inference_has_the_forwards_knobs_only() -> None:
 
 
 def test_warpgroups_are_points_where_they_are_valid() -> None:
-    """Of 64 columns on Hopper: every interval that fits and either sum, for training and for inference."""
+    """States of 64 columns on Hopper have every interval that fits and either sum, for training and for inference."""
     variant = make_variant(96, 64, (4, 4, 4, 4, 4), "bf16", tanh="approx")
     subject = replace(TRAIN, variant=variant, memory=MemoryBound())
     found = [point for point in enumerate_space(subject).points if point.family is Family.WGMMA]

@@ -1,4 +1,4 @@
-"""Which cases a variant gets."""
+"""The cases of a variant."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What commands print: tables, JSON and JUnit documents, figures, and the page about searches."""
+"""The output of commands: tables, JSON and JUnit documents, figures, and the page about searches."""

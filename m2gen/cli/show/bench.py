@@ -1,4 +1,4 @@
-"""What ``m2gen bench`` prints of workloads, and its exit status."""
+"""Print the results of ``m2gen bench`` on workloads."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from m2gen.variant import BuiltVariant, layer_names, parse_variant
 TIME_COLUMNS = ("kernels", "steps", "forward ms", "95 %", "both ms", "95 %", "speed-up", "extra GB", "host µs")
 SCHEDULE_COLUMNS = ("kernels", "schedule", "from")
 MORE_COLUMNS = ("variant", "slug")
-"""What --verbose adds to schedules."""
+"""Columns that --verbose adds to schedules."""
 LIMIT_COLUMNS = ("kernels", "call", "ms", "µs/step", "floor ms")
 AGAINST_COLUMNS = ("kernels", "call", "then ms", "now ms", "change", "noise", "verdict")
-Place = tuple[str, str, Call, int, int]
+WorkloadKey = tuple[str, str, Call, int, int]
 """Layer, variant, call, batch and length of a workload."""
 CALLS = {"forward": "forward", "forward+backward": "both"}
-"""Names of calls in tables, by those in documents."""
+"""Names of calls in tables, by their names in documents."""
 LOOPS = tuple(str(kind) for kind in Kind if kind.most_steps is not None)
-"""Contenders that are loops of PyTorch, thousands of times off any floor."""
+"""Names of implementations that are PyTorch loops, which are thousands of times above any floor."""
 
 
 def run_bench(
     results: Iterable[Sequence[Result]], environment: Environment, display: Display, draw: Callable[[Document], None]
 ) -> int:
-    """Show and draw what was timed, also where it is interrupted; return 1 if a generated kernel failed."""
+    """Show and draw results, also after an interruption; return 1 if a generated kernel failed."""
     rows: list[Row] = []
     try:
         for found in results:
@@ -46,7 +46,7 @@ def run_bench(
     except BaseException:
         if rows:
             show_bench(Document(environment, tuple(rows)), display)
-            with suppress(UsageError):  # what ended the run is said, rather than that it cannot be drawn
+            with suppress(UsageError):  # the error that ended the run matters more
                 draw(Document(environment, tuple(rows)))
         raise
     document = Document(environment, tuple(rows))
@@ -56,7 +56,7 @@ def run_bench(
 
 
 def show_bench(document: Document, display: Display) -> None:
-    """Print the times of every contender, and how near they are to the GPU's limits."""
+    """Print the times of every implementation, and how close they are to the GPU's limits."""
     if display.as_json:
         print_json(dump(document))
     else:
@@ -64,31 +64,31 @@ def show_bench(document: Document, display: Display) -> None:
 
 
 def bench_tables(document: Document, *, verbose: bool) -> Iterator[Table]:
-    """Yield the tables of a run; in each, the rows of a workload have it as their heading."""
-    names = implementation_names(row.contender for row in document.rows)
+    """Yield the tables of a run, whose rows have their workload as heading."""
+    names = implementation_names(row.implementation for row in document.rows)
     passed = [pair for pair in zip(document.rows, speed_ups(document.rows), strict=True) if not pair[0].failure]
-    times = sections((place(row), _time_cells(row, names[row.contender], speed)) for row, speed in passed)
+    times = sections((workload_of(row), _time_cells(row, names[row.implementation], speed)) for row, speed in passed)
     notes = ["both: forward and backward; 95 %: how far the interval that holds the median reaches; L2 cold"]
     notes += ["speed-up: default = 1, by time a step"] if any(speed for _, speed in passed) else []
     yield Table(f"Medians on {document.environment.device}", TIME_COLUMNS, times, notes)
     if generated := [row for row in document.rows if row.schedule]:
         columns = (*SCHEDULE_COLUMNS, *MORE_COLUMNS) if verbose else SCHEDULE_COLUMNS
-        usual = {place(row): row.schedule for row in generated if row.contender == Kind.DEFAULT}
-        cells = (_schedule_cells(row, usual.get(place(row)), verbose=verbose) for row in generated)
-        rows = sections(zip(map(place, generated), cells, strict=True))
+        usual = {workload_of(row): row.schedule for row in generated if row.implementation == Kind.DEFAULT}
+        cells = (_schedule_cells(row, usual.get(workload_of(row)), verbose=verbose) for row in generated)
+        rows = sections(zip(map(workload_of, generated), cells, strict=True))
         yield Table("Schedules", columns, rows)
-    yield from _limit_tables([row for row, _ in passed if row.contender not in LOOPS], names)
+    yield from _limit_tables([row for row, _ in passed if row.implementation not in LOOPS], names)
     if failed := [row for row in document.rows if row.failure]:
-        rows = sections((place(row), (names[row.contender], row.failure)) for row in failed)
+        rows = sections((workload_of(row), (names[row.implementation], row.failure)) for row in failed)
         yield Table("Failed", ("kernels", "why"), rows)
 
 
-def place(row: Row) -> Place:
-    """Return what rows of one workload share."""
+def workload_of(row: Row) -> WorkloadKey:
+    """Return the workload of a row."""
     return (row.layer, row.variant, row.call, row.batch, row.seq)
 
 
-def workload_names(places: Iterable[Place]) -> dict[Place, str]:
+def workload_names(places: Iterable[WorkloadKey]) -> dict[WorkloadKey, str]:
     """Return the names of workloads: layer and dtype, then the size."""
     found = list(dict.fromkeys(places))
     named: dict[tuple[str, str], str] = {}
@@ -99,8 +99,8 @@ def workload_names(places: Iterable[Place]) -> dict[Place, str]:
     return {where: f"{named[where[:2]]}, {sized(*where[2:])}" for where in found}
 
 
-def sections(rows: Iterable[tuple[Place, Sequence[Any]]]) -> list[Any]:
-    """Return rows below the names of their workloads."""
+def sections(rows: Iterable[tuple[WorkloadKey, Sequence[Any]]]) -> list[Any]:
+    """Return rows with the name of their workload as a heading."""
     placed = list(rows)
     names = workload_names(where for where, _ in placed)
     lines: list[Any] = []
@@ -126,13 +126,13 @@ def _median(times: Times | None) -> tuple[str, str]:
 
 
 def ms_text(value: float) -> str:
-    """Return milliseconds with as many digits as are known of them."""
+    """Return milliseconds with the digits that are significant."""
     return f"{value:.3f}" if value >= 0.1 else f"{value:.4f}"
 
 
 def _schedule_cells(row: Row, usual: str | None, *, verbose: bool) -> tuple[str, ...]:
-    """Return what a schedule is, and the knobs in which it differs from the default's."""
-    cells = (row.contender, _in_words(row.schedule, usual), row.source)
+    """Return a row's schedule in words, with the knobs that differ from the default ``usual``."""
+    cells = (row.implementation, _in_words(row.schedule, usual), row.source)
     return (*cells, row.variant, row.schedule) if verbose else cells
 
 
@@ -145,7 +145,7 @@ def _in_words(slug: str, usual: str | None) -> str:
 
 
 def _limit_tables(rows: Sequence[Row], names: Mapping[str, str]) -> Iterator[Table]:
-    """Yield the table of what calls achieve of the GPU's limits, where these are known."""
+    """Yield the table of achieved fractions of the GPU's limits, if these are known."""
     found = [
         (row, call, times)
         for row in rows
@@ -154,8 +154,10 @@ def _limit_tables(rows: Sequence[Row], names: Mapping[str, str]) -> Iterator[Tab
     ]
     if found:
         columns = (*LIMIT_COLUMNS, *map(_short, found[0][2].floors_ms))
-        cells = sections((place(row), _limit_cells(row, names[row.contender], call, t)) for row, call, t in found)
-        note = "Each limit alone would make the call take its part of the time; floor: the largest of them"
+        cells = sections(
+            (workload_of(row), _limit_cells(row, names[row.implementation], call, t)) for row, call, t in found
+        )
+        note = "Each limit alone would make the call take that part of its time; floor: the time of the largest"
         yield Table("Achieved parts of the GPU's limits", columns, cells, [note])
 
 
@@ -166,12 +168,12 @@ def _limit_cells(row: Row, name: str, call: str, times: Times) -> tuple[Any, ...
 
 
 def _short(limit: str) -> str:
-    """Return the first word of a limit's name: float32 arithmetic, memory traffic."""
+    """Return the first word of a limit's name, as memory of memory traffic."""
     return limit.split()[0]
 
 
 def run_against(found: Iterable[Comparison], before: Baseline, here: Environment, *, as_json: bool) -> int:
-    """Show every recorded time beside that of now; return 1 if one is slower beyond noise."""
+    """Show every recorded time beside the new one; return 1 if one is slower beyond noise."""
     comparisons = list(found)
     slower = [comparison for comparison in comparisons if comparison.slower]
     if as_json:
@@ -180,14 +182,14 @@ def run_against(found: Iterable[Comparison], before: Baseline, here: Environment
     else:
         notes = [f"then: {toolchain}" for toolchain in before.toolchains]
         notes += [f"now: torch {here.torch}, triton {here.triton}, driver {here.driver}"]
-        rows = sections((_place(c), _against_cells(c)) for c in comparisons)
+        rows = sections((_workload(c), _against_cells(c)) for c in comparisons)
         print_tables([Table(f"Recorded times against those of now on {here.device}", AGAINST_COLUMNS, rows, notes)])
     if slower:
         print(f"m2gen: {len(slower)} of {len(comparisons)} times are slower beyond noise", file=sys.stderr)
     return 1 if slower else 0
 
 
-def _place(c: Comparison) -> Place:
+def _workload(c: Comparison) -> WorkloadKey:
     return (c.layer, c.place.variant, c.place.call, c.place.batch, c.place.seq)
 
 
@@ -196,7 +198,7 @@ def _against_cells(c: Comparison) -> tuple[Any, ...]:
     change = "" if c.change is None else f"{c.change:+.1%}"
     verdict = c.failure or ("SLOWER" if c.slower else "faster" if _faster(c) else "same")
     call = "step" if c.place.call.decodes else CALLS[c.place.what]
-    return (c.place.contender, call, ms_text(c.before.median_ms), now, change, f"{c.noise:.1%}", verdict)
+    return (c.place.implementation, call, ms_text(c.before.median_ms), now, change, f"{c.noise:.1%}", verdict)
 
 
 def _faster(c: Comparison) -> bool:

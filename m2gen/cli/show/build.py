@@ -1,4 +1,4 @@
-"""What each command prints, and the exit status that follows from it."""
+"""Print the results of ``m2gen build``, ``check``, ``spec`` and ``info``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 from m2gen import __version__
@@ -18,17 +17,18 @@ from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE, TARGETS, detect
 from m2gen.errors import listed
 from m2gen.kernels.render import templates_dir
+from m2gen.measure.context import installed
 from m2gen.pipeline import BuildOutcome, CheckRow, Plan, shipped_database, shipped_specs, state
 from m2gen.variant import BuiltVariant
 
 KERNEL_COLUMNS = ("layer", "kernel", "registers", "spills B", "shared B", "code B", "from")
 SCHEDULE_COLUMNS = ("layer", "programs/SM", "schedule", "from")
 MORE_COLUMNS = ("variant", "slug")
-"""What --verbose adds to either."""
+"""Columns that --verbose adds to either table."""
 
 
 def kernel_tables(rows: Sequence[CheckRow], *, verbose: bool) -> Iterator[Table]:
-    """Yield a table of kernels for each target, and below it what takes the registers of those that spill."""
+    """Yield a table of kernels for each target, with notes on those that spill."""
     columns = (*KERNEL_COLUMNS, *MORE_COLUMNS) if verbose else KERNEL_COLUMNS
     for arch in dict.fromkeys(row.arch for row in rows):
         shown = [row for row in rows if row.arch == arch]
@@ -57,7 +57,7 @@ def _kernel_json(row: CheckRow) -> dict[str, Any]:
 
 
 def schedule_tables(planned: Plan, *, verbose: bool) -> Iterator[Table]:
-    """Yield a table of schedules for each target, and below it what is to be said of their records."""
+    """Yield a table of schedules for each target, with notes on their records."""
     names = planned.names
     columns = (*SCHEDULE_COLUMNS, *MORE_COLUMNS) if verbose else SCHEDULE_COLUMNS
     for device in dict.fromkeys(choice.device for choice in planned.choices if verbose or choice.device != PORTABLE):
@@ -85,7 +85,7 @@ def _choice_json(choice: Choice) -> dict[str, Any]:
 
 
 def show_build(planned: Plan, outcome: BuildOutcome, *, as_json: bool, quiet: bool, verbose: bool) -> None:
-    """Show the schedules that serve each variant and what the kernels take."""
+    """Print the schedules that serve each variant, and the resources of the kernels."""
     if as_json:
         shown = [choice for choice in planned.choices if verbose or choice.device != PORTABLE]
         kernels = [_kernel_json(row) for row in outcome.rows]
@@ -108,7 +108,7 @@ def show_difference(planned: Plan, lines: Sequence[str], *, as_json: bool, quiet
         print("\n".join(lines))
         print(f"m2gen: {planned.origin.name} is stale; run `{planned.origin.command}`", file=sys.stderr)
     elif not quiet:
-        print(f"{planned.origin.name} is what {planned.origin.spec_file} renders")
+        print(f"{planned.origin.name} is up to date with {planned.origin.spec_file}")
     return 1 if lines else 0
 
 
@@ -163,18 +163,12 @@ def _variant_json(built: BuiltVariant) -> dict[str, Any]:
     }
 
 
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "missing"
-
-
 def show_info(*, as_json: bool) -> None:
     """Print what m2gen runs on and with, and what is missing."""
     device = detect()
     packages = ("torch", "triton", "jinja2", "optuna", "pyyaml", "rich", "pydantic", "typer")
-    versions = {"m2gen": __version__, "python": platform.python_version(), **{p: _version_of(p) for p in packages}}
+    versions = {"m2gen": __version__, "python": platform.python_version()}
+    versions |= {package: installed(package) or "missing" for package in packages}
     folders = {
         "specs": shipped_specs(),
         "templates": templates_dir(),

@@ -1,4 +1,4 @@
-"""What commands print that look at the tuning database."""
+"""Print records of the tuning database, and why they serve."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _document(record: Record) -> dict[str, Any]:
 def show_list(
     database: Database, records: Sequence[Record], spec: str | None, *, everything: bool, as_json: bool
 ) -> None:
-    """Print winners, and with ``everything`` failures, too; of a spec's variants only, where one is named."""
+    """Print winners, and with ``everything`` failures; only those of a spec's variants if one is given."""
     known = known_names((record.key.variant for record in records), spec)
     if spec is not None:
         known = {key: known[key] for key in variants_of(spec) if key in known}
@@ -62,7 +62,7 @@ def _list_cells(record: Record, names: Mapping[str, str]) -> tuple[Any, ...]:
 
 
 def failure_tables(failures: Sequence[Record], names: Mapping[str, str]) -> Iterator[Table]:
-    """Yield a table for every GPU on which schedules are known to fail."""
+    """Yield a table of schedules that are known to fail for every GPU."""
     for device in dict.fromkeys(record.environment.device for record in failures):
         rows = [
             (r.id, names[r.key.variant], r.schedule.describe(), f"{r.failure.reason}: {r.failure.message}")
@@ -73,7 +73,7 @@ def failure_tables(failures: Sequence[Record], names: Mapping[str, str]) -> Iter
 
 
 def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the single values of a document with their places."""
+    """Yield the path and value of every leaf of a document."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield from _flat(item, f"{place}.{name}" if place else name)
@@ -85,7 +85,7 @@ def _flat(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def show_record(record: Record, *, as_json: bool) -> None:
-    """Print everything that a record says."""
+    """Print all fields of a record."""
     if as_json:
         print_json(_document(record))
     else:
@@ -93,7 +93,7 @@ def show_record(record: Record, *, as_json: bool) -> None:
 
 
 def show_why(answers: Sequence[Answer], spec: str | None, batch: int | None, seq: int | None, *, as_json: bool) -> None:
-    """Print what serves each query, and why others do not."""
+    """Print the record that serves each query, and why others do not."""
     if as_json:
         print_json([_answer_document(answer) for answer in answers])
         return
@@ -148,7 +148,7 @@ def show_record_difference(one: Record, other: Record, *, as_json: bool) -> int:
 
 
 def show_differing_records(one: Iterable[Record], other: Iterable[Record], *, as_json: bool) -> int:
-    """Print the records that only one side has, and which are of one key and environment; return 1 if there are any."""
+    """Print the records that only one side has, pairing those of one key and environment; return 1 if there are any."""
     left, right = set(one), set(other)
     shared = {slot(record) for record in left - right} & {slot(record) for record in right - left}
     rows = [

@@ -1,4 +1,4 @@
-"""Figures as files: one look for all of them, light or dark, and the same bytes for the same numbers."""
+"""Write figures in one style, light or dark, with the same bytes for the same numbers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from m2gen.errors import UsageError
+from m2gen.errors import UsageError, os_errors_as
 
 FORMATS = (".png", ".svg")
 PIXELS = 800
-"""Width at which figures are meant to be read: text is 9.5 points high there, a point 4/3 pixels."""
+"""Width at which figures are meant to be read, where text is 9.5 points high and a point is 4/3 pixels."""
 
 
 class Style(StrEnum):
-    """What a figure is to be seen on."""
+    """The background that a figure is made for."""
 
     LIGHT = "light"
     DARK = "dark"
@@ -25,16 +25,16 @@ class Style(StrEnum):
 
 @dataclass(frozen=True)
 class Theme:
-    """The colours of a style; those of data are told apart by the colour-blind, and by their lightness in print."""
+    """The colours of a style; the colour-blind can tell those of data apart, and in print their lightness differs."""
 
     page: str
     text: str
     muted: str
     grid: str
     data: tuple[str, ...]
-    """The first for m2gen."""
+    """Colours of curves; the first is m2gen's."""
     beside: tuple[str, ...]
-    """For what it is compared with."""
+    """Colours of other implementations."""
 
 
 THEMES = {
@@ -58,7 +58,7 @@ THEMES = {
 
 
 def check_figure(path: Path) -> None:
-    """Raise UsageError for a file that no figure can be drawn into, before anything is timed."""
+    """Raise UsageError if no figure can be written to ``path``, before anything is timed."""
     if path.suffix not in FORMATS:
         raise UsageError(f"--plot must end in {' or '.join(FORMATS)}, got {str(path)!r}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -66,16 +66,14 @@ def check_figure(path: Path) -> None:
 
 
 def write_figure(path: Path, theme: Theme, title: str, draw: Callable[[], Any]) -> None:
-    """Write the figure that ``draw`` returns; raises UsageError where the file cannot be written."""
+    """Write the figure that ``draw`` returns; raises UsageError if the file cannot be written."""
     import matplotlib.style
 
     metadata = {"Title": title, "Date": None} if path.suffix == ".svg" else {"Title": title}
     with matplotlib.style.context(["default", _settings(theme)]):
         figure = draw()
-        try:
+        with os_errors_as(UsageError, f"--plot {path} must be writable"):
             figure.savefig(path, metadata=metadata)
-        except OSError as error:
-            raise UsageError(f"--plot {path} must be writable: {error.strerror or error}") from error
 
 
 def new_figure(inches_high: float, width: float = 1.0) -> Any:

@@ -1,4 +1,4 @@
-"""How tables name what they are about: variants by layers and dtype, buckets, where a schedule comes from."""
+"""Names in tables: variants by layers and dtype, buckets, implementations, and sources of schedules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from m2gen.variant import BuiltVariant, expand, layer_names, parse_variant
 
 
 def known_names(keys: Iterable[str], spec: str | None = None) -> dict[str, str]:
-    """Return the names of variants, by their keys: by the layers of ``spec``, of specs at hand, or of shipped ones.
+    """Return the names of variants by their keys, from layers of ``spec``, local specs, or shipped ones.
 
     A variant that none of them has is named by its dims.
     """
@@ -31,13 +31,13 @@ def variants_of(spec: str) -> tuple[str, ...]:
 
 
 def _specs() -> list[str]:
-    """Return the paths of specs; those of the full verification, whose layers are named after features, come last."""
+    """Return the paths of local and shipped specs, last those whose layers are named after features."""
     paths = [path for folder in (Path("specs"), shipped_specs()) for path in sorted(folder.glob("*.yaml"))]
     return [str(path) for path in sorted(paths, key=lambda path: path.name in MATRIX)]
 
 
 def _layers_of(specs: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return by a variant's key the layers of the first spec that has it; specs that cannot be read have none."""
+    """Return the layers of each variant in the first spec that has it, by key; skip specs that cannot be read."""
     found: dict[str, tuple[str, ...]] = {}
     for name in specs:
         try:
@@ -50,7 +50,7 @@ def _layers_of(specs: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 
 def calls(buckets: Iterable[Bucket]) -> str:
-    """Say which calls a schedule serves, by how many programs they are for each SM."""
+    """Return the buckets that a schedule serves, as programs per SM."""
     served = set(buckets)
     others = [bucket for bucket in BUCKETS if bucket not in served]
     few = [bucket for bucket in BUCKETS if bucket in served] if len(others) > 2 else others
@@ -59,14 +59,14 @@ def calls(buckets: Iterable[Bucket]) -> str:
 
 
 def implementation_names(names: Iterable[str]) -> dict[str, str]:
-    """Return short names of what is timed: of an adapter ``module:function`` the function, if no other has its name."""
+    """Return short names of implementations: the function of an adapter ``module:function``, if that is unique."""
     whole = dict.fromkeys(names)
     counts = Counter(name.rpartition(":")[2] for name in whole)
     return {name: short if counts[short := name.rpartition(":")[2]] == 1 else name for name in whole}
 
 
 def closest(source: str) -> str:
-    """Return a kernel's source with each record once, by the closest of the tiers at which it serves."""
+    """Return a kernel's source with each record once, at the closest of its tiers."""
     tiers: dict[str, str] = {}
     for part in source.split(", "):
         tier, _, record = part.partition(" ")
@@ -75,17 +75,17 @@ def closest(source: str) -> str:
 
 
 def record_notes(records: Iterable[Record | None]) -> list[str]:
-    """Say, a line each, what GPUs records are of, and what else is to be said of them."""
+    """Return a line for each group of records: their GPU, and whether they are stale or flagged."""
     return _notes(records, lambda record: ", ".join(filter(None, (f"of {record.environment.device}", state(record)))))
 
 
 def state_notes(records: Iterable[Record]) -> list[str]:
-    """Say, a line each, which records are stale or flagged, and why."""
+    """Return a line for each group of records that are stale or flagged, with the reason."""
     return _notes(records, state)
 
 
 def _notes(records: Iterable[Record | None], say: Callable[[Record], str]) -> list[str]:
-    """Say the same of several records once; without their ids, where it is of all."""
+    """Return each note once with the ids of its records, or without ids if it is about all."""
     about: dict[str, list[str]] = {}
     for record in dict.fromkeys(record for record in records if record is not None):
         about.setdefault(say(record), []).append(record.id)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about searches: history, knobs, failures, and how far the GPU's limits are."""
+"""Render a self-contained HTML page about searches: history, knobs, failures, and the GPU's limits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _template() -> jinja2.Template:
 
 
 def tuning_page(planned: Plan, environment: Environment, results: Sequence[Tuned]) -> str:
-    """Return the page of a command's searches; it needs nothing but itself to be read."""
+    """Return the HTML page of a command's searches, which refers to no other file."""
     facts = [("GPU", f"{environment.device} ({environment.arch}, {environment.sm_count} SMs)")]
     facts += [(name, getattr(environment, name) or "unknown") for name in ("driver", "torch", "triton", "ptxas")]
     names = planned.names
@@ -59,7 +59,7 @@ def _search(tuned: Tuned, environment: Environment, name: str) -> dict[str, Any]
 
 
 def _finalists(tuned: Tuned) -> list[dict[str, Any]]:
-    """Return the finalists, the fastest first."""
+    """Return the finalists, fastest first."""
     outcome = tuned.outcome
     if outcome.choice is None:
         return []
@@ -87,7 +87,7 @@ def _finalists(tuned: Tuned) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class _Scale:
-    """From trials and milliseconds to places in a drawing; times far above the default are drawn at its top."""
+    """Maps trials and milliseconds to coordinates; times far above the default are drawn at the top."""
 
     count: int
     low: float
@@ -102,7 +102,7 @@ class _Scale:
 
 
 def _history(tuned: Tuned) -> dict[str, Any] | None:
-    """Return the places of every trial, of the best so far and of the default."""
+    """Return the coordinates of every trial, of the best so far and of the default."""
     trials = tuned.outcome.trials
     times = [trial.median_ms for trial in trials if trial.median_ms is not None]
     if not times:
@@ -145,7 +145,7 @@ def _bars(values: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def _failures(trials: Sequence[Trial], default: Schedule) -> list[dict[str, Any]]:
-    """Return every kind of failure with its count and its commonest messages."""
+    """Return every kind of failure with its count and most frequent messages."""
     kinds: dict[str, list[Trial]] = {}
     for trial in trials:
         if trial.failure is not None:
@@ -159,7 +159,7 @@ def _failures(trials: Sequence[Trial], default: Schedule) -> list[dict[str, Any]
 
 
 def _floors(tuned: Tuned, environment: Environment) -> dict[str, Any] | None:
-    """Return how long each limit alone makes the winner's call take, as a part of what it took."""
+    """Return the time that each limit alone makes the winner's call take, and its fraction of the measured time."""
     outcome, subject = tuned.outcome, tuned.goal.subject
     if outcome.choice is None:
         return None
@@ -177,7 +177,7 @@ def _floors(tuned: Tuned, environment: Environment) -> dict[str, Any] | None:
 
 
 def _work_rows(work: Work, ms: float) -> list[tuple[str, str, str]]:
-    """Return every kind of work of a call, and its rate."""
+    """Return the amount and rate of every kind of work in a call."""
     flops = work.flops + work.product_flops
     return [
         ("tanh", f"{work.tanh / 1e9:.2f} G", f"{work.tanh / ms / 1e6:.0f} G/s"),

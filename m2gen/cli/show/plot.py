@@ -1,4 +1,4 @@
-"""The picture of sweeps: times along an axis, and the lines through them."""
+"""Draw sweeps: times along an axis, and the lines through them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from m2gen.bench.document import Sweep, SweepDocument
 from m2gen.bench.kinds import Axis
 from m2gen.cli.show.figure import THEMES, Style, Theme, new_figure, write_figure
-from m2gen.cli.show.sweep import Curve, Sweep, SweepDocument, curves
+from m2gen.cli.show.sweep import Curve, curves
 
 LABELS = {
     Axis.SEQ: "steps S",
@@ -27,7 +28,7 @@ def draw_sweeps(document: SweepDocument, path: Path, style: Style) -> None:
 
 
 def sweeps_figure(sweeps: Sequence[Sweep], device: str, theme: Theme) -> Any:
-    """Return the figure, both scales logarithmic: medians with intervals, lines, and the largest floor."""
+    """Return the figure, with logarithmic scales: medians with intervals, lines, and the largest floor."""
     figure = new_figure(4.8, 0.75 * len(sweeps))
     for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
         for number, curve in enumerate(curves(sweep)):

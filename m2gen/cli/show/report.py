@@ -1,4 +1,4 @@
-"""Progress, JSON and JUnit for people and for continuous integration."""
+"""Progress for people, JSON and JUnit documents for programs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.progress import Progress as Bar
 
 @dataclass(frozen=True)
 class Display:
-    """How a command shows what it found."""
+    """The output options of a command."""
 
     as_json: bool = False
     quiet: bool = False
@@ -25,7 +25,7 @@ class Display:
 
 
 class TerminalProgress:
-    """A bar with the current item on a terminal; a plain line an item elsewhere; nothing when quiet."""
+    """Shows a bar with the current item on a terminal, a line for each item elsewhere, and nothing if quiet."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -61,9 +61,9 @@ def print_json(value: Any) -> None:
 
 
 def junit(title: str, reports: Sequence[Any], reproduce: Sequence[str]) -> str:
-    """Return a JUnit document: a suite a feature, a test case per variant and case.
+    """Return a JUnit document with a suite for each feature, and a test case for each variant and case.
 
-    A failure names every tensor over its budget, an error what broke the case off; both say how to see it again.
+    A failure names every tensor over its budget, an error the exception; both have the command that reproduces it.
     """
     root = ElementTree.Element("testsuites", {"name": title, **_counts(reports)})
     for feature in dict.fromkeys(report.feature for report in reports):

@@ -1,4 +1,4 @@
-"""The picture of a run: how long calls take with m2gen's kernels, and with others beside them."""
+"""Draw a run: the time of calls with m2gen's kernels beside other implementations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from m2gen.bench.document import Document, Row
 from m2gen.bench.kinds import Kind
 from m2gen.bench.side_by_side import Times
-from m2gen.cli.show.bench import Place, place, workload_names
+from m2gen.cli.show.bench import WorkloadKey, workload_names, workload_of
 from m2gen.cli.show.figure import THEMES, Style, Theme, new_figure, write_figure
 from m2gen.cli.show.names import implementation_names
 from m2gen.errors import UsageError
@@ -19,7 +19,7 @@ from m2gen.errors import UsageError
 OURS = "m2gen, tuned"
 CALLS = ("Forward", "Forward and backward")
 HEAD = 0.65
-"""Inches above the panels, for the title and the legend."""
+"""Height of the title and the legend above the panels, in inches."""
 NEEDED = (
     "--plot must have times of m2gen's kernels beside those of another implementation: of --peer, or of the default "
     "schedule beside a tuned one"
@@ -33,26 +33,26 @@ class Group:
     name: str
     size: str
     ms: dict[str, tuple[float, float]]
-    """m2gen's first."""
+    """Milliseconds by implementation, m2gen's first."""
 
     def factors(self, call: int) -> dict[str, float]:
-        """Return how many times as fast as each other implementation m2gen is."""
+        """Return the speed-up of m2gen over each other implementation."""
         ours = self.ms[OURS][call]
         return {name: ms[call] / ours for name, ms in self.ms.items() if name != OURS}
 
 
 def speed_groups(document: Document) -> list[Group]:
-    """Return a group for every workload that m2gen and another implementation have times of.
+    """Return a group for every workload with times of m2gen and another implementation.
 
-    m2gen's kernels are the tuned ones, or the default ones where these are what is tuned; they are compared with
-    peers, or if there are none with the default. Raises UsageError where there is no such workload; names on standard
-    error those that are left out.
+    m2gen's kernels are the tuned ones, or the default ones if tuning has no others; they are compared with peers, or
+    without peers with the default. Raises UsageError if there is no such workload, and names on standard error those
+    that are left out.
     """
-    timed: dict[Place, dict[str, Row]] = {}
+    timed: dict[WorkloadKey, dict[str, Row]] = {}
     for row in document.rows:
         if not row.call.decodes:
-            having = timed.setdefault(place(row), {})
-            having |= {} if row.failure or row.step is None or row.forward is None else {row.contender: row}
+            having = timed.setdefault(workload_of(row), {})
+            having |= {} if row.failure or row.step is None or row.forward is None else {row.implementation: row}
     peers = dict.fromkeys(name for rows in timed.values() for name in rows if name not in set(Kind))
     labels = {name: f"{short} kernel" for name, short in implementation_names(peers).items()}
     labels = labels or {str(Kind.DEFAULT): "m2gen, default schedule"}
@@ -63,13 +63,13 @@ def speed_groups(document: Document) -> list[Group]:
         raise UsageError(f"{NEEDED}, got none")
     left_out = [names[where] for where, group in groups.items() if group is None]
     if left_out:
-        print(f"m2gen: not drawn, for lack of a time to compare: {'; '.join(left_out)}", file=sys.stderr)
+        print(f"m2gen: not drawn, since there is no time to compare: {'; '.join(left_out)}", file=sys.stderr)
     return drawn
 
 
 def _group(name: str, rows: dict[str, Row], labels: dict[str, str]) -> Group | None:
     ours = rows.get(Kind.TUNED) or (rows.get(Kind.DEFAULT) if str(Kind.DEFAULT) not in labels else None)
-    others = {label: rows[contender] for contender, label in labels.items() if contender in rows}
+    others = {label: rows[implementation] for implementation, label in labels.items() if implementation in rows}
     if ours is None or not others:
         return None
     ms = {label: (_ms(row.forward), _ms(row.step)) for label, row in {OURS: ours, **others}.items()}
@@ -83,21 +83,21 @@ def _ms(times: Times | None) -> float:
 
 
 def check_comparable(kinds: Sequence[Kind], peers: Iterable[str]) -> None:
-    """Raise UsageError where what is to be timed has nothing to be compared."""
+    """Raise UsageError if the implementations to time include nothing to compare."""
     asked = set(kinds)
     if not ((Kind.PEER in asked and any(True for _ in peers)) or {Kind.DEFAULT, Kind.TUNED} <= asked):
         raise UsageError(f"{NEEDED}, got {', '.join(kinds)}")
 
 
 def speed_title(document: Document, groups: Sequence[Group]) -> str:
-    """Return what the picture is of, in plain words."""
+    """Return the title of the picture."""
     others = list(dict.fromkeys(name for group in groups for name in group.ms if name != OURS))
     beside = f"the {others[0]}" if len(others) == 1 else "other implementations"
     return f"Time of one call on an {document.environment.device}: m2gen's kernels beside {beside}"
 
 
 def draw_speed(document: Document, path: Path, style: Style) -> None:
-    """Draw a run's workloads into a file: bars of milliseconds, and above each other how much faster m2gen is."""
+    """Draw a run's workloads into a file: bars of milliseconds, with m2gen's speed-up over each other one."""
     groups = speed_groups(document)
     title, theme = speed_title(document, groups), THEMES[style]
     write_figure(path, theme, title, lambda: speed_figure(groups, title, theme))

@@ -1,18 +1,13 @@
-"""What ``m2gen bench --sweep`` prints: times along an axis, and the straight lines through them."""
+"""Print ``m2gen bench --sweep``: times along an axis, and the straight lines through them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from m2gen.bench.document import Document, Row, load, row_of
+from m2gen.bench.document import CurvePoint, Sweep, SweepDocument, row_of
 from m2gen.bench.entries import sized
 from m2gen.bench.kinds import Axis
 from m2gen.bench.side_by_side import Times
@@ -21,113 +16,57 @@ from m2gen.cli.show.bench import CALLS, ms_text
 from m2gen.cli.show.names import implementation_names
 from m2gen.cli.show.report import Display, print_json
 from m2gen.cli.show.table import Table, print_tables
-from m2gen.db import Environment, worded
-from m2gen.errors import UsageError, among
+from m2gen.db import Environment
+from m2gen.errors import UsageError
 from m2gen.pipeline import Swept
 
 X_NAMES = {Axis.SEQ: "S", Axis.ROWS: "K", Axis.BATCH: "B N", Axis.HEADS: "B N"}
 FIT_COLUMNS = ("kernels", "call", "intercept ms", "slope ms", "worst deviation", "points", "from")
 
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """Everyone's times at one place of the axis."""
-
-    x: int
-    fitted: bool
-    """Whether lines have to go through it."""
-    rows: tuple[Row, ...]
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep of one layer, as documents hold it."""
-
-    axis: Axis
-    layer: str
-    points: tuple[CurvePoint, ...]
-
-
-@dataclass(frozen=True)
-class SweepDocument:
-    """The sweeps of one run."""
-
-    environment: Environment
-    sweeps: tuple[Sweep, ...]
-
-
-@cache
-def _adapter() -> TypeAdapter[SweepDocument]:
-    return TypeAdapter(SweepDocument)
-
-
-def load_run(path: Path) -> Document | SweepDocument:
-    """Read what ``m2gen bench --json`` printed; raises UsageError with what is wrong with it, and where."""
-    document = None
-    with suppress(OSError, ValueError):  # which the other reader words
-        document = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(document, dict) or "sweeps" not in document:
-        return load(path)
-    try:
-        return _adapter().validate_python(document)
-    except ValidationError as error:
-        raise UsageError(f"{path}: {worded(error.errors()[0])}") from error
-
-
-def of_layers(run: Document | SweepDocument, layers: Sequence[str]) -> Document | SweepDocument:
-    """Return a run as far as it is of ``layers``, all if there are none; raises UsageError for one that it has not."""
-    having = dict.fromkeys(each.layer for each in (run.rows if isinstance(run, Document) else run.sweeps))
-    for name in layers:
-        if name not in having:
-            raise UsageError(f"--layer must be {among(having)}, got {name!r}")
-    asked = layers or tuple(having)
-    if isinstance(run, Document):
-        return replace(run, rows=tuple(row for row in run.rows if row.layer in asked))
-    return replace(run, sweeps=tuple(sweep for sweep in run.sweeps if sweep.layer in asked))
-
-
 def sweep_of(swept: Swept) -> Sweep:
-    """Return what a sweep came to, as documents hold it."""
+    """Return the results of a sweep as documents have them."""
     points = (CurvePoint(point.x, point.fitted, tuple(map(row_of, found))) for point, found in swept.at)
     return Sweep(swept.axis, swept.layer, tuple(points))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The times of one implementation along a sweep, and the line through those that it has to fit."""
+    """The times of one implementation along a sweep, and the line through them."""
 
     name: str
-    contender: str
+    implementation: str
     what: str
-    """A key of ``CALLS``."""
+    """One of the keys of ``CALLS``."""
     x: tuple[int, ...]
     times: tuple[Times, ...]
     line: Fit | None
     fitted_from: int | None
-    """The least x that the line goes through."""
+    """The least x that the line is fitted to."""
 
     @property
     def call(self) -> str:
         return CALLS[self.what]
 
     def median_at(self, x: int) -> float | None:
-        """Return the time at x; None where there is none."""
+        """Return the time at x, or None if there is none."""
         return next((times.median_ms for at, times in zip(self.x, self.times, strict=True) if at == x), None)
 
 
 def curves(sweep: Sweep) -> list[Curve]:
     """Return the curves of a sweep: each implementation's forward, then its forward and backward."""
-    names = implementation_names(row.contender for point in sweep.points for row in point.rows)
-    pairs = [(contender, what) for contender in names for what in CALLS]
-    return [c for contender, what in pairs if (c := _curve(sweep, contender, names[contender], what)) is not None]
+    names = implementation_names(row.implementation for point in sweep.points for row in point.rows)
+    found = (_curve(sweep, key, name, what) for key, name in names.items() for what in CALLS)
+    return [curve for curve in found if curve is not None]
 
 
-def _curve(sweep: Sweep, contender: str, name: str, what: str) -> Curve | None:
+def _curve(sweep: Sweep, implementation: str, name: str, what: str) -> Curve | None:
     timed = [
         (point, times)
         for point in sweep.points
         for row in point.rows
-        if row.contender == contender and (times := row.forward if what == "forward" else row.step) is not None
+        if row.implementation == implementation
+        and (times := row.forward if what == "forward" else row.step) is not None
     ]
     if not timed:
         return None
@@ -135,22 +74,22 @@ def _curve(sweep: Sweep, contender: str, name: str, what: str) -> Curve | None:
     line = fit([x for x, _ in fitted], [ms for _, ms in fitted])
     xs = tuple(point.x for point, _ in timed)
     every = tuple(times for _, times in timed)
-    return Curve(name, contender, what, xs, every, line, min((x for x, _ in fitted), default=None))
+    return Curve(name, implementation, what, xs, every, line, min((x for x, _ in fitted), default=None))
 
 
 def run_sweeps(
     sweeps: Iterable[Iterable[Swept]], environment: Environment, display: Display, draw: Callable[[SweepDocument], None]
 ) -> int:
-    """Show each sweep and the lines through it, and draw them, also where one is interrupted.
+    """Show and draw sweeps and the lines through them, also if one is interrupted.
 
-    Returns 1 if a generated kernel failed.
+    Returns the exit status, which is 1 if a generated kernel failed.
     """
     every: list[Swept] = []
     try:
         for growing in sweeps:
             _follow(growing, every, display)
     except BaseException:
-        with suppress(UsageError):  # what ended the sweeps is said, rather than that they cannot be drawn
+        with suppress(UsageError):  # the error that ended the sweeps matters more
             _finish(every, environment, display, draw)
         raise
     document = _finish(every, environment, display, draw)
@@ -159,7 +98,7 @@ def run_sweeps(
 
 
 def _follow(growing: Iterable[Swept], every: list[Swept], display: Display) -> None:
-    """Add to ``every`` what a sweep came to before it ended or was interrupted."""
+    """Add to ``every`` the results of a sweep up to its end or an interruption."""
     before = len(every)
     try:
         for latest in growing:
@@ -190,7 +129,7 @@ def show_sweeps(document: SweepDocument, display: Display) -> None:
 
 
 def sweep_tables(sweep: Sweep) -> Iterator[Table]:
-    """Yield the times along an axis, a table for each call, what failed, and the line through each curve."""
+    """Yield a table of times for each call, one of failures, and one of the lines through the curves."""
     drawn = curves(sweep)
     x_name, title = X_NAMES[sweep.axis], f"{sweep.layer} over {sweep.axis}"
     for what, call in CALLS.items():
@@ -198,7 +137,7 @@ def sweep_tables(sweep: Sweep) -> Iterator[Table]:
         rows = [(p.x, _size(p), *(_cell(curve.median_at(p.x)) for curve in shown)) for p in sweep.points]
         if shown:
             yield Table(f"{title}: {call}, ms", (x_name, "size", *(curve.name for curve in shown)), rows)
-    failed = [(p.x, row.contender, row.failure) for p in sweep.points for row in p.rows if row.failure]
+    failed = [(p.x, row.implementation, row.failure) for p in sweep.points for row in p.rows if row.failure]
     if failed:
         yield Table("Failed", (x_name, "kernels", "why"), failed)
     yield Table(f"Lines through {title}", FIT_COLUMNS, list(map(_fit_cells, drawn)))
@@ -222,14 +161,14 @@ def _fit_cells(curve: Curve) -> tuple[Any, ...]:
 
 
 def sweeps_document(document: SweepDocument) -> dict[str, Any]:
-    """Return the document of sweeps, which ``read_sweeps`` reads."""
+    """Return the document of sweeps as JSON values, with the lines through them."""
     sweeps = [_sweep_document(sweep) for sweep in document.sweeps]
     return {"environment": asdict(document.environment), "sweeps": sweeps}
 
 
 def _sweep_document(sweep: Sweep) -> dict[str, Any]:
     lines = [
-        {"contender": curve.contender, "what": curve.what, "from": curve.fitted_from, **asdict(curve.line)}
+        {"implementation": curve.implementation, "what": curve.what, "from": curve.fitted_from, **asdict(curve.line)}
         for curve in curves(sweep)
         if curve.line
     ]

@@ -1,4 +1,4 @@
-"""Tables for people: aligned, without frames, and wrapped between words where a terminal is narrow."""
+"""Tables for people: aligned, without frames, and wrapped between words on a narrow terminal."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from rich.text import Text
 
 GAP = "  "
 PAGE = 100
-"""Characters of a line of text where no terminal says."""
+"""Width of notes in characters if there is no terminal."""
 NARROWEST = 20
-"""Characters below which no column is wrapped."""
+"""Minimum width of a wrapped column in characters."""
 _NUMBER = re.compile(r"[-+±]?\d[\d.,]*(e[-+]?\d+)?( ?%|x)?")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under columns, numbers to the right, and sentences about them below."""
+    """Rows under column titles, with numbers aligned to the right, and notes below."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Any] | str]
-    """Each has a cell for every column, or is a heading of the rows below it. A column without any cell is left out."""
+    """Rows with a cell for every column, or headings of the rows below. Empty columns are left out."""
     notes: Sequence[str] = ()
 
     def lines(self, width: int | None) -> Iterator[tuple[str, str]]:
         """Yield the lines and their styles.
 
-        Where the table is wider than ``width``, its widest columns of text are wrapped, between words only; a row is
-        one line where the width is None.
+        If the table is wider than ``width``, its widest columns of text are wrapped between words. If ``width`` is
+        None, every row is one line.
         """
         yield from ((line, "bold") for line in _wrapped(self.title, width))
         rows = [row if isinstance(row, str) else list(map(_text, row)) for row in self.rows]
@@ -52,7 +52,7 @@ class Table:
 
 
 def print_tables(tables: Iterable[Table]) -> None:
-    """Print tables as wide as the terminal allows, with a line between them; elsewhere every row is one line."""
+    """Print tables within the terminal's width, with empty lines between them; elsewhere every row is one line."""
     console = Console(highlight=False)
     width = console.width if console.is_terminal else None
     for number, table in enumerate(tables):
@@ -64,14 +64,14 @@ def print_tables(tables: Iterable[Table]) -> None:
 
 @dataclass(frozen=True)
 class _Grid:
-    """How wide columns are, and which hold numbers."""
+    """The widths of columns, and which of them hold numbers."""
 
     widths: list[int]
     numeric: list[bool]
 
     @classmethod
     def of(cls, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int | None) -> _Grid:
-        """Return columns as wide as their widest cell; texts narrower where the table would be wider than ``width``."""
+        """Return columns as wide as their widest cell, with text narrowed until the table fits ``width``."""
         cells = list(zip(columns, *rows, strict=True))
         widths = [max(map(len, column)) for column in cells]
         numeric = [all(_NUMBER.fullmatch(cell) for cell in column[1:] if cell) for column in cells]

@@ -1,4 +1,4 @@
-"""What ``m2gen tune`` prints: sizes of spaces, and what searches found."""
+"""Print the sizes of search spaces, and the results of searches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from m2gen.cli.show.page import tuning_page
 from m2gen.cli.show.report import Display, print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.cli.show.watcher import TerminalWatcher
-from m2gen.errors import TuneError, UsageError
+from m2gen.errors import TuneError, UsageError, os_errors_as
 from m2gen.pipeline import Plan, Size, Tuned, TuneRequest, this_tuning_context
 from m2gen.pipeline import tune as search
 from m2gen.tune.services import TuningContext
@@ -20,19 +20,19 @@ from m2gen.variant import Variant
 TIME_COLUMNS = ("layer", "size", "default ms", "tuned ms", "95 % interval", "speed-up", "extra GB", "record")
 COST_COLUMNS = ("layer", "size", "schedule", "trials", "failed", "seconds", "GPU s")
 MORE_COLUMNS = ("variant", "slug")
-"""What --verbose adds."""
+"""Columns that --verbose adds."""
 
 
 def run(planned: Plan, request: TuneRequest, report: Path | None, display: Display) -> int:
-    """Search, show progress and the closing table, write the report; return the exit status."""
+    """Search, show progress and the closing tables, write the report; return the exit status."""
     if report is not None and not report.absolute().parent.is_dir():
-        raise UsageError(f"--report must be in a folder that is there, got {report}")
+        raise UsageError(f"--report must be in an existing folder, got {report}")
     context = this_tuning_context("m2gen tune")
     watcher = TerminalWatcher(display)
     results: list[Tuned] = []
     try:
         for tuned in search(planned, request, context, watcher):
-            results.append(tuned)  # noqa: PERF402  (what there is must survive an error in the next)
+            results.append(tuned)  # noqa: PERF402  (must survive an error in the next search)
     finally:
         watcher.close()
         if results:
@@ -46,14 +46,12 @@ def run(planned: Plan, request: TuneRequest, report: Path | None, display: Displ
 def _write_page(report: Path | None, planned: Plan, context: TuningContext, results: Sequence[Tuned]) -> None:
     if report is None:
         return
-    try:
+    with os_errors_as(TuneError, f"--report {report} must be writable", "; records are kept"):
         report.write_text(tuning_page(planned, context.environment, results), encoding="utf-8")
-    except OSError as error:
-        raise TuneError(f"--report {report} must be writable: {error.strerror or error}; records are kept") from error
 
 
 def show_sizes(sizes: Sequence[Size], names: Mapping[Variant, str], *, as_json: bool) -> None:
-    """Print how many points each space has, why the others are none, and how long trying all would take."""
+    """Print the number of points in each space, why others are excluded, and the time to try all."""
     if as_json:
         print_json([_size_json(size) for size in sizes])
     else:
@@ -88,7 +86,7 @@ def _size_json(size: Size) -> dict[str, Any]:
 
 
 def show_tuned(results: Sequence[Tuned], names: Mapping[Variant, str], display: Display) -> None:
-    """Print default against tuned for every search, and what the search cost."""
+    """Print the default and tuned times of every search, and its cost."""
     if display.as_json:
         print_json([_tuned_json(tuned) for tuned in results])
     else:
@@ -99,7 +97,7 @@ def show_tuned(results: Sequence[Tuned], names: Mapping[Variant, str], display: 
 
 
 def tuned_tables(results: Sequence[Tuned], names: Mapping[Variant, str], *, verbose: bool) -> list[Table]:
-    """Return the table of times and that of schedules and of what finding them took."""
+    """Return the table of times, and that of schedules and the cost of finding them."""
     named = [
         (tuned, (names[subject.variant], f"B{subject.batch} S{subject.seq}"))
         for tuned in results
@@ -119,7 +117,7 @@ def _no_winner(tuned: Tuned) -> str:
     default = next((t for t in tuned.outcome.trials if t.schedule == tuned.outcome.default), None)
     if default is not None and default.failure is not None:
         return f"the default schedule failed ({default.failure.reason}: {default.failure.message}): nothing to compare"
-    return "interrupted or out of time before the default schedule was measured; the journal keeps what was"
+    return "interrupted or out of time before the default schedule was measured; the journal keeps the trials so far"
 
 
 def _tuned_json(tuned: Tuned) -> dict[str, Any]:

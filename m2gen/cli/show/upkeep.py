@@ -1,4 +1,4 @@
-"""What commands print that change the tuning database, or hold its records against a GPU again."""
+"""Print changes of the tuning database, and the results of checking or measuring records again."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from m2gen.pipeline import Recheck, Replayed, Superfluous
 
 
 def show_change(change: Change, *, as_json: bool) -> None:
-    """Say what a write added and replaced."""
+    """Print the numbers of added, replaced and refused records."""
     ids = {name: [record.id for record in getattr(change, name)] for name in ("added", "removed", "refused")}
     if as_json:
         print_json(ids)
         return
     added, removed, refused = map(len, ids.values())
-    print(f"{added} records added, {removed} replaced, {refused} not taken: there already, or another is preferred")
+    print(f"{added} records added, {removed} replaced, {refused} not added: already there, or another is preferred")
 
 
 def show_pruned(found: Sequence[Superfluous], faults: Sequence[Fault], *, dry_run: bool, as_json: bool) -> None:
-    """List what was, or would be, removed and why."""
+    """Print the records and lines that were, or would be, removed, and why."""
     if as_json:
         records = [{"record": item.record.id, "why": item.reason} for item in found]
         print_json({"removed": not dry_run, "records": records, "lines": [str(fault) for fault in faults]})
@@ -39,7 +39,7 @@ def show_pruned(found: Sequence[Superfluous], faults: Sequence[Fault], *, dry_ru
 
 
 def show_rechecks(found: Sequence[Recheck], *, as_json: bool) -> int:
-    """Print what the check found of every record; return 1 if one failed."""
+    """Print the result of the check for every record; return 1 if one failed."""
     if as_json:
         print_json([_recheck_json(item) for item in found])
     elif found:
@@ -72,7 +72,7 @@ def _verdict(item: Recheck) -> str:
 
 
 def show_replay(found: Replayed, *, as_json: bool) -> None:
-    """Print a record's times beside those measured now."""
+    """Print a record's times beside the new ones."""
     timing = found.record.timing
     assert timing is not None
     measured = {"tuned": (timing.tuned, found.tuned), "default": (timing.default, found.default)}
@@ -87,4 +87,6 @@ def show_replay(found: Replayed, *, as_json: bool) -> None:
     ]
     title = f"Record {found.record.id}: {found.record.schedule.describe()}"
     print_tables([Table(title, ("what", "ms", "95 % interval"), rows)])
-    print("the record's schedule stands" if found.faster else "the default schedule is as fast now, within noise")
+    print(
+        "the record's schedule is still the best" if found.faster else "the default schedule is as fast, within noise"
+    )

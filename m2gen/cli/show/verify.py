@@ -1,4 +1,4 @@
-"""What ``m2gen verify`` prints, and the exit status that follows from it."""
+"""Print the results of ``m2gen verify``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from m2gen.cli.show.report import junit, print_json
 from m2gen.cli.show.table import Table, print_tables
-from m2gen.errors import EmitError, listed
+from m2gen.errors import EmitError, listed, os_errors_as
 from m2gen.pipeline import VerifyOutcome, failed, failure_lines, reproduce
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ TENSOR_COLUMNS = ("tensor", "error", "budget", "of budget", "case", "layer")
 
 
 def show_verify(outcome: VerifyOutcome, *, as_json: bool, quiet: bool, verbose: bool) -> int:
-    """Print a line a feature, and each tensor's worst error against its budget; return 1 if anything failed."""
+    """Print a line for each feature, and each tensor's worst error and budget; return 1 if anything failed."""
     status = 0 if outcome.passed else 1
     if as_json:
         print_json(_document(outcome))
@@ -52,12 +52,12 @@ def _total(outcome: VerifyOutcome) -> str:
     tensors = sum(len(report.results) for report in outcome.reports)
     broken = sum(bool(report.failure) for report in outcome.reports)
     over = len(failed(outcome.reports)) - broken
-    counts = f"{len(outcome.reports)} cases, {tensors} tensors, {over} over budget, {broken} broken off"
+    counts = f"{len(outcome.reports)} cases, {tensors} tensors, {over} over budget, {broken} without results"
     return f"{counts}, {outcome.seconds:.1f} s"
 
 
 def _feature_row(reports: Sequence[CaseReport]) -> tuple[Any, ...]:
-    """Return a feature's line; the seconds are those of its cases, which run side by side."""
+    """Return a feature's line, with the sum of its cases' seconds, which run in parallel."""
     bad = sum(not report.passed for report in reports)
     judged = [(result.part, report, result) for report in reports for result in report.results if not result.over]
     part, report, result = max(judged, key=lambda found: _badness(found[0]), default=(0.0, reports[0], None))
@@ -68,7 +68,7 @@ def _feature_row(reports: Sequence[CaseReport]) -> tuple[Any, ...]:
 
 
 def _layer(report: CaseReport) -> str:
-    """Return the variant's name, and what its products are rounded to, which layers do not say."""
+    """Return the variant's name, with the dtype of its products if the name does not have it."""
     return report.name if report.dtype in report.name.split() else f"{report.name} ({report.dtype})"
 
 
@@ -77,7 +77,7 @@ def _badness(part: float) -> float:
 
 
 def _tensor_rows(reports: Sequence[CaseReport], *, verbose: bool) -> list[tuple[str, ...]]:
-    """Return a row a dtype and tensor, the one nearest to its budget, bits aside; with ``verbose`` every case's."""
+    """Return for each dtype and tensor the row nearest to its budget, without bitwise ones; all with ``verbose``."""
     worst: dict[tuple[str, ...], tuple[float, tuple[str, ...]]] = {}
     for report in reports:
         for result in report.results:
@@ -94,13 +94,13 @@ def _tensor_rows(reports: Sequence[CaseReport], *, verbose: bool) -> list[tuple[
 
 
 def _tensor_row(report: CaseReport, r: TensorResult) -> tuple[str, ...]:
-    """Return a tensor's line; a control must be over its budget, everything else within."""
+    """Return a tensor's line; a control must be over its budget, all others within."""
     verdict = (" control" if r.passed else " NOT OVER") if r.over else ("" if r.passed else " OVER")
     return (r.tensor, f"{r.error:.2e}", f"{r.budget:.2e}", f"{r.part:.0%}{verdict}", report.case, _layer(report))
 
 
 def _document(outcome: VerifyOutcome) -> dict[str, Any]:
-    """Return the JSON document; a number that JSON does not have is its name."""
+    """Return the document as JSON values, with NaN and infinities as strings."""
     features: dict[str, dict[str, Any]] = {}
     for report in outcome.reports:
         line = features.setdefault(report.feature, {"cases": 0, "tensors": 0, "failed": 0, "seconds": 0.0})
@@ -127,9 +127,7 @@ def _number(value: float) -> float | str:
 
 
 def write_junit(path: Path, title: str, outcome: VerifyOutcome) -> None:
-    """Write the JUnit document of a verification; raises EmitError where that is not possible."""
+    """Write the JUnit document of a verification; raises EmitError if ``path`` cannot be written."""
     text = junit(title, outcome.reports, [reproduce(report) for report in outcome.reports])
-    try:
+    with os_errors_as(EmitError, f"--junit {path} must be writable"):
         path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EmitError(f"--junit {path} must be writable: {error.strerror or error}") from error

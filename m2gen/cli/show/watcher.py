@@ -1,4 +1,4 @@
-"""What ``m2gen tune`` shows of a search that is under way."""
+"""Show the progress of a search of ``m2gen tune``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 
 from m2gen.cli.show.report import Display
 from m2gen.schedule import Schedule
-from m2gen.tune.log import Standing
+from m2gen.tune.log import SearchProgress
 from m2gen.tune.trial import Trial
 
 DEFAULT = "default"
@@ -19,7 +19,7 @@ DEFAULT = "default"
 
 
 class TerminalWatcher:
-    """A bar with the best so far on a terminal; a plain line a trial elsewhere; nothing when quiet."""
+    """Shows a bar with the best so far on a terminal, a line for each trial elsewhere, and nothing if quiet."""
 
     def __init__(self, display: Display) -> None:
         self._display, self._quiet = display, display.quiet or display.as_json
@@ -37,18 +37,18 @@ class TerminalWatcher:
         elif not self._quiet:
             print(f"tune {text}", file=sys.stderr, flush=True)
 
-    def trial(self, trial: Trial, standing: Standing) -> None:
+    def trial(self, trial: Trial, progress: SearchProgress) -> None:
         if trial.origin == DEFAULT:
             self._default = trial.schedule
         if self._bar is not None:
-            text = standing_text(standing)
-            self._bar.update(self._bar.task_ids[0], description=text, completed=standing.done, total=standing.most)
+            text = progress_text(progress)
+            self._bar.update(self._bar.task_ids[0], description=text, completed=progress.done, total=progress.most)
         elif not self._quiet:
             found = f"{trial.failure.reason}: {trial.failure.message}" if trial.failure else f"{trial.median_ms:.3f} ms"
             words = trial.schedule.describe(self._default)
             words += f" {trial.schedule.slug}" if self._display.verbose else ""
-            where = f"tune {standing.done}/{standing.most}"
-            line = f"{where} {words} ({trial.origin}) {found}; {standing_text(standing)}"
+            where = f"tune {progress.done}/{progress.most}"
+            line = f"{where} {words} ({trial.origin}) {found}; {progress_text(progress)}"
             print(line, file=sys.stderr, flush=True)
 
     def details(self, text: str) -> None:
@@ -62,18 +62,18 @@ class TerminalWatcher:
 
 
 def bar(console: Console) -> Bar:
-    """Return the live line of a search: how far it is, and what it has found."""
+    """Return the progress bar of a search."""
     columns = (TextColumn("{task.fields[stage]}", markup=False), BarColumn(6), MofNCompleteColumn())
     return Bar(*columns, TextColumn("{task.description}", markup=False), console=console)
 
 
-def standing_text(standing: Standing) -> str:
-    """Say the best so far, its speed-up over the default, what failed and the time left, in one line."""
+def progress_text(progress: SearchProgress) -> str:
+    """Return the best so far, its speed-up over the default, the failures and the time left as one line."""
     parts = []
-    if standing.best is not None and standing.best.median_ms is not None:
-        speed = f" ({standing.default_ms / standing.best.median_ms:.2f}x)" if standing.default_ms else ""
-        parts.append(f"best {standing.best.median_ms:.3f} ms{speed}")
-    failed = sum(standing.failures.values())
+    if progress.best is not None and progress.best.median_ms is not None:
+        speed = f" ({progress.default_ms / progress.best.median_ms:.2f}x)" if progress.default_ms else ""
+        parts.append(f"best {progress.best.median_ms:.3f} ms{speed}")
+    failed = sum(progress.failures.values())
     parts += [f"{failed} failed"] if failed else []
-    left = time.strftime("%M:%S", time.gmtime(standing.seconds_left))
+    left = time.strftime("%M:%S", time.gmtime(progress.seconds_left))
     return ", ".join([*parts, f"{left} left"])

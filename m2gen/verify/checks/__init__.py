@@ -1,4 +1,4 @@
-"""What can be done with a case: a function from a ``CaseContext`` to results that it judges, for every ``Check``."""
+"""The function of every ``Check``: it takes a ``CaseContext`` and returns judged results."""
 
 from __future__ import annotations
 

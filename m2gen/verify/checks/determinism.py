@@ -1,4 +1,4 @@
-"""The same bits from every run."""
+"""Deterministic calls have the same bits in every run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ INTERPRETER_REPEATS = 3
 
 
 def repeated(subject: CaseContext) -> Iterable[TensorResult]:
-    """Compare repeated calls bit by bit, asked of the operator and asked of torch (which ``poisoned`` does)."""
+    """Compare repeated calls bit by bit, with determinism asked of the operator or of torch (by ``poisoned``)."""
     repeats = GPU_REPEATS if subject.device.type == "cuda" else INTERPRETER_REPEATS
     asked, ambient = (partial(subject.package.m2rnn, deterministic=mode) for mode in (True, None))
     first = subject.differentiate(asked)

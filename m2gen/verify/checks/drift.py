@@ -1,4 +1,4 @@
-"""Long sequences that hardly forget, where a state in the operands' dtype loses the recurrence."""
+"""Long sequences that hardly forget, on which a state in the operands' dtype loses the recurrence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The module that replaces the published implementation, against the published equations written out once more.
+"""Compare the drop-in for the published implementation with the published equations, written out once more.
 
 Nothing here is shared with ``m2gen.runtime.reference``: the backward is section 2 of docs/design.md by hand, not
 autograd.

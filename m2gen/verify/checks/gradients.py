@@ -1,4 +1,4 @@
-"""Results and gradients of one call against float64: any layout, any subset of gradients, any dtypes."""
+"""Compare one call with float64: any memory layout, any subset of gradients, any dtypes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def gradients(subject: CaseContext) -> Iterable[TensorResult]:
 
 
 def single(subject: CaseContext) -> Iterable[TensorResult]:
-    """Judge the gradient of every operand, wanted alone."""
+    """Judge the gradient of every operand when it is wanted alone."""
     for name in named_operands(subject.inputs):
         given = subject.differentiate(wanted=(name,))
         yield from judge({f"d{name}": given[f"d{name}"]}, subject.known)

@@ -1,4 +1,4 @@
-"""What torch does with an operator: tracing, compilation, CUDA graphs, recomputation. All must give eager's bits."""
+"""The operator under torch's tracing, compilation, CUDA graphs and recomputation: all must give eager's bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WARM_UP = 3
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the first call of every operator of one namespace."""
+    """Records the first call of every operator of one namespace."""
 
     def __init__(self, namespace: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -79,7 +79,7 @@ def _other(problem: Problem) -> Problem:
 
 
 def compiled(subject: CaseContext) -> Iterable[TensorResult]:
-    """Compare ``torch.compile(fullgraph=True)`` with eager on two sizes, of which the second must not recompile."""
+    """Compare ``torch.compile(fullgraph=True)`` with eager on two sizes; the second must not recompile."""
 
     def plain(*operands: Any, **facts: Any) -> tuple[Tensor, Tensor]:
         return subject.operator(*operands, **facts)
@@ -112,7 +112,7 @@ def _mark_sizes(operands: tuple[Any, ...]) -> None:
 
 
 def _replayed(step: Callable[[], Mapping[str, Tensor]], refill: Callable[[], None]) -> Mapping[str, Tensor]:
-    """Capture ``step`` after some warm-up, let ``refill`` change its inputs, and return what a replay leaves."""
+    """Warm up and capture ``step``, change its inputs by ``refill``, and return the results of a replay."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -129,7 +129,7 @@ def _replayed(step: Callable[[], Mapping[str, Tensor]], refill: Callable[[], Non
 
 
 def graph(subject: CaseContext) -> Iterable[TensorResult]:
-    """Compare the replay of a captured training step on new numbers with eager."""
+    """Compare the replay of a captured training step on new inputs with eager."""
     first, second = subject.inputs, inputs_of(subject.variant, subject.case, subject.seed + 1, subject.device)
     leaves = {name: x.clone().requires_grad_() for name, x in named_operands(first).items()}
     gradients = [first.dy.clone(), first.dstate.clone()]

@@ -1,0 +1,79 @@
+"""Words: docstrings that stand alone, one class for a name, and kernel modules that hold only what they use."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+FRAGMENT = re.compile(r"\s*(Of|That|From|Which|Into|Above|Whose)\b")
+IN_TEMPLATES = re.compile(r'^\s*r?"""(.*)$', re.MULTILINE)
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): path
+    for folder in ("m2gen", "templates", "tools", "examples", "tests")
+    for kind in ("*.py", "*.j2")
+    for path in sorted((ROOT / folder).rglob(kind))
+}
+EXEMPT = (
+    *(f"m2gen/{folder}/" for folder in ("kernels", "runtime", "schedule")),
+    *(f"m2gen/tune/{name}.py" for name in ("coordinates", "knobs", "records", "search", "space")),
+    *("m2gen/package/emit.py", "templates/", "tests/golden/"),
+)
+"""Files with docstrings that are still to be rewritten; this list is temporary."""
+EXPORTED = ("forward", "backward", "step", "INTERVAL")
+"""Names of a kernel module that the rest of a package reads."""
+UNUSED = {"ALL_SUMS", "SUM_LAYOUT", "as_loaded"}
+"""Names that some ``mma`` modules define without need; this list is temporary."""
+KERNELS = [path for folder in ("generated", "tests/golden") for path in sorted((ROOT / folder).rglob("kernels/*.py"))]
+
+
+def docstrings(path: Path) -> Iterator[str]:
+    """Yield the docstrings of modules, classes, functions and attributes; in templates, what opens on its own line."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".j2":
+        yield from IN_TEMPLATES.findall(text)
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.value.value
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if not name.startswith(EXEMPT)])
+def test_docstrings_stand_alone(name: str) -> None:
+    """No docstring is the end of a sentence that the code begins."""
+    assert [text for text in docstrings(SOURCES[name]) if FRAGMENT.match(text)] == []
+
+
+def test_no_class_is_defined_twice() -> None:
+    """A name is of one class, wherever one reads it."""
+    trees = (ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for path in (ROOT / "m2gen").rglob("*.py"))
+    names = Counter(node.name for tree in trees for node in tree if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def defined(node: ast.stmt) -> set[str]:
+    """Return the names that a statement of a module defines: imports, functions, classes and variables."""
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    return {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: "/".join(path.parts[-3:]))
+def test_kernel_modules_use_all_that_they_define(path: Path) -> None:
+    """The exported names need every import, helper function and constant, directly or not."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    where = {name: node for node in body for name in defined(node)}
+    reached: set[str] = set()
+    waiting = where.keys() & set(EXPORTED)
+    while waiting:
+        reached |= waiting
+        nodes = [node for name in waiting for node in ast.walk(where[name])]
+        waiting = {node.id for node in nodes if isinstance(node, ast.Name) and node.id in where} - reached
+    assert where.keys() - reached - UNUSED == set()
