@@ -175,12 +175,12 @@ def test_a_package_built_again(folder: Path, inputs: Inputs, way: str, order: st
     now = sys.modules[f"{folder.name}.library"].OPERATORS
     assert now.NAMESPACE != before.NAMESPACE
     with pytest.MonkeyPatch.context() as patch:
-        for kernels in (table for tables in now.dispatch.KERNELS.values() for table in tables.values()):
+        for kernels in (table for tables in now.launches.dispatch.KERNELS.values() for table in tables.values()):
             patch.setattr(kernels[0], "backward", lambda *_: pytest.fail("must not serve an older graph"))
         assert_same(backward(), expected)
     assert_close(differentiate(package.m2rnn, inputs), expected, 64 * EPS)
     with pytest.MonkeyPatch.context() as patch:
-        for kernels in (table for tables in before.dispatch.KERNELS.values() for table in tables.values()):
+        for kernels in (table for tables in before.launches.dispatch.KERNELS.values() for table in tables.values()):
             patch.setattr(kernels[0], "forward", lambda *_: pytest.fail("must serve no call any more"))
         with torch.no_grad():
             package.m2rnn(**arguments(inputs))

@@ -1,11 +1,14 @@
-"""What the layer goes on from: caches that calls move on in place, and states that a call takes and returns.
+"""What the layer goes on from: caches that calls move on in place, and states that a call takes and returns."""
 
-{{ provenance }}
-"""
+from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from .mixer import Device, Mixer, shapes_of, wide_dtype
 
 __all__ = ["M2RNNCache"]
 
@@ -22,13 +25,13 @@ class M2RNNCache:
 
     in_place = True
 
-    def __init__(self, conv, state, owner=None):
+    def __init__(self, conv: Tensor, state: Tensor, owner: int | None = None) -> None:
         self.conv, self.state, self.owner = conv, state, owner
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "owner": None}  # numbers are this process's; a copied model has a copied cache
 
-    def reset(self):
+    def reset(self) -> None:
         """Go back to the beginning of every sequence."""
         self.conv.zero_()
         self.state.zero_()
@@ -42,29 +45,23 @@ class States:
 
     in_place = False
 
-    def __init__(self, conv, state):
+    def __init__(self, conv: Tensor | None, state: Tensor | None) -> None:
         self.conv, self.state = conv, state
 
 
-def operand_sizes(layer):
-    """Channels of q, k and v, which are convolved together."""
-    heads = layer.heads
-    return heads.q * layer.state_expansion, heads.k * layer.state_expansion, heads.v * layer.head_dim
-
-
-def shapes_of(layer, batch):
-    """Return the shapes of conv and state of ``batch`` sequences."""
-    conv = (batch, layer.conv_width - 1, sum(operand_sizes(layer)))
-    return conv, (batch, layer.total_heads, layer.state_expansion, layer.head_dim)
-
-
-def allocate_cache(layer, batch_size, device=None, dtype=None, state_dtype=None):
-    """What ``M2RNN.allocate_cache`` does, of any module with the attributes of an ``M2RNN``."""
+def allocate_cache(
+    layer: Mixer,
+    batch_size: int,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+    state_dtype: torch.dtype | None = None,
+) -> M2RNNCache:
+    """Do what ``M2RNN.allocate_cache`` does, of any module with the attributes of an ``M2RNN``."""
     if device is None:
         device = next((p.device for p in (layer.D, *layer.parameters()) if not p.is_meta), layer.D.device)
     if dtype is None:
         dtype = next((p.dtype for p in layer.conv1d.parameters() if p.is_floating_point()), layer.D.dtype)
-    wide = torch.promote_types(layer.D.dtype, torch.float32)
+    wide = wide_dtype(layer.D)
     if state_dtype not in (None, wide, torch.float32, torch.bfloat16):
         raise TypeError(f"M2RNN: state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype}")
     conv, state = shapes_of(layer, batch_size)
@@ -75,7 +72,7 @@ def allocate_cache(layer, batch_size, device=None, dtype=None, state_dtype=None)
     )
 
 
-def sequences_of(x, cu_seqlens):
+def sequences_of(x: Tensor, cu_seqlens: Tensor | None) -> int:
     """Return how many sequences x has; raises ValueError for offsets that cannot be any."""
     if cu_seqlens is None:
         return x.shape[0]
@@ -84,7 +81,7 @@ def sequences_of(x, cu_seqlens):
     return cu_seqlens.shape[0] - 1
 
 
-def check_states(layer, x, conv, state, cu_seqlens):
+def check_states(layer: Mixer, x: Tensor, conv: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None) -> None:
     """Raise ValueError for offsets or states of another shape; what offsets hold is the operator's to read."""
     shapes = shapes_of(layer, sequences_of(x, cu_seqlens))
     for name, given, shape in zip(("conv", "state"), (conv, state), shapes, strict=True):
@@ -92,7 +89,7 @@ def check_states(layer, x, conv, state, cu_seqlens):
             raise ValueError(f"M2RNN: {name} must be {tuple(shape)}, got {tuple(given.shape)}")
 
 
-def check_cache(layer, cache, x, cu_seqlens):
+def check_cache(layer: Mixer, cache: M2RNNCache, x: Tensor, cu_seqlens: Tensor | None) -> None:
     """Raise one error for the first thing for which a call on x cannot move ``cache`` on, before it begins."""
     for name, shape in zip(("conv", "state"), shapes_of(layer, sequences_of(x, cu_seqlens)), strict=True):
         given = getattr(cache, name, None)
@@ -112,7 +109,7 @@ def check_cache(layer, cache, x, cu_seqlens):
         raise ValueError(f"M2RNN: cache must be of this layer, number {number}, got one of layer number {owner}")
 
 
-def _check_writable(name, x):
+def _check_writable(name: str, x: Tensor) -> None:
     if x.requires_grad:
         raise RuntimeError(f"M2RNN: {name} must not require a gradient; scan has states with gradients")
     if not torch.compiler.is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled():
@@ -124,7 +121,7 @@ def _check_writable(name, x):
         )
 
 
-def _overlaps(x):
+def _overlaps(x: Tensor) -> bool:
     """Whether elements of x share memory; strides that no view of a dense tensor has count as sharing."""
     if x.is_contiguous():
         return False
@@ -136,7 +133,7 @@ def _overlaps(x):
     return False
 
 
-def check_holds(cache, inputs):
+def check_holds(cache: M2RNNCache, inputs: Tensor) -> None:
     """Raise TypeError where the cache would round the convolution's inputs."""
     if torch.promote_types(cache.conv.dtype, inputs.dtype) != cache.conv.dtype:
         raise TypeError(
@@ -144,7 +141,7 @@ def check_holds(cache, inputs):
         )
 
 
-def commit(cache, conv, state):
+def commit(cache: M2RNNCache, conv: Tensor, state: Tensor) -> None:
     """Write both states, or raise before either is written; nothing that may fail comes after."""
     check_holds(cache, conv)
     cache.conv.copy_(conv)

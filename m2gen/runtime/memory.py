@@ -1,9 +1,11 @@
-"""Which elements of tensors share memory: what a kernel writes in place must be its own.
+"""Which elements of tensors share memory: what a kernel writes in place must be its own."""
 
-{{ provenance }}
-"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 
 class Places:
@@ -11,13 +13,13 @@ class Places:
 
     __slots__ = ("apart", "read", "written")
 
-    def __init__(self, written, read):
+    def __init__(self, written: Tensor, read: Iterable[Tensor | None]) -> None:
         self.written = _span(written)
         self.read = [0 if x is None else _span(x) for x in read]
-        self.apart = set()
+        self.apart: set[tuple[str, int]] = set()
         """Which tensors, how far from what is written, lie among its elements and yet share none."""
 
-    def meet(self, addresses):
+    def meet(self, addresses: Sequence[int]) -> bool:
         """Whether one of the tensors at ``addresses`` may share memory with what is written, which is the last."""
         start = addresses[-1]
         end = start + self.written
@@ -27,7 +29,9 @@ class Places:
         return False
 
 
-def check_written(caller, name, written, read, known=None):
+def check_written(
+    caller: str, name: str, written: Tensor, read: Mapping[str, Tensor | None], known: Places | None = None
+) -> Places:
     """Raise RuntimeError if elements of ``written`` share memory with each other, or with tensors ``read``, by name.
 
     Returns what a call whose tensors have the same shapes and strides may hand over as ``known``; as long as their
@@ -59,7 +63,7 @@ _ANOTHER = (
 )
 
 
-def overlaps_itself(shape, strides):
+def overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
     """Whether two elements of a tensor are at the same place.
 
     Views of tensors nest: a step along one dim is longer than all that the dims of shorter steps reach. What does not,
@@ -75,15 +79,15 @@ def overlaps_itself(shape, strides):
     count = 1
     for _, size in dims:
         count *= size
-    return dims[0][0] == 0 or count > _reach(dims) + 1 or _places(dims).unique().numel() < count
+    return dims[0][0] == 0 or count > _reach(dims) + 1 or _unique(_places(dims)).numel() < count
 
 
-def _reach(dims):
+def _reach(dims: Iterable[tuple[int, int]]) -> int:
     """How far from the first element the last one is, of dims given as (stride, size)."""
     return sum(step * (size - 1) for step, size in dims)
 
 
-def _places(dims):
+def _places(dims: Iterable[tuple[int, int]]) -> Tensor:
     """Where each element is, in elements from the first."""
     places = torch.zeros(1, dtype=torch.int64)
     for step, size in dims:
@@ -91,15 +95,20 @@ def _places(dims):
     return places
 
 
-def _dims(x):
+def _dims(x: Tensor) -> list[tuple[int, int]]:
     return list(zip(x.stride(), x.shape, strict=True))
 
 
-def _span(x):
+def _span(x: Tensor) -> int:
     """How many bytes there are from a tensor's first element to the end of its last."""
     return (_reach(_dims(x)) + 1) * x.element_size() if x.numel() else 0
 
 
-def _bytes(x):
-    first = x.data_ptr() + x.element_size() * _places([dim for dim in _dims(x) if dim[0]]).unique()
+def _bytes(x: Tensor) -> Tensor:
+    first = x.data_ptr() + x.element_size() * _unique(_places([dim for dim in _dims(x) if dim[0]]))
     return (first[:, None] + torch.arange(x.element_size())).flatten()
+
+
+def _unique(x: Tensor) -> Tensor:
+    different: Tensor = torch.unique(x)
+    return different

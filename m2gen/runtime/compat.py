@@ -1,7 +1,8 @@
-"""The operator under the name, arguments and results of the published implementation: change one import to switch.
+"""The operator under the name, arguments and results of the published implementation: change one import to switch."""
 
-{{ provenance }}
-"""
+from __future__ import annotations
+
+from torch import Tensor
 
 from . import op
 
@@ -9,16 +10,16 @@ __all__ = ["m2rnn"]
 
 
 def m2rnn(
-    query,
-    key,
-    value,
-    weight,
-    forget_input,
-    input_state=None,
-    gradient_clipping=None,
-    cu_seqlens=None,
-    max_seqlen=None,
-):
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weight: Tensor,
+    forget_input: Tensor,
+    input_state: Tensor | None = None,
+    gradient_clipping: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Run the recurrence as the published ``m2rnn`` does.
 
     query (B, S, Nq, K), key (B, S, Nk, K), value (B, S, Nv, V), weight (Nw, V, V), forget_input (B, S, Nf), which is

@@ -1,33 +1,73 @@
-"""The M2RNN operator as models call it: a whole sequence, or one step of decoding.
+"""The M2RNN operator as models call it: a whole sequence, or one step of decoding."""
 
-{{ provenance }}
-"""
+from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Literal, overload
 
 import torch
+from torch import Tensor
 
-from . import checks, library, reference
+from . import built, checks, library, offsets, reference
+from .facts import Backend
 
 __all__ = ["m2rnn", "m2rnn_step"]
 
 
+@overload
 def m2rnn(
-    q,
-    k,
-    v,
-    weight,
-    forget,
-    initial_state=None,
-    cu_seqlens=None,
-    clip=1.0,
-    output_final_state=True,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip: float | None = 1.0,
+    output_final_state: Literal[True] = True,
     *,
-    A_log=None,
-    dt_bias=None,
-    deterministic=None,
-    backend="kernels",
-):
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    deterministic: bool | None = None,
+    backend: Backend = "kernels",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def m2rnn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip: float | None = 1.0,
+    output_final_state: bool = True,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    deterministic: bool | None = None,
+    backend: Backend = "kernels",
+) -> tuple[Tensor, Tensor | None]: ...
+
+
+def m2rnn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip: float | None = 1.0,
+    output_final_state: bool = True,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    deterministic: bool | None = None,
+    backend: Backend = "kernels",
+) -> tuple[Tensor, Tensor | None]:
     """Run H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + k_t v_t^T), y_t = H_t^T q_t (arXiv 2603.14360).
 
     q (B, S, Nq, K), k (B, S, Nk, K), v (B, S, Nv, V), all of one dtype; weight (Nw, V, V) and forget (B, S, Nf) in
@@ -43,12 +83,11 @@ def m2rnn(
     Returns y (B, S, N, V) in v's dtype and the final state (B, N, K, V) in float32, or None in its place without
     output_final_state. The state is carried, and gradients are summed, in float32.
 
-    clip bounds the state's gradient: {{ clip_text }};
-    None for no bound.
+    clip bounds the state's gradient, as the package's docstring says; None for no bound.
 
     Sums over heads that share an operand, and over rows split between programs, may use atomics: between runs, the
-    last bits may vary of {{ varying }}. deterministic=True sums in a fixed order, at the
-    price of memory for each contribution; None does what torch.use_deterministic_algorithms says.
+    last bits may vary of the results that the package's docstring names. deterministic=True sums in a fixed order, at
+    the price of memory for each contribution; None does what torch.use_deterministic_algorithms says.
 
     backend="reference" runs the recurrence in eager PyTorch instead: slow, but for any dims, dtype and device, with
     tangents (torch.func.jvp) and second derivatives, for which the kernels raise.
@@ -59,7 +98,7 @@ def m2rnn(
     bound = checks.checked_bound(clip)
     if backend not in ("kernels", "reference"):
         raise ValueError(f"m2rnn: backend must be kernels or reference, got {backend!r}")
-    if isinstance(q, torch.Tensor) and _autocasts(q.device.type):
+    if isinstance(q, Tensor) and _autocasts(q.device.type):
         q, k, v, weight, forget = _autocast(q, k, v, weight, forget)
     tensors = {
         "q": q, "k": k, "v": v, "weight": weight, "forget": forget, "A_log": A_log, "dt_bias": dt_bias,
@@ -67,23 +106,31 @@ def m2rnn(
     }  # fmt: skip
     call = checks.check("m2rnn", ("B", "S") if cu_seqlens is None else ("T",), tensors, backend == "kernels")
     if backend == "reference":
-        y, state = _reference(tensors, clip)
-    else:
-        if deterministic is None:
-            deterministic = torch.are_deterministic_algorithms_enabled()
-        save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors.values())
-        operands = (
-            q, k, v, weight, forget, _float32(A_log), _float32(dt_bias), _float32(initial_state),
-            cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous(),
-        )  # fmt: skip
-        if save or call is None:
-            y, state, _ = library.OPERATORS.FORWARD(*operands, bound, save, deterministic)
-        else:  # nothing to differentiate and nobody to tell: the dispatcher takes longer on the host
-            y, state, _ = library.OPERATORS.forward(*operands, save, deterministic, call)
+        y, state = _reference(q, k, v, weight, forget, initial_state, cu_seqlens, A_log, dt_bias, clip)
+        return y, state if output_final_state else None
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors.values())
+    operands = (q, k, v, weight, forget, _float32(A_log), _float32(dt_bias))
+    states = (_float32(initial_state), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous())
+    if save or call is None:
+        y, state, _ = library.OPERATORS.FORWARD(*operands, *states, bound, save, deterministic)
+    else:  # nothing to differentiate and nobody to tell: the dispatcher takes longer on the host
+        y, state, _ = library.OPERATORS.launches.forward(operands, *states, save, deterministic, call)
     return y, state if output_final_state else None
 
 
-def m2rnn_step(q, k, v, weight, forget, state, *, A_log=None, dt_bias=None):
+def m2rnn_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    state: Tensor,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Advance ``state`` by one step of the recurrence in place, and return y and that state.
 
     q (B, Nq, K), k (B, Nk, K), v (B, Nv, V), weight (Nw, V, V), forget (B, Nf) as ``m2rnn`` takes them for one step;
@@ -96,7 +143,7 @@ def m2rnn_step(q, k, v, weight, forget, state, *, A_log=None, dt_bias=None):
     Raises what ``m2rnn`` raises, and RuntimeError where an operand requires a gradient, of which a step computes none,
     or where the state shares memory with itself or with an operand.
     """
-    if isinstance(q, torch.Tensor) and _autocasts(q.device.type):
+    if isinstance(q, Tensor) and _autocasts(q.device.type):
         q, k, v, weight, forget = _autocast(q, k, v, weight, forget)
     tensors = {
         "q": q, "k": k, "v": v, "weight": weight, "forget": forget, "A_log": A_log, "dt_bias": dt_bias, "state": state
@@ -106,38 +153,53 @@ def m2rnn_step(q, k, v, weight, forget, state, *, A_log=None, dt_bias=None):
         for name, x in tensors.items():
             if x is not None and x.requires_grad:
                 raise RuntimeError(f"m2rnn_step: {name} must not require a gradient; call under torch.no_grad()")
-    operands = (q, k, v, weight, forget, _float32(A_log), _float32(dt_bias), state)
-    y = library.OPERATORS.STEP(*operands) if call is None else library.OPERATORS.step(*operands, call)
+    operands = (q, k, v, weight, forget, _float32(A_log), _float32(dt_bias))
+    if call is None:
+        y = library.OPERATORS.STEP(*operands, state)
+    else:
+        y = library.OPERATORS.launches.step(operands, state, call)
     torch.autograd.graph.increment_version(state)  # so that autograd notices, as of any update in place
     return y, state
 
 
-def _float32(x):
+def _float32(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.float().contiguous()
 
 
-def _autocasts(kind):
+def _autocasts(kind: str) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)  # torch knows no autocast of meta tensors
 
 
-def _autocast(q, k, v, weight, forget):
+def _autocast(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor) -> tuple[Tensor, ...]:
     """Cast q, k and v to autocast's dtype; a weight or gate in float32 loses nothing."""
     dtype = torch.get_autocast_dtype(q.device.type)
 
-    def cast(x, kept):
-        eligible = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype not in kept
+    def cast(x: Tensor, kept: tuple[torch.dtype, ...]) -> Tensor:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in kept
         return x.to(dtype) if eligible else x
 
     narrow, wide = (torch.float64,), (torch.float64, torch.float32)
     return (*(cast(x, narrow) for x in (q, k, v)), *(cast(x, wide) for x in (weight, forget)))
 
 
-def _reference(tensors, clip):
-    q, cu_seqlens = tensors["q"], tensors["cu_seqlens"]
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    clip: float | None,
+) -> tuple[Tensor, Tensor]:
     if cu_seqlens is not None:
-        checks.check_offsets(cu_seqlens, q.shape[0])
-    state = torch.promote_types(q.dtype, torch.float32)
-    arithmetic = reference.Arithmetic(state, q.dtype)
+        offsets.check_offsets(cu_seqlens, q.shape[0])
+    arithmetic = reference.Arithmetic(torch.promote_types(q.dtype, torch.float32), q.dtype)
     kind = q.device.type
     with torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext():  # it would round all products
-        return reference.m2rnn(**tensors, clip=clip, clamp_total={{ clamp_total }}, arithmetic=arithmetic)
+        return reference.m2rnn(
+            q, k, v, weight, forget, initial_state, cu_seqlens,
+            A_log=A_log, dt_bias=dt_bias, clip=clip, clamp_total=built.CLAMP_TOTAL, arithmetic=arithmetic,
+        )  # fmt: skip
