@@ -67,7 +67,7 @@ def prepare(folder: Path) -> Subject:
 def imported(folder: Path, name: str) -> Subject:
     """Import one of the packages."""
     package = load_module(folder / name / "__init__.py", name)
-    parallel = load_module(folder / name / "parallel.py", f"{name}.parallel")
+    parallel = load_module(folder / name / "parallel" / "__init__.py", f"{name}.parallel")
     return Subject(package, parallel, distributed.get_world_size(), distributed.get_rank())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import ITSELF
 from .mixer import Device, Mixer, shapes_of, wide_dtype
 
 __all__ = ["M2RNNCache"]
@@ -115,10 +116,7 @@ def _check_writable(name: str, x: Tensor) -> None:
     if not torch.compiler.is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(f"M2RNN: {name} was made under torch.inference_mode() and must be used under it")
     if _overlaps(x):
-        raise RuntimeError(
-            f"M2RNN: {name}: unsupported operation: more than one element of the written-to tensor refers to a single "
-            "memory location. Please clone() the tensor before performing the operation."
-        )
+        raise RuntimeError(f"M2RNN: {name}: {ITSELF}")
 
 
 def _overlaps(x: Tensor) -> bool:

@@ -16,7 +16,7 @@ from .forward import run
 from .gate import DecayGate
 from .mixer import Device, operand_sizes, split_sizes
 from .norm import RMSNorm
-from .not_built import check_built
+from .not_built import check_built, first
 
 __all__ = ["M2RNN", "M2RNNCache"]
 
@@ -96,10 +96,11 @@ class M2RNN(nn.Module):
         """
         points = built.LAYERS.get(name) or tuple(key[:3] for key, variant in built.VARIANTS.items() if variant == name)
         if not points:
-            known = ", ".join(built.LAYERS)
-            raise ValueError(f"M2RNN: name must be a layer ({known}) or the key of a built variant, got {name!r}")
+            raise ValueError(
+                f"M2RNN: name must be a layer ({first(built.LAYERS)}) or the key of a built variant, got {name!r}"
+            )
         if len(points) > 1:
-            keys = ", ".join(dict.fromkeys(variant for key, variant in built.VARIANTS.items() if key[:3] in points))
+            keys = first(dict.fromkeys(variant for key, variant in built.VARIANTS.items() if key[:3] in points))
             raise ValueError(f"M2RNN: {name} is a grid; name one of its variants: {keys}")
         rows, cols, heads = points[0]
         groups = dict(zip(HeadCounts._fields, heads, strict=True)) | ({} if gate_heads is None else {"g": gate_heads})

@@ -39,7 +39,7 @@ def check_written(
     """
     if known is None:
         if overlaps_itself(written.shape, written.stride()):
-            raise RuntimeError(f"{caller}: {name}: {_ITSELF}")
+            raise RuntimeError(f"{caller}: {name}: {ITSELF}")
         known = Places(written, read.values())
     start = written.data_ptr()
     for (other, x), span in zip(read.items(), known.read, strict=True):
@@ -47,17 +47,17 @@ def check_written(
             apart = x.data_ptr() - start
             if apart < known.written and apart + span > 0 and (other, apart) not in known.apart:
                 if torch.isin(_bytes(x), _bytes(written)).any():
-                    raise RuntimeError(f"{caller}: {name} and {other}: {_ANOTHER}")
+                    raise RuntimeError(f"{caller}: {name} and {other}: {ANOTHER}")
                 known.apart.add((other, apart))
     return known
 
 
 # torch's own words
-_ITSELF = (
+ITSELF = (
     "unsupported operation: more than one element of the written-to tensor refers to a single memory location. "
     "Please clone() the tensor before performing the operation."
 )
-_ANOTHER = (
+ANOTHER = (
     "unsupported operation: some elements of the input tensor and the written-to tensor refer to a single memory "
     "location. Please clone() the tensor before performing the operation."
 )

@@ -11,7 +11,7 @@ from . import built
 from .facts import HeadCounts, VariantKey
 
 MOST_NAMED = 20
-"""Variants that an error names before it counts the rest."""
+"""Variants or layers that an error names before it counts the rest."""
 
 
 class VariantNotBuiltError(ValueError):
@@ -25,17 +25,17 @@ def not_built(caller: str, variant: VariantKey) -> str:
     short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, str(dtype))
     gate = "softplus" if computes_gate else "given"
     facts = f"head_dim: {v}, state_expansion: {k}, heads: {{{groups}}}, dtypes: [{short}], gate: {gate}"
-    there = _first(built.VARIANTS.values())
+    there = first(built.VARIANTS.values(), "; ")
     return (
         f"{caller}: no kernels for K={k}, V={v}, heads {groups}, {dtype}, gate {gate}; built: {there}. "
         f"To build them, add to the layers of {built.SPEC_FILE} `my_layer: {{{facts}}}` and run `{built.COMMAND}`"
     )
 
 
-def _first(names: Collection[str]) -> str:
+def first(names: Collection[str], separator: str = ", ") -> str:
     """Join the first names, and say how many more there are."""
-    shown = "; ".join(islice(names, MOST_NAMED))
-    return shown if len(names) <= MOST_NAMED else f"{shown}; and {len(names) - MOST_NAMED} more"
+    shown = separator.join(islice(names, MOST_NAMED))
+    return shown if len(names) <= MOST_NAMED else f"{shown}{separator}and {len(names) - MOST_NAMED} more"
 
 
 def check_built(rows: int, cols: int, heads: tuple[int, ...], dtype: torch.dtype | None) -> None:
