@@ -180,7 +180,7 @@ def test_what_packages_copy_works_anywhere(path: Path) -> None:
             assert {alias.name.split(".")[0] for alias in node.names} <= sys.stdlib_module_names | {"torch"}
         elif isinstance(node, ast.ImportFrom):
             root = str(node.module).split(".")[0]
-            own = _absolute(path, node).startswith("m2gen.runtime.")
+            own = f"{_absolute(path, node)}.".startswith("m2gen.runtime.")
             assert own if node.level else root in sys.stdlib_module_names | {"torch"}
 
 

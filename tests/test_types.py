@@ -98,7 +98,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> str:
     write(folder / "typed", package.files)
     (folder / "model.py").write_text(MODEL.lstrip(), encoding="utf-8")
     (folder / "wrong.py").write_text(WRONG.lstrip(), encoding="utf-8")
-    # The project's settings, which are strict, and its cache, where torch is after `make types`; it takes a minute else.
+    # The project's settings, which are strict, and its cache, where `make types` left torch: it takes a minute else.
     shared = ["--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(ROOT / ".mypy_cache")]
     command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", *shared, "model.py", "wrong.py"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MYPY")}
