@@ -36,8 +36,8 @@ def check(caller: str, lead: tuple[str, ...], tensors: Tensors, compiled: bool =
     a transform or a profiler, or with tensors that have no memory.
     """
     addresses: list[int] = []
-    plain = not torch.compiler.is_compiling() and not _watched()
-    facts = _facts(caller, lead, tensors, compiled, addresses) if plain else None
+    watched = torch.compiler.is_compiling() or _watched()
+    facts = None if watched else _facts(caller, lead, tensors, compiled, addresses)
     if facts is None:
         check_operands(caller, lead, tensors, compiled)
         return None

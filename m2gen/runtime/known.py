@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from types import ModuleType
-from typing import Any
 
 from .memory import Places
 
@@ -17,6 +16,6 @@ class KnownCall:
     def __init__(self) -> None:
         self.kernels: ModuleType | None = None
         """Those that serve them."""
-        self.launches: dict[Hashable, Any] = {}
+        self.launches: dict[Hashable, Callable[..., None]] = {}
         """What launches them again, for the kernels' launchers to keep."""
         self.places: Places | None = None

@@ -16,7 +16,7 @@ Operands: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | Non
 """q, k, v, weight, forget, A_log and dt_bias."""
 
 
-def _launch(launcher: Callable[..., Any], device: int, *arguments: Any) -> Any:
+def _launch(launcher: Callable[..., Any], device: int, arguments: tuple[Any, ...]) -> Any:
     """Call a launcher with the GPU ``device`` current, since that is where Triton launches; -1 is the CPU."""
     if device < 0 or device == torch.cuda.current_device():
         return launcher(*arguments)
@@ -40,7 +40,7 @@ def forward(
     if save and q.device.type == "cpu":  # the backward may run when files are others
         dispatch.read_source(kernels)
     results: tuple[Tensor, Tensor, Tensor | None] = _launch(
-        kernels.forward, q.get_device(), *operands, initial_state, cu_seqlens, save, deterministic, known
+        kernels.forward, q.get_device(), (*operands, initial_state, cu_seqlens, save, deterministic, known)
     )  # fmt: skip
     return results
 
@@ -59,7 +59,7 @@ def backward(
     kernels, _ = _kernels(None, operands, cu_seqlens)
     gradients: list[Tensor] = _launch(
         kernels.backward, operands[0].get_device(),
-        dy, dstate, *operands, checkpoints, cu_seqlens, bound, wanted, deterministic,
+        (dy, dstate, *operands, checkpoints, cu_seqlens, bound, wanted, deterministic),
     )  # fmt: skip
     return gradients
 
@@ -67,13 +67,13 @@ def backward(
 def step(operands: Operands, state: Tensor, call: KnownCall | None = None) -> Tensor:
     """Advance ``state`` in place by the kernel that serves these operands; return y."""
     kernels, known = _kernels(call, operands, None)
-    y: Tensor = _launch(kernels.step, operands[0].get_device(), *operands, state, known)
+    y: Tensor = _launch(kernels.step, operands[0].get_device(), (*operands, state, known))
     return y
 
 
 def _kernels(
     call: KnownCall | None, operands: Operands, cu_seqlens: Tensor | None
-) -> tuple[ModuleType, dict[Hashable, Any] | None]:
+) -> tuple[ModuleType, dict[Hashable, Callable[..., None]] | None]:
     """Return the kernels that serve a call and what is known of its launches; ``call`` is as ``check`` returned it."""
     if call is None:
         return dispatch.kernels_for(*operands[:6], cu_seqlens), None

@@ -8,8 +8,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import built, checks, library, offsets, reference
+from . import built, checks, library, reference
 from .facts import Backend
+from .offsets import check_offsets
 
 __all__ = ["m2rnn", "m2rnn_step"]
 
@@ -112,11 +113,11 @@ def m2rnn(
         deterministic = torch.are_deterministic_algorithms_enabled()
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors.values())
     operands = (q, k, v, weight, forget, _float32(A_log), _float32(dt_bias))
-    states = (_float32(initial_state), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous())
+    first, offsets = _float32(initial_state), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
     if save or call is None:
-        y, state, _ = library.OPERATORS.FORWARD(*operands, *states, bound, save, deterministic)
+        y, state, _ = library.OPERATORS.FORWARD(*operands, first, offsets, bound, save, deterministic)
     else:  # nothing to differentiate and nobody to tell: the dispatcher takes longer on the host
-        y, state, _ = library.OPERATORS.launches.forward(operands, *states, save, deterministic, call)
+        y, state, _ = library.OPERATORS.launches.forward(operands, first, offsets, save, deterministic, call)
     return y, state if output_final_state else None
 
 
@@ -195,7 +196,7 @@ def _reference(
     clip: float | None,
 ) -> tuple[Tensor, Tensor]:
     if cu_seqlens is not None:
-        offsets.check_offsets(cu_seqlens, q.shape[0])
+        check_offsets(cu_seqlens, q.shape[0])
     arithmetic = reference.Arithmetic(torch.promote_types(q.dtype, torch.float32), q.dtype)
     kind = q.device.type
     with torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext():  # it would round all products
