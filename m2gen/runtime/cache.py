@@ -14,7 +14,7 @@ from .mixer import Device, Mixer, shapes_of, wide_dtype
 __all__ = ["M2RNNCache"]
 
 NUMBERS = itertools.count()
-"""Of the layers of this process."""
+"""The numbers of this process's layers."""
 
 
 class M2RNNCache:

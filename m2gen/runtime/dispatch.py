@@ -1,4 +1,4 @@
-"""Which kernels serve a call: its shapes name a variant, its device an arch, the programs an SM gets a bucket."""
+"""The kernels that serve a call: its shapes name a variant, its device an arch, the programs an SM gets a bucket."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ NAMESPACE: str = SPACE.name
 DIFFERENTIABLE = 8
 """Operands that may have a gradient come first: q, k, v, weight, forget, A_log, dt_bias, initial_state."""
 SAVE = 10
-"""Which argument of the forward asks for checkpoints."""
+"""The forward's argument that asks for checkpoints, counted from 0."""
 
 
 Library: Any = torch.library.Library
@@ -36,7 +36,7 @@ class Operators(Protocol):
 
 
 class Launches(Protocol):
-    """Of ``launches``, what ``op`` calls."""
+    """What ``op`` calls of ``launches``."""
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     step: Callable[..., Tensor]

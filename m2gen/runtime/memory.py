@@ -1,4 +1,4 @@
-"""Which elements of tensors share memory: what a kernel writes in place must be its own."""
+"""Elements of tensors that share memory: what a kernel writes in place must be its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Places:
         self.written = _span(written)
         self.read = [0 if x is None else _span(x) for x in read]
         self.apart: set[tuple[str, int]] = set()
-        """Which tensors, how far from what is written, lie among its elements and yet share none."""
+        """Tensors, and how far they are from what is written, that lie among its elements and yet share none."""
 
     def meet(self, addresses: Sequence[int]) -> bool:
         """Whether one of the tensors at ``addresses`` may share memory with what is written, which is the last."""
