@@ -161,6 +161,21 @@ def test_rendering_is_pure(path: Path) -> None:
         assert not roots & {"torch", "triton", "time", "datetime", "random", "uuid"}
 
 
+RUNTIME = sorted((PACKAGE / "runtime").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", RUNTIME, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_packages_copy_works_anywhere(path: Path) -> None:
+    """Modules of the runtime import each other by relative names, and else torch and the standard library."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= sys.stdlib_module_names | {"torch"}
+        elif isinstance(node, ast.ImportFrom):
+            root = str(node.module).split(".")[0]
+            own = f"{_absolute(path, node)}.".startswith("m2gen.runtime.")
+            assert own if node.level else root in sys.stdlib_module_names | {"torch"}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_modules_stay_small(path: Path) -> None:
     """A module that outgrows the limit wants to be two."""

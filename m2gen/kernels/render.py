@@ -22,12 +22,6 @@ def templates_dir() -> Path:
 
 
 @cache
-def reference_source() -> str:
-    """Return the eager reference's module, which packages carry as it is: it imports nothing of m2gen."""
-    return (Path(__file__).resolve().parents[1] / "runtime" / "reference.py").read_text(encoding="utf-8")
-
-
-@cache
 def template_hash() -> str:
     """Return 12 hex digits that change when any template does."""
     digest = hashlib.sha256()

@@ -96,19 +96,19 @@ class Arithmetic:
     """Where the reference rounds, so that it can make the errors that a kernel's own dtypes must make."""
 
     state: torch.dtype
-    """Of the state and of every accumulation."""
+    """The dtype of the state and of every accumulation."""
     operand: torch.dtype
-    """That H and the weight are rounded to before their product."""
+    """H and the weight are rounded to this dtype before their product."""
     tf32: bool = False
     """Round H and the weight to tf32 on top."""
     tanh_bits: int | None = None
     """Significant bits of tanh; None for all of the state's dtype."""
     gate_bits: int | None = None
-    """Likewise of the functions that a gate is computed with."""
+    """Significant bits of the functions that a gate is computed with; None likewise."""
     kept: torch.dtype | None = None
-    """That the state is rounded to before and after every step, as decoding keeps it; None for ``state``."""
+    """The state is rounded to this dtype before and after every step, as decoding keeps it; None for ``state``."""
     grid: float = 1.0
-    """From 1 up to 2: H and function values are rounded as multiples of their last place over ``grid``. The errors are
+    """H and function values are rounded as multiples of their last place over this, 1 up to 2. The errors are
     as large on every grid, and independent of each other, so several grids show what a tensor's error may be."""
 
     def as_operand(self, x: Tensor, grid: float = 1.0) -> Tensor:

@@ -60,14 +60,14 @@ def prepare(folder: Path) -> Subject:
     """Import the packages that the test wrote."""
     quicken()
     split = imported(folder, "by_bucket")
-    operators_of(split.package).dispatch.device_of = lambda device: ("portable", SMS)
+    operators_of(split.package).launches.dispatch.device_of = lambda device: ("portable", SMS)
     return replace(imported(folder, "on_ranks"), split=split)
 
 
 def imported(folder: Path, name: str) -> Subject:
     """Import one of the packages."""
     package = load_module(folder / name / "__init__.py", name)
-    parallel = load_module(folder / name / "parallel.py", f"{name}.parallel")
+    parallel = load_module(folder / name / "parallel" / "__init__.py", f"{name}.parallel")
     return Subject(package, parallel, distributed.get_world_size(), distributed.get_rank())
 
 
@@ -162,7 +162,7 @@ def heads_decode(subject: Subject, heads: dict[str, int], numerics: Numerics) ->
 
 def served(subject: Subject, call: Callable[[], Any]) -> list[list[str]]:
     """Return which modules of kernels served a call, in order, on each rank."""
-    dispatch = operators_of(subject.package).dispatch
+    dispatch = operators_of(subject.package).launches.dispatch
     choose, chosen = dispatch.kernels_for, list[str]()
 
     def noting(*operands: Any) -> ModuleType:

@@ -431,13 +431,13 @@ def test_bad_calls(package, device, shape, call, message) -> None:
 
 def test_the_gate_runs_where_the_package_has_it(package, device, monkeypatch) -> None:
     """A softplus variant gets the gate's input and parameters; another gets the gate itself, in float32."""
-    layer_module, seen = module_of(package, "layer"), []
+    module, seen = module_of(package, "scan"), []
 
     def spy(*operands: Tensor, A_log: Tensor | None = None, **rest: Any) -> Any:
         seen.append((A_log is not None, operands[4].dtype))
         return package.m2rnn(*operands, A_log=A_log, **rest)
 
-    monkeypatch.setattr(layer_module, "m2rnn", spy)
+    monkeypatch.setattr(module, "m2rnn", spy)
     for shape in SHAPES:
         make_layer(package, shape).to(device, torch.bfloat16)(tokens(device, 1, 2).bfloat16())
     assert seen == [(False, torch.float32), (True, torch.bfloat16)]

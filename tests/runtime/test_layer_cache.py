@@ -90,12 +90,12 @@ def test_a_call_that_fails_writes_nothing(package, device, how, backend) -> None
 @pytest.mark.parametrize("how", CALLS)
 def test_an_operator_that_fails_after_it_has_run_writes_nothing(package, device, how) -> None:
     """A step's kernel has advanced the state when something fails behind it: the state goes back."""
-    layer, module = make_layer(package, "softplus").to(device), module_of(package, "layer")
+    layer = make_layer(package, "softplus").to(device)
 
     @contextmanager
     def failing() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
-            for name in ("m2rnn", "m2rnn_step"):
+            for module, name in ((module_of(package, "scan"), "m2rnn"), (module_of(package, "decode"), "m2rnn_step")):
                 operator = getattr(module, name)
                 patch.setattr(module, name, lambda *x, operator=operator, **more: (operator(*x, **more), fail()))
             yield

@@ -41,7 +41,7 @@ def build(folder: Path, few: Schedule, many: Schedule) -> ModuleType:
         emit.Choice(ONE, PORTABLE, many, buckets=BUCKETS[1:]),
     ]
     package = import_package(folder, emit.package(emit.Origin(folder.name, "s.yaml", "0" * 12), choices))
-    dispatch = operators_of(package).dispatch
+    dispatch = operators_of(package).launches.dispatch
     assert dispatch.device_of(torch.device("cpu")) == ("portable", PORTABLE.sm_count) or torch.cuda.is_available()
     dispatch.device_of = lambda device: ("portable", SMS)
     return package
@@ -61,7 +61,7 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 def kernels_of(package: ModuleType) -> list[ModuleType]:
     """Return the modules of a package's kernels."""
-    (table,) = operators_of(package).dispatch.KERNELS["portable"].values()
+    (table,) = operators_of(package).launches.dispatch.KERNELS["portable"].values()
     return list(dict.fromkeys(table))
 
 
@@ -130,12 +130,12 @@ def test_steps_of_decoding(split, launched, device) -> None:
 
 def test_the_package_and_the_database_count_alike(split) -> None:
     """The bounds in the generated code are those of ``m2gen.bucket``, for every GPU and head count."""
-    dispatch = operators_of(split).dispatch
+    dispatch = operators_of(split).launches.dispatch
     for heads in (1, 2, 7, 84, 132, 4096, 65535):
         for sms in (1, 84, 108, 114, 132, 304):
-            generated = tuple(halves * sms // (2 * heads) for halves in dispatch.HALVES)
+            generated = tuple(halves * sms // (2 * heads) for halves in dispatch.built.HALVES)
             assert generated == most_sequences(heads, sms)
-    (variant,) = dispatch.VARIANTS
+    (variant,) = dispatch.built.VARIANTS
     table, most = dispatch.table_of(variant, torch.device("cpu"))
     assert most == most_sequences(HEADS, SMS)
     few, many = module_name(VARIANT, FEW), module_name(VARIANT, MANY)
@@ -223,9 +223,9 @@ def test_a_triton_that_compiles_no_gluon_gets_portable_kernels(tmp_path: Path, v
     built = BuiltVariant(chosen, ("layer",))
     choices = [emit.Choice(built, device, default(chosen, device)) for device in (PORTABLE, gpu)]
     package = import_package(tmp_path / expected, emit.package(emit.Origin(expected, "s.yaml", "0" * 12), choices))
-    dispatch = operators_of(package).dispatch
+    dispatch = operators_of(package).launches.dispatch
     dispatch.TRITON, dispatch.device_of = version, lambda device: ("sm_90", gpu.sm_count)
-    (key,) = dispatch.VARIANTS
+    (key,) = dispatch.built.VARIANTS
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         kernels, _ = dispatch.table_of(key, torch.device("cuda"))

@@ -101,6 +101,6 @@ def test_no_atomic_runs(packages, inputs, monkeypatch) -> None:
 
 
 def test_the_documentation_names_what_may_vary(packages) -> None:
-    """The docstring of a package with atomics names every result that they sum."""
-    assert "last bits may vary of y, dq, dk, dv, df" in " ".join(packages["atomic"].m2rnn.__doc__.split())
-    assert "last bits may vary of no result" in " ".join(packages["partial"].m2rnn.__doc__.split())
+    """The docstring of a package names every result that atomics sum."""
+    assert "last bits may vary of y, dq, dk, dv, df" in " ".join(packages["atomic"].__doc__.split())
+    assert "last bits may vary of no result." in " ".join(packages["partial"].__doc__.split())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from calls import Spy, arguments, packed
+from calls import Spy, arguments, module_of, packed
 from support import OPERANDS, make_variant
 
 from m2gen.problem import Problem, make_inputs
@@ -167,6 +167,27 @@ def test_an_unbuilt_variant_says_what_to_build(package, device, monkeypatch, nam
     assert "m2gen build --spec one_level_atomic_carry.yaml" in message
     assert "\n" not in message
     assert spy.launched == []
+
+
+def test_an_error_names_some_of_many_variants(package, operands, monkeypatch) -> None:
+    """Of what is built, the first twenty variants are named and the others counted, whoever asks."""
+    built = module_of(package, "built")
+    heads = tuple(make_variant().heads.counts)
+    many = {(8, 8 + i, heads, torch.float32, False): f"variant_{i}" for i in range(30)}
+    monkeypatch.setattr(built, "VARIANTS", many)
+    monkeypatch.setattr(
+        built, "LAYERS", {"grid": tuple(key[:3] for key in many)} | {f"layer_{i}": () for i in range(29)}
+    )
+    twenty = [f"variant_{i}" for i in range(20)]
+    with pytest.raises(package.VariantNotBuiltError) as caught:
+        package.m2rnn(**{name: x.double() for name, x in operands.items()})
+    assert f"built: {'; '.join(twenty)}; and 10 more. To build them" in str(caught.value)
+    with pytest.raises(package.VariantNotBuiltError, match="variant_19; and 10 more"):
+        package.M2RNN(8, 9, 7, dict(zip("qkvfw", heads, strict=True)))
+    with pytest.raises(ValueError, match=f"name one of its variants: {', '.join(twenty)}, and 10 more$"):
+        package.M2RNN.from_variant("grid", 8)
+    with pytest.raises(ValueError, match=r"a layer \(grid, layer_0, .*layer_18, and 10 more\) or the key"):
+        package.M2RNN.from_variant("none", 8)
 
 
 def test_float64_is_not_built(package, operands) -> None:

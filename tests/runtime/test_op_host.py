@@ -42,7 +42,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return the kernels' module of a package."""
     package = build_package("hosted", [make_variant()], make_schedule("atomic"))
     imported = import_package(tmp_path_factory.mktemp("hosted") / "hosted", package)
-    return operators_of(imported).dispatch.KERNELS
+    return operators_of(imported).launches.dispatch.KERNELS
 
 
 def _module(kernels: Any) -> Any:
@@ -96,7 +96,7 @@ def test_nothing_is_kept(kernels, compiles) -> None:
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_launchers_use_what_is_known(package, operands, monkeypatch, deterministic) -> None:
     """A launch that is kept for the same flags is used, with this call's pointers."""
-    module = _module(operators_of(package).dispatch.KERNELS)
+    module = _module(operators_of(package).launches.dispatch.KERNELS)
     every = dict.fromkeys(("A_log", "dt_bias", "initial_state", "cu_seqlens")) | operands
     order = ("q", "k", "v", "weight", "forget", "A_log", "dt_bias", "initial_state", "cu_seqlens")
     seen: list[Any] = []

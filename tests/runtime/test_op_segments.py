@@ -44,7 +44,7 @@ def packages(tmp_path_factory) -> dict[int, ModuleType]:
 def turns(packages, monkeypatch) -> list[Tensor]:
     """Return what the kernels of the package with segments are handed to tell each other of."""
     seen: list[Tensor] = []
-    (tables,) = operators_of(packages[SEGMENTS]).dispatch.KERNELS.values()
+    (tables,) = operators_of(packages[SEGMENTS]).launches.dispatch.KERNELS.values()
     for module in dict.fromkeys(module for kernels in tables.values() for module in kernels):
         made = module.turns_of
 

@@ -102,7 +102,7 @@ def test_fake_tensors_of_devices_that_are_not_there(package, monkeypatch, kind) 
     """A fake tensor may claim a GPU that no machine has, or a CPU where nothing runs; checkpoints have a shape, too."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    dispatch = operators_of(package).dispatch
+    dispatch = operators_of(package).launches.dispatch
     spy = Spy(package, monkeypatch)
     with FakeTensorMode():
         call = {name: torch.empty(x.shape, device=kind) for name, x in arguments(draw("cpu")).items()}
@@ -123,7 +123,7 @@ def test_fake_tensors_of_devices_that_are_not_there(package, monkeypatch, kind) 
 def test_a_kind_of_device_without_kernels(package) -> None:
     """An error names the device, and not a property that it lacks."""
     with pytest.raises(RuntimeError, match=r"^m2rnn: kernels run on GPUs of NVIDIA and AMD, got tensors on mps$"):
-        operators_of(package).dispatch.device_of(torch.device("mps"))
+        operators_of(package).launches.dispatch.device_of(torch.device("mps"))
 
 
 @pytest.fixture

@@ -1,0 +1,40 @@
+"""What was built: the facts of this package, which its other modules read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .facts import Point, VariantKey
+from .snapshot import reload_older
+
+NAME: str = "runtime"
+"""Name of the package."""
+SPACE: Any = torch.ops.m2gen_runtime
+"""Where torch has the operators of this content."""
+SPEC_FILE: str = "specs/tiny.yaml"
+"""File name of the spec, without folders."""
+COMMAND: str = "m2gen build --spec tiny.yaml"
+"""What builds the package again."""
+CLAMP_TOTAL: bool = False
+"""Whether ``clip`` bounds the whole gradient of a state, not only what later steps carry to it."""
+VARIANTS: Mapping[VariantKey, str] = {}
+"""Names of the variants that kernels serve."""
+LAYERS: Mapping[str, tuple[Point, ...]] = {}
+"""Layers of the spec, with the points of their grids."""
+KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {}
+"""Modules of kernels by arch and variant: one for all calls, or one for each bucket.
+
+A bucket is how many programs, heads of all sequences, there are for each SM. "portable" serves the interpreter and
+every arch that is not listed.
+"""
+HALVES: tuple[int, ...] = ()
+"""The most programs of each bucket but the last, in halves of a program an SM."""
+PORTABLE_SMS: int = 1
+"""SMs that buckets of the portable kernels reckon with."""
+TOO_NEW: tuple[int, int] = (0, 0)
+"""The first Triton that does not compile Gluon kernels."""
+
+reload_older(__package__, SPACE)

@@ -1,0 +1,135 @@
+"""The kernels that serve a call: its shapes name a variant, its device an arch, the programs an SM gets a bucket."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import built
+from .facts import VariantKey
+from .snapshot import load
+
+SPACE = built.SPACE
+VERSION: str = importlib.import_module("triton").__version__  # imported so, since it has no types
+TRITON = tuple(int(part) for part in VERSION.split(".")[:2])
+Kernels: TypeAlias = tuple[ModuleType, ...]
+"""Modules that serve a variant: one for all calls, or one for each bucket."""
+
+
+def _loaded(tables: Mapping[str, Mapping[str, tuple[str, ...]]]) -> Mapping[str, Mapping[str, Kernels]]:
+    """Put kernels in place of their modules' names; a content's are loaded once a process, for whoever has it."""
+    module = functools.cache(lambda name: load(f"{__package__}.kernels.{name}"))
+    if not hasattr(SPACE, "kernels"):
+        SPACE.kernels = {
+            arch: {variant: tuple(map(module, names)) for variant, names in table.items()}
+            for arch, table in tables.items()
+        }
+    kernels: Mapping[str, Mapping[str, Kernels]] = SPACE.kernels
+    return kernels
+
+
+KERNELS = _loaded(built.KERNELS)
+
+
+@functools.cache
+def device_of(device: torch.device) -> tuple[str, int]:
+    """Return the key of KERNELS that serves ``device``, and its SMs; warns of an arch that was not built for."""
+    if device.type == "meta":
+        return "portable", built.PORTABLE_SMS
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise RuntimeError("m2rnn on CPU tensors must run with TRITON_INTERPRET=1 set before triton is imported")
+        return "portable", built.PORTABLE_SMS
+    if device.type != "cuda":
+        raise RuntimeError(f"m2rnn: kernels run on GPUs of NVIDIA and AMD, got tensors on {device}")
+    properties = torch.cuda.get_device_properties(device)
+    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    if arch not in KERNELS:
+        known = ", ".join(KERNELS)
+        warnings.warn(f"{built.NAME} was built for {known}; {arch} gets the portable kernels", stacklevel=2)
+        arch = "portable"
+    return arch, properties.multi_processor_count
+
+
+def present(device: torch.device) -> torch.device:
+    """Return ``device`` if tensors on it can have memory here, else the meta device: a fake tensor may claim any."""
+    if device.type == "cpu":
+        there = os.environ.get("TRITON_INTERPRET") == "1"
+    else:
+        there = device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()
+    return device if there else torch.device("meta")
+
+
+@functools.cache
+def table_of(variant: VariantKey, device: torch.device) -> tuple[Kernels, tuple[int, ...]]:
+    """Return the kernels of a key of VARIANTS, and the most sequences that each but the last of them serves."""
+    arch, sms = device_of(device)
+    name, heads = built.VARIANTS[variant], max(variant[2])
+    kernels = KERNELS[arch][name]
+    if TRITON >= built.TOO_NEW and any(hasattr(module, "gluon") for module in kernels):
+        # ptxas of CUDA 13.4, which 3.9.0 brings, never ends on some of these kernels
+        message = f"{built.NAME}: Triton {VERSION} does not compile Gluon kernels; portable ones serve"
+        warnings.warn(message, stacklevel=2)
+        kernels = KERNELS["portable"][name]
+    return kernels, tuple(halves * sms // (2 * heads) for halves in built.HALVES)
+
+
+def read_source(kernels: ModuleType) -> None:
+    """Have Triton's interpreter read now what it would read when a function first runs: files may be others by then."""
+    for function in list(vars(kernels).values()):
+        if hasattr(function, "rewrite") and not isinstance(function, type):
+            function.rewrite()
+
+
+def kernels_for(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    A_log: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> ModuleType:
+    """Return the module whose launchers serve these operands; it depends on the number of sequences, not on lengths."""
+    return _of_bucket(*table_of(variant_of(q, k, v, weight, forget, A_log), q.device), q, cu_seqlens)
+
+
+def _of_bucket(kernels: Kernels, most: Sequence[int], q: Tensor, cu_seqlens: Tensor | None) -> ModuleType:
+    if len(kernels) == 1:
+        return kernels[0]
+    return kernels[bisect_left(most, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)]
+
+
+def checkpoints_of(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    A_log: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> int:
+    """Return how many states a call saves, as the launchers count.
+
+    A compiler that knows the number of sequences as a symbol learns its bucket only where the answer depends on it.
+    """
+    kernels, most = table_of(variant_of(q, k, v, weight, forget, A_log), present(q.device))
+    if len({module.INTERVAL.value for module in kernels}) > 1:
+        kernels = (_of_bucket(kernels, most, q, cu_seqlens),)
+    count: int = kernels[0].sizes(q, cu_seqlens)[-1]
+    return count
+
+
+def variant_of(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor, A_log: Tensor | None) -> VariantKey:
+    """Return what VARIANTS is keyed by; a compiler that knows sizes as symbols learns that these are constants."""
+    heads = (q.shape[-2], k.shape[-2], v.shape[-2], forget.shape[-1], weight.shape[0])
+    return (int(q.shape[-1]), int(v.shape[-1]), tuple(int(count) for count in heads), q.dtype, A_log is not None)

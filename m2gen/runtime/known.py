@@ -1,0 +1,21 @@
+"""What is kept of calls that are alike, so that the next one takes less of the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from types import ModuleType
+
+from .memory import Places
+
+
+class KnownCall:
+    """What calls found out that agree in the shapes, strides, dtypes, alignment and devices of their tensors."""
+
+    __slots__ = ("kernels", "launches", "places")
+
+    def __init__(self) -> None:
+        self.kernels: ModuleType | None = None
+        """Those that serve them."""
+        self.launches: dict[Hashable, Callable[..., None]] = {}
+        """What launches them again, for the kernels' launchers to keep."""
+        self.places: Places | None = None

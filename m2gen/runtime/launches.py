@@ -1,0 +1,82 @@
+"""Calls of the launchers of the kernels that serve some operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import dispatch, offsets
+from .known import KnownCall
+
+Operands: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""q, k, v, weight, forget, A_log and dt_bias."""
+
+
+def _launch(launcher: Callable[..., Any], device: int, arguments: tuple[Any, ...]) -> Any:
+    """Call a launcher with the GPU ``device`` current, since that is where Triton launches; -1 is the CPU."""
+    if device < 0 or device == torch.cuda.current_device():
+        return launcher(*arguments)
+    with torch.cuda.device(device):
+        return launcher(*arguments)
+
+
+def forward(
+    operands: Operands,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save: bool,
+    deterministic: bool,
+    call: KnownCall | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run the kernel that serves these operands; return y, the final state and, if ``save``, checkpoints."""
+    q = operands[0]
+    if cu_seqlens is not None:
+        offsets.check_offsets(cu_seqlens, q.shape[0])
+    kernels, known = _kernels(call, operands, cu_seqlens)
+    if save and q.device.type == "cpu":  # the backward may run when files are others
+        dispatch.read_source(kernels)
+    results: tuple[Tensor, Tensor, Tensor | None] = _launch(
+        kernels.forward, q.get_device(), (*operands, initial_state, cu_seqlens, save, deterministic, known)
+    )  # fmt: skip
+    return results
+
+
+def backward(
+    dy: Tensor,
+    dstate: Tensor | None,
+    operands: Operands,
+    checkpoints: Tensor,
+    cu_seqlens: Tensor | None,
+    bound: float,
+    wanted: list[bool],
+    deterministic: bool,
+) -> list[Tensor]:
+    """Run the kernel that serves these operands; return the ``wanted`` gradients."""
+    kernels, _ = _kernels(None, operands, cu_seqlens)
+    gradients: list[Tensor] = _launch(
+        kernels.backward, operands[0].get_device(),
+        (dy, dstate, *operands, checkpoints, cu_seqlens, bound, wanted, deterministic),
+    )  # fmt: skip
+    return gradients
+
+
+def step(operands: Operands, state: Tensor, call: KnownCall | None = None) -> Tensor:
+    """Advance ``state`` in place by the kernel that serves these operands; return y."""
+    kernels, known = _kernels(call, operands, None)
+    y: Tensor = _launch(kernels.step, operands[0].get_device(), (*operands, state, known))
+    return y
+
+
+def _kernels(
+    call: KnownCall | None, operands: Operands, cu_seqlens: Tensor | None
+) -> tuple[ModuleType, dict[Hashable, Callable[..., None]] | None]:
+    """Return the kernels that serve a call and what is known of its launches; ``call`` is as ``check`` returned it."""
+    if call is None:
+        return dispatch.kernels_for(*operands[:6], cu_seqlens), None
+    if call.kernels is None:
+        call.kernels = dispatch.kernels_for(*operands[:6], cu_seqlens)
+    return call.kernels, call.launches

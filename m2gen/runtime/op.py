@@ -1,0 +1,206 @@
+"""The M2RNN operator as models call it: a whole sequence, or one step of decoding."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from . import built, checks, library, reference
+from .facts import Backend
+from .offsets import check_offsets
+
+__all__ = ["m2rnn", "m2rnn_step"]
+
+
+@overload
+def m2rnn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip: float | None = 1.0,
+    output_final_state: Literal[True] = True,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    deterministic: bool | None = None,
+    backend: Backend = "kernels",
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def m2rnn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip: float | None = 1.0,
+    output_final_state: bool = True,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    deterministic: bool | None = None,
+    backend: Backend = "kernels",
+) -> tuple[Tensor, Tensor | None]: ...
+
+
+def m2rnn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    clip: float | None = 1.0,
+    output_final_state: bool = True,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    deterministic: bool | None = None,
+    backend: Backend = "kernels",
+) -> tuple[Tensor, Tensor | None]:
+    """Run H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + k_t v_t^T), y_t = H_t^T q_t (arXiv 2603.14360).
+
+    q (B, S, Nq, K), k (B, S, Nk, K), v (B, S, Nv, V), all of one dtype; weight (Nw, V, V) and forget (B, S, Nf) in
+    that dtype or float32; initial_state (B, N, K, V), zeros if None. N is the largest head count, and head n reads
+    group n // (N // Nx) of operand x. Any strides will do. Under autocast, q, k and v are cast, and a weight or gate
+    in float32 stays as it is.
+
+    A packed batch is (T, ...) in place of (B, S, ...), with cu_seqlens (B + 1,), int32 or int64: offsets that start at
+    0, never decrease and end at T. They are read once on the host for as long as their content stays the same.
+
+    forget is f_t itself; or, with A_log and dt_bias (Nf,), the x of f = exp(-exp(A_log) softplus(x + dt_bias)).
+
+    Returns y (B, S, N, V) in v's dtype and the final state (B, N, K, V) in float32, or None in its place without
+    output_final_state. The state is carried, and gradients are summed, in float32.
+
+    clip bounds the state's gradient, as the package's docstring says; None for no bound.
+
+    Sums over heads that share an operand, and over rows split between programs, may use atomics: between runs, the
+    last bits may vary of the results that the package's docstring names. deterministic=True sums in a fixed order, at
+    the price of memory for each contribution; None does what torch.use_deterministic_algorithms says.
+
+    backend="reference" runs the recurrence in eager PyTorch instead: slow, but for any dims, dtype and device, with
+    tangents (torch.func.jvp) and second derivatives, for which the kernels raise.
+
+    Raises VariantNotBuiltError for dims, heads, a dtype or a gate that were not built; ValueError or TypeError for
+    operands that do not fit together.
+    """
+    bound = checks.checked_bound(clip)
+    if backend not in ("kernels", "reference"):
+        raise ValueError(f"m2rnn: backend must be kernels or reference, got {backend!r}")
+    if isinstance(q, Tensor) and _autocasts(q.device.type):
+        q, k, v, weight, forget = _autocast(q, k, v, weight, forget)
+    tensors = {
+        "q": q, "k": k, "v": v, "weight": weight, "forget": forget, "A_log": A_log, "dt_bias": dt_bias,
+        "initial_state": initial_state, "cu_seqlens": cu_seqlens,
+    }  # fmt: skip
+    call = checks.check("m2rnn", ("B", "S") if cu_seqlens is None else ("T",), tensors, backend == "kernels")
+    if backend == "reference":
+        y, state = _reference(q, k, v, weight, forget, initial_state, cu_seqlens, A_log, dt_bias, clip)
+        return y, state if output_final_state else None
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors.values())
+    operands = (q, k, v, weight, forget, _float32(A_log), _float32(dt_bias))
+    first, offsets = _float32(initial_state), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
+    if save or call is None:
+        y, state, _ = library.OPERATORS.FORWARD(*operands, first, offsets, bound, save, deterministic)
+    else:  # nothing to differentiate and nobody to tell: the dispatcher takes longer on the host
+        y, state, _ = library.OPERATORS.launches.forward(operands, first, offsets, save, deterministic, call)
+    return y, state if output_final_state else None
+
+
+def m2rnn_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    state: Tensor,
+    *,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Advance ``state`` by one step of the recurrence in place, and return y and that state.
+
+    q (B, Nq, K), k (B, Nk, K), v (B, Nv, V), weight (Nw, V, V), forget (B, Nf) as ``m2rnn`` takes them for one step;
+    state (B, N, K, V) in float32 or bfloat16, of any strides with which its elements are apart; y (B, N, V) in v's
+    dtype. After ``m2rnn`` on a prompt, a step for each further token gives what ``m2rnn`` on the whole sequence would.
+
+    A bfloat16 state halves memory and traffic: a step computes in float32 and rounds it once, at its end. A head whose
+    f is above about 0.998 then hardly takes in what is new, which is less than half of such a state's last place.
+
+    Raises what ``m2rnn`` raises, and RuntimeError where an operand requires a gradient, of which a step computes none,
+    or where the state shares memory with itself or with an operand.
+    """
+    if isinstance(q, Tensor) and _autocasts(q.device.type):
+        q, k, v, weight, forget = _autocast(q, k, v, weight, forget)
+    tensors = {
+        "q": q, "k": k, "v": v, "weight": weight, "forget": forget, "A_log": A_log, "dt_bias": dt_bias, "state": state
+    }  # fmt: skip
+    call = checks.check("m2rnn_step", ("B",), tensors)
+    if torch.is_grad_enabled():
+        for name, x in tensors.items():
+            if x is not None and x.requires_grad:
+                raise RuntimeError(f"m2rnn_step: {name} must not require a gradient; call under torch.no_grad()")
+    operands = (q, k, v, weight, forget, _float32(A_log), _float32(dt_bias))
+    if call is None:
+        y = library.OPERATORS.STEP(*operands, state)
+    else:
+        y = library.OPERATORS.launches.step(operands, state, call)
+    torch.autograd.graph.increment_version(state)  # so that autograd notices, as of any update in place
+    return y, state
+
+
+def _float32(x: Tensor | None) -> Tensor | None:
+    return x if x is None else x.float().contiguous()
+
+
+def _autocasts(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # torch knows no autocast of meta tensors
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor) -> tuple[Tensor, ...]:
+    """Cast q, k and v to autocast's dtype; a weight or gate in float32 loses nothing."""
+    dtype = torch.get_autocast_dtype(q.device.type)
+
+    def cast(x: Tensor, kept: tuple[torch.dtype, ...]) -> Tensor:
+        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in kept
+        return x.to(dtype) if eligible else x
+
+    narrow, wide = (torch.float64,), (torch.float64, torch.float32)
+    return (*(cast(x, narrow) for x in (q, k, v)), *(cast(x, wide) for x in (weight, forget)))
+
+
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    forget: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    clip: float | None,
+) -> tuple[Tensor, Tensor]:
+    if cu_seqlens is not None:
+        check_offsets(cu_seqlens, q.shape[0])
+    arithmetic = reference.Arithmetic(torch.promote_types(q.dtype, torch.float32), q.dtype)
+    kind = q.device.type
+    with torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext():  # it would round all products
+        return reference.m2rnn(
+            q, k, v, weight, forget, initial_state, cu_seqlens,
+            A_log=A_log, dt_bias=dt_bias, clip=clip, clamp_total=built.CLAMP_TOTAL, arithmetic=arithmetic,
+        )  # fmt: skip

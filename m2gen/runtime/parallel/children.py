@@ -1,0 +1,140 @@
+"""The children of a layer whose heads are sharded: each holds what this rank's heads read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+from torch.nn import functional as F
+
+from ..convolution import depthwise
+from ..gate import DecayGate, forget_gate
+from ..mixer import wide_dtype
+from ..norm import RMSNorm
+from .shards import local, own, partial, placement, sharded, summed, whole
+
+
+class OwnRows(nn.Module):
+    """Rows of a weight and a bias, role by role: ``weight`` and ``bias`` are what this rank's heads read."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        sizes: Mapping[str, int],
+        counts: Mapping[str, int],
+        mesh: DeviceMesh,
+        name: str = "weight",
+    ) -> None:
+        super().__init__()
+        self.mesh, self.counts = mesh, {role: counts[role] for role in sizes}
+        self.weights = self._sharded(getattr(module, name), sizes)
+        self.biases = self._sharded(getattr(module, "bias", None), sizes)
+
+    def _sharded(self, full: Tensor | None, sizes: Mapping[str, int]) -> nn.ParameterDict:
+        parts: dict[str, nn.Parameter] = {}
+        if full is not None:
+            for role, rows in zip(sizes, torch.split(full, list(sizes.values())), strict=True):
+                parts[role] = sharded(rows, self.mesh, placement(self.counts[role], self.mesh), full.requires_grad)
+        return nn.ParameterDict(parts)
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows of the weight."""
+        return self._own(self.weights)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The rows of the bias, None without one."""
+        return self._own(self.biases) if len(self.biases) else None
+
+    def _own(self, parts: nn.ParameterDict) -> Tensor:
+        return torch.cat([own(parts[role], count) for role, count in self.counts.items()])
+
+    def gathered(self, prefix: str) -> dict[str, Tensor]:
+        """Return the whole weight and bias under the names that they have in the layer."""
+        kinds = {f"{prefix}.weight": self.weights, f"{prefix}.bias": self.biases}
+        return {name: torch.cat([whole(p[r]) for r in self.counts]) for name, p in kinds.items() if len(p)}
+
+
+class OwnWeight(OwnRows):
+    """A weight without a module of its own."""
+
+    def forward(self) -> Tensor:
+        """Return what this rank's heads read."""
+        return self.weight
+
+
+class OwnLinear(OwnRows):
+    """The input projection to what this rank's heads read; the gradient of x is summed over ranks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project x, the same on every rank."""
+        return F.linear(partial(x, self.mesh), self.weight, self.bias)
+
+
+class OwnConvolution(OwnRows):
+    """The convolution of the channels that this rank's heads read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Do what ``DepthwiseConv1d.forward`` does."""
+        return depthwise(x, self.weight, self.bias)
+
+
+class OwnGate(nn.Module):
+    """The parameters of the forget gates that this rank's heads read."""
+
+    def __init__(self, gate: DecayGate, count: int, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.count = count
+        self.logs = sharded(gate.A_log, mesh, placement(count, mesh))
+        self.biases = sharded(gate.dt_bias, mesh, placement(count, mesh))
+
+    @property
+    def A_log(self) -> Tensor:
+        """What this rank's heads read of it."""
+        return own(self.logs, self.count)
+
+    @property
+    def dt_bias(self) -> Tensor:
+        """What this rank's heads read of it."""
+        return own(self.biases, self.count)
+
+    def forward(self, x: Tensor, in_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """Do what ``DecayGate.forward`` does."""
+        return forget_gate(self.A_log, self.dt_bias, x, in_kernel)
+
+    def gathered(self, prefix: str) -> dict[str, Tensor]:
+        """Return both whole, under the names that they have in the layer."""
+        return {f"{prefix}.A_log": whole(self.logs), f"{prefix}.dt_bias": whole(self.biases)}
+
+
+class OwnNorm(nn.Module):
+    """``RMSNorm`` over the heads of every rank."""
+
+    def __init__(self, norm: RMSNorm, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh, self.eps = mesh, norm.eps
+        self.weight = sharded(norm.weight, mesh, Shard(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the heads of every rank."""
+        wide = x.to(wide_dtype(x))
+        squares = partial(summed(wide.square().sum(-1, keepdim=True), self.mesh), self.mesh)
+        scale = torch.rsqrt(squares / (x.shape[-1] * self.mesh.size()) + self.eps)
+        return (wide * scale * local(self.weight)).to(x.dtype)
+
+
+class OwnOutput(nn.Module):
+    """The output projection of this rank's heads, summed over ranks."""
+
+    def __init__(self, linear: nn.Linear, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.mesh = mesh
+        self.weight = sharded(linear.weight, mesh, Shard(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project this rank's heads."""
+        return summed(F.linear(x, local(self.weight)), self.mesh)

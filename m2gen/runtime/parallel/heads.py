@@ -1,0 +1,132 @@
+"""The layer with its heads sharded over ranks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+
+from ..cache import NUMBERS, M2RNNCache, States, allocate_cache
+from ..convolution import DepthwiseConv1d
+from ..facts import Backend, HeadCounts
+from ..forward import run
+from ..gate import DecayGate
+from ..layer import M2RNN
+from ..mixer import Device, operand_sizes
+from ..norm import RMSNorm
+from ..not_built import check_built
+from .children import OwnConvolution, OwnGate, OwnLinear, OwnNorm, OwnOutput, OwnWeight
+from .shards import local, sharded, whole
+
+
+class HeadParallelM2RNN(nn.Module):
+    """An ``M2RNN`` with heads sharded over the ranks of a 1-D ``mesh``; x and the result are whole on every rank.
+
+    Rank r of R runs heads r N / R up to (r + 1) N / R. A role (q, k, v, f, w or g) whose heads R divides is sharded;
+    one whose heads divide R is replicated, and a rank uses the one group that its heads read. Parameters are DTensors
+    made of the ``layer``'s, a rank's own rows being all that it holds of sharded ones; ``gathered_state_dict`` gives
+    the layer's own again.
+
+    The values are those of the first rank's ``layer``. Raises ValueError for heads that do not fit the ranks,
+    VariantNotBuiltError where a rank's share of the heads was not built, and TypeError for a layer with a child of
+    another class, whose parameters may not be all that it computes with: adapters must be merged first.
+    """
+
+    def __init__(self, layer: M2RNN, mesh: DeviceMesh) -> None:
+        super().__init__()
+        _check_children(layer)
+        ranks, counts = mesh.size(), {**layer.heads._asdict(), "g": layer.gate_heads}
+        for name, count in counts.items():
+            if count % ranks and ranks % count:
+                raise ValueError(f"M2RNN: heads of {name} must divide, or be divided by, {ranks} ranks, got {count}")
+        if layer.total_heads % ranks:
+            raise ValueError(f"M2RNN: {layer.total_heads} heads must be divided by {ranks} ranks")
+        share = {name: max(count // ranks, 1) for name, count in counts.items()}
+        self.mesh, self.gate_heads, self.number = mesh, share.pop("g"), next(NUMBERS)
+        self.heads, self.total_heads = HeadCounts(**share), layer.total_heads // ranks
+        if layer.backend == "kernels":
+            check_built(layer.state_expansion, layer.head_dim, self.heads, layer.D.dtype)
+        self.hidden_size, self.state_expansion, self.head_dim = layer.hidden_size, layer.state_expansion, layer.head_dim
+        self.conv_width, self.clip = layer.conv_width, layer.clip
+        self.backend: Backend = layer.backend
+        sizes = dict(zip("qkv", operand_sizes(layer), strict=True))
+        wide = {**sizes, "f": layer.heads.f, "g": layer.gate_heads * layer.head_dim}
+        self.input_projection = OwnLinear(layer.input_projection, wide, counts, mesh)
+        self.conv1d = OwnConvolution(layer.conv1d, sizes, counts, mesh)
+        self.decay_gate = OwnGate(layer.decay_gate, counts["f"], mesh)
+        self.shared = OwnWeight(layer, {"w": layer.heads.w}, counts, mesh, name="state_weight")
+        self.skip = sharded(layer.D, mesh, Shard(0))
+        self.g_norm = OwnNorm(layer.g_norm, mesh)
+        self.output_projection = OwnOutput(layer.output_projection, mesh)
+
+    @property
+    def state_weight(self) -> Tensor:
+        """The weights that this rank's heads read."""
+        rows: Tensor = self.shared()
+        return rows
+
+    @property
+    def D(self) -> Tensor:
+        """This rank's rows of D."""
+        return local(self.skip)
+
+    def forward(
+        self,
+        x: Tensor,
+        cache: M2RNNCache | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Do what ``M2RNN.forward`` does; a cache (``allocate_cache`` of this module) holds this rank's heads."""
+        return run(self, x, cache, attention_mask, cu_seqlens)
+
+    def scan(
+        self,
+        x: Tensor,
+        conv: Tensor | None = None,
+        state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what ``M2RNN.scan`` does, with the states of this rank's heads."""
+        after: tuple[Tensor, Tensor, Tensor] = self(x, States(conv, state), None, cu_seqlens)
+        return after
+
+    def allocate_cache(
+        self,
+        batch_size: int,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | None = None,
+    ) -> M2RNNCache:
+        """Do what ``M2RNN.allocate_cache`` does, for this rank's heads."""
+        return allocate_cache(self, batch_size, device, dtype, state_dtype)
+
+    def gathered_state_dict(self) -> dict[str, Tensor]:
+        """Return the state dict of the layer that this was made of, whole on every rank; all ranks must call it."""
+        found = {
+            **self.input_projection.gathered("input_projection"),
+            **self.conv1d.gathered("conv1d"),
+            **self.decay_gate.gathered("decay_gate"),
+            "state_weight": self.shared.gathered("shared")["shared.weight"],
+            "D": whole(self.skip),
+            "g_norm.weight": whole(self.g_norm.weight),
+            "output_projection.weight": whole(self.output_projection.weight),
+        }
+        return {name: x.detach() for name, x in found.items()}
+
+
+_CHILDREN = {
+    "input_projection": nn.Linear,
+    "conv1d": DepthwiseConv1d,
+    "decay_gate": DecayGate,
+    "g_norm": RMSNorm,
+    "output_projection": nn.Linear,
+}
+
+
+def _check_children(layer: M2RNN) -> None:
+    for name, kind in _CHILDREN.items():
+        found = type(getattr(layer, name))
+        if found is not kind:
+            raise TypeError(f"M2RNN: {name} must be {kind.__name__} to be sharded, got {found.__name__}")

@@ -1,0 +1,116 @@
+"""The layer on sequences that lie over ranks: states go from each rank to the next, their gradients back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, distributed
+
+from ..mixer import Mixer, shapes_of, wide_dtype
+
+
+class Scanning(Mixer, Protocol):
+    """A layer that gives the states after its call: ``M2RNN``, or ``HeadParallelM2RNN`` with a rank's heads."""
+
+    def scan(self, x: Tensor, conv: Tensor | None = None, state: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Do what ``M2RNN.scan`` does."""
+
+
+def scan_over_ranks(
+    layer: Scanning, x: Tensor, group: distributed.ProcessGroup | None = None, micro_batches: int = 1
+) -> Tensor:
+    """Run sequences that lie over the ranks of a group: x (B, S_r, hidden_size) has this rank's tokens of each.
+
+    States go from each rank to the next, and their gradients back; no rank ever holds a whole sequence. The batch is
+    cut into ``micro_batches``, so that a rank works on one while the next works on the one before. B must be the same
+    on every rank, S_r need not. Gradients need ``backward`` on every rank, in any order of ranks; ``autograd.grad``
+    of some inputs would leave out the states, and the rank before this one would wait for ever.
+
+    Raises ValueError for a batch of fewer sequences than ``micro_batches``.
+    """
+    if not 1 <= micro_batches <= x.shape[0]:
+        raise ValueError(f"M2RNN: micro_batches must be 1 to the batch's {x.shape[0]}, got {micro_batches}")
+    ranks = distributed.get_process_group_ranks(group or distributed.group.WORLD)
+    place = ranks.index(distributed.get_rank())
+    before = ranks[place - 1] if place > 0 else None
+    after = ranks[place + 1] if place + 1 < len(ranks) else None
+    link = _Link(group, before, after)
+    parts = [_pass_on(layer, part, link) for part in x.tensor_split(micro_batches)]
+    link.flush()
+    return torch.cat(parts)
+
+
+def _pass_on(layer: Scanning, x: Tensor, link: _Link) -> Tensor:
+    """Scan one micro-batch between the rank before and the rank after."""
+    conv: Tensor | None = None
+    state: Tensor | None = None
+    if link.before is not None:
+        anchor = x.new_zeros((), dtype=wide_dtype(layer.D), requires_grad=torch.is_grad_enabled())
+        conv, state = _received(anchor, link, *shapes_of(layer, x.shape[0]))
+    y, conv, state = layer.scan(x, conv, state)
+    return y if link.after is None else _sent(y, conv.to(state.dtype), state, link)
+
+
+class _Link:
+    """The ranks before and after this one, and what is on its way to them."""
+
+    def __init__(self, group: distributed.ProcessGroup | None, before: int | None, after: int | None) -> None:
+        self.group, self.before, self.after = group, before, after
+        self.pending: list[tuple[distributed.Work | None, Tensor]] = []
+
+    def send(self, tensors: Iterable[Tensor], rank: int | None) -> None:
+        """Start sending; tensors are kept until they have arrived."""
+        for x in tensors:
+            x = x.contiguous()
+            self.pending.append((distributed.isend(x, rank, self.group), x))
+
+    def receive(self, tensors: Iterable[Tensor], rank: int | None) -> tuple[Tensor, ...]:
+        """Fill tensors with what a rank sends, in the order of its sends."""
+        received = tuple(tensors)
+        for x in received:
+            distributed.recv(x, rank, self.group)
+        return received
+
+    def flush(self) -> None:
+        """Wait until everything has been sent."""
+        for work, _ in self.pending:
+            if work is not None:
+                work.wait()
+        self.pending.clear()
+
+
+class _Receive(torch.autograd.Function):
+    """The states that the rank before sends; it gets their gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, link: _Link, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+        ctx.link = link
+        return link.receive([anchor.new_empty(shape) for shape in shapes], link.before)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        ctx.link.send(gradients, ctx.link.before)
+        ctx.link.flush()
+        return (None,) * 4
+
+
+class _Send(torch.autograd.Function):
+    """y as it is, while the states go to the rank after, whose gradients of them come back."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, conv: Tensor, state: Tensor, link: _Link) -> Tensor:
+        ctx.link, ctx.shapes = link, (conv.shape, state.shape)
+        ctx.made = {"dtype": state.dtype, "device": state.device}
+        link.send((conv, state), link.after)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        conv, state = ctx.link.receive([torch.empty(shape, **ctx.made) for shape in ctx.shapes], ctx.link.after)
+        return dy, conv, state, None
+
+
+_received: Callable[..., tuple[Tensor, Tensor]] = _Receive.apply
+_sent: Callable[[Tensor, Tensor, Tensor, _Link], Tensor] = _Send.apply

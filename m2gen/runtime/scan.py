@@ -1,0 +1,62 @@
+"""The layer on whole sequences, from states to states: what comes before the operator, and after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import built
+from .cache import check_states
+from .convolution import convolve, convolve_packed
+from .mixer import Mixer, operand_sizes, split_sizes
+from .op import m2rnn
+
+
+def scan(
+    layer: Mixer,
+    x: Tensor,
+    conv: Tensor | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Do what ``M2RNN.scan`` does once the layer's hooks have run, of any module with its attributes."""
+    check_states(layer, x, conv, state, cu_seqlens)
+    mixed, f, g = layer.input_projection(x).split(split_sizes(layer), -1)
+    if cu_seqlens is None:
+        mixed, conv = convolve(layer.conv1d, mixed, layer.conv_width, conv)
+    else:
+        mixed, conv = convolve_packed(layer.conv1d, mixed, layer.conv_width, cu_seqlens, conv)
+    q, k, v = operands_of(layer, mixed)
+    f, A_log, dt_bias = gate_of(layer, f, q.dtype)
+    y, state = m2rnn(
+        q, k, v, layer.state_weight, f, state, cu_seqlens, layer.clip,
+        A_log=A_log, dt_bias=dt_bias, backend=layer.backend,
+    )  # fmt: skip
+    return finish(layer, y, v, g), conv, state
+
+
+def operands_of(layer: Mixer, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k and v of what the convolution gave."""
+    parts = torch.split(F.silu(mixed), list(operand_sizes(layer)), -1)
+    q, k, v = (torch.unflatten(part, -1, (count, -1)) for part, count in zip(parts, layer.heads, strict=False))
+    return q, k, v
+
+
+def gate_of(layer: Mixer, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return what ``m2rnn`` takes as forget, and A_log and dt_bias where the kernels compute the gate."""
+    heads = tuple(layer.heads)  # torch.compile of torch 2.11 finds no key that holds a NamedTuple
+    key = (layer.state_expansion, layer.head_dim, heads, dtype, True)
+    if layer.backend != "reference" and key not in built.VARIANTS:
+        return layer.decay_gate(f), None, None
+    f, A_log, dt_bias = layer.decay_gate(f, True)
+    return f, A_log, dt_bias
+
+
+def finish(layer: Mixer, y: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    """Return the layer's result of the operator's, of v and of the output gate's input."""
+    heads = layer.total_heads
+    y = y + layer.D.to(y.dtype) * v.repeat_interleave(heads // layer.heads.v, -2)
+    g = torch.unflatten(g, -1, (layer.gate_heads, layer.head_dim)).repeat_interleave(heads // layer.gate_heads, -2)
+    mixed: Tensor = layer.output_projection(layer.g_norm((y * F.silu(g)).flatten(-2)))
+    return mixed

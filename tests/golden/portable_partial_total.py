@@ -1,0 +1,788 @@
+"""M2RNN kernels for k24_v17_q2_k1_v4_f2_w4_fp32_total_exact, schedule portable_f16x1u3p_b16x1c2p_i6_exp.
+
+
+
+H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + k_t v_t^T),  y_t = H_t^T q_t   (arXiv 2603.14360)
+
+    B, S, N      sequences, steps, heads of the state; head n reads group n // (N // NX) of operand X
+    K, V         rows (state expansion) and columns (head dim) of the state
+    q k v dy     q_t (K,), k_t (K,), v_t (V,) and dy_t (V,) of this program's head
+    x, f, u      x_t, which is the gate itself; f_t and 1 - f_t
+    h, z, w      state H (rows, V), candidate Z (rows, V), state weight W (V, V)
+    c, g, d      gradients of H_t from the future, of H_t, and of the argument of tanh
+    gap, slope   H_(t-1) - Z_t, and the derivative u (1 - Z^2) of H_t by the argument of tanh
+    r_           what the states of an interval are rebuilt from; next_, of what is loaded ahead of time
+    x_s, x_n     element strides of operand x by step, by head (and b batch, d element, i row, j column)
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+
+K: tl.constexpr = tl.constexpr(24)
+V: tl.constexpr = tl.constexpr(17)
+V_PAD: tl.constexpr = tl.constexpr(32)
+N: tl.constexpr = tl.constexpr(4)
+NQ: tl.constexpr = tl.constexpr(2)
+NK: tl.constexpr = tl.constexpr(1)
+NV: tl.constexpr = tl.constexpr(4)
+NF: tl.constexpr = tl.constexpr(2)
+NW: tl.constexpr = tl.constexpr(4)
+INTERVAL: tl.constexpr = tl.constexpr(6)
+FORWARD_ROWS: tl.constexpr = tl.constexpr(16)
+FORWARD_PARTS: tl.constexpr = tl.constexpr(2)
+UNROLL: tl.constexpr = tl.constexpr(3)
+BACKWARD_ROWS: tl.constexpr = tl.constexpr(16)
+BACKWARD_PARTS: tl.constexpr = tl.constexpr(2)
+CHUNK: tl.constexpr = tl.constexpr(2)
+SUM_BLOCK: tl.constexpr = tl.constexpr(256)
+INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def tanh(x):
+    """tanh to float32 accuracy: near 0, where 1 - 2 / (exp(2|x|) + 1) cancels, the polynomial of Cephes' tanhf."""
+    size = tl.abs(x)
+    s = x * x
+    p = -5.70498872745e-3 * s + 2.06390887954e-2
+    p = p * s - 5.37397155531e-2
+    p = p * s + 1.33314422036e-1
+    p = p * s - 3.33332819422e-1
+    tail = 1.0 - 2.0 / (tl.exp2(2.8853900817779268 * size) + 1.0)
+    return tl.where(size < 0.625, x + x * s * p, tl.where(x < 0.0, -tail, tail))
+
+
+@triton.jit
+def gate(x):
+    """f and 1 - f, of which x is the first."""
+    return x, 1.0 - x
+
+
+@triton.jit
+def load_vector(address, mask, inside):
+    """Load one step's vector; zeros where the step is not inside the sequence."""
+    return tl.load(address, mask=tl.where(inside, mask, False), other=0.0)
+
+
+@triton.jit
+def load_weight(base, n_stride, i_stride, j_stride, n):
+    """Load group n's state weight, (V_PAD, V_PAD), as the right operand of a product."""
+    i = tl.arange(0, V_PAD)
+    j = tl.arange(0, V_PAD)
+    offsets = i.to(tl.int64)[:, None] * i_stride + j.to(tl.int64)[None, :] * j_stride
+    mask = (i < V)[:, None] & (j < V)[None, :]
+    w = tl.load(base + tl.cast(n, tl.int64) * n_stride + offsets, mask=mask, other=0.0)
+    return rounded(w.to(tl.float32))
+
+
+@triton.jit
+def load_gate(address, inside):
+    """Load one step's x as float32; that of f = 1, which changes nothing, where it is not inside the sequence."""
+    return tl.load(address, mask=inside, other=1.0).to(tl.float32)
+
+
+@triton.jit
+def to_bfloat16(x):
+    """x to nearest even, as a GPU rounds."""
+    if INTERPRETED:  # which truncates
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(tl.bfloat16)
+
+
+@triton.jit
+def rounded(x):
+    """x as an operand of a product."""
+    return x.to(tl.float32)
+
+
+@triton.jit
+def transposed(x):
+    """x^T."""
+    return tl.trans(x)
+
+
+@triton.jit
+def product(a, b, total):
+    """a b + total, summed in float32."""
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def column(x, tile):
+    """x (rows,) as a column beside ``tile``, in float32."""
+    return x.to(tl.float32)[:, None]
+
+
+@triton.jit
+def outer(k, v, tile):
+    """k v^T beside ``tile``."""
+    return column(k, tile) * v.to(tl.float32)[None, :]
+
+
+@triton.jit
+def candidate(h, w, kv):
+    """Z = tanh(H W + k v^T)."""
+    return tanh(product(rounded(h), w, kv))
+
+
+@triton.jit
+def advance(h, z, f, u):
+    """H = f H + u Z, in one operation once Z is known."""
+    return tl.fma(u, z, f * h)
+
+
+@triton.jit
+def clamp(x, bound):
+    """Clamp to [-bound, bound]; NaN stays NaN."""
+    low = tl.maximum(x, -bound, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(low, bound, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def sequence(cu_seqlens, b, T):
+    """First token and length of packed sequence b; offsets that nobody could check still stay inside the tensors."""
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + b).to(tl.int64), 0), T)
+    stop = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1).to(tl.int64), start), T)
+    return start, (stop - start).to(tl.int32)
+
+
+@triton.jit
+def contribute(address, x, mask, ATOMIC: tl.constexpr):
+    """Add to a sum that several programs share, or store this program's own row of it."""
+    if ATOMIC:
+        tl.atomic_add(address, x, mask=mask, sem="relaxed")
+    else:
+        tl.store(address, x, mask=mask)
+
+
+@triton.jit(do_not_specialize=["S", "intervals"])
+def m2rnn_forward_kernel(
+    q, k, v, w, x, h_first, y, h_last, checkpoints, cu_seqlens, q_b, q_s, q_n, q_d, k_b, k_s, k_n, k_d, v_b,
+    v_s, v_n, v_d, w_n, w_i, w_j, x_b, x_s, x_n, S, intervals,
+    HAS_FIRST: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, ATOMIC: tl.constexpr,
+):  # fmt: skip
+    """Walk one sequence's steps for FORWARD_ROWS rows of one head's state."""
+    part = tl.program_id(0) % FORWARD_PARTS
+    n = (tl.program_id(0) // FORWARD_PARTS) % N
+    b = (tl.program_id(0) // (FORWARD_PARTS * N)).to(tl.int64)
+    rows = part * FORWARD_ROWS + tl.arange(0, FORWARD_ROWS)
+    cols = tl.arange(0, V_PAD)
+    row_mask = rows < K
+    col_mask = cols < V
+    state_rows = rows[:, None]
+    state_mask = (state_rows < K) & col_mask[None, :]
+    state_offsets = state_rows * V + cols[None, :]
+
+    if PACKED:
+        start, length = sequence(cu_seqlens, b, S)
+        token = start
+        interval = start // INTERVAL + b
+    else:
+        start = tl.cast(0, tl.int64)
+        length = S
+        token = b * S
+        interval = b * intervals
+    q += b * q_b + start * q_s + (n // (N // NQ)).to(tl.int64) * q_n
+    k += b * k_b + start * k_s + (n // (N // NK)).to(tl.int64) * k_n
+    v += b * v_b + start * v_s + (n // (N // NV)).to(tl.int64) * v_n
+    x += b * x_b + start * x_s + (n // (N // NF)).to(tl.int64) * x_n
+    q_row = rows.to(tl.int64) * q_d
+    k_row = rows.to(tl.int64) * k_d
+    v_col = cols.to(tl.int64) * v_d
+    y += (token * 4 + n) * 17 if ATOMIC else ((token * 4 + n) * 2 + part) * 17
+    y_step: tl.constexpr = 68 if ATOMIC else 136
+    checkpoints += (interval * N + n) * (K * V)
+    w = load_weight(w, w_n, w_i, w_j, n // (N // NW))
+    h = tl.zeros((FORWARD_ROWS, V_PAD), tl.float32)
+    if HAS_FIRST:
+        h = tl.load(h_first + (b * N + n) * (K * V) + state_offsets, mask=state_mask, other=0.0)
+
+    # Where step i of an iteration lies; q, k, v and x point to the iteration whose operands are loaded next.
+    q_0_row = q_row + 0 * tl.cast(q_s, tl.int64)
+    k_0_row = k_row + 0 * tl.cast(k_s, tl.int64)
+    v_0_col = v_col + 0 * tl.cast(v_s, tl.int64)
+    x_0_at = 0 * tl.cast(x_s, tl.int64)
+    q_1_row = q_row + 1 * tl.cast(q_s, tl.int64)
+    k_1_row = k_row + 1 * tl.cast(k_s, tl.int64)
+    v_1_col = v_col + 1 * tl.cast(v_s, tl.int64)
+    x_1_at = 1 * tl.cast(x_s, tl.int64)
+    q_2_row = q_row + 2 * tl.cast(q_s, tl.int64)
+    k_2_row = k_row + 2 * tl.cast(k_s, tl.int64)
+    v_2_col = v_col + 2 * tl.cast(v_s, tl.int64)
+    x_2_at = 2 * tl.cast(x_s, tl.int64)
+    q_0 = load_vector(q + q_0_row, row_mask, length > 0)
+    k_0 = load_vector(k + k_0_row, row_mask, length > 0)
+    v_0 = load_vector(v + v_0_col, col_mask, length > 0)
+    x_0 = load_gate(x + x_0_at, length > 0)
+    q_1 = load_vector(q + q_1_row, row_mask, length > 1)
+    k_1 = load_vector(k + k_1_row, row_mask, length > 1)
+    v_1 = load_vector(v + v_1_col, col_mask, length > 1)
+    x_1 = load_gate(x + x_1_at, length > 1)
+    q_2 = load_vector(q + q_2_row, row_mask, length > 2)
+    k_2 = load_vector(k + k_2_row, row_mask, length > 2)
+    v_2 = load_vector(v + v_2_col, col_mask, length > 2)
+    x_2 = load_gate(x + x_2_at, length > 2)
+    q_iteration = UNROLL * tl.cast(q_s, tl.int64)
+    k_iteration = UNROLL * tl.cast(k_s, tl.int64)
+    v_iteration = UNROLL * tl.cast(v_s, tl.int64)
+    x_iteration = UNROLL * tl.cast(x_s, tl.int64)
+    q += q_iteration
+    k += k_iteration
+    v += v_iteration
+    x += x_iteration
+
+    # Iterations after which a whole one follows need no guards, and the last ones do.
+    whole = tl.maximum(length // UNROLL - 1, 0) * UNROLL
+    for t in range(0, whole, UNROLL):
+        if SAVE:
+            if tl.cast(t, tl.int32) % INTERVAL == 0:
+                tl.store(checkpoints + state_offsets, h, mask=state_mask)
+                checkpoints += N * K * V
+
+        # Operands of the next iteration: issued now, so that they arrive before they are needed.
+        next_q_0 = tl.load(q + q_0_row, mask=row_mask, other=0.0)
+        next_k_0 = tl.load(k + k_0_row, mask=row_mask, other=0.0)
+        next_v_0 = tl.load(v + v_0_col, mask=col_mask, other=0.0)
+        next_x_0 = tl.load(x + x_0_at).to(tl.float32)
+        next_q_1 = tl.load(q + q_1_row, mask=row_mask, other=0.0)
+        next_k_1 = tl.load(k + k_1_row, mask=row_mask, other=0.0)
+        next_v_1 = tl.load(v + v_1_col, mask=col_mask, other=0.0)
+        next_x_1 = tl.load(x + x_1_at).to(tl.float32)
+        next_q_2 = tl.load(q + q_2_row, mask=row_mask, other=0.0)
+        next_k_2 = tl.load(k + k_2_row, mask=row_mask, other=0.0)
+        next_v_2 = tl.load(v + v_2_col, mask=col_mask, other=0.0)
+        next_x_2 = tl.load(x + x_2_at).to(tl.float32)
+        q += q_iteration
+        k += k_iteration
+        v += v_iteration
+        x += x_iteration
+
+        # Step t + 0
+        f, u = gate(x_0)
+        h = advance(h, candidate(h, w, outer(k_0, v_0, h)), f, u)
+        y_0 = tl.sum(column(q_0, h) * h, 0)
+        contribute(y + 0 * y_step + cols, y_0, col_mask, ATOMIC)
+
+        # Step t + 1
+        f, u = gate(x_1)
+        h = advance(h, candidate(h, w, outer(k_1, v_1, h)), f, u)
+        y_1 = tl.sum(column(q_1, h) * h, 0)
+        contribute(y + 1 * y_step + cols, y_1, col_mask, ATOMIC)
+
+        # Step t + 2
+        f, u = gate(x_2)
+        h = advance(h, candidate(h, w, outer(k_2, v_2, h)), f, u)
+        y_2 = tl.sum(column(q_2, h) * h, 0)
+        contribute(y + 2 * y_step + cols, y_2, col_mask, ATOMIC)
+        y += UNROLL * y_step
+
+        q_0, k_0, v_0, x_0 = next_q_0, next_k_0, next_v_0, next_x_0
+        q_1, k_1, v_1, x_1 = next_q_1, next_k_1, next_v_1, next_x_1
+        q_2, k_2, v_2, x_2 = next_q_2, next_k_2, next_v_2, next_x_2
+    for t in range(whole, length, UNROLL):
+        if SAVE:
+            if tl.cast(t, tl.int32) % INTERVAL == 0:
+                tl.store(checkpoints + state_offsets, h, mask=state_mask)
+                checkpoints += N * K * V
+
+        # Operands of the next iteration: issued now, so that they arrive before they are needed.
+        ahead = t + 0 + UNROLL < length
+        next_q_0 = load_vector(q + q_0_row, row_mask, ahead)
+        next_k_0 = load_vector(k + k_0_row, row_mask, ahead)
+        next_v_0 = load_vector(v + v_0_col, col_mask, ahead)
+        next_x_0 = load_gate(x + x_0_at, ahead)
+        ahead = t + 1 + UNROLL < length
+        next_q_1 = load_vector(q + q_1_row, row_mask, ahead)
+        next_k_1 = load_vector(k + k_1_row, row_mask, ahead)
+        next_v_1 = load_vector(v + v_1_col, col_mask, ahead)
+        next_x_1 = load_gate(x + x_1_at, ahead)
+        ahead = t + 2 + UNROLL < length
+        next_q_2 = load_vector(q + q_2_row, row_mask, ahead)
+        next_k_2 = load_vector(k + k_2_row, row_mask, ahead)
+        next_v_2 = load_vector(v + v_2_col, col_mask, ahead)
+        next_x_2 = load_gate(x + x_2_at, ahead)
+        q += q_iteration
+        k += k_iteration
+        v += v_iteration
+        x += x_iteration
+
+        # Step t + 0
+        f, u = gate(x_0)
+        h = advance(h, candidate(h, w, outer(k_0, v_0, h)), f, u)
+        y_0 = tl.sum(column(q_0, h) * h, 0)
+        contribute(y + 0 * y_step + cols, y_0, tl.where(t + 0 < length, col_mask, False), ATOMIC)
+
+        # Step t + 1
+        f, u = gate(x_1)
+        h = advance(h, candidate(h, w, outer(k_1, v_1, h)), f, u)
+        y_1 = tl.sum(column(q_1, h) * h, 0)
+        contribute(y + 1 * y_step + cols, y_1, tl.where(t + 1 < length, col_mask, False), ATOMIC)
+
+        # Step t + 2
+        f, u = gate(x_2)
+        h = advance(h, candidate(h, w, outer(k_2, v_2, h)), f, u)
+        y_2 = tl.sum(column(q_2, h) * h, 0)
+        contribute(y + 2 * y_step + cols, y_2, tl.where(t + 2 < length, col_mask, False), ATOMIC)
+        y += UNROLL * y_step
+
+        q_0, k_0, v_0, x_0 = next_q_0, next_k_0, next_v_0, next_x_0
+        q_1, k_1, v_1, x_1 = next_q_1, next_k_1, next_v_1, next_x_1
+        q_2, k_2, v_2, x_2 = next_q_2, next_k_2, next_v_2, next_x_2
+    tl.store(h_last + (b * N + n) * (K * V) + state_offsets, h, mask=state_mask)
+
+
+@triton.jit(do_not_specialize=["S", "intervals"])
+def m2rnn_backward_kernel(
+    q, k, v, w, x, dy, dh_last, checkpoints, scratch, cu_seqlens, dq, dk, dv, dw, df, dh_first, q_b, q_s,
+    q_n, q_d, k_b, k_s, k_n, k_d, v_b, v_s, v_n, v_d, w_n, w_i, w_j, x_b, x_s, x_n, dy_b, dy_s, dy_n, dy_d,
+    S, intervals, bound,
+    HAS_LAST: tl.constexpr, PACKED: tl.constexpr, ATOMIC: tl.constexpr, WANT_Q: tl.constexpr,
+    WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_W: tl.constexpr, WANT_F: tl.constexpr,
+    WANT_H: tl.constexpr, CARRIES: tl.constexpr,
+):  # fmt: skip
+    """Walk one sequence's steps backwards for BACKWARD_ROWS rows of one head's state."""
+    program = tl.program_id(0)
+    part = program % BACKWARD_PARTS
+    n = (program // BACKWARD_PARTS) % N
+    b = (program // (BACKWARD_PARTS * N)).to(tl.int64)
+    rows = part * BACKWARD_ROWS + tl.arange(0, BACKWARD_ROWS)
+    cols = tl.arange(0, V_PAD)
+    row_mask = rows < K
+    col_mask = cols < V
+    state_rows = rows[:, None]
+    state_mask = (state_rows < K) & col_mask[None, :]
+    state_offsets = state_rows * V + cols[None, :]
+
+    if PACKED:
+        start, length = sequence(cu_seqlens, b, S)
+        token = start
+        interval = start // INTERVAL + b
+    else:
+        start = tl.cast(0, tl.int64)
+        length = S
+        token = b * S
+        interval = b * intervals
+    q += b * q_b + start * q_s + (n // (N // NQ)).to(tl.int64) * q_n
+    k += b * k_b + start * k_s + (n // (N // NK)).to(tl.int64) * k_n
+    v += b * v_b + start * v_s + (n // (N // NV)).to(tl.int64) * v_n
+    x += b * x_b + start * x_s + (n // (N // NF)).to(tl.int64) * x_n
+    dy += b * dy_b + start * dy_s + n.to(tl.int64) * dy_n
+    q_row = rows.to(tl.int64) * q_d
+    k_row = rows.to(tl.int64) * k_d
+    v_col = cols.to(tl.int64) * v_d
+    dy_col = cols.to(tl.int64) * dy_d
+    checkpoints += (interval * N + n) * (K * V)
+    w_t = load_weight(w, w_n, w_j, w_i, n // (N // NW))
+    w = load_weight(w, w_n, w_i, w_j, n // (N // NW))
+    sum_dw = tl.zeros((V_PAD, V_PAD), tl.float32)
+    no_dw = sum_dw
+    zeros = tl.zeros((BACKWARD_ROWS, V_PAD), tl.float32)
+    c = zeros
+    if HAS_LAST:
+        c = tl.load(dh_last + (b * N + n) * (K * V) + state_offsets, mask=state_mask, other=0.0)
+
+
+    end = (tl.cdiv(length, CHUNK) - 1) * CHUNK  # where the last chunk starts
+    # Chunks go backwards: these point to the chunk whose operands are loaded next, and to that whose gradients are.
+    q_step = tl.cast(q_s, tl.int64)
+    q_at = q + end * q_step
+    k_step = tl.cast(k_s, tl.int64)
+    k_at = k + end * k_step
+    v_step = tl.cast(v_s, tl.int64)
+    v_at = v + end * v_step
+    x_step = tl.cast(x_s, tl.int64)
+    x_at = x + end * x_step
+    dy_step = tl.cast(dy_s, tl.int64)
+    dy_at = dy + end * dy_step
+    dq_step: tl.constexpr = 48 if ATOMIC else 96
+    if WANT_Q:
+        dq += (token * 2 + n // 2) * 24 if ATOMIC else (token * 4 + n) * 24
+        dq += tl.cast(end, tl.int64) * dq_step
+    dk_step: tl.constexpr = 24 if ATOMIC else 96
+    if WANT_K:
+        dk += (token * 1 + n // 4) * 24 if ATOMIC else (token * 4 + n) * 24
+        dk += tl.cast(end, tl.int64) * dk_step
+    dv_step: tl.constexpr = 68 if ATOMIC else 136
+    if WANT_V:
+        dv += (token * 4 + n) * 17 if ATOMIC else ((token * 4 + n) * 2 + part) * 17
+        dv += tl.cast(end, tl.int64) * dv_step
+    df_step: tl.constexpr = 2 if ATOMIC else 8
+    if WANT_F:
+        df += (token * 2 + n // 2) if ATOMIC else ((token * 4 + n) * 2 + part)
+        df += tl.cast(end, tl.int64) * df_step
+    inside = (end >= 0) & (end + 0 < length)
+    k_0 = load_vector(k_at + 0 * k_step + k_row, row_mask, inside)
+    v_0 = load_vector(v_at + 0 * v_step + v_col, col_mask, inside)
+    x_0 = load_gate(x_at + 0 * x_step, inside)
+    q_0 = load_vector(q_at + 0 * q_step + q_row, row_mask, inside)
+    dy_0 = load_vector(dy_at + 0 * dy_step + dy_col, col_mask, inside)
+    inside = (end >= 0) & (end + 1 < length)
+    k_1 = load_vector(k_at + 1 * k_step + k_row, row_mask, inside)
+    v_1 = load_vector(v_at + 1 * v_step + v_col, col_mask, inside)
+    x_1 = load_gate(x_at + 1 * x_step, inside)
+    q_1 = load_vector(q_at + 1 * q_step + q_row, row_mask, inside)
+    dy_1 = load_vector(dy_at + 1 * dy_step + dy_col, col_mask, inside)
+    # States of one interval, CHUNK steps apart, rebuilt from its checkpoint; only this program touches them.
+    scratch += program.to(tl.int64) * (INTERVAL // CHUNK * BACKWARD_ROWS * V_PAD)
+    scratch_offsets = (state_rows - part * BACKWARD_ROWS) * V_PAD + cols[None, :]
+    for first in range((tl.cdiv(length, INTERVAL) - 1) * INTERVAL, -1, -INTERVAL):
+        last = tl.minimum(first + INTERVAL - CHUNK, end)
+        state = checkpoints + tl.cast(first // INTERVAL, tl.int64) * (N * K * V) + state_offsets
+        h_0 = tl.load(state, mask=state_mask, other=0.0)
+        # The chunks before the last one are whole. Where there is none, nobody uses what is loaded.
+        r_k_at = k + first * k_step
+        r_k_step = tl.where(first < last, k_step, 0)
+        r_v_at = v + first * v_step
+        r_v_step = tl.where(first < last, v_step, 0)
+        r_x_at = x + first * x_step
+        r_x_step = tl.where(first < last, x_step, 0)
+        r_k_0 = tl.load(r_k_at + 0 * r_k_step + k_row, mask=row_mask, other=0.0)
+        r_v_0 = tl.load(r_v_at + 0 * r_v_step + v_col, mask=col_mask, other=0.0)
+        r_x_0 = tl.load(r_x_at + 0 * r_x_step).to(tl.float32)
+        r_k_1 = tl.load(r_k_at + 1 * r_k_step + k_row, mask=row_mask, other=0.0)
+        r_v_1 = tl.load(r_v_at + 1 * r_v_step + v_col, mask=col_mask, other=0.0)
+        r_x_1 = tl.load(r_x_at + 1 * r_x_step).to(tl.float32)
+        for t in range(0, last - first, CHUNK):
+            tl.store(scratch + t // CHUNK * (BACKWARD_ROWS * V_PAD) + scratch_offsets, h_0)
+            ahead = tl.where(tl.cast(first + t + CHUNK, tl.int32) < last, CHUNK, 0)
+            r_k_at += ahead * k_step
+            r_v_at += ahead * v_step
+            r_x_at += ahead * x_step
+            next_k_0 = tl.load(r_k_at + 0 * k_step + k_row, mask=row_mask, other=0.0)
+            next_v_0 = tl.load(r_v_at + 0 * v_step + v_col, mask=col_mask, other=0.0)
+            next_x_0 = tl.load(r_x_at + 0 * x_step).to(tl.float32)
+            next_k_1 = tl.load(r_k_at + 1 * k_step + k_row, mask=row_mask, other=0.0)
+            next_v_1 = tl.load(r_v_at + 1 * v_step + v_col, mask=col_mask, other=0.0)
+            next_x_1 = tl.load(r_x_at + 1 * x_step).to(tl.float32)
+            f, u = gate(r_x_0)
+            h_0 = advance(h_0, candidate(h_0, w, outer(r_k_0, r_v_0, h_0)), f, u)
+            f, u = gate(r_x_1)
+            h_0 = advance(h_0, candidate(h_0, w, outer(r_k_1, r_v_1, h_0)), f, u)
+            r_k_0, r_v_0, r_x_0 = next_k_0, next_v_0, next_x_0
+            r_k_1, r_v_1, r_x_1 = next_k_1, next_v_1, next_x_1
+        tl.debug_barrier()
+        for t in range(last, first - 1, -CHUNK):
+            # Operands of the chunk before this one are loaded ahead of time. Where there is none, nobody uses what is
+            # loaded, and the first step's will do.
+            before = tl.cast(t - CHUNK, tl.int32)
+            kept = scratch + tl.maximum(before - first, 0) // CHUNK * (BACKWARD_ROWS * V_PAD) + scratch_offsets
+            before_q_s = tl.where(before >= 0, q_step, 0)
+            q_at -= CHUNK * before_q_s
+            before_k_s = tl.where(before >= 0, k_step, 0)
+            k_at -= CHUNK * before_k_s
+            before_v_s = tl.where(before >= 0, v_step, 0)
+            v_at -= CHUNK * before_v_s
+            before_dy_s = tl.where(before >= 0, dy_step, 0)
+            dy_at -= CHUNK * before_dy_s
+            before_x_s = tl.where(before >= 0, x_step, 0)
+            x_at -= CHUNK * before_x_s
+            next_h = tl.load(kept)
+            next_q_0 = tl.load(q_at + 0 * before_q_s + q_row, mask=row_mask, other=0.0)
+            next_k_0 = tl.load(k_at + 0 * before_k_s + k_row, mask=row_mask, other=0.0)
+            next_v_0 = tl.load(v_at + 0 * before_v_s + v_col, mask=col_mask, other=0.0)
+            next_dy_0 = tl.load(dy_at + 0 * before_dy_s + dy_col, mask=col_mask, other=0.0)
+            next_x_0 = tl.load(x_at + 0 * before_x_s).to(tl.float32)
+            next_q_1 = tl.load(q_at + 1 * before_q_s + q_row, mask=row_mask, other=0.0)
+            next_k_1 = tl.load(k_at + 1 * before_k_s + k_row, mask=row_mask, other=0.0)
+            next_v_1 = tl.load(v_at + 1 * before_v_s + v_col, mask=col_mask, other=0.0)
+            next_dy_1 = tl.load(dy_at + 1 * before_dy_s + dy_col, mask=col_mask, other=0.0)
+            next_x_1 = tl.load(x_at + 1 * before_x_s).to(tl.float32)
+
+            # The chunk's states and candidates, forwards: h_0 is the state that step t starts from.
+            f_0, u_0 = gate(x_0)
+            z_0 = candidate(h_0, w, outer(k_0, v_0, h_0))
+            h_1 = f_0 * h_0 + u_0 * z_0  # not advance: the slope has u z as well
+            operand_0 = rounded(h_0)
+            gap_0 = h_0 - z_0
+            slope_0 = u_0 - u_0 * z_0 * z_0
+            f_1, u_1 = gate(x_1)
+            z_1 = candidate(h_1, w, outer(k_1, v_1, h_1))
+            h_2 = f_1 * h_1 + u_1 * z_1  # not advance: the slope has u z as well
+            operand_1 = rounded(h_1)
+            gap_1 = h_1 - z_1
+            slope_1 = u_1 - u_1 * z_1 * z_1
+
+            # Step t + 1, backwards
+            inside = t + 1 < length
+            limit = tl.where(inside, bound, float("inf"))
+            g = clamp(c + column(q_1, c) * dy_1.to(tl.float32)[None, :], limit)
+            d = g * slope_1
+            dq_1 = tl.sum(h_2 * dy_1.to(tl.float32)[None, :], 1)
+            dk_1 = tl.sum(d * v_1.to(tl.float32)[None, :], 1)
+            dv_1 = tl.sum(d * column(k_1, c), 0)
+            df_1 = tl.sum(g * gap_1)
+            d_operand = rounded(d)
+            if WANT_W:
+                sum_dw = tl.fma(1.0, product(transposed(operand_1), d_operand, no_dw), sum_dw)
+            if CARRIES:
+                c = tl.fma(f_1, g, product(d_operand, w_t, zeros))
+            if WANT_Q:
+                contribute(dq + 1 * dq_step + rows, dq_1, tl.where(inside, row_mask, False), ATOMIC)
+            if WANT_K:
+                contribute(dk + 1 * dk_step + rows, dk_1, tl.where(inside, row_mask, False), ATOMIC)
+            if WANT_V:
+                contribute(dv + 1 * dv_step + cols, dv_1, tl.where(inside, col_mask, False), ATOMIC)
+            if WANT_F:
+                contribute(df + 1 * df_step, df_1, inside, ATOMIC)
+
+            # Step t + 0, backwards
+            inside = t + 0 < length
+            limit = tl.where(inside, bound, float("inf"))
+            g = clamp(c + column(q_0, c) * dy_0.to(tl.float32)[None, :], limit)
+            d = g * slope_0
+            dq_0 = tl.sum(h_1 * dy_0.to(tl.float32)[None, :], 1)
+            dk_0 = tl.sum(d * v_0.to(tl.float32)[None, :], 1)
+            dv_0 = tl.sum(d * column(k_0, c), 0)
+            df_0 = tl.sum(g * gap_0)
+            d_operand = rounded(d)
+            if WANT_W:
+                sum_dw = tl.fma(1.0, product(transposed(operand_0), d_operand, no_dw), sum_dw)
+            if CARRIES:
+                c = tl.fma(f_0, g, product(d_operand, w_t, zeros))
+            if WANT_Q:
+                contribute(dq + 0 * dq_step + rows, dq_0, tl.where(inside, row_mask, False), ATOMIC)
+            if WANT_K:
+                contribute(dk + 0 * dk_step + rows, dk_0, tl.where(inside, row_mask, False), ATOMIC)
+            if WANT_V:
+                contribute(dv + 0 * dv_step + cols, dv_0, tl.where(inside, col_mask, False), ATOMIC)
+            if WANT_F:
+                contribute(df + 0 * df_step, df_0, inside, ATOMIC)
+            if WANT_Q:
+                dq -= CHUNK * dq_step
+            if WANT_K:
+                dk -= CHUNK * dk_step
+            if WANT_V:
+                dv -= CHUNK * dv_step
+            if WANT_F:
+                df -= CHUNK * df_step
+
+            h_0 = next_h
+            q_0 = next_q_0
+            k_0 = next_k_0
+            v_0 = next_v_0
+            dy_0 = next_dy_0
+            x_0 = next_x_0
+            q_1 = next_q_1
+            k_1 = next_k_1
+            v_1 = next_v_1
+            dy_1 = next_dy_1
+            x_1 = next_x_1
+        tl.debug_barrier()
+
+    if WANT_H:
+        tl.store(dh_first + (b * N + n) * (K * V) + state_offsets, c, mask=state_mask)
+    if WANT_W:
+        i = tl.arange(0, V_PAD)
+        mask = (i < V)[:, None] & col_mask[None, :]
+        tl.store(dw + program.to(tl.int64) * (V * V) + i[:, None] * V + cols[None, :], sum_dw, mask=mask)
+
+
+@triton.jit
+def m2rnn_step_kernel(
+    q, k, v, w, x, state, y, q_b, q_n, q_d, k_b, k_n, k_d, v_b, v_n, v_d, w_n, w_i, w_j, x_b, x_n, h_b, h_n,
+    h_i, h_j,
+):  # fmt: skip
+    """Advance one head's state by one step in place, FORWARD_ROWS rows at a time."""
+    n = tl.program_id(0) % N
+    b = (tl.program_id(0) // N).to(tl.int64)
+    cols = tl.arange(0, V_PAD)
+    col_mask = cols < V
+
+    q += b * q_b + (n // (N // NQ)).to(tl.int64) * q_n
+    k += b * k_b + (n // (N // NK)).to(tl.int64) * k_n
+    v += b * v_b + (n // (N // NV)).to(tl.int64) * v_n
+    x += b * x_b + (n // (N // NF)).to(tl.int64) * x_n
+    state += b * h_b + n.to(tl.int64) * h_n
+    w = load_weight(w, w_n, w_i, w_j, n // (N // NW))
+    v = tl.load(v + cols.to(tl.int64) * v_d, mask=col_mask, other=0.0)
+    f, u = gate(tl.load(x).to(tl.float32))
+    y_0 = tl.zeros((V_PAD,), tl.float32)
+    for first in range(0, FORWARD_PARTS * FORWARD_ROWS, FORWARD_ROWS):
+        rows = (first + tl.arange(0, FORWARD_ROWS)).to(tl.int64)
+        row_mask = rows < K
+        state_rows = rows[:, None]
+        address = state + state_rows * h_i + cols.to(tl.int64)[None, :] * h_j
+        state_mask = (state_rows < K) & col_mask[None, :]
+        q_0 = tl.load(q + rows * q_d, mask=row_mask, other=0.0)
+        k_0 = tl.load(k + rows * k_d, mask=row_mask, other=0.0)
+        h = tl.load(address, mask=state_mask, other=0.0).to(tl.float32)
+        h = advance(h, candidate(h, w, outer(k_0, v, h)), f, u)
+        y_0 += tl.sum(column(q_0, h) * h, 0)
+        if state.dtype.element_ty == tl.bfloat16:
+            h = to_bfloat16(h)
+        tl.store(address, h, mask=state_mask)
+    tl.store(y + (b * N + n) * V + cols, y_0, mask=col_mask)
+
+
+@triton.jit
+def m2rnn_sum_kernel(rows, out, elements, CONTRIBUTORS: tl.constexpr, DIM: tl.constexpr):
+    """Sum the rows that CONTRIBUTORS programs stored for each row of ``out``, always in one order, and round once."""
+    i = tl.program_id(0).to(tl.int64) * SUM_BLOCK + tl.arange(0, SUM_BLOCK)
+    row = rows + (i // DIM) * (CONTRIBUTORS * DIM) + i % DIM
+    total = tl.zeros((SUM_BLOCK,), tl.float32)
+    for _ in range(CONTRIBUTORS):
+        total += tl.load(row, mask=i < elements, other=0.0)
+        row += DIM
+    tl.store(out + i, total, mask=i < elements)
+
+
+def forward(q, k, v, weight, forget, A_log, dt_bias, initial_state, cu_seqlens, save, deterministic, known=None):
+    """Launch the forward kernel; return y, the final state and, if ``save``, the state every INTERVAL steps.
+
+    ``known``, here and for ``step``, keeps launches for calls that agree in shapes, strides, dtypes, alignment, device
+    and which operands are there.
+    """
+    packed = cu_seqlens is not None
+    batch, steps, intervals, count = sizes(q, cu_seqlens)
+    lead = q.shape[:-2]
+    atomic = False
+    y = buffer(q, atomic, lead, 4, 2, 17)
+    final_state = q.new_empty(batch, 4, 24, 17, dtype=torch.float32)
+    checkpoints = q.new_empty(count, 4, 24, 17, dtype=torch.float32) if save else None
+    pointers = (
+        q, k, v, weight, forget, initial_state, y, final_state,
+        checkpoints if save else final_state,  # not written to then
+        cu_seqlens,
+    )  # fmt: skip
+    again = None if known is None else known.get((save, deterministic))
+    if again is not None:
+        again(pointers)
+    elif batch:
+        scalars = (
+            *token_strides(q, packed), *token_strides(k, packed), *token_strides(v, packed), *weight.stride(),
+            *token_strides(forget, packed), steps, intervals,
+        )  # fmt: skip
+        flags = {"HAS_FIRST": initial_state is not None, "PACKED": packed, "SAVE": save, "ATOMIC": atomic}
+        programs = batch * 8
+        launch(known, (save, deterministic), m2rnn_forward_kernel, programs, pointers, scalars, flags)
+    return (y.to(v.dtype) if atomic else summed(y, v.dtype, known)), final_state, checkpoints
+
+
+def backward(
+    dy, dh_last, q, k, v, weight, forget, A_log, dt_bias, checkpoints, cu_seqlens, bound, wanted, deterministic
+):  # fmt: skip
+    """Launch the backward kernel; return the ``wanted`` gradients: eight flags, in the order of forward's operands."""
+    packed = cu_seqlens is not None
+    batch, steps, intervals, _ = sizes(q, cu_seqlens)
+    lead = q.shape[:-2]
+    want_q, want_k, want_v, want_w, want_f, _, _, want_h = wanted
+    atomic = False
+    dq = buffer(q, atomic, lead, 2, 2, 24) if want_q else None
+    dk = buffer(q, atomic, lead, 1, 4, 24) if want_k else None
+    dv = buffer(q, atomic, lead, 4, 2, 17) if want_v else None
+    df = buffer(q, atomic, lead, 2, 4) if want_f else None
+    dw = q.new_empty(batch, 4, 2, 17, 17, dtype=torch.float32) if want_w else None
+    dh_first = q.new_empty(batch, 4, 24, 17, dtype=torch.float32) if want_h else None
+    programs = batch * 8
+    scratch = q.new_empty(programs, 1536, dtype=torch.float32)
+    if batch:
+        m2rnn_backward_kernel[(programs,)](
+            q, k, v, weight, forget, dy, dh_last, checkpoints, scratch, cu_seqlens,
+            dq, dk, dv, dw, df, dh_first,
+            *token_strides(q, packed), *token_strides(k, packed), *token_strides(v, packed), *weight.stride(),
+            *token_strides(forget, packed), *token_strides(dy, packed), steps, intervals, bound,
+            HAS_LAST=dh_last is not None, PACKED=packed, ATOMIC=atomic,
+            WANT_Q=want_q, WANT_K=want_k, WANT_V=want_v, WANT_W=want_w, WANT_F=want_f, WANT_H=want_h,
+            CARRIES=any(wanted[1:]), num_warps=1, num_stages=1,
+        )  # fmt: skip
+    gradients = (
+        (dq.to(q.dtype) if atomic else summed(dq, q.dtype)) if want_q else None,
+        (dk.to(k.dtype) if atomic else summed(dk, k.dtype)) if want_k else None,
+        (dv.to(v.dtype) if atomic else summed(dv, v.dtype)) if want_v else None,
+        dw.sum((0, 2)).to(weight.dtype) if want_w else None,
+        (df.to(forget.dtype) if atomic else summed(df.unsqueeze(-1), forget.dtype).squeeze(-1)) if want_f else None,
+        dh_first,
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def step(q, k, v, weight, forget, A_log, dt_bias, state, known=None):
+    """Launch the step kernel, which advances ``state`` in place; return y."""
+    batch = q.shape[0]
+    y = v.new_empty(batch, 4, 17)
+    pointers = (q, k, v, weight, forget, state, y)
+    again = None if known is None else known.get(())
+    if again is not None:
+        again(pointers)
+    elif batch:
+        scalars = (
+            *q.stride(), *k.stride(), *v.stride(), *weight.stride(), *forget.stride(), *state.stride(),
+        )  # fmt: skip
+        launch(known, (), m2rnn_step_kernel, batch * 4, pointers, scalars, {})
+    return y
+
+
+def launch(known, key, kernel, programs, pointers, scalars, flags):
+    """Launch one of the forward kernels; ``known``, if given, keeps under ``key`` what launches it with other pointers.
+
+    Triton chooses a binary by types, alignment and sizes of the arguments, which takes most of a call's time on the
+    host; so a caller that knows them to be the same keeps the choice. The interpreter has no binaries to keep.
+    """
+    compiled = kernel[(programs, 1, 1)](*pointers, *scalars, **flags, num_warps=1, num_stages=1)
+    if known is not None and compiled is not None:
+        known[key] = relaunch(compiled, programs, (*scalars, *flags.values()), pointers[0].get_device())
+
+
+def relaunch(compiled, programs, rest, device):
+    """Return what launches a binary on other pointers, which it takes as addresses, on the device's current stream.
+
+    It calls the binary's launcher itself, as generated code of torch.compile does, unless a hook must see the launch.
+    """
+    bound, run, hooks = compiled[(programs, 1, 1)], compiled.run, triton.knobs.runtime
+    function, metadata, stream_of = compiled.function, compiled.packed_metadata, current_stream_of()
+
+    def again(pointers):
+        addresses = [None if x is None else x.data_ptr() for x in pointers]
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # chains of hooks, or one each
+            bound(*addresses, *rest, stream=stream_of(device))
+        else:
+            run(programs, 1, 1, stream_of(device), function, metadata, None, None, None, *addresses, *rest)
+
+    return again
+
+
+def current_stream_of():
+    """Return the function that gives a device's current stream as Triton launches on it."""
+    return triton.runtime.driver.active.get_current_stream
+
+
+def sizes(q, cu_seqlens):
+    """Sequences, steps (tokens of a packed batch), checkpoints of a sequence (of a packed batch), of all sequences."""
+    if cu_seqlens is None:
+        batch, steps = q.shape[:2]
+        intervals = (steps + 5) // 6
+        return batch, steps, intervals, batch * intervals
+    batch, steps = cu_seqlens.shape[0] - 1, q.shape[0]
+    intervals = steps // 6 + batch
+    return batch, steps, intervals, intervals
+
+
+def token_strides(x, packed):
+    """Strides of x by batch, step, head (and element); a packed batch has no batch dim."""
+    return (0, *x.stride()) if packed else x.stride()
+
+
+def summed(rows, dtype, known=None):
+    """Sum (..., contributors, dim) float32 rows to (..., dim) of ``dtype``, in order; ``known`` as for ``launch``."""
+    *lead, contributors, dim = rows.shape
+    out = rows.new_empty(*lead, dim, dtype=dtype)
+    again = None if known is None else known.get("sum")
+    if again is not None:
+        again((rows, out))
+    elif out.numel():
+        flags = {"CONTRIBUTORS": contributors, "DIM": dim}
+        programs = (out.numel() + 255) // 256
+        launch(known, "sum", m2rnn_sum_kernel, programs, (rows, out), (out.numel(),), flags)
+    return out
+
+
+def buffer(q, atomic, lead, groups, contributors, *dim):
+    """A float32 buffer of zeros to add to, or one with a row for each contributor."""
+    if atomic:
+        return q.new_zeros(*lead, groups, *dim, dtype=torch.float32)
+    return q.new_empty(*lead, groups, contributors, *dim, dtype=torch.float32)

@@ -1,0 +1,837 @@
+"""M2RNN kernels for k64_v64_q16_k16_v16_f16_w16_bf16_carry_approx, schedule wgmma_aa_i12_ptx.
+
+
+
+H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + k_t v_t^T),  y_t = H_t^T q_t   (arXiv 2603.14360)
+
+    B, S, N      sequences, steps, heads of the state; head n reads group n // (N // NX) of operand X
+    K, V         rows (state expansion) and columns (head dim) of the state
+    q k v dy     q_t (K,), k_t (K,), v_t (V,) and dy_t (V,) of this program's head
+    x, f, u      x_t, which is the gate itself; f_t and 1 - f_t
+    h, z, w      state H (rows, V), candidate Z (rows, V), state weight W (V, V)
+    c, g, d      gradients of H_t from the future, of H_t, and of the argument of tanh
+    started      a product of all four warps that is on its way; decayed, f H_(t-1)
+    _of, _at     a tensor in shared memory, step by step, and a tensor in memory, from an interval's first step on
+    _parts       what each warp has summed; _tile, an interval's vectors as an operand of products
+    x_s, x_n     element strides of operand x by step, by head (and b batch, d element, i row, j column)
+"""
+
+import torch
+import triton.language
+from triton.experimental import gluon
+from triton.experimental.gluon import language as tl  # Triton's functions, on tensors whose layouts are written down
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+K: tl.constexpr = tl.constexpr(64)
+V: tl.constexpr = tl.constexpr(64)
+V_PAD: tl.constexpr = tl.constexpr(64)
+N: tl.constexpr = tl.constexpr(16)
+NQ: tl.constexpr = tl.constexpr(16)
+NK: tl.constexpr = tl.constexpr(16)
+NV: tl.constexpr = tl.constexpr(16)
+NF: tl.constexpr = tl.constexpr(16)
+NW: tl.constexpr = tl.constexpr(16)
+INTERVAL: tl.constexpr = tl.constexpr(12)
+FORWARD_ROWS: tl.constexpr = tl.constexpr(64)
+FORWARD_PARTS: tl.constexpr = tl.constexpr(1)
+UNROLL: tl.constexpr = tl.constexpr(1)
+BACKWARD_ROWS: tl.constexpr = tl.constexpr(64)
+BACKWARD_PARTS: tl.constexpr = tl.constexpr(1)
+CHUNK: tl.constexpr = tl.constexpr(1)
+FORWARD_TILE: tl.constexpr = tl.constexpr(tl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+BACKWARD_TILE: tl.constexpr = tl.constexpr(tl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+FORWARD_VECTOR: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[1]], lane_bases=[[0], [0], [2], [4], [8]],
+    warp_bases=[[16], [32]], block_bases=[], shape=[64],
+))  # fmt: skip
+BACKWARD_VECTOR: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[1]], lane_bases=[[0], [0], [2], [4], [8]],
+    warp_bases=[[16], [32]], block_bases=[], shape=[64],
+))  # fmt: skip
+BACKWARD_SPREAD: tl.constexpr = tl.constexpr(tl.BlockedLayout([1], [32], [4], [0]))
+BACKWARD_SCRATCH: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
+SUM_LAYOUT: tl.constexpr = tl.constexpr(tl.BlockedLayout([1], [32], [4], [0]))
+ROW_SUMS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[0, 1], [0, 8], [0, 16], [0, 32]], lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+    warp_bases=[[8, 0], [16, 0]], block_bases=[], shape=[32, 64],
+))  # fmt: skip
+ROW_EIGHTHS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[0, 1]], lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+    warp_bases=[[8, 0], [16, 0]], block_bases=[], shape=[32, 8],
+))  # fmt: skip
+COL_SUMS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[8, 0]], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+    warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 4],
+))  # fmt: skip
+COL_SUMS_LOADED: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[1, 0]], lane_bases=[[0, 1], [0, 2], [2, 0], [4, 0], [8, 0]],
+    warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 4],
+))  # fmt: skip
+ALL_SUMS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
+    warp_bases=[[8, 0], [16, 0]], block_bases=[], shape=[32, 4],
+))  # fmt: skip
+COLS: tl.constexpr = tl.constexpr(tl.SliceLayout(0, FORWARD_TILE))
+SUMS: tl.constexpr = tl.constexpr(tl.BlockedLayout([1], [32], [4], [0]))
+THREADS_SUMS: tl.constexpr = tl.constexpr(tl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
+INTERVAL_LINE: tl.constexpr = tl.constexpr(tl.SliceLayout(1, THREADS_SUMS))
+INTERVAL_LOADED: tl.constexpr = tl.constexpr(tl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+OPERANDS: tl.constexpr = tl.constexpr(tl.NVMMASharedLayout(128, 16, 2))
+PLAIN: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+LINE: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(1, 1, 1, [0]))
+KEYS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[1, 0], [0, 1], [0, 8]], lane_bases=[[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]],
+    warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 16],
+))  # fmt: skip
+
+
+@gluon.jit
+def tanh(x):
+    """tanh in one special-function instruction; relative error at most 2^-11."""
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def gate(x):
+    """f and 1 - f, of which x is the first."""
+    return x, 1.0 - x
+
+
+@gluon.jit
+def load_vector(address, mask, inside):
+    """Load one step's vector; zeros where the step is not inside the sequence."""
+    return tl.load(address, mask=tl.where(inside, mask, False), other=0.0)
+
+
+@gluon.jit
+def load_weight(base, n_stride, i_stride, j_stride, n, TILE: tl.constexpr):
+    """Put group n's state weight, (V_PAD, V_PAD), where a warpgroup's products read their right operand."""
+    i = tl.arange(0, V_PAD, tl.SliceLayout(1, TILE))
+    j = tl.arange(0, V_PAD, tl.SliceLayout(0, TILE))
+    offsets = i.to(tl.int64)[:, None] * i_stride + j.to(tl.int64)[None, :] * j_stride
+    mask = (i < V)[:, None] & (j < V)[None, :]
+    w = rounded(tl.load(base + tl.cast(n, tl.int64) * n_stride + offsets, mask=mask, other=0.0).to(tl.float32))
+    shared = tl.allocate_shared_memory(w.dtype, [V_PAD, V_PAD], OPERANDS, w)
+    fence_async_shared()
+    return shared
+
+
+@gluon.jit
+def load_gate(address, inside):
+    """Load one step's x as float32; that of f = 1, which changes nothing, where it is not inside the sequence."""
+    return tl.load(address, mask=inside, other=1.0).to(tl.float32)
+
+
+@gluon.jit
+def rounded(x):
+    """x as an operand of a product."""
+    return x.to(tl.bfloat16)
+
+
+@gluon.jit
+def product(a, b, total):
+    """a b + total, summed in float32; b is in shared memory."""
+    return warpgroup_mma(tl.convert_layout(a, tl.DotOperandLayout(0, total.type.layout, 2)), b, total)
+
+
+@gluon.jit
+def slots(k_loaded):
+    """An interval's k_t, from shared memory (steps, rows), as columns of the left operand of a product."""
+    x = k_loaded.permute((1, 0)).load(KEYS)
+    x = x.reshape([4, 8, 2, x.shape[1]]).permute((0, 2, 1, 3)).reshape([x.shape[0], x.shape[1]])
+    return tl.convert_layout(x, tl.DotOperandLayout(0, FORWARD_TILE, 2))
+
+
+@gluon.jit
+def started_candidate(h, w, keys, v_tile, t, zeros):
+    """H W + k v^T of step t, for which ``warpgroup_mma_wait`` waits: of all steps' slots, one is not zero."""
+    LEFT: tl.constexpr = tl.DotOperandLayout(0, zeros.type.layout, 2)
+    slot = tl.arange(0, keys.shape[1], tl.SliceLayout(0, LEFT))[None, :]
+    kv = warpgroup_mma(tl.where(slot == t, keys, 0.0), v_tile, zeros, use_acc=False, is_async=True)
+    return warpgroup_mma(tl.convert_layout(rounded(h), LEFT), w, kv, is_async=True)
+
+
+@gluon.jit
+def started_product(a, b, zeros):
+    """a b, for which ``warpgroup_mma_wait`` waits; b is in shared memory."""
+    a = tl.convert_layout(a, tl.DotOperandLayout(0, zeros.type.layout, 2))
+    return warpgroup_mma(a, b, zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def prefetch(address):
+    """Have the L2 fetch the sector of each of these addresses, with no register to wait for them."""
+    address = address.to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def in_tile(x, TILE: tl.constexpr):
+    """x (rows,), of which a thread has loaded neighbours, as rows of a tile: of every eighth row it has one."""
+    WARPS: tl.constexpr = TILE.warps_per_cta[0]
+    x = x.reshape([WARPS, 8, x.shape[0] // (16 * WARPS), 2]).permute((2, 0, 3, 1)).reshape([x.shape[0]])
+    return tl.convert_layout(x, tl.SliceLayout(1, TILE), assert_trivial=True)
+
+
+@gluon.jit
+def column(x, tile):
+    """x (rows,) as a column beside ``tile``, in float32."""
+    TILE: tl.constexpr = tile.type.layout
+    x = in_tile(x, TILE)
+    return x.to(tl.float32)[:, None]
+
+
+@gluon.jit
+def col_sums(x, LAYOUT: tl.constexpr):
+    """Sum x (rows, cols) over the columns that a thread has: (rows, 4), of which a lane has one column."""
+    x = x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([x.shape[0], 4, x.shape[1] // 4])
+    x = tl.sum(x, 2)
+    return tl.convert_layout(x, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def exchanged(x, LANES: tl.constexpr):
+    """What the thread has whose lane differs in the bit LANES."""
+    return tl.inline_asm_elementwise(
+        f"shfl.sync.bfly.b32 $0, $1, {LANES}, 0x1f, 0xffffffff;", "=f,f", [x], dtype=x.dtype, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def added(one, other, upper, LANES: tl.constexpr):
+    """Add pairs of rows of two sums at once: lower rows go on with ``one``, upper ones with ``other``."""
+    return tl.where(upper, other, one) + exchanged(tl.where(upper, one, other), LANES)
+
+
+@gluon.jit
+def columns_as_loaded(x, LAYOUT: tl.constexpr):
+    """x (rows of a tile, 4) as vectors are loaded and stored; undoes ``in_tile``."""
+    x = x.reshape([x.shape[0] // 16, 2, 8, 4]).permute((0, 2, 1, 3)).reshape([x.shape[0], 4])
+    return tl.convert_layout(x, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def row_sums(x):
+    """Sum x (rows, cols) over the rows that a thread has: 8 of each warp, of which a lane has one."""
+    x = tl.sum(x.reshape([4, x.shape[0] // 32, 8, x.shape[1]]), 1).reshape([32, x.shape[1]])
+    return tl.convert_layout(x, ROW_SUMS, assert_trivial=True)
+
+
+@gluon.jit
+def halves(x):
+    """x (rows, cols) as two tensors (rows, cols / 2), from left to right."""
+    return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def eighths(x, LAYOUT: tl.constexpr):
+    """x (rows, cols) as eight tensors (rows, cols / 8), from left to right."""
+    left, right = halves(x)
+    x_0, x_2 = halves(left)
+    x_4, x_6 = halves(right)
+    x_0, x_1 = halves(x_0)
+    x_2, x_3 = halves(x_2)
+    x_4, x_5 = halves(x_4)
+    x_6, x_7 = halves(x_6)
+    x_0 = tl.convert_layout(x_0, LAYOUT, assert_trivial=True)
+    x_1 = tl.convert_layout(x_1, LAYOUT, assert_trivial=True)
+    x_2 = tl.convert_layout(x_2, LAYOUT, assert_trivial=True)
+    x_3 = tl.convert_layout(x_3, LAYOUT, assert_trivial=True)
+    x_4 = tl.convert_layout(x_4, LAYOUT, assert_trivial=True)
+    x_5 = tl.convert_layout(x_5, LAYOUT, assert_trivial=True)
+    x_6 = tl.convert_layout(x_6, LAYOUT, assert_trivial=True)
+    x_7 = tl.convert_layout(x_7, LAYOUT, assert_trivial=True)
+    return x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7
+
+
+@gluon.jit
+def over_lanes(x):
+    """Sum x (rows, cols) over each warp's rows: (32, cols / 8), of which a lane has an eighth of its columns."""
+    x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7 = eighths(row_sums(x), ROW_EIGHTHS)
+    row = tl.arange(0, 32, tl.SliceLayout(1, ROW_EIGHTHS))[:, None]
+    x_0 = added(x_0, x_4, row & 4 != 0, 16)
+    x_1 = added(x_1, x_5, row & 4 != 0, 16)
+    x_2 = added(x_2, x_6, row & 4 != 0, 16)
+    x_3 = added(x_3, x_7, row & 4 != 0, 16)
+    x_0 = added(x_0, x_2, row & 2 != 0, 8)
+    x_1 = added(x_1, x_3, row & 2 != 0, 8)
+    x_0 = added(x_0, x_1, row & 1 != 0, 4)
+    return x_0
+
+
+@gluon.jit
+def over_warps(parts):
+    """Add up what each of four warps has left in shared memory."""
+    x = parts.index(0).load(SUMS)
+    for warp in tl.static_range(1, 4):
+        x += parts.index(warp).load(SUMS)
+    return x
+
+
+@gluon.jit
+def over_cols(x, y):
+    """Sum x y over columns, x (rows, cols) and y (cols,): (rows, 4) as vectors are loaded, every lane the same."""
+    x = col_sums(x * y.to(tl.float32)[None, :], COL_SUMS)
+    x += exchanged(x, 2)
+    x += exchanged(x, 1)
+    return columns_as_loaded(x, COL_SUMS_LOADED)
+
+
+@gluon.jit
+def keep_gates(f_line, u_line, x):
+    """Leave an interval's f and 1 - f, of which every thread needs every one, in shared memory."""
+    f, u = gate(x)
+    f_line.store(f)
+    u_line.store(u)
+
+
+@gluon.jit
+def kept_gate(line, t, tile):
+    """Step t's f or 1 - f, for all elements of ``tile``."""
+    return line.index(t).load(tl.SliceLayout(1, tile.type.layout))[:, None]
+
+
+@gluon.jit
+def outer(k, v, tile):
+    """k v^T beside ``tile``."""
+    return column(k, tile) * v.to(tl.float32)[None, :]
+
+
+@gluon.jit
+def candidate(h, w, kv):
+    """Z = tanh(H W + k v^T)."""
+    return tanh(product(rounded(h), w, kv))
+
+
+@gluon.jit
+def advance(h, z, f, u):
+    """H = f H + u Z, in one operation once Z is known."""
+    return tl.fma(u, z, f * h)
+
+
+@gluon.jit
+def clamp(x, bound):
+    """Clamp to [-bound, bound]; NaN stays NaN."""
+    low = tl.maximum(x, -bound, propagate_nan=triton.language.PropagateNan.ALL)
+    return tl.minimum(low, bound, propagate_nan=triton.language.PropagateNan.ALL)
+
+
+@gluon.jit
+def sequence(cu_seqlens, b, T):
+    """First token and length of packed sequence b; offsets that nobody could check still stay inside the tensors."""
+    start = tl.minimum(tl.maximum(tl.load(cu_seqlens + b).to(tl.int64), 0), T)
+    stop = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1).to(tl.int64), start), T)
+    return start, (stop - start).to(tl.int32)
+
+
+@gluon.jit(do_not_specialize=["S", "intervals"])
+def m2rnn_forward_kernel(
+    q, k, v, w, x, h_first, y, h_last, checkpoints, cu_seqlens, q_b, q_s, q_n, q_d, k_b, k_s, k_n, k_d, v_b,
+    v_s, v_n, v_d, w_n, w_i, w_j, x_b, x_s, x_n, S, intervals,
+    HAS_FIRST: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, ATOMIC: tl.constexpr,
+):  # fmt: skip
+    """Walk one sequence's steps for FORWARD_ROWS rows of one head's state, of which a warp has 16."""
+    part = tl.program_id(0) % FORWARD_PARTS
+    n = (tl.program_id(0) // FORWARD_PARTS) % N
+    b = (tl.program_id(0) // (FORWARD_PARTS * N)).to(tl.int64)
+    rows = part * FORWARD_ROWS + tl.arange(0, FORWARD_ROWS, FORWARD_VECTOR)
+    cols = tl.arange(0, V_PAD, tl.SliceLayout(0, FORWARD_TILE))
+    row_mask = rows < K
+    col_mask = cols < V
+    state_rows = in_tile(rows, FORWARD_TILE)[:, None]
+    state_mask = (state_rows < K) & col_mask[None, :]
+    state_offsets = state_rows * V + cols[None, :]
+
+    if PACKED:
+        start, length = sequence(cu_seqlens, b, S)
+        token = start
+        interval = start // INTERVAL + b
+    else:
+        start = tl.cast(0, tl.int64)
+        length = S
+        token = b * S
+        interval = b * intervals
+    q += b * q_b + start * q_s + (n // (N // NQ)).to(tl.int64) * q_n
+    k += b * k_b + start * k_s + (n // (N // NK)).to(tl.int64) * k_n
+    v += b * v_b + start * v_s + (n // (N // NV)).to(tl.int64) * v_n
+    x += b * x_b + start * x_s + (n // (N // NF)).to(tl.int64) * x_n
+    y += (token * 16 + n) * 64
+    y_step: tl.constexpr = 1024
+    checkpoints += (interval * N + n) * (K * V)
+    w = load_weight(w, w_n, w_i, w_j, n // (N // NW), FORWARD_TILE)
+    zeros = tl.zeros((FORWARD_ROWS, V_PAD), tl.float32, FORWARD_TILE)
+    h = zeros
+    if HAS_FIRST:
+        h = tl.load(h_first + (b * N + n) * (K * V) + state_offsets, mask=state_mask, other=0.0)
+
+    # An interval's vectors, and what every warp has summed over its rows for y. A step sums for the one before it while
+    # its own product and tanh are on their way, so q and y begin one step earlier.
+    loaded_step = tl.arange(0, 16, tl.SliceLayout(1, INTERVAL_LOADED))[:, None]
+    loaded_col = tl.arange(0, V_PAD, tl.SliceLayout(0, INTERVAL_LOADED))[None, :]
+    loaded_row = part * 64 + loaded_col
+    sum_cols = tl.arange(0, V_PAD, SUMS)
+    q_step = tl.cast(q_s, tl.int64)
+    q_mask = loaded_row < K
+    q_at = q + loaded_step * q_step + loaded_row.to(tl.int64) * q_d
+    q_loaded = tl.allocate_shared_memory(w.dtype, [16, V_PAD], PLAIN)
+    q_of = q_loaded._reinterpret(w.dtype, [16, V_PAD], LINE)
+    k_step = tl.cast(k_s, tl.int64)
+    k_mask = loaded_row < K
+    k_at = k + loaded_step * k_step + loaded_row.to(tl.int64) * k_d
+    k_loaded = tl.allocate_shared_memory(w.dtype, [16, V_PAD], PLAIN)
+    v_step = tl.cast(v_s, tl.int64)
+    v_mask = loaded_col < V
+    v_at = v + loaded_step * v_step + loaded_col.to(tl.int64) * v_d
+    v_tile = tl.allocate_shared_memory(w.dtype, [16, V_PAD], OPERANDS)
+    line_step = tl.arange(0, 16, INTERVAL_LINE)
+    x_step = tl.cast(x_s, tl.int64)
+    f_line = tl.allocate_shared_memory(tl.float32, [16], LINE)
+    f_of = f_line._reinterpret(tl.float32, [16, 1], LINE)
+    u_line = tl.allocate_shared_memory(tl.float32, [16], LINE)
+    u_of = u_line._reinterpret(tl.float32, [16, 1], LINE)
+    y_parts = tl.allocate_shared_memory(tl.float32, [16, 4 * V_PAD], PLAIN)
+    y_of = y_parts._reinterpret(tl.float32, [16, 32, V_PAD // 8], PLAIN)
+    y_offsets = (loaded_step - 1) * y_step + loaded_col
+    q_at -= q_step
+    q_next = tl.load(q_at, mask=(loaded_step > 0) & (loaded_step <= length) & q_mask, other=0.0)
+    k_next = tl.load(k_at, mask=(loaded_step < length) & k_mask, other=0.0)
+    v_next = tl.load(v_at, mask=(loaded_step < length) & v_mask, other=0.0)
+    x_next = load_gate(x + line_step * x_step, line_step < length)
+    for first in range(0, length, INTERVAL):
+        steps = tl.minimum(INTERVAL, length - first)
+        q_loaded.store(q_next)
+        k_loaded.store(k_next)
+        v_tile.store(v_next)
+        fence_async_shared()
+        keep_gates(f_line, u_line, x_next)
+        keys = slots(k_loaded)
+        inside = loaded_step < length - first - INTERVAL
+        q_at += INTERVAL * q_step
+        q_next = tl.load(q_at, mask=inside & q_mask, other=0.0)
+        k_at += INTERVAL * k_step
+        k_next = tl.load(k_at, mask=inside & k_mask, other=0.0)
+        v_at += INTERVAL * v_step
+        v_next = tl.load(v_at, mask=inside & v_mask, other=0.0)
+        x_next = load_gate(x + (first + INTERVAL + line_step) * x_step, line_step < length - first - INTERVAL)
+        if SAVE:
+            tl.store(checkpoints + state_offsets, h, mask=state_mask)
+            checkpoints += N * K * V
+        for t in range(0, steps):
+            started = started_candidate(h, w, keys, v_tile, t, zeros)
+            f, u = kept_gate(f_of, t, h), kept_gate(u_of, t, h)
+            decayed = f * h
+            q_t = q_of.index(t).load(FORWARD_VECTOR)
+            z = tanh(warpgroup_mma_wait(0, [started]))
+            y_of.index(t).store(over_lanes(column(q_t, h) * h))
+            h = tl.fma(u, z, decayed)
+        y_0 = y_parts.slice(0, V_PAD, 1).load(INTERVAL_LOADED)
+        for warp in tl.static_range(1, 4):
+            y_0 += y_parts.slice(warp * V_PAD, V_PAD, 1).load(INTERVAL_LOADED)
+        y_inside = (loaded_step < steps) & (first + loaded_step > 0)
+        tl.store(y + y_offsets, y_0, mask=tl.where(y_inside, (loaded_col < V), False))
+        y += INTERVAL * y_step
+
+    # y of the last step, which no other one follows.
+    q += tl.maximum(length - 1, 0) * q_step
+    q_t = load_vector(q + rows.to(tl.int64) * q_d, row_mask, length > 0)
+    y_of.index(0).store(over_lanes(column(q_t, h) * h))
+    y_0 = over_warps(y_of.index(0)._reinterpret(tl.float32, [4, V_PAD], LINE))
+    y += (length - 1 - tl.cdiv(length, INTERVAL) * INTERVAL) * y_step
+    tl.store(y + sum_cols, y_0, mask=tl.where(length > 0, (sum_cols < V), False))
+    tl.store(h_last + (b * N + n) * (K * V) + state_offsets, h, mask=state_mask)
+
+
+@gluon.jit(do_not_specialize=["S", "intervals"])
+def m2rnn_backward_kernel(
+    q, k, v, w, x, dy, dh_last, checkpoints, scratch, cu_seqlens, dq, dk, dv, dw, df, dh_first, q_b, q_s,
+    q_n, q_d, k_b, k_s, k_n, k_d, v_b, v_s, v_n, v_d, w_n, w_i, w_j, x_b, x_s, x_n, dy_b, dy_s, dy_n, dy_d,
+    S, intervals, bound,
+    HAS_LAST: tl.constexpr, PACKED: tl.constexpr, ATOMIC: tl.constexpr, WANT_Q: tl.constexpr,
+    WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_W: tl.constexpr, WANT_F: tl.constexpr,
+    WANT_H: tl.constexpr, CARRIES: tl.constexpr,
+):  # fmt: skip
+    """Walk one sequence's steps backwards for BACKWARD_ROWS rows of one head's state, of which a warp has 16."""
+    program = tl.program_id(0)
+    part = program % BACKWARD_PARTS
+    n = (program // BACKWARD_PARTS) % N
+    b = (program // (BACKWARD_PARTS * N)).to(tl.int64)
+    rows = part * BACKWARD_ROWS + tl.arange(0, BACKWARD_ROWS, BACKWARD_VECTOR)
+    cols = tl.arange(0, V_PAD, tl.SliceLayout(0, BACKWARD_TILE))
+    col_mask = cols < V
+    state_rows = in_tile(rows, BACKWARD_TILE)[:, None]
+    state_mask = (state_rows < K) & col_mask[None, :]
+    state_offsets = state_rows * V + cols[None, :]
+
+    if PACKED:
+        start, length = sequence(cu_seqlens, b, S)
+        token = start
+        interval = start // INTERVAL + b
+    else:
+        start = tl.cast(0, tl.int64)
+        length = S
+        token = b * S
+        interval = b * intervals
+    q += b * q_b + start * q_s + (n // (N // NQ)).to(tl.int64) * q_n
+    k += b * k_b + start * k_s + (n // (N // NK)).to(tl.int64) * k_n
+    v += b * v_b + start * v_s + (n // (N // NV)).to(tl.int64) * v_n
+    x += b * x_b + start * x_s + (n // (N // NF)).to(tl.int64) * x_n
+    dy += b * dy_b + start * dy_s + n.to(tl.int64) * dy_n
+    checkpoints += (interval * N + n) * (K * V)
+    w = load_weight(w, w_n, w_i, w_j, n // (N // NW), BACKWARD_TILE)
+    w_t = w.permute((1, 0))
+    sum_dw = tl.zeros((V_PAD, V_PAD), tl.float32, BACKWARD_TILE)
+    zeros = tl.zeros((BACKWARD_ROWS, V_PAD), tl.float32, BACKWARD_TILE)
+    c = zeros
+    if HAS_LAST:
+        c = tl.load(dh_last + (b * N + n) * (K * V) + state_offsets, mask=state_mask, other=0.0)
+
+    # Operands of dW, what warps and threads have summed, and an interval's states and vectors. The states' pass has dq
+    # of the step before its own, so dy begins one step earlier.
+    h_operand = tl.allocate_shared_memory(w.dtype, [BACKWARD_ROWS, V_PAD], OPERANDS, rounded(zeros))
+    d_operand = tl.allocate_shared_memory(w.dtype, [BACKWARD_ROWS, V_PAD], OPERANDS, rounded(zeros))
+    dv_parts = tl.allocate_shared_memory(tl.float32, [32, V_PAD // 8], PLAIN)
+    dv_of = dv_parts._reinterpret(tl.float32, [4, V_PAD], LINE)
+    df_parts = tl.allocate_shared_memory(tl.float32, [16, 128], PLAIN)
+    df_of = df_parts._reinterpret(tl.float32, [16, 32, 4], PLAIN)
+    rebuilt = tl.allocate_shared_memory(tl.float32, [INTERVAL - 1, BACKWARD_ROWS, V_PAD], BACKWARD_SCRATCH)
+    loaded_step = tl.arange(0, 16, tl.SliceLayout(1, INTERVAL_LOADED))[:, None]
+    loaded_col = tl.arange(0, V_PAD, tl.SliceLayout(0, INTERVAL_LOADED))[None, :]
+    loaded_row = part * 64 + loaded_col
+    sum_cols = tl.arange(0, V_PAD, SUMS)
+    q_step = tl.cast(q_s, tl.int64)
+    q_mask = loaded_row < K
+    q_at = q + loaded_step * q_step + loaded_row.to(tl.int64) * q_d
+    q_loaded = tl.allocate_shared_memory(w.dtype, [16, V_PAD], PLAIN)
+    q_of = q_loaded._reinterpret(w.dtype, [16, V_PAD], LINE)
+    k_step = tl.cast(k_s, tl.int64)
+    k_mask = loaded_row < K
+    k_at = k + loaded_step * k_step + loaded_row.to(tl.int64) * k_d
+    k_loaded = tl.allocate_shared_memory(w.dtype, [16, V_PAD], PLAIN)
+    k_of = k_loaded._reinterpret(w.dtype, [16, V_PAD], LINE)
+    v_step = tl.cast(v_s, tl.int64)
+    v_mask = loaded_col < V
+    v_at = v + loaded_step * v_step + loaded_col.to(tl.int64) * v_d
+    v_loaded = tl.allocate_shared_memory(w.dtype, [16, V_PAD], PLAIN)
+    v_tile = tl.allocate_shared_memory(w.dtype, [16, V_PAD], OPERANDS)
+    v_of = v_loaded._reinterpret(w.dtype, [16, V_PAD], LINE)
+    dy_step = tl.cast(dy_s, tl.int64)
+    dy_mask = loaded_col < V
+    dy_at = dy + loaded_step * dy_step + loaded_col.to(tl.int64) * dy_d
+    dy_loaded = tl.allocate_shared_memory(w.dtype, [16, V_PAD], PLAIN)
+    dy_of = dy_loaded._reinterpret(w.dtype, [16, V_PAD], LINE)
+    line_step = tl.arange(0, 16, INTERVAL_LINE)
+    x_step = tl.cast(x_s, tl.int64)
+    f_line = tl.allocate_shared_memory(tl.float32, [16], LINE)
+    f_of = f_line._reinterpret(tl.float32, [16, 1], LINE)
+    u_line = tl.allocate_shared_memory(tl.float32, [16], LINE)
+    u_of = u_line._reinterpret(tl.float32, [16, 1], LINE)
+    dy_at -= dy_step
+
+    col_lane = tl.arange(0, 4, tl.SliceLayout(0, COL_SUMS_LOADED))[None, :]
+    col_rows = part * BACKWARD_ROWS + tl.arange(0, BACKWARD_ROWS, tl.SliceLayout(1, COL_SUMS_LOADED))[:, None]
+    col_sum_mask = (col_lane == 0) & (col_rows < K)
+    col_rows += 0 * col_lane
+    dq_step: tl.constexpr = 1024
+    if WANT_Q:
+        dq += (token * 16 + n) * 64
+    dk_step: tl.constexpr = 1024
+    if WANT_K:
+        dk += (token * 16 + n) * 64
+    dv_step: tl.constexpr = 1024
+    if WANT_V:
+        dv += (token * 16 + n) * 64
+    df_step: tl.constexpr = 16
+    if WANT_F:
+        df += (token * 16 + n)
+
+    final = (tl.cdiv(length, INTERVAL) - 1) * INTERVAL
+    for first in range(final, -1, -INTERVAL):
+        # An interval's vectors and gates, then its states from its checkpoint.
+        last = tl.minimum(INTERVAL, length - first) - 1
+        if WANT_Q:
+            dq_at = dq + tl.cast(first, tl.int64) * dq_step
+        if WANT_K:
+            dk_at = dk + tl.cast(first, tl.int64) * dk_step
+        if WANT_V:
+            dv_at = dv + tl.cast(first, tl.int64) * dv_step
+        if WANT_F:
+            df_at = df + tl.cast(first, tl.int64) * df_step
+        mask = (loaded_step <= last) & q_mask
+        loaded = tl.load(q_at + first * q_step, mask=mask, other=0.0)
+        q_loaded.store(loaded)
+        mask = (loaded_step <= last) & k_mask
+        loaded = tl.load(k_at + first * k_step, mask=mask, other=0.0)
+        k_loaded.store(loaded)
+        mask = (loaded_step <= last) & v_mask
+        loaded = tl.load(v_at + first * v_step, mask=mask, other=0.0)
+        v_loaded.store(loaded)
+        v_tile.store(loaded)
+        mask = (loaded_step <= last + 1) & (first + loaded_step > 0) & dy_mask
+        loaded = tl.load(dy_at + first * dy_step, mask=mask, other=0.0)
+        dy_loaded.store(loaded)
+        fence_async_shared()
+        x_line = load_gate(x + (first + line_step) * x_step, line_step <= last)
+        keep_gates(f_line, u_line, x_line)
+        keys = slots(k_loaded)
+        state = checkpoints + tl.cast(first // INTERVAL, tl.int64) * (N * K * V) + state_offsets
+        h = tl.load(state, mask=state_mask, other=0.0)
+        for t in range(0, last):
+            started = started_candidate(h, w, keys, v_tile, t, zeros)
+            rebuilt.index(t).store(h)
+            f, u = kept_gate(f_of, t, h), kept_gate(u_of, t, h)
+            decayed = f * h
+            dy_t = dy_of.index(t).load(COLS)
+            z = tanh(warpgroup_mma_wait(0, [started]))
+            if WANT_Q:
+                dq_0 = over_cols(h, dy_t)
+                inside = first + t > 0
+                tl.store(dq_at + (t - 1) * dq_step + col_rows, dq_0, mask=tl.where(inside, col_sum_mask, False))
+            h = tl.fma(u, z, decayed)
+        if WANT_Q:
+            dq_0 = over_cols(h, dy_of.index(last).load(COLS))
+            inside = first + last > 0
+            tl.store(dq_at + (last - 1) * dq_step + col_rows, dq_0, mask=tl.where(inside, col_sum_mask, False))
+            if first == final:  # and of the last step, which no other one follows
+                started = started_candidate(h, w, keys, v_tile, last, zeros)
+                f, u = kept_gate(f_of, last, h), kept_gate(u_of, last, h)
+                z = tanh(warpgroup_mma_wait(0, [started]))
+                dq_0 = over_cols(tl.fma(u, z, f * h), dy_of.index(last + 1).load(COLS))
+                tl.store(dq_at + last * dq_step + col_rows, dq_0, mask=col_sum_mask)
+        # What the interval before this one is rebuilt from lies in the L2 by the time that its turn comes.
+        lower = first - INTERVAL
+        lane = tl.arange(0, 16 * (BACKWARD_ROWS // 16), BACKWARD_SPREAD)
+        fetched = tl.maximum(lower + tl.minimum(lane % 16, INTERVAL - 1), 0).to(tl.int64)
+        row = tl.minimum(part * BACKWARD_ROWS + lane // 16 * 16, K - 1).to(tl.int64)
+        prefetch(k + fetched * k_step + row * k_d)
+        prefetch(x + fetched * x_step)
+        prefetch(q + fetched * q_step + row * q_d)
+        lane = tl.arange(0, 16 * (V_PAD // 16), BACKWARD_SPREAD)
+        fetched = tl.maximum(lower + tl.minimum(lane % 16, INTERVAL - 1), 0).to(tl.int64)
+        col = tl.minimum(lane // 16 * 16, V - 1).to(tl.int64)
+        prefetch(v + fetched * v_step + col * v_d)
+        prefetch(dy + fetched * dy_step + col * dy_d)
+        lane = tl.arange(0, BACKWARD_ROWS * V_PAD // 8, BACKWARD_SPREAD)
+        element = tl.minimum(part * (BACKWARD_ROWS * V) + lane * 8, K * V - 1)
+        prefetch(checkpoints + tl.cast(tl.maximum(lower // INTERVAL, 0), tl.int64) * (N * K * V) + element)
+        for t in range(last, -1, -1):
+            started = started_candidate(h, w, keys, v_tile, t, zeros)
+            if WANT_W:  # of the step that came before this one: nobody waits for it
+                more_dw = warpgroup_mma(h_operand.permute((1, 0)), d_operand, sum_dw, is_async=True)
+            f, u = kept_gate(f_of, t, h), kept_gate(u_of, t, h)
+            k_t = column(k_of.index(t).load(BACKWARD_VECTOR), c)
+            q_t = column(q_of.index(t).load(BACKWARD_VECTOR), c)
+            dy_t = dy_of.index(t + 1).load(COLS).to(tl.float32)[None, :]
+            g = clamp(c, bound) + q_t * dy_t
+            z = tanh(warpgroup_mma_wait(1 if WANT_W else 0, [started]))
+            d = g * (u - u * z * z)
+            d_rounded = rounded(d)
+            if WANT_W:
+                sum_dw = warpgroup_mma_wait(0, [more_dw])
+            if CARRIES:
+                started = started_product(d_rounded, w_t, zeros)
+            if WANT_W:
+                h_operand.store(rounded(h))
+                d_operand.store(d_rounded)
+            if WANT_F:
+                df_of.index(t).store(col_sums(row_sums(g * (h - z)), ALL_SUMS))
+            if WANT_V:
+                dv_parts.store(over_lanes(d * k_t))
+            dk_0 = over_cols(d, v_of.index(t).load(COLS))
+            if CARRIES:
+                c = f * g + warpgroup_mma_wait(0, [started])
+            if WANT_W:
+                fence_async_shared()
+            if WANT_K:
+                tl.store(dk_at + t * dk_step + col_rows, dk_0, mask=col_sum_mask)
+            if WANT_V:
+                dv_0 = over_warps(dv_of)
+                tl.store(dv_at + t * dv_step + sum_cols, dv_0, mask=(sum_cols < V))
+            h = rebuilt.index(tl.maximum(t - 1, 0)).load(BACKWARD_TILE)
+        if WANT_F:
+            df_0 = tl.where(line_step <= last, tl.sum(df_parts.load(THREADS_SUMS), 1), 0.0)
+            tl.store(df_at + line_step * df_step, df_0, mask=line_step <= last)
+
+    if WANT_W:
+        sum_dw = warpgroup_mma(h_operand.permute((1, 0)), d_operand, sum_dw)
+    if WANT_H:
+        tl.store(dh_first + (b * N + n) * (K * V) + state_offsets, c, mask=state_mask)
+    if WANT_W:
+        i = tl.arange(0, V_PAD, tl.SliceLayout(1, BACKWARD_TILE))
+        mask = (i < V)[:, None] & col_mask[None, :]
+        tl.store(dw + program.to(tl.int64) * (V * V) + i[:, None] * V + cols[None, :], sum_dw, mask=mask)
+
+
+@gluon.jit
+def m2rnn_step_kernel(
+    q, k, v, w, x, state, y, q_b, q_n, q_d, k_b, k_n, k_d, v_b, v_n, v_d, w_n, w_i, w_j, x_b, x_n, h_b, h_n,
+    h_i, h_j,
+):  # fmt: skip
+    """Advance one head's state by one step in place, FORWARD_ROWS rows at a time."""
+    n = tl.program_id(0) % N
+    b = (tl.program_id(0) // N).to(tl.int64)
+    cols = tl.arange(0, V_PAD, tl.SliceLayout(0, FORWARD_TILE))
+    col_mask = cols < V
+
+    q += b * q_b + (n // (N // NQ)).to(tl.int64) * q_n
+    k += b * k_b + (n // (N // NK)).to(tl.int64) * k_n
+    v += b * v_b + (n // (N // NV)).to(tl.int64) * v_n
+    x += b * x_b + (n // (N // NF)).to(tl.int64) * x_n
+    state += b * h_b + n.to(tl.int64) * h_n
+    w = load_weight(w, w_n, w_i, w_j, n // (N // NW), FORWARD_TILE)
+    v = tl.load(v + cols.to(tl.int64) * v_d, mask=col_mask, other=0.0)
+    f, u = gate(tl.load(x).to(tl.float32))
+    y_0 = tl.zeros((V_PAD,), tl.float32, tl.SliceLayout(0, FORWARD_TILE))
+    for first in range(0, FORWARD_PARTS * FORWARD_ROWS, FORWARD_ROWS):
+        rows = (first + tl.arange(0, FORWARD_ROWS, FORWARD_VECTOR)).to(tl.int64)
+        row_mask = rows < K
+        state_rows = in_tile(rows, FORWARD_TILE)[:, None]
+        address = state + state_rows * h_i + cols.to(tl.int64)[None, :] * h_j
+        state_mask = (state_rows < K) & col_mask[None, :]
+        q_0 = tl.load(q + rows * q_d, mask=row_mask, other=0.0)
+        k_0 = tl.load(k + rows * k_d, mask=row_mask, other=0.0)
+        h = tl.load(address, mask=state_mask, other=0.0).to(tl.float32)
+        h = advance(h, candidate(h, w, outer(k_0, v, h)), f, u)
+        y_0 += tl.sum(column(q_0, h) * h, 0)
+        tl.store(address, h, mask=state_mask)
+    tl.store(y + (b * N + n) * V + cols, y_0, mask=col_mask)
+
+
+def forward(q, k, v, weight, forget, A_log, dt_bias, initial_state, cu_seqlens, save, deterministic, known=None):
+    """Launch the forward kernel; return y, the final state and, if ``save``, the state every INTERVAL steps.
+
+    ``known``, here and for ``step``, keeps launches for calls that agree in shapes, strides, dtypes, alignment, device
+    and which operands are there.
+    """
+    packed = cu_seqlens is not None
+    batch, steps, intervals, count = sizes(q, cu_seqlens)
+    lead = q.shape[:-2]
+    atomic = False
+    y = q.new_empty(*lead, 16, 64, dtype=v.dtype)
+    final_state = q.new_empty(batch, 16, 64, 64, dtype=torch.float32)
+    checkpoints = q.new_empty(count, 16, 64, 64, dtype=torch.float32) if save else None
+    pointers = (
+        q, k, v, weight, forget, initial_state, y, final_state,
+        checkpoints if save else final_state,  # not written to then
+        cu_seqlens,
+    )  # fmt: skip
+    again = None if known is None else known.get((save, deterministic))
+    if again is not None:
+        again(pointers)
+    elif batch:
+        scalars = (
+            *token_strides(q, packed), *token_strides(k, packed), *token_strides(v, packed), *weight.stride(),
+            *token_strides(forget, packed), steps, intervals,
+        )  # fmt: skip
+        flags = {"HAS_FIRST": initial_state is not None, "PACKED": packed, "SAVE": save, "ATOMIC": atomic}
+        programs = batch * 16
+        launch(known, (save, deterministic), m2rnn_forward_kernel, programs, pointers, scalars, flags)
+    return y, final_state, checkpoints
+
+
+def backward(
+    dy, dh_last, q, k, v, weight, forget, A_log, dt_bias, checkpoints, cu_seqlens, bound, wanted, deterministic
+):  # fmt: skip
+    """Launch the backward kernel; return the ``wanted`` gradients: eight flags, in the order of forward's operands."""
+    packed = cu_seqlens is not None
+    batch, steps, intervals, _ = sizes(q, cu_seqlens)
+    lead = q.shape[:-2]
+    want_q, want_k, want_v, want_w, want_f, _, _, want_h = wanted
+    atomic = False
+    dq = q.new_empty(*lead, 16, 64, dtype=q.dtype) if want_q else None
+    dk = q.new_empty(*lead, 16, 64, dtype=k.dtype) if want_k else None
+    dv = q.new_empty(*lead, 16, 64, dtype=v.dtype) if want_v else None
+    df = q.new_empty(*lead, 16, dtype=forget.dtype) if want_f else None
+    dw = q.new_empty(batch, 16, 1, 64, 64, dtype=torch.float32) if want_w else None
+    dh_first = q.new_empty(batch, 16, 64, 64, dtype=torch.float32) if want_h else None
+    programs = batch * 16
+    scratch = None
+    if batch:
+        m2rnn_backward_kernel[(programs,)](
+            q, k, v, weight, forget, dy, dh_last, checkpoints, scratch, cu_seqlens,
+            dq, dk, dv, dw, df, dh_first,
+            *token_strides(q, packed), *token_strides(k, packed), *token_strides(v, packed), *weight.stride(),
+            *token_strides(forget, packed), *token_strides(dy, packed), steps, intervals, bound,
+            HAS_LAST=dh_last is not None, PACKED=packed, ATOMIC=atomic,
+            WANT_Q=want_q, WANT_K=want_k, WANT_V=want_v, WANT_W=want_w, WANT_F=want_f, WANT_H=want_h,
+            CARRIES=any(wanted[1:]), num_warps=4, num_stages=1,
+        )  # fmt: skip
+    gradients = (
+        dq if want_q else None,
+        dk if want_k else None,
+        dv if want_v else None,
+        dw.sum((0, 2)).to(weight.dtype) if want_w else None,
+        df if want_f else None,
+        dh_first,
+    )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def step(q, k, v, weight, forget, A_log, dt_bias, state, known=None):
+    """Launch the step kernel, which advances ``state`` in place; return y."""
+    batch = q.shape[0]
+    y = v.new_empty(batch, 16, 64)
+    pointers = (q, k, v, weight, forget, state, y)
+    again = None if known is None else known.get(())
+    if again is not None:
+        again(pointers)
+    elif batch:
+        scalars = (
+            *q.stride(), *k.stride(), *v.stride(), *weight.stride(), *forget.stride(), *state.stride(),
+        )  # fmt: skip
+        launch(known, (), m2rnn_step_kernel, batch * 16, pointers, scalars, {})
+    return y
+
+
+def launch(known, key, kernel, programs, pointers, scalars, flags):
+    """Launch one of the forward kernels; ``known``, if given, keeps under ``key`` what launches it with other pointers.
+
+    Triton chooses a binary by types, alignment and sizes of the arguments, which takes most of a call's time on the
+    host; so a caller that knows them to be the same keeps the choice. The interpreter has no binaries to keep.
+    """
+    compiled = kernel[(programs, 1, 1)](*pointers, *scalars, **flags, num_warps=4, num_stages=1)
+    if known is not None and compiled is not None:
+        known[key] = relaunch(compiled, programs, (*scalars, *flags.values()), pointers[0].get_device())
+
+
+def relaunch(compiled, programs, rest, device):
+    """Return what launches a binary on other pointers, which it takes as addresses, on the device's current stream.
+
+    It calls the binary's launcher itself, as generated code of torch.compile does, unless a hook must see the launch.
+    """
+    bound, run, hooks = compiled[(programs, 1, 1)], compiled.run, triton.knobs.runtime
+    function, metadata, stream_of = compiled.function, compiled.packed_metadata, current_stream_of()
+
+    def again(pointers):
+        addresses = [None if x is None else x.data_ptr() for x in pointers]
+        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # chains of hooks, or one each
+            bound(*addresses, *rest, stream=stream_of(device))
+        else:
+            run(programs, 1, 1, stream_of(device), function, metadata, None, None, None, *addresses, *rest)
+
+    return again
+
+
+def current_stream_of():
+    """Return the function that gives a device's current stream as Triton launches on it."""
+    return triton.runtime.driver.active.get_current_stream
+
+
+def sizes(q, cu_seqlens):
+    """Sequences, steps (tokens of a packed batch), checkpoints of a sequence (of a packed batch), of all sequences."""
+    if cu_seqlens is None:
+        batch, steps = q.shape[:2]
+        intervals = (steps + 11) // 12
+        return batch, steps, intervals, batch * intervals
+    batch, steps = cu_seqlens.shape[0] - 1, q.shape[0]
+    intervals = steps // 12 + batch
+    return batch, steps, intervals, intervals
+
+
+def token_strides(x, packed):
+    """Strides of x by batch, step, head (and element); a packed batch has no batch dim."""
+    return (0, *x.stride()) if packed else x.stride()
