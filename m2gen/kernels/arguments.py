@@ -13,6 +13,8 @@ Constant = int | bool | None
 
 ELEMENT = {Dtype.BF16: "*bf16", Dtype.FP16: "*fp16", Dtype.FP32: "*fp32"}
 STATE = "*fp32"
+CHECKPOINT = {False: STATE, True: "*fp16"}
+"""States that slots rebuild from are rounded to 11 bits, where products round them to 8."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _forward(k: Lowering) -> Iterator[Argument]:
     yield Argument("h_first", "constexpr")
     yield _pointer("y", STATE if k.y.shared else ELEMENT[k.variant.dtype])
     yield _pointer("h_last", STATE)
-    yield _pointer("checkpoints", STATE)
+    yield _pointer("checkpoints", CHECKPOINT[k.slots])
     yield Argument("cu_seqlens", "constexpr")
     yield from _progress(k)
     yield from _operand_strides(k.variant)
@@ -104,7 +106,7 @@ def _backward(k: Lowering) -> Iterator[Argument]:
     yield from _operands(variant)
     yield _pointer("dy", element)
     yield Argument("dh_last", "constexpr")
-    yield _pointer("checkpoints", STATE)
+    yield _pointer("checkpoints", CHECKPOINT[k.slots])
     yield _pointer("scratch", STATE) if k.launch.scratch_elements else Argument("scratch", "constexpr")
     yield Argument("cu_seqlens", "constexpr")
     yield from _progress(k)
@@ -123,6 +125,8 @@ def _backward(k: Lowering) -> Iterator[Argument]:
     yield from _walks_in_segments(k)
     yield from (_flag(f"WANT_{name}", True) for name in "QKVWFH")
     yield _flag("CARRIES", True)
+    if k.slots:
+        yield _flag("ALIGNED", k.whole)
     if k.computes_gate:
         yield _flag("WANT_GATE", True)
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from m2gen.kernels.lowering import Direction, Lowering
 
+SLOT_TILES = 4
+"""Tiles of the state that a step of slots has in registers: the gradient, that carried, the candidate and zeros."""
+
 
 @dataclass(frozen=True)
 class Demand:
@@ -24,6 +27,10 @@ def demand_of(k: Lowering, direction: Direction, warp_size: int = 32) -> Demand:
     if k.wgmma:
         operand = 0.0
     rows, warps, tiles, weights = k.forward.rows, k.forward.warps, 3, operand
+    if direction == Direction.BACKWARD and k.slots:  # states are in shared memory, and every warp has the weight
+        return Demand(
+            SLOT_TILES * k.backward.rows * cols // (k.backward.warps * warp_size), 2 * cols * cols // warp_size
+        )
     if direction == Direction.BACKWARD:
         rows, warps, tiles, weights = k.backward.rows, k.backward.warps, 2 * k.backward.chunk + 3, 2 * operand + 1
     threads = warps * warp_size

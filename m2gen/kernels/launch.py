@@ -43,18 +43,24 @@ class Launch:
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of one sequence's gradients of weights: groups, contributors, and a weight."""
         groups, cols = self.variant.heads.w, self.variant.head_dim
-        return groups, self.backward_programs // groups, cols, cols
+        contributors = self.backward_programs * (self.schedule.backward.warps if self._slots else 1)
+        return groups, contributors // groups, cols, cols
 
     @property
     def gate_shape(self) -> tuple[int, int]:
         """Shape of one sequence's gradients of a parameter of the gate: groups, and contributors."""
-        return self.variant.heads.f, self.backward_programs // self.variant.heads.f
+        contributors = self.backward_programs * (self.schedule.interval if self._slots else 1)
+        return self.variant.heads.f, contributors // self.variant.heads.f
 
     @property
     def scratch_elements(self) -> int:
         """Elements of a program's scratch in global memory; 0 where it has none."""
-        in_shared = self.schedule.backward.scratch is Scratch.SHARED
-        return 0 if in_shared else self.schedule.scratch_bytes(self.variant) // 4
+        in_l2 = self.schedule.backward.scratch is Scratch.L2
+        return 0 if not in_l2 else self.schedule.scratch_bytes(self.variant) // 4
+
+    @property
+    def _slots(self) -> bool:
+        return self.schedule.backward.scratch is Scratch.SLOTS
 
     @property
     def sum_block(self) -> int:

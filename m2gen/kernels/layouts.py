@@ -6,9 +6,10 @@ Products are 16 x 8 tiles of ``mma.sync``: lane l has rows l // 4 and l // 4 + 8
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from m2gen.kernels import slots
+from m2gen.kernels.linear import Linear, powers
 from m2gen.schedule import ForwardTile, Part, Schedule, Scratch, Warpgroup
 from m2gen.variant import MIN_TILE, Variant
 
@@ -17,30 +18,6 @@ TOO_NEW = (3, 9)
 32 rows and four or more steps an iteration (CONTRIBUTING.md)."""
 LANE_COLS = ((0, 2), (0, 4))
 LANE_ROWS = ((1, 0), (2, 0), (4, 0))
-
-
-def _bases(steps: Iterable[tuple[int, ...]]) -> str:
-    return f"[{', '.join(str(list(step)) for step in steps)}]"
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """A layout by what each bit of a register's, a lane's and a warp's number adds to an element's index."""
-
-    shape: tuple[int, ...]
-    registers: tuple[tuple[int, ...], ...]
-    lanes: tuple[tuple[int, ...], ...]
-    warps: tuple[tuple[int, ...], ...] = ()
-
-    def __str__(self) -> str:
-        first = f"reg_bases={_bases(self.registers)}, lane_bases={_bases(self.lanes)},"
-        rest = f"warp_bases={_bases(self.warps)}, block_bases=[], shape={list(self.shape)},"
-        return f"tl.DistributedLinearLayout(\n    {first}\n    {rest}\n)"
-
-
-def _powers(first: int, end: int) -> list[int]:
-    """Return first, 2 first, 4 first, ... below end."""
-    return [first << bit for bit in range((end // first).bit_length() - 1)]
 
 
 def warps_down(part: Part) -> int:
@@ -59,29 +36,29 @@ def _vector(part: Part) -> str:
     Rows never mix, so which of them a thread has does not matter to the products.
     """
     each = part.rows // (8 * warps_down(part))
-    registers = tuple((row,) for row in _powers(1, each))
+    registers = tuple((row,) for row in powers(1, each))
     lanes = ((0,), (0,), (each,), (2 * each,), (4 * each,))
     across = ((0,),) * ((part.warps // warps_down(part)).bit_length() - 1)
-    down = ((row,) for row in _powers(8 * each, part.rows))
-    return str(_Linear((part.rows,), registers, lanes, (*across, *down)))
+    down = ((row,) for row in powers(8 * each, part.rows))
+    return str(Linear((part.rows,), registers, lanes, (*across, *down)))
 
 
 def _keys(part: Part) -> str:
     """Return the layout of 16 steps' vectors over a part's rows, as the left operand of a product has them."""
     each = part.rows // (8 * warps_down(part))
-    registers = (*((row, 0) for row in _powers(1, each)), (0, 1), (0, 8))
+    registers = (*((row, 0) for row in powers(1, each)), (0, 1), (0, 8))
     lanes = (*LANE_COLS, *((row * each, 0) for row, _ in LANE_ROWS))
     across = ((0, 0),) * ((part.warps // warps_down(part)).bit_length() - 1)
-    down = ((row, 0) for row in _powers(8 * each, part.rows))
-    return str(_Linear((part.rows, 16), registers, lanes, (*across, *down)))
+    down = ((row, 0) for row in powers(8 * each, part.rows))
+    return str(Linear((part.rows, 16), registers, lanes, (*across, *down)))
 
 
 def _row_sums(variant: Variant, part: Part) -> str:
     """Return the layout of what is left of a tile whose threads have summed their rows: 8 rows of every column."""
     across = 8 * part.warps
-    registers = ((0, 1), *((0, col) for col in _powers(across, variant.padded_cols)))
-    warps = tuple((0, col) for col in _powers(8, across))
-    return str(_Linear((8, variant.padded_cols), registers, (*LANE_COLS, *LANE_ROWS), warps))
+    registers = ((0, 1), *((0, col) for col in powers(across, variant.padded_cols)))
+    warps = tuple((0, col) for col in powers(8, across))
+    return str(Linear((8, variant.padded_cols), registers, (*LANE_COLS, *LANE_ROWS), warps))
 
 
 def _sums_apart(variant: Variant, part: ForwardTile | Warpgroup) -> dict[str, str]:
@@ -93,10 +70,10 @@ def _sums_apart(variant: Variant, part: ForwardTile | Warpgroup) -> dict[str, st
     """
     cols, rows, steps = variant.padded_cols, 8 * part.warps, part.unroll
     mine = cols // 4  # a lane's columns of a row
-    lanes = (*((0, col) for col in _powers(mine, cols)), *LANE_ROWS)
-    registers = (*((0, col) for col in _powers(1, mine)), *((row, 0) for row in _powers(rows, rows * steps)))
-    apart = _Linear((steps * rows, cols), registers, lanes, tuple((row, 0) for row in _powers(8, rows)))
-    shared = [*((0, col) for col in _powers(2, cols)), *((step, 0) for step in _powers(1, steps))]
+    lanes = (*((0, col) for col in powers(mine, cols)), *LANE_ROWS)
+    registers = (*((0, col) for col in powers(1, mine)), *((row, 0) for row in powers(rows, rows * steps)))
+    apart = Linear((steps * rows, cols), registers, lanes, tuple((row, 0) for row in powers(8, rows)))
+    shared = [*((0, col) for col in powers(2, cols)), *((step, 0) for step in powers(1, steps))]
     threads = 5 + (part.warps.bit_length() - 1)
     spread, rest = shared[:threads] + [(0, 0)] * (threads - len(shared)), shared[threads:]
 
@@ -108,11 +85,11 @@ def _sums_apart(variant: Variant, part: ForwardTile | Warpgroup) -> dict[str, st
     summed = [(step, placed(col)) for step, col in spread]
     kept = ((0, 1), *((step, placed(col)) for step, col in rest))
     parts = [(step * rows, col) for step, col in spread]
-    every = ((0, 1), *((row, 0) for row in _powers(1, rows)), *((step * rows, col) for step, col in rest))
+    every = ((0, 1), *((row, 0) for row in powers(1, rows)), *((step * rows, col) for step, col in rest))
     return {
         "FORWARD_APART": str(apart),
-        "FORWARD_EVERY": str(_Linear((steps * rows, cols), every, tuple(parts[:5]), tuple(parts[5:]))),
-        "FORWARD_SUMS": str(_Linear((steps, cols), kept, tuple(summed[:5]), tuple(summed[5:]))),
+        "FORWARD_EVERY": str(Linear((steps * rows, cols), every, tuple(parts[:5]), tuple(parts[5:]))),
+        "FORWARD_SUMS": str(Linear((steps, cols), kept, tuple(summed[:5]), tuple(summed[5:]))),
         "PLAIN": "tl.SwizzledSharedLayout(1, 1, 1, [1, 0])",
     }
 
@@ -120,10 +97,10 @@ def _sums_apart(variant: Variant, part: ForwardTile | Warpgroup) -> dict[str, st
 def _col_sums(part: Part) -> dict[str, str]:
     """Return the layouts of what is left of a tile whose threads have summed their columns, and of its neighbours."""
     cols, each = ((0, 1), (0, 2)), part.rows // 8
-    tile = _Linear((part.rows, 4), tuple((row, 0) for row in _powers(8, part.rows)), (*cols, *LANE_ROWS))
+    tile = Linear((part.rows, 4), tuple((row, 0) for row in powers(8, part.rows)), (*cols, *LANE_ROWS))
     lanes = (*cols, *((row * each, 0) for row, _ in LANE_ROWS))
-    loaded = _Linear((part.rows, 4), tuple((row, 0) for row in _powers(1, each)), lanes)
-    every = _Linear((8, 4), (), (*cols, *LANE_ROWS))
+    loaded = Linear((part.rows, 4), tuple((row, 0) for row in powers(1, each)), lanes)
+    every = Linear((8, 4), (), (*cols, *LANE_ROWS))
     return {"COL_SUMS": str(tile), "COL_SUMS_LOADED": str(loaded), "ALL_SUMS": str(every)}
 
 
@@ -135,14 +112,14 @@ def _warpgroup(variant: Variant) -> dict[str, str]:
     cols = variant.padded_cols
     quads = (*((0, col) for col in (1, 2)), *LANE_ROWS)
     loaded = (*((0, col) for col in (1, 2)), *((2 * row, 0) for row, _ in LANE_ROWS))
-    wide = ((0, 1), *((0, col) for col in _powers(8, cols)))
+    wide = ((0, 1), *((0, col) for col in powers(8, cols)))
     rows, sums = ((16, 0), (32, 0)), ((8, 0), (16, 0))
     linear = {
-        "ROW_SUMS": _Linear((32, cols), wide, (*LANE_COLS, *LANE_ROWS), sums),
-        "ROW_EIGHTHS": _Linear((32, cols // 8), ((0, 1),), (*LANE_COLS, *LANE_ROWS), sums),
-        "COL_SUMS": _Linear((64, 4), ((8, 0),), quads, rows),
-        "COL_SUMS_LOADED": _Linear((64, 4), ((1, 0),), loaded, rows),
-        "ALL_SUMS": _Linear((32, 4), (), quads, sums),
+        "ROW_SUMS": Linear((32, cols), wide, (*LANE_COLS, *LANE_ROWS), sums),
+        "ROW_EIGHTHS": Linear((32, cols // 8), ((0, 1),), (*LANE_COLS, *LANE_ROWS), sums),
+        "COL_SUMS": Linear((64, 4), ((8, 0),), quads, rows),
+        "COL_SUMS_LOADED": Linear((64, 4), ((1, 0),), loaded, rows),
+        "ALL_SUMS": Linear((32, 4), (), quads, sums),
     }
     return {
         **{name: str(layout) for name, layout in linear.items()},
@@ -177,8 +154,12 @@ def _others(variant: Variant, schedule: Schedule) -> dict[str, str]:
         found["BACKWARD_SPREAD"] = f"tl.BlockedLayout([1], [32], [{backward.warps}], [0])"
     if backward.scratch is Scratch.SHARED:
         found["BACKWARD_SCRATCH"] = _scratch(variant)
-    found["SUM_LAYOUT"] = f"tl.BlockedLayout([1], [32], [{schedule.forward.warps}], [0])"
+    found["SUM_LAYOUT"] = _sum_layout(schedule)
     return found
+
+
+def _sum_layout(schedule: Schedule) -> str:
+    return f"tl.BlockedLayout([1], [32], [{schedule.forward.warps}], [0])"
 
 
 @dataclass(frozen=True)
@@ -189,15 +170,24 @@ class Uses:
     y_by_butterfly: bool
     y_in_memory: bool
     gradients_together: bool
+    slots: bool
+    sums_of_programs: bool
 
 
 def mma(variant: Variant, schedule: Schedule, uses: Uses) -> dict[str, str]:
     """Return the layouts that kernels with products by ``mma.sync`` name."""
     forward, backward = schedule.forward, schedule.backward
-    found = {"FORWARD_TILE": _tile(forward), "BACKWARD_TILE": _tile(backward), **_vectors(schedule)}
+    found = {"FORWARD_TILE": _tile(forward)}
+    if uses.slots:
+        found |= {"FORWARD_VECTOR": _vector(forward), **slots.layouts(backward.warps)}
+        if uses.sums_of_programs:
+            found["SUM_LAYOUT"] = _sum_layout(schedule)
+    else:
+        found |= {"BACKWARD_TILE": _tile(backward), **_vectors(schedule)}
     if uses.outer_by_product:
         found |= {"FORWARD_KEYS": _keys(forward), "FORWARD_VALUES": "tl.DotOperandLayout(1, FORWARD_TILE, 2)"}
-    found |= _others(variant, schedule)
+    if not uses.slots:
+        found |= _others(variant, schedule)
     if uses.y_in_memory:
         found |= _sums_apart(variant, forward)
     elif uses.y_by_butterfly:

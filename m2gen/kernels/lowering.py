@@ -129,6 +129,22 @@ class Lowering:
     def scratch_in_shared(self) -> bool:
         return self.backward.scratch is Scratch.SHARED
 
+    @property
+    def slots(self) -> bool:
+        """Whether the backward keeps every step of an interval, each in a slot of the products that make its sums."""
+        return self.backward.scratch is Scratch.SLOTS
+
+    @property
+    def whole(self) -> bool:
+        """Whether the state's dims need no padding."""
+        variant = self.variant
+        return (variant.padded_rows, variant.padded_cols) == (variant.state_expansion, variant.head_dim)
+
+    @property
+    def checkpoint_dtype(self) -> str:
+        """States that slots start from need no more than 11 bits: products round them to 8."""
+        return "torch.float16" if self.slots else "torch.float32"
+
     # Products.
 
     @property
@@ -223,7 +239,11 @@ class Lowering:
         found |= {"N": heads.total, "NQ": heads.q, "NK": heads.k, "NV": heads.v, "NF": heads.f, "NW": heads.w}
         found |= {"INTERVAL": self.schedule.interval}
         found |= {"FORWARD_ROWS": forward.rows, "FORWARD_PARTS": forward.parts(variant), "UNROLL": forward.unroll}
-        found |= {"BACKWARD_ROWS": backward.rows, "BACKWARD_PARTS": backward.parts(variant), "CHUNK": backward.chunk}
+        parts = backward.parts(variant)
+        if self.slots:
+            found |= {"WARPS": backward.warps, "BACKWARD_PARTS": parts}
+        else:
+            found |= {"BACKWARD_ROWS": backward.rows, "BACKWARD_PARTS": parts, "CHUNK": backward.chunk}
         if self.segmented:
             found |= {"SEGMENTS": self.schedule.segments, "SHORTEST": self.schedule.shortest_segment}
         return {**found, "SUM_BLOCK": self.launch.sum_block} if self.shares else found
@@ -236,7 +256,9 @@ class Lowering:
         if self.family is Family.WGMMA:
             return layouts.wgmma(self.variant, self.schedule)
         y = self.sums.y
-        uses = layouts.Uses(self.outer_by_product, y is Sums.BUTTERFLY, y is Sums.MEMORY, self.sums.together)
+        uses = layouts.Uses(
+            self.outer_by_product, y is Sums.BUTTERFLY, y is Sums.MEMORY, self.sums.together, self.slots, self.shares
+        )
         return layouts.mma(self.variant, self.schedule, uses)
 
     @property

@@ -117,16 +117,17 @@ def checkpoints_of(
     forget: Tensor,
     A_log: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> int:
-    """Return how many states a call saves, as the launchers count.
+) -> tuple[int, torch.dtype]:
+    """Return how many states a call saves, as the launchers count, and their dtype.
 
     A compiler that knows the number of sequences as a symbol learns its bucket only where the answer depends on it.
     """
     kernels, most = table_of(variant_of(q, k, v, weight, forget, A_log), present(q.device))
-    if len({module.INTERVAL.value for module in kernels}) > 1:
+    if len({(module.INTERVAL.value, module.CHECKPOINTS) for module in kernels}) > 1:
         kernels = (_of_bucket(kernels, most, q, cu_seqlens),)
     count: int = kernels[0].sizes(q, cu_seqlens)[-1]
-    return count
+    dtype: torch.dtype = kernels[0].CHECKPOINTS
+    return count, dtype
 
 
 def variant_of(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor, A_log: Tensor | None) -> VariantKey:

@@ -24,12 +24,13 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the final state and as many checkpoints as the kernels save."""
     batch = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    count = dispatch.checkpoints_of(q, k, v, weight, forget, A_log, cu_seqlens) if save else 0
+    none = (0, torch.float32)
+    count, dtype = dispatch.checkpoints_of(q, k, v, weight, forget, A_log, cu_seqlens) if save else none
     heads = total_heads(q, k, v, weight, forget)
     y = v.new_empty(*v.shape[:-2], heads, v.shape[-1])
     state_shape = (heads, q.shape[-1], v.shape[-1])
     state = q.new_empty(batch, *state_shape, dtype=torch.float32)
-    return y, state, q.new_empty(count, *state_shape, dtype=torch.float32)
+    return y, state, q.new_empty(count, *state_shape, dtype=dtype)
 
 
 def backward(

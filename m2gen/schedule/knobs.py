@@ -52,6 +52,9 @@ class Scratch(StrEnum):
     """A buffer in global memory, one interval a program, which the L2 holds."""
     SHARED = "shared"
     """Shared memory; where threads read back what they wrote themselves. It limits programs an SM."""
+    SLOTS = "slots"
+    """Shared memory, in 16 bits, which has the state, the slope of tanh and H - Z of every step of an interval. tanh is
+    evaluated once, and tensor cores make the sums, in which each step has a slot. Up to 16 columns of bfloat16 only."""
 
 
 Value = int | Reduction | Scratch | Tanh

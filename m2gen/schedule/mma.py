@@ -19,11 +19,18 @@ from m2gen.schedule.tiles import (
     usual_tile,
 )
 from m2gen.spec import Dtype
-from m2gen.variant import Variant
+from m2gen.variant import MIN_TILE, Variant
 
 MOST_COLS = 64
 """Columns up to which threads have registers for the state weight; a compiler that chooses layouts keeps it in shared
 memory, where these kernels spill 350 bytes a thread at 128."""
+SLOTS = 8
+"""Steps of an interval whose sums one product makes: the columns of a product."""
+SLOT_ROWS = 32
+"""Rows of the state that a warp has where steps have slots."""
+SLOT_WARP_BYTES = 28_672
+"""Shared memory that each of these warps takes: 3 KB for each step's state, slope and H - Z, the operands of
+the interval and of the one before it, and its parts of sums over rows."""
 RESIDENT_WARPS = 8
 """Warps that an SM of NVIDIA has registers for, with the 255 a thread that a backward takes."""
 
@@ -36,7 +43,7 @@ class MmaBackward(BackwardTile):
 
     @property
     def slug(self) -> str:
-        return super().slug + ("s" if self.scratch is Scratch.SHARED else "")
+        return super().slug + {Scratch.L2: "", Scratch.SHARED: "s", Scratch.SLOTS: "t"}[self.scratch]
 
 
 @dataclass(frozen=True)
@@ -80,10 +87,22 @@ class Mma(Knobs):
         tanh = best_tanh(variant, device)
         unroll = 8 if tanh is Tanh.PTX and (rows, warps) == (32, 1) else 4
         forward = ForwardTile(rows, warps, unroll, Reduction.ATOMIC)
+        slots = cls._default_of_slots(variant, tanh)
+        if not list(slots.problems(variant, device)):
+            return slots
         scratch = USUAL_INTERVAL // 2 * rows * variant.padded_cols * 4
         fits = scratch * (RESIDENT_WARPS // warps) <= device.shared_bytes
         backward = MmaBackward(rows, warps, 2, Reduction.ATOMIC, Scratch.SHARED if fits else Scratch.L2)
         return cls(forward, backward, USUAL_INTERVAL, tanh)
+
+    @classmethod
+    def _default_of_slots(cls, variant: Variant, tanh: Tanh) -> Self:
+        """Return the schedule whose tanh is evaluated once in the backward: two thirds of the time of a step."""
+        rows = min(variant.padded_rows, 2 * SLOT_ROWS)
+        forward = ForwardTile(rows, max(1, rows // SLOT_ROWS), 8 if tanh is Tanh.PTX else 4, Reduction.ATOMIC)
+        warps = max(1, variant.padded_rows // SLOT_ROWS)
+        backward = MmaBackward(variant.padded_rows, warps, SLOTS, Reduction.ATOMIC, Scratch.SLOTS)
+        return cls(forward, backward, SLOTS, tanh)
 
     def problems(self, variant: Variant, device: Device) -> Iterator[str]:
         """Yield why the schedule cannot serve a variant on a device."""
@@ -97,6 +116,28 @@ class Mma(Knobs):
                 yield f"{direction}.warps must be at most {most}, each with a 16 x 8 tile, got {part.warps}"
         if self.backward.scratch is Scratch.SHARED:
             yield from self._shared_problems(variant, device)
+        if self.backward.scratch is Scratch.SLOTS:
+            yield from self._slot_problems(variant, device)
+
+    def _slot_problems(self, variant: Variant, device: Device) -> Iterator[str]:
+        backward = self.backward
+        if variant.dtype is not Dtype.BF16 or variant.padded_cols > MIN_TILE or variant.padded_rows < SLOT_ROWS:
+            yield (
+                f"backward.scratch must not be slots but for bf16, at most {MIN_TILE} columns and more than {MIN_TILE} "
+                f"rows, got {variant.dtype}, {variant.head_dim} and {variant.state_expansion}"
+            )
+        wanted = {
+            "backward.rows": (backward.rows, variant.padded_rows),
+            "backward.warps": (backward.warps, max(1, variant.padded_rows // SLOT_ROWS)),
+            "backward.chunk": (backward.chunk, SLOTS),
+            "interval": (self.interval, SLOTS),
+        }
+        for name, (value, must) in wanted.items():
+            if value != must:
+                yield f"{name} must be {must} where backward.scratch is slots, got {value}"
+        taken = backward.warps * SLOT_WARP_BYTES
+        if taken > device.shared_bytes:
+            yield f"backward.scratch must take at most {device.shared_bytes} bytes of shared memory, got {taken}"
 
     def _shared_problems(self, variant: Variant, device: Device) -> Iterator[str]:
         if not self.two_level:

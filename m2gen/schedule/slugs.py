@@ -12,7 +12,7 @@ from m2gen.schedule.tiles import ForwardTile
 from m2gen.schedule.wgmma import Warpgroup, Wgmma
 
 _TILES = re.compile(
-    r"(portable|mma)_f(\d+)x(\d+)u(\d+)([ap])_b(\d+)x(\d+)c(\d+)([ap])(s?)_i(\d+)(?:_s(\d+))?_(ptx|exp)", re.ASCII
+    r"(portable|mma)_f(\d+)x(\d+)u(\d+)([ap])_b(\d+)x(\d+)c(\d+)([ap])([st]?)_i(\d+)(?:_s(\d+))?_(ptx|exp)", re.ASCII
 )
 _WARPGROUP = re.compile(r"wgmma_([ap])([ap])_i(\d+)_(ptx|exp)", re.ASCII)
 _REDUCTIONS = {kind[0]: kind for kind in Reduction}
@@ -32,5 +32,5 @@ def parse(slug: str) -> Portable | Mma | Wgmma:
     interval, segments, tanh = int(found[11]), int(found[12] or 1), Tanh(found[13])
     if found[1] == "portable":
         return Portable(tile, PortableBackward(rows, warps, chunk, _REDUCTIONS[found[9]]), interval, tanh, segments)
-    scratch = Scratch.SHARED if found[10] else Scratch.L2
+    scratch = {"": Scratch.L2, "s": Scratch.SHARED, "t": Scratch.SLOTS}[found[10]]
     return Mma(tile, MmaBackward(rows, warps, chunk, _REDUCTIONS[found[9]], scratch), interval, tanh, segments)

@@ -36,7 +36,7 @@ class Dtype:
 
 
 FLOAT32, INT32, INT64 = Dtype("float32", np.float32), Dtype("int32", np.int32), Dtype("int64", np.int64)
-DTYPES = {"float32": FLOAT32, "int32": INT32, "int64": INT64}
+DTYPES = {"float32": FLOAT32, "int32": INT32, "int64": INT64, "int16": Dtype("int16", np.int16)}
 DTYPES |= {"bfloat16": Dtype("bfloat16", np.float32), "float16": Dtype("float16", np.float16)}
 
 
@@ -113,6 +113,7 @@ class Pointer:
 
     def __init__(self, storage: torch.Tensor, offsets: Any) -> None:
         self.storage, self.offsets = storage, np.asarray(offsets, dtype=np.int64)
+        self.dtype = SimpleNamespace(element_ty=DTYPES[str(storage.dtype).removeprefix("torch.")])
 
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.storage, self.offsets + np.asarray(plain(other), dtype=np.int64))
@@ -197,6 +198,18 @@ def allocate_shared_memory(dtype: Dtype, shape: list[int], layout: Any, value: T
     return found
 
 
+def copy_ahead(place: Shared, address: Pointer, mask: Any = None) -> None:
+    """Copy what an asynchronous copy will bring; what its mask leaves out is nobody's to read."""
+    place.store(load(address, mask, np.nan))
+
+
+def product_of_slots(rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """Return m16n8k8's product: ``rows`` has 8 slots twice, ``cols`` columns c % 8 down, c // 8 and slots across."""
+    left = rows[..., :8]
+    right = cols[:, :8].reshape(-1, 8, 2, 8).transpose(0, 3, 2, 1).reshape(-1, 8, 16)
+    return left @ right
+
+
 def product(a: Any, b: Any, total: Any, use_acc: bool = True, **_: Any) -> Tensor:
     made = a.array.astype(np.float32) @ b.array.astype(np.float32)
     return Tensor(made + total.array if use_acc else made)
@@ -218,9 +231,15 @@ def inline_asm_elementwise(text: str, constraints: str, operands: list[Any], dty
         return Tensor(np.tanh(x))
     if text.startswith("shfl.sync.bfly"):
         return Tensor(exchange(x, int(re.findall(r", (\d+),", text)[0])), dtype)
+    if text.startswith("and.b32"):
+        return Tensor(np.where(operands[1].array == -1, x, 0), dtype)
+    if text.startswith("fma.rn.bf16x2"):
+        return Tensor(x * operands[1].array + operands[2].array).to(dtype)
+    if text.startswith("mma.sync.aligned.m16n8k8"):
+        return Tensor(operands[2].array + product_of_slots(x, operands[1].array))
     assert text.startswith("movmatrix"), text
-    rows, cols = x.shape  # blocks of 8 x 8 are transposed where they lie
-    return Tensor(x.reshape(rows // 8, 8, cols // 8, 8).transpose(0, 3, 2, 1).reshape(rows, cols), dtype)
+    *_, rows, cols = x.shape  # blocks of 8 x 8 are transposed where they lie
+    return Tensor(x.reshape(-1, rows // 8, 8, cols // 8, 8).transpose(0, 1, 4, 3, 2).reshape(x.shape), dtype)
 
 
 def _layout(warps: list[int] | None = None) -> Any:
@@ -254,6 +273,7 @@ def language() -> ModuleType:
     tl.allocate_shared_memory = allocate_shared_memory
     tl.arange = lambda start, end, layout=None: Tensor(np.arange(start, end, dtype=np.int32))
     tl.zeros = lambda shape, dtype, layout=None: Tensor(np.zeros(shape, dtype.numpy), dtype)
+    tl.full = lambda shape, value, dtype, layout=None: Tensor(np.full(shape, value, dtype.numpy), dtype)
     tl.cast = lambda x, dtype: Tensor(x).to(dtype)
     tl.minimum, tl.maximum, tl.where = _maths(np.minimum), _maths(np.maximum), _maths(np.where)
     tl.abs, tl.exp, tl.exp2 = _maths(np.abs), _maths(np.exp), _maths(np.exp2)
@@ -305,6 +325,9 @@ def load_module(source: str) -> ModuleType:
     tl: Any = language()
     named: Any = SimpleNamespace(PropagateNan=SimpleNamespace(ALL=None), debug_barrier=lambda: None)
     products: Any = SimpleNamespace(mma_v2=product, warpgroup_mma=product, fence_async_shared=lambda: None)
+    products.async_copy = SimpleNamespace(
+        async_copy_global_to_shared=copy_ahead, commit_group=lambda: None, wait_group=lambda _: None
+    )
     products.warpgroup_mma_wait = lambda left, waited: waited[0]
     gluon = SimpleNamespace(jit=_jit, language=tl)
     modules: dict[str, Any] = {"triton": SimpleNamespace(language=named), "triton.language": named}

@@ -19,10 +19,10 @@ layers:
     head_dim: 16
     state_expansion: 64
     heads: {q: 1, k: 1, v: 84, f: 84, w: 84}
-    dtypes: bf16
+    dtypes: fp16
     workloads: [{batch: 8, seq: 4096}]
 """
-STANDARD = default(parse_variant("k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx"), simulated.DEVICE)
+STANDARD = default(parse_variant("k64_v16_q1_k1_v84_f84_w84_fp16_carry_approx"), simulated.DEVICE)
 
 
 def beside(**knobs: int) -> str:

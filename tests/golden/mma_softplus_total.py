@@ -1,4 +1,4 @@
-"""M2RNN kernels for k64_v16_q1_k1_v2_f2_w2_bf16_total_exact_softplus, schedule mma_f32x1u4a_b32x1c2as_i16_exp.
+"""M2RNN kernels for k64_v16_q1_k1_v2_f2_w2_bf16_total_exact_softplus, schedule mma_f64x2u4a_b64x2c8at_i8_exp.
 
 
 
@@ -19,7 +19,7 @@ import torch
 import triton.language
 from triton.experimental import gluon
 from triton.experimental.gluon import language as tl  # Triton's functions, on tensors whose layouts are written down
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 K: tl.constexpr = tl.constexpr(64)
 V: tl.constexpr = tl.constexpr(16)
@@ -30,52 +30,84 @@ NK: tl.constexpr = tl.constexpr(1)
 NV: tl.constexpr = tl.constexpr(2)
 NF: tl.constexpr = tl.constexpr(2)
 NW: tl.constexpr = tl.constexpr(2)
-INTERVAL: tl.constexpr = tl.constexpr(16)
-FORWARD_ROWS: tl.constexpr = tl.constexpr(32)
-FORWARD_PARTS: tl.constexpr = tl.constexpr(2)
+INTERVAL: tl.constexpr = tl.constexpr(8)
+FORWARD_ROWS: tl.constexpr = tl.constexpr(64)
+FORWARD_PARTS: tl.constexpr = tl.constexpr(1)
 UNROLL: tl.constexpr = tl.constexpr(4)
-BACKWARD_ROWS: tl.constexpr = tl.constexpr(32)
-BACKWARD_PARTS: tl.constexpr = tl.constexpr(2)
-CHUNK: tl.constexpr = tl.constexpr(2)
-SUM_BLOCK: tl.constexpr = tl.constexpr(256)
-FORWARD_TILE: tl.constexpr = tl.constexpr(tl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]))
-BACKWARD_TILE: tl.constexpr = tl.constexpr(tl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8]))
+WARPS: tl.constexpr = tl.constexpr(2)
+BACKWARD_PARTS: tl.constexpr = tl.constexpr(1)
+SUM_BLOCK: tl.constexpr = tl.constexpr(512)
+FORWARD_TILE: tl.constexpr = tl.constexpr(tl.NVMMADistributedLayout([2, 0], [2, 1], [16, 8]))
 FORWARD_VECTOR: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
     reg_bases=[[1], [2]], lane_bases=[[0], [0], [4], [8], [16]],
-    warp_bases=[], block_bases=[], shape=[32],
+    warp_bases=[[32]], block_bases=[], shape=[64],
 ))  # fmt: skip
-BACKWARD_VECTOR: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
-    reg_bases=[[1], [2]], lane_bases=[[0], [0], [4], [8], [16]],
-    warp_bases=[], block_bases=[], shape=[32],
+BACKWARD_TILE: tl.constexpr = tl.constexpr(tl.NVMMADistributedLayout([2, 0], [2, 1, 1], [1, 16, 8]))
+LEFT: tl.constexpr = tl.constexpr(tl.DotOperandLayout(0, BACKWARD_TILE, 2))
+RIGHT: tl.constexpr = tl.constexpr(tl.DotOperandLayout(1, BACKWARD_TILE, 2))
+SLOT_KEYS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[0, 1, 0], [0, 2, 0], [0, 0, 1]], lane_bases=[[0, 0, 2], [0, 0, 4], [0, 4, 0], [0, 8, 0], [0, 16, 0]],
+    warp_bases=[[1, 0, 0]], block_bases=[], shape=[2, 32, 8],
 ))  # fmt: skip
+SLOT_VALUES: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[0, 0, 1], [0, 0, 8]], lane_bases=[[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+    warp_bases=[[1, 0, 0]], block_bases=[], shape=[2, 8, 16],
+))  # fmt: skip
+CHECKPOINT: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[0, 0, 1], [0, 1, 0], [0, 0, 8], [0, 2, 0]], lane_bases=[[0, 0, 2], [0, 0, 4], [0, 4, 0], [0, 8, 0], [0, 16, 0]],
+    warp_bases=[[1, 0, 0]], block_bases=[], shape=[2, 32, 16],
+))  # fmt: skip
+KEPT: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 32, 0]], lane_bases=[[0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0], [0, 16, 0]],
+    warp_bases=[[1, 0, 0]], block_bases=[], shape=[2, 64, 8],
+))  # fmt: skip
+COPIED_KEYS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[0, 0, 1], [0, 0, 2], [0, 0, 4]], lane_bases=[[0, 0, 8], [0, 0, 16], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+    warp_bases=[[1, 0, 0]], block_bases=[], shape=[2, 8, 32],
+))  # fmt: skip
+COPIED_VALUES: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[0, 0, 1], [0, 0, 2]], lane_bases=[[0, 0, 4], [0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+    warp_bases=[[1, 0, 0]], block_bases=[], shape=[2, 8, 16],
+))  # fmt: skip
+COPIED_STATE: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 16, 0]], lane_bases=[[0, 0, 8], [0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0]],
+    warp_bases=[[1, 0, 0]], block_bases=[], shape=[2, 32, 16],
+))  # fmt: skip
+THREADS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[], lane_bases=[[0, 0, 1], [0, 0, 2], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+    warp_bases=[[1, 0, 0]], block_bases=[], shape=[2, 8, 4],
+))  # fmt: skip
+OVER_WARPS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[1, 0, 0], [0, 0, 4]], lane_bases=[[0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0], [0, 0, 1]],
+    warp_bases=[[0, 0, 2]], block_bases=[], shape=[2, 16, 8],
+))  # fmt: skip
+OVER_THREADS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[4, 0], [8, 0], [16, 0], [32, 0]], lane_bases=[[0, 1], [0, 2], [0, 4], [1, 0], [2, 0]],
+    warp_bases=[[0, 0]], block_bases=[], shape=[64, 8],
+))  # fmt: skip
+PLACE_OF_KEYS: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0]))
+PLACE_OF_STATES: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0]))
+PLACE: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+SUM_LAYOUT: tl.constexpr = tl.constexpr(tl.BlockedLayout([1], [32], [2], [0]))
 FORWARD_KEYS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
     reg_bases=[[1, 0], [2, 0], [0, 1], [0, 8]], lane_bases=[[0, 2], [0, 4], [4, 0], [8, 0], [16, 0]],
-    warp_bases=[], block_bases=[], shape=[32, 16],
+    warp_bases=[[32, 0]], block_bases=[], shape=[64, 16],
 ))  # fmt: skip
 FORWARD_VALUES: tl.constexpr = tl.constexpr(tl.DotOperandLayout(1, FORWARD_TILE, 2))
-BACKWARD_SPREAD: tl.constexpr = tl.constexpr(tl.BlockedLayout([1], [32], [1], [0]))
-BACKWARD_SCRATCH: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(8, 2, 2, [1, 0]))
-SUM_LAYOUT: tl.constexpr = tl.constexpr(tl.BlockedLayout([1], [32], [1], [0]))
+FORWARD_APART: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[0, 1], [0, 2], [16, 0], [32, 0]], lane_bases=[[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]],
+    warp_bases=[[8, 0]], block_bases=[], shape=[64, 16],
+))  # fmt: skip
+FORWARD_EVERY: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
+    reg_bases=[[0, 1], [1, 0], [2, 0], [4, 0], [8, 0]], lane_bases=[[0, 2], [0, 4], [0, 8], [16, 0], [32, 0]],
+    warp_bases=[[0, 0]], block_bases=[], shape=[64, 16],
+))  # fmt: skip
 FORWARD_SUMS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
-    reg_bases=[[0, 1], [0, 8]], lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
-    warp_bases=[], block_bases=[], shape=[8, 16],
+    reg_bases=[[0, 1]], lane_bases=[[0, 8], [0, 2], [0, 4], [1, 0], [2, 0]],
+    warp_bases=[[0, 0]], block_bases=[], shape=[4, 16],
 ))  # fmt: skip
-ROW_SUMS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
-    reg_bases=[[0, 1], [0, 8]], lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
-    warp_bases=[], block_bases=[], shape=[8, 16],
-))  # fmt: skip
-COL_SUMS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
-    reg_bases=[[8, 0], [16, 0]], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-    warp_bases=[], block_bases=[], shape=[32, 4],
-))  # fmt: skip
-COL_SUMS_LOADED: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
-    reg_bases=[[1, 0], [2, 0]], lane_bases=[[0, 1], [0, 2], [4, 0], [8, 0], [16, 0]],
-    warp_bases=[], block_bases=[], shape=[32, 4],
-))  # fmt: skip
-ALL_SUMS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
-    reg_bases=[], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-    warp_bases=[], block_bases=[], shape=[8, 4],
-))  # fmt: skip
+PLAIN: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+CHECKPOINTS = torch.float16
 
 
 @gluon.jit
@@ -162,31 +194,11 @@ def rounded(x):
 
 
 @gluon.jit
-def transposed(x):
-    """x^T of 16-bit elements: a warp transposes blocks of 8 x 8; that whole blocks move costs nothing."""
-    x = tl.inline_asm_elementwise(
-        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
-    )
-    R: tl.constexpr = x.shape[0]
-    C: tl.constexpr = x.shape[1]
-    return x.reshape([R // 8, 8, C // 8, 8]).permute((2, 1, 0, 3)).reshape([C, R])
-
-
-@gluon.jit
 def product(a, b, total):
     """a b + total, summed in float32."""
     layout: tl.constexpr = total.type.layout  # of which the left operand's is another name, so H moves nowhere
     a = tl.convert_layout(a, tl.DotOperandLayout(0, layout, 2))
     return mma_v2(a, tl.convert_layout(b, tl.DotOperandLayout(1, layout, 2)), total)
-
-
-@gluon.jit
-def prefetch(address):
-    """Have the L2 fetch the sector of each of these addresses, with no register to wait for them."""
-    address = address.to(tl.int64)
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit
@@ -198,21 +210,6 @@ def in_tile(x, TILE: tl.constexpr):
 
 
 @gluon.jit
-def as_loaded(x, LAYOUT: tl.constexpr):
-    """x (rows of a tile,) as vectors are loaded and stored; undoes ``in_tile``."""
-    WARPS: tl.constexpr = x.type.layout.parent.warps_per_cta[0]
-    x = x.reshape([x.shape[0] // (16 * WARPS), WARPS, 2, 8]).permute((1, 3, 0, 2)).reshape([x.shape[0]])
-    return tl.convert_layout(x, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def columns_as_loaded(x, LAYOUT: tl.constexpr):
-    """``as_loaded`` for x (rows, 4) of one warp."""
-    x = x.reshape([x.shape[0] // 16, 2, 8, 4]).permute((2, 0, 1, 3)).reshape([x.shape[0], 4])
-    return tl.convert_layout(x, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
 def column(x, tile):
     """x (rows,) as a column beside ``tile``, in float32."""
     TILE: tl.constexpr = tile.type.layout
@@ -221,40 +218,23 @@ def column(x, tile):
 
 
 @gluon.jit
-def row_sums(x, LAYOUT: tl.constexpr):
-    """Sum x (rows, cols) over the rows that a thread has: (8, cols), of which a lane has one row."""
-    x = tl.sum(x.reshape([x.shape[0] // 8, 8, x.shape[1]]), 0)
-    return tl.convert_layout(x, LAYOUT, assert_trivial=True)
+def sums_apart(x):
+    """Sum x (rows, cols) over the rows that a thread has: (8 a warp, cols)."""
+    WARPS: tl.constexpr = x.type.layout.warps_per_cta[0]
+    R: tl.constexpr = x.shape[0]
+    x = x.reshape([R // (16 * WARPS), WARPS, 2, 8, V_PAD]).permute((0, 2, 1, 3, 4))
+    return tl.sum(x.reshape([R // (8 * WARPS), 8 * WARPS, V_PAD]), 0)
 
 
 @gluon.jit
-def col_sums_of(x, y, LAYOUT: tl.constexpr):
-    """Sum x y over columns, x (rows, cols) and y (cols,), on tensor cores: (rows, 4), every lane the same.
-
-    They see 11 bits of x (tf32) and all of y, which is bfloat16, as results are.
-    """
-    TILE: tl.constexpr = x.type.layout
-    RIGHT: tl.constexpr = tl.DotOperandLayout(1, TILE, 2)
-    x = tl.convert_layout(x, tl.DotOperandLayout(0, TILE, 2), assert_trivial=True)
-    y = tl.convert_layout(y.to(tl.float32), tl.SliceLayout(1, RIGHT), assert_trivial=True)
-    zeros = tl.zeros((x.shape[0], 8), tl.float32, TILE)
-    y, _ = tl.broadcast(y[:, None], tl.zeros((y.shape[0], 8), tl.float32, RIGHT))
-    sums, _ = mma_v2(x, y, zeros, input_precision="tf32").reshape([x.shape[0], 4, 2]).split()
-    return tl.convert_layout(sums, LAYOUT, assert_trivial=True)
-
-
-@gluon.jit
-def exchanged(x, LANES: tl.constexpr):
-    """What the thread has whose lane differs in the bit LANES."""
-    return tl.inline_asm_elementwise(
-        f"shfl.sync.bfly.b32 $0, $1, {LANES}, 0x1f, 0xffffffff;", "=f,f", [x], dtype=x.dtype, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def added(one, other, upper, LANES: tl.constexpr):
-    """Add pairs of rows of two sums at once: lower rows go on with ``one``, upper ones with ``other``."""
-    return tl.where(upper, other, one) + exchanged(tl.where(upper, one, other), LANES)
+def added_up(x, parts):
+    """Sum in shared memory what ``sums_apart`` left of all steps, of which x's last dims are the bits: (steps, cols)."""
+    R: tl.constexpr = x.shape[0]
+    x = x.reshape([R, V_PAD // 8, 4, 2, UNROLL]).permute((4, 0, 2, 1, 3)).reshape([UNROLL * R, V_PAD])
+    parts.store(tl.convert_layout(x, FORWARD_APART, assert_trivial=True))
+    x = tl.sum(parts.load(FORWARD_EVERY).reshape([UNROLL, R, V_PAD]), 1)
+    x = x.reshape([UNROLL, 4, V_PAD // 8, 2]).permute((0, 2, 1, 3)).reshape([UNROLL, V_PAD])
+    return tl.convert_layout(x, FORWARD_SUMS, assert_trivial=True)
 
 
 @gluon.jit
@@ -354,12 +334,12 @@ def m2rnn_forward_kernel(
     value_cols = tl.arange(0, V_PAD, tl.SliceLayout(0, FORWARD_VALUES))[None, :]
     value_mask = (value_slot < UNROLL) & (value_cols < V)
     value_offsets = value_slot.to(tl.int64) * v_s + value_cols.to(tl.int64) * v_d
-    y += (token * 2 + n) * 16 if ATOMIC else ((token * 2 + n) * 2 + part) * 16
-    y_step: tl.constexpr = 32 if ATOMIC else 64
-    sum_row = tl.arange(0, 8, tl.SliceLayout(1, FORWARD_SUMS))[:, None]
+    y += (token * 2 + n) * 16
+    y_step: tl.constexpr = 32
+    y_parts = tl.allocate_shared_memory(tl.float32, [UNROLL * 16, V_PAD], PLAIN)
+    sum_step = tl.arange(0, UNROLL, tl.SliceLayout(1, FORWARD_SUMS))[:, None]
     sum_col = tl.arange(0, V_PAD, tl.SliceLayout(0, FORWARD_SUMS))[None, :]
-    sum_step = sum_row // (8 // UNROLL)
-    sum_mask = (sum_row % (8 // UNROLL) == 0) & (sum_col < V)
+    sum_mask = sum_col < V
     sum_offsets = sum_step * y_step + sum_col
     checkpoints += (interval * N + n) * (K * V)
     w = load_weight(w, w_n, w_i, w_j, n // (N // NW), FORWARD_TILE)
@@ -426,29 +406,27 @@ def m2rnn_forward_kernel(
         # Step t + 0
         f, u = gate(x_0, rate, dt_bias)
         h = advance(h, candidate(h, w, outer_of_slot(keys, values, value_slot, 0, h)), f, u)
-        y_0 = row_sums(column(q_0, h) * h, FORWARD_SUMS)
+        y_0 = sums_apart(column(q_0, h) * h)
 
         # Step t + 1
         f, u = gate(x_1, rate, dt_bias)
         h = advance(h, candidate(h, w, outer_of_slot(keys, values, value_slot, 1, h)), f, u)
-        y_1 = row_sums(column(q_1, h) * h, FORWARD_SUMS)
+        y_1 = sums_apart(column(q_1, h) * h)
 
         # Step t + 2
         f, u = gate(x_2, rate, dt_bias)
         h = advance(h, candidate(h, w, outer_of_slot(keys, values, value_slot, 2, h)), f, u)
-        y_2 = row_sums(column(q_2, h) * h, FORWARD_SUMS)
+        y_2 = sums_apart(column(q_2, h) * h)
 
         # Step t + 3
         f, u = gate(x_3, rate, dt_bias)
         h = advance(h, candidate(h, w, outer_of_slot(keys, values, value_slot, 3, h)), f, u)
-        y_3 = row_sums(column(q_3, h) * h, FORWARD_SUMS)
+        y_3 = sums_apart(column(q_3, h) * h)
 
-        # Sums over rows of all steps at once: every exchange halves those that a thread goes on with.
-        y_0 = added(y_0, y_2, sum_row & 4 != 0, 16)
-        y_1 = added(y_1, y_3, sum_row & 4 != 0, 16)
-        y_0 = added(y_0, y_1, sum_row & 2 != 0, 8)
-        y_0 += exchanged(y_0, 4)
-        contribute(y + sum_offsets, y_0, sum_mask, ATOMIC)
+        # Sums over rows of all steps at once: warps meet once an iteration.
+        every = tl.join(tl.join(y_0, y_2), tl.join(y_1, y_3))
+        y_0 = added_up(every, y_parts)
+        tl.store(y + sum_offsets, y_0, mask=sum_mask)
         y += UNROLL * y_step
 
         q_0, x_0 = next_q_0, next_x_0
@@ -487,29 +465,27 @@ def m2rnn_forward_kernel(
         # Step t + 0
         f, u = gate(x_0, rate, dt_bias)
         h = advance(h, candidate(h, w, outer_of_slot(keys, values, value_slot, 0, h)), f, u)
-        y_0 = row_sums(column(q_0, h) * h, FORWARD_SUMS)
+        y_0 = sums_apart(column(q_0, h) * h)
 
         # Step t + 1
         f, u = gate(x_1, rate, dt_bias)
         h = advance(h, candidate(h, w, outer_of_slot(keys, values, value_slot, 1, h)), f, u)
-        y_1 = row_sums(column(q_1, h) * h, FORWARD_SUMS)
+        y_1 = sums_apart(column(q_1, h) * h)
 
         # Step t + 2
         f, u = gate(x_2, rate, dt_bias)
         h = advance(h, candidate(h, w, outer_of_slot(keys, values, value_slot, 2, h)), f, u)
-        y_2 = row_sums(column(q_2, h) * h, FORWARD_SUMS)
+        y_2 = sums_apart(column(q_2, h) * h)
 
         # Step t + 3
         f, u = gate(x_3, rate, dt_bias)
         h = advance(h, candidate(h, w, outer_of_slot(keys, values, value_slot, 3, h)), f, u)
-        y_3 = row_sums(column(q_3, h) * h, FORWARD_SUMS)
+        y_3 = sums_apart(column(q_3, h) * h)
 
-        # Sums over rows of all steps at once: every exchange halves those that a thread goes on with.
-        y_0 = added(y_0, y_2, sum_row & 4 != 0, 16)
-        y_1 = added(y_1, y_3, sum_row & 4 != 0, 16)
-        y_0 = added(y_0, y_1, sum_row & 2 != 0, 8)
-        y_0 += exchanged(y_0, 4)
-        contribute(y + sum_offsets, y_0, tl.where(t + sum_step < length, sum_mask, False), ATOMIC)
+        # Sums over rows of all steps at once: warps meet once an iteration.
+        every = tl.join(tl.join(y_0, y_2), tl.join(y_1, y_3))
+        y_0 = added_up(every, y_parts)
+        tl.store(y + sum_offsets, y_0, mask=tl.where(t + sum_step < length, sum_mask, False))
         y += UNROLL * y_step
 
         q_0, x_0 = next_q_0, next_x_0
@@ -520,6 +496,118 @@ def m2rnn_forward_kernel(
     tl.store(h_last + (b * N + n) * (K * V) + state_offsets, h, mask=state_mask)
 
 
+@gluon.jit
+def only(x, slot, STEP: tl.constexpr):
+    """x of 16-bit elements where ``slot`` is STEP, else zeros: one instruction for two."""
+    mask = tl.where(slot == STEP, -1, 0).to(tl.int16)
+    return tl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [x, mask], dtype=x.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
+def times(x, y):
+    """x y, both bfloat16, rounded once: one instruction for two."""
+    return tl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [x, y, tl.full(x.shape, -0.0, x.dtype, x.type.layout)],
+        dtype=x.dtype, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def with_outer(rows, cols, total):
+    """total + a product over 8 slots, of ``as_left`` and ``as_right``: half the work of one over 16."""
+    return tl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5}, {$6}, {$8,$9,$10,$11};",
+        "=f,=f,=f,=f,r,r,r,r,f,f,f,f", [rows, cols, total], dtype=tl.float32, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def trivially(x, LAYOUT: tl.constexpr):
+    """x in another name of its own layout."""
+    return tl.convert_layout(x, LAYOUT, assert_trivial=True)
+
+
+@gluon.jit
+def transposed(x):
+    """x^T of every warp's 16-bit elements: blocks of 8 x 8 are transposed; that whole blocks move costs nothing."""
+    x = tl.inline_asm_elementwise(
+        "movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+    )
+    R: tl.constexpr = x.shape[1]
+    C: tl.constexpr = x.shape[2]
+    return x.reshape([WARPS, R // 8, 8, C // 8, 8]).permute((0, 3, 2, 1, 4)).reshape([WARPS, C, R])
+
+
+@gluon.jit
+def as_left(x):
+    """x (rows, 8 slots) as ``with_outer`` reads it, beside both halves of the columns."""
+    return trivially(tl.join(x, x).permute((0, 1, 3, 2)).reshape([WARPS, 32, 16]), BACKWARD_TILE)
+
+
+@gluon.jit
+def as_right(x):
+    """x (8 slots, 16 columns) as ``with_outer`` reads it, beside all four blocks of 8 rows."""
+    x = transposed(x).reshape([WARPS, 2, 8, 8]).permute((0, 2, 1, 3)).reshape([WARPS, 8, 16])
+    x = tl.join(tl.join(x, x), tl.join(x, x)).permute((0, 3, 4, 1, 2)).reshape([WARPS, 32, 16])
+    return trivially(x, BACKWARD_TILE)
+
+
+@gluon.jit
+def tile_rows(x):
+    """x (rows in memory's order, n) in a tile's: row 16 i + 8 j + l of a tile is row 4 l + 2 i + j."""
+    C: tl.constexpr = x.shape[2]
+    return x.reshape([WARPS, 8, 2, 2, C]).permute((0, 2, 3, 1, 4)).reshape([WARPS, 32, C])
+
+
+@gluon.jit
+def memory_rows(x):
+    """Undo ``tile_rows``."""
+    C: tl.constexpr = x.shape[2]
+    return x.reshape([WARPS, 2, 2, 8, C]).permute((0, 3, 1, 2, 4)).reshape([WARPS, 32, C])
+
+
+@gluon.jit
+def keep(x, place):
+    """Store a tile so that each thread reads back what it wrote, 16 bytes at a time."""
+    x = x.reshape([WARPS, 2, 2, 8, 2, 4, 2]).permute((0, 1, 3, 5, 4, 2, 6)).reshape([WARPS, 64, 8])
+    place.store(trivially(x, KEPT))
+
+
+@gluon.jit
+def kept(place):
+    """Load what ``keep`` stored."""
+    x = place.load(KEPT).reshape([WARPS, 2, 8, 4, 2, 2, 2]).permute((0, 1, 5, 2, 4, 3, 6))
+    return trivially(x.reshape([WARPS, 32, 16]), BACKWARD_TILE)
+
+
+@gluon.jit
+def over_registers(x):
+    """Sum x (rows, cols) over the elements that a thread has: (8, 4 lanes)."""
+    x = x.reshape([WARPS, 2, 2, 8, 2, 4, 2]).permute((0, 3, 5, 1, 2, 4, 6)).reshape([WARPS, 8, 4, 16])
+    return trivially(tl.sum(x, 3), THREADS)
+
+
+@gluon.jit
+def index(x, ALIGNED: tl.constexpr):
+    """x as a factor of strides, which may be of any size where rows are not aligned."""
+    return x if ALIGNED else x.to(tl.int64)
+
+
+@gluon.jit
+def bring(place, address, mask, ALIGNED: tl.constexpr):
+    """Copy to shared memory: asynchronously where rows lie on 16 bytes, else through registers."""
+    if ALIGNED:
+        async_copy.async_copy_global_to_shared(place, address, mask)
+    else:
+        place.store(tl.load(address, mask=mask, other=0.0))
+
+
+@gluon.jit
+def left_operand(x):
+    """x of a tile as the left operand of a product: another name of the same registers."""
+    return tl.convert_layout(x, LEFT)
+
+
 @gluon.jit(do_not_specialize=["S", "intervals"])
 def m2rnn_backward_kernel(
     q, k, v, w, x, A_log, dt_bias, dy, dh_last, checkpoints, scratch, cu_seqlens, dq, dk, dv, dw, df, dA_log,
@@ -527,21 +615,19 @@ def m2rnn_backward_kernel(
     x_n, dy_b, dy_s, dy_n, dy_d, S, intervals, bound,
     HAS_LAST: tl.constexpr, PACKED: tl.constexpr, ATOMIC: tl.constexpr, WANT_Q: tl.constexpr,
     WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_W: tl.constexpr, WANT_F: tl.constexpr,
-    WANT_H: tl.constexpr, CARRIES: tl.constexpr, WANT_GATE: tl.constexpr,
+    WANT_H: tl.constexpr, CARRIES: tl.constexpr, ALIGNED: tl.constexpr, WANT_GATE: tl.constexpr,
 ):  # fmt: skip
-    """Walk one sequence's steps backwards for BACKWARD_ROWS rows of one head's state."""
+    """Scan one sequence's steps backwards for one head: a warp has 32 rows of the state.
+
+    Steps go by intervals of 8. Forwards, from the interval's checkpoint, what gradients need of each step is kept in
+    shared memory: the state, the derivative of H_t by the argument of tanh, and the gap. Backwards, every sum over rows,
+    columns or steps is a product on tensor cores, in which each step has a slot of its own. What an interval has summed
+    is written while the next one goes forwards.
+    """
     program = tl.program_id(0)
     part = program % BACKWARD_PARTS
     n = (program // BACKWARD_PARTS) % N
     b = (program // (BACKWARD_PARTS * N)).to(tl.int64)
-    rows = part * BACKWARD_ROWS + tl.arange(0, BACKWARD_ROWS, BACKWARD_VECTOR)
-    cols = tl.arange(0, V_PAD, tl.SliceLayout(0, BACKWARD_TILE))
-    row_mask = rows < K
-    col_mask = cols < V
-    state_rows = in_tile(rows, BACKWARD_TILE)[:, None]
-    state_mask = (state_rows < K) & col_mask[None, :]
-    state_offsets = state_rows * V + cols[None, :]
-
     if PACKED:
         start, length = sequence(cu_seqlens, b, S)
         token = start
@@ -551,254 +637,475 @@ def m2rnn_backward_kernel(
         length = S
         token = b * S
         interval = b * intervals
-    q += b * q_b + start * q_s + (n // (N // NQ)).to(tl.int64) * q_n
-    k += b * k_b + start * k_s + (n // (N // NK)).to(tl.int64) * k_n
-    v += b * v_b + start * v_s + (n // (N // NV)).to(tl.int64) * v_n
-    x += b * x_b + start * x_s + (n // (N // NF)).to(tl.int64) * x_n
-    dy += b * dy_b + start * dy_s + n.to(tl.int64) * dy_n
-    q_row = rows.to(tl.int64) * q_d
-    k_row = rows.to(tl.int64) * k_d
-    v_col = cols.to(tl.int64) * v_d
-    dy_col = cols.to(tl.int64) * dy_d
-    checkpoints += (interval * N + n) * (K * V)
-    w_t = load_weight(w, w_n, w_j, w_i, n // (N // NW), BACKWARD_TILE)
-    w = load_weight(w, w_n, w_i, w_j, n // (N // NW), BACKWARD_TILE)
-    rate = tl.exp(tl.load(A_log + n // (N // NF)))
-    dt_bias = tl.load(dt_bias + n // (N // NF))
-    sum_dA_log = tl.cast(0.0, tl.float32)
-    sum_ddt_bias = tl.cast(0.0, tl.float32)
-    sum_dw = tl.zeros((V_PAD, V_PAD), tl.float32, BACKWARD_TILE)
-    zeros = tl.zeros((BACKWARD_ROWS, V_PAD), tl.float32, BACKWARD_TILE)
-    c = zeros
-    if HAS_LAST:
-        c = tl.load(dh_last + (b * N + n) * (K * V) + state_offsets, mask=state_mask, other=0.0)
-
-    # Where a thread has a part of a sum, and of which step and element in the end.
-    sum_row = tl.arange(0, 8, tl.SliceLayout(1, ROW_SUMS))[:, None]
-    sum_col = tl.arange(0, V_PAD, tl.SliceLayout(0, ROW_SUMS))[None, :]
-    row_step = sum_row // (8 // CHUNK)
-    row_sum_mask = (sum_row % (8 // CHUNK) == 0) & (sum_col < V)
-    sum_lane = tl.arange(0, 4, tl.SliceLayout(0, COL_SUMS))[None, :]
-    col_lane = tl.arange(0, 4, tl.SliceLayout(0, COL_SUMS_LOADED))[None, :]
-    col_rows = part * BACKWARD_ROWS + tl.arange(0, BACKWARD_ROWS, tl.SliceLayout(1, COL_SUMS_LOADED))[:, None]
-    col_step = col_lane // (4 // CHUNK)
-    col_sum_mask = (col_lane % (4 // CHUNK) == 0) & (col_rows < K)
-
-    end = (tl.cdiv(length, CHUNK) - 1) * CHUNK  # where the last chunk starts
-    # Chunks go backwards: these point to the chunk whose operands are loaded next, and to that whose gradients are.
+    end = (tl.cdiv(length, INTERVAL) - 1) * INTERVAL  # where the last interval starts
     q_step = tl.cast(q_s, tl.int64)
-    q_at = q + end * q_step
     k_step = tl.cast(k_s, tl.int64)
-    k_at = k + end * k_step
     v_step = tl.cast(v_s, tl.int64)
-    v_at = v + end * v_step
     x_step = tl.cast(x_s, tl.int64)
-    x_at = x + end * x_step
     dy_step = tl.cast(dy_s, tl.int64)
-    dy_at = dy + end * dy_step
+
+    # What the program reads of an interval: each from where the last interval begins.
+    warp = tl.arange(0, WARPS, tl.SliceLayout(1, tl.SliceLayout(2, COPIED_KEYS)))[:, None, None]
+    key_slot = tl.arange(0, 8, tl.SliceLayout(0, tl.SliceLayout(2, COPIED_KEYS)))[None, :, None]
+    key_row = warp * 32 + tl.arange(0, 32, tl.SliceLayout(0, tl.SliceLayout(1, COPIED_KEYS)))[None, None, :]
+    key_mask = (key_row < K) & (key_slot >= 0)
+    key_offsets = index(key_slot, ALIGNED) * k_s + index(key_row, ALIGNED) * k_d
+    query_offsets = index(key_slot, ALIGNED) * q_s + index(key_row, ALIGNED) * q_d
+    value_slot = tl.arange(0, 8, tl.SliceLayout(0, tl.SliceLayout(2, COPIED_VALUES)))[None, :, None]
+    value_col = tl.arange(0, 16, tl.SliceLayout(0, tl.SliceLayout(1, COPIED_VALUES)))[None, None, :]
+    warp = tl.arange(0, WARPS, tl.SliceLayout(1, tl.SliceLayout(2, COPIED_VALUES)))[:, None, None]
+    value_mask = (value_col < V) & (value_slot >= 0) & (warp >= 0)
+    value_offsets = index(value_slot, ALIGNED) * v_s + index(value_col, ALIGNED) * v_d + 0 * warp
+    dy_offsets = index(value_slot, ALIGNED) * dy_s + index(value_col, ALIGNED) * dy_d + 0 * warp
+    warp = tl.arange(0, WARPS, tl.SliceLayout(1, tl.SliceLayout(2, COPIED_STATE)))[:, None, None]
+    state_row = warp * 32 + tl.arange(0, 32, tl.SliceLayout(0, tl.SliceLayout(2, COPIED_STATE)))[None, :, None]
+    state_col = tl.arange(0, 16, tl.SliceLayout(0, tl.SliceLayout(1, COPIED_STATE)))[None, None, :]
+    checkpoint_mask = (state_row < K) & (state_col < V)
+    checkpoint_offsets = state_row * V + state_col
+    begin = tl.cast(end, tl.int64)
+    q += b * q_b + (start + begin) * q_s + (n // (N // NQ)).to(tl.int64) * q_n
+    k += b * k_b + (start + begin) * k_s + (n // (N // NK)).to(tl.int64) * k_n
+    v += b * v_b + (start + begin) * v_s + (n // (N // NV)).to(tl.int64) * v_n
+    x += b * x_b + start * x_s + (n // (N // NF)).to(tl.int64) * x_n
+    x_at = x + begin * x_step
+    dy += b * dy_b + (start + begin) * dy_s + n.to(tl.int64) * dy_n
+    checkpoints += ((interval + end // INTERVAL) * N + n) * (K * V)
+    k_of = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 8, 32], PLACE_OF_KEYS)
+    q_of = tl.allocate_shared_memory(q.dtype.element_ty, [WARPS, 8, 32], PLACE_OF_KEYS)
+    v_of = tl.allocate_shared_memory(v.dtype.element_ty, [WARPS, 8, 16], PLACE)
+    dy_of = tl.allocate_shared_memory(dy.dtype.element_ty, [WARPS, 8, 16], PLACE)
+    h_of = tl.allocate_shared_memory(checkpoints.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_KEYS)
+    slopes_0 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
+    gaps_0 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
+    states_0 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
+    slopes_1 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
+    gaps_1 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
+    states_1 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
+    slopes_2 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
+    gaps_2 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
+    states_2 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
+    slopes_3 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
+    gaps_3 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
+    states_3 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
+    slopes_4 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
+    gaps_4 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
+    states_4 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
+    slopes_5 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
+    gaps_5 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
+    states_5 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
+    slopes_6 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
+    gaps_6 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
+    states_6 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
+    slopes_7 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
+    gaps_7 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
+    states_7 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
+
+    # What it writes of one: each from where the last interval begins, but that written with the next interval.
+    row_slot = tl.arange(0, 8, tl.SliceLayout(0, tl.SliceLayout(1, SLOT_KEYS)))[None, None, :]
+    warp = tl.arange(0, WARPS, tl.SliceLayout(1, tl.SliceLayout(2, SLOT_KEYS)))[:, None, None]
+    row = warp * 32 + tl.arange(0, 32, tl.SliceLayout(0, tl.SliceLayout(2, SLOT_KEYS)))[None, :, None]
+    row_mask = (row < K) & (row_slot >= 0)
+    sum_col = tl.arange(0, 16, tl.SliceLayout(1, tl.SliceLayout(0, OVER_WARPS)))[:, None]
+    sum_slot = tl.arange(0, 8, tl.SliceLayout(0, tl.SliceLayout(0, OVER_WARPS)))[None, :]
+    sum_mask = (sum_col < V) & (sum_slot >= 0)
+    scalar_slot = tl.arange(0, 8, tl.SliceLayout(0, OVER_THREADS))
+    parts_dv = tl.allocate_shared_memory(tl.float32, [WARPS, 16, 8], PLACE)
+    parts_df = tl.allocate_shared_memory(tl.float32, [WARPS * 32, 8], tl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     dq_step: tl.constexpr = 64 if ATOMIC else 128
     if WANT_Q:
         dq += (token * 1 + n // 2) * 64 if ATOMIC else (token * 2 + n) * 64
-        dq += tl.cast(end, tl.int64) * dq_step
-    dq_offsets = col_step * dq_step + col_rows
+        dq += begin * dq_step
     dk_step: tl.constexpr = 64 if ATOMIC else 128
     if WANT_K:
         dk += (token * 1 + n // 2) * 64 if ATOMIC else (token * 2 + n) * 64
-        dk += tl.cast(end, tl.int64) * dk_step
-    dk_offsets = col_step * dk_step + col_rows
-    dv_step: tl.constexpr = 32 if ATOMIC else 64
+        dk += (begin + INTERVAL) * dk_step
+    dv_step: tl.constexpr = 32
     if WANT_V:
-        dv += (token * 2 + n) * 16 if ATOMIC else ((token * 2 + n) * 2 + part) * 16
-        dv += tl.cast(end, tl.int64) * dv_step
-    dv_offsets = row_step * dv_step + sum_col
-    df_step: tl.constexpr = 2 if ATOMIC else 4
+        dv += (token * 2 + n) * 16
+        dv += (begin + INTERVAL) * dv_step
+    df_step: tl.constexpr = 2
     if WANT_F:
-        df += (token * 2 + n) if ATOMIC else ((token * 2 + n) * 2 + part)
-        df += tl.cast(end, tl.int64) * df_step
-    inside = (end >= 0) & (end + 0 < length)
-    k_0 = load_vector(k_at + 0 * k_step + k_row, row_mask, inside)
-    v_0 = load_vector(v_at + 0 * v_step + v_col, col_mask, inside)
-    x_0 = load_gate(x_at + 0 * x_step, inside)
-    q_0 = load_vector(q_at + 0 * q_step + q_row, row_mask, inside)
-    dy_0 = load_vector(dy_at + 0 * dy_step + dy_col, col_mask, inside)
-    inside = (end >= 0) & (end + 1 < length)
-    k_1 = load_vector(k_at + 1 * k_step + k_row, row_mask, inside)
-    v_1 = load_vector(v_at + 1 * v_step + v_col, col_mask, inside)
-    x_1 = load_gate(x_at + 1 * x_step, inside)
-    q_1 = load_vector(q_at + 1 * q_step + q_row, row_mask, inside)
-    dy_1 = load_vector(dy_at + 1 * dy_step + dy_col, col_mask, inside)
-    # States of one interval, CHUNK steps apart, rebuilt from its checkpoint; only this program touches them.
-    rebuilt = tl.allocate_shared_memory(tl.float32, [INTERVAL // CHUNK, BACKWARD_ROWS, V_PAD], BACKWARD_SCRATCH)
-    for first in range((tl.cdiv(length, INTERVAL) - 1) * INTERVAL, -1, -INTERVAL):
-        last = tl.minimum(first + INTERVAL - CHUNK, end)
-        state = checkpoints + tl.cast(first // INTERVAL, tl.int64) * (N * K * V) + state_offsets
-        h_0 = tl.load(state, mask=state_mask, other=0.0)
-        # The chunks before the last one are whole. Where there is none, nobody uses what is loaded.
-        r_k_at = k + first * k_step
-        r_k_step = tl.where(first < last, k_step, 0)
-        r_v_at = v + first * v_step
-        r_v_step = tl.where(first < last, v_step, 0)
-        r_x_at = x + first * x_step
-        r_x_step = tl.where(first < last, x_step, 0)
-        r_k_0 = tl.load(r_k_at + 0 * r_k_step + k_row, mask=row_mask, other=0.0)
-        r_v_0 = tl.load(r_v_at + 0 * r_v_step + v_col, mask=col_mask, other=0.0)
-        r_x_0 = tl.load(r_x_at + 0 * r_x_step).to(tl.float32)
-        r_k_1 = tl.load(r_k_at + 1 * r_k_step + k_row, mask=row_mask, other=0.0)
-        r_v_1 = tl.load(r_v_at + 1 * r_v_step + v_col, mask=col_mask, other=0.0)
-        r_x_1 = tl.load(r_x_at + 1 * r_x_step).to(tl.float32)
-        for t in range(0, last - first, CHUNK):
-            rebuilt.index(tl.cast(t // CHUNK, tl.int32)).store(h_0)
-            ahead = tl.where(tl.cast(first + t + CHUNK, tl.int32) < last, CHUNK, 0)
-            r_k_at += ahead * k_step
-            r_v_at += ahead * v_step
-            r_x_at += ahead * x_step
-            next_k_0 = tl.load(r_k_at + 0 * k_step + k_row, mask=row_mask, other=0.0)
-            next_v_0 = tl.load(r_v_at + 0 * v_step + v_col, mask=col_mask, other=0.0)
-            next_x_0 = tl.load(r_x_at + 0 * x_step).to(tl.float32)
-            next_k_1 = tl.load(r_k_at + 1 * k_step + k_row, mask=row_mask, other=0.0)
-            next_v_1 = tl.load(r_v_at + 1 * v_step + v_col, mask=col_mask, other=0.0)
-            next_x_1 = tl.load(r_x_at + 1 * x_step).to(tl.float32)
-            f, u = gate(r_x_0, rate, dt_bias)
-            h_0 = advance(h_0, candidate(h_0, w, outer(r_k_0, r_v_0, h_0)), f, u)
-            f, u = gate(r_x_1, rate, dt_bias)
-            h_0 = advance(h_0, candidate(h_0, w, outer(r_k_1, r_v_1, h_0)), f, u)
-            r_k_0, r_v_0, r_x_0 = next_k_0, next_v_0, next_x_0
-            r_k_1, r_v_1, r_x_1 = next_k_1, next_v_1, next_x_1
-        # What the interval before this one is rebuilt from lies in the L2 by the time that its turn comes.
-        lower = first - INTERVAL
-        lane = tl.arange(0, 16 * (BACKWARD_ROWS // 16), BACKWARD_SPREAD)
-        fetched = tl.maximum(lower + tl.minimum(lane % 16, INTERVAL - 1), 0).to(tl.int64)
-        row = tl.minimum(part * BACKWARD_ROWS + lane // 16 * 16, K - 1).to(tl.int64)
-        prefetch(k + fetched * k_step + row * k_d)
-        prefetch(x + fetched * x_step)
-        lane = tl.arange(0, 16 * (V_PAD // 16), BACKWARD_SPREAD)
-        fetched = tl.maximum(lower + tl.minimum(lane % 16, INTERVAL - 1), 0).to(tl.int64)
-        col = tl.minimum(lane // 16 * 16, V - 1).to(tl.int64)
-        prefetch(v + fetched * v_step + col * v_d)
-        lane = tl.arange(0, BACKWARD_ROWS * V_PAD // 8, BACKWARD_SPREAD)
-        element = tl.minimum(part * (BACKWARD_ROWS * V) + lane * 8, K * V - 1)
-        prefetch(checkpoints + tl.cast(tl.maximum(lower // INTERVAL, 0), tl.int64) * (N * K * V) + element)
-        for t in range(last, first - 1, -CHUNK):
-            # The chunk's states and candidates, forwards: h_0 is the state that step t starts from.
-            f_0, u_0 = gate(x_0, rate, dt_bias)
-            z_0 = candidate(h_0, w, outer(k_0, v_0, h_0))
-            h_1 = f_0 * h_0 + u_0 * z_0  # not advance: the slope has u z as well
-            operand_0 = rounded(h_0)
-            gap_0 = h_0 - z_0
-            slope_0 = u_0 - u_0 * z_0 * z_0
-            f_1, u_1 = gate(x_1, rate, dt_bias)
-            z_1 = candidate(h_1, w, outer(k_1, v_1, h_1))
-            h_2 = f_1 * h_1 + u_1 * z_1  # not advance: the slope has u z as well
-            operand_1 = rounded(h_1)
-            gap_1 = h_1 - z_1
-            slope_1 = u_1 - u_1 * z_1 * z_1
+        df += (token * 2 + n)
+        df += (begin + INTERVAL) * df_step
 
-            # Operands of the chunk before this one are loaded ahead of time. Where there is none, nobody uses what is
-            # loaded, and the first step's will do.
-            before = tl.cast(t - CHUNK, tl.int32)
-            kept = rebuilt.index(tl.cast(tl.maximum(before - first, 0) // CHUNK, tl.int32))
-            before_q_s = tl.where(before >= 0, q_step, 0)
-            q_at -= CHUNK * before_q_s
-            before_k_s = tl.where(before >= 0, k_step, 0)
-            k_at -= CHUNK * before_k_s
-            before_v_s = tl.where(before >= 0, v_step, 0)
-            v_at -= CHUNK * before_v_s
-            before_dy_s = tl.where(before >= 0, dy_step, 0)
-            dy_at -= CHUNK * before_dy_s
-            before_x_s = tl.where(before >= 0, x_step, 0)
-            x_at -= CHUNK * before_x_s
+    # Where a thread has which element of the state and of the weight, and which step's slot of an operand.
+    warp = tl.arange(0, WARPS, tl.SliceLayout(1, tl.SliceLayout(2, BACKWARD_TILE)))[:, None, None]
+    i = tl.arange(0, 16, tl.SliceLayout(0, tl.SliceLayout(2, BACKWARD_TILE)))[None, :, None]
+    j = tl.arange(0, 16, tl.SliceLayout(0, tl.SliceLayout(1, BACKWARD_TILE)))[None, None, :]
+    tile_row = tl.arange(0, 32, tl.SliceLayout(0, tl.SliceLayout(2, BACKWARD_TILE)))[None, :, None]
+    rows = warp * 32 + tile_row % 8 * 4 + tile_row // 16 * 2 + tile_row // 8 % 2  # as tile_rows has them
+    state_mask = (rows < K) & (j < V)
+    state_offsets = rows * V + j
+    weight_mask = (i < V) & (j < V) & (warp >= 0)
+    w += (n // (N // NW)).to(tl.int64) * w_n
+    w_ij = i.to(tl.int64) * w_i + j.to(tl.int64) * w_j + 0 * warp
+    w_ji = j.to(tl.int64) * w_i + i.to(tl.int64) * w_j + 0 * warp
+    w_t = tl.convert_layout(rounded(tl.load(w + w_ji, mask=weight_mask, other=0.0).to(tl.float32)), RIGHT)
+    w = tl.convert_layout(rounded(tl.load(w + w_ij, mask=weight_mask, other=0.0).to(tl.float32)), RIGHT)
+    tile_slot = j % 8 + 0 * tile_row + 0 * warp
+    warp = tl.arange(0, WARPS, tl.SliceLayout(1, tl.SliceLayout(2, RIGHT)))[:, None, None]
+    slot = tl.arange(0, 8, tl.SliceLayout(0, tl.SliceLayout(1, RIGHT)))[None, None, :]
+    col_slot = slot + 0 * tl.arange(0, 16, tl.SliceLayout(0, tl.SliceLayout(2, RIGHT)))[None, :, None] + 0 * warp
+    key_slot_of = slot + 0 * tl.arange(0, 32, tl.SliceLayout(0, tl.SliceLayout(2, RIGHT)))[None, :, None] + 0 * warp
+    rate = tl.exp(tl.load(A_log + n // (N // NF)))
+    dt_bias = tl.load(dt_bias + n // (N // NF))
+    sum_dA_log = tl.zeros((8,), tl.float32, tl.SliceLayout(0, OVER_THREADS))
+    sum_ddt_bias = sum_dA_log
+    zeros = tl.zeros((WARPS, 32, 16), tl.float32, BACKWARD_TILE)
+    c = zeros
+    if HAS_LAST:
+        c = tl.load(dh_last + (b * N + n) * (K * V) + state_offsets, mask=state_mask, other=0.0)
+    sum_dw = tl.zeros((WARPS, 16, 16), tl.float32, BACKWARD_TILE)  # of its transpose, for each warp
+    warp = tl.arange(0, WARPS, tl.SliceLayout(1, tl.SliceLayout(2, BACKWARD_TILE)))[:, None, None]
+    dw_offsets = (program.to(tl.int64) * WARPS + warp) * (V * V) + j * V + i
 
-            # Step t + 1, backwards
-            inside = t + 1 < length
-            limit = tl.where(inside, bound, float("inf"))
-            g = clamp(c + column(q_1, c) * dy_1.to(tl.float32)[None, :], limit)
-            d = g * slope_1
-            dq_1 = col_sums_of(h_2, dy_1, COL_SUMS)
-            dk_1 = col_sums_of(d, v_1, COL_SUMS)
-            dv_1 = row_sums(d * column(k_1, c), ROW_SUMS)
-            df_1 = tl.sum(g * gap_1)
-            f_by_x, f_by_A_log = gate_slopes(x_1, f_1, rate, dt_bias)
-            sum_dA_log += df_1 * f_by_A_log
-            sum_ddt_bias += df_1 * f_by_x
-            df_1 *= f_by_x
-            d_operand = rounded(d)
-            if WANT_W:
-                sum_dw = product(transposed(operand_1), transposed(d_operand).permute((1, 0)), sum_dw)
-            if CARRIES:
-                c = f_1 * g + product(d_operand, w_t, zeros)  # tensor cores round a large c less well
-            if WANT_F:
-                contribute(df + 1 * df_step, df_1, inside, ATOMIC)
-            k_1 = tl.load(k_at + 1 * before_k_s + k_row, mask=row_mask, other=0.0)
-            v_1 = tl.load(v_at + 1 * before_v_s + v_col, mask=col_mask, other=0.0)
-            x_1 = tl.load(x_at + 1 * before_x_s).to(tl.float32)
-            q_1 = tl.load(q_at + 1 * before_q_s + q_row, mask=row_mask, other=0.0)
-            dy_1 = tl.load(dy_at + 1 * before_dy_s + dy_col, mask=col_mask, other=0.0)
+    # The last interval, of which steps may be missing.
+    left = tl.where(length > 0, length - end, 0)
+    k_of.store(tl.load(k + key_offsets, mask=key_mask & (key_slot < left), other=0.0))
+    q_of.store(tl.load(q + query_offsets, mask=key_mask & (key_slot < left), other=0.0))
+    v_of.store(tl.load(v + value_offsets, mask=value_mask & (value_slot < left), other=0.0))
+    dy_of.store(tl.load(dy + dy_offsets, mask=value_mask & (value_slot < left), other=0.0))
+    h_of.store(tl.load(checkpoints + checkpoint_offsets, mask=checkpoint_mask & (left > 0), other=0.0))
+    next_x_0 = load_gate(x_at + 0 * x_step, 0 < left)
+    next_x_1 = load_gate(x_at + 1 * x_step, 1 < left)
+    next_x_2 = load_gate(x_at + 2 * x_step, 2 < left)
+    next_x_3 = load_gate(x_at + 3 * x_step, 3 < left)
+    next_x_4 = load_gate(x_at + 4 * x_step, 4 < left)
+    next_x_5 = load_gate(x_at + 5 * x_step, 5 < left)
+    next_x_6 = load_gate(x_at + 6 * x_step, 6 < left)
+    next_x_7 = load_gate(x_at + 7 * x_step, 7 < left)
+    done_dk = tl.zeros((WARPS, 32, 8), tl.float32, BACKWARD_TILE)
+    done_dv = tl.zeros((WARPS, 16, 8), tl.float32, BACKWARD_TILE)
+    df_0 = tl.zeros((WARPS, 8, 4), tl.float32, THREADS)
+    df_1 = tl.zeros((WARPS, 8, 4), tl.float32, THREADS)
+    df_2 = tl.zeros((WARPS, 8, 4), tl.float32, THREADS)
+    df_3 = tl.zeros((WARPS, 8, 4), tl.float32, THREADS)
+    df_4 = tl.zeros((WARPS, 8, 4), tl.float32, THREADS)
+    df_5 = tl.zeros((WARPS, 8, 4), tl.float32, THREADS)
+    df_6 = tl.zeros((WARPS, 8, 4), tl.float32, THREADS)
+    df_7 = tl.zeros((WARPS, 8, 4), tl.float32, THREADS)
+    for t in range(end, -1, -INTERVAL):
+        if ALIGNED:
+            async_copy.wait_group(0)
+        keys = trivially(tile_rows(k_of.permute((0, 2, 1)).load(SLOT_KEYS)), BACKWARD_TILE)
+        queries = trivially(tile_rows(q_of.permute((0, 2, 1)).load(SLOT_KEYS)), BACKWARD_TILE)
+        values = v_of.load(SLOT_VALUES)
+        dys = dy_of.load(SLOT_VALUES)
+        h = trivially(tile_rows(h_of.load(CHECKPOINT)), BACKWARD_TILE).to(tl.float32)
+        keys_t = tl.convert_layout(transposed(keys).permute((0, 2, 1)), RIGHT)
+        values_t = trivially(values.permute((0, 2, 1)), RIGHT)
+        dys_t = trivially(dys.permute((0, 2, 1)), RIGHT)
+        keys, queries, values, dys = as_left(keys), as_left(queries), as_right(values), as_right(dys)
+        f_0, u_0 = gate(next_x_0, rate, dt_bias)
+        f_1, u_1 = gate(next_x_1, rate, dt_bias)
+        f_2, u_2 = gate(next_x_2, rate, dt_bias)
+        f_3, u_3 = gate(next_x_3, rate, dt_bias)
+        f_4, u_4 = gate(next_x_4, rate, dt_bias)
+        f_5, u_5 = gate(next_x_5, rate, dt_bias)
+        f_6, u_6 = gate(next_x_6, rate, dt_bias)
+        f_7, u_7 = gate(next_x_7, rate, dt_bias)
 
-            next_k_0 = tl.load(k_at + 0 * before_k_s + k_row, mask=row_mask, other=0.0)
-            next_v_0 = tl.load(v_at + 0 * before_v_s + v_col, mask=col_mask, other=0.0)
-            next_x_0 = tl.load(x_at + 0 * before_x_s).to(tl.float32)
-            next_h = kept.load(BACKWARD_TILE)
+        # Forwards: the states that steps start from, slopes and gaps.
+        operand = rounded(h)
+        sum_dq = tl.zeros((WARPS, 32, 8), tl.float32, BACKWARD_TILE)
+        if WANT_W:
+            states_0.store(operand)
+        z = tanh(mma_v2(left_operand(operand), w, with_outer(keys, only(values, tile_slot, 0), zeros)))
+        uz = u_0 * z
+        if CARRIES:
+            keep(rounded(u_0 - uz * z), slopes_0)
+            keep((h - z).to(tl.float16), gaps_0)
+        h = tl.fma(f_0 + zeros, h, uz)
+        operand = rounded(h)
+        if WANT_Q:
+            sum_dq = mma_v2(left_operand(operand), only(dys_t, col_slot, 0), sum_dq)
+        if WANT_W:
+            states_1.store(operand)
+        z = tanh(mma_v2(left_operand(operand), w, with_outer(keys, only(values, tile_slot, 1), zeros)))
+        uz = u_1 * z
+        if CARRIES:
+            keep(rounded(u_1 - uz * z), slopes_1)
+            keep((h - z).to(tl.float16), gaps_1)
+        h = tl.fma(f_1 + zeros, h, uz)
+        operand = rounded(h)
+        if WANT_Q:
+            sum_dq = mma_v2(left_operand(operand), only(dys_t, col_slot, 1), sum_dq)
+        if WANT_V:
+            parts_dv.store(done_dv)
+        if WANT_F or WANT_GATE:
+            parts_df.store(tl.join(tl.join(tl.join(df_0, df_4), tl.join(df_2, df_6)), tl.join(tl.join(df_1, df_5), tl.join(df_3, df_7))).reshape([WARPS * 32, 8]))
+        if WANT_W:
+            states_2.store(operand)
+        z = tanh(mma_v2(left_operand(operand), w, with_outer(keys, only(values, tile_slot, 2), zeros)))
+        uz = u_2 * z
+        if CARRIES:
+            keep(rounded(u_2 - uz * z), slopes_2)
+            keep((h - z).to(tl.float16), gaps_2)
+        h = tl.fma(f_2 + zeros, h, uz)
+        operand = rounded(h)
+        if WANT_Q:
+            sum_dq = mma_v2(left_operand(operand), only(dys_t, col_slot, 2), sum_dq)
+        if WANT_K:
+            contribute(dk + row_slot * dk_step + row, trivially(memory_rows(done_dk), SLOT_KEYS), tl.where(t + INTERVAL + row_slot < length, row_mask, False), ATOMIC)
+            dk -= INTERVAL * dk_step
+        if WANT_W:
+            states_3.store(operand)
+        z = tanh(mma_v2(left_operand(operand), w, with_outer(keys, only(values, tile_slot, 3), zeros)))
+        uz = u_3 * z
+        if CARRIES:
+            keep(rounded(u_3 - uz * z), slopes_3)
+            keep((h - z).to(tl.float16), gaps_3)
+        h = tl.fma(f_3 + zeros, h, uz)
+        operand = rounded(h)
+        if WANT_Q:
+            sum_dq = mma_v2(left_operand(operand), only(dys_t, col_slot, 3), sum_dq)
+        if WANT_V:
+            dv_t = tl.sum(parts_dv.load(OVER_WARPS), 0)
+            tl.store(dv + sum_slot * dv_step + sum_col, dv_t, mask=tl.where(t + INTERVAL + sum_slot < length, sum_mask, False))
+            dv -= INTERVAL * dv_step
+        if WANT_F or WANT_GATE:
+            x_t = load_gate(x + tl.cast(t + INTERVAL + scalar_slot, tl.int64) * x_s, t + INTERVAL + scalar_slot < length)
+            f_by_x, f_by_A_log = gate_slopes(x_t, gate(x_t, rate, dt_bias)[0], rate, dt_bias)
+            df_t = tl.where(t + INTERVAL + scalar_slot < length, tl.sum(parts_df.load(OVER_THREADS), 0), 0.0)
+            sum_dA_log += df_t * f_by_A_log
+            df_t *= f_by_x
+            sum_ddt_bias += df_t
+        if WANT_F:
+            tl.store(df + scalar_slot * df_step, df_t, mask=t + INTERVAL + scalar_slot < length)
+            df -= INTERVAL * df_step
+        if WANT_W:
+            states_4.store(operand)
+        z = tanh(mma_v2(left_operand(operand), w, with_outer(keys, only(values, tile_slot, 4), zeros)))
+        uz = u_4 * z
+        if CARRIES:
+            keep(rounded(u_4 - uz * z), slopes_4)
+            keep((h - z).to(tl.float16), gaps_4)
+        h = tl.fma(f_4 + zeros, h, uz)
+        operand = rounded(h)
+        if WANT_Q:
+            sum_dq = mma_v2(left_operand(operand), only(dys_t, col_slot, 4), sum_dq)
+        if WANT_W:
+            states_5.store(operand)
+        z = tanh(mma_v2(left_operand(operand), w, with_outer(keys, only(values, tile_slot, 5), zeros)))
+        uz = u_5 * z
+        if CARRIES:
+            keep(rounded(u_5 - uz * z), slopes_5)
+            keep((h - z).to(tl.float16), gaps_5)
+        h = tl.fma(f_5 + zeros, h, uz)
+        operand = rounded(h)
+        if WANT_Q:
+            sum_dq = mma_v2(left_operand(operand), only(dys_t, col_slot, 5), sum_dq)
+        if WANT_W:
+            states_6.store(operand)
+        z = tanh(mma_v2(left_operand(operand), w, with_outer(keys, only(values, tile_slot, 6), zeros)))
+        uz = u_6 * z
+        if CARRIES:
+            keep(rounded(u_6 - uz * z), slopes_6)
+            keep((h - z).to(tl.float16), gaps_6)
+        h = tl.fma(f_6 + zeros, h, uz)
+        operand = rounded(h)
+        if WANT_Q:
+            sum_dq = mma_v2(left_operand(operand), only(dys_t, col_slot, 6), sum_dq)
+        if WANT_W:
+            states_7.store(operand)
+        z = tanh(mma_v2(left_operand(operand), w, with_outer(keys, only(values, tile_slot, 7), zeros)))
+        uz = u_7 * z
+        if CARRIES:
+            keep(rounded(u_7 - uz * z), slopes_7)
+            keep((h - z).to(tl.float16), gaps_7)
+        h = tl.fma(f_7 + zeros, h, uz)
+        operand = rounded(h)
+        if WANT_Q:
+            sum_dq = mma_v2(left_operand(operand), only(dys_t, col_slot, 7), sum_dq)
 
-            # Step t + 0, backwards
-            inside = t + 0 < length
-            limit = tl.where(inside, bound, float("inf"))
-            g = clamp(c + column(q_0, c) * dy_0.to(tl.float32)[None, :], limit)
-            d = g * slope_0
-            dq_0 = col_sums_of(h_1, dy_0, COL_SUMS)
-            dk_0 = col_sums_of(d, v_0, COL_SUMS)
-            dv_0 = row_sums(d * column(k_0, c), ROW_SUMS)
-            df_0 = tl.sum(g * gap_0)
-            f_by_x, f_by_A_log = gate_slopes(x_0, f_0, rate, dt_bias)
-            sum_dA_log += df_0 * f_by_A_log
-            sum_ddt_bias += df_0 * f_by_x
-            df_0 *= f_by_x
-            d_operand = rounded(d)
-            if WANT_W:
-                sum_dw = product(transposed(operand_0), transposed(d_operand).permute((1, 0)), sum_dw)
-            if CARRIES:
-                c = f_0 * g + product(d_operand, w_t, zeros)  # tensor cores round a large c less well
-            if WANT_F:
-                contribute(df + 0 * df_step, df_0, inside, ATOMIC)
-            q_0 = tl.load(q_at + 0 * before_q_s + q_row, mask=row_mask, other=0.0)
-            dy_0 = tl.load(dy_at + 0 * before_dy_s + dy_col, mask=col_mask, other=0.0)
+        # The interval before this one is on its way while this one goes backwards.
+        before = t > 0
+        k -= tl.where(before, INTERVAL * k_step, 0)
+        q -= tl.where(before, INTERVAL * q_step, 0)
+        v -= tl.where(before, INTERVAL * v_step, 0)
+        dy -= tl.where(before, INTERVAL * dy_step, 0)
+        x_at -= tl.where(before, INTERVAL * x_step, 0)
+        checkpoints -= tl.where(before, N * K * V, 0)
+        bring(k_of, k + key_offsets, key_mask & before, ALIGNED)
+        bring(q_of, q + query_offsets, key_mask & before, ALIGNED)
+        bring(v_of, v + value_offsets, value_mask & before, ALIGNED)
+        bring(dy_of, dy + dy_offsets, value_mask & before, ALIGNED)
+        bring(h_of, checkpoints + checkpoint_offsets, checkpoint_mask & before, ALIGNED)
+        if ALIGNED:
+            async_copy.commit_group()
+        next_x_0 = load_gate(x_at + 0 * x_step, before)
+        next_x_1 = load_gate(x_at + 1 * x_step, before)
+        next_x_2 = load_gate(x_at + 2 * x_step, before)
+        next_x_3 = load_gate(x_at + 3 * x_step, before)
+        next_x_4 = load_gate(x_at + 4 * x_step, before)
+        next_x_5 = load_gate(x_at + 5 * x_step, before)
+        next_x_6 = load_gate(x_at + 6 * x_step, before)
+        next_x_7 = load_gate(x_at + 7 * x_step, before)
 
-            # Sums of all steps at once: every exchange halves those that a thread goes on with.
-            if WANT_Q:
-                dq_0 = tl.where(sum_lane & 2 != 0, dq_1, dq_0)
-                dq_0 = columns_as_loaded(dq_0, COL_SUMS_LOADED)
+        # Backwards: what gradients are of.
+        done_dk = tl.zeros((WARPS, 32, 8), tl.float32, BACKWARD_TILE)
+        done_dv = tl.zeros((WARPS, 16, 8), tl.float32, BACKWARD_TILE)
+        if CARRIES:
+            limit = tl.where(t + 7 < length, bound, float("inf"))
+            g = clamp(with_outer(queries, only(dys, tile_slot, 7), c), limit)
+            low = rounded(g)
+            d = times(low, kept(slopes_7))
+            d_left = left_operand(d)
+            c = tl.fma(f_7 + zeros, g, mma_v2(d_left, w_t, zeros))
+            if WANT_F or WANT_GATE:
+                df_7 = over_registers(g * kept(gaps_7).to(tl.float32))
             if WANT_K:
-                dk_0 = tl.where(sum_lane & 2 != 0, dk_1, dk_0)
-                dk_0 = columns_as_loaded(dk_0, COL_SUMS_LOADED)
+                done_dk = mma_v2(d_left, only(values_t, col_slot, 7), done_dk)
+            d_t = left_operand(transposed(d))
             if WANT_V:
-                dv_0 = added(dv_0, dv_1, sum_row & 4 != 0, 16)
-                dv_0 += exchanged(dv_0, 8)
-                dv_0 += exchanged(dv_0, 4)
-            if WANT_Q:
-                contribute(dq + dq_offsets, dq_0, tl.where(t + col_step < length, col_sum_mask, False), ATOMIC)
-                dq -= CHUNK * dq_step
+                done_dv = mma_v2(d_t, only(keys_t, key_slot_of, 7), done_dv)
+            if WANT_W:
+                sum_dw = mma_v2(d_t, states_7.load(RIGHT), sum_dw)
+        if CARRIES:
+            limit = tl.where(t + 6 < length, bound, float("inf"))
+            g = clamp(with_outer(queries, only(dys, tile_slot, 6), c), limit)
+            low = rounded(g)
+            d = times(low, kept(slopes_6))
+            d_left = left_operand(d)
+            c = tl.fma(f_6 + zeros, g, mma_v2(d_left, w_t, zeros))
+            if WANT_F or WANT_GATE:
+                df_6 = over_registers(g * kept(gaps_6).to(tl.float32))
             if WANT_K:
-                contribute(dk + dk_offsets, dk_0, tl.where(t + col_step < length, col_sum_mask, False), ATOMIC)
-                dk -= CHUNK * dk_step
+                done_dk = mma_v2(d_left, only(values_t, col_slot, 6), done_dk)
+            d_t = left_operand(transposed(d))
             if WANT_V:
-                contribute(dv + dv_offsets, dv_0, tl.where(t + row_step < length, row_sum_mask, False), ATOMIC)
-                dv -= CHUNK * dv_step
-            if WANT_F:
-                df -= CHUNK * df_step
+                done_dv = mma_v2(d_t, only(keys_t, key_slot_of, 6), done_dv)
+            if WANT_W:
+                sum_dw = mma_v2(d_t, states_6.load(RIGHT), sum_dw)
+        if CARRIES:
+            limit = tl.where(t + 5 < length, bound, float("inf"))
+            g = clamp(with_outer(queries, only(dys, tile_slot, 5), c), limit)
+            low = rounded(g)
+            d = times(low, kept(slopes_5))
+            d_left = left_operand(d)
+            c = tl.fma(f_5 + zeros, g, mma_v2(d_left, w_t, zeros))
+            if WANT_F or WANT_GATE:
+                df_5 = over_registers(g * kept(gaps_5).to(tl.float32))
+            if WANT_K:
+                done_dk = mma_v2(d_left, only(values_t, col_slot, 5), done_dk)
+            d_t = left_operand(transposed(d))
+            if WANT_V:
+                done_dv = mma_v2(d_t, only(keys_t, key_slot_of, 5), done_dv)
+            if WANT_W:
+                sum_dw = mma_v2(d_t, states_5.load(RIGHT), sum_dw)
+        if WANT_Q:
+            contribute(dq + row_slot * dq_step + row, trivially(memory_rows(sum_dq), SLOT_KEYS), tl.where(t + row_slot < length, row_mask, False), ATOMIC)
+            dq -= INTERVAL * dq_step
+        if CARRIES:
+            limit = tl.where(t + 4 < length, bound, float("inf"))
+            g = clamp(with_outer(queries, only(dys, tile_slot, 4), c), limit)
+            low = rounded(g)
+            d = times(low, kept(slopes_4))
+            d_left = left_operand(d)
+            c = tl.fma(f_4 + zeros, g, mma_v2(d_left, w_t, zeros))
+            if WANT_F or WANT_GATE:
+                df_4 = over_registers(g * kept(gaps_4).to(tl.float32))
+            if WANT_K:
+                done_dk = mma_v2(d_left, only(values_t, col_slot, 4), done_dk)
+            d_t = left_operand(transposed(d))
+            if WANT_V:
+                done_dv = mma_v2(d_t, only(keys_t, key_slot_of, 4), done_dv)
+            if WANT_W:
+                sum_dw = mma_v2(d_t, states_4.load(RIGHT), sum_dw)
+        if CARRIES:
+            limit = tl.where(t + 3 < length, bound, float("inf"))
+            g = clamp(with_outer(queries, only(dys, tile_slot, 3), c), limit)
+            low = rounded(g)
+            d = times(low, kept(slopes_3))
+            d_left = left_operand(d)
+            c = tl.fma(f_3 + zeros, g, mma_v2(d_left, w_t, zeros))
+            if WANT_F or WANT_GATE:
+                df_3 = over_registers(g * kept(gaps_3).to(tl.float32))
+            if WANT_K:
+                done_dk = mma_v2(d_left, only(values_t, col_slot, 3), done_dk)
+            d_t = left_operand(transposed(d))
+            if WANT_V:
+                done_dv = mma_v2(d_t, only(keys_t, key_slot_of, 3), done_dv)
+            if WANT_W:
+                sum_dw = mma_v2(d_t, states_3.load(RIGHT), sum_dw)
+        if CARRIES:
+            limit = tl.where(t + 2 < length, bound, float("inf"))
+            g = clamp(with_outer(queries, only(dys, tile_slot, 2), c), limit)
+            low = rounded(g)
+            d = times(low, kept(slopes_2))
+            d_left = left_operand(d)
+            c = tl.fma(f_2 + zeros, g, mma_v2(d_left, w_t, zeros))
+            if WANT_F or WANT_GATE:
+                df_2 = over_registers(g * kept(gaps_2).to(tl.float32))
+            if WANT_K:
+                done_dk = mma_v2(d_left, only(values_t, col_slot, 2), done_dk)
+            d_t = left_operand(transposed(d))
+            if WANT_V:
+                done_dv = mma_v2(d_t, only(keys_t, key_slot_of, 2), done_dv)
+            if WANT_W:
+                sum_dw = mma_v2(d_t, states_2.load(RIGHT), sum_dw)
+        if CARRIES:
+            limit = tl.where(t + 1 < length, bound, float("inf"))
+            g = clamp(with_outer(queries, only(dys, tile_slot, 1), c), limit)
+            low = rounded(g)
+            d = times(low, kept(slopes_1))
+            d_left = left_operand(d)
+            c = tl.fma(f_1 + zeros, g, mma_v2(d_left, w_t, zeros))
+            if WANT_F or WANT_GATE:
+                df_1 = over_registers(g * kept(gaps_1).to(tl.float32))
+            if WANT_K:
+                done_dk = mma_v2(d_left, only(values_t, col_slot, 1), done_dk)
+            d_t = left_operand(transposed(d))
+            if WANT_V:
+                done_dv = mma_v2(d_t, only(keys_t, key_slot_of, 1), done_dv)
+            if WANT_W:
+                sum_dw = mma_v2(d_t, states_1.load(RIGHT), sum_dw)
+        if CARRIES:
+            limit = tl.where(t + 0 < length, bound, float("inf"))
+            g = clamp(with_outer(queries, only(dys, tile_slot, 0), c), limit)
+            low = rounded(g)
+            d = times(low, kept(slopes_0))
+            d_left = left_operand(d)
+            c = tl.fma(f_0 + zeros, g, mma_v2(d_left, w_t, zeros))
+            if WANT_F or WANT_GATE:
+                df_0 = over_registers(g * kept(gaps_0).to(tl.float32))
+            if WANT_K:
+                done_dk = mma_v2(d_left, only(values_t, col_slot, 0), done_dk)
+            d_t = left_operand(transposed(d))
+            if WANT_V:
+                done_dv = mma_v2(d_t, only(keys_t, key_slot_of, 0), done_dv)
+            if WANT_W:
+                sum_dw = mma_v2(d_t, states_0.load(RIGHT), sum_dw)
 
-            h_0 = next_h
-            k_0 = next_k_0
-            v_0 = next_v_0
-            x_0 = next_x_0
-
+    # The first interval's, where there is one.
+    if WANT_V:
+        parts_dv.store(done_dv)
+    if WANT_F or WANT_GATE:
+        parts_df.store(tl.join(tl.join(tl.join(df_0, df_4), tl.join(df_2, df_6)), tl.join(tl.join(df_1, df_5), tl.join(df_3, df_7))).reshape([WARPS * 32, 8]))
+    if WANT_K:
+        contribute(dk + row_slot * dk_step + row, trivially(memory_rows(done_dk), SLOT_KEYS), tl.where(0 + row_slot < length, row_mask, False), ATOMIC)
+        dk -= INTERVAL * dk_step
+    if WANT_V:
+        dv_t = tl.sum(parts_dv.load(OVER_WARPS), 0)
+        tl.store(dv + sum_slot * dv_step + sum_col, dv_t, mask=tl.where(0 + sum_slot < length, sum_mask, False))
+        dv -= INTERVAL * dv_step
+    if WANT_F or WANT_GATE:
+        x_t = load_gate(x + tl.cast(0 + scalar_slot, tl.int64) * x_s, 0 + scalar_slot < length)
+        f_by_x, f_by_A_log = gate_slopes(x_t, gate(x_t, rate, dt_bias)[0], rate, dt_bias)
+        df_t = tl.where(0 + scalar_slot < length, tl.sum(parts_df.load(OVER_THREADS), 0), 0.0)
+        sum_dA_log += df_t * f_by_A_log
+        df_t *= f_by_x
+        sum_ddt_bias += df_t
+    if WANT_F:
+        tl.store(df + scalar_slot * df_step, df_t, mask=0 + scalar_slot < length)
+        df -= INTERVAL * df_step
     if WANT_H:
         tl.store(dh_first + (b * N + n) * (K * V) + state_offsets, c, mask=state_mask)
     if WANT_W:
-        i = tl.arange(0, V_PAD, tl.SliceLayout(1, BACKWARD_TILE))
-        mask = (i < V)[:, None] & col_mask[None, :]
-        tl.store(dw + program.to(tl.int64) * (V * V) + i[:, None] * V + cols[None, :], sum_dw, mask=mask)
+        tl.store(dw + dw_offsets, sum_dw, mask=weight_mask)
     if WANT_GATE:
-        tl.store(dA_log + program, sum_dA_log)
-        tl.store(ddt_bias + program, sum_ddt_bias)
+        tl.store(dA_log + program * 8 + scalar_slot, sum_dA_log)
+        tl.store(ddt_bias + program * 8 + scalar_slot, sum_ddt_bias)
 
 
 @gluon.jit
@@ -859,11 +1166,10 @@ def forward(q, k, v, weight, forget, A_log, dt_bias, initial_state, cu_seqlens, 
     packed = cu_seqlens is not None
     batch, steps, intervals, count = sizes(q, cu_seqlens)
     lead = q.shape[:-2]
-    tokens = steps if packed else batch * steps
-    atomic = not deterministic and tokens > 64  # a short call's time is the host's: clearing the sums, rounding them
-    y = buffer(q, atomic, lead, 2, 2, 16)
+    atomic = False
+    y = q.new_empty(*lead, 2, 16, dtype=v.dtype)
     final_state = q.new_empty(batch, 2, 64, 16, dtype=torch.float32)
-    checkpoints = q.new_empty(count, 2, 64, 16, dtype=torch.float32) if save else None
+    checkpoints = q.new_empty(count, 2, 64, 16, dtype=CHECKPOINTS) if save else None
     pointers = (
         q, k, v, weight, forget, A_log, dt_bias, initial_state, y, final_state,
         checkpoints if save else final_state,  # not written to then
@@ -878,9 +1184,9 @@ def forward(q, k, v, weight, forget, A_log, dt_bias, initial_state, cu_seqlens, 
             *token_strides(forget, packed), steps, intervals,
         )  # fmt: skip
         flags = {"HAS_FIRST": initial_state is not None, "PACKED": packed, "SAVE": save, "ATOMIC": atomic}
-        programs = batch * 4
+        programs = batch * 2
         launch(known, (save, deterministic), m2rnn_forward_kernel, programs, pointers, scalars, flags)
-    return (y.to(v.dtype) if atomic else summed(y, v.dtype, known)), final_state, checkpoints
+    return y, final_state, checkpoints
 
 
 def backward(
@@ -894,13 +1200,13 @@ def backward(
     atomic = not deterministic
     dq = buffer(q, atomic, lead, 1, 2, 64) if want_q else None
     dk = buffer(q, atomic, lead, 1, 2, 64) if want_k else None
-    dv = buffer(q, atomic, lead, 2, 2, 16) if want_v else None
-    df = buffer(q, atomic, lead, 2, 2) if want_f else None
+    dv = q.new_empty(*lead, 2, 16, dtype=v.dtype) if want_v else None
+    df = q.new_empty(*lead, 2, dtype=forget.dtype) if want_f else None
     dw = q.new_empty(batch, 2, 2, 16, 16, dtype=torch.float32) if want_w else None
     want_gate = want_A_log or want_dt_bias
-    dA_log, ddt_bias = q.new_empty(2, batch, 2, 2, dtype=torch.float32) if want_gate else (None, None)
+    dA_log, ddt_bias = q.new_empty(2, batch, 2, 8, dtype=torch.float32) if want_gate else (None, None)
     dh_first = q.new_empty(batch, 2, 64, 16, dtype=torch.float32) if want_h else None
-    programs = batch * 4
+    programs = batch * 2
     scratch = None
     if batch:
         m2rnn_backward_kernel[(programs,)](
@@ -910,14 +1216,14 @@ def backward(
             *token_strides(forget, packed), *token_strides(dy, packed), steps, intervals, bound,
             HAS_LAST=dh_last is not None, PACKED=packed, ATOMIC=atomic,
             WANT_Q=want_q, WANT_K=want_k, WANT_V=want_v, WANT_W=want_w, WANT_F=want_f, WANT_H=want_h,
-            CARRIES=any(wanted[1:]), WANT_GATE=want_gate, num_warps=1, num_stages=1,
+            CARRIES=any(wanted[1:]), ALIGNED=aligned(q, k, v, dy), WANT_GATE=want_gate, num_warps=2, num_stages=1,
         )  # fmt: skip
     gradients = (
         (dq.to(q.dtype) if atomic else summed(dq, q.dtype)) if want_q else None,
         (dk.to(k.dtype) if atomic else summed(dk, k.dtype)) if want_k else None,
-        (dv.to(v.dtype) if atomic else summed(dv, v.dtype)) if want_v else None,
+        dv if want_v else None,
         dw.sum((0, 2)).to(weight.dtype) if want_w else None,
-        (df.to(forget.dtype) if atomic else summed(df.unsqueeze(-1), forget.dtype).squeeze(-1)) if want_f else None,
+        df if want_f else None,
         dA_log.sum((0, 2)) if want_A_log else None,
         ddt_bias.sum((0, 2)) if want_dt_bias else None,
         dh_first,
@@ -947,7 +1253,7 @@ def launch(known, key, kernel, programs, pointers, scalars, flags):
     Triton chooses a binary by types, alignment and sizes of the arguments, which takes most of a call's time on the
     host; so a caller that knows them to be the same keeps the choice. The interpreter has no binaries to keep.
     """
-    compiled = kernel[(programs, 1, 1)](*pointers, *scalars, **flags, num_warps=1, num_stages=1)
+    compiled = kernel[(programs, 1, 1)](*pointers, *scalars, **flags, num_warps=2, num_stages=1, maxnreg=255)
     if known is not None and compiled is not None:
         known[key] = relaunch(compiled, programs, (*scalars, *flags.values()), pointers[0].get_device())
 
@@ -980,11 +1286,19 @@ def sizes(q, cu_seqlens):
     """Sequences, steps (tokens of a packed batch), checkpoints of a sequence (of a packed batch), of all sequences."""
     if cu_seqlens is None:
         batch, steps = q.shape[:2]
-        intervals = (steps + 15) // 16
+        intervals = (steps + 7) // 8
         return batch, steps, intervals, batch * intervals
     batch, steps = cu_seqlens.shape[0] - 1, q.shape[0]
-    intervals = steps // 16 + batch
+    intervals = steps // 8 + batch
     return batch, steps, intervals, intervals
+
+
+def aligned(*tensors):
+    """Whether every row of these tensors lies on 16 bytes, and offsets within an interval fit 32 bits."""
+    return all(
+        x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(s % 16 == 0 and s < 1 << 27 for s in x.stride()[:-1])
+        for x in tensors
+    )
 
 
 def token_strides(x, packed):
@@ -1001,7 +1315,7 @@ def summed(rows, dtype, known=None):
         again((rows, out))
     elif out.numel():
         flags = {"CONTRIBUTORS": contributors, "DIM": dim}
-        programs = (out.numel() + 255) // 256
+        programs = (out.numel() + 511) // 512
         launch(known, "sum", m2rnn_sum_kernel, programs, (rows, out), (out.numel(),), flags)
     return out
 

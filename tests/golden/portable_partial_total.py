@@ -38,6 +38,7 @@ BACKWARD_ROWS: tl.constexpr = tl.constexpr(16)
 BACKWARD_PARTS: tl.constexpr = tl.constexpr(2)
 CHUNK: tl.constexpr = tl.constexpr(2)
 SUM_BLOCK: tl.constexpr = tl.constexpr(256)
+CHECKPOINTS = torch.float32
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
@@ -642,7 +643,7 @@ def forward(q, k, v, weight, forget, A_log, dt_bias, initial_state, cu_seqlens, 
     atomic = False
     y = buffer(q, atomic, lead, 4, 2, 17)
     final_state = q.new_empty(batch, 4, 24, 17, dtype=torch.float32)
-    checkpoints = q.new_empty(count, 4, 24, 17, dtype=torch.float32) if save else None
+    checkpoints = q.new_empty(count, 4, 24, 17, dtype=CHECKPOINTS) if save else None
     pointers = (
         q, k, v, weight, forget, initial_state, y, final_state,
         checkpoints if save else final_state,  # not written to then

@@ -83,6 +83,7 @@ KEYS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
     reg_bases=[[1, 0], [0, 1], [0, 8]], lane_bases=[[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]],
     warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 16],
 ))  # fmt: skip
+CHECKPOINTS = torch.float32
 
 
 @gluon.jit
@@ -712,7 +713,7 @@ def forward(q, k, v, weight, forget, A_log, dt_bias, initial_state, cu_seqlens, 
     atomic = False
     y = q.new_empty(*lead, 16, 64, dtype=v.dtype)
     final_state = q.new_empty(batch, 16, 64, 64, dtype=torch.float32)
-    checkpoints = q.new_empty(count, 16, 64, 64, dtype=torch.float32) if save else None
+    checkpoints = q.new_empty(count, 16, 64, 64, dtype=CHECKPOINTS) if save else None
     pointers = (
         q, k, v, weight, forget, initial_state, y, final_state,
         checkpoints if save else final_state,  # not written to then

@@ -18,6 +18,7 @@ from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, binary_of
 from m2gen.pipeline.check import compile_all
 from m2gen.schedule import Mma, Portable, Schedule, check, parse
+from m2gen.schedule.mma import SLOT_WARP_BYTES
 from m2gen.schedule.wgmma import OPERANDS_BYTES
 from m2gen.variant import Variant
 
@@ -62,6 +63,8 @@ def test_they_compile() -> None:
         assert not resources.limits(job.device, job.warps)
         k = job.lowering
         scratch = k.schedule.scratch_bytes(k.variant) if job.direction is Direction.BACKWARD else 0
+        if k.slots and job.direction is Direction.BACKWARD:
+            scratch = k.backward.warps * SLOT_WARP_BYTES
         assert resources.shared_bytes == scratch or k.variant is VARIANTS["square"]
 
 
@@ -89,7 +92,7 @@ def test_both_texts_have_the_same_recurrence() -> None:
     """What the two families differ in is where things lie and how they are summed, never the recurrence."""
     variant = VARIANTS["published"]
     portable = render_kernel(Lowering(variant, Portable.default(variant, TARGETS["sm_90"])))
-    mma = source(variant)
+    mma = render_kernel(Lowering(variant, parse("mma_f32x1u8a_b32x1c2as_i16_ptx")))
     for statement in (
         "return tl.fma(u, z, f * h)",
         "h_1 = f_0 * h_0 + u_0 * z_0",
@@ -110,7 +113,7 @@ def test_the_interpreter_imports_them(tmp_path: Path) -> None:
     environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert load_kernels(source(VARIANTS["published"])).INTERVAL.value == 16
+    assert load_kernels(source(VARIANTS["published"])).INTERVAL.value == 8
     variant, slug = GROUPED["square"]
     assert load_kernels(render_kernel(Lowering(variant, parse(slug)))).INTERVAL.value == 12
 

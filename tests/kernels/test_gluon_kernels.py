@@ -48,6 +48,14 @@ CASES = {
     "warps_have_rows": (LARGE, "mma_f64x4u4a_b64x2c1a_i4_ptx"),
     "warps_have_rows_of_all_heads": (LARGE, "mma_f64x2u8p_b32x2c2ps_i8_ptx"),
     "both": (SQUARE, "mma_f32x4u4a_b32x4c2a_i8_ptx"),
+    "slots": (LARGE, "mma_f32x1u4a_b64x2c8at_i8_ptx"),
+    "slots_of_one_warp_in_rows_of_all_heads": (replace(LARGE, state_expansion=32), "mma_f32x1u4p_b32x1c8pt_i8_ptx"),
+    "slots_of_four_warps_and_masks": (
+        replace(LARGE, state_expansion=100, head_dim=9),
+        "mma_f64x4u4a_b128x4c8at_i8_ptx",
+    ),
+    "slots_clamp_all": (replace(LARGE, state_expansion=32, clip=HALF.clip), "mma_f32x1u4a_b32x1c8at_i8_exp"),
+    "slots_compute_gates": (replace(GATED, state_expansion=32), "mma_f32x1u4a_b32x1c8at_i8_exp"),
     "warpgroups": (SQUARE, "wgmma_aa_i4_ptx"),
     "warpgroups_in_half_precision": (replace(SQUARE, dtype=HALF.dtype), "wgmma_pp_i12_exp"),
     "warpgroups_clamp_all": (replace(SQUARE, clip=HALF.clip), "wgmma_aa_i2_ptx"),
@@ -70,7 +78,10 @@ def test_results_are_within_budget(variant: Variant, slug: str) -> None:
     judged(variant, schedule, load_module(render_kernel(Lowering(variant, schedule))))
 
 
-@pytest.mark.parametrize("slug", ["mma_f32x1u4a_b32x1c2as_i4_s3_ptx", "mma_f32x2u2a_b16x2c1a_i2_s2_ptx"])
+SEGMENTED = ("mma_f32x1u4a_b32x1c2as_i4_s3_ptx", "mma_f32x2u2a_b16x2c1a_i2_s2_ptx", "mma_f32x1u4a_b32x1c8at_i8_s3_ptx")
+
+
+@pytest.mark.parametrize("slug", SEGMENTED)
 def test_segments_go_on_from_one_another(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """States, their gradients, dW and the gate's sums pass from program to program."""
     schedule = check(GATED, replace(parse(slug), tanh=parse(CASES["odd"][1]).tanh), TARGETS["sm_90"])

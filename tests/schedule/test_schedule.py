@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import SCHEDULES, as_mma, make_schedule, make_variant
 
-from m2gen.device import PORTABLE, TARGETS
+from m2gen.device import PORTABLE, TARGETS, target
 from m2gen.errors import ScheduleError
 from m2gen.schedule import (
     FAMILIES,
@@ -78,12 +78,28 @@ def test_each_reason_is_given(schedule: Schedule, reason: str) -> None:
 
 def test_the_scratch_is_in_shared_memory_where_that_costs_no_programs() -> None:
     """Eight warps an SM: 16 KiB each of the published state fit the 227 of sm_90 and the 163 of sm_80, not 99."""
-    published = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
+    published = make_variant(64, 16, (1, 1, 4, 4, 4), "fp16", tanh="approx")
     chosen = {arch: default(published, TARGETS[arch]) for arch in TARGETS}
     assert all(schedule.scratch_bytes(published) == 16384 for schedule in chosen.values())
     shared = {arch for arch, schedule in chosen.items() if schedule.backward.scratch is Scratch.SHARED}
     assert shared == {"sm_80", "sm_90", "sm_100"}
     assert Portable.default(published, TARGETS["sm_90"]).backward.scratch is Scratch.L2
+
+
+def test_slots_serve_the_published_dims() -> None:
+    """They serve bfloat16 states of 16 columns on NVIDIA, a warp for 32 rows, where shared memory has an interval."""
+    for rows, warps in ((32, 1), (64, 2), (128, 4), (256, 8)):
+        variant = make_variant(rows, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
+        fits = {arch for arch in ("sm_80", "sm_86", "sm_90", "sm_100") if warps * 28_672 <= target(arch).shared_bytes}
+        for arch in ("sm_80", "sm_86", "sm_90", "sm_100"):
+            schedule = default(variant, target(arch))
+            assert (schedule.backward.scratch is Scratch.SLOTS) is (arch in fits)
+            assert schedule.backward.warps == warps or arch not in fits
+    narrow = make_variant(16, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
+    assert default(narrow, TARGETS["sm_90"]).backward.scratch is not Scratch.SLOTS
+    reasons = problems(narrow, parse("mma_f16x1u4a_b32x2c4at_i16_ptx"), TARGETS["sm_90"])
+    names = {reason.split(" must")[0] for reason in reasons}
+    assert names == {"backward.rows", "backward.warps", "backward.scratch", "backward.chunk", "interval"}
 
 
 def test_every_reason_at_once() -> None:

@@ -43,7 +43,7 @@ from m2gen.tune.space import Subject, enumerate_space, fits, space_hash
 from m2gen.tune.trial import Samples, Trial
 from m2gen.variant import parse_variant
 
-SMALL = parse_variant("k24_v16_q1_k1_v4_f4_w4_bf16_carry_approx")
+SMALL = parse_variant("k24_v16_q1_k1_v4_f4_w4_fp16_carry_approx")
 LARGE = parse_variant("k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx")
 DEVICE = TARGETS["sm_90"]
 TRAIN = Subject(SMALL, DEVICE, Objective.TRAIN, 2, 64, MemoryBound())
@@ -178,7 +178,7 @@ def test_memory_bounds_the_space(bound: MemoryBound) -> None:
 
 def test_memory_is_that_of_the_equations() -> None:
     """The 7B layer: every state is 8.9 GB, so a sixteenth of it, and the buffers of the shared gradients."""
-    schedule = default(LARGE, DEVICE)
+    schedule = parse("mma_f32x1u8a_b32x1c2as_i16_ptx")
 
     def extra(chosen: Schedule) -> int:
         return extra_bytes(Lowering(LARGE, chosen), 4, 4096, training=True)
@@ -189,6 +189,19 @@ def test_memory_is_that_of_the_equations() -> None:
     assert extra(schedule) - extra(replace(schedule, interval=32)) == states // 16 - states // 32
     buffered = replace(schedule, backward=replace(schedule.backward, scratch=Scratch.L2))
     assert extra(buffered) - extra(schedule) == 4 * 132 * 2 * 8 * 32 * 16 * 4
+    slots = default(LARGE, DEVICE)  # states of half the bytes, twice as often; one program writes y, dv and df
+    assert slots.backward.scratch is Scratch.SLOTS
+    assert extra(slots) == pytest.approx(0.563e9, rel=0.01)
+
+
+def test_slots_are_points_where_they_serve() -> None:
+    """One backward, with every forward: bf16 states of at most 16 columns."""
+    for variant, serves in ((replace(LARGE, state_expansion=32), True), (SMALL, False)):
+        points = enumerate_space(Subject(variant, DEVICE, Objective.TRAIN, 2, 64, MemoryBound())).points
+        slots = [point for point in points if point.backward.scratch is Scratch.SLOTS]
+        assert bool(slots) is serves
+        assert {(p.backward.rows, p.backward.warps, p.backward.chunk, p.interval) for p in slots} <= {(32, 1, 8, 8)}
+        assert len({point.forward for point in slots}) > 4 or not serves
 
 
 def test_the_hash_names_the_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
