@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from m2gen.db import files
 from m2gen.db.files import Contents, Fault
-from m2gen.db.rank import preference, slot
+from m2gen.db.rank import preference_in_slot, slot
 from m2gen.db.record import Record, encode
 from m2gen.errors import DatabaseError, listed
 
@@ -28,11 +28,11 @@ class Change:
 
 
 def merged(records: Iterable[Record]) -> tuple[Record, ...]:
-    """Return the preferred record of each slot (``rank.slot``, ``rank.preference``), whatever their order."""
+    """Return the preferred record of each slot (``rank.slot``, ``rank.preference_in_slot``), whatever their order."""
     best: dict[Hashable, Record] = {}
     for record in records:
         held = best.get(slot(record))
-        if held is None or preference(record) < preference(held):
+        if held is None or preference_in_slot(record) < preference_in_slot(held):
             best[slot(record)] = record
     return tuple(sorted(best.values(), key=lambda record: (str(files.place(record)), files.order(record))))
 

@@ -68,6 +68,15 @@ def preference(record: Record) -> tuple[object, ...]:
     return (bool(stale(record)), newest_first(record), ratio, not is_default(record), record.id)
 
 
+def preference_in_slot(record: Record) -> tuple[object, ...]:
+    """Return the sort key of records of one slot, whose times compare: they are of one problem on one GPU.
+
+    Their ratios do not where the default schedule has changed in between: the better the new one, the worse the ratio.
+    """
+    time = record.timing.tuned.high_ms if record.timing else 0.0
+    return (bool(stale(record)), time, not is_default(record), record.id)
+
+
 def failures(records: Iterable[Record]) -> dict[Hashable, Record]:
     """Return the records of failures by their ``verdict``, which disqualifies winners with the same one."""
     return {verdict(record): record for record in records if record.failure is not None}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import H100, VARIANT, environment, failed, winner
+from records import H100, VARIANT, environment, failed, timing, winner
 from support import ROOT, make_schedule
 
 from m2gen.bucket import Bucket
@@ -298,6 +298,17 @@ def test_a_stale_record_gives_way(tmp_path: Path) -> None:
     """Kernels that are no longer rendered are never preferred, however fast they were."""
     old = replace(winner(high=0.1), provenance=replace(winner().provenance, kernel="0" * 12))
     assert merged([old, winner()]) == merged([winner(), old]) == (winner(),)
+
+
+def test_a_faster_record_wins_whatever_its_default_took() -> None:
+    """A default that became faster makes ratios worse: of one problem on one GPU, times compare."""
+    before = winner(high=4.8)
+    after = replace(winner(high=3.4), timing=timing(high=3.4, default=3.4))
+    before = replace(before, timing=timing(high=4.8, default=5.0))
+    assert before.timing is not None
+    assert after.timing is not None
+    assert before.timing.ratio < after.timing.ratio
+    assert merged([before, after]) == merged([after, before]) == (after,)
 
 
 def test_ties_go_to_the_default() -> None:
