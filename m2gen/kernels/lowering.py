@@ -241,7 +241,7 @@ class Lowering:
         found |= {"FORWARD_ROWS": forward.rows, "FORWARD_PARTS": forward.parts(variant), "UNROLL": forward.unroll}
         parts = backward.parts(variant)
         if self.slots:
-            found |= {"WARPS": backward.warps, "BACKWARD_PARTS": parts}
+            found |= {"WARPS": backward.warps}
         else:
             found |= {"BACKWARD_ROWS": backward.rows, "BACKWARD_PARTS": parts, "CHUNK": backward.chunk}
         if self.segmented:

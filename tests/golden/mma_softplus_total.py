@@ -35,7 +35,6 @@ FORWARD_ROWS: tl.constexpr = tl.constexpr(64)
 FORWARD_PARTS: tl.constexpr = tl.constexpr(1)
 UNROLL: tl.constexpr = tl.constexpr(4)
 WARPS: tl.constexpr = tl.constexpr(2)
-BACKWARD_PARTS: tl.constexpr = tl.constexpr(1)
 SUM_BLOCK: tl.constexpr = tl.constexpr(512)
 FORWARD_TILE: tl.constexpr = tl.constexpr(tl.NVMMADistributedLayout([2, 0], [2, 1], [16, 8]))
 FORWARD_VECTOR: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
@@ -625,9 +624,8 @@ def m2rnn_backward_kernel(
     is written while the next one goes forwards.
     """
     program = tl.program_id(0)
-    part = program % BACKWARD_PARTS
-    n = (program // BACKWARD_PARTS) % N
-    b = (program // (BACKWARD_PARTS * N)).to(tl.int64)
+    n = program % N
+    b = (program // N).to(tl.int64)
     if PACKED:
         start, length = sequence(cu_seqlens, b, S)
         token = start
@@ -766,14 +764,14 @@ def m2rnn_backward_kernel(
     v_of.store(tl.load(v + value_offsets, mask=value_mask & (value_slot < left), other=0.0))
     dy_of.store(tl.load(dy + dy_offsets, mask=value_mask & (value_slot < left), other=0.0))
     h_of.store(tl.load(checkpoints + checkpoint_offsets, mask=checkpoint_mask & (left > 0), other=0.0))
-    next_x_0 = load_gate(x_at + 0 * x_step, 0 < left)
-    next_x_1 = load_gate(x_at + 1 * x_step, 1 < left)
-    next_x_2 = load_gate(x_at + 2 * x_step, 2 < left)
-    next_x_3 = load_gate(x_at + 3 * x_step, 3 < left)
-    next_x_4 = load_gate(x_at + 4 * x_step, 4 < left)
-    next_x_5 = load_gate(x_at + 5 * x_step, 5 < left)
-    next_x_6 = load_gate(x_at + 6 * x_step, 6 < left)
-    next_x_7 = load_gate(x_at + 7 * x_step, 7 < left)
+    next_x_0 = load_gate(x_at + 0 * x_step, left > 0)
+    next_x_1 = load_gate(x_at + 1 * x_step, left > 1)
+    next_x_2 = load_gate(x_at + 2 * x_step, left > 2)
+    next_x_3 = load_gate(x_at + 3 * x_step, left > 3)
+    next_x_4 = load_gate(x_at + 4 * x_step, left > 4)
+    next_x_5 = load_gate(x_at + 5 * x_step, left > 5)
+    next_x_6 = load_gate(x_at + 6 * x_step, left > 6)
+    next_x_7 = load_gate(x_at + 7 * x_step, left > 7)
     done_dk = tl.zeros((WARPS, 32, 8), tl.float32, BACKWARD_TILE)
     done_dv = tl.zeros((WARPS, 16, 8), tl.float32, BACKWARD_TILE)
     df_0 = tl.zeros((WARPS, 8, 4), tl.float32, THREADS)
