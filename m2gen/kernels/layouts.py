@@ -179,7 +179,7 @@ def mma(variant: Variant, schedule: Schedule, uses: Uses) -> dict[str, str]:
     forward, backward = schedule.forward, schedule.backward
     found = {"FORWARD_TILE": _tile(forward)}
     if uses.slots:
-        found |= {"FORWARD_VECTOR": _vector(forward), **slots.layouts(backward.warps)}
+        found |= {"FORWARD_VECTOR": _vector(forward), **slots.layouts(backward.warps, backward.rows // backward.warps)}
         if uses.sums_of_programs:
             found["SUM_LAYOUT"] = _sum_layout(schedule)
     else:

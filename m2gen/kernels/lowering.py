@@ -135,6 +135,11 @@ class Lowering:
         return self.backward.scratch is Scratch.SLOTS
 
     @property
+    def slot_rows(self) -> int:
+        """Rows of a warp of such a backward."""
+        return self.backward.rows // self.backward.warps
+
+    @property
     def whole(self) -> bool:
         """Whether the state's dims need no padding."""
         variant = self.variant
@@ -241,7 +246,7 @@ class Lowering:
         found |= {"FORWARD_ROWS": forward.rows, "FORWARD_PARTS": forward.parts(variant), "UNROLL": forward.unroll}
         parts = backward.parts(variant)
         if self.slots:
-            found |= {"WARPS": backward.warps}
+            found |= {"WARPS": backward.warps, "ROWS": self.slot_rows}
         else:
             found |= {"BACKWARD_ROWS": backward.rows, "BACKWARD_PARTS": parts, "CHUNK": backward.chunk}
         if self.segmented:

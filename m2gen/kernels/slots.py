@@ -1,7 +1,7 @@
-"""Which thread of a backward whose steps have slots holds what: every warp has 32 rows of 16 columns of its own.
+"""Which thread of a backward whose steps have slots holds what: a warp has 16 or 32 rows of 16 columns of its own.
 
 Tensors have the warp as their first dim, so that products of warps share nothing. A lane has rows l // 4 and l // 4 + 8
-of each 16 of a tile; in memory's order they are four neighbours, which ``tile_rows`` renames.
+of each 16 of a tile; in memory's order they are neighbours, which ``tile_rows`` renames.
 """
 
 from __future__ import annotations
@@ -12,21 +12,29 @@ PLAIN = "tl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])"
 COLS = ((0, 0, 2), (0, 0, 4))
 """A lane's pairs of columns of a tile."""
 ROWS = ((0, 1, 0), (0, 2, 0), (0, 4, 0))
+EXTRA = {16: (), 32: ((0, 32, 0),)}
+"""What a thread keeps beyond 16 bytes of a tile, by rows of a warp."""
 
 
-def layouts(warps: int) -> dict[str, str]:
-    """Return the layouts that the backward names: those of products, then of memory, then of sums over warps."""
+def layouts(warps: int, rows: int) -> dict[str, str]:
+    """Return the layouts that the backward names: those of products, then of memory, then of sums over warps.
+
+    ``rows`` of a warp are 16 or 32.
+    """
     across = tuple((warp, 0, 0) for warp in powers(1, warps))
     tile = f"tl.NVMMADistributedLayout([2, 0], [{warps}, 1, 1], [1, 16, 8])"
-    quads = ((0, 4, 0), (0, 8, 0), (0, 16, 0))
+    mine = tuple((0, row, 0) for row in powers(1, rows // 8))  # a lane's neighbours
+    lanes = (*COLS, *((0, row, 0) for row in powers(rows // 8, rows)))
+    below = tuple((0, row, 0) for row in powers(1, rows))
+    place = (*COLS, (0, 0, 8), (0, 0, 16))[: 3 if rows == 16 else 4]  # bits of a row
     linear = {
-        "SLOT_KEYS": Linear((warps, 32, 8), ((0, 1, 0), (0, 2, 0), (0, 0, 1)), (*COLS, *quads), across),
+        "SLOT_KEYS": Linear((warps, rows, 8), (*mine, (0, 0, 1)), lanes, across),
         "SLOT_VALUES": Linear((warps, 8, 16), ((0, 0, 1), (0, 0, 8)), (*COLS, *ROWS), across),
-        "CHECKPOINT": Linear((warps, 32, 16), ((0, 0, 1), (0, 1, 0), (0, 0, 8), (0, 2, 0)), (*COLS, *quads), across),
-        "KEPT": Linear((warps, 64, 8), ((0, 0, 1), *COLS, (0, 32, 0)), (*ROWS, (0, 8, 0), (0, 16, 0)), across),
-        "COPIED_KEYS": Linear((warps, 8, 32), ((0, 0, 1), *COLS), ((0, 0, 8), (0, 0, 16), *ROWS), across),
+        "CHECKPOINT": Linear((warps, rows, 16), ((0, 0, 1), mine[0], (0, 0, 8), *mine[1:]), lanes, across),
+        "KEPT": Linear((warps, 2 * rows, 8), ((0, 0, 1), *COLS, *EXTRA[rows]), (*ROWS, (0, 8, 0), (0, 16, 0)), across),
+        "COPIED_KEYS": Linear((warps, 8, rows), ((0, 0, 1), *place[:-2]), (*place[-2:], *ROWS), across),
         "COPIED_VALUES": Linear((warps, 8, 16), ((0, 0, 1), (0, 0, 2)), ((0, 0, 4), (0, 0, 8), *ROWS), across),
-        "COPIED_STATE": Linear((warps, 32, 16), ((0, 0, 1), *COLS, (0, 16, 0)), ((0, 0, 8), *ROWS, (0, 8, 0)), across),
+        "COPIED_STATE": Linear((warps, rows, 16), ((0, 0, 1), *COLS, *below[4:]), ((0, 0, 8), *below[:4]), across),
         "THREADS": Linear((warps, 8, 4), (), ((0, 0, 1), (0, 0, 2), *ROWS), across),
         **_over_warps(warps),
     }
@@ -35,7 +43,8 @@ def layouts(warps: int) -> dict[str, str]:
         "LEFT": "tl.DotOperandLayout(0, BACKWARD_TILE, 2)",
         "RIGHT": "tl.DotOperandLayout(1, BACKWARD_TILE, 2)",
         **{name: str(layout) for name, layout in linear.items()},
-        "PLACE_OF_KEYS": "tl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0])",
+        "PLACE_OF_KEYS": f"tl.SwizzledSharedLayout(8, {64 // rows}, {rows // 8}, [2, 1, 0])",
+        "PLACE_OF_CHECKPOINT": "tl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0])",
         "PLACE_OF_STATES": "tl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0])",
         "PLACE": PLAIN,
     }

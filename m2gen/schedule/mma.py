@@ -26,11 +26,8 @@ MOST_COLS = 64
 memory, where these kernels spill 350 bytes a thread at 128."""
 SLOTS = 8
 """Steps of an interval whose sums one product makes: the columns of a product."""
-SLOT_ROWS = 32
-"""Rows of the state that a warp has where steps have slots."""
-SLOT_WARP_BYTES = 28_672
-"""Shared memory that each of these warps takes: 3 KB for each step's state, slope and H - Z, the operands of
-the interval and of the one before it, and its parts of sums over rows."""
+SLOT_ROWS = (32, 16)
+"""Rows of the state that a warp may have where steps have slots, the usual number first."""
 RESIDENT_WARPS = 8
 """Warps that an SM of NVIDIA has registers for, with the 255 a thread that a backward takes."""
 
@@ -98,9 +95,9 @@ class Mma(Knobs):
     @classmethod
     def _default_of_slots(cls, variant: Variant, tanh: Tanh) -> Self:
         """Return the schedule whose tanh is evaluated once in the backward: two thirds of the time of a step."""
-        rows = min(variant.padded_rows, 2 * SLOT_ROWS)
-        forward = ForwardTile(rows, max(1, rows // SLOT_ROWS), 8 if tanh is Tanh.PTX else 4, Reduction.ATOMIC)
-        warps = max(1, variant.padded_rows // SLOT_ROWS)
+        most, rows = SLOT_ROWS[0], min(variant.padded_rows, 2 * SLOT_ROWS[0])
+        forward = ForwardTile(rows, max(1, rows // most), 8 if tanh is Tanh.PTX else 4, Reduction.ATOMIC)
+        warps = max(1, variant.padded_rows // most)
         backward = MmaBackward(variant.padded_rows, warps, SLOTS, Reduction.ATOMIC, Scratch.SLOTS)
         return cls(forward, backward, SLOTS, tanh)
 
@@ -120,22 +117,21 @@ class Mma(Knobs):
             yield from self._slot_problems(variant, device)
 
     def _slot_problems(self, variant: Variant, device: Device) -> Iterator[str]:
-        backward = self.backward
-        if variant.dtype is not Dtype.BF16 or variant.padded_cols > MIN_TILE or variant.padded_rows < SLOT_ROWS:
-            yield (
-                f"backward.scratch must not be slots but for bf16, at most {MIN_TILE} columns and more than {MIN_TILE} "
-                f"rows, got {variant.dtype}, {variant.head_dim} and {variant.state_expansion}"
-            )
+        backward, rows = self.backward, variant.padded_rows
+        if variant.dtype is not Dtype.BF16 or variant.padded_cols > MIN_TILE:
+            serves = f"for bf16 and at most {MIN_TILE} columns"
+            yield f"backward.scratch must be slots only {serves}, got {variant.dtype} and {variant.head_dim}"
+        warps = tuple(rows // each for each in SLOT_ROWS if each <= rows)
         wanted = {
-            "backward.rows": (backward.rows, variant.padded_rows),
-            "backward.warps": (backward.warps, max(1, variant.padded_rows // SLOT_ROWS)),
-            "backward.chunk": (backward.chunk, SLOTS),
-            "interval": (self.interval, SLOTS),
+            "backward.rows": (backward.rows, (rows,)),
+            "backward.warps": (backward.warps, warps),
+            "backward.chunk": (backward.chunk, (SLOTS,)),
+            "interval": (self.interval, (SLOTS,)),
         }
-        for name, (value, must) in wanted.items():
-            if value != must:
-                yield f"{name} must be {must} where backward.scratch is slots, got {value}"
-        taken = backward.warps * SLOT_WARP_BYTES
+        for name, (value, valid) in wanted.items():
+            if value not in valid:
+                yield f"{name} must be {' or '.join(map(str, valid))} where backward.scratch is slots, got {value}"
+        taken = slots_bytes(backward.warps, backward.rows)
         if taken > device.shared_bytes:
             yield f"backward.scratch must take at most {device.shared_bytes} bytes of shared memory, got {taken}"
 
@@ -146,3 +142,12 @@ class Mma(Knobs):
         taken = self.scratch_bytes(variant)
         if taken > device.shared_bytes:
             yield f"backward.scratch must take at most {device.shared_bytes} bytes of shared memory, got {taken}"
+
+
+def slots_bytes(warps: int, rows: int) -> int:
+    """Return the shared memory of a backward whose steps have slots.
+
+    Each row has a state, a slope and a gap of every step, the keys, queries and checkpoint of the next interval; each
+    warp the values and dy of that, and its parts of dv and df.
+    """
+    return rows * 16 * (3 * SLOTS * 2 + 2 + 2) + warps * (2 * SLOTS * 16 * 2 + SLOTS * 16 * 4 + SLOTS * 32 * 4)

@@ -35,6 +35,7 @@ FORWARD_ROWS: tl.constexpr = tl.constexpr(64)
 FORWARD_PARTS: tl.constexpr = tl.constexpr(1)
 UNROLL: tl.constexpr = tl.constexpr(4)
 WARPS: tl.constexpr = tl.constexpr(2)
+ROWS: tl.constexpr = tl.constexpr(32)
 SUM_BLOCK: tl.constexpr = tl.constexpr(512)
 FORWARD_TILE: tl.constexpr = tl.constexpr(tl.NVMMADistributedLayout([2, 0], [2, 1], [16, 8]))
 FORWARD_VECTOR: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
@@ -85,6 +86,7 @@ OVER_THREADS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
     warp_bases=[[0, 0]], block_bases=[], shape=[64, 8],
 ))  # fmt: skip
 PLACE_OF_KEYS: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0]))
+PLACE_OF_CHECKPOINT: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0]))
 PLACE_OF_STATES: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0]))
 PLACE: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 SUM_LAYOUT: tl.constexpr = tl.constexpr(tl.BlockedLayout([1], [32], [2], [0]))
@@ -540,14 +542,14 @@ def transposed(x):
 @gluon.jit
 def as_left(x):
     """x (rows, 8 slots) as ``with_outer`` reads it, beside both halves of the columns."""
-    return trivially(tl.join(x, x).permute((0, 1, 3, 2)).reshape([WARPS, 32, 16]), BACKWARD_TILE)
+    return trivially(tl.join(x, x).permute((0, 1, 3, 2)).reshape([WARPS, ROWS, 16]), BACKWARD_TILE)
 
 
 @gluon.jit
 def as_right(x):
-    """x (8 slots, 16 columns) as ``with_outer`` reads it, beside all four blocks of 8 rows."""
+    """x (8 slots, 16 columns) as ``with_outer`` reads it, beside every block of 8 rows."""
     x = transposed(x).reshape([WARPS, 2, 8, 8]).permute((0, 2, 1, 3)).reshape([WARPS, 8, 16])
-    x = tl.join(tl.join(x, x), tl.join(x, x)).permute((0, 3, 4, 1, 2)).reshape([WARPS, 32, 16])
+    x = tl.join(tl.join(x, x), tl.join(x, x)).permute((0, 3, 4, 1, 2)).reshape([WARPS, ROWS, 16])
     return trivially(x, BACKWARD_TILE)
 
 
@@ -555,34 +557,34 @@ def as_right(x):
 def tile_rows(x):
     """x (rows in memory's order, n) in a tile's: row 16 i + 8 j + l of a tile is row 4 l + 2 i + j."""
     C: tl.constexpr = x.shape[2]
-    return x.reshape([WARPS, 8, 2, 2, C]).permute((0, 2, 3, 1, 4)).reshape([WARPS, 32, C])
+    return x.reshape([WARPS, 8, ROWS // 16, 2, C]).permute((0, 2, 3, 1, 4)).reshape([WARPS, ROWS, C])
 
 
 @gluon.jit
 def memory_rows(x):
     """Undo ``tile_rows``."""
     C: tl.constexpr = x.shape[2]
-    return x.reshape([WARPS, 2, 2, 8, C]).permute((0, 3, 1, 2, 4)).reshape([WARPS, 32, C])
+    return x.reshape([WARPS, ROWS // 16, 2, 8, C]).permute((0, 3, 1, 2, 4)).reshape([WARPS, ROWS, C])
 
 
 @gluon.jit
 def keep(x, place):
     """Store a tile so that each thread reads back what it wrote, 16 bytes at a time."""
-    x = x.reshape([WARPS, 2, 2, 8, 2, 4, 2]).permute((0, 1, 3, 5, 4, 2, 6)).reshape([WARPS, 64, 8])
+    x = x.reshape([WARPS, ROWS // 16, 2, 8, 2, 4, 2]).permute((0, 1, 3, 5, 4, 2, 6)).reshape([WARPS, 2 * ROWS, 8])
     place.store(trivially(x, KEPT))
 
 
 @gluon.jit
 def kept(place):
     """Load what ``keep`` stored."""
-    x = place.load(KEPT).reshape([WARPS, 2, 8, 4, 2, 2, 2]).permute((0, 1, 5, 2, 4, 3, 6))
-    return trivially(x.reshape([WARPS, 32, 16]), BACKWARD_TILE)
+    x = place.load(KEPT).reshape([WARPS, ROWS // 16, 8, 4, 2, 2, 2]).permute((0, 1, 5, 2, 4, 3, 6))
+    return trivially(x.reshape([WARPS, ROWS, 16]), BACKWARD_TILE)
 
 
 @gluon.jit
 def over_registers(x):
     """Sum x (rows, cols) over the elements that a thread has: (8, 4 lanes)."""
-    x = x.reshape([WARPS, 2, 2, 8, 2, 4, 2]).permute((0, 3, 5, 1, 2, 4, 6)).reshape([WARPS, 8, 4, 16])
+    x = x.reshape([WARPS, ROWS // 16, 2, 8, 2, 4, 2]).permute((0, 3, 5, 1, 2, 4, 6)).reshape([WARPS, 8, 4, ROWS // 2])
     return trivially(tl.sum(x, 3), THREADS)
 
 
@@ -616,7 +618,7 @@ def m2rnn_backward_kernel(
     WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_W: tl.constexpr, WANT_F: tl.constexpr,
     WANT_H: tl.constexpr, CARRIES: tl.constexpr, ALIGNED: tl.constexpr, WANT_GATE: tl.constexpr,
 ):  # fmt: skip
-    """Scan one sequence's steps backwards for one head: a warp has 32 rows of the state.
+    """Scan one sequence's steps backwards for one head: a warp has ROWS rows of the state.
 
     Steps go by intervals of 8. Forwards, from the interval's checkpoint, what gradients need of each step is kept in
     shared memory: the state, the derivative of H_t by the argument of tanh, and the gap. Backwards, every sum over rows,
@@ -645,7 +647,7 @@ def m2rnn_backward_kernel(
     # What the program reads of an interval: each from where the last interval begins.
     warp = tl.arange(0, WARPS, tl.SliceLayout(1, tl.SliceLayout(2, COPIED_KEYS)))[:, None, None]
     key_slot = tl.arange(0, 8, tl.SliceLayout(0, tl.SliceLayout(2, COPIED_KEYS)))[None, :, None]
-    key_row = warp * 32 + tl.arange(0, 32, tl.SliceLayout(0, tl.SliceLayout(1, COPIED_KEYS)))[None, None, :]
+    key_row = warp * ROWS + tl.arange(0, ROWS, tl.SliceLayout(0, tl.SliceLayout(1, COPIED_KEYS)))[None, None, :]
     key_mask = (key_row < K) & (key_slot >= 0)
     key_offsets = index(key_slot, ALIGNED) * k_s + index(key_row, ALIGNED) * k_d
     query_offsets = index(key_slot, ALIGNED) * q_s + index(key_row, ALIGNED) * q_d
@@ -656,7 +658,7 @@ def m2rnn_backward_kernel(
     value_offsets = index(value_slot, ALIGNED) * v_s + index(value_col, ALIGNED) * v_d + 0 * warp
     dy_offsets = index(value_slot, ALIGNED) * dy_s + index(value_col, ALIGNED) * dy_d + 0 * warp
     warp = tl.arange(0, WARPS, tl.SliceLayout(1, tl.SliceLayout(2, COPIED_STATE)))[:, None, None]
-    state_row = warp * 32 + tl.arange(0, 32, tl.SliceLayout(0, tl.SliceLayout(2, COPIED_STATE)))[None, :, None]
+    state_row = warp * ROWS + tl.arange(0, ROWS, tl.SliceLayout(0, tl.SliceLayout(2, COPIED_STATE)))[None, :, None]
     state_col = tl.arange(0, 16, tl.SliceLayout(0, tl.SliceLayout(1, COPIED_STATE)))[None, None, :]
     checkpoint_mask = (state_row < K) & (state_col < V)
     checkpoint_offsets = state_row * V + state_col
@@ -668,40 +670,40 @@ def m2rnn_backward_kernel(
     x_at = x + begin * x_step
     dy += b * dy_b + (start + begin) * dy_s + n.to(tl.int64) * dy_n
     checkpoints += ((interval + end // INTERVAL) * N + n) * (K * V)
-    k_of = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 8, 32], PLACE_OF_KEYS)
-    q_of = tl.allocate_shared_memory(q.dtype.element_ty, [WARPS, 8, 32], PLACE_OF_KEYS)
+    k_of = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 8, ROWS], PLACE_OF_KEYS)
+    q_of = tl.allocate_shared_memory(q.dtype.element_ty, [WARPS, 8, ROWS], PLACE_OF_KEYS)
     v_of = tl.allocate_shared_memory(v.dtype.element_ty, [WARPS, 8, 16], PLACE)
     dy_of = tl.allocate_shared_memory(dy.dtype.element_ty, [WARPS, 8, 16], PLACE)
-    h_of = tl.allocate_shared_memory(checkpoints.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_KEYS)
-    slopes_0 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
-    gaps_0 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
-    states_0 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
-    slopes_1 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
-    gaps_1 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
-    states_1 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
-    slopes_2 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
-    gaps_2 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
-    states_2 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
-    slopes_3 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
-    gaps_3 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
-    states_3 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
-    slopes_4 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
-    gaps_4 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
-    states_4 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
-    slopes_5 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
-    gaps_5 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
-    states_5 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
-    slopes_6 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
-    gaps_6 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
-    states_6 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
-    slopes_7 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 64, 8], PLACE)
-    gaps_7 = tl.allocate_shared_memory(tl.float16, [WARPS, 64, 8], PLACE)
-    states_7 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 32, 16], PLACE_OF_STATES)
+    h_of = tl.allocate_shared_memory(checkpoints.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_CHECKPOINT)
+    slopes_0 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_0 = tl.allocate_shared_memory(tl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    states_0 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
+    slopes_1 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_1 = tl.allocate_shared_memory(tl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    states_1 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
+    slopes_2 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_2 = tl.allocate_shared_memory(tl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    states_2 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
+    slopes_3 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_3 = tl.allocate_shared_memory(tl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    states_3 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
+    slopes_4 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_4 = tl.allocate_shared_memory(tl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    states_4 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
+    slopes_5 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_5 = tl.allocate_shared_memory(tl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    states_5 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
+    slopes_6 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_6 = tl.allocate_shared_memory(tl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    states_6 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
+    slopes_7 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_7 = tl.allocate_shared_memory(tl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    states_7 = tl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
 
     # What it writes of one: each from where the last interval begins, but that written with the next interval.
     row_slot = tl.arange(0, 8, tl.SliceLayout(0, tl.SliceLayout(1, SLOT_KEYS)))[None, None, :]
     warp = tl.arange(0, WARPS, tl.SliceLayout(1, tl.SliceLayout(2, SLOT_KEYS)))[:, None, None]
-    row = warp * 32 + tl.arange(0, 32, tl.SliceLayout(0, tl.SliceLayout(2, SLOT_KEYS)))[None, :, None]
+    row = warp * ROWS + tl.arange(0, ROWS, tl.SliceLayout(0, tl.SliceLayout(2, SLOT_KEYS)))[None, :, None]
     row_mask = (row < K) & (row_slot >= 0)
     sum_col = tl.arange(0, 16, tl.SliceLayout(1, tl.SliceLayout(0, OVER_WARPS)))[:, None]
     sum_slot = tl.arange(0, 8, tl.SliceLayout(0, tl.SliceLayout(0, OVER_WARPS)))[None, :]
@@ -730,8 +732,8 @@ def m2rnn_backward_kernel(
     warp = tl.arange(0, WARPS, tl.SliceLayout(1, tl.SliceLayout(2, BACKWARD_TILE)))[:, None, None]
     i = tl.arange(0, 16, tl.SliceLayout(0, tl.SliceLayout(2, BACKWARD_TILE)))[None, :, None]
     j = tl.arange(0, 16, tl.SliceLayout(0, tl.SliceLayout(1, BACKWARD_TILE)))[None, None, :]
-    tile_row = tl.arange(0, 32, tl.SliceLayout(0, tl.SliceLayout(2, BACKWARD_TILE)))[None, :, None]
-    rows = warp * 32 + tile_row % 8 * 4 + tile_row // 16 * 2 + tile_row // 8 % 2  # as tile_rows has them
+    tile_row = tl.arange(0, ROWS, tl.SliceLayout(0, tl.SliceLayout(2, BACKWARD_TILE)))[None, :, None]
+    rows = warp * ROWS + tile_row % 8 * (ROWS // 8) + tile_row // 16 * 2 + tile_row // 8 % 2  # as tile_rows has them
     state_mask = (rows < K) & (j < V)
     state_offsets = rows * V + j
     weight_mask = (i < V) & (j < V) & (warp >= 0)
@@ -744,12 +746,12 @@ def m2rnn_backward_kernel(
     warp = tl.arange(0, WARPS, tl.SliceLayout(1, tl.SliceLayout(2, RIGHT)))[:, None, None]
     slot = tl.arange(0, 8, tl.SliceLayout(0, tl.SliceLayout(1, RIGHT)))[None, None, :]
     col_slot = slot + 0 * tl.arange(0, 16, tl.SliceLayout(0, tl.SliceLayout(2, RIGHT)))[None, :, None] + 0 * warp
-    key_slot_of = slot + 0 * tl.arange(0, 32, tl.SliceLayout(0, tl.SliceLayout(2, RIGHT)))[None, :, None] + 0 * warp
+    key_slot_of = slot + 0 * tl.arange(0, ROWS, tl.SliceLayout(0, tl.SliceLayout(2, RIGHT)))[None, :, None] + 0 * warp
     rate = tl.exp(tl.load(A_log + n // (N // NF)))
     dt_bias = tl.load(dt_bias + n // (N // NF))
     sum_dA_log = tl.zeros((8,), tl.float32, tl.SliceLayout(0, OVER_THREADS))
     sum_ddt_bias = sum_dA_log
-    zeros = tl.zeros((WARPS, 32, 16), tl.float32, BACKWARD_TILE)
+    zeros = tl.zeros((WARPS, ROWS, 16), tl.float32, BACKWARD_TILE)
     c = zeros
     if HAS_LAST:
         c = tl.load(dh_last + (b * N + n) * (K * V) + state_offsets, mask=state_mask, other=0.0)
@@ -772,7 +774,7 @@ def m2rnn_backward_kernel(
     next_x_5 = load_gate(x_at + 5 * x_step, left > 5)
     next_x_6 = load_gate(x_at + 6 * x_step, left > 6)
     next_x_7 = load_gate(x_at + 7 * x_step, left > 7)
-    done_dk = tl.zeros((WARPS, 32, 8), tl.float32, BACKWARD_TILE)
+    done_dk = tl.zeros((WARPS, ROWS, 8), tl.float32, BACKWARD_TILE)
     done_dv = tl.zeros((WARPS, 16, 8), tl.float32, BACKWARD_TILE)
     df_0 = tl.zeros((WARPS, 8, 4), tl.float32, THREADS)
     df_1 = tl.zeros((WARPS, 8, 4), tl.float32, THREADS)
@@ -805,7 +807,7 @@ def m2rnn_backward_kernel(
 
         # Forwards: the states that steps start from, slopes and gaps.
         operand = rounded(h)
-        sum_dq = tl.zeros((WARPS, 32, 8), tl.float32, BACKWARD_TILE)
+        sum_dq = tl.zeros((WARPS, ROWS, 8), tl.float32, BACKWARD_TILE)
         if WANT_W:
             states_0.store(operand)
         z = tanh(mma_v2(left_operand(operand), w, with_outer(keys, only(values, tile_slot, 0), zeros)))
@@ -941,7 +943,7 @@ def m2rnn_backward_kernel(
         next_x_7 = load_gate(x_at + 7 * x_step, before)
 
         # Backwards: what gradients are of.
-        done_dk = tl.zeros((WARPS, 32, 8), tl.float32, BACKWARD_TILE)
+        done_dk = tl.zeros((WARPS, ROWS, 8), tl.float32, BACKWARD_TILE)
         done_dv = tl.zeros((WARPS, 16, 8), tl.float32, BACKWARD_TILE)
         if CARRIES:
             limit = tl.where(t + 7 < length, bound, float("inf"))

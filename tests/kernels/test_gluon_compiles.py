@@ -18,7 +18,7 @@ from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, binary_of
 from m2gen.pipeline.check import compile_all
 from m2gen.schedule import Mma, Portable, Schedule, check, parse
-from m2gen.schedule.mma import SLOT_WARP_BYTES
+from m2gen.schedule.mma import slots_bytes
 from m2gen.schedule.wgmma import OPERANDS_BYTES
 from m2gen.variant import Variant
 
@@ -64,7 +64,7 @@ def test_they_compile() -> None:
         k = job.lowering
         scratch = k.schedule.scratch_bytes(k.variant) if job.direction is Direction.BACKWARD else 0
         if k.slots and job.direction is Direction.BACKWARD:
-            scratch = k.backward.warps * SLOT_WARP_BYTES
+            scratch = slots_bytes(k.backward.warps, k.backward.rows)
         if k.slots and job.direction is Direction.FORWARD:
             scratch = 8 * 16 * 16 * 4  # parts of y: steps of 8 rows a warp and 16 columns
         if k.slots and job.direction is Direction.STEP:

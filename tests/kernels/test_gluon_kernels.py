@@ -54,6 +54,8 @@ CASES = {
         replace(LARGE, state_expansion=100, head_dim=9),
         "mma_f64x4u4a_b128x4c8at_i8_ptx",
     ),
+    "slots_of_sixteen_rows": (replace(LARGE, state_expansion=32), "mma_f32x1u4a_b32x2c8at_i8_ptx"),
+    "slots_of_one_tile": (replace(LARGE, state_expansion=9), "mma_f16x1u4a_b16x1c8pt_i8_exp"),
     "slots_clamp_all": (replace(LARGE, state_expansion=32, clip=HALF.clip), "mma_f32x1u4a_b32x1c8at_i8_exp"),
     "slots_compute_gates": (replace(GATED, state_expansion=32), "mma_f32x1u4a_b32x1c8at_i8_exp"),
     "warpgroups": (SQUARE, "wgmma_aa_i4_ptx"),

@@ -28,6 +28,7 @@ from m2gen.schedule import (
     parse,
     problems,
 )
+from m2gen.schedule.mma import slots_bytes
 from m2gen.variant import Variant
 
 DEVICES = (*TARGETS.values(), PORTABLE)
@@ -88,18 +89,21 @@ def test_the_scratch_is_in_shared_memory_where_that_costs_no_programs() -> None:
 
 def test_slots_serve_the_published_dims() -> None:
     """They serve bfloat16 states of 16 columns on NVIDIA, a warp for 32 rows, where shared memory has an interval."""
-    for rows, warps in ((32, 1), (64, 2), (128, 4), (256, 8)):
+    archs = ("sm_80", "sm_86", "sm_90", "sm_100")
+    for rows, warps in ((16, 1), (32, 1), (64, 2), (128, 4), (256, 8)):
         variant = make_variant(rows, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
-        fits = {arch for arch in ("sm_80", "sm_86", "sm_90", "sm_100") if warps * 28_672 <= target(arch).shared_bytes}
-        for arch in ("sm_80", "sm_86", "sm_90", "sm_100"):
+        for arch in archs:
             schedule = default(variant, target(arch))
-            assert (schedule.backward.scratch is Scratch.SLOTS) is (arch in fits)
-            assert schedule.backward.warps == warps or arch not in fits
-    narrow = make_variant(16, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
-    assert default(narrow, TARGETS["sm_90"]).backward.scratch is not Scratch.SLOTS
-    reasons = problems(narrow, parse("mma_f16x1u4a_b32x2c4at_i16_ptx"), TARGETS["sm_90"])
-    names = {reason.split(" must")[0] for reason in reasons}
-    assert names == {"backward.rows", "backward.warps", "backward.scratch", "backward.chunk", "interval"}
+            serves = slots_bytes(warps, rows) <= target(arch).shared_bytes
+            assert (schedule.backward.scratch is Scratch.SLOTS) is serves
+            assert schedule.backward.warps == warps or not serves
+    assert slots_bytes(2, 64) == 57_344  # as compiled: four programs an SM of sm_90
+    reasons = problems(variant, parse("mma_f16x1u4a_b256x2c4at_i16_ptx"), TARGETS["sm_90"])
+    assert reasons == (
+        "backward.warps must be 8 or 16 where backward.scratch is slots, got 2",
+        "backward.chunk must be 8 where backward.scratch is slots, got 4",
+        "interval must be 8 where backward.scratch is slots, got 16",
+    )
 
 
 def test_every_reason_at_once() -> None:
