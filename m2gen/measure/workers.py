@@ -40,6 +40,10 @@ class Lost:
     reason: str
     hung: bool = False
 
+    def at(self, work: str) -> str:
+        """Return the reason with the work that the process was doing, such as "compiling"."""
+        return f"{work} {self.reason}" if self.hung else f"{self.reason} while {work}"
+
 
 @dataclass(frozen=True)
 class Service(Generic[Task, Result]):

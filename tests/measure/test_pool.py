@@ -38,12 +38,11 @@ def _serve(task: str) -> str:
 
 
 def _serve_with_child(task: str) -> str:
-    """Start a child that tells a named pipe if it ends by itself, and crash when a file says so."""
+    """Start a child that tells a named pipe if it ends by itself, and crash when another pipe is opened."""
     pipe = Path(task)
     with pipe.open("w", encoding="utf-8") as told:
-        subprocess.Popen(["sh", "-c", "echo began; sleep 60; echo ended by itself"], stdout=told)
-    while not pipe.with_name("crash").exists():
-        time.sleep(0.01)
+        subprocess.Popen(["sh", "-c", "echo began; sleep 3600; echo ended by itself"], stdout=told)
+    pipe.with_name("crash").read_text(encoding="utf-8")
     os.kill(os.getpid(), signal.SIGSEGV)
     return ""
 
@@ -140,13 +139,14 @@ def test_a_worker_whose_parent_has_gone_ends_quietly(tasks: list[int]) -> None:
 @pytest.mark.parametrize("crashes", [False, True])
 def test_the_children_of_a_worker_end_with_it(tmp_path: Path, crashes: bool) -> None:
     """An assembler that never ends does not outlive the worker that called it, whether that is stopped or crashes."""
-    os.mkfifo(tmp_path / "told")
+    for name in ("told", "crash"):
+        os.mkfifo(tmp_path / name)
     worker = Worker(Service(_serve_with_child, _prepare, 600.0, _lost, now=lambda: 0.0))
     worker.begin(str(tmp_path / "told"))
     with (tmp_path / "told").open(encoding="utf-8") as told:
         assert told.readline() == "began\n"
         if crashes:
-            (tmp_path / "crash").touch()
+            (tmp_path / "crash").write_text("now", encoding="utf-8")
             while not finished([worker]):
                 pass
             assert worker.collect()[1].endswith("lost: its process ended with SIGSEGV")
