@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,12 +16,13 @@ from m2gen.cache import is_of_a_disk, key_of, materialise
 from m2gen.device import Device
 from m2gen.errors import CacheError, CompileError
 from m2gen.kernels.arguments import Argument, arguments
-from m2gen.kernels.layouts import TOO_NEW
 from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, resources_of
 
 RESULT_VERSION = "1"
+ASSEMBLER = ("PTXAS_OPTIONS", "DISABLE_PTXAS_OPT", "TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+"""Triton's environment variables that choose the assembler and its options."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ def triton_version() -> str:
 
 
 def toolchain() -> str:
-    """Name what turns source into machine code."""
-    return f"triton {triton_version()}"
+    """Name what turns source into machine code: Triton, and what the environment says of its assembler."""
+    said = (f"{name}={os.environ[name]}" for name in ASSEMBLER if name in os.environ)
+    return ", ".join((f"triton {triton_version()}", *said))
 
 
 def load_module(path: Path, name: str) -> ModuleType:
@@ -88,10 +91,6 @@ def load_module(path: Path, name: str) -> ModuleType:
     return module
 
 
-def _minor(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
-
-
 def compile_kernel(job: Job) -> Resources:
     """Cross-compile one kernel in this process; raises CompileError with the compiler's first line."""
     return resources_of(compiled(job), job.device)
@@ -105,16 +104,18 @@ def compiled(job: Job) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    if job.lowering.gluon and _minor(triton.__version__) >= TOO_NEW:
-        needed = ".".join(map(str, TOO_NEW))
-        raise CompileError(f"{job.name}: explicit layouts must have Triton before {needed}, got {triton.__version__}")
-
-    kernel = getattr(load_kernels(job.source), f"m2rnn_{job.direction}_kernel")
+    module = load_kernels(job.source)
+    kernel = getattr(module, f"m2rnn_{job.direction}_kernel")
+    if isinstance(kernel, triton.runtime.Heuristics):
+        kernel = kernel.fn
     described = arguments(job.lowering, job.direction)
     target = GPUTarget(*backend_of(job.device))
     source = _source(job.lowering)(kernel, *_specialisation(described))
+    options: dict[str, Any] = dict(job.options)
+    if job.direction is Direction.FORWARD and job.lowering.carries_zeros and target.backend == "cuda":
+        options["ptx_options"] = module.forward_effort(target)
     try:
-        return triton.compile(source, target=target, options=job.options)
+        return triton.compile(source, target=target, options=options)
     except Exception as error:  # whatever a compiler raises, the user needs the kernel's name
         told = telling(error)
         if is_of_a_disk(told):

@@ -18,7 +18,7 @@ def kernel_hash(k: Lowering) -> str:
 
     Launchers, docstrings, comments, blank lines and the order of functions are none of the GPU's.
     """
-    options = [sorted(k.options(direction).items()) for direction in Direction]
+    options = [sorted(k.scheduled_options(direction).items()) for direction in Direction]
     return hashlib.sha256(f"{gpu_text(render_kernel(k))}\n{options}".encode()).hexdigest()[:12]
 
 

@@ -13,9 +13,6 @@ from m2gen.kernels.linear import Linear, powers
 from m2gen.schedule import ForwardTile, Part, Schedule, Scratch, Warpgroup
 from m2gen.variant import MIN_TILE, Variant
 
-TOO_NEW = (3, 9)
-"""The first Triton that compiles no explicit layouts: 3.9.0 brings ptxas of CUDA 13.4, which never ends on a forward of
-32 rows and four or more steps an iteration (CONTRIBUTING.md)."""
 LANE_COLS = ((0, 2), (0, 4))
 LANE_ROWS = ((1, 0), (2, 0), (4, 0))
 

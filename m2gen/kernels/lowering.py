@@ -179,6 +179,12 @@ class Lowering:
         """
         return self.family is Family.MMA and (self.forward.rows, self.forward.warps) != (MIN_TILE, 1)
 
+    @property
+    def carries_zeros(self) -> bool:
+        """Whether iterations of the forward carry elements that are always zero, in slots or padding."""
+        padded = self.variant.masks_rows or self.variant.masks_cols
+        return self.outer_by_product or (padded and not self.wgmma)
+
     # Sums of several programs.
 
     @cached_property
@@ -278,6 +284,13 @@ class Lowering:
 
     def options(self, direction: Direction) -> dict[str, int]:
         """Return how Triton compiles and launches one kernel.
+
+        Products and sums are fused to one operation, which Triton did by itself before 3.10.
+        """
+        return {**self.scheduled_options(direction), "enable_fp_fusion": True}
+
+    def scheduled_options(self, direction: Direction) -> dict[str, int]:
+        """Return those of ``options`` that the schedule chooses.
 
         Two warps that share a program have 255 registers a thread: ptxas would spill to have more programs at once,
         though those that there are have all they need (docs/performance.md).

@@ -1,4 +1,7 @@
-"""Run tasks in separate processes: a crash or hang costs one task, never the run."""
+"""Run tasks in separate processes: a crash or hang costs one task, never the run.
+
+Each process leads a process group, so that its children, such as an assembler, end with it.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,10 @@ class Lost:
 
     reason: str
     hung: bool = False
+
+    def at(self, work: str) -> str:
+        """Return the reason with the work that the process was doing, such as "compiling"."""
+        return f"{work} {self.reason}" if self.hung else f"{self.reason} while {work}"
 
 
 @dataclass(frozen=True)
@@ -92,11 +99,18 @@ def finished(busy: Sequence[Worker[Any, Any]], seconds: float = float("inf")) ->
     return [worker for worker in busy if worker.pipe in ready or worker.left < 0]
 
 
-def _loop(pipe: Any, prepare: Callable[[], None], serve: Callable[[Any], Any]) -> None:
-    """Serve the tasks from a pipe until it is closed; the parent handles Ctrl-C."""
+def _process(pipe: Any, prepare: Callable[[], None], serve: Callable[[Any], Any]) -> None:
+    """Be a worker process; the parent handles Ctrl-C."""
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
     prepare()
+    _loop(pipe, serve)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Triton 3.9 lists what its bindings leak when it is unloaded
+
+
+def _loop(pipe: Any, serve: Callable[[Any], Any]) -> None:
+    """Serve the tasks from a pipe until it is closed."""
     while True:
         try:
             task = pipe.recv()
@@ -166,14 +180,15 @@ class Worker(Generic[Task, Result]):
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, self._service.prepare, self._service.serve)
-        self._process = context.Process(target=_loop, args=arguments, daemon=True)
+        self._process = context.Process(target=_process, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
 
     def _reap(self) -> str:
-        """Return the signal or exit status of a process that died."""
+        """Return the signal or exit status of a process that died, and end its children."""
         self._process.join(GRACE_SECONDS)
         code = self._process.exitcode
+        self._kill()
         self.stop()
         return signal.Signals(-code).name if code is not None and code < 0 else f"exit status {code}"
 
@@ -189,9 +204,15 @@ class Worker(Generic[Task, Result]):
             return
         self.pipe.close()
         if busy:
-            self._process.kill()
+            self._kill()
         self._process.join(GRACE_SECONDS)
         if self._process.is_alive():
-            self._process.kill()
+            self._kill()
             self._process.join()
         self._process = None
+
+    def _kill(self) -> None:
+        """Kill the process, and the group that it leads once it has started."""
+        self._process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)

@@ -14,7 +14,6 @@ from m2gen.bucket import BUCKETS, HALVES
 from m2gen.db.choice import Choice, modules_by_bucket
 from m2gen.device import PORTABLE
 from m2gen.errors import EmitError
-from m2gen.kernels.layouts import TOO_NEW
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel, render_template, template_hash
 from m2gen.package.copies import BUILT, Code, built, copied, runtime_hash, sources
@@ -148,7 +147,6 @@ def _facts(origin: Origin, namespace: str, variants: list[BuiltVariant], choices
         },
         "HALVES": HALVES,
         "PORTABLE_SMS": PORTABLE.sm_count,
-        "TOO_NEW": TOO_NEW,
     }
 
 

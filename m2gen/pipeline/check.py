@@ -67,7 +67,10 @@ def check(planned: Plan, progress: Progress) -> list[CheckRow]:
 def compile_all(
     jobs: Iterable[Job], processes: int, done: Callable[[Job], None] = lambda job: None
 ) -> dict[Job, Resources | CompileError]:
-    """Cross-compile in parallel processes, each distinct kernel once; call ``done`` for each job as it is done."""
+    """Cross-compile in parallel processes, each distinct kernel once; call ``done`` for each job as it is done.
+
+    A kernel whose compiler takes longer than ``SECONDS`` or crashes has a CompileError that says so.
+    """
     results: dict[Job, Resources | CompileError] = {}
     missing: dict[str, list[Job]] = {}
     for job in dict.fromkeys(jobs):
@@ -77,8 +80,7 @@ def compile_all(
         else:
             results[job] = known
             done(job)
-    service = Service(_compile, without_interpreter, SECONDS, _lost)
-    for job, result in run_isolated([same[:1] for same in missing.values()], service, processes):
+    for job, result in run_isolated([same[:1] for same in missing.values()], COMPILE, processes):
         if isinstance(result, Resources):
             store_result("resources", job.key, result)
         elif not isinstance(result, CompileError):  # not the kernel's fault: a full disk, say
@@ -97,7 +99,10 @@ def _compile(job: Job) -> Resources | M2genError:
 
 
 def _lost(job: Job, lost: Lost) -> Resources | M2genError:
-    return CompileError(f"{job.name}: the compiler {'never ended' if lost.hung else 'took its process down'}")
+    return CompileError(f"{job.name}: {lost.at('compiling')}")
+
+
+COMPILE: Service[Job, Resources | M2genError] = Service(_compile, without_interpreter, SECONDS, _lost)
 
 
 def _check_row(name: str, job: Job, choices: list[Choice], result: Resources | CompileError) -> CheckRow:

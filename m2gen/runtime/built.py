@@ -34,7 +34,5 @@ HALVES: tuple[int, ...] = ()
 """The most programs of each bucket but the last, in halves of a program an SM."""
 PORTABLE_SMS: int = 1
 """SMs that buckets of the portable kernels reckon with."""
-TOO_NEW: tuple[int, int] = (0, 0)
-"""The first Triton that does not compile Gluon kernels."""
 
 reload_older(__package__, SPACE)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import warnings
 from bisect import bisect_left
@@ -19,8 +18,6 @@ from .facts import VariantKey
 from .snapshot import load
 
 SPACE = built.SPACE
-VERSION: str = importlib.import_module("triton").__version__  # imported so, since it has no types
-TRITON = tuple(int(part) for part in VERSION.split(".")[:2])
 Kernels: TypeAlias = tuple[ModuleType, ...]
 """Modules that serve a variant: one for all calls, or one for each bucket."""
 
@@ -74,13 +71,7 @@ def table_of(variant: VariantKey, device: torch.device) -> tuple[Kernels, tuple[
     """Return the kernels of a key of VARIANTS, and the most sequences that each but the last of them serves."""
     arch, sms = device_of(device)
     name, heads = built.VARIANTS[variant], max(variant[2])
-    kernels = KERNELS[arch][name]
-    if TRITON >= built.TOO_NEW and any(hasattr(module, "gluon") for module in kernels):
-        # ptxas of CUDA 13.4, which 3.9.0 brings, never ends on some of these kernels
-        message = f"{built.NAME}: Triton {VERSION} does not compile Gluon kernels; portable ones serve"
-        warnings.warn(message, stacklevel=2)
-        kernels = KERNELS["portable"][name]
-    return kernels, tuple(halves * sms // (2 * heads) for halves in built.HALVES)
+    return KERNELS[arch][name], tuple(halves * sms // (2 * heads) for halves in built.HALVES)
 
 
 def read_source(kernels: ModuleType) -> None:

@@ -184,7 +184,7 @@ def _recorded(device: Device) -> Iterator[list[Any]]:
 
 
 def _lost(task: CompileTask, lost: Lost) -> Compiled:
-    return Compiled(failure=Failure.of(Reason.LAUNCH, f"while it compiled, {lost.reason}"))
+    return Compiled(failure=Failure.of(Reason.LAUNCH, lost.at("compiling")))
 
 
 PRECOMPILE: Service[CompileTask, Compiled] = Service(precompile, prepare, SECONDS, _lost)

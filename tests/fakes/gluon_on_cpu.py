@@ -270,7 +270,7 @@ def language() -> ModuleType:
     for name in ("DotOperand", "Slice", "Blocked", "DistributedLinear", "SwizzledShared", "NVMMAShared"):
         setattr(tl, f"{name}Layout", lambda *_, **__: _layout())
     tl.load, tl.store, tl.atomic_add, tl.inline_asm_elementwise = load, store, atomic_add, inline_asm_elementwise
-    tl.allocate_shared_memory = allocate_shared_memory
+    tl.allocate_shared_memory, tl.shared_memory_descriptor = allocate_shared_memory, Shared
     tl.arange = lambda start, end, layout=None: Tensor(np.arange(start, end, dtype=np.int32))
     tl.zeros = lambda shape, dtype, layout=None: Tensor(np.zeros(shape, dtype.numpy), dtype)
     tl.full = lambda shape, value, dtype, layout=None: Tensor(np.full(shape, value, dtype.numpy), dtype)
@@ -287,6 +287,10 @@ def language() -> ModuleType:
     return tl
 
 
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+"""Keywords of launches that are the compiler's."""
+
+
 class Kernel:
     """A kernel, launched program by program."""
 
@@ -297,7 +301,8 @@ class Kernel:
         return self.function(*arguments)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int, num_stages: int, maxnreg: int = 0, **flags: Any) -> None:
+        def launch(*arguments: Any, **flags: Any) -> None:
+            flags = {name: value for name, value in flags.items() if name not in OPTIONS}
             known = self.function.__globals__
             side = "BACKWARD" if "backward" in self.function.__name__ else "FORWARD"
             Tensor.tile = known[f"{side}_TILE"]
@@ -330,7 +335,7 @@ def load_module(source: str) -> ModuleType:
     )
     products.warpgroup_mma_wait = lambda left, waited: waited[0]
     gluon = SimpleNamespace(jit=_jit, language=tl)
-    modules: dict[str, Any] = {"triton": SimpleNamespace(language=named), "triton.language": named}
+    modules: dict[str, Any] = {"triton": SimpleNamespace(language=named, __version__="3.6.0"), "triton.language": named}
     modules |= {"triton.experimental": SimpleNamespace(gluon=gluon), "triton.experimental.gluon": gluon}
     below = "triton.experimental.gluon.language"
     modules |= {

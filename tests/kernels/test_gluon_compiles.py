@@ -11,7 +11,6 @@ import pytest
 from support import ROOT, make_variant
 
 from m2gen.device import TARGETS
-from m2gen.errors import CompileError
 from m2gen.kernels.compile import Job, compiled, load_kernels
 from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.kernels.render import render_kernel
@@ -120,15 +119,6 @@ def test_the_interpreter_imports_them(tmp_path: Path) -> None:
     assert load_kernels(source(VARIANTS["published"])).INTERVAL.value == 8
     variant, slug = GROUPED["square"]
     assert load_kernels(render_kernel(Lowering(variant, parse(slug)))).INTERVAL.value == 12
-
-
-def test_a_triton_whose_assembler_never_ends_on_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error says which versions do, before anything is compiled."""
-    monkeypatch.setattr("triton.__version__", "3.9.0")
-    variant = VARIANTS["published"]
-    job = Job(Lowering(variant, mma(variant, "sm_90")), Direction.FORWARD, TARGETS["sm_90"])
-    with pytest.raises(CompileError, match=r"explicit layouts must have Triton before 3\.9, got 3\.9\.0"):
-        compiled(job)
 
 
 GROUPED = {

@@ -77,7 +77,7 @@ def test_how_kernels_are_compiled_matters(monkeypatch: pytest.MonkeyPatch) -> No
     apart = replace(schedule, forward=replace(schedule.forward, rows=64, warps=4))
     assert "maxnreg" in Lowering(VARIANT, apart).options(Direction.FORWARD)
     found = identity.kernel_hash.__wrapped__(Lowering(VARIANT, apart))
-    monkeypatch.setattr(Lowering, "options", lambda self, direction: {"num_warps": 4})
+    monkeypatch.setattr(Lowering, "scheduled_options", lambda self, direction: {"num_warps": 4})
     assert identity.kernel_hash.__wrapped__(Lowering(VARIANT, apart)) != found
 
 

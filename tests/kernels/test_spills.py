@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -87,7 +88,6 @@ def test_a_compiler_that_dies_is_named_and_costs_no_other_kernel() -> None:
     choices = tuple(Choice(built, TARGETS[arch], schedule) for arch in ("gfx942", "sm_90"))
     rows = check(Plan(spec, Origin("broken", "broken.yaml", "0" * 12), choices), Silent())
     assert {row.arch for row in rows if row.resources is None} == {"gfx942"}
-    assert {row.problems[0].partition(": ")[2] for row in rows if row.problems} == {
-        "the compiler took its process down"
-    }
+    problems = {row.problems[0].partition(": ")[2] for row in rows if row.problems}
+    assert all(re.fullmatch(r"its process ended with (SIG\w+|exit status 1) while compiling", one) for one in problems)
     assert len(rows) == 6

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from m2gen.measure import workers
-from m2gen.measure.workers import Lost, Service, run_isolated
+from m2gen.measure.workers import Lost, Service, Worker, finished, run_isolated
 
 HANGING = "M2GEN_TEST_HANGING"
 """Names the file in which tasks that hang say so."""
@@ -32,6 +35,22 @@ def _serve(task: str) -> str:
             stream.write("hangs\n")
         time.sleep(1e6)
     return f"{task} {os.environ['M2GEN_TEST_PREPARED']} {os.getpid()}"
+
+
+def _serve_with_child(task: str) -> str:
+    """Start a child that tells a named pipe if it ends by itself, and crash when another pipe is opened."""
+    pipe = Path(task)
+    with pipe.open("w", encoding="utf-8") as told:
+        subprocess.Popen(["sh", "-c", "echo began; sleep 3600; echo ended by itself"], stdout=told)
+    pipe.with_name("crash").read_text(encoding="utf-8")
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return ""
+
+
+def _serve_and_speak_at_exit(task: str) -> str:
+    print("during", file=sys.stderr, flush=True)
+    atexit.register(os.write, 2, b"at its end")
+    return task
 
 
 def _suspect(result: str) -> bool:
@@ -112,8 +131,32 @@ class ClosedPipe:
 
 
 @pytest.mark.parametrize("tasks", [[], [1]])
-def test_a_worker_whose_parent_has_gone_ends_quietly(tasks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_whose_parent_has_gone_ends_quietly(tasks: list[int]) -> None:
     """A parent that stops for another worker's error may close a pipe at any moment."""
-    monkeypatch.setattr(workers.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(workers, "_end_with_parent", lambda: None)
-    workers._loop(ClosedPipe(tasks), lambda: None, lambda task: task)
+    workers._loop(ClosedPipe(tasks), lambda task: task)
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+def test_the_children_of_a_worker_end_with_it(tmp_path: Path, crashes: bool) -> None:
+    """An assembler that never ends does not outlive the worker that called it, whether that is stopped or crashes."""
+    for name in ("told", "crash"):
+        os.mkfifo(tmp_path / name)
+    worker = Worker(Service(_serve_with_child, _prepare, 600.0, _lost, now=lambda: 0.0))
+    worker.begin(str(tmp_path / "told"))
+    with (tmp_path / "told").open(encoding="utf-8") as told:
+        assert told.readline() == "began\n"
+        if crashes:
+            (tmp_path / "crash").write_text("now", encoding="utf-8")
+            while not finished([worker]):
+                pass
+            assert worker.collect()[1].endswith("lost: its process ended with SIGSEGV")
+        else:
+            worker.stop()
+        assert told.read() == ""
+
+
+def test_a_worker_is_quiet_at_its_end(capfd: pytest.CaptureFixture[str]) -> None:
+    """What a task prints is seen; what its libraries print as they are unloaded is not."""
+    service = Service(_serve_and_speak_at_exit, _prepare, 600.0, _lost, now=lambda: 0.0)
+    assert dict(run_isolated([["a"]], service, 1)) == {"a": "a"}
+    assert capfd.readouterr().err == "during\n"

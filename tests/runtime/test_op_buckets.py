@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +14,10 @@ from support import SCHEDULES, import_package, make_variant
 
 from m2gen.bucket import BUCKETS, Bucket, most_sequences
 from m2gen.db.choice import module_name
-from m2gen.device import PORTABLE, TARGETS
+from m2gen.device import PORTABLE
 from m2gen.package import emit
 from m2gen.problem import Inputs, Problem, make_inputs
-from m2gen.schedule import Schedule, default
+from m2gen.schedule import Schedule
 from m2gen.variant import BuiltVariant
 from m2gen.verify.oracle import eager, own_arithmetic
 
@@ -214,22 +213,3 @@ def test_inference_is_compiled_once_for_all_buckets(split, idle, device) -> None
             expected, _ = split.m2rnn(*operands)
         assert_close({"y": y}, {"y": expected}, 16 * EPS)
     assert graphs() == 1
-
-
-@pytest.mark.parametrize(("version", "expected"), [((3, 8), "explicit"), ((3, 9), "portable")])
-def test_a_triton_that_compiles_no_gluon_gets_portable_kernels(tmp_path: Path, version, expected) -> None:
-    """It says so once, and serves every bucket by them."""
-    gpu, chosen = TARGETS["sm_90"], make_variant(heads=(1, 1, HEADS, 1, 1), dtype="bf16")
-    built = BuiltVariant(chosen, ("layer",))
-    choices = [emit.Choice(built, device, default(chosen, device)) for device in (PORTABLE, gpu)]
-    package = import_package(tmp_path / expected, emit.package(emit.Origin(expected, "s.yaml", "0" * 12), choices))
-    dispatch = operators_of(package).launches.dispatch
-    dispatch.TRITON, dispatch.device_of = version, lambda device: ("sm_90", gpu.sm_count)
-    (key,) = dispatch.built.VARIANTS
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        kernels, _ = dispatch.table_of(key, torch.device("cuda"))
-        assert dispatch.table_of(key, torch.device("cuda"))[0] is kernels
-    assert [hasattr(module, "gluon") for module in kernels] == [expected == "explicit"]
-    assert len(said) == (expected == "portable")
-    assert all("does not compile Gluon kernels" in str(warning.message) for warning in said)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import re
+import time
 from dataclasses import replace
 
 import pytest
 from support import make_schedule, make_variant
 
-from m2gen.db import Reason
+from m2gen.db import Failure, Reason
 from m2gen.device import TARGETS
 from m2gen.measure.workers import run_isolated
 from m2gen.schedule import Mma, Scratch, Tanh, parse
 from m2gen.spec import Objective
 from m2gen.tune import precompile as module
-from m2gen.tune.precompile import PRECOMPILE
+from m2gen.tune.precompile import PRECOMPILE, SECONDS
 from m2gen.tune.space import Subject
 from m2gen.tune.trial import Compiled, CompileTask
 
@@ -71,8 +74,24 @@ def test_a_compiler_that_dies_costs_its_candidate() -> None:
     found, fine = compiled(CompileTask(amd, BASE), CompileTask(SUBJECT, BASE))
     assert found.failure is not None
     assert found.failure.reason is Reason.LAUNCH
-    assert found.failure.message.startswith("while it compiled, its process ended with")
+    assert re.fullmatch(r"its process ended with (SIG\w+|exit status 1) while compiling", found.failure.message)
     assert fine.failure is None
+
+
+def _never(task: CompileTask) -> Compiled:
+    while True:
+        time.sleep(1e6)
+
+
+def test_a_compiler_that_never_ends_costs_its_candidate() -> None:
+    """It is stopped when its time is over, which is the candidate's failure; the next candidate has its turn."""
+    hours = itertools.count(0.0, 3600.0)
+    service = replace(PRECOMPILE, serve=_never, now=lambda: next(hours))
+    tasks = [CompileTask(SUBJECT, BASE), CompileTask(replace(SUBJECT, seq=112), BASE)]
+    found = dict(run_isolated([tasks], service, 1))
+    assert list(found) == tasks
+    for compiles in found.values():
+        assert compiles.failure == Failure(Reason.LAUNCH, f"compiling took longer than {SECONDS:g} s")
 
 
 def test_whatever_a_compiler_raises_is_the_candidates_failure(monkeypatch: pytest.MonkeyPatch) -> None:
