@@ -4,46 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from . import launch_plan, relaunch
 from .launch_plan import LaunchPlan, PerStep
-from .relaunch import KernelLaunch, Known
+from .relaunch import Known, Launched
 
 Operands: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 """q, k, v, weight, forget, A_log and dt_bias."""
 
 
-class Buffers(NamedTuple):
-    """What the backward writes, in the order of its parameters; None for what nobody wants."""
-
-    dq: Tensor | None
-    dk: Tensor | None
-    dv: Tensor | None
-    dw: Tensor | None
-    df: Tensor | None
-    dA_log: Tensor | None
-    ddt_bias: Tensor | None
-    dh_first: Tensor | None
+Buffers: TypeAlias = tuple[Tensor | None, ...]
+"""What the backward writes, in the order of its parameters: dq, dk, dv, dw, df, dA_log, ddt_bias, dh_first."""
 
 
-def rows(q: Tensor, out: PerStep, dtype: torch.dtype, atomic: bool) -> Tensor:
-    """Return a buffer for a result of every step of q: float32 with several contributors, zeros to add to if atomic."""
-    lead = q.shape[:-2]
-    if out.contributors == 1:
-        return q.new_empty((*lead, out.heads, *out.dims), dtype=dtype)
+def rows(q: Tensor, lead: Sequence[int], out: PerStep, dtype: torch.dtype, atomic: bool) -> Tensor:
+    """Return what programs write a result to: elements, float32 zeros to add to, or a float32 row a contributor."""
+    heads, contributors, dims = out
+    if contributors == 1:
+        return q.new_empty(*lead, heads, *dims, dtype=dtype)
     if atomic:
-        return q.new_zeros((*lead, out.heads, *out.dims), dtype=torch.float32)
-    return q.new_empty((*lead, out.heads, out.contributors, *out.dims), dtype=torch.float32)
+        return q.new_zeros(*lead, heads, *dims, dtype=torch.float32)
+    return q.new_empty(*lead, heads, contributors, *dims, dtype=torch.float32)
 
 
 def finished(
     kernels: ModuleType, out: PerStep, buffer: Tensor, dtype: torch.dtype, atomic: bool, known: Known | None = None
 ) -> Tensor:
-    """Return the result of what ``rows`` allocated and a kernel wrote."""
+    """Return the result of what programs wrote to a buffer from ``rows``."""
     if out.contributors == 1:
         return buffer
     if atomic:
@@ -54,18 +45,23 @@ def finished(
 
 
 def summed(kernels: ModuleType, buffer: Tensor, dtype: torch.dtype, known: Known | None = None) -> Tensor:
-    """Sum (..., contributors, dim) float32 rows to (..., dim) of ``dtype``, in order; ``known`` as for ``launch``."""
-    *lead, contributors, dim = buffer.shape
-    out = buffer.new_empty((*lead, dim), dtype=dtype)
+    """Sum (..., contributors, dim) float32 rows to (..., dim) of ``dtype``, in order; ``known`` as for ``forward``."""
     again = None if known is None else known.get("sum")
     if again is not None:
-        again((buffer, out))
-    elif elements := out.numel():
+        out = buffer.new_empty(*again.call, dtype=dtype)
+        again.launch((buffer, out))
+        return out
+    *lead, contributors, dim = buffer.shape
+    out = buffer.new_empty(*lead, dim, dtype=dtype)
+    if elements := out.numel():
         plan = launch_plan.plan_of(kernels)
-        programs = -(-elements // plan.sum_block)
-        flags = {"CONTRIBUTORS": contributors, "DIM": dim}
-        launched = KernelLaunch(kernels.m2rnn_sum_kernel, programs, (elements,), flags, plan.forward_options)
-        relaunch.launch(launched, (buffer, out), known, "sum")
+        programs = (elements + plan.sum_block - 1) // plan.sum_block
+        compiled = kernels.m2rnn_sum_kernel[(programs, 1, 1)](
+            buffer, out, elements, CONTRIBUTORS=contributors, DIM=dim, **plan.forward_options
+        )
+        if known is not None:
+            launched = Launched(compiled, programs, (elements, contributors, dim), buffer.get_device())
+            relaunch.keep(known, "sum", launched, tuple(out.shape))
     return out
 
 
@@ -74,19 +70,20 @@ def allocated(
 ) -> Buffers:
     """Return buffers for the ``wanted`` gradients, and for what segments hand to each other."""
     q, k, v, _, forget, _, _ = operands
+    lead = q.shape[:-2]
     want_q, want_k, want_v, want_w, want_f, want_A_log, want_dt_bias, want_h = wanted
     dA_log = ddt_bias = None
     if plan.computes_gate and (want_A_log or want_dt_bias):
-        dA_log, ddt_bias = q.new_empty((2, batch, *plan.gate), dtype=torch.float32)
-    return Buffers(
-        rows(q, plan.dq, q.dtype, atomic) if want_q else None,
-        rows(q, plan.dk, k.dtype, atomic) if want_k else None,
-        rows(q, plan.dv, v.dtype, atomic) if want_v else None,
-        q.new_empty((batch, *plan.weight), dtype=torch.float32) if want_w else None,
-        rows(q, plan.df, forget.dtype, atomic) if want_f else None,
+        dA_log, ddt_bias = q.new_empty(2, batch, *plan.gate, dtype=torch.float32)
+    return (
+        rows(q, lead, plan.dq, q.dtype, atomic) if want_q else None,
+        rows(q, lead, plan.dk, k.dtype, atomic) if want_k else None,
+        rows(q, lead, plan.dv, v.dtype, atomic) if want_v else None,
+        q.new_empty(batch, *plan.weight, dtype=torch.float32) if want_w else None,
+        rows(q, lead, plan.df, forget.dtype, atomic) if want_f else None,
         dA_log,
         ddt_bias,
-        q.new_empty((batch, *plan.state), dtype=torch.float32) if want_h or segmented else None,
+        q.new_empty(batch, *plan.state, dtype=torch.float32) if want_h or segmented else None,
     )
 
 
@@ -95,23 +92,16 @@ def gradients(
 ) -> list[Tensor]:
     """Return the ``wanted`` gradients, in the order of operands and then the initial state."""
     plan = launch_plan.plan_of(kernels)
-
-    def per_step(out: PerStep, buffer: Tensor | None, like: Tensor) -> Tensor | None:
-        return None if buffer is None else finished(kernels, out, buffer, like.dtype, atomic)
-
-    def summed_over_programs(buffer: Tensor | None) -> Tensor | None:
-        return None if buffer is None else buffer.sum((0, 2))
-
     q, k, v, weight, forget, _, _ = operands
-    dw = summed_over_programs(written.dw)
+    dq, dk, dv, dw, df, dA_log, ddt_bias, dh_first = written
     every = (
-        per_step(plan.dq, written.dq, q),
-        per_step(plan.dk, written.dk, k),
-        per_step(plan.dv, written.dv, v),
-        None if dw is None else dw.to(weight.dtype),
-        per_step(plan.df, written.df, forget),
-        summed_over_programs(written.dA_log) if wanted[5] else None,
-        summed_over_programs(written.ddt_bias) if wanted[6] else None,
-        written.dh_first if wanted[7] else None,
+        None if dq is None else finished(kernels, plan.dq, dq, q.dtype, atomic),
+        None if dk is None else finished(kernels, plan.dk, dk, k.dtype, atomic),
+        None if dv is None else finished(kernels, plan.dv, dv, v.dtype, atomic),
+        None if dw is None else dw.sum((0, 2)).to(weight.dtype),
+        None if df is None else finished(kernels, plan.df, df, forget.dtype, atomic),
+        None if dA_log is None or not wanted[5] else dA_log.sum((0, 2)),
+        None if ddt_bias is None or not wanted[6] else ddt_bias.sum((0, 2)),
+        dh_first if wanted[7] else None,
     )
     return [gradient for gradient in every if gradient is not None]

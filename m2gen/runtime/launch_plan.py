@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from types import ModuleType
 from typing import NamedTuple
@@ -66,8 +65,16 @@ class LaunchPlan(NamedTuple):
 PER_STEP = ("y", "dq", "dk", "dv", "df")
 
 
-@functools.cache
+_PLANS: dict[ModuleType, LaunchPlan] = {}
+
+
 def plan_of(kernels: ModuleType) -> LaunchPlan:
-    """Return how the kernels of a module are launched."""
+    """Return how the kernels of a module are launched, which is read once; a cache of functools takes longer."""
+    return _PLANS.get(kernels) or _read(kernels)
+
+
+def _read(kernels: ModuleType) -> LaunchPlan:
     described = dict(kernels.LAUNCH)
-    return LaunchPlan(**described | {name: PerStep(*described[name]) for name in PER_STEP})
+    plan = LaunchPlan(**described | {name: PerStep(*described[name]) for name in PER_STEP})
+    _PLANS[kernels] = plan
+    return plan

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +13,21 @@ from torch import Tensor
 from . import buffers, launch_plan, relaunch
 from .buffers import Operands
 from .launch_plan import LaunchPlan
-from .relaunch import KernelLaunch, Known
+from .relaunch import Known, Launched
+
+
+class ForwardCall(NamedTuple):
+    """What the sizes of a forward's operands decide alone, whatever is in them."""
+
+    steps: int
+    intervals: int
+    programs: int
+    segmented: bool
+    atomic: bool
+    """Whether programs add to y."""
+    lead: tuple[int, ...]
+    state: tuple[int, ...]
+    checkpoints: tuple[int, ...]
 
 
 def forward(
@@ -27,31 +43,48 @@ def forward(
 
     ``known``, here and for ``step``, keeps launches for calls alike.
     """
-    plan = launch_plan.plan_of(kernels)
-    q, v, packed = operands[0], operands[2], cu_seqlens is not None
-    batch, steps, intervals, count = sizes(plan, q, cu_seqlens)
-    atomic = plan.forward_adds and not deterministic and (steps if packed else batch * steps) > plan.short
-    y = buffers.rows(q, plan.y, v.dtype, atomic)
-    final_state = q.new_empty((batch, *plan.state), dtype=torch.float32)
-    checkpoints = q.new_empty((count, *plan.state), dtype=getattr(torch, plan.checkpoints)) if save else None
-    saved = final_state if checkpoints is None else checkpoints  # not written to then
-    pointers = (*_given(plan, operands), initial_state, y, final_state, saved, cu_seqlens)
-    programs = batch * plan.forward_programs
-    segmented = in_segments(plan, batch, steps)
-    if plan.segments > 1:
-        pointers = (*pointers, turns_of(q, programs, segmented))
+    plan, q, v = launch_plan.plan_of(kernels), operands[0], operands[2]
     again = None if known is None else known.get((save, deterministic))
+    call: ForwardCall = forward_call(plan, q, cu_seqlens, deterministic) if again is None else again.call
+    y = buffers.rows(q, call.lead, plan.y, v.dtype, call.atomic)
+    final_state = q.new_empty(*call.state, dtype=torch.float32)
+    checkpoints = q.new_empty(*call.checkpoints, dtype=getattr(torch, plan.checkpoints)) if save else None
+    pointers = (
+        *(operands if plan.computes_gate else operands[:5]), initial_state, y, final_state,
+        checkpoints if save else final_state,  # not written to then
+        cu_seqlens,
+    )  # fmt: skip
+    if plan.segments > 1:
+        pointers = (*pointers, turns_of(q, call.programs, call.segmented))
     if again is not None:
-        again(pointers)
-    elif batch:
-        scalars = (*_strides(operands, packed), steps, intervals)
-        flags = {"HAS_FIRST": initial_state is not None, "PACKED": packed, "SAVE": save, "ATOMIC": atomic}
-        flags |= _segments(plan, segmented)
-        launched = KernelLaunch(
-            kernels.m2rnn_forward_kernel, _programs(plan, programs, segmented), scalars, flags, plan.forward_options
-        )
-        relaunch.launch(launched, pointers, known, (save, deterministic))
-    return buffers.finished(kernels, plan.y, y, v.dtype, atomic, known), final_state, checkpoints
+        again.launch(pointers)
+    elif call.programs:
+        scalars = (*_strides(operands, cu_seqlens), call.steps, call.intervals)
+        flags = {"HAS_FIRST": initial_state is not None, "PACKED": cu_seqlens is not None, "SAVE": save}
+        flags["ATOMIC"] = call.atomic
+        if plan.segments > 1:
+            flags["SEGMENTED"] = call.segmented
+        programs = call.programs * (plan.segments if call.segmented else 1)
+        compiled = kernels.m2rnn_forward_kernel[(programs, 1, 1)](
+            *pointers, *scalars, **flags, **plan.forward_options
+        )  # fmt: skip
+        if known is not None:
+            launched = Launched(compiled, programs, (*scalars, *flags.values()), q.get_device())
+            relaunch.keep(known, (save, deterministic), launched, call)
+    if plan.y.contributors > 1:
+        y = buffers.finished(kernels, plan.y, y, v.dtype, call.atomic, known)
+    return y, final_state, checkpoints
+
+
+def forward_call(plan: LaunchPlan, q: Tensor, cu_seqlens: Tensor | None, deterministic: bool) -> ForwardCall:
+    """Return what the sizes of a call decide."""
+    batch, steps, intervals, count = sizes(plan, q, cu_seqlens)
+    lead = (batch, steps) if cu_seqlens is None else (steps,)
+    atomic = plan.forward_adds and not deterministic and math.prod(lead) > plan.short
+    programs, segmented = batch * plan.forward_programs, in_segments(plan, batch, steps)
+    return ForwardCall(
+        steps, intervals, programs, segmented, atomic, lead, (batch, *plan.state), (count, *plan.state)
+    )  # fmt: skip
 
 
 def backward(
@@ -66,43 +99,39 @@ def backward(
     deterministic: bool,
 ) -> list[Tensor]:
     """Launch the backward kernel; return the ``wanted`` gradients: eight flags, for operands and the initial state."""
-    plan = launch_plan.plan_of(kernels)
-    q, packed = operands[0], cu_seqlens is not None
+    plan, q = launch_plan.plan_of(kernels), operands[0]
     batch, steps, intervals, _ = sizes(plan, q, cu_seqlens)
     atomic = plan.backward_adds and not deterministic
     segmented = in_segments(plan, batch, steps)
     written = buffers.allocated(plan, operands, batch, wanted, atomic, segmented)
     programs = batch * plan.backward_programs
     turns = (turns_of(q, programs, segmented),) if plan.segments > 1 else ()
-    scratch = q.new_empty((programs, plan.scratch), dtype=torch.float32) if plan.scratch else None
+    scratch = q.new_empty(programs, plan.scratch, dtype=torch.float32) if plan.scratch else None
     if batch:
-        results = written if plan.computes_gate else (*written[:5], written.dh_first)
-        pointers = (*_given(plan, operands), dy, dh_last, checkpoints, scratch, cu_seqlens, *turns, *results)
-        scalars = (*_strides(operands, packed), *token_strides(dy, packed), steps, intervals, bound)
-        flags = {"HAS_LAST": dh_last is not None, "PACKED": packed, "ATOMIC": atomic, **_asked(plan, wanted)}
-        if plan.aligned:
-            flags["ALIGNED"] = aligned(*operands[:3], dy)
-        flags |= _segments(plan, segmented)
-        launched = KernelLaunch(
-            kernels.m2rnn_backward_kernel, _programs(plan, programs, segmented), scalars, flags, plan.backward_options
-        )
-        relaunch.launch(launched, pointers)
+        given, results = (operands, written) if plan.computes_gate else (operands[:5], (*written[:5], written[7]))
+        programs *= plan.segments if segmented else 1
+        kernels.m2rnn_backward_kernel[(programs, 1, 1)](
+            *given, dy, dh_last, checkpoints, scratch, cu_seqlens, *turns, *results,
+            *_strides(operands, cu_seqlens), *token_strides(dy, cu_seqlens), steps, intervals, bound,
+            HAS_LAST=dh_last is not None, PACKED=cu_seqlens is not None, ATOMIC=atomic,
+            **_backward_flags(plan, operands, dy, wanted, segmented), **plan.backward_options,
+        )  # fmt: skip
     return buffers.gradients(kernels, operands, written, wanted, atomic)
 
 
 def step(kernels: ModuleType, operands: Operands, state: Tensor, known: Known | None = None) -> Tensor:
     """Launch the step kernel, which advances ``state`` in place; return y."""
-    plan = launch_plan.plan_of(kernels)
-    batch, heads = operands[0].shape[0], plan.y.heads
-    y = operands[2].new_empty((batch, heads, *plan.y.dims))
-    pointers = (*_given(plan, operands), state, y)
+    plan, v = launch_plan.plan_of(kernels), operands[2]
     again = None if known is None else known.get(())
+    y = v.new_empty(*((v.shape[0], plan.y.heads, *plan.y.dims) if again is None else again.call))
+    pointers = (*(operands if plan.computes_gate else operands[:5]), state, y)
     if again is not None:
-        again(pointers)
-    elif batch:
+        again.launch(pointers)
+    elif programs := y.shape[0] * y.shape[1]:
         scalars = tuple(stride for x in (*operands[:5], state) for stride in x.stride())
-        launched = KernelLaunch(kernels.m2rnn_step_kernel, batch * heads, scalars, {}, plan.forward_options)
-        relaunch.launch(launched, pointers, known, ())
+        compiled = kernels.m2rnn_step_kernel[(programs, 1, 1)](*pointers, *scalars, **plan.forward_options)
+        if known is not None:
+            relaunch.keep(known, (), Launched(compiled, programs, scalars, v.get_device()), tuple(y.shape))
     return y
 
 
@@ -135,35 +164,32 @@ def aligned(*tensors: Tensor) -> bool:
     )
 
 
-def token_strides(x: Tensor, packed: bool) -> tuple[int, ...]:
+def token_strides(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     """Return x's strides by batch, step, head (and element); a packed batch has no batch dim."""
-    return (0, *x.stride()) if packed else x.stride()
+    return x.stride() if cu_seqlens is None else (0, *x.stride())
 
 
-def _strides(operands: Operands, packed: bool) -> tuple[int, ...]:
+def _strides(operands: Operands, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     q, k, v, weight, forget, _, _ = operands
     return (
-        *token_strides(q, packed), *token_strides(k, packed), *token_strides(v, packed), *weight.stride(),
-        *token_strides(forget, packed),
+        *token_strides(q, cu_seqlens), *token_strides(k, cu_seqlens), *token_strides(v, cu_seqlens),
+        *weight.stride(), *token_strides(forget, cu_seqlens),
     )  # fmt: skip
 
 
-def _given(plan: LaunchPlan, operands: Operands) -> tuple[Tensor | None, ...]:
-    """Return the operands that are parameters of the kernels."""
-    return operands if plan.computes_gate else operands[:5]
-
-
-def _segments(plan: LaunchPlan, segmented: bool) -> dict[str, bool]:
-    return {"SEGMENTED": segmented} if plan.segments > 1 else {}
-
-
-def _programs(plan: LaunchPlan, scans: int, segmented: bool) -> int:
-    return scans * plan.segments if segmented else scans
-
-
-def _asked(plan: LaunchPlan, wanted: Sequence[bool]) -> dict[str, bool]:
-    """Return the backward kernel's flags for which gradients are wanted, of those of all operands and the state."""
+def _backward_flags(
+    plan: LaunchPlan, operands: Operands, dy: Tensor, wanted: Sequence[bool], segmented: bool
+) -> dict[str, bool]:
+    """Return the backward kernel's flags for gradients that are wanted, and those that not every kernel has."""
     want_q, want_k, want_v, want_w, want_f, want_A_log, want_dt_bias, want_h = wanted
-    flags = {"WANT_Q": want_q, "WANT_K": want_k, "WANT_V": want_v, "WANT_W": want_w, "WANT_F": want_f}
-    flags |= {"WANT_H": want_h, "CARRIES": any(wanted[1:])}
-    return flags | {"WANT_GATE": want_A_log or want_dt_bias} if plan.computes_gate else flags
+    flags = {
+        "WANT_Q": want_q, "WANT_K": want_k, "WANT_V": want_v, "WANT_W": want_w, "WANT_F": want_f, "WANT_H": want_h,
+        "CARRIES": any(wanted[1:]),
+    }  # fmt: skip
+    if plan.segments > 1:
+        flags["SEGMENTED"] = segmented
+    if plan.aligned:
+        flags["ALIGNED"] = aligned(*operands[:3], dy)
+    if plan.computes_gate:
+        flags["WANT_GATE"] = want_A_log or want_dt_bias
+    return flags

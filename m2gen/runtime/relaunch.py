@@ -1,50 +1,55 @@
-"""Launch a kernel, and keep what launches its binary again."""
+"""What launches the binary of a kernel again, without looking it up."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 Pointers: TypeAlias = Sequence[Tensor | None]
-Known: TypeAlias = dict[Hashable, Callable[[Pointers], None]]
-"""What launches binaries again, for calls that agree in shapes, strides, dtypes, alignment and device of all tensors,
-and in which tensors are there."""
 
 
-class KernelLaunch(NamedTuple):
-    """A launch of a kernel, but for its pointers, which come before all other arguments."""
+class Again(NamedTuple):
+    """What launches a binary again, and what its launcher keeps of calls alike."""
 
-    kernel: Any
+    launch: Callable[[Pointers], None]
+    call: Any
+
+
+Known: TypeAlias = dict[Hashable, Again]
+"""Launches for calls that agree in shapes, strides, dtypes, alignment and device of all tensors, and in which there
+are."""
+
+
+class Launched(NamedTuple):
+    """A launch of a binary, but for its pointers, which come before all other arguments."""
+
+    compiled: Any
+    """What the call of a kernel returned; None by the interpreter, which has no binaries."""
     programs: int
-    scalars: tuple[float, ...]
-    flags: Mapping[str, bool | int]
-    """Constants, in the order of the kernel's parameters."""
-    options: Mapping[str, int]
-    """How Triton compiles the kernel."""
+    rest: Sequence[float]
+    """Scalars, then constants in the order of the kernel's parameters."""
+    device: int
 
 
-def launch(launched: KernelLaunch, pointers: Pointers, known: Known | None = None, key: Hashable = None) -> None:
-    """Launch a kernel; ``known``, if given, keeps under ``key`` what launches it with other pointers.
+def keep(known: Known, key: Hashable, launched: Launched, call: Any = None) -> None:
+    """Keep in ``known`` under ``key`` what launches a binary with other pointers, and ``call``.
 
     Triton chooses a binary by types, alignment and sizes of the arguments, which takes most of a call's time on the
-    host; so a caller that knows them to be the same keeps the choice. The interpreter has no binaries to keep.
+    host; so a caller that knows them to be the same keeps the choice.
     """
-    kernel, programs, scalars, flags, options = launched
-    compiled = kernel[(programs, 1, 1)](*pointers, *scalars, **flags, **options)
-    if known is not None and compiled is not None:
-        first = pointers[0]
-        device = -1 if first is None else first.get_device()
-        known[key] = relaunch(compiled, programs, (*scalars, *flags.values()), device)
+    if launched.compiled is not None:
+        known[key] = Again(relaunch(launched), call)
 
 
-def relaunch(compiled: Any, programs: int, rest: Sequence[float], device: int) -> Callable[[Pointers], None]:
+def relaunch(launched: Launched) -> Callable[[Pointers], None]:
     """Return what launches a binary on other pointers, which it takes as addresses, on the device's current stream.
 
     It calls the binary's launcher itself, as generated code of torch.compile does, unless a hook must see the launch.
     """
+    compiled, programs, rest, device = launched
     hooks = importlib.import_module("triton").knobs.runtime
     bound, run = compiled[(programs, 1, 1)], compiled.run
     function, metadata, stream_of = compiled.function, compiled.packed_metadata, current_stream_of()

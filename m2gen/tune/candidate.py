@@ -51,7 +51,7 @@ class KernelCall:
         return launchers.forward(self.module, self._operands, inputs.initial_state, inputs.cu_seqlens, save, False)
 
     def backward(self, saved: Tensor | None) -> list[Tensor]:
-        """Return the gradients of the given operands, in the order of ``DIFFERENTIABLE``, after a forward that saves."""
+        """Return the gradients of the given operands, in the order of ``DIFFERENTIABLE``."""
         assert saved is not None
         inputs, bound = self.inputs, math.inf if self.clip is None else self.clip
         wanted = [getattr(inputs, name) is not None for name in DIFFERENTIABLE]
