@@ -28,7 +28,7 @@ UNSEEN = {
         "length = tl.minimum(length - skipped, span)  # so",
     ),
     "a docstring": ('"""Load one step\'s vector;', '"""Load a vector;'),
-    "how it is launched": ('"scratch": 0', '"scratch": 4'),
+    "how it is launched": ('"interval": 16', '"interval": 8'),
     "blank lines": ("\n\n        # Step t + 0", "\n\n\n\n        # Step t + 0"),
 }
 SEEN = {
