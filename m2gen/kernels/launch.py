@@ -1,4 +1,4 @@
-"""What the launchers of one variant and schedule allocate, and how many programs they launch."""
+"""What launchers allocate for one variant and schedule, and how many programs they launch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,10 @@ SUM_ELEMENTS = 256
 
 @dataclass(frozen=True)
 class Launch:
-    """Numbers that the launchers of one variant and schedule need."""
+    """Numbers that launchers need of one variant and schedule."""
 
     variant: Variant
     schedule: Schedule
-
-    @property
-    def short(self) -> int:
-        return SHORT
 
     @property
     def forward_programs(self) -> int:
@@ -40,7 +36,7 @@ class Launch:
         return self.variant.total_heads, self.variant.state_expansion, self.variant.head_dim
 
     @property
-    def weight_shape(self) -> tuple[int, ...]:
+    def weight_shape(self) -> tuple[int, int, int, int]:
         """Shape of one sequence's gradients of weights: groups, contributors, and a weight."""
         groups, cols = self.variant.heads.w, self.variant.head_dim
         contributors = self.backward_programs * (self.schedule.backward.warps if self._slots else 1)

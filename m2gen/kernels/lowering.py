@@ -148,7 +148,7 @@ class Lowering:
     @property
     def checkpoint_dtype(self) -> str:
         """States that slots start from need no more than 11 bits: products round them to 8."""
-        return "torch.float16" if self.slots else "torch.float32"
+        return "float16" if self.slots else "float32"
 
     # Products.
 
@@ -191,7 +191,7 @@ class Lowering:
     def y(self) -> Output:
         """How y is written: rows are summed, and every head has its own."""
         total = self.variant.total_heads
-        return Output("y", "v", total, total, self.forward.parts(self.variant), self.variant.head_dim, known=True)
+        return Output("y", total, total, self.forward.parts(self.variant), self.variant.head_dim)
 
     @cached_property
     def gradients(self) -> tuple[Output, ...]:
@@ -199,10 +199,10 @@ class Lowering:
         variant, heads, total = self.variant, self.variant.heads, self.variant.total_heads
         parts = self.backward.parts(variant)
         return (
-            Output("dq", "q", total, heads.q, 1, variant.state_expansion),
-            Output("dk", "k", total, heads.k, 1, variant.state_expansion),
-            Output("dv", "v", total, heads.v, parts, variant.head_dim),
-            Output("df", "forget", total, heads.f, parts, None),
+            Output("dq", total, heads.q, 1, variant.state_expansion),
+            Output("dk", total, heads.k, 1, variant.state_expansion),
+            Output("dv", total, heads.v, parts, variant.head_dim),
+            Output("df", total, heads.f, parts, None),
         )
 
     @property

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from m2gen.runtime.launch_plan import PerStep
+
 
 @dataclass(frozen=True)
 class Output:
-    """One per-step tensor: where programs write it, and how the launcher allocates and finishes it.
+    """One per-step tensor, and where programs write it.
 
     A single contributor stores the element itself. Several either add to a float32 buffer of the final shape
-    (``ATOMIC`` in the kernel, ``atomic`` in the launcher), or store a float32 row each, head by head and part by part,
-    which the launcher sums.
+    (``ATOMIC`` in the kernel), or store a float32 row each, head by head and part by part, which another kernel sums.
     """
 
     name: str
-    operand: str
-    """The launcher's tensor that this is the gradient of, or takes its dtype from."""
     total: int
     """N: heads that programs run over."""
     groups: int
@@ -25,12 +24,10 @@ class Output:
     """Programs that share one head's sum over rows; 1 where rows are not summed."""
     dim: int | None
     """Extent of the last dim; None for a scalar per head."""
-    known: bool = False
-    """Whether the launcher keeps launches for calls alike."""
 
     @property
     def flag(self) -> str:
-        """Name of the kernel's flag that this gradient is wanted; the launcher's is the same in lower case."""
+        """Name of the kernel's flag that this gradient is wanted."""
         return f"WANT_{self.name[1:].upper()}"
 
     @property
@@ -68,17 +65,6 @@ class Output:
         return f"tl.store({address}, {value}, mask={mask})"
 
     @property
-    def allocate(self) -> str:
-        last = "" if self.dim is None else f", {self.dim}"
-        if not self.shared:
-            return f"q.new_empty(*lead, {self.groups}{last}, dtype={self.operand}.dtype)"
-        return f"buffer(q, atomic, lead, {self.groups}, {self.contributors}{last})"
-
-    @property
-    def finish(self) -> str:
-        if not self.shared:
-            return self.name
-        known = ", known" if self.known else ""
-        rows, end = (self.name, "") if self.dim is not None else (f"{self.name}.unsqueeze(-1)", ".squeeze(-1)")
-        dtype = f"{self.operand}.dtype"
-        return f"({self.name}.to({dtype}) if atomic else summed({rows}, {dtype}{known}){end})"
+    def per_step(self) -> PerStep:
+        """What launchers must know of it."""
+        return PerStep(self.groups, self.contributors, () if self.dim is None else (self.dim,))

@@ -10,6 +10,8 @@ from typing import Any
 import jinja2
 
 from m2gen.kernels.arguments import arguments
+from m2gen.kernels.launch_plan import launch_plan
+from m2gen.kernels.literals import literal
 from m2gen.kernels.lowering import Direction, Lowering
 
 
@@ -61,7 +63,10 @@ def _parameters(k: Lowering, direction: Direction) -> list[str]:
 
 
 def render_kernel(k: Lowering, provenance: str = "") -> str:
-    """Return the module of one variant run by one schedule: kernels, then the functions that launch them."""
+    """Return the module of one variant run by one schedule: kernels, and how they are launched."""
     title = f"M2RNN kernels for {k.variant.key}, schedule {k.schedule.slug}."
     parameters = {str(direction): _parameters(k, direction) for direction in Direction}
-    return render_template("kernels/module.py.j2", k=k, title=title, provenance=provenance, parameters=parameters)
+    launch = literal(launch_plan(k)._asdict())
+    return render_template(
+        "kernels/module.py.j2", k=k, title=title, provenance=provenance, parameters=parameters, launch=launch
+    )

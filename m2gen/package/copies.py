@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from m2gen.kernels.literals import literal
+
 RUNTIME = Path(__file__).resolve().parents[1] / "runtime"
 BUILT = "built.py"
-WIDTH = 110
-"""Characters that a line of ``built.py`` stays below."""
-
-
-@dataclass(frozen=True)
-class Code:
-    """Python that stands for a value."""
-
-    text: str
 
 
 @cache
@@ -65,31 +56,3 @@ def built(header: str, facts: Mapping[str, object]) -> str:
         line = lines[value.lineno - 1]
         lines[value.lineno - 1] = line[: value.col_offset] + literal(facts[name]) + line[value.end_col_offset :]
     return copied(header, "".join(lines))
-
-
-def literal(x: object, indent: str = "", taken: int = 0) -> str:
-    """Return a value as Python, on several lines where it is a dict or long.
-
-    ``indent`` is that of the line on which it begins, of which it finds some characters ``taken``.
-    """
-    inner = f"{indent}    "
-    match x:
-        case Code():
-            return x.text
-        case dict():
-            entries = "".join(f"{inner}{_entry(literal(key), value, inner)},\n" for key, value in x.items())
-            return f"{{\n{entries}{indent}}}" if x else "{}"
-        case tuple():
-            short = f"({', '.join(map(literal, x))}{',' if len(x) == 1 else ''})"
-            entries = "".join(f"{inner}{literal(entry, inner)},\n" for entry in x)
-            return short if len(indent) + taken + len(short) < WIDTH else f"(\n{entries}{indent})"
-        case str():
-            return json.dumps(x)
-        case _:
-            return repr(x)
-
-
-def _entry(key: str, value: object, indent: str) -> str:
-    text = f"{key}: {literal(value, indent, len(key) + 2)}"
-    first = text.split("\n", 1)[0]
-    return text if len(indent) + len(first) < WIDTH else f"{key}:\n{indent}    {literal(value, indent)}"

@@ -14,9 +14,10 @@ from m2gen.bucket import BUCKETS, HALVES
 from m2gen.db.choice import Choice, modules_by_bucket
 from m2gen.device import PORTABLE
 from m2gen.errors import EmitError
+from m2gen.kernels.literals import Code
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel, render_template, template_hash
-from m2gen.package.copies import BUILT, Code, built, copied, runtime_hash, sources
+from m2gen.package.copies import BUILT, built, copied, runtime_hash, sources
 from m2gen.package.owned import hashes
 from m2gen.spec import ClipMode, Dtype
 from m2gen.variant import BuiltVariant, Variant

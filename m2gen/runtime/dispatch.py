@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import built
+from . import built, launch_plan, launchers
 from .facts import VariantKey
 from .snapshot import load
 
@@ -114,11 +114,11 @@ def checkpoints_of(
     A compiler that knows the number of sequences as a symbol learns its bucket only where the answer depends on it.
     """
     kernels, most = table_of(variant_of(q, k, v, weight, forget, A_log), present(q.device))
-    if len({(module.INTERVAL.value, module.CHECKPOINTS) for module in kernels}) > 1:
-        kernels = (_of_bucket(kernels, most, q, cu_seqlens),)
-    count: int = kernels[0].sizes(q, cu_seqlens)[-1]
-    dtype: torch.dtype = kernels[0].CHECKPOINTS
-    return count, dtype
+    plans = [launch_plan.plan_of(module) for module in kernels]
+    if len({(plan.interval, plan.checkpoints) for plan in plans}) > 1:
+        plans = [launch_plan.plan_of(_of_bucket(kernels, most, q, cu_seqlens))]
+    dtype: torch.dtype = getattr(torch, plans[0].checkpoints)
+    return launchers.sizes(plans[0], q, cu_seqlens)[-1], dtype
 
 
 def variant_of(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor, A_log: Tensor | None) -> VariantKey:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
 from types import ModuleType
 
 from .memory import Places
+from .relaunch import Known
 
 
 class KnownCall:
@@ -16,6 +16,6 @@ class KnownCall:
     def __init__(self) -> None:
         self.kernels: ModuleType | None = None
         """Those that serve them."""
-        self.launches: dict[Hashable, Callable[..., None]] = {}
+        self.launches: Known = {}
         """What launches them again, for the kernels' launchers to keep."""
         self.places: Places | None = None

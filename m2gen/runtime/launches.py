@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import dispatch, offsets
+from . import dispatch, launchers, offsets
+from .buffers import Operands
 from .known import KnownCall
-
-Operands: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-"""q, k, v, weight, forget, A_log and dt_bias."""
+from .relaunch import Known
 
 
 def _launch(launcher: Callable[..., Any], device: int, arguments: tuple[Any, ...]) -> Any:
@@ -40,7 +39,8 @@ def forward(
     if save and q.device.type == "cpu":  # the backward may run when files are others
         dispatch.read_source(kernels)
     results: tuple[Tensor, Tensor, Tensor | None] = _launch(
-        kernels.forward, q.get_device(), (*operands, initial_state, cu_seqlens, save, deterministic, known)
+        launchers.forward, q.get_device(),
+        (kernels, operands, initial_state, cu_seqlens, save, deterministic, known),
     )  # fmt: skip
     return results
 
@@ -58,8 +58,8 @@ def backward(
     """Run the kernel that serves these operands; return the ``wanted`` gradients."""
     kernels, _ = _kernels(None, operands, cu_seqlens)
     gradients: list[Tensor] = _launch(
-        kernels.backward, operands[0].get_device(),
-        (dy, dstate, *operands, checkpoints, cu_seqlens, bound, wanted, deterministic),
+        launchers.backward, operands[0].get_device(),
+        (kernels, dy, dstate, operands, checkpoints, cu_seqlens, bound, wanted, deterministic),
     )  # fmt: skip
     return gradients
 
@@ -67,13 +67,11 @@ def backward(
 def step(operands: Operands, state: Tensor, call: KnownCall | None = None) -> Tensor:
     """Advance ``state`` in place by the kernel that serves these operands; return y."""
     kernels, known = _kernels(call, operands, None)
-    y: Tensor = _launch(kernels.step, operands[0].get_device(), (*operands, state, known))
+    y: Tensor = _launch(launchers.step, operands[0].get_device(), (kernels, operands, state, known))
     return y
 
 
-def _kernels(
-    call: KnownCall | None, operands: Operands, cu_seqlens: Tensor | None
-) -> tuple[ModuleType, dict[Hashable, Callable[..., None]] | None]:
+def _kernels(call: KnownCall | None, operands: Operands, cu_seqlens: Tensor | None) -> tuple[ModuleType, Known | None]:
     """Return the kernels that serve a call and what is known of its launches; ``call`` is as ``check`` returned it."""
     if call is None:
         return dispatch.kernels_for(*operands[:6], cu_seqlens), None

@@ -1,11 +1,10 @@
-"""Load a candidate's kernels, and call its launchers as the operator does."""
+"""Load a candidate's kernels, and launch them as the operator does."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +12,8 @@ from m2gen.kernels.compile import load_kernels
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel
 from m2gen.problem import Inputs, Problem
+from m2gen.runtime import launchers
+from m2gen.runtime.buffers import Operands
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective
 from m2gen.variant import Variant
@@ -30,7 +31,7 @@ def load(variant: Variant, schedule: Schedule) -> ModuleType:
 
 @dataclass(frozen=True)
 class KernelCall:
-    """A candidate's launchers on the inputs of one problem."""
+    """A candidate's kernels on the inputs of one problem."""
 
     module: ModuleType
     inputs: Inputs
@@ -40,26 +41,24 @@ class KernelCall:
     """Whether the backward gets a gradient of the final state."""
 
     @property
-    def _operands(self) -> tuple[Any, ...]:
-        return tuple(getattr(self.inputs, name) for name in DIFFERENTIABLE[:7])
+    def _operands(self) -> Operands:
+        given = self.inputs
+        return given.q, given.k, given.v, given.weight, given.forget, given.A_log, given.dt_bias
 
-    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return y, the final state and, for training, the checkpoints."""
-        save = self.objective is Objective.TRAIN
-        inputs = self.inputs
-        launch = self.module.forward
-        y, state, saved = launch(*self._operands, inputs.initial_state, inputs.cu_seqlens, save, False)
-        return y, state, saved
+        inputs, save = self.inputs, self.objective is Objective.TRAIN
+        return launchers.forward(self.module, self._operands, inputs.initial_state, inputs.cu_seqlens, save, False)
 
-    def backward(self, saved: Tensor) -> list[Tensor]:
+    def backward(self, saved: Tensor | None) -> list[Tensor]:
         """Return the gradients of the given operands, in the order of ``DIFFERENTIABLE``."""
+        assert saved is not None
         inputs, bound = self.inputs, math.inf if self.clip is None else self.clip
         wanted = [getattr(inputs, name) is not None for name in DIFFERENTIABLE]
         dstate = inputs.dstate if self.from_state else None
-        found: list[Tensor] = self.module.backward(
-            inputs.dy, dstate, *self._operands, saved, inputs.cu_seqlens, bound, wanted, False
+        return launchers.backward(
+            self.module, inputs.dy, dstate, self._operands, saved, inputs.cu_seqlens, bound, wanted, False
         )
-        return found
 
     def results(self) -> dict[str, Tensor]:
         """Return y, the state and every gradient by name, for ``m2gen.verify.judge``."""

@@ -1,11 +1,13 @@
 """Compile a candidate without a GPU, for exactly the calls that the check and the clock will make.
 
-The candidate's own launchers run on meta tensors, with a driver for Triton that only knows its target. So the argument
-types, constants and divisibilities are those of the real call, and the GPU worker finds the kernels in Triton's cache.
+The launchers run the candidate's kernels on meta tensors, with a driver for Triton that only knows its target. So the
+argument types, constants and divisibilities are those of the real call, and the GPU worker finds the kernels in Triton's
+cache.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 import traceback
@@ -48,7 +50,7 @@ def precompile(task: CompileTask) -> Compiled:
     source = render_kernel(Lowering(subject.variant, schedule))
     device = replace(subject.device, name="", sm_count=0)  # no kernel depends on these
     sizes = f"{subject.batch} {subject.seq} {subject.objective}"
-    key = key_of(VERSION, toolchain(), repr(device), sizes, source)
+    key = key_of(VERSION, toolchain(), repr(device), sizes, _launchers(), source)
     known = load_result("precompiled", key, Compiled)
     if known is not None:
         return known
@@ -68,6 +70,13 @@ def precompile(task: CompileTask) -> Compiled:
     if found.failure is None:
         store_result("precompiled", key, replace(found, details=""))
     return found
+
+
+def _launchers() -> str:
+    """Return the text of what decides the arguments' types, and so the binaries."""
+    from m2gen.runtime import launchers
+
+    return inspect.getsource(launchers)
 
 
 def _compile(task: CompileTask) -> Compiled:

@@ -144,10 +144,9 @@ class Spy:
         library = operators_of(package)
         for name in ("FORWARD", "BACKWARD", "STEP"):
             patch.setattr(library, name, self._recording(name, getattr(library, name)))
-        tables = [table for by_variant in library.launches.dispatch.KERNELS.values() for table in by_variant.values()]
-        for kernels in {kernels for table in tables for kernels in table}:
-            for name in ("forward", "backward", "step"):
-                patch.setattr(kernels, name, self._noting(name, getattr(kernels, name)))
+        launchers = library.launches.launchers
+        for name in ("forward", "backward", "step"):
+            patch.setattr(launchers, name, self._noting(name, getattr(launchers, name)))
 
     def _recording(self, name: str, operator: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:

@@ -108,7 +108,8 @@ FORWARD_SUMS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
     warp_bases=[[0, 0]], block_bases=[], shape=[4, 16],
 ))  # fmt: skip
 PLAIN: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-CHECKPOINTS = torch.float16
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # before Triton 3.8
 
 
 @gluon.jit
@@ -598,7 +599,7 @@ def index(x, ALIGNED: tl.constexpr):
 def bring(place, address, mask, ALIGNED: tl.constexpr):
     """Copy to shared memory: asynchronously where rows lie on 16 bytes, else through registers."""
     if ALIGNED:
-        async_copy.async_copy_global_to_shared(place, address, mask)
+        async_load(place, address, mask)
     else:
         place.store(tl.load(address, mask=mask, other=0.0))
 
@@ -1157,171 +1158,62 @@ def m2rnn_sum_kernel(rows, out, elements, CONTRIBUTORS: tl.constexpr, DIM: tl.co
     tl.store(out + i, total, mask=i < elements)
 
 
-def forward(q, k, v, weight, forget, A_log, dt_bias, initial_state, cu_seqlens, save, deterministic, known=None):
-    """Launch the forward kernel; return y, the final state and, if ``save``, the state every INTERVAL steps.
+# How m2gen's launchers, or those of a package, launch these kernels; of results by step: heads, contributors, shape
+LAUNCH = {
+    "computes_gate": True,
+    "interval": 8,
+    "checkpoints": "float16",
+    "forward_programs": 2,
+    "backward_programs": 2,
+    "segments": 1,
+    "shortest_segment": 0,
+    "state": (2, 64, 16),
+    "weight": (2, 2, 16, 16),
+    "gate": (2, 8),
+    "scratch": 0,
+    "y": (2, 1, (16,)),
+    "dq": (1, 2, (64,)),
+    "dk": (1, 2, (64,)),
+    "dv": (2, 1, (16,)),
+    "df": (2, 1, ()),
+    "forward_adds": False,
+    "backward_adds": True,
+    "short": 64,
+    "aligned": True,
+    "sum_block": 512,
+    "forward_options": {
+        "num_warps": 2,
+        "num_stages": 1,
+        "maxnreg": 255,
+        "enable_fp_fusion": True,
+    },
+    "backward_options": {
+        "num_warps": 2,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    },
+}
 
-    ``known``, here and for ``step``, keeps launches for calls that agree in shapes, strides, dtypes, alignment, device
-    and which operands are there.
+
+def forward_effort(target):
+    """Return how much ptxas tries for the forward kernel on ``target``, as the option ``ptx_options``; None: as usual.
+
+    The ptxas that Triton has from 3.9 on for Hopper and later, of CUDA 13.4, never ends at its usual level on some
+    loops that carry what is always zero. A level that PTXAS_OPTIONS or DISABLE_PTXAS_OPT sets stands.
     """
-    packed = cu_seqlens is not None
-    batch, steps, intervals, count = sizes(q, cu_seqlens)
-    lead = q.shape[:-2]
-    atomic = False
-    y = q.new_empty(*lead, 2, 16, dtype=v.dtype)
-    final_state = q.new_empty(batch, 2, 64, 16, dtype=torch.float32)
-    checkpoints = q.new_empty(count, 2, 64, 16, dtype=CHECKPOINTS) if save else None
-    pointers = (
-        q, k, v, weight, forget, A_log, dt_bias, initial_state, y, final_state,
-        checkpoints if save else final_state,  # not written to then
-        cu_seqlens,
-    )  # fmt: skip
-    again = None if known is None else known.get((save, deterministic))
-    if again is not None:
-        again(pointers)
-    elif batch:
-        scalars = (
-            *token_strides(q, packed), *token_strides(k, packed), *token_strides(v, packed), *weight.stride(),
-            *token_strides(forget, packed), steps, intervals,
-        )  # fmt: skip
-        flags = {"HAS_FIRST": initial_state is not None, "PACKED": packed, "SAVE": save, "ATOMIC": atomic}
-        programs = batch * 2
-        launch(known, (save, deterministic), m2rnn_forward_kernel, programs, pointers, scalars, flags)
-    return y, final_state, checkpoints
+    given = triton.knobs.nvidia.ptxas_options
+    if TRITON < (3, 9) or target.backend != "cuda" or target.arch < 90 or triton.knobs.nvidia.disable_ptxas_opt:
+        return given
+    options = (given or "").split()
+    if any(option.lstrip("-").startswith(("O", "opt-level")) for option in options):
+        return given
+    return " ".join(("--Ofast-compile=min", *options))
 
 
-def backward(
-    dy, dh_last, q, k, v, weight, forget, A_log, dt_bias, checkpoints, cu_seqlens, bound, wanted, deterministic
-):  # fmt: skip
-    """Launch the backward kernel; return the ``wanted`` gradients: eight flags, in the order of forward's operands."""
-    packed = cu_seqlens is not None
-    batch, steps, intervals, _ = sizes(q, cu_seqlens)
-    lead = q.shape[:-2]
-    want_q, want_k, want_v, want_w, want_f, want_A_log, want_dt_bias, want_h = wanted
-    atomic = not deterministic
-    dq = buffer(q, atomic, lead, 1, 2, 64) if want_q else None
-    dk = buffer(q, atomic, lead, 1, 2, 64) if want_k else None
-    dv = q.new_empty(*lead, 2, 16, dtype=v.dtype) if want_v else None
-    df = q.new_empty(*lead, 2, dtype=forget.dtype) if want_f else None
-    dw = q.new_empty(batch, 2, 2, 16, 16, dtype=torch.float32) if want_w else None
-    want_gate = want_A_log or want_dt_bias
-    dA_log, ddt_bias = q.new_empty(2, batch, 2, 8, dtype=torch.float32) if want_gate else (None, None)
-    dh_first = q.new_empty(batch, 2, 64, 16, dtype=torch.float32) if want_h else None
-    programs = batch * 2
-    scratch = None
-    if batch:
-        m2rnn_backward_kernel[(programs,)](
-            q, k, v, weight, forget, A_log, dt_bias, dy, dh_last, checkpoints, scratch, cu_seqlens,
-            dq, dk, dv, dw, df, dA_log, ddt_bias, dh_first,
-            *token_strides(q, packed), *token_strides(k, packed), *token_strides(v, packed), *weight.stride(),
-            *token_strides(forget, packed), *token_strides(dy, packed), steps, intervals, bound,
-            HAS_LAST=dh_last is not None, PACKED=packed, ATOMIC=atomic,
-            WANT_Q=want_q, WANT_K=want_k, WANT_V=want_v, WANT_W=want_w, WANT_F=want_f, WANT_H=want_h,
-            CARRIES=any(wanted[1:]), ALIGNED=aligned(q, k, v, dy), WANT_GATE=want_gate, num_warps=2, num_stages=1,
-        )  # fmt: skip
-    gradients = (
-        (dq.to(q.dtype) if atomic else summed(dq, q.dtype)) if want_q else None,
-        (dk.to(k.dtype) if atomic else summed(dk, k.dtype)) if want_k else None,
-        dv if want_v else None,
-        dw.sum((0, 2)).to(weight.dtype) if want_w else None,
-        df if want_f else None,
-        dA_log.sum((0, 2)) if want_A_log else None,
-        ddt_bias.sum((0, 2)) if want_dt_bias else None,
-        dh_first,
-    )
-    return [gradient for gradient in gradients if gradient is not None]
+def current_forward_effort(_):
+    """Return ``forward_effort`` for the current device."""
+    return forward_effort(triton.runtime.driver.active.get_current_target())
 
 
-def step(q, k, v, weight, forget, A_log, dt_bias, state, known=None):
-    """Launch the step kernel, which advances ``state`` in place; return y."""
-    batch = q.shape[0]
-    y = v.new_empty(batch, 2, 16)
-    pointers = (q, k, v, weight, forget, A_log, dt_bias, state, y)
-    again = None if known is None else known.get(())
-    if again is not None:
-        again(pointers)
-    elif batch:
-        scalars = (
-            *q.stride(), *k.stride(), *v.stride(), *weight.stride(), *forget.stride(), *state.stride(),
-        )  # fmt: skip
-        launch(known, (), m2rnn_step_kernel, batch * 2, pointers, scalars, {})
-    return y
-
-
-def launch(known, key, kernel, programs, pointers, scalars, flags):
-    """Launch one of the forward kernels; ``known``, if given, keeps under ``key`` what launches it with other pointers.
-
-    Triton chooses a binary by types, alignment and sizes of the arguments, which takes most of a call's time on the
-    host; so a caller that knows them to be the same keeps the choice. The interpreter has no binaries to keep.
-    """
-    compiled = kernel[(programs, 1, 1)](*pointers, *scalars, **flags, num_warps=2, num_stages=1, maxnreg=255)
-    if known is not None and compiled is not None:
-        known[key] = relaunch(compiled, programs, (*scalars, *flags.values()), pointers[0].get_device())
-
-
-def relaunch(compiled, programs, rest, device):
-    """Return what launches a binary on other pointers, which it takes as addresses, on the device's current stream.
-
-    It calls the binary's launcher itself, as generated code of torch.compile does, unless a hook must see the launch.
-    """
-    bound, run, hooks = compiled[(programs, 1, 1)], compiled.run, triton.knobs.runtime
-    function, metadata, stream_of = compiled.function, compiled.packed_metadata, current_stream_of()
-
-    def again(pointers):
-        addresses = [None if x is None else x.data_ptr() for x in pointers]
-        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # chains of hooks, or one each
-            bound(*addresses, *rest, stream=stream_of(device))
-        else:
-            run(programs, 1, 1, stream_of(device), function, metadata, None, None, None, *addresses, *rest)
-
-    return again
-
-
-def current_stream_of():
-    """Return the function that gives a device's current stream as Triton launches on it."""
-    return triton.runtime.driver.active.get_current_stream
-
-
-def sizes(q, cu_seqlens):
-    """Sequences, steps (tokens of a packed batch), checkpoints of a sequence (of a packed batch), of all sequences."""
-    if cu_seqlens is None:
-        batch, steps = q.shape[:2]
-        intervals = (steps + 7) // 8
-        return batch, steps, intervals, batch * intervals
-    batch, steps = cu_seqlens.shape[0] - 1, q.shape[0]
-    intervals = steps // 8 + batch
-    return batch, steps, intervals, intervals
-
-
-def aligned(*tensors):
-    """Whether every row of these tensors lies on 16 bytes, and offsets within an interval fit 32 bits."""
-    return all(
-        x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(s % 16 == 0 and s < 1 << 27 for s in x.stride()[:-1])
-        for x in tensors
-    )
-
-
-def token_strides(x, packed):
-    """Strides of x by batch, step, head (and element); a packed batch has no batch dim."""
-    return (0, *x.stride()) if packed else x.stride()
-
-
-def summed(rows, dtype, known=None):
-    """Sum (..., contributors, dim) float32 rows to (..., dim) of ``dtype``, in order; ``known`` as for ``launch``."""
-    *lead, contributors, dim = rows.shape
-    out = rows.new_empty(*lead, dim, dtype=dtype)
-    again = None if known is None else known.get("sum")
-    if again is not None:
-        again((rows, out))
-    elif out.numel():
-        flags = {"CONTRIBUTORS": contributors, "DIM": dim}
-        programs = (out.numel() + 511) // 512
-        launch(known, "sum", m2rnn_sum_kernel, programs, (rows, out), (out.numel(),), flags)
-    return out
-
-
-def buffer(q, atomic, lead, groups, contributors, *dim):
-    """A float32 buffer of zeros to add to, or one with a row for each contributor."""
-    if atomic:
-        return q.new_zeros(*lead, groups, *dim, dtype=torch.float32)
-    return q.new_empty(*lead, groups, contributors, *dim, dtype=torch.float32)
+if TRITON >= (3, 9) and torch.version.hip is None and not triton.knobs.runtime.interpret:
+    m2rnn_forward_kernel = triton.heuristics({"ptx_options": current_forward_effort})(m2rnn_forward_kernel)

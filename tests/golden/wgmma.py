@@ -16,7 +16,6 @@ H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + k_t v_t^T),  y_t = H_t^T q_t   (a
     x_s, x_n     element strides of operand x by step, by head (and b batch, d element, i row, j column)
 """
 
-import torch
 import triton.language
 from triton.experimental import gluon
 from triton.experimental.gluon import language as tl  # Triton's functions, on tensors whose layouts are written down
@@ -83,7 +82,8 @@ KEYS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
     reg_bases=[[1, 0], [0, 1], [0, 8]], lane_bases=[[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]],
     warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 16],
 ))  # fmt: skip
-CHECKPOINTS = torch.float32
+if not hasattr(tl.shared_memory_descriptor, "_reinterpret"):  # Triton 3.9 dropped the underscore
+    tl.shared_memory_descriptor._reinterpret = tl.shared_memory_descriptor.reinterpret
 
 
 @gluon.jit
@@ -701,138 +701,37 @@ def m2rnn_step_kernel(
     tl.store(y + (b * N + n) * V + cols, y_0, mask=col_mask)
 
 
-def forward(q, k, v, weight, forget, A_log, dt_bias, initial_state, cu_seqlens, save, deterministic, known=None):
-    """Launch the forward kernel; return y, the final state and, if ``save``, the state every INTERVAL steps.
-
-    ``known``, here and for ``step``, keeps launches for calls that agree in shapes, strides, dtypes, alignment, device
-    and which operands are there.
-    """
-    packed = cu_seqlens is not None
-    batch, steps, intervals, count = sizes(q, cu_seqlens)
-    lead = q.shape[:-2]
-    atomic = False
-    y = q.new_empty(*lead, 16, 64, dtype=v.dtype)
-    final_state = q.new_empty(batch, 16, 64, 64, dtype=torch.float32)
-    checkpoints = q.new_empty(count, 16, 64, 64, dtype=CHECKPOINTS) if save else None
-    pointers = (
-        q, k, v, weight, forget, initial_state, y, final_state,
-        checkpoints if save else final_state,  # not written to then
-        cu_seqlens,
-    )  # fmt: skip
-    again = None if known is None else known.get((save, deterministic))
-    if again is not None:
-        again(pointers)
-    elif batch:
-        scalars = (
-            *token_strides(q, packed), *token_strides(k, packed), *token_strides(v, packed), *weight.stride(),
-            *token_strides(forget, packed), steps, intervals,
-        )  # fmt: skip
-        flags = {"HAS_FIRST": initial_state is not None, "PACKED": packed, "SAVE": save, "ATOMIC": atomic}
-        programs = batch * 16
-        launch(known, (save, deterministic), m2rnn_forward_kernel, programs, pointers, scalars, flags)
-    return y, final_state, checkpoints
-
-
-def backward(
-    dy, dh_last, q, k, v, weight, forget, A_log, dt_bias, checkpoints, cu_seqlens, bound, wanted, deterministic
-):  # fmt: skip
-    """Launch the backward kernel; return the ``wanted`` gradients: eight flags, in the order of forward's operands."""
-    packed = cu_seqlens is not None
-    batch, steps, intervals, _ = sizes(q, cu_seqlens)
-    lead = q.shape[:-2]
-    want_q, want_k, want_v, want_w, want_f, _, _, want_h = wanted
-    atomic = False
-    dq = q.new_empty(*lead, 16, 64, dtype=q.dtype) if want_q else None
-    dk = q.new_empty(*lead, 16, 64, dtype=k.dtype) if want_k else None
-    dv = q.new_empty(*lead, 16, 64, dtype=v.dtype) if want_v else None
-    df = q.new_empty(*lead, 16, dtype=forget.dtype) if want_f else None
-    dw = q.new_empty(batch, 16, 1, 64, 64, dtype=torch.float32) if want_w else None
-    dh_first = q.new_empty(batch, 16, 64, 64, dtype=torch.float32) if want_h else None
-    programs = batch * 16
-    scratch = None
-    if batch:
-        m2rnn_backward_kernel[(programs,)](
-            q, k, v, weight, forget, dy, dh_last, checkpoints, scratch, cu_seqlens,
-            dq, dk, dv, dw, df, dh_first,
-            *token_strides(q, packed), *token_strides(k, packed), *token_strides(v, packed), *weight.stride(),
-            *token_strides(forget, packed), *token_strides(dy, packed), steps, intervals, bound,
-            HAS_LAST=dh_last is not None, PACKED=packed, ATOMIC=atomic,
-            WANT_Q=want_q, WANT_K=want_k, WANT_V=want_v, WANT_W=want_w, WANT_F=want_f, WANT_H=want_h,
-            CARRIES=any(wanted[1:]), num_warps=4, num_stages=1,
-        )  # fmt: skip
-    gradients = (
-        dq if want_q else None,
-        dk if want_k else None,
-        dv if want_v else None,
-        dw.sum((0, 2)).to(weight.dtype) if want_w else None,
-        df if want_f else None,
-        dh_first,
-    )
-    return [gradient for gradient in gradients if gradient is not None]
-
-
-def step(q, k, v, weight, forget, A_log, dt_bias, state, known=None):
-    """Launch the step kernel, which advances ``state`` in place; return y."""
-    batch = q.shape[0]
-    y = v.new_empty(batch, 16, 64)
-    pointers = (q, k, v, weight, forget, state, y)
-    again = None if known is None else known.get(())
-    if again is not None:
-        again(pointers)
-    elif batch:
-        scalars = (
-            *q.stride(), *k.stride(), *v.stride(), *weight.stride(), *forget.stride(), *state.stride(),
-        )  # fmt: skip
-        launch(known, (), m2rnn_step_kernel, batch * 16, pointers, scalars, {})
-    return y
-
-
-def launch(known, key, kernel, programs, pointers, scalars, flags):
-    """Launch one of the forward kernels; ``known``, if given, keeps under ``key`` what launches it with other pointers.
-
-    Triton chooses a binary by types, alignment and sizes of the arguments, which takes most of a call's time on the
-    host; so a caller that knows them to be the same keeps the choice. The interpreter has no binaries to keep.
-    """
-    compiled = kernel[(programs, 1, 1)](*pointers, *scalars, **flags, num_warps=4, num_stages=1)
-    if known is not None and compiled is not None:
-        known[key] = relaunch(compiled, programs, (*scalars, *flags.values()), pointers[0].get_device())
-
-
-def relaunch(compiled, programs, rest, device):
-    """Return what launches a binary on other pointers, which it takes as addresses, on the device's current stream.
-
-    It calls the binary's launcher itself, as generated code of torch.compile does, unless a hook must see the launch.
-    """
-    bound, run, hooks = compiled[(programs, 1, 1)], compiled.run, triton.knobs.runtime
-    function, metadata, stream_of = compiled.function, compiled.packed_metadata, current_stream_of()
-
-    def again(pointers):
-        addresses = [None if x is None else x.data_ptr() for x in pointers]
-        enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # chains of hooks, or one each
-            bound(*addresses, *rest, stream=stream_of(device))
-        else:
-            run(programs, 1, 1, stream_of(device), function, metadata, None, None, None, *addresses, *rest)
-
-    return again
-
-
-def current_stream_of():
-    """Return the function that gives a device's current stream as Triton launches on it."""
-    return triton.runtime.driver.active.get_current_stream
-
-
-def sizes(q, cu_seqlens):
-    """Sequences, steps (tokens of a packed batch), checkpoints of a sequence (of a packed batch), of all sequences."""
-    if cu_seqlens is None:
-        batch, steps = q.shape[:2]
-        intervals = (steps + 11) // 12
-        return batch, steps, intervals, batch * intervals
-    batch, steps = cu_seqlens.shape[0] - 1, q.shape[0]
-    intervals = steps // 12 + batch
-    return batch, steps, intervals, intervals
-
-
-def token_strides(x, packed):
-    """Strides of x by batch, step, head (and element); a packed batch has no batch dim."""
-    return (0, *x.stride()) if packed else x.stride()
+# How m2gen's launchers, or those of a package, launch these kernels; of results by step: heads, contributors, shape
+LAUNCH = {
+    "computes_gate": False,
+    "interval": 12,
+    "checkpoints": "float32",
+    "forward_programs": 16,
+    "backward_programs": 16,
+    "segments": 1,
+    "shortest_segment": 0,
+    "state": (16, 64, 64),
+    "weight": (16, 1, 64, 64),
+    "gate": (16, 1),
+    "scratch": 0,
+    "y": (16, 1, (64,)),
+    "dq": (16, 1, (64,)),
+    "dk": (16, 1, (64,)),
+    "dv": (16, 1, (64,)),
+    "df": (16, 1, ()),
+    "forward_adds": False,
+    "backward_adds": False,
+    "short": 64,
+    "aligned": False,
+    "sum_block": 1024,
+    "forward_options": {
+        "num_warps": 4,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    },
+    "backward_options": {
+        "num_warps": 4,
+        "num_stages": 1,
+        "enable_fp_fusion": True,
+    },
+}

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from calls import DIFFERENTIABLE, Results, Spy, arguments, assert_same, changed, differentiate, module_of, packed
+from calls import DIFFERENTIABLE, Results, Spy, arguments, assert_same, changed, differentiate, operators_of, packed
 from support import OPERANDS, make_variant
 
 from m2gen.problem import Inputs, Problem, make_inputs
@@ -156,16 +156,10 @@ def test_a_remembered_launch_on_a_device_that_is_not_current(built, two_gpus, mo
     package, call = built(VARIANT), CALLS[kind]
     every = [draw(device) for device in two_gpus]
     first = [call(package, inputs) for inputs in every]
-    for kernels in kernels_of(package):
-        monkeypatch.setattr(kernels, "launch", lambda *_: pytest.fail("must not be looked up again"))
+    keeping = operators_of(package).launches.launchers.relaunch
+    monkeypatch.setattr(keeping, "keep", lambda *_: pytest.fail("must not be looked up again"))
     again = [call(package, inputs) for inputs in every]
     assert torch.cuda.current_device() == 0
     assert_same_on_both(again)
     for one, other in zip(again, first, strict=True):
         assert_same(one, other)
-
-
-def kernels_of(package: ModuleType) -> set[ModuleType]:
-    """Return the modules of kernels that a package dispatches to."""
-    tables = [table for by_variant in module_of(package, "dispatch").KERNELS.values() for table in by_variant.values()]
-    return {kernels for table in tables for kernels in table}

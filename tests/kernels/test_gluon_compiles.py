@@ -112,7 +112,7 @@ def test_both_texts_have_the_same_recurrence() -> None:
 def test_the_interpreter_imports_them(tmp_path: Path) -> None:
     """A package that has them for a GPU works in the interpreter, which runs others."""
     (tmp_path / "kernels.py").write_text(source(VARIANTS["published"]))
-    code = "import kernels; assert callable(kernels.forward)"
+    code = "import kernels; assert callable(kernels.m2rnn_forward_kernel)"
     environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

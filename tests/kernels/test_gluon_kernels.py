@@ -89,6 +89,7 @@ def test_segments_go_on_from_one_another(slug: str, monkeypatch: pytest.MonkeyPa
     schedule = check(GATED, replace(parse(slug), tanh=parse(CASES["odd"][1]).tanh), TARGETS["sm_90"])
     module = load_module(render_kernel(Lowering(GATED, schedule)))
     monkeypatch.setattr(module, "SHORTEST", Constant(schedule.interval))
+    monkeypatch.setitem(module.LAUNCH, "shortest_segment", schedule.interval)
     judged(GATED, schedule, module)
 
 

@@ -11,12 +11,15 @@ import pytest
 import torch
 from calls import assert_close, differentiate, operators_of, packed
 from support import SCHEDULES, import_package, make_variant
+from torch import Tensor
 
 from m2gen.bucket import BUCKETS, Bucket, most_sequences
 from m2gen.db.choice import module_name
 from m2gen.device import PORTABLE
 from m2gen.package import emit
 from m2gen.problem import Inputs, Problem, make_inputs
+from m2gen.runtime.launch_plan import plan_of
+from m2gen.runtime.launchers import sizes
 from m2gen.schedule import Schedule
 from m2gen.variant import BuiltVariant
 from m2gen.verify.oracle import eager, own_arithmetic
@@ -58,29 +61,24 @@ def alike(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return build(tmp_path_factory.mktemp("alike") / "alike", FEW, ALIKE)
 
 
-def kernels_of(package: ModuleType) -> list[ModuleType]:
-    """Return the modules of a package's kernels."""
-    (table,) = operators_of(package).launches.dispatch.KERNELS["portable"].values()
-    return list(dict.fromkeys(table))
-
-
 @pytest.fixture
 def launched(split: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     """Return a list that the package's launchers add themselves to: (module of kernels, launcher)."""
     calls: list[tuple[str, str]] = []
 
-    def noting(kernels: ModuleType, name: str) -> Callable[..., Any]:
-        launch = getattr(kernels, name)
+    launchers = operators_of(split).launches.launchers
 
-        def call(*arguments: Any) -> Any:
+    def noting(name: str) -> Callable[..., Any]:
+        launch = getattr(launchers, name)
+
+        def call(kernels: ModuleType, *arguments: Any) -> Any:
             calls.append((kernels.__name__.split(".")[-1], name))
-            return launch(*arguments)
+            return launch(kernels, *arguments)
 
         return call
 
-    for kernels in kernels_of(split):
-        for name in ("forward", "backward", "step"):
-            monkeypatch.setattr(kernels, name, noting(kernels, name))
+    for name in ("forward", "backward", "step"):
+        monkeypatch.setattr(launchers, name, noting(name))
     return calls
 
 
@@ -145,31 +143,28 @@ def test_the_package_and_the_database_count_alike(split) -> None:
 def idle(split: ModuleType, alike: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have launchers allocate what kernels would write: what is compiled is about shapes."""
 
-    def forward(kernels: ModuleType) -> Callable[..., Any]:
-        def call(q, k, v, weight, forget, A_log, dt_bias, first, offsets, save, *_):
-            shape = (HEADS, q.shape[-1], v.shape[-1])
-            count = kernels.sizes(q, offsets)[-1] if save else 0
-            return (
-                v.new_zeros(*v.shape[:-2], HEADS, v.shape[-1]),
-                q.new_zeros(len(q), *shape),
-                q.new_zeros(count, *shape),
-            )
+    def count(kernels: ModuleType, q: Tensor, offsets: Tensor | None) -> int:
+        return sizes(plan_of(kernels), q, offsets)[-1]
 
-        return call
+    def forward(kernels, operands, first, offsets, save, *_):
+        q, _, v, *_ = operands
+        shape = (HEADS, q.shape[-1], v.shape[-1])
+        return (
+            v.new_zeros(*v.shape[:-2], HEADS, v.shape[-1]),
+            q.new_zeros(len(q), *shape),
+            q.new_zeros(count(kernels, q, offsets) if save else 0, *shape),
+        )
 
-    def backward(kernels: ModuleType) -> Callable[..., Any]:
-        def call(
-            dy, dstate, q, k, v, weight, forget, A_log, dt_bias, checkpoints, offsets, bound, wanted, deterministic
-        ):
-            assert len(checkpoints) == kernels.sizes(q, offsets)[-1], "of another bucket's forward"
-            state = q.new_zeros(len(q), HEADS, q.shape[-1], v.shape[-1])
-            return [torch.zeros_like(x) for x in (q, k, v, weight, forget, state)]
+    def backward(kernels, dy, dstate, operands, checkpoints, offsets, *_):
+        q, k, v, weight, forget, *_ = operands
+        assert len(checkpoints) == count(kernels, q, offsets), "of another bucket's forward"
+        state = q.new_zeros(len(q), HEADS, q.shape[-1], v.shape[-1])
+        return [torch.zeros_like(x) for x in (q, k, v, weight, forget, state)]
 
-        return call
-
-    for kernels in (*kernels_of(split), *kernels_of(alike)):
-        monkeypatch.setattr(kernels, "forward", forward(kernels))
-        monkeypatch.setattr(kernels, "backward", backward(kernels))
+    for package in (split, alike):
+        launchers = operators_of(package).launches.launchers
+        monkeypatch.setattr(launchers, "forward", forward)
+        monkeypatch.setattr(launchers, "backward", backward)
 
 
 def graphs() -> int:

@@ -2,112 +2,139 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import triton
 from calls import Spy, arguments, assert_same, module_of, operators_of
-from support import build_package, import_package, make_schedule, make_variant
+from support import make_variant
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from m2gen.problem import Problem, make_inputs
+from m2gen.runtime import relaunch
+from m2gen.runtime.relaunch import Launched
 
 
-class FakeKernel:
-    """A kernel as Triton's: compiled by a call with a grid, then launched by what that returned, or its launcher."""
+class FakeBinary:
+    """What a kernel's call returns as Triton's does: launched by what a grid gives, or its own launcher."""
 
     function, packed_metadata = "function", "metadata"
 
-    def __init__(self, *, compiles: bool = True) -> None:
+    def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
-        self.compiles = compiles
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def first(*values: Any, **options: Any) -> Any:
-            self.log.append(("compiled", grid, values, options))
-            return self if self.compiles else None
-
         def again(*values: Any, stream: int) -> None:
             self.log.append(("launched", grid, values, stream))
 
-        return again if self.log else first
+        return again
 
     def run(self, *values: Any) -> None:
         self.log.append(("run", *values))
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return the kernels' module of a package."""
-    package = build_package("hosted", [make_variant()], make_schedule("atomic"))
-    imported = import_package(tmp_path_factory.mktemp("hosted") / "hosted", package)
-    return operators_of(imported).launches.dispatch.KERNELS
+@dataclass
+class FakeKernel:
+    """A kernel that notes with what it was compiled."""
+
+    binary: FakeBinary | None
+    log: list[tuple[Any, ...]] = field(default_factory=list)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def first(*values: Any, **constants: Any) -> Any:
+            self.log.append((grid, values, constants))
+            return self.binary
+
+        return first
 
 
-def _module(kernels: Any) -> Any:
-    """Return the only module of kernels, however the table is laid out."""
-    while isinstance(kernels, dict | tuple | list):
-        kernels = next(iter(kernels.values() if isinstance(kernels, dict) else kernels))
-    return kernels
-
-
-def test_a_launch_is_looked_up_once(kernels, monkeypatch) -> None:
-    """The first launch compiles; what is kept hands the same binary other addresses, then scalars and flags.
+def test_a_launch_is_looked_up_once(monkeypatch) -> None:
+    """What is kept hands the same binary other addresses, then scalars and flags.
 
     It launches on the stream that is current at the time, not on the one that was.
     """
-    kernel, known, first, other = FakeKernel(), {}, torch.zeros(1), torch.zeros(1)
+    binary, known, first, other = FakeBinary(), {}, torch.zeros(1), torch.zeros(1)
     streams = iter((7, 8))
-    monkeypatch.setattr(_module(kernels), "current_stream_of", lambda: lambda device: (device, next(streams)))
-    _module(kernels).launch(known, "key", kernel, 5, (first, None), (1, 2), {"SAVE": False, "ATOMIC": True})
-    ((_, grid, values, options),) = kernel.log
-    assert (grid, values) == ((5, 1, 1), (first, None, 1, 2))
-    assert options.items() >= {"SAVE": False, "ATOMIC": True, "num_stages": 1}.items()
-    known["key"]((other, None))
-    known["key"]((first, None))
-    binary, hooks, rest = ("function", "metadata"), (None, None, None), (None, 1, 2, False, True)
-    assert kernel.log[1:] == [
-        ("run", 5, 1, 1, (-1, 7), *binary, *hooks, other.data_ptr(), *rest),
-        ("run", 5, 1, 1, (-1, 8), *binary, *hooks, first.data_ptr(), *rest),
+    monkeypatch.setattr(relaunch, "current_stream_of", lambda: lambda device: (device, next(streams)))
+    relaunch.keep(known, "key", Launched(binary, 5, (1, 2, False, True), -1), "call")
+    assert known["key"].call == "call"
+    assert binary.log == []
+    known["key"].launch((other, None))
+    known["key"].launch((first, None))
+    found, hooks, rest = ("function", "metadata"), (None, None, None), (None, 1, 2, False, True)
+    assert binary.log == [
+        ("run", 5, 1, 1, (-1, 7), *found, *hooks, other.data_ptr(), *rest),
+        ("run", 5, 1, 1, (-1, 8), *found, *hooks, first.data_ptr(), *rest),
     ]
 
 
-def test_hooks_see_known_launches(kernels, monkeypatch) -> None:
+def test_hooks_see_known_launches(monkeypatch) -> None:
     """A profiler that hooks Triton's launches, even after the first, sees those that are looked up no more."""
-    kernel, known, x = FakeKernel(), {}, torch.zeros(1)
-    monkeypatch.setattr(_module(kernels), "current_stream_of", lambda: lambda device: device)
-    _module(kernels).launch(known, "key", kernel, 5, (x,), (), {"SAVE": True})
+    binary, known, x = FakeBinary(), {}, torch.zeros(1)
+    monkeypatch.setattr(relaunch, "current_stream_of", lambda: lambda device: device)
+    relaunch.keep(known, "key", Launched(binary, 5, (True,), -1))
     monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
-    known["key"]((x,))
-    assert kernel.log[1] == ("launched", (5, 1, 1), (x.data_ptr(), True), -1)
+    known["key"].launch((x,))
+    assert binary.log == [("launched", (5, 1, 1), (x.data_ptr(), True), -1)]
+
+
+@pytest.fixture
+def call(package: ModuleType, operands: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return what calls the forward's launcher, or the step's with a state, of kernels that are fakes."""
+    given = tuple(operands.get(name) for name in ("q", "k", "v", "weight", "forget", "A_log", "dt_bias"))
+    launches = operators_of(package).launches
+    launchers, kernels = launches.launchers, launches.dispatch.kernels_for(*given[:6], None)
+    monkeypatch.setattr(launchers.relaunch, "current_stream_of", lambda: lambda device: device)
+
+    def launch(kernel: FakeKernel, *arguments: Any) -> Any:
+        for name in ("forward", "step", "sum"):
+            monkeypatch.setattr(kernels, f"m2rnn_{name}_kernel", kernel, raising=False)
+        if len(arguments) > 1:
+            return launchers.forward(kernels, given, None, None, False, *arguments)
+        tokens = tuple(x if i == 3 or x is None else x[:, 0] for i, x in enumerate(given))
+        state = torch.zeros(len(given[0]), *launchers.launch_plan.plan_of(kernels).state)
+        return launchers.step(kernels, tokens, state, *arguments)
+
+    return launch
 
 
 @pytest.mark.parametrize("compiles", [False, True])
-def test_nothing_is_kept(kernels, compiles) -> None:
+def test_nothing_is_kept(call, compiles) -> None:
     """The interpreter has nothing to keep, and a binary that nobody will launch again is not even loaded."""
     known = None if compiles else {}
-    kernel = FakeKernel(compiles=compiles)
-    _module(kernels).launch(known, "key", kernel, 1, (), (), {})
+    kernel = FakeKernel(FakeBinary() if compiles else None)
+    call(kernel, True, known)
+    call(kernel, known)
     assert not known
-    assert len(kernel.log) == 1
+    assert len(kernel.log) >= 2
+    assert kernel.binary is None or not kernel.binary.log
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
-def test_launchers_use_what_is_known(package, operands, monkeypatch, deterministic) -> None:
-    """A launch that is kept for the same flags is used, with this call's pointers."""
-    module = _module(operators_of(package).launches.dispatch.KERNELS)
-    every = dict.fromkeys(("A_log", "dt_bias", "initial_state", "cu_seqlens")) | operands
-    order = ("q", "k", "v", "weight", "forget", "A_log", "dt_bias", "initial_state", "cu_seqlens")
-    seen: list[Any] = []
-    known = {(False, deterministic): seen.append}
-    monkeypatch.setattr(module, "launch", lambda *_: pytest.fail("must not be looked up again"))
-    y, state, checkpoints = module.forward(*(every[name] for name in order), False, deterministic, known)
-    ((q, *_),) = seen
-    assert q is operands["q"]
-    assert checkpoints is None
-    assert any(x is state for x in seen[0])
-    assert y.dtype is operands["v"].dtype
+@pytest.mark.parametrize("mode", [(False,), (True,), ()], ids=["forward", "deterministic", "step"])
+def test_launchers_use_what_is_known(call, mode) -> None:
+    """A second call compiles nothing, has results of the same shapes and dtypes, and hands over its own pointers.
+
+    Scalars, and constants without options, follow the pointers in the order of the first call.
+    """
+    kernel, known = FakeKernel(FakeBinary()), {}
+    first, second = (call(kernel, *mode, known) for _ in range(2))
+    assert len(kernel.log) == len(kernel.binary.log) == len(known) >= 1
+    for (grid, values, constants), (_, *launched) in zip(kernel.log, kernel.binary.log, strict=True):
+        flags = [x for name, x in constants.items() if not name.startswith("num_")]
+        scalars = [x for x in values if type(x) is int]
+        assert tuple(launched[:3]) == grid
+        assert launched[9 + len(values) - len(scalars) :] == [*scalars, *flags]
+    every = [(found,) if isinstance(found, Tensor) else found for found in (first, second)]
+    assert [(x.shape, x.dtype) for x in every[0] if x is not None] == [
+        (x.shape, x.dtype) for x in every[1] if x is not None
+    ]
+    written = [x.data_ptr() for x in every[1] if x is not None]
+    handed = {x for _, *launched in kernel.binary.log for x in launched[9:]}
+    assert handed >= set(written)
 
 
 def _facts(package: Any, operands: dict[str, Any]) -> Any:

@@ -157,6 +157,19 @@ RELOADS: dict[str, Callable[[dict[str, str]], Callable[[ModuleType], Any]]] = {
 }
 
 
+def refuse(patch: pytest.MonkeyPatch, operators: ModuleType, direction: str, message: str) -> None:
+    """Have a test fail that launches a kernel of what serves these operators, or calls its launcher."""
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> None:
+            pytest.fail(message)
+
+    for table in operators.launches.dispatch.KERNELS.values():
+        for kernels in table.values():
+            patch.setattr(kernels[0], f"m2rnn_{direction}_kernel", Kernel())
+    patch.setattr(operators.launches.launchers, direction, lambda *_: pytest.fail(message))
+
+
 @pytest.mark.parametrize("way", RELOADS)
 @pytest.mark.parametrize("order", ["as imported", "backwards", "built"])
 def test_a_package_built_again(folder: Path, inputs: Inputs, way: str, order: str) -> None:
@@ -179,13 +192,11 @@ def test_a_package_built_again(folder: Path, inputs: Inputs, way: str, order: st
     now = sys.modules[f"{folder.name}.library"].OPERATORS
     assert now.NAMESPACE != before.NAMESPACE
     with pytest.MonkeyPatch.context() as patch:
-        for kernels in (table for tables in now.launches.dispatch.KERNELS.values() for table in tables.values()):
-            patch.setattr(kernels[0], "backward", lambda *_: pytest.fail("must not serve an older graph"))
+        refuse(patch, now, "backward", "must not serve an older graph")
         assert_same(backward(), expected)
     assert_close(differentiate(package.m2rnn, inputs), expected, 64 * EPS)
     with pytest.MonkeyPatch.context() as patch:
-        for kernels in (table for tables in before.launches.dispatch.KERNELS.values() for table in tables.values()):
-            patch.setattr(kernels[0], "forward", lambda *_: pytest.fail("must serve no call any more"))
+        refuse(patch, before, "forward", "must serve no call any more")
         with torch.no_grad():
             package.m2rnn(**arguments(inputs))
     added = make_inputs(more, Problem(1, 2), seed=1).to(inputs.q.device)

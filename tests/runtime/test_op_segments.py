@@ -44,15 +44,14 @@ def packages(tmp_path_factory) -> dict[int, ModuleType]:
 def turns(packages, monkeypatch) -> list[Tensor]:
     """Return what the kernels of the package with segments are handed to tell each other of."""
     seen: list[Tensor] = []
-    (tables,) = operators_of(packages[SEGMENTS]).launches.dispatch.KERNELS.values()
-    for module in dict.fromkeys(module for kernels in tables.values() for module in kernels):
-        made = module.turns_of
+    launchers = operators_of(packages[SEGMENTS]).launches.launchers
+    made = launchers.turns_of
 
-        def kept(*arguments, made=made):
-            seen.append(made(*arguments))
-            return seen[-1]
+    def kept(*arguments):
+        seen.append(made(*arguments))
+        return seen[-1]
 
-        monkeypatch.setattr(module, "turns_of", kept)
+    monkeypatch.setattr(launchers, "turns_of", kept)
     return seen
 
 
