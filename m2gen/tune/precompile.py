@@ -1,8 +1,8 @@
 """Compile a candidate without a GPU, for exactly the calls that the check and the clock will make.
 
-The launchers run the candidate's kernels on meta tensors, with a driver for Triton that only knows its target. So the
-argument types, constants and divisibilities are those of the real call, and the GPU worker finds the kernels in Triton's
-cache.
+The launchers run the candidate's kernels on meta tensors, with a driver for Triton that only knows its target. So
+argument types, constants and divisibilities are those of the real call, and the GPU worker finds the kernels in
+Triton's cache.
 """
 
 from __future__ import annotations

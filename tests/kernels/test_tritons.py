@@ -106,7 +106,7 @@ def test_launches_have_it_for_the_forward_alone(monkeypatch, name, version) -> N
     monkeypatch.setattr(triton.runtime, "driver", driver)
     module = as_of(version, EVERY[name], monkeypatch)
     for kernel in (module.m2rnn_forward_kernel, module.m2rnn_step_kernel):
-        module.launch(None, (), kernel, 1, (), (), {})
+        kernel[(1, 1, 1)](**module.LAUNCH["forward_options"])
     less = {"ptx_options": LESS} if name in HAS_ZEROS and version == "3.9.0" else {}
     usual = {"grid": (1, 1, 1), "warmup": False, **EVERY[name].options(Direction.FORWARD)}
     assert usual["enable_fp_fusion"] is True

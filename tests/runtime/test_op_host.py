@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 from calls import Spy, arguments, assert_same, module_of, operators_of
+from gluon_on_cpu import OPTIONS
 from support import make_variant
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -124,7 +125,7 @@ def test_launchers_use_what_is_known(call, mode) -> None:
     first, second = (call(kernel, *mode, known) for _ in range(2))
     assert len(kernel.log) == len(kernel.binary.log) == len(known) >= 1
     for (grid, values, constants), (_, *launched) in zip(kernel.log, kernel.binary.log, strict=True):
-        flags = [x for name, x in constants.items() if not name.startswith("num_")]
+        flags = [x for name, x in constants.items() if name not in OPTIONS]
         scalars = [x for x in values if type(x) is int]
         assert tuple(launched[:3]) == grid
         assert launched[9 + len(values) - len(scalars) :] == [*scalars, *flags]

@@ -13,7 +13,7 @@ from support import make_schedule, make_variant
 from m2gen.db import Failure, Reason
 from m2gen.device import TARGETS
 from m2gen.measure.workers import run_isolated
-from m2gen.schedule import Mma, Scratch, Tanh, parse
+from m2gen.schedule import Scratch, Tanh, parse
 from m2gen.spec import Objective
 from m2gen.tune import precompile as module
 from m2gen.tune.precompile import PRECOMPILE, SECONDS
@@ -55,7 +55,7 @@ def test_resources_binaries_and_limits() -> None:
 
 def test_mma_of_one_warp_fits_where_there_is_no_shared_memory() -> None:
     """Threads have all that their products and sums need; the default adds its scratch; none is the compiler's code."""
-    usual = Mma.default(VARIANT, DEVICE)
+    usual = parse("mma_f16x1u8a_b16x1c2as_i16_ptx")
     buffered = replace(usual, backward=replace(usual.backward, scratch=Scratch.L2))
     none = replace(SUBJECT, device=replace(DEVICE, shared_bytes=0))
     tasks = (CompileTask(none, buffered), CompileTask(SUBJECT, usual), CompileTask(SUBJECT, BASE))
