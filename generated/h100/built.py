@@ -14,7 +14,7 @@ from .snapshot import reload_older
 
 NAME: str = "h100"
 """Name of the package."""
-SPACE: Any = torch.ops.m2gen_h100_7e05de9d
+SPACE: Any = torch.ops.m2gen_h100_cd824eb0
 """Where torch has the operators of this content."""
 SPEC_FILE: str = "h100.yaml"
 """File name of the spec, without folders."""
@@ -41,14 +41,14 @@ LAYERS: Mapping[str, tuple[Point, ...]] = {
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sm_90": {
         "k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx": (
-            "k64_v16_n132_bf16_mma_1b7eaa13337d",
-            "k64_v16_n132_bf16_mma_1b7eaa13337d",
-            "k64_v16_n132_bf16_mma_1b7eaa13337d",
-            "k64_v16_n132_bf16_mma_1d4374fd5a20",
-            "k64_v16_n132_bf16_mma_1d4374fd5a20",
-            "k64_v16_n132_bf16_mma_1d4374fd5a20",
+            "k64_v16_n132_bf16_mma_d674e8366ce3",
+            "k64_v16_n132_bf16_mma_d674e8366ce3",
+            "k64_v16_n132_bf16_mma_d674e8366ce3",
+            "k64_v16_n132_bf16_mma_88537a3540b3",
+            "k64_v16_n132_bf16_mma_88537a3540b3",
+            "k64_v16_n132_bf16_mma_88537a3540b3",
         ),
-        "k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx": ("k64_v16_n84_bf16_mma_a568924f3f60",),
+        "k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx": ("k64_v16_n84_bf16_mma_0970212b86b7",),
         "k64_v64_q8_k8_v8_f8_w8_bf16_carry_approx": ("k64_v64_n8_bf16_mma_e73ca431991a",),
         "k9_v9_q7_k7_v7_f7_w7_bf16_carry_approx": ("k9_v9_n7_bf16_mma_bb769c27d26f",),
         "k9_v9_q7_k7_v7_f7_w7_fp16_carry_approx": ("k9_v9_n7_fp16_mma_548b54bf4131",),

@@ -44,7 +44,7 @@ def test_the_kernels_are_explicit() -> None:
     if not device.is_nvidia:
         pytest.skip("mma is NVIDIA's")
     schedule = default(PUBLISHED, device)
-    assert (schedule.family, schedule.forward.rows, schedule.forward.unroll) == (Family.MMA, 32, 8)
+    assert (schedule.family, schedule.forward.rows, schedule.forward.unroll) == (Family.MMA, 64, 8)
 
 
 @pytest.mark.parametrize("value", [nan, inf, 3.0])
