@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from m2gen.kernels import layouts
 from m2gen.kernels.launch import Launch
 from m2gen.kernels.loads import BACKWARD_VECTORS, FORWARD_VECTORS, Vector
 from m2gen.kernels.outputs import Output
@@ -230,36 +229,7 @@ class Lowering:
         y = ("y",) if self.forward_adds else ()
         return y + tuple(out.name for out in self.gradients if out.shared and self.backward_adds)
 
-    # What the modules define.
-
-    @cached_property
-    def constants(self) -> dict[str, int]:
-        variant, heads, forward, backward = self.variant, self.variant.heads, self.forward, self.backward
-        found = {"K": variant.state_expansion, "V": variant.head_dim, "V_PAD": variant.padded_cols}
-        found |= {"N": heads.total, "NQ": heads.q, "NK": heads.k, "NV": heads.v, "NF": heads.f, "NW": heads.w}
-        found |= {"INTERVAL": self.schedule.interval}
-        found |= {"FORWARD_ROWS": forward.rows, "FORWARD_PARTS": forward.parts(variant), "UNROLL": forward.unroll}
-        parts = backward.parts(variant)
-        if self.slots:
-            found |= {"WARPS": backward.warps, "BACKWARD_PARTS": parts}
-        else:
-            found |= {"BACKWARD_ROWS": backward.rows, "BACKWARD_PARTS": parts, "CHUNK": backward.chunk}
-        if self.segmented:
-            found |= {"SEGMENTS": self.schedule.segments, "SHORTEST": self.schedule.shortest_segment}
-        return {**found, "SUM_BLOCK": self.launch.sum_block} if self.shares else found
-
-    @cached_property
-    def layouts(self) -> dict[str, str]:
-        """Gluon's layouts by name; none where Triton's compiler decides which thread holds what."""
-        if self.family is Family.PORTABLE:
-            return {}
-        if self.family is Family.WGMMA:
-            return layouts.wgmma(self.variant, self.schedule)
-        y = self.sums.y
-        uses = layouts.Uses(
-            self.outer_by_product, y is Sums.BUTTERFLY, y is Sums.MEMORY, self.sums.together, self.slots, self.shares
-        )
-        return layouts.mma(self.variant, self.schedule, uses)
+    # What the kernels of a warpgroup load together.
 
     @property
     def forward_vectors(self) -> tuple[Vector, ...]:
