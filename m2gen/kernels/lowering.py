@@ -30,12 +30,11 @@ TRITON_DTYPE = {Dtype.BF16: "tl.bfloat16", Dtype.FP16: "tl.float16", Dtype.FP32:
 
 
 class Direction(StrEnum):
-    """Which of a variant's kernels."""
+    """A kernel of a variant: forward, backward, or one step of decoding."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
     STEP = "step"
-    """One step of decoding."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Lowering:
 
     @property
     def gate_parameters(self) -> str:
-        """What follows a step's x in the arguments of ``gate``."""
+        """Further arguments of ``gate``, after a step's x."""
         return ", rate, dt_bias" if self.computes_gate else ""
 
     # What the schedule asks for.
@@ -77,7 +76,7 @@ class Lowering:
 
     @property
     def gluon(self) -> bool:
-        """Whether kernels say which thread holds what."""
+        """Whether kernels are in Gluon, with explicit layouts."""
         return self.family is not Family.PORTABLE
 
     @property
@@ -141,7 +140,7 @@ class Lowering:
 
     @property
     def checkpoint_dtype(self) -> str:
-        """States that slots start from need no more than 11 bits: products round them to 8."""
+        """Dtype of saved states: 16 bits where slots rebuild from them, since products round them to 8 bits anyway."""
         return "torch.float16" if self.slots else "torch.float32"
 
     # Products.

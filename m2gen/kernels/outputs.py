@@ -16,9 +16,9 @@ class Output:
 
     name: str
     operand: str
-    """The launcher's tensor that this is the gradient of, or takes its dtype from."""
+    """Tensor of the launcher whose gradient this is, or whose dtype it takes."""
     total: int
-    """N: heads that programs run over."""
+    """Heads that programs run over: N."""
     groups: int
     """Heads of this tensor."""
     parts: int
