@@ -150,8 +150,8 @@ def test_only_the_entry_point_imports_the_command_line() -> None:
 
 
 PURE = {"bucket", "db", "errors", "schedule", "spec", "variant"}
-TEXTS = {"arguments", "demand", "launch", "launch_plan", "layouts", "literals", "loads", "lowering", "outputs"}
-TEXTS |= {"reductions", "render"}
+TEXTS = {"arguments", "definitions", "demand", "launch", "launch_plan", "layouts", "literals", "loads", "lowering"}
+TEXTS |= {"outputs", "reductions", "render"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

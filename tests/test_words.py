@@ -7,9 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
-from support import ROOT
+from support import ROOT, make_variant
+
+from m2gen.device import TARGETS
+from m2gen.kernels.lowering import Lowering
+from m2gen.kernels.render import render_kernel
+from m2gen.schedule import FAMILIES, defaults, problems
+from m2gen.spec import Dtype, GateKind
 
 FRAGMENT = re.compile(r"\s*(Of|That|From|Which|Into|Above|Whose)\b")
 IN_TEMPLATES = re.compile(r'^\s*r?"""(.*)$', re.MULTILINE)
@@ -19,16 +26,8 @@ SOURCES = {
     for kind in ("*.py", "*.j2")
     for path in sorted((ROOT / folder).rglob(kind))
 }
-EXEMPT = (
-    *(f"m2gen/{folder}/" for folder in ("kernels", "runtime", "schedule")),
-    *(f"m2gen/tune/{name}.py" for name in ("coordinates", "knobs", "records", "search", "space")),
-    *("m2gen/package/emit.py", "templates/", "tests/golden/"),
-)
-"""Files with docstrings that are still to be rewritten; this list is temporary."""
 EXPORTED = ("LAUNCH", "m2rnn_forward_kernel", "m2rnn_backward_kernel", "m2rnn_step_kernel", "m2rnn_sum_kernel")
 """Names of a kernel module that the rest of a package reads."""
-UNUSED = {"ALL_SUMS", "SUM_LAYOUT", "as_loaded"}
-"""Names that some ``mma`` modules define without need; this list is temporary."""
 KERNELS = [path for folder in ("generated", "tests/golden") for path in sorted((ROOT / folder).rglob("kernels/*.py"))]
 
 
@@ -43,7 +42,7 @@ def docstrings(path: Path) -> Iterator[str]:
             yield node.value.value
 
 
-@pytest.mark.parametrize("name", [name for name in SOURCES if not name.startswith(EXEMPT)])
+@pytest.mark.parametrize("name", SOURCES)
 def test_docstrings_stand_alone(name: str) -> None:
     """No docstring is the end of a sentence that the code begins."""
     assert [text for text in docstrings(SOURCES[name]) if FRAGMENT.match(text)] == []
@@ -65,15 +64,39 @@ def defined(node: ast.stmt) -> set[str]:
     return {name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: "/".join(path.parts[-3:]))
-def test_kernel_modules_use_all_that_they_define(path: Path) -> None:
-    """The exported names need every import, helper function and constant, directly or not."""
-    body = ast.parse(path.read_text(encoding="utf-8")).body
-    where = {name: node for node in body for name in defined(node)}
+def unused(source: str) -> set[str]:
+    """Return the names of a kernel module that the exported ones need neither directly nor through others."""
+    body = ast.parse(source).body
+    where: dict[str, list[ast.stmt]] = {}
+    for node in body:  # a name may be bound again
+        for name in defined(node):
+            where.setdefault(name, []).append(node)
     reached: set[str] = set()
     waiting = where.keys() & set(EXPORTED)
     while waiting:
         reached |= waiting
-        nodes = [node for name in waiting for node in ast.walk(where[name])]
+        nodes = [node for name in waiting for top in where[name] for node in ast.walk(top)]
         waiting = {node.id for node in nodes if isinstance(node, ast.Name) and node.id in where} - reached
-    assert where.keys() - reached - UNUSED == set()
+    return where.keys() - reached
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: "/".join(path.parts[-3:]))
+def test_kernel_modules_use_all_that_they_define(path: Path) -> None:
+    """The exported names need every import, helper function and constant."""
+    assert unused(path.read_text(encoding="utf-8")) == set()
+
+
+@pytest.mark.parametrize("gate", GateKind)
+@pytest.mark.parametrize("dtype", Dtype)
+@pytest.mark.parametrize(("cols", "heads"), [(16, 2), (9, 1), (64, 2)])
+def test_kernels_of_any_schedule_use_all_that_they_define(cols: int, heads: int, dtype: Dtype, gate: GateKind) -> None:
+    """So do those of the defaults, and of points drawn from each family's axes, with and without shared heads."""
+    groups = (1, 1, heads, heads, heads)
+    variant, device, random = make_variant(64, cols, groups, dtype, gate=gate), TARGETS["sm_90"], Random(5)
+    points = list(defaults(variant, device))
+    for family in FAMILIES:
+        axes = {} if family.unsupported(variant, device) else dict(family.axes(variant, device))
+        drawn = [{name: random.choice(values) for name, values in axes.items()} for _ in range(4)]
+        points += [point for values in drawn if axes and not problems(variant, point := family.of(values), device)]
+    for point in points:
+        assert unused(render_kernel(Lowering(variant, point))) == set(), point.slug

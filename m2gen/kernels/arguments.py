@@ -14,7 +14,7 @@ Constant = int | bool | None
 ELEMENT = {Dtype.BF16: "*bf16", Dtype.FP16: "*fp16", Dtype.FP32: "*fp32"}
 STATE = "*fp32"
 CHECKPOINT = {False: STATE, True: "*fp16"}
-"""States that slots rebuild from are rounded to 11 bits, where products round them to 8."""
+"""float16 where slots rebuild from saved states: products round them to 8 bits anyway."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _walks_in_segments(k: Lowering) -> Iterator[Argument]:
 
 
 def _progress(k: Lowering) -> Iterator[Argument]:
-    """What programs know of each other where a walk has several segments."""
+    """Tickets by which programs take the segments of a scan in order."""
     if k.segmented:
         yield _pointer("turns", "*i32")
 

@@ -1,4 +1,4 @@
-"""What the tiles of a kernel alone take of the registers: from above a thread's share, something spills."""
+"""Registers that a kernel's tiles take: if they alone exceed a thread's share, something spills."""
 
 from __future__ import annotations
 

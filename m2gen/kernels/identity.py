@@ -1,4 +1,4 @@
-"""What a record is of: the constants and kernels that the GPU runs, and how they are compiled."""
+"""The identity of what a record measured: the constants and kernels that the GPU runs, and their compiler options."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from m2gen.kernels.render import render_kernel
 
 @cache
 def kernel_hash(k: Lowering) -> str:
-    """Return 12 hex digits that change when the kernels that were measured are no longer what is rendered.
+    """Return 12 hex digits that change when rendered kernels are no longer those that were measured.
 
-    Launchers, docstrings, comments, blank lines and the order of functions are none of the GPU's.
+    Launchers, docstrings, comments, blank lines and the order of functions do not count, since the GPU sees none.
     """
     options = [sorted(k.scheduled_options(direction).items()) for direction in Direction]
     return hashlib.sha256(f"{gpu_text(render_kernel(k))}\n{options}".encode()).hexdigest()[:12]

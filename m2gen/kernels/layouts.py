@@ -1,4 +1,4 @@
-"""Which thread of explicit kernels holds what: layouts by name.
+"""Layouts of explicit kernels: which thread holds which elements.
 
 Products are 16 x 8 tiles of ``mma.sync``: lane l has rows l // 4 and l // 4 + 8, and columns 2 (l % 4) and the next
 (PTX ISA, m16n8k16). Everything else is laid out so that it meets those tiles without moving between threads.
@@ -6,11 +6,8 @@ Products are 16 x 8 tiles of ``mma.sync``: lane l has rows l // 4 and l // 4 + 8
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from m2gen.kernels import slots
 from m2gen.kernels.linear import Linear, powers
-from m2gen.schedule import ForwardTile, Part, Schedule, Scratch, Warpgroup
+from m2gen.schedule import ForwardTile, Part, Warpgroup
 from m2gen.variant import MIN_TILE, Variant
 
 LANE_COLS = ((0, 2), (0, 4))
@@ -22,12 +19,12 @@ def warps_down(part: Part) -> int:
     return min(part.warps, part.rows // MIN_TILE)
 
 
-def _tile(part: Part) -> str:
+def tile(part: Part) -> str:
     """Return the layout of a product of 16 x 8 tiles."""
     return f"tl.NVMMADistributedLayout([2, 0], [{warps_down(part)}, {part.warps // warps_down(part)}], [16, 8])"
 
 
-def _vector(part: Part) -> str:
+def vector(part: Part) -> str:
     """Return the layout of a vector over a part's rows: a thread has neighbours, which one instruction loads.
 
     Rows never mix, so which of them a thread has does not matter to the products.
@@ -40,7 +37,7 @@ def _vector(part: Part) -> str:
     return str(Linear((part.rows,), registers, lanes, (*across, *down)))
 
 
-def _keys(part: Part) -> str:
+def keys(part: Part) -> str:
     """Return the layout of 16 steps' vectors over a part's rows, as the left operand of a product has them."""
     each = part.rows // (8 * warps_down(part))
     registers = (*((row, 0) for row in powers(1, each)), (0, 1), (0, 8))
@@ -50,7 +47,7 @@ def _keys(part: Part) -> str:
     return str(Linear((part.rows, 16), registers, lanes, (*across, *down)))
 
 
-def _row_sums(variant: Variant, part: Part) -> str:
+def row_sums(variant: Variant, part: Part) -> str:
     """Return the layout of what is left of a tile whose threads have summed their rows: 8 rows of every column."""
     across = 8 * part.warps
     registers = ((0, 1), *((0, col) for col in powers(across, variant.padded_cols)))
@@ -58,7 +55,7 @@ def _row_sums(variant: Variant, part: Part) -> str:
     return str(Linear((8, variant.padded_cols), registers, (*LANE_COLS, *LANE_ROWS), warps))
 
 
-def _sums_apart(variant: Variant, part: ForwardTile | Warpgroup) -> dict[str, str]:
+def sums_apart(variant: Variant, part: ForwardTile | Warpgroup) -> dict[str, str]:
     """Return the layouts of sums over rows of which every warp has its own, and which meet in shared memory.
 
     ``FORWARD_APART`` is what is left of an iteration's tiles, of every step 8 rows a warp, in the order in which a
@@ -91,17 +88,21 @@ def _sums_apart(variant: Variant, part: ForwardTile | Warpgroup) -> dict[str, st
     }
 
 
-def _col_sums(part: Part) -> dict[str, str]:
+def col_sums(part: Part) -> dict[str, str]:
     """Return the layouts of what is left of a tile whose threads have summed their columns, and of its neighbours."""
     cols, each = ((0, 1), (0, 2)), part.rows // 8
     tile = Linear((part.rows, 4), tuple((row, 0) for row in powers(8, part.rows)), (*cols, *LANE_ROWS))
     lanes = (*cols, *((row * each, 0) for row, _ in LANE_ROWS))
     loaded = Linear((part.rows, 4), tuple((row, 0) for row in powers(1, each)), lanes)
-    every = Linear((8, 4), (), (*cols, *LANE_ROWS))
-    return {"COL_SUMS": str(tile), "COL_SUMS_LOADED": str(loaded), "ALL_SUMS": str(every)}
+    return {"COL_SUMS": str(tile), "COL_SUMS_LOADED": str(loaded)}
 
 
-def _warpgroup(variant: Variant) -> dict[str, str]:
+def all_sums() -> str:
+    """Return the layout of what is left of a tile whose threads have summed all that they have, one sum a lane."""
+    return str(Linear((8, 4), (), ((0, 1), (0, 2), *LANE_ROWS)))
+
+
+def warpgroup(variant: Variant) -> dict[str, str]:
     """Return the layouts of kernels whose four warps have 16 rows each of all columns.
 
     Lanes with the same columns share what they have summed over rows, an eighth of the columns each.
@@ -131,7 +132,7 @@ def _warpgroup(variant: Variant) -> dict[str, str]:
     }
 
 
-def _scratch(variant: Variant) -> str:
+def scratch(variant: Variant) -> str:
     """Return the layout of a state in shared memory: groups of 8 columns change places by rows.
 
     A half warp moves 8 bytes a lane, of 8 columns in 4 rows: with those in 4 different groups of banks, at once.
@@ -140,62 +141,6 @@ def _scratch(variant: Variant) -> str:
     return f"tl.SwizzledSharedLayout(8, {max(1, 32 // cols)}, {min(4, cols // 8)}, [1, 0])"
 
 
-def _vectors(schedule: Schedule) -> dict[str, str]:
-    return {"FORWARD_VECTOR": _vector(schedule.forward), "BACKWARD_VECTOR": _vector(schedule.backward)}
-
-
-def _others(variant: Variant, schedule: Schedule) -> dict[str, str]:
-    """Return the layouts of what no product has, in kernels of either family."""
-    backward, found = schedule.backward, {}
-    if schedule.two_level:
-        found["BACKWARD_SPREAD"] = f"tl.BlockedLayout([1], [32], [{backward.warps}], [0])"
-    if backward.scratch is Scratch.SHARED:
-        found["BACKWARD_SCRATCH"] = _scratch(variant)
-    found["SUM_LAYOUT"] = _sum_layout(schedule)
-    return found
-
-
-def _sum_layout(schedule: Schedule) -> str:
-    return f"tl.BlockedLayout([1], [32], [{schedule.forward.warps}], [0])"
-
-
-@dataclass(frozen=True)
-class Uses:
-    """What kernels with products by ``mma.sync`` do that needs layouts of its own."""
-
-    outer_by_product: bool
-    y_by_butterfly: bool
-    y_in_memory: bool
-    gradients_together: bool
-    slots: bool
-    sums_of_programs: bool
-
-
-def mma(variant: Variant, schedule: Schedule, uses: Uses) -> dict[str, str]:
-    """Return the layouts that kernels with products by ``mma.sync`` name."""
-    forward, backward = schedule.forward, schedule.backward
-    found = {"FORWARD_TILE": _tile(forward)}
-    if uses.slots:
-        found |= {"FORWARD_VECTOR": _vector(forward), **slots.layouts(backward.warps, backward.rows // backward.warps)}
-        if uses.sums_of_programs:
-            found["SUM_LAYOUT"] = _sum_layout(schedule)
-    else:
-        found |= {"BACKWARD_TILE": _tile(backward), **_vectors(schedule)}
-    if uses.outer_by_product:
-        found |= {"FORWARD_KEYS": _keys(forward), "FORWARD_VALUES": "tl.DotOperandLayout(1, FORWARD_TILE, 2)"}
-    if not uses.slots:
-        found |= _others(variant, schedule)
-    if uses.y_in_memory:
-        found |= _sums_apart(variant, forward)
-    elif uses.y_by_butterfly:
-        found["FORWARD_SUMS"] = _row_sums(variant, forward)
-    if uses.gradients_together:
-        found |= {"ROW_SUMS": _row_sums(variant, backward), **_col_sums(backward)}
-    return found
-
-
-def wgmma(variant: Variant, schedule: Schedule) -> dict[str, str]:
-    """Return the layouts that kernels of warpgroups name."""
-    tile = f"tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {variant.padded_cols}, 16])"
-    tiles = {"FORWARD_TILE": tile, "BACKWARD_TILE": tile, **_vectors(schedule)}
-    return {**tiles, **_others(variant, schedule), **_warpgroup(variant), "KEYS": _keys(schedule.backward)}
+def spread(warps: int) -> str:
+    """Return the layout of a vector whose neighbours are in neighbouring threads."""
+    return f"tl.BlockedLayout([1], [32], [{warps}], [0])"

@@ -1,4 +1,4 @@
-"""Layouts by what each bit of a register's, a lane's and a warp's number adds to an element's index."""
+"""Linear layouts: each bit of a register's, a lane's or a warp's number adds an offset to an element's index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the warpgroup kernels load for a whole interval, a step to a row, and keep in shared memory."""
+"""Operands that wgmma kernels load for a whole interval, one step a row, and keep in shared memory."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ class Vector:
 
     name: str
     element: str
-    """What the number of an element is called: a row's or a column's."""
+    """Name of the index of an element: ``row`` or ``col``."""
     extent: str
     plain: bool = True
-    """Whether it lies in shared memory as it is loaded."""
+    """Whether shared memory has a copy as loaded."""
     tile: bool = False
-    """Whether it lies there as an operand of products."""
+    """Whether shared memory has a copy as an operand of products."""
     step_by_step: bool = True
-    """Whether a step reads its own."""
+    """Whether each step reads its own vector alone."""
 
     @property
     def copies(self) -> dict[str, str]:
-        """Return what is kept of it in shared memory, and each copy's layout."""
+        """Return the copies in shared memory by name, and their layouts."""
         found = {f"{self.name}_loaded": "PLAIN"} if self.plain else {}
         return {**found, f"{self.name}_tile": "OPERANDS"} if self.tile else found
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
 
-from m2gen.kernels import layouts
 from m2gen.kernels.launch import Launch
 from m2gen.kernels.loads import BACKWARD_VECTORS, FORWARD_VECTORS, Vector
 from m2gen.kernels.outputs import Output
@@ -31,12 +30,11 @@ TRITON_DTYPE = {Dtype.BF16: "tl.bfloat16", Dtype.FP16: "tl.float16", Dtype.FP32:
 
 
 class Direction(StrEnum):
-    """Which of a variant's kernels."""
+    """A kernel of a variant: forward, backward, or one step of decoding."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
     STEP = "step"
-    """One step of decoding."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Lowering:
 
     @property
     def gate_parameters(self) -> str:
-        """What follows a step's x in the arguments of ``gate``."""
+        """Further arguments of ``gate``, after a step's x."""
         return ", rate, dt_bias" if self.computes_gate else ""
 
     # What the schedule asks for.
@@ -78,7 +76,7 @@ class Lowering:
 
     @property
     def gluon(self) -> bool:
-        """Whether kernels say which thread holds what."""
+        """Whether kernels are in Gluon, with explicit layouts."""
         return self.family is not Family.PORTABLE
 
     @property
@@ -147,7 +145,7 @@ class Lowering:
 
     @property
     def checkpoint_dtype(self) -> str:
-        """States that slots start from need no more than 11 bits: products round them to 8."""
+        """Dtype of saved states: 16 bits where slots rebuild from them, since products round them to 8 bits anyway."""
         return "float16" if self.slots else "float32"
 
     # Products.
@@ -241,36 +239,7 @@ class Lowering:
         y = ("y",) if self.forward_adds else ()
         return y + tuple(out.name for out in self.gradients if out.shared and self.backward_adds)
 
-    # What the modules define.
-
-    @cached_property
-    def constants(self) -> dict[str, int]:
-        variant, heads, forward, backward = self.variant, self.variant.heads, self.forward, self.backward
-        found = {"K": variant.state_expansion, "V": variant.head_dim, "V_PAD": variant.padded_cols}
-        found |= {"N": heads.total, "NQ": heads.q, "NK": heads.k, "NV": heads.v, "NF": heads.f, "NW": heads.w}
-        found |= {"INTERVAL": self.schedule.interval}
-        found |= {"FORWARD_ROWS": forward.rows, "FORWARD_PARTS": forward.parts(variant), "UNROLL": forward.unroll}
-        parts = backward.parts(variant)
-        if self.slots:
-            found |= {"WARPS": backward.warps, "ROWS": self.slot_rows}
-        else:
-            found |= {"BACKWARD_ROWS": backward.rows, "BACKWARD_PARTS": parts, "CHUNK": backward.chunk}
-        if self.segmented:
-            found |= {"SEGMENTS": self.schedule.segments, "SHORTEST": self.schedule.shortest_segment}
-        return {**found, "SUM_BLOCK": self.launch.sum_block} if self.shares else found
-
-    @cached_property
-    def layouts(self) -> dict[str, str]:
-        """Gluon's layouts by name; none where Triton's compiler decides which thread holds what."""
-        if self.family is Family.PORTABLE:
-            return {}
-        if self.family is Family.WGMMA:
-            return layouts.wgmma(self.variant, self.schedule)
-        y = self.sums.y
-        uses = layouts.Uses(
-            self.outer_by_product, y is Sums.BUTTERFLY, y is Sums.MEMORY, self.sums.together, self.slots, self.shares
-        )
-        return layouts.mma(self.variant, self.schedule, uses)
+    # What the kernels of a warpgroup load together.
 
     @property
     def forward_vectors(self) -> tuple[Vector, ...]:

@@ -17,7 +17,7 @@ class Output:
 
     name: str
     total: int
-    """N: heads that programs run over."""
+    """Heads that programs run over: N."""
     groups: int
     """Heads of this tensor."""
     parts: int

@@ -30,15 +30,15 @@ class Sums(StrEnum):
 
 @dataclass(frozen=True)
 class Round:
-    """One exchange between lanes whose row (or column) differs in one bit."""
+    """One round of a butterfly: lanes whose row (or column) differs in one bit shuffle their sums."""
 
     axis: str
-    """What the bit is of: ``row`` or ``col``."""
+    """Index that the bit belongs to: ``row`` or ``col``."""
     bit: int
     lanes: int
-    """The bit of the lane's number."""
+    """Bit of the lane's number that the shuffle flips."""
     pairs: tuple[tuple[int, int], ...]
-    """Steps that are exchanged: a lane goes on with the first or, where its bit is set, with the second. Empty where a
+    """Pairs of steps to shuffle: a lane goes on with the first or, where its bit is set, with the second. Empty where a
     lane has one sum left, which is added to that of the other lane."""
 
 

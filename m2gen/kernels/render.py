@@ -1,4 +1,4 @@
-"""From a lowering to source text: pure, so the same input gives the same bytes on any machine."""
+"""Render kernels from templates: a pure function, so the same lowering gives the same bytes on any machine."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import jinja2
 
 from m2gen.kernels.arguments import arguments
+from m2gen.kernels.definitions import constants, layouts_of
 from m2gen.kernels.launch_plan import launch_plan
 from m2gen.kernels.literals import literal
 from m2gen.kernels.lowering import Direction, Lowering
@@ -65,8 +66,13 @@ def _parameters(k: Lowering, direction: Direction) -> list[str]:
 def render_kernel(k: Lowering, provenance: str = "") -> str:
     """Return the module of one variant run by one schedule: kernels, and how they are launched."""
     title = f"M2RNN kernels for {k.variant.key}, schedule {k.schedule.slug}."
-    parameters = {str(direction): _parameters(k, direction) for direction in Direction}
-    launch = literal(launch_plan(k)._asdict())
     return render_template(
-        "kernels/module.py.j2", k=k, title=title, provenance=provenance, parameters=parameters, launch=launch
+        "kernels/module.py.j2",
+        k=k,
+        title=title,
+        provenance=provenance,
+        constants=constants(k),
+        layouts=layouts_of(k),
+        parameters={str(direction): _parameters(k, direction) for direction in Direction},
+        launch=literal(launch_plan(k)._asdict()),
     )

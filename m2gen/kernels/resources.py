@@ -1,4 +1,4 @@
-"""What a compiled kernel takes of a GPU, read from its binary (NVIDIA) or assembly (AMD)."""
+"""Resources of a compiled kernel, read from its binary (NVIDIA) or assembly (AMD)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from m2gen.errors import CompileError
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes."""
+    """Registers and memory that one compiled kernel takes."""
 
     registers: int
     """32-bit registers a thread."""

@@ -1,4 +1,4 @@
-"""Which thread of a backward whose steps have slots holds what: a warp has 16 or 32 rows of 16 columns of its own.
+"""Layouts of a backward whose steps have slots: a warp has 16 or 32 rows of 16 columns of its own.
 
 Tensors have the warp as their first dim, so that products of warps share nothing. A lane has rows l // 4 and l // 4 + 8
 of each 16 of a tile; in memory's order they are neighbours, which ``tile_rows`` renames.
@@ -10,7 +10,7 @@ from m2gen.kernels.linear import Linear, powers
 
 PLAIN = "tl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])"
 COLS = ((0, 0, 2), (0, 0, 4))
-"""A lane's pairs of columns of a tile."""
+"""Pairs of columns that a lane holds of a tile."""
 ROWS = ((0, 1, 0), (0, 2, 0), (0, 4, 0))
 EXTRA = {16: (), 32: ((0, 32, 0),)}
 """What a thread keeps beyond 16 bytes of a tile, by rows of a warp."""

@@ -1,4 +1,4 @@
-"""Kernels and their provenance to the texts of the files of ``generated/<name>/``."""
+"""Render a package: kernels and their provenance become the texts of the files of ``generated/<name>/``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLIP_TEXT = {
     ClipMode.TOTAL: "the whole gradient of H_t is clamped to [-clip, clip]",
 }
 COMPAT = "compat.py"
-"""The module that is of use only where the published implementation computes the same."""
+"""Module that packages contain only if the published implementation computes the same."""
 TORCH_DTYPE = {Dtype.BF16: "torch.bfloat16", Dtype.FP16: "torch.float16", Dtype.FP32: "torch.float32"}
 
 
@@ -179,7 +179,7 @@ def _schedule_facts(choice: Choice) -> dict[str, Any]:
 
 
 def _copies(origin: Origin, choices: list[Choice]) -> dict[str, str]:
-    """Return what stands around the kernels: arguments' checks, registration, what models call, and the layer."""
+    """Return the modules around the kernels: checks of arguments, registration, the operator, and the layer."""
     drops_in = choices[0].variant.clip is ClipMode.CARRY and any(not choice.variant.computes_gate for choice in choices)
     chosen = {path: text for path, text in sources().items() if drops_in or path != COMPAT}
     return {path: copied(origin.header(), text) for path, text in chosen.items()}

@@ -1,4 +1,4 @@
-"""What the layer goes on from: caches that calls move on in place, and states that a call takes and returns."""
+"""States of the layer between calls: caches updated in place, and states that a call takes and returns."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .mixer import Device, Mixer, shapes_of, wide_dtype
 __all__ = ["M2RNNCache"]
 
 NUMBERS = itertools.count()
-"""The numbers of this process's layers."""
+"""Counter that numbers the layers of this process."""
 
 
 class M2RNNCache:
-    """Where B sequences are: conv (B, conv_width - 1, C), the last inputs of the convolution, and state (B, N, K, V).
+    """State of B sequences: conv (B, conv_width - 1, C), the last inputs of the convolution, and state (B, N, K, V).
 
     Calls write both in place, so that a captured CUDA graph finds them where they were; a call that fails writes
     neither. ``owner`` is the number of the layer that the cache is of, None for any; a copy is of any.
@@ -39,7 +39,7 @@ class M2RNNCache:
 
 
 class States:
-    """Where a call goes on from that writes nothing and returns the states after it: what ``scan`` calls a layer with.
+    """States that ``scan`` hands to a layer, whose call writes nothing in place and returns the states after it.
 
     It is no tuple, whose tensors a wrapper such as FSDP would cast with the inputs.
     """

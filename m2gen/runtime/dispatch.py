@@ -1,4 +1,4 @@
-"""The kernels that serve a call: its shapes name a variant, its device an arch, the programs an SM gets a bucket."""
+"""Choose the kernels of a call: shapes name a variant, the device an arch, and programs per SM a bucket."""
 
 from __future__ import annotations
 

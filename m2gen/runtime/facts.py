@@ -1,4 +1,4 @@
-"""The types of what ``built`` says of a package, and of what its modules speak of."""
+"""Types of the facts in ``built``, and of values that several modules pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 
 Backend: TypeAlias = Literal["kernels", "reference"]
-"""What computes the operator."""
+"""Implementation that computes the operator."""
 VariantKey: TypeAlias = tuple[int, int, tuple[int, ...], torch.dtype, bool]
 """K, V, the heads of q, k, v, f and w, the dtype of q, k and v, and whether the kernel computes the gate."""
 

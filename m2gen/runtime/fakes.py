@@ -1,4 +1,4 @@
-"""The operators' results without their values, for compilers and tracers."""
+"""Fake results of the operators, without values, for compilers and tracers."""
 
 from __future__ import annotations
 

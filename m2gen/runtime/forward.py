@@ -1,4 +1,4 @@
-"""What the layer's forward does of any module that has its parts: with and without a cache, a mask, offsets."""
+"""The layer's forward for any module with its parts: with or without a cache, a mask, offsets."""
 
 from __future__ import annotations
 

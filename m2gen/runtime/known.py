@@ -1,4 +1,4 @@
-"""What is kept of calls that are alike, so that the next one takes less of the host."""
+"""Facts kept about calls that are alike, so that the next one takes less time on the host."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class KnownCall:
 
     def __init__(self) -> None:
         self.kernels: ModuleType | None = None
-        """Those that serve them."""
+        """Kernels that serve these calls."""
         self.launches: Known = {}
-        """What launches them again, for the kernels' launchers to keep."""
+        """Launches to repeat, kept by the kernels' launchers."""
         self.places: Places | None = None

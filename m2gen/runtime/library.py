@@ -36,7 +36,7 @@ class Operators(Protocol):
 
 
 class Launches(Protocol):
-    """What ``op`` calls of ``launches``."""
+    """Functions of ``launches`` that ``op`` calls."""
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     step: Callable[..., Tensor]
@@ -123,7 +123,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: Tensor | No
 
 
 def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    """Keep nothing for what is refused."""
+    """Save nothing for a backward that is refused."""
 
 
 def _refuse_second_derivative(ctx: Any, *_: Any) -> tuple[None, ...]:

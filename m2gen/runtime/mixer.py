@@ -1,4 +1,4 @@
-"""What a module must have to be run as an ``M2RNN``: its own parts, or a rank's share of them."""
+"""The parts that a module must have to run as an ``M2RNN``: its own, or a rank's share of them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Mixer(Protocol):
 
     @property
     def D(self) -> Tensor:
-        """What of v passes by the recurrence, (N, V)."""
+        """Weight of v where it bypasses the recurrence, (N, V)."""
 
     @property
     def g_norm(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What is said where no kernels serve a call: what was asked, what is built, and how to build it."""
+"""The error for calls that no kernels serve: what was asked, what is built, and how to build it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the operators' arguments must be: shapes, devices and dtypes that fit together, of a variant that was built."""
+"""Check operands: shapes, devices and dtypes must fit together, and name a variant that was built."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class _ClampGradient(torch.autograd.Function):
 
 
 class _ClampGradientAlone(_ClampGradient):
-    """The same with a tangent, which is what it is: torch.compile takes no Function that has one."""
+    """The same clamp, which passes tangents on; a class apart, since torch.compile takes no Function that has one."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, bound: None) -> Tensor:
@@ -159,7 +159,7 @@ def _per_head(x: Tensor, total: int, dim: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Rules:
-    """What every sequence of one call has in common."""
+    """Operands that all sequences of one call share."""
 
     bound: float
     clamp_total: bool

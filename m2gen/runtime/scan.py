@@ -1,4 +1,4 @@
-"""The layer on whole sequences, from states to states: what comes before the operator, and after it."""
+"""The layer on whole sequences, from states to states, around the operator."""
 
 from __future__ import annotations
 

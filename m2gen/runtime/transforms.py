@@ -1,4 +1,4 @@
-"""What torch's transforms make of an operator: gradients, tangents, mapped dims."""
+"""Rules of an operator for torch's transforms: gradients, tangents, mapped dims."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _unpacked: Callable[[Tensor], forward_ad.UnpackedDualTensor] = forward_ad.unpack
 
 
 class MapInfo(Protocol):
-    """What torch.vmap says of the dim that it maps."""
+    """Facts that torch.vmap gives about the dim that it maps."""
 
     @property
     def batch_size(self) -> int:

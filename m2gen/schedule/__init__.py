@@ -1,4 +1,4 @@
-"""What may be chosen about how a kernel runs: families of kernels, each with its knobs, default, axes and check.
+"""Schedules: how a kernel may run. Each family of kernels has its knobs, default, axes and check.
 
 ``Schedule`` is the union of them. ``problems`` is the one predicate of what is valid; ``default`` is what serves until
 a search has found better.

@@ -13,7 +13,7 @@ from m2gen.variant import Variant
 
 
 class Family(StrEnum):
-    """Which kernels run: each family has templates, knobs and a check of its own."""
+    """A family of kernels, with templates, knobs and a check of its own."""
 
     PORTABLE = "portable"
     """Triton, whose compiler decides which thread holds which element: every target, dtype and the interpreter."""
@@ -33,7 +33,7 @@ class Tanh(StrEnum):
     PTX = "ptx"
     """``tanh.approx.f32``: one special-function instruction, relative error 2^-11; NVIDIA only."""
     EXP = "exp"
-    """From ``exp2`` with a series near 0: float32 accuracy everywhere, also in the interpreter."""
+    """``exp2`` with a series near 0: float32 accuracy everywhere, also in the interpreter."""
 
 
 class Reduction(StrEnum):
@@ -64,8 +64,8 @@ Axes = Mapping[str, tuple[Value, ...]]
 USUAL_INTERVAL = 16
 """Steps between the checkpoints of defaults."""
 SHORTEST_SEGMENT = 128
-"""Steps below which a program's beginning takes much of its time. Fewer than the problems by which a schedule is tuned
-have, so that the kernels that are timed are those that were verified."""
+"""With fewer steps, a program's prologue takes much of its time. Tuned problems are longer, so kernels that
+are timed are those that were verified."""
 MOST_SEGMENTS = 64
 """More segments than this save nothing: the last wave is already short."""
 

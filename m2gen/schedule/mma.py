@@ -45,7 +45,7 @@ class MmaBackward(BackwardTile):
 
 @dataclass(frozen=True)
 class Mma(Knobs):
-    """A schedule of 16 x 8 tiles, of which every warp has one or more."""
+    """A schedule of 16 x 8 tiles; every warp has one or more of them."""
 
     forward: ForwardTile
     backward: MmaBackward

@@ -1,4 +1,4 @@
-"""Schedules by name: what ``Knobs.slug`` writes, read again."""
+"""Parse the names of schedules that ``Knobs.slug`` writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Knobs of kernels whose programs may have any number of rows and warps: those of ``portable`` and of ``mma``."""
+"""Knobs that ``portable`` and ``mma`` share: programs may have any number of rows and warps."""
 
 from __future__ import annotations
 

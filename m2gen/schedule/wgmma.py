@@ -20,9 +20,9 @@ OPERANDS_BYTES = 44_160
 warps."""
 STATE_BYTES = ROWS * COLS * 4
 LONGEST_INTERVAL = 12
-"""As many states as fit beside the operands."""
+"""Steps of an interval: as many states as fit in shared memory beside the operands."""
 MANY_HEADS = 16
-"""Heads from which on a batch gives most SMs a warpgroup."""
+"""With this many heads or more, a batch gives most SMs a warpgroup."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Schedules as places on axes: what a sampler and statistics see, whatever the family."""
+"""Schedules as places on axes, for samplers and statistics of every family."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _axes() -> dict[str, tuple[Coordinate, ...]]:
 
 
 AXES: dict[str, tuple[Coordinate, ...]] = _axes()
-"""The knobs of all families, each with all values that any of them searches, and the family itself. What is no knob of
-a family is a constant of it, which is its place on that axis."""
+"""The knobs of all families, each with all values that any of them searches, and the family itself. Where a
+family lacks a knob, its place on that axis is a constant."""
 
 
 def values_of(schedule: Schedule) -> dict[str, Coordinate]:

@@ -1,4 +1,4 @@
-"""Which knobs decide how long a call takes."""
+"""Importance of knobs: how much each decides how long a call takes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from m2gen.tune.coordinates import AXES, Coordinate, values_of
 from m2gen.tune.trial import Trial
 
 FEWEST = 8
-"""Trials that must have passed before anything is said."""
+"""Fewest passed trials from which importances are computed."""
 
 
 def importances(trials: Iterable[Trial]) -> dict[str, float]:
     """Return for each knob the part of the variance of log times that its values alone explain (one-way ANOVA's η²).
 
-    Trials are no even sample of a space, since a search dwells where it is fast; so this says what mattered among
-    what was tried. Empty where too few trials passed or all took the same.
+    A search dwells where calls are fast, so trials are no even sample of a space: this is importance among them.
+    Empty where too few trials passed or all took the same.
     """
     passed = [(values_of(trial.schedule), np.log(trial.median_ms)) for trial in trials if trial.median_ms is not None]
     if len(passed) < FEWEST:

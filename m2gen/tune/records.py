@@ -1,4 +1,4 @@
-"""Between searches and the database: what is tried first, what is not tried again, and what is kept."""
+"""Exchange with the database: seeds of a search, failures not to repeat, and records to keep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from m2gen.tune.space import Subject, fits, space_hash
 from m2gen.tune.trial import KNOWN, Trial
 
 LASTING = (Reason.HANG, Reason.CRASH, Reason.WRONG, Reason.LAUNCH)
-"""Failures that a schedule has on every problem; memory is one problem's, or one limit's."""
+"""Failures that a schedule has on every problem; running out of memory depends on the problem and the limit."""
 NEIGHBOURS = 6
 """Most seeds from records of other problems, and from other GPUs."""
 
@@ -30,7 +30,7 @@ def key_of_subject(subject: Subject) -> Key:
 
 
 def seeds(subject: Subject, environment: Environment, records: Iterable[Record]) -> list[tuple[Schedule, str]]:
-    """Return what is tried first, the default before all others.
+    """Return the seeds of a search: schedules to try first, the default before all others.
 
     Then what the database has for this key and device, the records of the same arch nearest first (the same variant,
     then those of the same dims), and winners of other GPUs, as far as they are valid here and within the memory bound.

@@ -1,4 +1,4 @@
-"""Which candidate is tried next: seeds first, then every point in a seeded order, or what a sampler proposes."""
+"""Propose candidates: seeds first, then every point in a seeded order, or what a sampler proposes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial as Asked
 
 COMBINED_EVERY = 3
-"""Every so many proposals is the best pair of parts that were timed in different candidates."""
+"""Proposals from one best pair of separately timed forward and backward to the next."""
 COMBINED_AFTER = 12
 """Candidates that passed before parts are combined."""
 SEARCHED, EVERY = "search", "every"
@@ -52,7 +52,7 @@ def neighbours(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]
 
 SIDES = ("forward", "backward")
 MANY_SEGMENTS = 7
-"""With which a wave that is a quarter full takes a little more than a quarter of its time."""
+"""Segments that let a wave that is a quarter full take little more than a quarter of its time."""
 
 
 def tiles(starts: Sequence[Schedule], points: Sequence[Schedule]) -> list[Schedule]:

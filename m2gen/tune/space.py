@@ -1,4 +1,4 @@
-"""What a search may choose from: the axes, the constraints, and every point that satisfies them."""
+"""The search space: axes, constraints, and every point that satisfies them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Values = dict[str, tuple[Value, ...]]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is tuned: a variant on a device, on one problem, for one objective."""
+    """Subject of a search: a variant on a device, on one problem, for one objective."""
 
     variant: Variant
     device: Device
@@ -96,7 +96,7 @@ MEMORY = "memory over --max-memory"
 
 @dataclass(frozen=True)
 class Space:
-    """The points of a subject's space in a fixed order, and why the others are none."""
+    """The points of a subject's space in a fixed order, and how many were excluded for which reason."""
 
     products: dict[Family, int]
     """Points of the product of each family's axes, of the families that serve the variant."""

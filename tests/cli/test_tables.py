@@ -76,11 +76,11 @@ def test_kernels() -> None:
     rows: list[CheckRow] = []
     for found in manifest["resources"]["kernels"]:
         key, kernel, arch = found.pop("variant"), found.pop("kernel"), found.pop("arch")
-        source = "nearest f27c2d22ab5e, exact f27c2d22ab5e"
+        source = "nearest 46c5eb08a7af, exact 46c5eb08a7af"
         rows.append(CheckRow(key, kernel, arch, "", Resources(**found), (), source, (note,), named[key]))
     check(build.kernel_tables(rows, verbose=False))
     drawn = " ".join(line for each in build.kernel_tables(rows, verbose=False) for line, _ in each.lines(None))
-    assert "exact f27c2d22ab5e" in drawn
+    assert "exact 46c5eb08a7af" in drawn
     assert "nearest" not in drawn
     assert f"m2rnn_7b bf16 backward {note}" in drawn
 

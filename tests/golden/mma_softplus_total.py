@@ -11,7 +11,7 @@ H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + k_t v_t^T),  y_t = H_t^T q_t   (a
     h, z, w      state H (rows, V), candidate Z (rows, V), state weight W (V, V)
     c, g, d      gradients of H_t from the future, of H_t, and of the argument of tanh
     gap, slope   H_(t-1) - Z_t, and the derivative u (1 - Z^2) of H_t by the argument of tanh
-    r_           what the states of an interval are rebuilt from; next_, of what is loaded ahead of time
+    r_           operands from which an interval's states are rebuilt; next_, operands loaded ahead of time
     x_s, x_n     element strides of operand x by step, by head (and b batch, d element, i row, j column)
 """
 
@@ -89,7 +89,6 @@ PLACE_OF_KEYS: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(8, 2, 4, [2, 
 PLACE_OF_CHECKPOINT: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0]))
 PLACE_OF_STATES: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0]))
 PLACE: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-SUM_LAYOUT: tl.constexpr = tl.constexpr(tl.BlockedLayout([1], [32], [2], [0]))
 FORWARD_KEYS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
     reg_bases=[[1, 0], [2, 0], [0, 1], [0, 8]], lane_bases=[[0, 2], [0, 4], [4, 0], [8, 0], [16, 0]],
     warp_bases=[[32, 0]], block_bases=[], shape=[64, 16],
@@ -108,6 +107,7 @@ FORWARD_SUMS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
     warp_bases=[[0, 0]], block_bases=[], shape=[4, 16],
 ))  # fmt: skip
 PLAIN: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+SUM_LAYOUT: tl.constexpr = tl.constexpr(tl.BlockedLayout([1], [32], [2], [0]))
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # before Triton 3.8
 
@@ -168,7 +168,7 @@ def gate_slopes(x, f, rate, dt_bias):
 
 @gluon.jit
 def load_vector(address, mask, inside):
-    """Load one step's vector; zeros where the step is not inside the sequence."""
+    """Load one step's vector; zeros where the step is outside the sequence."""
     return tl.load(address, mask=tl.where(inside, mask, False), other=0.0)
 
 
@@ -185,7 +185,7 @@ def load_weight(base, n_stride, i_stride, j_stride, n, TILE: tl.constexpr):
 
 @gluon.jit
 def load_gate(address, inside):
-    """Load one step's x as float32; that of f = 1, which changes nothing, where it is not inside the sequence."""
+    """Load one step's x as float32; outside the sequence, that of f = 1, which changes nothing."""
     return tl.load(address, mask=inside, other=float("-inf")).to(tl.float32)
 
 
@@ -198,14 +198,14 @@ def rounded(x):
 @gluon.jit
 def product(a, b, total):
     """a b + total, summed in float32."""
-    layout: tl.constexpr = total.type.layout  # of which the left operand's is another name, so H moves nowhere
+    layout: tl.constexpr = total.type.layout  # the left operand's layout is equal to it, so H does not move
     a = tl.convert_layout(a, tl.DotOperandLayout(0, layout, 2))
     return mma_v2(a, tl.convert_layout(b, tl.DotOperandLayout(1, layout, 2)), total)
 
 
 @gluon.jit
 def in_tile(x, TILE: tl.constexpr):
-    """x (rows,), of which a thread has loaded neighbours, as rows of a tile: of every eighth row it has one."""
+    """x (rows,), whose neighbours one thread has loaded, as rows of a tile: a thread has every eighth row."""
     WARPS: tl.constexpr = TILE.warps_per_cta[0]
     x = x.reshape([WARPS, 8, x.shape[0] // (16 * WARPS), 2]).permute((2, 0, 3, 1)).reshape([x.shape[0]])
     return tl.convert_layout(x, tl.SliceLayout(1, TILE), assert_trivial=True)
@@ -230,7 +230,7 @@ def sums_apart(x):
 
 @gluon.jit
 def added_up(x, parts):
-    """Sum in shared memory what ``sums_apart`` left of all steps, of which x's last dims are the bits: (steps, cols)."""
+    """Sum over warps, in shared memory, all steps' ``sums_apart``; x's last dims are a step's bits: (steps, cols)."""
     R: tl.constexpr = x.shape[0]
     x = x.reshape([R, V_PAD // 8, 4, 2, UNROLL]).permute((4, 0, 2, 1, 3)).reshape([UNROLL * R, V_PAD])
     parts.store(tl.convert_layout(x, FORWARD_APART, assert_trivial=True))
@@ -249,7 +249,7 @@ def outer(k, v, tile):
 def outer_of_slot(keys, values, slot, STEP: tl.constexpr, tile):
     """k v^T of the step whose k and v are slot STEP of ``keys`` (rows, 16) and ``values`` (16, cols).
 
-    Tensor cores sum over all slots, of which one is not zero.
+    Tensor cores sum over all slots; all but one are zero.
     """
     TILE: tl.constexpr = tile.type.layout
     WARPS: tl.constexpr = TILE.warps_per_cta[0]
@@ -301,7 +301,7 @@ def m2rnn_forward_kernel(
     k_n, k_d, v_b, v_s, v_n, v_d, w_n, w_i, w_j, x_b, x_s, x_n, S, intervals,
     HAS_FIRST: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """Walk one sequence's steps for FORWARD_ROWS rows of one head's state."""
+    """Scan one sequence's steps for FORWARD_ROWS rows of one head's state."""
     part = tl.program_id(0) % FORWARD_PARTS
     n = (tl.program_id(0) // FORWARD_PARTS) % N
     b = (tl.program_id(0) // (FORWARD_PARTS * N)).to(tl.int64)
@@ -525,7 +525,7 @@ def with_outer(rows, cols, total):
 
 @gluon.jit
 def trivially(x, LAYOUT: tl.constexpr):
-    """x in another name of its own layout."""
+    """x in an equal layout of another name, which moves nothing."""
     return tl.convert_layout(x, LAYOUT, assert_trivial=True)
 
 

@@ -11,7 +11,7 @@ H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + k_t v_t^T),  y_t = H_t^T q_t   (a
     h, z, w      state H (rows, V), candidate Z (rows, V), state weight W (V, V)
     c, g, d      gradients of H_t from the future, of H_t, and of the argument of tanh
     gap, slope   H_(t-1) - Z_t, and the derivative u (1 - Z^2) of H_t by the argument of tanh
-    r_           what the states of an interval are rebuilt from; next_, of what is loaded ahead of time
+    r_           operands from which an interval's states are rebuilt; next_, operands loaded ahead of time
     x_s, x_n     element strides of operand x by step, by head (and b batch, d element, i row, j column)
 """
 
@@ -57,13 +57,13 @@ def tanh(x):
 
 @triton.jit
 def gate(x):
-    """f and 1 - f, of which x is the first."""
+    """f and 1 - f, where x is f itself."""
     return x, 1.0 - x
 
 
 @triton.jit
 def load_vector(address, mask, inside):
-    """Load one step's vector; zeros where the step is not inside the sequence."""
+    """Load one step's vector; zeros where the step is outside the sequence."""
     return tl.load(address, mask=tl.where(inside, mask, False), other=0.0)
 
 
@@ -80,13 +80,13 @@ def load_weight(base, n_stride, i_stride, j_stride, n):
 
 @triton.jit
 def load_gate(address, inside):
-    """Load one step's x as float32; that of f = 1, which changes nothing, where it is not inside the sequence."""
+    """Load one step's x as float32; outside the sequence, that of f = 1, which changes nothing."""
     return tl.load(address, mask=inside, other=1.0).to(tl.float32)
 
 
 @triton.jit
 def to_bfloat16(x):
-    """x to nearest even, as a GPU rounds."""
+    """Round x to nearest even, as a GPU does."""
     if INTERPRETED:  # which truncates
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -166,7 +166,7 @@ def m2rnn_forward_kernel(
     v_s, v_n, v_d, w_n, w_i, w_j, x_b, x_s, x_n, S, intervals,
     HAS_FIRST: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """Walk one sequence's steps for FORWARD_ROWS rows of one head's state."""
+    """Scan one sequence's steps for FORWARD_ROWS rows of one head's state."""
     part = tl.program_id(0) % FORWARD_PARTS
     n = (tl.program_id(0) // FORWARD_PARTS) % N
     b = (tl.program_id(0) // (FORWARD_PARTS * N)).to(tl.int64)
@@ -345,7 +345,7 @@ def m2rnn_backward_kernel(
     WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_W: tl.constexpr, WANT_F: tl.constexpr,
     WANT_H: tl.constexpr, CARRIES: tl.constexpr,
 ):  # fmt: skip
-    """Walk one sequence's steps backwards for BACKWARD_ROWS rows of one head's state."""
+    """Scan one sequence's steps backwards for BACKWARD_ROWS rows of one head's state."""
     program = tl.program_id(0)
     part = program % BACKWARD_PARTS
     n = (program // BACKWARD_PARTS) % N

@@ -33,10 +33,8 @@ NW: tl.constexpr = tl.constexpr(16)
 INTERVAL: tl.constexpr = tl.constexpr(12)
 FORWARD_ROWS: tl.constexpr = tl.constexpr(64)
 FORWARD_PARTS: tl.constexpr = tl.constexpr(1)
-UNROLL: tl.constexpr = tl.constexpr(1)
 BACKWARD_ROWS: tl.constexpr = tl.constexpr(64)
 BACKWARD_PARTS: tl.constexpr = tl.constexpr(1)
-CHUNK: tl.constexpr = tl.constexpr(1)
 FORWARD_TILE: tl.constexpr = tl.constexpr(tl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 BACKWARD_TILE: tl.constexpr = tl.constexpr(tl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 FORWARD_VECTOR: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
@@ -47,9 +45,6 @@ BACKWARD_VECTOR: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
     reg_bases=[[1]], lane_bases=[[0], [0], [2], [4], [8]],
     warp_bases=[[16], [32]], block_bases=[], shape=[64],
 ))  # fmt: skip
-BACKWARD_SPREAD: tl.constexpr = tl.constexpr(tl.BlockedLayout([1], [32], [4], [0]))
-BACKWARD_SCRATCH: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
-SUM_LAYOUT: tl.constexpr = tl.constexpr(tl.BlockedLayout([1], [32], [4], [0]))
 ROW_SUMS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
     reg_bases=[[0, 1], [0, 8], [0, 16], [0, 32]], lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
     warp_bases=[[8, 0], [16, 0]], block_bases=[], shape=[32, 64],
@@ -82,6 +77,8 @@ KEYS: tl.constexpr = tl.constexpr(tl.DistributedLinearLayout(
     reg_bases=[[1, 0], [0, 1], [0, 8]], lane_bases=[[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]],
     warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 16],
 ))  # fmt: skip
+BACKWARD_SPREAD: tl.constexpr = tl.constexpr(tl.BlockedLayout([1], [32], [4], [0]))
+BACKWARD_SCRATCH: tl.constexpr = tl.constexpr(tl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
 if not hasattr(tl.shared_memory_descriptor, "_reinterpret"):  # Triton 3.9 dropped the underscore
     tl.shared_memory_descriptor._reinterpret = tl.shared_memory_descriptor.reinterpret
 
@@ -96,13 +93,13 @@ def tanh(x):
 
 @gluon.jit
 def gate(x):
-    """f and 1 - f, of which x is the first."""
+    """f and 1 - f, where x is f itself."""
     return x, 1.0 - x
 
 
 @gluon.jit
 def load_vector(address, mask, inside):
-    """Load one step's vector; zeros where the step is not inside the sequence."""
+    """Load one step's vector; zeros where the step is outside the sequence."""
     return tl.load(address, mask=tl.where(inside, mask, False), other=0.0)
 
 
@@ -121,7 +118,7 @@ def load_weight(base, n_stride, i_stride, j_stride, n, TILE: tl.constexpr):
 
 @gluon.jit
 def load_gate(address, inside):
-    """Load one step's x as float32; that of f = 1, which changes nothing, where it is not inside the sequence."""
+    """Load one step's x as float32; outside the sequence, that of f = 1, which changes nothing."""
     return tl.load(address, mask=inside, other=1.0).to(tl.float32)
 
 
@@ -147,7 +144,7 @@ def slots(k_loaded):
 
 @gluon.jit
 def started_candidate(h, w, keys, v_tile, t, zeros):
-    """H W + k v^T of step t, for which ``warpgroup_mma_wait`` waits: of all steps' slots, one is not zero."""
+    """H W + k v^T of step t, for which ``warpgroup_mma_wait`` waits: one slot is not zero."""
     LEFT: tl.constexpr = tl.DotOperandLayout(0, zeros.type.layout, 2)
     slot = tl.arange(0, keys.shape[1], tl.SliceLayout(0, LEFT))[None, :]
     kv = warpgroup_mma(tl.where(slot == t, keys, 0.0), v_tile, zeros, use_acc=False, is_async=True)
@@ -172,7 +169,7 @@ def prefetch(address):
 
 @gluon.jit
 def in_tile(x, TILE: tl.constexpr):
-    """x (rows,), of which a thread has loaded neighbours, as rows of a tile: of every eighth row it has one."""
+    """x (rows,), whose neighbours one thread has loaded, as rows of a tile: a thread has every eighth row."""
     WARPS: tl.constexpr = TILE.warps_per_cta[0]
     x = x.reshape([WARPS, 8, x.shape[0] // (16 * WARPS), 2]).permute((2, 0, 3, 1)).reshape([x.shape[0]])
     return tl.convert_layout(x, tl.SliceLayout(1, TILE), assert_trivial=True)
@@ -188,7 +185,7 @@ def column(x, tile):
 
 @gluon.jit
 def col_sums(x, LAYOUT: tl.constexpr):
-    """Sum x (rows, cols) over the columns that a thread has: (rows, 4), of which a lane has one column."""
+    """Sum x (rows, cols) over the columns that a thread has: (rows, 4), one column a lane."""
     x = x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]).permute((0, 2, 1, 3)).reshape([x.shape[0], 4, x.shape[1] // 4])
     x = tl.sum(x, 2)
     return tl.convert_layout(x, LAYOUT, assert_trivial=True)
@@ -196,7 +193,7 @@ def col_sums(x, LAYOUT: tl.constexpr):
 
 @gluon.jit
 def exchanged(x, LANES: tl.constexpr):
-    """What the thread has whose lane differs in the bit LANES."""
+    """Butterfly shuffle: the value of lane ^ LANES."""
     return tl.inline_asm_elementwise(
         f"shfl.sync.bfly.b32 $0, $1, {LANES}, 0x1f, 0xffffffff;", "=f,f", [x], dtype=x.dtype, is_pure=False, pack=1
     )
@@ -217,7 +214,7 @@ def columns_as_loaded(x, LAYOUT: tl.constexpr):
 
 @gluon.jit
 def row_sums(x):
-    """Sum x (rows, cols) over the rows that a thread has: 8 of each warp, of which a lane has one."""
+    """Sum x (rows, cols) over the rows that a thread has: 8 rows a warp, one a lane."""
     x = tl.sum(x.reshape([4, x.shape[0] // 32, 8, x.shape[1]]), 1).reshape([32, x.shape[1]])
     return tl.convert_layout(x, ROW_SUMS, assert_trivial=True)
 
@@ -251,7 +248,7 @@ def eighths(x, LAYOUT: tl.constexpr):
 
 @gluon.jit
 def over_lanes(x):
-    """Sum x (rows, cols) over each warp's rows: (32, cols / 8), of which a lane has an eighth of its columns."""
+    """Sum x (rows, cols) over each warp's rows: (32, cols / 8), an eighth of the columns a lane."""
     x_0, x_1, x_2, x_3, x_4, x_5, x_6, x_7 = eighths(row_sums(x), ROW_EIGHTHS)
     row = tl.arange(0, 32, tl.SliceLayout(1, ROW_EIGHTHS))[:, None]
     x_0 = added(x_0, x_4, row & 4 != 0, 16)
@@ -266,7 +263,7 @@ def over_lanes(x):
 
 @gluon.jit
 def over_warps(parts):
-    """Add up what each of four warps has left in shared memory."""
+    """Sum the parts that four warps left in shared memory."""
     x = parts.index(0).load(SUMS)
     for warp in tl.static_range(1, 4):
         x += parts.index(warp).load(SUMS)
@@ -284,7 +281,7 @@ def over_cols(x, y):
 
 @gluon.jit
 def keep_gates(f_line, u_line, x):
-    """Leave an interval's f and 1 - f, of which every thread needs every one, in shared memory."""
+    """Store an interval's f and 1 - f to shared memory, since every thread needs all of them."""
     f, u = gate(x)
     f_line.store(f)
     u_line.store(u)
@@ -335,7 +332,7 @@ def m2rnn_forward_kernel(
     v_s, v_n, v_d, w_n, w_i, w_j, x_b, x_s, x_n, S, intervals,
     HAS_FIRST: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
-    """Walk one sequence's steps for FORWARD_ROWS rows of one head's state, of which a warp has 16."""
+    """Scan one sequence's steps for FORWARD_ROWS rows of one head's state, 16 rows a warp."""
     part = tl.program_id(0) % FORWARD_PARTS
     n = (tl.program_id(0) // FORWARD_PARTS) % N
     b = (tl.program_id(0) // (FORWARD_PARTS * N)).to(tl.int64)
@@ -455,7 +452,7 @@ def m2rnn_backward_kernel(
     WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_W: tl.constexpr, WANT_F: tl.constexpr,
     WANT_H: tl.constexpr, CARRIES: tl.constexpr,
 ):  # fmt: skip
-    """Walk one sequence's steps backwards for BACKWARD_ROWS rows of one head's state, of which a warp has 16."""
+    """Scan one sequence's steps backwards for BACKWARD_ROWS rows of one head's state, 16 rows a warp."""
     program = tl.program_id(0)
     part = program % BACKWARD_PARTS
     n = (program // BACKWARD_PARTS) % N
@@ -602,7 +599,7 @@ def m2rnn_backward_kernel(
                 z = tanh(warpgroup_mma_wait(0, [started]))
                 dq_0 = over_cols(tl.fma(u, z, f * h), dy_of.index(last + 1).load(COLS))
                 tl.store(dq_at + last * dq_step + col_rows, dq_0, mask=col_sum_mask)
-        # What the interval before this one is rebuilt from lies in the L2 by the time that its turn comes.
+        # Prefetch what the interval before this one is rebuilt from, so that the L2 has it in time.
         lower = first - INTERVAL
         lane = tl.arange(0, 16 * (BACKWARD_ROWS // 16), BACKWARD_SPREAD)
         fetched = tl.maximum(lower + tl.minimum(lane % 16, INTERVAL - 1), 0).to(tl.int64)

@@ -70,7 +70,7 @@ def as_of(version: str, k: Lowering, monkeypatch: pytest.MonkeyPatch) -> ModuleT
 @pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.8.0", "3.9.0", "3.10.0"])
 @pytest.mark.parametrize("target", [HOPPER, GPUTarget("cuda", 103, 32), AMPERE, AMD])
 def test_where_ptxas_is_told_to_try_less(monkeypatch, name, version, target) -> None:
-    """From Triton 3.9 on for Hopper and later: there its assembler is that of CUDA 13.4."""
+    """Triton 3.9 and later have it for Hopper and later, where their assembler is that of CUDA 13.4."""
     module = as_of(version, HAS_ZEROS[name], monkeypatch)
     less = version in ("3.9.0", "3.10.0") and target.backend == "cuda" and target.arch >= 90
     assert module.forward_effort(target) == (LESS if less else None)

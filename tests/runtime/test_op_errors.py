@@ -170,7 +170,7 @@ def test_an_unbuilt_variant_says_what_to_build(package, device, monkeypatch, nam
 
 
 def test_an_error_names_some_of_many_variants(package, operands, monkeypatch) -> None:
-    """Whoever asks, the first twenty variants are named and the others counted."""
+    """Errors name the first twenty variants that are built and count the others, whoever asks."""
     built = module_of(package, "built")
     heads = tuple(make_variant().heads.counts)
     many = {(8, 8 + i, heads, torch.float32, False): f"variant_{i}" for i in range(30)}
