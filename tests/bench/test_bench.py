@@ -186,7 +186,9 @@ def test_floors_of_the_7b_layer() -> None:
     assert result.forward.floors_ms["float32 arithmetic"] == pytest.approx(0.2, rel=0.2)
     assert result.forward.floors_ms["memory traffic"] == pytest.approx(0.03, rel=0.2)
     assert result.step is not None
-    assert result.step.floors_ms["tanh"] == pytest.approx(3 * result.forward.floors_ms["tanh"])
+    assert result.step.floors_ms["tanh"] == pytest.approx(
+        2 * result.forward.floors_ms["tanh"]
+    )  # slots evaluate it once
     part = result.forward.parts["tanh"]
     assert part == pytest.approx(result.forward.floors_ms["tanh"] / result.forward.estimate.median_ms)
     elsewhere = replace(scripted.context(Script()), device=TARGETS["sm_90"])

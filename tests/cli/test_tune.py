@@ -134,7 +134,7 @@ def test_the_closing_table_and_progress(context: TuningContext) -> None:
     (record,) = Database(Path("db")).records()
     times, costs = (cells_of(table) for table in result.stdout.split("\n\n"))
     assert record.timing is not None
-    assert (times["layer"], times["size"]) == (costs["layer"], costs["size"]) == ("base bf16", "B8 S4096")
+    assert (times["layer"], times["size"]) == (costs["layer"], costs["size"]) == ("base fp16", "B8 S4096")
     assert times["default ms"] == f"{record.timing.default.median_ms:.3f}"
     assert times["tuned ms"] == f"{record.timing.tuned.median_ms:.3f}"
     assert times["record"] == record.id

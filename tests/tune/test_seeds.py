@@ -127,7 +127,7 @@ def test_a_record_that_fails_now_is_a_failure(tmp_path: Path, monkeypatch: pytes
     """One that seeds a search is tried as anything is: what becomes of it is recorded, so that it serves no more."""
     spec = simulated.place(tmp_path, monkeypatch, SPEC)
     schedule = parse("portable_f32x1u8a_b32x1c2a_i64_ptx")
-    variant = parse_variant("k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx")
+    variant = parse_variant("k64_v16_q1_k1_v84_f84_w84_fp16_carry_approx")
     simulated.script(tmp_path / "script.json", ms={schedule.slug: 1.0}, wrong=[schedule.slug])
     database = Database(tmp_path / "db")
     database.add([winner(Bucket.EIGHT, variant=variant, schedule=schedule, where=simulated.ENVIRONMENT)])
@@ -143,7 +143,7 @@ def test_a_search_begins_with_a_stale_record_and_replaces_it(tmp_path: Path, mon
     """It is the second trial, wins as it did before, and its new record is of the kernels that are rendered now."""
     spec = simulated.place(tmp_path, monkeypatch, SPEC)
     schedule = parse("portable_f32x1u8a_b32x1c2a_i64_ptx")
-    variant = parse_variant("k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx")
+    variant = parse_variant("k64_v16_q1_k1_v84_f84_w84_fp16_carry_approx")
     simulated.script(tmp_path / "script.json", ms={schedule.slug: 1.0})
     database = Database(tmp_path / "db")
     database.add([outdated(winner(Bucket.EIGHT, variant=variant, schedule=schedule, where=simulated.ENVIRONMENT))])
