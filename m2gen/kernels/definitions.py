@@ -21,7 +21,8 @@ def constants(k: Lowering) -> dict[str, int]:
         found |= {"WARPS": backward.warps, "ROWS": k.slot_rows}
     else:
         found |= {"BACKWARD_ROWS": backward.rows, "BACKWARD_PARTS": backward.parts(variant)}
-        found |= {} if k.wgmma else {"CHUNK": backward.chunk}
+    if not (k.slots or k.wgmma):
+        found |= {"CHUNK": backward.chunk}
     if k.segmented:
         found |= {"SEGMENTS": k.schedule.segments, "SHORTEST": k.schedule.shortest_segment}
     return {**found, "SUM_BLOCK": k.launch.sum_block} if k.shares else found

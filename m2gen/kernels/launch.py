@@ -39,13 +39,13 @@ class Launch:
     def weight_shape(self) -> tuple[int, int, int, int]:
         """Shape of one sequence's gradients of weights: groups, contributors, and a weight."""
         groups, cols = self.variant.heads.w, self.variant.head_dim
-        contributors = self.backward_programs * (self.schedule.backward.warps if self._slots else 1)
+        contributors = self.backward_programs * (self.schedule.backward.warps if self.schedule.slots else 1)
         return groups, contributors // groups, cols, cols
 
     @property
     def gate_shape(self) -> tuple[int, int]:
         """Shape of one sequence's gradients of a parameter of the gate: groups, and contributors."""
-        contributors = self.backward_programs * (self.schedule.interval if self._slots else 1)
+        contributors = self.backward_programs * (self.schedule.interval if self.schedule.slots else 1)
         return self.variant.heads.f, contributors // self.variant.heads.f
 
     @property
@@ -53,10 +53,6 @@ class Launch:
         """Elements of a program's scratch in global memory; 0 where it has none."""
         in_l2 = self.schedule.backward.scratch is Scratch.L2
         return 0 if not in_l2 else self.schedule.scratch_bytes(self.variant) // 4
-
-    @property
-    def _slots(self) -> bool:
-        return self.schedule.backward.scratch is Scratch.SLOTS
 
     @property
     def sum_block(self) -> int:

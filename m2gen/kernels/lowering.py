@@ -129,8 +129,7 @@ class Lowering:
 
     @property
     def slots(self) -> bool:
-        """Whether the backward keeps every step of an interval, each in a slot of the products that make its sums."""
-        return self.backward.scratch is Scratch.SLOTS
+        return self.schedule.slots
 
     @property
     def slot_rows(self) -> int:

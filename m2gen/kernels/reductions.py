@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from m2gen.kernels.layouts import warps_down
-from m2gen.schedule import Family, Schedule, Scratch
+from m2gen.schedule import Family, Schedule
 from m2gen.spec import Dtype
 from m2gen.variant import Variant
 
@@ -69,10 +69,6 @@ class Reductions:
         return self.schedule.family is Family.MMA
 
     @property
-    def _slots(self) -> bool:
-        return self.schedule.backward.scratch is Scratch.SLOTS
-
-    @property
     def y(self) -> Sums:
         part = self.schedule.forward
         if not self._lanes_known or part.unroll < 2 or part.unroll & (part.unroll - 1):
@@ -94,7 +90,7 @@ class Reductions:
         would have a warp wait for what it has just asked for (docs/performance.md).
         """
         part = self.schedule.backward
-        return self._lanes_known and part.warps == 1 and part.chunk in (2, 4) and not self._slots
+        return self._lanes_known and part.warps == 1 and part.chunk in (2, 4) and not self.schedule.slots
 
     @property
     def df_together(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.schedule import Schedule, Scratch
+from m2gen.schedule import Schedule
 from m2gen.spec import Dtype, Fp32Products
 from m2gen.variant import Variant
 
@@ -76,17 +76,10 @@ def work_of(variant: Variant, schedule: Schedule, sizes: tuple[int, int], *, tra
     if not training:
         return Work(elements, FORWARD_FLOPS * elements, 2 * cols * elements, operands + y)
     passes = 2 if schedule.two_level else 1
-    checkpoints = (
-        batch
-        * -(-seq // schedule.interval)
-        * variant.total_heads
-        * rows
-        * cols
-        * (2 if schedule.backward.scratch is Scratch.SLOTS else 4)
-    )
+    states = batch * -(-seq // schedule.interval) * variant.total_heads * rows * cols
     flops = FORWARD_FLOPS + passes * REBUILD_FLOPS + BACKWARD_FLOPS
     products = 1 + passes + 2
-    traffic = 3 * operands + 2 * y + 2 * checkpoints
+    traffic = 3 * operands + 2 * y + 2 * states * schedule.checkpoint_bytes
     return Work((1 + passes) * elements, flops * elements, products * 2 * cols * elements, traffic)
 
 

@@ -126,6 +126,16 @@ class Knobs:
         """Whether the backward rebuilds states into a scratch, rather than loading every chunk's checkpoint."""
         return self.interval > int(self.backward.chunk)
 
+    @property
+    def slots(self) -> bool:
+        """Whether the backward keeps every step of an interval, each in a slot of the products that make its sums."""
+        return bool(self.backward.scratch is Scratch.SLOTS)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of an element of the states that the forward saves."""
+        return 2 if self.slots else 4
+
     def scratch_bytes(self, variant: Variant) -> int:
         """Return what one program's scratch takes, wherever it is."""
         if not self.two_level:

@@ -113,7 +113,7 @@ class Mma(Knobs):
                 yield f"{direction}.warps must be at most {most}, each with a 16 x 8 tile, got {part.warps}"
         if self.backward.scratch is Scratch.SHARED:
             yield from self._shared_problems(variant, device)
-        if self.backward.scratch is Scratch.SLOTS:
+        if self.slots:
             yield from self._slot_problems(variant, device)
 
     def _slot_problems(self, variant: Variant, device: Device) -> Iterator[str]:
