@@ -127,7 +127,6 @@ class Mma(Knobs):
             "backward.warps": (backward.warps, warps),
             "backward.chunk": (backward.chunk, (SLOTS,)),
             "interval": (self.interval, (SLOTS,)),
-            "segments": (self.segments, (1,)),  # bits of several were not those of one on an H200
         }
         for name, (value, valid) in wanted.items():
             if value not in valid:

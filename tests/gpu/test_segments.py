@@ -10,7 +10,7 @@ from support import build_package, import_package, make_variant
 
 from m2gen.device import detect
 from m2gen.problem import Problem, make_inputs
-from m2gen.schedule import Family, Scratch, default, parse
+from m2gen.schedule import Family, default
 
 pytestmark = pytest.mark.gpu
 
@@ -34,8 +34,6 @@ def test_segments_have_the_bits_of_one(tmp_path, device, variant, problem) -> No
     found = detect()
     assert found is not None
     schedule = default(variant, found)
-    if schedule.backward.scratch is Scratch.SLOTS:  # which have no segments
-        schedule = parse("mma_f32x1u8a_b32x1c2as_i16_ptx")
     assert schedule.family is Family.MMA  # tests/runtime/test_op_segments.py has the others
     whole, cut = (
         import_package(tmp_path / (name := f"{variant.key}_{made.slug}"), build_package(name, [variant], made)).m2rnn

@@ -80,7 +80,11 @@ def test_results_are_within_budget(variant: Variant, slug: str) -> None:
     judged(variant, schedule, load_module(render_kernel(Lowering(variant, schedule))))
 
 
-SEGMENTED = ("mma_f32x1u4a_b32x1c2as_i4_s3_ptx", "mma_f32x2u2a_b16x2c1a_i2_s2_ptx")
+SEGMENTED = (
+    "mma_f32x1u4a_b32x1c2as_i4_s3_ptx",
+    "mma_f32x2u2a_b16x2c1a_i2_s2_ptx",
+    "mma_f32x1u4a_b32x1c8at_i8_s3_ptx",
+)
 
 
 @pytest.mark.parametrize("slug", SEGMENTED)

@@ -107,7 +107,7 @@ def test_slots_serve_the_published_dims() -> None:
     cut = parse("mma_f64x2u8a_b64x2c8at_i8_s7_ptx")
     published = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
     reasons = problems(published, cut, TARGETS["sm_90"])
-    assert reasons == ("segments must be 1 where backward.scratch is slots, got 7",)
+    assert not reasons
 
 
 def test_every_reason_at_once() -> None:
