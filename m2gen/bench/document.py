@@ -44,6 +44,8 @@ class Row:
     failure: str
     """Why there are no times: the check, the compiler, the GPU's memory, a crash or a hang."""
     arm: int = 0
+    unverified: str = ""
+    """Why the check failed of an implementation that was timed all the same."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def row_of(result: Result) -> Row:
         found.host_us,
         str(found.failure or ""),
         entry.arm,
+        str(found.unverified or ""),
     )
 
 

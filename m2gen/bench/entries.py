@@ -48,6 +48,8 @@ class Implementation:
     """Folder of the package with a generated implementation."""
     label: str = ""
     """Name of the peer."""
+    timing_only: bool = False
+    """Whether it is timed although its results fail the check, and marked."""
 
     @property
     def name(self) -> str:
@@ -95,6 +97,8 @@ class TimerResult:
     host_us: float | None = None
     """Host time of a forward without gradients; for generated operators alone."""
     failure: Failure | None = None
+    unverified: Failure | None = None
+    """Why the check failed of an implementation that is timed all the same."""
 
     def __add__(self, other: TimerResult) -> TimerResult:
         return TimerResult(
@@ -103,6 +107,7 @@ class TimerResult:
             max(self.extra_bytes, other.extra_bytes),
             self.host_us if other.host_us is None else other.host_us,
             self.failure or other.failure,
+            self.unverified or other.unverified,
         )
 
 

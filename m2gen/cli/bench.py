@@ -59,6 +59,13 @@ DecodeOption = Annotated[
         rich_help_panel=SIZES,
     ),
 ]
+TimingOnlyOption = Annotated[
+    bool,
+    typer.Option(
+        "--timing-only",
+        help="Also time peers whose results fail the check, and mark them.",
+    ),
+]
 SweepOption = Annotated[
     list[Axis] | None,
     typer.Option(
@@ -94,6 +101,7 @@ def bench(
     layer: LayersOption = None,
     only: OnlyOption = None,
     peer: PeerOption = None,
+    timing_only: TimingOnlyOption = False,
     decode: DecodeOption = None,
     sweep: SweepOption = None,
     earlier: EarlierOption = None,
@@ -114,11 +122,25 @@ def bench(
 
     with reporting(debug):
         axes = tuple(dict.fromkeys(sweep or ()))
-        timed = {"--sweep": axes, "--against": against, "--only": only, "--peer": peer, "--decode": decode}
+        timed = {
+            "--sweep": axes,
+            "--against": against,
+            "--only": only,
+            "--peer": peer,
+            "--timing-only": timing_only,
+            "--decode": decode,
+        }
         _check(spec, earlier, plot, [name for name, given in timed.items() if given])
         display, picture = Display(json, quiet, verbose, debug), Picture(plot, style)
         batches = tuple(batch for batch in ([TOKENS_OF] if decode is None else decode) if batch)
-        request = BenchRequest(tuple(layer or ()), tuple(only or Kind), tuple(peer or ()), batches, seed)
+        request = BenchRequest(
+            tuple(layer or ()),
+            tuple(only or Kind),
+            tuple(peer or ()),
+            timing_only=timing_only,
+            decode=batches,
+            seed=seed,
+        )
         if earlier is not None:
             _show_earlier(earlier, request.layers, display, picture)
         elif spec is not None:

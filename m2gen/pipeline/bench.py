@@ -36,6 +36,8 @@ class BenchRequest:
     kinds: tuple[Kind, ...] = tuple(Kind)
     peers: tuple[str, ...] = ()
     """Adapters as ``module:function``, in addition to those that installed packages register."""
+    timing_only: bool = False
+    """Whether peers are timed although their results fail the check."""
     decode: tuple[int, ...] = ()
     """Batch sizes for which one token is decoded."""
     seed: int = 0
@@ -80,7 +82,8 @@ class _Implementations:
         found = [base, *(other for other in others if other.schedule != base.schedule), *loops]
         if workload.call is Call.SEQUENCE:
             named = peers(self.request.peers).items()
-            found += [Implementation(Kind.PEER, base.schedule, adapter, label=name) for name, adapter in named]
+            peer = Implementation(Kind.PEER, base.schedule, timing_only=self.request.timing_only)
+            found += [replace(peer, source=adapter, label=name) for name, adapter in named]
         return [implementation for implementation in found if implementation.kind in kinds]
 
     def _generated(self, kind: Kind, workload: BenchWorkload) -> Implementation:

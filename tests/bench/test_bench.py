@@ -152,6 +152,21 @@ def test_only_decode_and_peer(spec: str, script: Script) -> None:
     assert [row["call"] for row in bench("--only", "default", "--decode", "0")["rows"]] == ["sequence"]
 
 
+def test_timing_only(spec: str, script: Script) -> None:
+    """A peer whose results are wrong has times and a mark if asked for, else none; ours never has."""
+    script.broken = {"a.b:c": WRONG, "tuned": WRONG}
+    chosen = ("--only", "default", "--only", "tuned", "--only", "peer", "--peer", "a.b:c", "--decode", "0")
+    for asked in (False, True):
+        found = rows(bench(*chosen, *(["--timing-only"] if asked else []), status=1))
+        peer, tuned = found["sequence", "a.b:c"], found["sequence", "tuned"]
+        assert (peer["step"] is not None) is asked
+        assert (peer["failure"], peer["unverified"]) == (("", str(WRONG)) if asked else (str(WRONG), ""))
+        assert tuned["step"] is None
+    text = run("bench", "--spec", spec, "--db", "db", *chosen, "--timing-only").output
+    assert "(timing only)" in text
+    assert "Timing only: results failed the check" in text
+
+
 def test_installed_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     """An entry point is a peer under its name, which cannot be that of a implementation of ours."""
     from importlib.metadata import EntryPoint

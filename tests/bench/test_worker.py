@@ -157,6 +157,19 @@ def test_peers(
         assert message in found.failure.message
 
 
+@pytest.mark.parametrize(("function", "timed"), [("right", True), ("unclipped", True), ("missing", False)])
+def test_timing_only(function: str, timed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that is wrong is timed when that is asked for, with the reason; one that cannot run is not."""
+    (tmp_path / "wrong_peer.py").write_text(PEERS, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    peer = Implementation(Kind.PEER, SCHEDULE, f"wrong_peer:{function}", label="peer", timing_only=True)
+    admitted = served(peer)
+    assert (admitted.failure is None) is timed
+    assert (admitted.unverified is not None) is (function == "unclipped")
+    assert bool(served(peer, step=TimerStep.SAMPLE).forward_ms) is timed
+
+
 def test_clocks_of_one_workload_are_kept(generated: Implementation) -> None:
     """Rounds reuse captures; another workload drops them."""
     served(generated)

@@ -77,6 +77,9 @@ def bench_tables(document: Document, *, verbose: bool) -> Iterator[Table]:
         cells = (_schedule_cells(row, usual.get(workload_of(row)), verbose=verbose) for row in generated)
         rows = sections(zip(map(workload_of, generated), cells, strict=True))
         yield Table("Schedules", columns, rows)
+    if unverified := [row for row, _ in passed if row.unverified]:
+        rows = sections((workload_of(row), (names[row.implementation], row.unverified)) for row in unverified)
+        yield Table("Timing only: results failed the check", ("kernels", "why"), rows)
     yield from _limit_tables([row for row, _ in passed if row.implementation not in LOOPS], names)
     if failed := [row for row in document.rows if row.failure]:
         rows = sections((workload_of(row), (names[row.implementation], row.failure)) for row in failed)
@@ -115,6 +118,7 @@ def sections(rows: Iterable[tuple[WorkloadKey, Sequence[Any]]]) -> list[Any]:
 def _time_cells(row: Row, name: str, speed: float | None) -> tuple[Any, ...]:
     host = "" if row.host_us is None else f"{row.host_us:.0f}"
     speed_up = "" if speed is None else f"{speed:.3g}x"
+    name += " (timing only)" if row.unverified else ""
     return (name, row.steps, *_median(row.forward), *_median(row.step), speed_up, f"{row.extra_bytes / 1e9:.3f}", host)
 
 
