@@ -6,16 +6,17 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
-from support import ROOT, make_variant
+from support import ROOT, make_schedule, make_variant
 
 from m2gen.device import TARGETS
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel
-from m2gen.schedule import FAMILIES, defaults, problems
+from m2gen.schedule import FAMILIES, Family, defaults, problems
 from m2gen.spec import Dtype, GateKind
 
 FRAGMENT = re.compile(r"\s*(Of|That|From|Which|Into|Above|Whose)\b")
@@ -28,6 +29,8 @@ SOURCES = {
 }
 EXPORTED = ("LAUNCH", "m2rnn_forward_kernel", "m2rnn_backward_kernel", "m2rnn_step_kernel", "m2rnn_sum_kernel")
 """Names of a kernel module that the rest of a package reads."""
+RETIRED = re.compile(r"\b(exchanged|turns?|walk\w*|HAS_\w+|PACKED|d?h_first|d?h_last|d?[qkvxfy]_(s|step)|[xw]_n)\b")
+"""Names that kernels had before those of the field: butterfly, tickets, scan, IS_VARLEN, h0, ht, stride_x_s."""
 KERNELS = [path for folder in ("generated", "tests/golden") for path in sorted((ROOT / folder).rglob("kernels/*.py"))]
 
 
@@ -100,3 +103,18 @@ def test_kernels_of_any_schedule_use_all_that_they_define(cols: int, heads: int,
         points += [point for values in drawn if axes and not problems(variant, point := family.of(values), device)]
     for point in points:
         assert unused(render_kernel(Lowering(variant, point))) == set(), point.slug
+
+
+@pytest.mark.parametrize("gate", GateKind)
+@pytest.mark.parametrize(("cols", "families"), [(64, set(Family)), (16, {Family.PORTABLE, Family.MMA})])
+def test_kernels_speak_the_words_of_the_field(cols: int, families: set[Family], gate: GateKind) -> None:
+    """No retired name is back; Gluon's language is ``gl``, and Triton's is ``tl``."""
+    variant, device = make_variant(64, cols, (1, 1, 2, 2, 2), "bf16", gate=gate), TARGETS["sm_90"]
+    points = [*defaults(variant, device), replace(make_schedule(), segments=2)]
+    assert {point.family for point in points} == families
+    for point in points:
+        lowering = Lowering(variant, point)
+        text = render_kernel(lowering)
+        assert RETIRED.search(text) is None, point.slug
+        other = "tl" if lowering.gluon else "gl"
+        assert re.search(rf"(?<![\w.]){other}\b", text) is None, point.slug

@@ -41,12 +41,12 @@ def _stride(name: str, elements: int, *, steps: bool = False) -> Argument:
 
 def _token_strides(name: str, heads: int, dim: int | None, *, steps: bool = True) -> Iterator[Argument]:
     """Strides of a (B, S, heads, dim) tensor, of a (B, S, heads) one, or without ``steps`` of one without S."""
-    yield _stride(f"{name}_b", heads * (dim or 1), steps=steps)
+    yield _stride(f"stride_{name}_b", heads * (dim or 1), steps=steps)
     if steps:
-        yield _stride(f"{name}_s", heads * (dim or 1))
-    yield _stride(f"{name}_n", dim or 1)
+        yield _stride(f"stride_{name}_s", heads * (dim or 1))
+    yield _stride(f"stride_{name}_n", dim or 1)
     if dim is not None:
-        yield _stride(f"{name}_d", 1)
+        yield _stride(f"stride_{name}_d", 1)
 
 
 def _operand_strides(variant: Variant, *, steps: bool = True) -> Iterator[Argument]:
@@ -54,7 +54,7 @@ def _operand_strides(variant: Variant, *, steps: bool = True) -> Iterator[Argume
     yield from _token_strides("q", heads.q, rows, steps=steps)
     yield from _token_strides("k", heads.k, rows, steps=steps)
     yield from _token_strides("v", heads.v, cols, steps=steps)
-    yield from (_stride("w_n", cols * cols), _stride("w_i", cols), _stride("w_j", 1))
+    yield from (_stride("stride_w_n", cols * cols), _stride("stride_w_i", cols), _stride("stride_w_j", 1))
     yield from _token_strides("x", heads.f, None, steps=steps)
 
 
@@ -73,7 +73,7 @@ def _flag(name: str, value: bool) -> Argument:
     return Argument(name, "constexpr", value, flag=True)
 
 
-def _walks_in_segments(k: Lowering) -> Iterator[Argument]:
+def _scans_in_segments(k: Lowering) -> Iterator[Argument]:
     if k.segmented:
         yield _flag("SEGMENTED", True)
 
@@ -81,23 +81,23 @@ def _walks_in_segments(k: Lowering) -> Iterator[Argument]:
 def _progress(k: Lowering) -> Iterator[Argument]:
     """Tickets by which programs take the segments of a scan in order."""
     if k.segmented:
-        yield _pointer("turns", "*i32")
+        yield _pointer("tickets", "*i32")
 
 
 def _forward(k: Lowering) -> Iterator[Argument]:
     yield from _operands(k.variant)
-    yield Argument("h_first", "constexpr")
+    yield Argument("h0", "constexpr")
     yield _pointer("y", STATE if k.y.shared else ELEMENT[k.variant.dtype])
-    yield _pointer("h_last", STATE)
+    yield _pointer("ht", STATE)
     yield _pointer("checkpoints", CHECKPOINT[k.slots])
     yield Argument("cu_seqlens", "constexpr")
     yield from _progress(k)
     yield from _operand_strides(k.variant)
     yield Argument("S")
     yield Argument("intervals")
-    yield from (_flag("HAS_FIRST", False), _flag("PACKED", False), _flag("SAVE", True))
+    yield from (_flag("USE_INITIAL_STATE", False), _flag("IS_VARLEN", False), _flag("SAVE", True))
     yield _flag("ATOMIC", k.forward_adds)
-    yield from _walks_in_segments(k)
+    yield from _scans_in_segments(k)
 
 
 def _backward(k: Lowering) -> Iterator[Argument]:
@@ -105,7 +105,7 @@ def _backward(k: Lowering) -> Iterator[Argument]:
     types = {out.name: STATE if out.shared else element for out in k.gradients}
     yield from _operands(variant)
     yield _pointer("dy", element)
-    yield Argument("dh_last", "constexpr")
+    yield Argument("dht", "constexpr")
     yield _pointer("checkpoints", CHECKPOINT[k.slots])
     yield _pointer("scratch", STATE) if k.launch.scratch_elements else Argument("scratch", "constexpr")
     yield Argument("cu_seqlens", "constexpr")
@@ -114,15 +114,15 @@ def _backward(k: Lowering) -> Iterator[Argument]:
         yield _pointer(name, types.get(name, STATE))
     if k.computes_gate:
         yield from (_pointer(name, STATE) for name in ("dA_log", "ddt_bias"))
-    yield _pointer("dh_first", STATE)
+    yield _pointer("dh0", STATE)
     yield from _operand_strides(variant)
     yield from _token_strides("dy", variant.total_heads, variant.head_dim)
     yield Argument("S")
     yield Argument("intervals")
     yield Argument("bound", "fp32")
-    yield from (_flag("HAS_LAST", False), _flag("PACKED", False))
+    yield from (_flag("USE_FINAL_STATE_GRADIENT", False), _flag("IS_VARLEN", False))
     yield _flag("ATOMIC", k.backward_adds)
-    yield from _walks_in_segments(k)
+    yield from _scans_in_segments(k)
     yield from (_flag(f"WANT_{name}", True) for name in "QKVWFH")
     yield _flag("CARRIES", True)
     if k.slots:
@@ -138,8 +138,8 @@ def _step(k: Lowering) -> Iterator[Argument]:
     yield _pointer("state", STATE)
     yield _pointer("y", ELEMENT[variant.dtype])
     yield from _operand_strides(variant, steps=False)
-    yield from (_stride("h_b", variant.total_heads * rows * cols), _stride("h_n", rows * cols))
-    yield from (_stride("h_i", cols), _stride("h_j", 1))
+    yield from (_stride("stride_h_b", variant.total_heads * rows * cols), _stride("stride_h_n", rows * cols))
+    yield from (_stride("stride_h_i", cols), _stride("stride_h_j", 1))
 
 
 def arguments(k: Lowering, direction: Direction) -> tuple[Argument, ...]:

@@ -17,6 +17,7 @@ from m2gen.device import Device
 from m2gen.errors import CacheError, CompileError
 from m2gen.kernels.arguments import Argument, arguments
 from m2gen.kernels.lowering import Direction, Lowering
+from m2gen.kernels.options import options_of
 from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, resources_of
 
@@ -43,7 +44,7 @@ class Job:
 
     @property
     def options(self) -> dict[str, int]:
-        return self.lowering.options(self.direction)
+        return options_of(self.lowering, self.direction)
 
     @property
     def warps(self) -> int:

@@ -49,7 +49,7 @@ def _mma(k: Lowering) -> dict[str, str]:
     else:
         found |= {"BACKWARD_TILE": layouts.tile(k.backward), "BACKWARD_VECTOR": layouts.vector(k.backward)}
     if k.outer_by_product:
-        found |= {"FORWARD_KEYS": layouts.keys(k.forward), "FORWARD_VALUES": "tl.DotOperandLayout(1, FORWARD_TILE, 2)"}
+        found |= {"FORWARD_KEYS": layouts.keys(k.forward), "FORWARD_VALUES": "gl.DotOperandLayout(1, FORWARD_TILE, 2)"}
     if k.sums.y is Sums.MEMORY:
         found |= layouts.sums_apart(k.variant, k.forward)
     elif k.sums.y is Sums.BUTTERFLY:
@@ -62,7 +62,7 @@ def _mma(k: Lowering) -> dict[str, str]:
 
 
 def _wgmma(k: Lowering) -> dict[str, str]:
-    tile = f"tl.NVMMADistributedLayout([3, 0], [4, 1], [16, {k.variant.padded_cols}, 16])"
+    tile = f"gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {k.variant.padded_cols}, 16])"
     return {
         "FORWARD_TILE": tile,
         "BACKWARD_TILE": tile,

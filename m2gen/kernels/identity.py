@@ -9,6 +9,7 @@ import tokenize
 from functools import cache
 
 from m2gen.kernels.lowering import Direction, Lowering
+from m2gen.kernels.options import scheduled_options
 from m2gen.kernels.render import render_kernel
 
 
@@ -18,7 +19,7 @@ def kernel_hash(k: Lowering) -> str:
 
     Launchers, docstrings, comments, blank lines and the order of functions do not count, since the GPU sees none.
     """
-    options = [sorted(k.scheduled_options(direction).items()) for direction in Direction]
+    options = [sorted(scheduled_options(k, direction).items()) for direction in Direction]
     return hashlib.sha256(f"{gpu_text(render_kernel(k))}\n{options}".encode()).hexdigest()[:12]
 
 

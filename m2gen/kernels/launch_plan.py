@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from m2gen.kernels.launch import SHORT
 from m2gen.kernels.lowering import Direction, Lowering
+from m2gen.kernels.options import options_of
 from m2gen.runtime.launch_plan import LaunchPlan
 
 
@@ -23,15 +24,15 @@ def launch_plan(k: Lowering) -> LaunchPlan:
         gate=numbers.gate_shape,
         scratch=numbers.scratch_elements,
         y=k.y.per_step,
-        dq=k.dq.per_step,
-        dk=k.dk.per_step,
-        dv=k.dv.per_step,
-        df=k.df.per_step,
+        dq=k.gradients.dq.per_step,
+        dk=k.gradients.dk.per_step,
+        dv=k.gradients.dv.per_step,
+        df=k.gradients.df.per_step,
         forward_adds=k.forward_adds,
         backward_adds=k.backward_adds,
         short=SHORT,
         aligned=k.slots,
         sum_block=numbers.sum_block,
-        forward_options=k.options(Direction.FORWARD),
-        backward_options=k.options(Direction.BACKWARD),
+        forward_options=options_of(k, Direction.FORWARD),
+        backward_options=options_of(k, Direction.BACKWARD),
     )

@@ -21,7 +21,7 @@ def warps_down(part: Part) -> int:
 
 def tile(part: Part) -> str:
     """Return the layout of a product of 16 x 8 tiles."""
-    return f"tl.NVMMADistributedLayout([2, 0], [{warps_down(part)}, {part.warps // warps_down(part)}], [16, 8])"
+    return f"gl.NVMMADistributedLayout([2, 0], [{warps_down(part)}, {part.warps // warps_down(part)}], [16, 8])"
 
 
 def vector(part: Part) -> str:
@@ -84,7 +84,7 @@ def sums_apart(variant: Variant, part: ForwardTile | Warpgroup) -> dict[str, str
         "FORWARD_APART": str(apart),
         "FORWARD_EVERY": str(Linear((steps * rows, cols), every, tuple(parts[:5]), tuple(parts[5:]))),
         "FORWARD_SUMS": str(Linear((steps, cols), kept, tuple(summed[:5]), tuple(summed[5:]))),
-        "PLAIN": "tl.SwizzledSharedLayout(1, 1, 1, [1, 0])",
+        "PLAIN": "gl.SwizzledSharedLayout(1, 1, 1, [1, 0])",
     }
 
 
@@ -121,14 +121,14 @@ def warpgroup(variant: Variant) -> dict[str, str]:
     }
     return {
         **{name: str(layout) for name, layout in linear.items()},
-        "COLS": "tl.SliceLayout(0, FORWARD_TILE)",
-        "SUMS": "tl.BlockedLayout([1], [32], [4], [0])",
-        "THREADS_SUMS": "tl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])",
-        "INTERVAL_LINE": "tl.SliceLayout(1, THREADS_SUMS)",
-        "INTERVAL_LOADED": "tl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])",
-        "OPERANDS": "tl.NVMMASharedLayout(128, 16, 2)",
-        "PLAIN": "tl.SwizzledSharedLayout(1, 1, 1, [1, 0])",
-        "LINE": "tl.SwizzledSharedLayout(1, 1, 1, [0])",
+        "COLS": "gl.SliceLayout(0, FORWARD_TILE)",
+        "SUMS": "gl.BlockedLayout([1], [32], [4], [0])",
+        "THREADS_SUMS": "gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])",
+        "INTERVAL_LINE": "gl.SliceLayout(1, THREADS_SUMS)",
+        "INTERVAL_LOADED": "gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])",
+        "OPERANDS": "gl.NVMMASharedLayout(128, 16, 2)",
+        "PLAIN": "gl.SwizzledSharedLayout(1, 1, 1, [1, 0])",
+        "LINE": "gl.SwizzledSharedLayout(1, 1, 1, [0])",
     }
 
 
@@ -138,9 +138,9 @@ def scratch(variant: Variant) -> str:
     A half warp moves 8 bytes a lane, of 8 columns in 4 rows: with those in 4 different groups of banks, at once.
     """
     cols = variant.padded_cols
-    return f"tl.SwizzledSharedLayout(8, {max(1, 32 // cols)}, {min(4, cols // 8)}, [1, 0])"
+    return f"gl.SwizzledSharedLayout(8, {max(1, 32 // cols)}, {min(4, cols // 8)}, [1, 0])"
 
 
 def spread(warps: int) -> str:
     """Return the layout of a vector whose neighbours are in neighbouring threads."""
-    return f"tl.BlockedLayout([1], [32], [{warps}], [0])"
+    return f"gl.BlockedLayout([1], [32], [{warps}], [0])"

@@ -22,7 +22,7 @@ class Linear:
     def __str__(self) -> str:
         first = f"reg_bases={_bases(self.registers)}, lane_bases={_bases(self.lanes)},"
         rest = f"warp_bases={_bases(self.warps)}, block_bases=[], shape={list(self.shape)},"
-        return f"tl.DistributedLinearLayout(\n    {first}\n    {rest}\n)"
+        return f"gl.DistributedLinearLayout(\n    {first}\n    {rest}\n)"
 
 
 def powers(first: int, end: int) -> list[int]:

@@ -8,8 +8,8 @@ from functools import cached_property
 
 from m2gen.kernels.launch import Launch
 from m2gen.kernels.loads import BACKWARD_VECTORS, FORWARD_VECTORS, Vector
-from m2gen.kernels.outputs import Output
-from m2gen.kernels.reductions import Reductions, Sums
+from m2gen.kernels.outputs import Gradients, Output, gradients_of, y_of
+from m2gen.kernels.reductions import Reductions
 from m2gen.schedule import (
     Family,
     ForwardTile,
@@ -24,8 +24,6 @@ from m2gen.schedule import (
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import MIN_TILE, Variant, padded
 
-MOST_REGISTERS = 255
-"""Maximum registers per thread on NVIDIA GPUs."""
 TRITON_DTYPE = {Dtype.BF16: "tl.bfloat16", Dtype.FP16: "tl.float16", Dtype.FP32: "tl.float32"}
 
 
@@ -111,6 +109,11 @@ class Lowering:
         return range(self.backward.chunk)
 
     @property
+    def chunk_pairs(self) -> tuple[tuple[int, int], ...]:
+        """Steps of a chunk, each with the one after it, whose state it ends with."""
+        return tuple((i, i + 1) for i in self.chunk)
+
+    @property
     def tanh_ptx(self) -> bool:
         return self.schedule.tanh is Tanh.PTX
 
@@ -135,6 +138,11 @@ class Lowering:
     def slot_rows(self) -> int:
         """Rows of a warp of such a backward."""
         return self.backward.rows // self.backward.warps
+
+    @property
+    def slot_neighbours(self) -> int:
+        """Rows of a lane of such a backward, which are neighbours in memory."""
+        return self.slot_rows // 8
 
     @property
     def whole(self) -> bool:
@@ -186,37 +194,11 @@ class Lowering:
 
     @cached_property
     def y(self) -> Output:
-        """How y is written: rows are summed, and every head has its own."""
-        total = self.variant.total_heads
-        return Output("y", total, total, self.forward.parts(self.variant), self.variant.head_dim)
+        return y_of(self.variant, self.forward)
 
     @cached_property
-    def gradients(self) -> tuple[Output, ...]:
-        """How dq, dk, dv and df are written; dv and df sum over rows, all sum over the heads of a group."""
-        variant, heads, total = self.variant, self.variant.heads, self.variant.total_heads
-        parts = self.backward.parts(variant)
-        return (
-            Output("dq", total, heads.q, 1, variant.state_expansion),
-            Output("dk", total, heads.k, 1, variant.state_expansion),
-            Output("dv", total, heads.v, parts, variant.head_dim),
-            Output("df", total, heads.f, parts, None),
-        )
-
-    @property
-    def dq(self) -> Output:
-        return self.gradients[0]
-
-    @property
-    def dk(self) -> Output:
-        return self.gradients[1]
-
-    @property
-    def dv(self) -> Output:
-        return self.gradients[2]
-
-    @property
-    def df(self) -> Output:
-        return self.gradients[3]
+    def gradients(self) -> Gradients:
+        return gradients_of(self.variant, self.backward)
 
     @cached_property
     def shares(self) -> bool:
@@ -247,26 +229,6 @@ class Lowering:
     @property
     def backward_vectors(self) -> tuple[Vector, ...]:
         return BACKWARD_VECTORS
-
-    # How they are launched.
-
-    def options(self, direction: Direction) -> dict[str, int]:
-        """Return how Triton compiles and launches one kernel.
-
-        Products and sums are fused to one operation, which Triton did by itself before 3.10.
-        """
-        return {**self.scheduled_options(direction), "enable_fp_fusion": True}
-
-    def scheduled_options(self, direction: Direction) -> dict[str, int]:
-        """Return those of ``options`` that the schedule chooses.
-
-        Two warps that share a program have 255 registers a thread: ptxas would spill to have more programs at once,
-        though those that there are have all they need (docs/performance.md).
-        """
-        if direction == Direction.BACKWARD:
-            return {"num_warps": self.backward.warps, "num_stages": 1}
-        bound = {"maxnreg": MOST_REGISTERS} if self.sums.y is Sums.MEMORY else {}
-        return {"num_warps": self.forward.warps, "num_stages": 1, **bound}
 
     @property
     def interval_padded(self) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from m2gen.runtime.launch_plan import PerStep
+from m2gen.schedule import ForwardTile, MmaBackward, PortableBackward, Warpgroup
+from m2gen.variant import Variant
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Output:
         return f"{self._scaled(f'(token * {self.groups} + {head})')} if ATOMIC else {self._scaled(row)}"
 
     @property
-    def step(self) -> str:
+    def stride(self) -> str:
         """Elements between steps."""
         partial = self.total * self.parts * (self.dim or 1)
         return f"{self.groups * (self.dim or 1)} if ATOMIC else {partial}" if self.shared else str(partial)
@@ -68,3 +71,29 @@ class Output:
     def per_step(self) -> PerStep:
         """What launchers must know of it."""
         return PerStep(self.groups, self.contributors, () if self.dim is None else (self.dim,))
+
+
+class Gradients(NamedTuple):
+    """How the gradients of per-step operands are written."""
+
+    dq: Output
+    dk: Output
+    dv: Output
+    df: Output
+
+
+def y_of(variant: Variant, part: ForwardTile | Warpgroup) -> Output:
+    """Return how y is written: rows are summed, and every head has its own."""
+    total = variant.total_heads
+    return Output("y", total, total, part.parts(variant), variant.head_dim)
+
+
+def gradients_of(variant: Variant, part: PortableBackward | MmaBackward | Warpgroup) -> Gradients:
+    """Return how gradients are written; dv and df sum over rows, all sum over the heads of a group."""
+    heads, total, parts = variant.heads, variant.total_heads, part.parts(variant)
+    return Gradients(
+        Output("dq", total, heads.q, 1, variant.state_expansion),
+        Output("dk", total, heads.k, 1, variant.state_expansion),
+        Output("dv", total, heads.v, parts, variant.head_dim),
+        Output("df", total, heads.f, parts, None),
+    )

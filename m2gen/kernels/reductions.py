@@ -48,10 +48,10 @@ COLS = (("col", 2, 2), ("col", 1, 1))
 """Four lanes have different columns."""
 
 
-def rounds(steps: int, exchanges: Iterable[tuple[str, int, int]]) -> tuple[Round, ...]:
+def rounds(steps: int, shuffles: Iterable[tuple[str, int, int]]) -> tuple[Round, ...]:
     """Return the rounds that leave every lane the sum of one of ``steps``, a power of two."""
     found = []
-    for axis, bit, lanes in exchanges:
+    for axis, bit, lanes in shuffles:
         steps //= 2
         found.append(Round(axis, bit, lanes, tuple((i, i + steps) for i in range(steps))))
     return tuple(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from m2gen.kernels.definitions import constants, layouts_of
 from m2gen.kernels.launch_plan import launch_plan
 from m2gen.kernels.literals import literal
 from m2gen.kernels.lowering import Direction, Lowering
+
+TRITON = re.compile(r"(?<![\w.])tl\.")
+"""Triton's language in templates that all families share."""
 
 
 @cache
@@ -66,7 +70,7 @@ def _parameters(k: Lowering, direction: Direction) -> list[str]:
 def render_kernel(k: Lowering, provenance: str = "") -> str:
     """Return the module of one variant run by one schedule: kernels, and how they are launched."""
     title = f"M2RNN kernels for {k.variant.key}, schedule {k.schedule.slug}."
-    return render_template(
+    text = render_template(
         "kernels/module.py.j2",
         k=k,
         title=title,
@@ -76,3 +80,4 @@ def render_kernel(k: Lowering, provenance: str = "") -> str:
         parameters={str(direction): _parameters(k, direction) for direction in Direction},
         launch=literal(launch_plan(k)._asdict()),
     )
+    return TRITON.sub("gl.", text) if k.gluon else text

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from m2gen.kernels.linear import Linear, powers
 
-PLAIN = "tl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])"
+PLAIN = "gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])"
 COLS = ((0, 0, 2), (0, 0, 4))
 """Pairs of columns that a lane holds of a tile."""
 ROWS = ((0, 1, 0), (0, 2, 0), (0, 4, 0))
@@ -22,7 +22,7 @@ def layouts(warps: int, rows: int) -> dict[str, str]:
     ``rows`` of a warp are 16 or 32.
     """
     across = tuple((warp, 0, 0) for warp in powers(1, warps))
-    tile = f"tl.NVMMADistributedLayout([2, 0], [{warps}, 1, 1], [1, 16, 8])"
+    tile = f"gl.NVMMADistributedLayout([2, 0], [{warps}, 1, 1], [1, 16, 8])"
     mine = tuple((0, row, 0) for row in powers(1, rows // 8))  # a lane's neighbours
     lanes = (*COLS, *((0, row, 0) for row in powers(rows // 8, rows)))
     below = tuple((0, row, 0) for row in powers(1, rows))
@@ -40,12 +40,12 @@ def layouts(warps: int, rows: int) -> dict[str, str]:
     }
     return {
         "BACKWARD_TILE": tile,
-        "LEFT": "tl.DotOperandLayout(0, BACKWARD_TILE, 2)",
-        "RIGHT": "tl.DotOperandLayout(1, BACKWARD_TILE, 2)",
+        "LEFT": "gl.DotOperandLayout(0, BACKWARD_TILE, 2)",
+        "RIGHT": "gl.DotOperandLayout(1, BACKWARD_TILE, 2)",
         **{name: str(layout) for name, layout in linear.items()},
-        "PLACE_OF_KEYS": f"tl.SwizzledSharedLayout(8, {64 // rows}, {rows // 8}, [2, 1, 0])",
-        "PLACE_OF_CHECKPOINT": "tl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0])",
-        "PLACE_OF_STATES": "tl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0])",
+        "PLACE_OF_KEYS": f"gl.SwizzledSharedLayout(8, {64 // rows}, {rows // 8}, [2, 1, 0])",
+        "PLACE_OF_CHECKPOINT": "gl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0])",
+        "PLACE_OF_STATES": "gl.SwizzledSharedLayout(8, 4, 2, [2, 1, 0])",
         "PLACE": PLAIN,
     }
 

@@ -18,7 +18,7 @@ Operands: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | Non
 
 
 Buffers: TypeAlias = tuple[Tensor | None, ...]
-"""What the backward writes, in the order of its parameters: dq, dk, dv, dw, df, dA_log, ddt_bias, dh_first."""
+"""What the backward writes, in the order of its parameters: dq, dk, dv, dw, df, dA_log, ddt_bias, dh0."""
 
 
 def rows(q: Tensor, lead: Sequence[int], out: PerStep, dtype: torch.dtype, atomic: bool) -> Tensor:
@@ -93,7 +93,7 @@ def gradients(
     """Return the ``wanted`` gradients, in the order of operands and then the initial state."""
     plan = launch_plan.plan_of(kernels)
     q, k, v, weight, forget, _, _ = operands
-    dq, dk, dv, dw, df, dA_log, ddt_bias, dh_first = written
+    dq, dk, dv, dw, df, dA_log, ddt_bias, dh0 = written
     every = (
         None if dq is None else finished(kernels, plan.dq, dq, q.dtype, atomic),
         None if dk is None else finished(kernels, plan.dk, dk, k.dtype, atomic),
@@ -102,6 +102,6 @@ def gradients(
         None if df is None else finished(kernels, plan.df, df, forget.dtype, atomic),
         None if dA_log is None or not wanted[5] else dA_log.sum((0, 2)),
         None if ddt_bias is None or not wanted[6] else ddt_bias.sum((0, 2)),
-        dh_first if wanted[7] else None,
+        dh0 if wanted[7] else None,
     )
     return [gradient for gradient in every if gradient is not None]

@@ -55,12 +55,12 @@ def forward(
         cu_seqlens,
     )  # fmt: skip
     if plan.segments > 1:
-        pointers = (*pointers, turns_of(q, call.programs, call.segmented))
+        pointers = (*pointers, tickets_of(q, call.programs, call.segmented))
     if again is not None:
         again.launch(pointers)
     elif call.programs:
         scalars = (*_strides(operands, cu_seqlens), call.steps, call.intervals)
-        flags = {"HAS_FIRST": initial_state is not None, "PACKED": cu_seqlens is not None, "SAVE": save}
+        flags = {"USE_INITIAL_STATE": initial_state is not None, "IS_VARLEN": cu_seqlens is not None, "SAVE": save}
         flags["ATOMIC"] = call.atomic
         if plan.segments > 1:
             flags["SEGMENTED"] = call.segmented
@@ -90,7 +90,7 @@ def forward_call(plan: LaunchPlan, q: Tensor, cu_seqlens: Tensor | None, determi
 def backward(
     kernels: ModuleType,
     dy: Tensor,
-    dh_last: Tensor | None,
+    dht: Tensor | None,
     operands: Operands,
     checkpoints: Tensor,
     cu_seqlens: Tensor | None,
@@ -105,15 +105,15 @@ def backward(
     segmented = in_segments(plan, batch, steps)
     written = buffers.allocated(plan, operands, batch, wanted, atomic, segmented)
     programs = batch * plan.backward_programs
-    turns = (turns_of(q, programs, segmented),) if plan.segments > 1 else ()
+    tickets = (tickets_of(q, programs, segmented),) if plan.segments > 1 else ()
     scratch = q.new_empty(programs, plan.scratch, dtype=torch.float32) if plan.scratch else None
     if batch:
         given, results = (operands, written) if plan.computes_gate else (operands[:5], (*written[:5], written[7]))
         programs *= plan.segments if segmented else 1
         kernels.m2rnn_backward_kernel[(programs, 1, 1)](
-            *given, dy, dh_last, checkpoints, scratch, cu_seqlens, *turns, *results,
+            *given, dy, dht, checkpoints, scratch, cu_seqlens, *tickets, *results,
             *_strides(operands, cu_seqlens), *token_strides(dy, cu_seqlens), steps, intervals, bound,
-            HAS_LAST=dh_last is not None, PACKED=cu_seqlens is not None, ATOMIC=atomic,
+            USE_FINAL_STATE_GRADIENT=dht is not None, IS_VARLEN=cu_seqlens is not None, ATOMIC=atomic,
             **_backward_flags(plan, operands, dy, wanted, segmented), **plan.backward_options,
         )  # fmt: skip
     return buffers.gradients(kernels, operands, written, wanted, atomic)
@@ -151,7 +151,7 @@ def in_segments(plan: LaunchPlan, batch: int, steps: int) -> bool:
     return plan.segments > 1 and batch > 0 and steps > plan.shortest_segment
 
 
-def turns_of(q: Tensor, programs: int, segmented: bool) -> Tensor | None:
+def tickets_of(q: Tensor, programs: int, segmented: bool) -> Tensor | None:
     """Return a counter of the segments that programs took, then how many segments of each scan have ended."""
     return q.new_zeros(1 + programs, dtype=torch.int32) if segmented else None
 

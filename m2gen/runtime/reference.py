@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -185,6 +185,14 @@ def _sequence(operands: tuple[Tensor, ...], weight: Tensor, state: Tensor, rules
     return y, state
 
 
+def _sequences(
+    operands: tuple[Tensor, ...], weight: Tensor, starts: Tensor, spans: list[tuple[int, int]], rules: _Rules
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run each sequence, of the steps that ``spans`` say, from a state of its own."""
+    for (begin, end), start in zip(spans, starts, strict=True):
+        yield _sequence(tuple(x[:, begin:end] for x in operands), weight, start, rules)
+
+
 def _spans(cu_seqlens: Tensor, tokens: int) -> list[tuple[int, int]]:
     """Return where each sequence starts and ends; on the meta device, where nobody can tell, all is the first's."""
     offsets = [0] + [tokens] * (cu_seqlens.shape[0] - 1) if cu_seqlens.is_meta else cu_seqlens.tolist()
@@ -226,12 +234,8 @@ def m2rnn(
     batch = len(spans) if packed else q.shape[0]
     if initial_state is None:
         initial_state = q.new_zeros(batch, total, q.shape[-1], v.shape[-1], dtype=arithmetic.state)
-    starts = arithmetic.as_kept(initial_state.to(arithmetic.state))
-    starts = starts.unsqueeze(1) if packed else starts.unsqueeze(0)
-    runs = [
-        _sequence(tuple(x[:, a:b] for x in operands), matrix, start, rules)
-        for (a, b), start in zip(spans, starts, strict=True)
-    ]
+    starts = arithmetic.as_kept(initial_state.to(arithmetic.state)).unsqueeze(1 if packed else 0)
+    runs = list(_sequences(operands, matrix, starts, spans, rules))
     y = torch.cat([run[0] for run in runs], 1) if runs else operands[2]
     state = torch.cat([run[1] for run in runs], 0) if runs else initial_state
     return (y.squeeze(0) if packed else y).to(q.dtype), state

@@ -249,7 +249,7 @@ def _layout(warps: list[int] | None = None) -> Any:
 
 
 class Constant(int):
-    """A ``tl.constexpr`` of a module."""
+    """A ``gl.constexpr`` of a module."""
 
     @property
     def value(self) -> int:
@@ -261,30 +261,30 @@ def _maths(act: Callable[..., Any]) -> Callable[..., Tensor]:
 
 
 def language() -> ModuleType:
-    """Return the module that kernels import as ``tl``."""
-    tl: Any = ModuleType("gluon_on_cpu.language")
+    """Return the module that kernels import as ``gl``."""
+    gl: Any = ModuleType("gluon_on_cpu.language")
     for name, dtype in DTYPES.items():
-        setattr(tl, name, dtype)
-    tl.constexpr = lambda value: Constant(value) if isinstance(value, int) else value
-    tl.NVMMADistributedLayout = lambda version, warps, shape: _layout(warps)
+        setattr(gl, name, dtype)
+    gl.constexpr = lambda value: Constant(value) if isinstance(value, int) else value
+    gl.NVMMADistributedLayout = lambda version, warps, shape: _layout(warps)
     for name in ("DotOperand", "Slice", "Blocked", "DistributedLinear", "SwizzledShared", "NVMMAShared"):
-        setattr(tl, f"{name}Layout", lambda *_, **__: _layout())
-    tl.load, tl.store, tl.atomic_add, tl.inline_asm_elementwise = load, store, atomic_add, inline_asm_elementwise
-    tl.allocate_shared_memory, tl.shared_memory_descriptor = allocate_shared_memory, Shared
-    tl.arange = lambda start, end, layout=None: Tensor(np.arange(start, end, dtype=np.int32))
-    tl.zeros = lambda shape, dtype, layout=None: Tensor(np.zeros(shape, dtype.numpy), dtype)
-    tl.full = lambda shape, value, dtype, layout=None: Tensor(np.full(shape, value, dtype.numpy), dtype)
-    tl.cast = lambda x, dtype: Tensor(x).to(dtype)
-    tl.minimum, tl.maximum, tl.where = _maths(np.minimum), _maths(np.maximum), _maths(np.where)
-    tl.abs, tl.exp, tl.exp2 = _maths(np.abs), _maths(np.exp), _maths(np.exp2)
-    tl.fma = _maths(lambda a, b, c: a * b + c)
-    tl.sum = lambda x, axis=None: Tensor(x.array.sum(axis), x.dtype)
-    tl.cdiv = lambda x, y: Tensor(-(-plain(x) // y))
-    tl.join = _maths(lambda x, y: np.stack([x, y], -1))
-    tl.broadcast = lambda x, y: tuple(map(Tensor, np.broadcast_arrays(x.array, y.array)))
-    tl.convert_layout = lambda x, layout, assert_trivial=False: x
-    tl.static_range = range
-    return tl
+        setattr(gl, f"{name}Layout", lambda *_, **__: _layout())
+    gl.load, gl.store, gl.atomic_add, gl.inline_asm_elementwise = load, store, atomic_add, inline_asm_elementwise
+    gl.allocate_shared_memory, gl.shared_memory_descriptor = allocate_shared_memory, Shared
+    gl.arange = lambda start, end, layout=None: Tensor(np.arange(start, end, dtype=np.int32))
+    gl.zeros = lambda shape, dtype, layout=None: Tensor(np.zeros(shape, dtype.numpy), dtype)
+    gl.full = lambda shape, value, dtype, layout=None: Tensor(np.full(shape, value, dtype.numpy), dtype)
+    gl.cast = lambda x, dtype: Tensor(x).to(dtype)
+    gl.minimum, gl.maximum, gl.where = _maths(np.minimum), _maths(np.maximum), _maths(np.where)
+    gl.abs, gl.exp, gl.exp2 = _maths(np.abs), _maths(np.exp), _maths(np.exp2)
+    gl.fma = _maths(lambda a, b, c: a * b + c)
+    gl.sum = lambda x, axis=None: Tensor(x.array.sum(axis), x.dtype)
+    gl.cdiv = lambda x, y: Tensor(-(-plain(x) // y))
+    gl.join = _maths(lambda x, y: np.stack([x, y], -1))
+    gl.broadcast = lambda x, y: tuple(map(Tensor, np.broadcast_arrays(x.array, y.array)))
+    gl.convert_layout = lambda x, layout, assert_trivial=False: x
+    gl.static_range = range
+    return gl
 
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
@@ -306,9 +306,9 @@ class Kernel:
             known = self.function.__globals__
             side = "BACKWARD" if "backward" in self.function.__name__ else "FORWARD"
             Tensor.tile = known[f"{side}_TILE"]
-            known["tl"].num_programs = lambda axis: Tensor(np.int32(grid[axis]))
+            known["gl"].num_programs = lambda axis: Tensor(np.int32(grid[axis]))
             for program in range(grid[0]):
-                known["tl"].program_id = lambda axis, program=program: Tensor(np.int32(program))
+                known["gl"].program_id = lambda axis, program=program: Tensor(np.int32(program))
                 self.function(*map(_argument, arguments), **flags)
 
         return launch
@@ -327,20 +327,20 @@ def _jit(function: Any = None, **_: Any) -> Any:
 
 def load_module(source: str) -> ModuleType:
     """Return a rendered module whose launchers run its kernels here."""
-    tl: Any = language()
+    gl: Any = language()
     named: Any = SimpleNamespace(PropagateNan=SimpleNamespace(ALL=None), debug_barrier=lambda: None)
     products: Any = SimpleNamespace(mma_v2=product, warpgroup_mma=product, fence_async_shared=lambda: None)
     products.async_copy = SimpleNamespace(
         async_copy_global_to_shared=copy_ahead, commit_group=lambda: None, wait_group=lambda _: None
     )
     products.warpgroup_mma_wait = lambda left, waited: waited[0]
-    gluon = SimpleNamespace(jit=_jit, language=tl)
+    gluon = SimpleNamespace(jit=_jit, language=gl)
     modules: dict[str, Any] = {"triton": SimpleNamespace(language=named, __version__="3.6.0"), "triton.language": named}
     modules |= {"triton.experimental": SimpleNamespace(gluon=gluon), "triton.experimental.gluon": gluon}
     below = "triton.experimental.gluon.language"
     modules |= {
-        below: tl,
-        f"{below}.nvidia": tl,
+        below: gl,
+        f"{below}.nvidia": gl,
         f"{below}.nvidia.ampere": products,
         f"{below}.nvidia.hopper": products,
     }

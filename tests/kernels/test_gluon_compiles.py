@@ -104,7 +104,7 @@ def test_both_texts_have_the_same_recurrence() -> None:
         "d = g * slope_0",
     ):
         assert statement in portable
-        assert statement in mma
+        assert statement.replace("tl.", "gl.") in mma
     assert "c = tl.fma(f_0, g, product(d_operand, w_t, zeros))" in portable
     assert "c = f_0 * g + product(d_operand, w_t, zeros)" in mma
 
@@ -153,5 +153,5 @@ def test_loads_stay_ahead_of_a_branch() -> None:
     variant = VARIANTS["published"]
     text = source(variant)
     steps = text[text.index("for t in range(0, whole, UNROLL)") :]
-    assert steps.index("next_values = tl.load") < steps.index("if SAVE:") < steps.index("elif t & 0x40000000 != 0")
+    assert steps.index("next_values = gl.load") < steps.index("if SAVE:") < steps.index("elif t & 0x40000000 != 0")
     assert steps.index("elif t & 0x40000000 != 0") < steps.index("h = advance(")

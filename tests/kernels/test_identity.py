@@ -13,6 +13,7 @@ from m2gen.device import TARGETS
 from m2gen.kernels import identity
 from m2gen.kernels.identity import gpu_text, kernel_hash
 from m2gen.kernels.lowering import Direction, Lowering
+from m2gen.kernels.options import options_of
 from m2gen.kernels.render import render_kernel
 from m2gen.pipeline.plan import shipped_database
 from m2gen.schedule import Mma, defaults
@@ -75,9 +76,9 @@ def test_how_kernels_are_compiled_matters(monkeypatch: pytest.MonkeyPatch) -> No
     """A bound on registers, of a schedule that has one, is none of the text's."""
     schedule = Mma.default(VARIANT, TARGETS["sm_90"])
     apart = replace(schedule, forward=replace(schedule.forward, rows=64, warps=4))
-    assert "maxnreg" in Lowering(VARIANT, apart).options(Direction.FORWARD)
+    assert "maxnreg" in options_of(Lowering(VARIANT, apart), Direction.FORWARD)
     found = identity.kernel_hash.__wrapped__(Lowering(VARIANT, apart))
-    monkeypatch.setattr(Lowering, "scheduled_options", lambda self, direction: {"num_warps": 4})
+    monkeypatch.setattr(identity, "scheduled_options", lambda k, direction: {"num_warps": 4})
     assert identity.kernel_hash.__wrapped__(Lowering(VARIANT, apart)) != found
 
 

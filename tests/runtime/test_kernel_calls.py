@@ -148,7 +148,7 @@ SABOTAGE = {
         {"dk", "dv", "dweight", "dforget", "dinitial_state"},
     ),
     "store_of_dq": ("tl.store(dq +", None, {"dq"}),
-    "store_of_state": ("tl.store(h_last +", None, {"state"}),
+    "store_of_state": ("tl.store(ht +", None, {"state"}),
     "output": ("y_1 = tl.sum(column(q_1", "y_1 = tl.sum(column(q_0", {"y"}),
 }
 """Changes that break a kernel, and the results that each must push over budget."""

@@ -41,46 +41,46 @@ def packages(tmp_path_factory) -> dict[int, ModuleType]:
 
 
 @pytest.fixture
-def turns(packages, monkeypatch) -> list[Tensor]:
+def tickets(packages, monkeypatch) -> list[Tensor]:
     """Return what the kernels of the package with segments are handed to tell each other of."""
     seen: list[Tensor] = []
     launchers = operators_of(packages[SEGMENTS]).launches.launchers
-    made = launchers.turns_of
+    made = launchers.tickets_of
 
     def kept(*arguments):
         seen.append(made(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(launchers, "turns_of", kept)
+    monkeypatch.setattr(launchers, "tickets_of", kept)
     return seen
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_segments_have_the_bits_of_one(packages, turns, device, name, variant: Variant) -> None:
+def test_segments_have_the_bits_of_one(packages, tickets, device, name, variant: Variant) -> None:
     """y, states and every gradient agree; every program has begun, and every segment of every scan has ended."""
     inputs = make_inputs(variant, PROBLEMS[name], seed=4).to(device)
     whole, cut = (packages[count].m2rnn for count in (1, SEGMENTS))
     expected = differentiate(whole, inputs, deterministic=True)
-    assert not turns
+    assert not tickets
     assert_same(differentiate(cut, inputs, deterministic=True), expected)
     programs = variant.total_heads * SCHEDULE.backward.parts(variant)
     every = [count for count in TAKEN[name] for _ in range(programs)]
-    assert [x.tolist() for x in turns] == [[SEGMENTS * len(every), *every]] * 2
+    assert [x.tolist() for x in tickets] == [[SEGMENTS * len(every), *every]] * 2
 
 
-def test_short_calls_have_one(packages, turns, device) -> None:
+def test_short_calls_have_one(packages, tickets, device) -> None:
     """Up to the shortest segment's steps, of all sequences together, no program waits for another one."""
     variant = VARIANTS["softplus"]
     inputs = make_inputs(variant, Problem(1, 5), seed=4).to(device)
     expected = differentiate(packages[1].m2rnn, inputs, deterministic=True)
     assert_same(differentiate(packages[SEGMENTS].m2rnn, inputs, deterministic=True), expected)
-    assert turns == [None, None]
+    assert tickets == [None, None]
 
 
-def test_no_sequences_have_none(packages, turns, device) -> None:
+def test_no_sequences_have_none(packages, tickets, device) -> None:
     """An empty batch launches nothing."""
     inputs = make_inputs(VARIANTS["softplus"], Problem(0, 2 * SHORTEST_SEGMENT), seed=4).to(device)
     y, state = packages[SEGMENTS].m2rnn(**arguments(inputs))
     assert (y.numel(), state.numel()) == (0, 0)
-    assert turns == [None]
+    assert tickets == [None]
