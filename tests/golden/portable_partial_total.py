@@ -10,9 +10,11 @@ H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + k_t v_t^T),  y_t = H_t^T q_t   (a
     x, f, u      x_t, which is the gate itself; f_t and 1 - f_t
     h, z, w      state H (rows, V), candidate Z (rows, V), state weight W (V, V)
     c, g, d      gradients of H_t from the future, of H_t, and of the argument of tanh
+    h0, ht       states before the first step and after the last one; dh0, dht, their gradients
     gap, slope   H_(t-1) - Z_t, and the derivative u (1 - Z^2) of H_t by the argument of tanh
     r_           operands from which an interval's states are rebuilt; next_, operands loaded ahead of time
-    x_s, x_n     element strides of operand x by step, by head (and b batch, d element, i row, j column)
+    stride_x_s   elements between steps of operand x (and b sequences, n heads, d elements, i rows, j columns)
+    stride_x     the same in 64 bits; of a result, elements between its steps
 """
 
 import os
@@ -68,13 +70,13 @@ def load_vector(address, mask, inside):
 
 
 @triton.jit
-def load_weight(base, n_stride, i_stride, j_stride, n):
+def load_weight(base, stride_n, stride_i, stride_j, n):
     """Load group n's state weight, (V_PAD, V_PAD), as the right operand of a product."""
     i = tl.arange(0, V_PAD)
     j = tl.arange(0, V_PAD)
-    offsets = i.to(tl.int64)[:, None] * i_stride + j.to(tl.int64)[None, :] * j_stride
+    offsets = i.to(tl.int64)[:, None] * stride_i + j.to(tl.int64)[None, :] * stride_j
     mask = (i < V)[:, None] & (j < V)[None, :]
-    w = tl.load(base + tl.cast(n, tl.int64) * n_stride + offsets, mask=mask, other=0.0)
+    w = tl.load(base + tl.cast(n, tl.int64) * stride_n + offsets, mask=mask, other=0.0)
     return rounded(w.to(tl.float32))
 
 
@@ -162,9 +164,10 @@ def contribute(address, x, mask, ATOMIC: tl.constexpr):
 
 @triton.jit(do_not_specialize=["S", "intervals"])
 def m2rnn_forward_kernel(
-    q, k, v, w, x, h_first, y, h_last, checkpoints, cu_seqlens, q_b, q_s, q_n, q_d, k_b, k_s, k_n, k_d, v_b,
-    v_s, v_n, v_d, w_n, w_i, w_j, x_b, x_s, x_n, S, intervals,
-    HAS_FIRST: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, ATOMIC: tl.constexpr,
+    q, k, v, w, x, h0, y, ht, checkpoints, cu_seqlens, stride_q_b, stride_q_s, stride_q_n, stride_q_d,
+    stride_k_b, stride_k_s, stride_k_n, stride_k_d, stride_v_b, stride_v_s, stride_v_n, stride_v_d,
+    stride_w_n, stride_w_i, stride_w_j, stride_x_b, stride_x_s, stride_x_n, S, intervals,
+    USE_INITIAL_STATE: tl.constexpr, IS_VARLEN: tl.constexpr, SAVE: tl.constexpr, ATOMIC: tl.constexpr,
 ):  # fmt: skip
     """Scan one sequence's steps for FORWARD_ROWS rows of one head's state."""
     part = tl.program_id(0) % FORWARD_PARTS
@@ -178,7 +181,7 @@ def m2rnn_forward_kernel(
     state_mask = (state_rows < K) & col_mask[None, :]
     state_offsets = state_rows * V + cols[None, :]
 
-    if PACKED:
+    if IS_VARLEN:
         start, length = sequence(cu_seqlens, b, S)
         token = start
         interval = start // INTERVAL + b
@@ -187,34 +190,34 @@ def m2rnn_forward_kernel(
         length = S
         token = b * S
         interval = b * intervals
-    q += b * q_b + start * q_s + (n // (N // NQ)).to(tl.int64) * q_n
-    k += b * k_b + start * k_s + (n // (N // NK)).to(tl.int64) * k_n
-    v += b * v_b + start * v_s + (n // (N // NV)).to(tl.int64) * v_n
-    x += b * x_b + start * x_s + (n // (N // NF)).to(tl.int64) * x_n
-    q_row = rows.to(tl.int64) * q_d
-    k_row = rows.to(tl.int64) * k_d
-    v_col = cols.to(tl.int64) * v_d
+    q += b * stride_q_b + start * stride_q_s + (n // (N // NQ)).to(tl.int64) * stride_q_n
+    k += b * stride_k_b + start * stride_k_s + (n // (N // NK)).to(tl.int64) * stride_k_n
+    v += b * stride_v_b + start * stride_v_s + (n // (N // NV)).to(tl.int64) * stride_v_n
+    x += b * stride_x_b + start * stride_x_s + (n // (N // NF)).to(tl.int64) * stride_x_n
+    q_row = rows.to(tl.int64) * stride_q_d
+    k_row = rows.to(tl.int64) * stride_k_d
+    v_col = cols.to(tl.int64) * stride_v_d
     y += (token * 4 + n) * 17 if ATOMIC else ((token * 4 + n) * 2 + part) * 17
-    y_step: tl.constexpr = 68 if ATOMIC else 136
+    stride_y: tl.constexpr = 68 if ATOMIC else 136
     checkpoints += (interval * N + n) * (K * V)
-    w = load_weight(w, w_n, w_i, w_j, n // (N // NW))
+    w = load_weight(w, stride_w_n, stride_w_i, stride_w_j, n // (N // NW))
     h = tl.zeros((FORWARD_ROWS, V_PAD), tl.float32)
-    if HAS_FIRST:
-        h = tl.load(h_first + (b * N + n) * (K * V) + state_offsets, mask=state_mask, other=0.0)
+    if USE_INITIAL_STATE:
+        h = tl.load(h0 + (b * N + n) * (K * V) + state_offsets, mask=state_mask, other=0.0)
 
     # Where step i of an iteration lies; q, k, v and x point to the iteration whose operands are loaded next.
-    q_0_row = q_row + 0 * tl.cast(q_s, tl.int64)
-    k_0_row = k_row + 0 * tl.cast(k_s, tl.int64)
-    v_0_col = v_col + 0 * tl.cast(v_s, tl.int64)
-    x_0_at = 0 * tl.cast(x_s, tl.int64)
-    q_1_row = q_row + 1 * tl.cast(q_s, tl.int64)
-    k_1_row = k_row + 1 * tl.cast(k_s, tl.int64)
-    v_1_col = v_col + 1 * tl.cast(v_s, tl.int64)
-    x_1_at = 1 * tl.cast(x_s, tl.int64)
-    q_2_row = q_row + 2 * tl.cast(q_s, tl.int64)
-    k_2_row = k_row + 2 * tl.cast(k_s, tl.int64)
-    v_2_col = v_col + 2 * tl.cast(v_s, tl.int64)
-    x_2_at = 2 * tl.cast(x_s, tl.int64)
+    q_0_row = q_row + 0 * tl.cast(stride_q_s, tl.int64)
+    k_0_row = k_row + 0 * tl.cast(stride_k_s, tl.int64)
+    v_0_col = v_col + 0 * tl.cast(stride_v_s, tl.int64)
+    x_0_at = 0 * tl.cast(stride_x_s, tl.int64)
+    q_1_row = q_row + 1 * tl.cast(stride_q_s, tl.int64)
+    k_1_row = k_row + 1 * tl.cast(stride_k_s, tl.int64)
+    v_1_col = v_col + 1 * tl.cast(stride_v_s, tl.int64)
+    x_1_at = 1 * tl.cast(stride_x_s, tl.int64)
+    q_2_row = q_row + 2 * tl.cast(stride_q_s, tl.int64)
+    k_2_row = k_row + 2 * tl.cast(stride_k_s, tl.int64)
+    v_2_col = v_col + 2 * tl.cast(stride_v_s, tl.int64)
+    x_2_at = 2 * tl.cast(stride_x_s, tl.int64)
     q_0 = load_vector(q + q_0_row, row_mask, length > 0)
     k_0 = load_vector(k + k_0_row, row_mask, length > 0)
     v_0 = load_vector(v + v_0_col, col_mask, length > 0)
@@ -227,10 +230,10 @@ def m2rnn_forward_kernel(
     k_2 = load_vector(k + k_2_row, row_mask, length > 2)
     v_2 = load_vector(v + v_2_col, col_mask, length > 2)
     x_2 = load_gate(x + x_2_at, length > 2)
-    q_iteration = UNROLL * tl.cast(q_s, tl.int64)
-    k_iteration = UNROLL * tl.cast(k_s, tl.int64)
-    v_iteration = UNROLL * tl.cast(v_s, tl.int64)
-    x_iteration = UNROLL * tl.cast(x_s, tl.int64)
+    q_iteration = UNROLL * tl.cast(stride_q_s, tl.int64)
+    k_iteration = UNROLL * tl.cast(stride_k_s, tl.int64)
+    v_iteration = UNROLL * tl.cast(stride_v_s, tl.int64)
+    x_iteration = UNROLL * tl.cast(stride_x_s, tl.int64)
     q += q_iteration
     k += k_iteration
     v += v_iteration
@@ -266,20 +269,20 @@ def m2rnn_forward_kernel(
         f, u = gate(x_0)
         h = advance(h, candidate(h, w, outer(k_0, v_0, h)), f, u)
         y_0 = tl.sum(column(q_0, h) * h, 0)
-        contribute(y + 0 * y_step + cols, y_0, col_mask, ATOMIC)
+        contribute(y + 0 * stride_y + cols, y_0, col_mask, ATOMIC)
 
         # Step t + 1
         f, u = gate(x_1)
         h = advance(h, candidate(h, w, outer(k_1, v_1, h)), f, u)
         y_1 = tl.sum(column(q_1, h) * h, 0)
-        contribute(y + 1 * y_step + cols, y_1, col_mask, ATOMIC)
+        contribute(y + 1 * stride_y + cols, y_1, col_mask, ATOMIC)
 
         # Step t + 2
         f, u = gate(x_2)
         h = advance(h, candidate(h, w, outer(k_2, v_2, h)), f, u)
         y_2 = tl.sum(column(q_2, h) * h, 0)
-        contribute(y + 2 * y_step + cols, y_2, col_mask, ATOMIC)
-        y += UNROLL * y_step
+        contribute(y + 2 * stride_y + cols, y_2, col_mask, ATOMIC)
+        y += UNROLL * stride_y
 
         q_0, k_0, v_0, x_0 = next_q_0, next_k_0, next_v_0, next_x_0
         q_1, k_1, v_1, x_1 = next_q_1, next_k_1, next_v_1, next_x_1
@@ -315,35 +318,36 @@ def m2rnn_forward_kernel(
         f, u = gate(x_0)
         h = advance(h, candidate(h, w, outer(k_0, v_0, h)), f, u)
         y_0 = tl.sum(column(q_0, h) * h, 0)
-        contribute(y + 0 * y_step + cols, y_0, tl.where(t + 0 < length, col_mask, False), ATOMIC)
+        contribute(y + 0 * stride_y + cols, y_0, tl.where(t + 0 < length, col_mask, False), ATOMIC)
 
         # Step t + 1
         f, u = gate(x_1)
         h = advance(h, candidate(h, w, outer(k_1, v_1, h)), f, u)
         y_1 = tl.sum(column(q_1, h) * h, 0)
-        contribute(y + 1 * y_step + cols, y_1, tl.where(t + 1 < length, col_mask, False), ATOMIC)
+        contribute(y + 1 * stride_y + cols, y_1, tl.where(t + 1 < length, col_mask, False), ATOMIC)
 
         # Step t + 2
         f, u = gate(x_2)
         h = advance(h, candidate(h, w, outer(k_2, v_2, h)), f, u)
         y_2 = tl.sum(column(q_2, h) * h, 0)
-        contribute(y + 2 * y_step + cols, y_2, tl.where(t + 2 < length, col_mask, False), ATOMIC)
-        y += UNROLL * y_step
+        contribute(y + 2 * stride_y + cols, y_2, tl.where(t + 2 < length, col_mask, False), ATOMIC)
+        y += UNROLL * stride_y
 
         q_0, k_0, v_0, x_0 = next_q_0, next_k_0, next_v_0, next_x_0
         q_1, k_1, v_1, x_1 = next_q_1, next_k_1, next_v_1, next_x_1
         q_2, k_2, v_2, x_2 = next_q_2, next_k_2, next_v_2, next_x_2
-    tl.store(h_last + (b * N + n) * (K * V) + state_offsets, h, mask=state_mask)
+    tl.store(ht + (b * N + n) * (K * V) + state_offsets, h, mask=state_mask)
 
 
 @triton.jit(do_not_specialize=["S", "intervals"])
 def m2rnn_backward_kernel(
-    q, k, v, w, x, dy, dh_last, checkpoints, scratch, cu_seqlens, dq, dk, dv, dw, df, dh_first, q_b, q_s,
-    q_n, q_d, k_b, k_s, k_n, k_d, v_b, v_s, v_n, v_d, w_n, w_i, w_j, x_b, x_s, x_n, dy_b, dy_s, dy_n, dy_d,
-    S, intervals, bound,
-    HAS_LAST: tl.constexpr, PACKED: tl.constexpr, ATOMIC: tl.constexpr, WANT_Q: tl.constexpr,
-    WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_W: tl.constexpr, WANT_F: tl.constexpr,
-    WANT_H: tl.constexpr, CARRIES: tl.constexpr,
+    q, k, v, w, x, dy, dht, checkpoints, scratch, cu_seqlens, dq, dk, dv, dw, df, dh0, stride_q_b,
+    stride_q_s, stride_q_n, stride_q_d, stride_k_b, stride_k_s, stride_k_n, stride_k_d, stride_v_b,
+    stride_v_s, stride_v_n, stride_v_d, stride_w_n, stride_w_i, stride_w_j, stride_x_b, stride_x_s,
+    stride_x_n, stride_dy_b, stride_dy_s, stride_dy_n, stride_dy_d, S, intervals, bound,
+    USE_FINAL_STATE_GRADIENT: tl.constexpr, IS_VARLEN: tl.constexpr, ATOMIC: tl.constexpr,
+    WANT_Q: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, WANT_W: tl.constexpr,
+    WANT_F: tl.constexpr, WANT_H: tl.constexpr, CARRIES: tl.constexpr,
 ):  # fmt: skip
     """Scan one sequence's steps backwards for BACKWARD_ROWS rows of one head's state."""
     program = tl.program_id(0)
@@ -358,7 +362,7 @@ def m2rnn_backward_kernel(
     state_mask = (state_rows < K) & col_mask[None, :]
     state_offsets = state_rows * V + cols[None, :]
 
-    if PACKED:
+    if IS_VARLEN:
         start, length = sequence(cu_seqlens, b, S)
         token = start
         interval = start // INTERVAL + b
@@ -367,66 +371,66 @@ def m2rnn_backward_kernel(
         length = S
         token = b * S
         interval = b * intervals
-    q += b * q_b + start * q_s + (n // (N // NQ)).to(tl.int64) * q_n
-    k += b * k_b + start * k_s + (n // (N // NK)).to(tl.int64) * k_n
-    v += b * v_b + start * v_s + (n // (N // NV)).to(tl.int64) * v_n
-    x += b * x_b + start * x_s + (n // (N // NF)).to(tl.int64) * x_n
-    dy += b * dy_b + start * dy_s + n.to(tl.int64) * dy_n
-    q_row = rows.to(tl.int64) * q_d
-    k_row = rows.to(tl.int64) * k_d
-    v_col = cols.to(tl.int64) * v_d
-    dy_col = cols.to(tl.int64) * dy_d
+    q += b * stride_q_b + start * stride_q_s + (n // (N // NQ)).to(tl.int64) * stride_q_n
+    k += b * stride_k_b + start * stride_k_s + (n // (N // NK)).to(tl.int64) * stride_k_n
+    v += b * stride_v_b + start * stride_v_s + (n // (N // NV)).to(tl.int64) * stride_v_n
+    x += b * stride_x_b + start * stride_x_s + (n // (N // NF)).to(tl.int64) * stride_x_n
+    dy += b * stride_dy_b + start * stride_dy_s + n.to(tl.int64) * stride_dy_n
+    q_row = rows.to(tl.int64) * stride_q_d
+    k_row = rows.to(tl.int64) * stride_k_d
+    v_col = cols.to(tl.int64) * stride_v_d
+    dy_col = cols.to(tl.int64) * stride_dy_d
     checkpoints += (interval * N + n) * (K * V)
-    w_t = load_weight(w, w_n, w_j, w_i, n // (N // NW))
-    w = load_weight(w, w_n, w_i, w_j, n // (N // NW))
+    w_t = load_weight(w, stride_w_n, stride_w_j, stride_w_i, n // (N // NW))
+    w = load_weight(w, stride_w_n, stride_w_i, stride_w_j, n // (N // NW))
     sum_dw = tl.zeros((V_PAD, V_PAD), tl.float32)
     no_dw = sum_dw
     zeros = tl.zeros((BACKWARD_ROWS, V_PAD), tl.float32)
     c = zeros
-    if HAS_LAST:
-        c = tl.load(dh_last + (b * N + n) * (K * V) + state_offsets, mask=state_mask, other=0.0)
+    if USE_FINAL_STATE_GRADIENT:
+        c = tl.load(dht + (b * N + n) * (K * V) + state_offsets, mask=state_mask, other=0.0)
 
 
     end = (tl.cdiv(length, CHUNK) - 1) * CHUNK  # where the last chunk starts
     # Chunks go backwards: these point to the chunk whose operands are loaded next, and to that whose gradients are.
-    q_step = tl.cast(q_s, tl.int64)
-    q_at = q + end * q_step
-    k_step = tl.cast(k_s, tl.int64)
-    k_at = k + end * k_step
-    v_step = tl.cast(v_s, tl.int64)
-    v_at = v + end * v_step
-    x_step = tl.cast(x_s, tl.int64)
-    x_at = x + end * x_step
-    dy_step = tl.cast(dy_s, tl.int64)
-    dy_at = dy + end * dy_step
-    dq_step: tl.constexpr = 48 if ATOMIC else 96
+    stride_q = tl.cast(stride_q_s, tl.int64)
+    q_at = q + end * stride_q
+    stride_k = tl.cast(stride_k_s, tl.int64)
+    k_at = k + end * stride_k
+    stride_v = tl.cast(stride_v_s, tl.int64)
+    v_at = v + end * stride_v
+    stride_x = tl.cast(stride_x_s, tl.int64)
+    x_at = x + end * stride_x
+    stride_dy = tl.cast(stride_dy_s, tl.int64)
+    dy_at = dy + end * stride_dy
+    stride_dq: tl.constexpr = 48 if ATOMIC else 96
     if WANT_Q:
         dq += (token * 2 + n // 2) * 24 if ATOMIC else (token * 4 + n) * 24
-        dq += tl.cast(end, tl.int64) * dq_step
-    dk_step: tl.constexpr = 24 if ATOMIC else 96
+        dq += tl.cast(end, tl.int64) * stride_dq
+    stride_dk: tl.constexpr = 24 if ATOMIC else 96
     if WANT_K:
         dk += (token * 1 + n // 4) * 24 if ATOMIC else (token * 4 + n) * 24
-        dk += tl.cast(end, tl.int64) * dk_step
-    dv_step: tl.constexpr = 68 if ATOMIC else 136
+        dk += tl.cast(end, tl.int64) * stride_dk
+    stride_dv: tl.constexpr = 68 if ATOMIC else 136
     if WANT_V:
         dv += (token * 4 + n) * 17 if ATOMIC else ((token * 4 + n) * 2 + part) * 17
-        dv += tl.cast(end, tl.int64) * dv_step
-    df_step: tl.constexpr = 2 if ATOMIC else 8
+        dv += tl.cast(end, tl.int64) * stride_dv
+    stride_df: tl.constexpr = 2 if ATOMIC else 8
     if WANT_F:
         df += (token * 2 + n // 2) if ATOMIC else ((token * 4 + n) * 2 + part)
-        df += tl.cast(end, tl.int64) * df_step
+        df += tl.cast(end, tl.int64) * stride_df
     inside = (end >= 0) & (end + 0 < length)
-    k_0 = load_vector(k_at + 0 * k_step + k_row, row_mask, inside)
-    v_0 = load_vector(v_at + 0 * v_step + v_col, col_mask, inside)
-    x_0 = load_gate(x_at + 0 * x_step, inside)
-    q_0 = load_vector(q_at + 0 * q_step + q_row, row_mask, inside)
-    dy_0 = load_vector(dy_at + 0 * dy_step + dy_col, col_mask, inside)
+    k_0 = load_vector(k_at + 0 * stride_k + k_row, row_mask, inside)
+    v_0 = load_vector(v_at + 0 * stride_v + v_col, col_mask, inside)
+    x_0 = load_gate(x_at + 0 * stride_x, inside)
+    q_0 = load_vector(q_at + 0 * stride_q + q_row, row_mask, inside)
+    dy_0 = load_vector(dy_at + 0 * stride_dy + dy_col, col_mask, inside)
     inside = (end >= 0) & (end + 1 < length)
-    k_1 = load_vector(k_at + 1 * k_step + k_row, row_mask, inside)
-    v_1 = load_vector(v_at + 1 * v_step + v_col, col_mask, inside)
-    x_1 = load_gate(x_at + 1 * x_step, inside)
-    q_1 = load_vector(q_at + 1 * q_step + q_row, row_mask, inside)
-    dy_1 = load_vector(dy_at + 1 * dy_step + dy_col, col_mask, inside)
+    k_1 = load_vector(k_at + 1 * stride_k + k_row, row_mask, inside)
+    v_1 = load_vector(v_at + 1 * stride_v + v_col, col_mask, inside)
+    x_1 = load_gate(x_at + 1 * stride_x, inside)
+    q_1 = load_vector(q_at + 1 * stride_q + q_row, row_mask, inside)
+    dy_1 = load_vector(dy_at + 1 * stride_dy + dy_col, col_mask, inside)
     # States of one interval, CHUNK steps apart, rebuilt from its checkpoint; only this program touches them.
     scratch += program.to(tl.int64) * (INTERVAL // CHUNK * BACKWARD_ROWS * V_PAD)
     scratch_offsets = (state_rows - part * BACKWARD_ROWS) * V_PAD + cols[None, :]
@@ -435,30 +439,30 @@ def m2rnn_backward_kernel(
         state = checkpoints + tl.cast(first // INTERVAL, tl.int64) * (N * K * V) + state_offsets
         h_0 = tl.load(state, mask=state_mask, other=0.0)
         # The chunks before the last one are whole. Where there is none, nobody uses what is loaded.
-        r_k_at = k + first * k_step
-        r_k_step = tl.where(first < last, k_step, 0)
-        r_v_at = v + first * v_step
-        r_v_step = tl.where(first < last, v_step, 0)
-        r_x_at = x + first * x_step
-        r_x_step = tl.where(first < last, x_step, 0)
-        r_k_0 = tl.load(r_k_at + 0 * r_k_step + k_row, mask=row_mask, other=0.0)
-        r_v_0 = tl.load(r_v_at + 0 * r_v_step + v_col, mask=col_mask, other=0.0)
-        r_x_0 = tl.load(r_x_at + 0 * r_x_step).to(tl.float32)
-        r_k_1 = tl.load(r_k_at + 1 * r_k_step + k_row, mask=row_mask, other=0.0)
-        r_v_1 = tl.load(r_v_at + 1 * r_v_step + v_col, mask=col_mask, other=0.0)
-        r_x_1 = tl.load(r_x_at + 1 * r_x_step).to(tl.float32)
+        r_k_at = k + first * stride_k
+        r_stride_k = tl.where(first < last, stride_k, 0)
+        r_v_at = v + first * stride_v
+        r_stride_v = tl.where(first < last, stride_v, 0)
+        r_x_at = x + first * stride_x
+        r_stride_x = tl.where(first < last, stride_x, 0)
+        r_k_0 = tl.load(r_k_at + 0 * r_stride_k + k_row, mask=row_mask, other=0.0)
+        r_v_0 = tl.load(r_v_at + 0 * r_stride_v + v_col, mask=col_mask, other=0.0)
+        r_x_0 = tl.load(r_x_at + 0 * r_stride_x).to(tl.float32)
+        r_k_1 = tl.load(r_k_at + 1 * r_stride_k + k_row, mask=row_mask, other=0.0)
+        r_v_1 = tl.load(r_v_at + 1 * r_stride_v + v_col, mask=col_mask, other=0.0)
+        r_x_1 = tl.load(r_x_at + 1 * r_stride_x).to(tl.float32)
         for t in range(0, last - first, CHUNK):
             tl.store(scratch + t // CHUNK * (BACKWARD_ROWS * V_PAD) + scratch_offsets, h_0)
             ahead = tl.where(tl.cast(first + t + CHUNK, tl.int32) < last, CHUNK, 0)
-            r_k_at += ahead * k_step
-            r_v_at += ahead * v_step
-            r_x_at += ahead * x_step
-            next_k_0 = tl.load(r_k_at + 0 * k_step + k_row, mask=row_mask, other=0.0)
-            next_v_0 = tl.load(r_v_at + 0 * v_step + v_col, mask=col_mask, other=0.0)
-            next_x_0 = tl.load(r_x_at + 0 * x_step).to(tl.float32)
-            next_k_1 = tl.load(r_k_at + 1 * k_step + k_row, mask=row_mask, other=0.0)
-            next_v_1 = tl.load(r_v_at + 1 * v_step + v_col, mask=col_mask, other=0.0)
-            next_x_1 = tl.load(r_x_at + 1 * x_step).to(tl.float32)
+            r_k_at += ahead * stride_k
+            r_v_at += ahead * stride_v
+            r_x_at += ahead * stride_x
+            next_k_0 = tl.load(r_k_at + 0 * stride_k + k_row, mask=row_mask, other=0.0)
+            next_v_0 = tl.load(r_v_at + 0 * stride_v + v_col, mask=col_mask, other=0.0)
+            next_x_0 = tl.load(r_x_at + 0 * stride_x).to(tl.float32)
+            next_k_1 = tl.load(r_k_at + 1 * stride_k + k_row, mask=row_mask, other=0.0)
+            next_v_1 = tl.load(r_v_at + 1 * stride_v + v_col, mask=col_mask, other=0.0)
+            next_x_1 = tl.load(r_x_at + 1 * stride_x).to(tl.float32)
             f, u = gate(r_x_0)
             h_0 = advance(h_0, candidate(h_0, w, outer(r_k_0, r_v_0, h_0)), f, u)
             f, u = gate(r_x_1)
@@ -471,27 +475,27 @@ def m2rnn_backward_kernel(
             # loaded, and the first step's will do.
             before = tl.cast(t - CHUNK, tl.int32)
             kept = scratch + tl.maximum(before - first, 0) // CHUNK * (BACKWARD_ROWS * V_PAD) + scratch_offsets
-            before_q_s = tl.where(before >= 0, q_step, 0)
-            q_at -= CHUNK * before_q_s
-            before_k_s = tl.where(before >= 0, k_step, 0)
-            k_at -= CHUNK * before_k_s
-            before_v_s = tl.where(before >= 0, v_step, 0)
-            v_at -= CHUNK * before_v_s
-            before_dy_s = tl.where(before >= 0, dy_step, 0)
-            dy_at -= CHUNK * before_dy_s
-            before_x_s = tl.where(before >= 0, x_step, 0)
-            x_at -= CHUNK * before_x_s
+            before_stride_q = tl.where(before >= 0, stride_q, 0)
+            q_at -= CHUNK * before_stride_q
+            before_stride_k = tl.where(before >= 0, stride_k, 0)
+            k_at -= CHUNK * before_stride_k
+            before_stride_v = tl.where(before >= 0, stride_v, 0)
+            v_at -= CHUNK * before_stride_v
+            before_stride_dy = tl.where(before >= 0, stride_dy, 0)
+            dy_at -= CHUNK * before_stride_dy
+            before_stride_x = tl.where(before >= 0, stride_x, 0)
+            x_at -= CHUNK * before_stride_x
             next_h = tl.load(kept)
-            next_q_0 = tl.load(q_at + 0 * before_q_s + q_row, mask=row_mask, other=0.0)
-            next_k_0 = tl.load(k_at + 0 * before_k_s + k_row, mask=row_mask, other=0.0)
-            next_v_0 = tl.load(v_at + 0 * before_v_s + v_col, mask=col_mask, other=0.0)
-            next_dy_0 = tl.load(dy_at + 0 * before_dy_s + dy_col, mask=col_mask, other=0.0)
-            next_x_0 = tl.load(x_at + 0 * before_x_s).to(tl.float32)
-            next_q_1 = tl.load(q_at + 1 * before_q_s + q_row, mask=row_mask, other=0.0)
-            next_k_1 = tl.load(k_at + 1 * before_k_s + k_row, mask=row_mask, other=0.0)
-            next_v_1 = tl.load(v_at + 1 * before_v_s + v_col, mask=col_mask, other=0.0)
-            next_dy_1 = tl.load(dy_at + 1 * before_dy_s + dy_col, mask=col_mask, other=0.0)
-            next_x_1 = tl.load(x_at + 1 * before_x_s).to(tl.float32)
+            next_q_0 = tl.load(q_at + 0 * before_stride_q + q_row, mask=row_mask, other=0.0)
+            next_k_0 = tl.load(k_at + 0 * before_stride_k + k_row, mask=row_mask, other=0.0)
+            next_v_0 = tl.load(v_at + 0 * before_stride_v + v_col, mask=col_mask, other=0.0)
+            next_dy_0 = tl.load(dy_at + 0 * before_stride_dy + dy_col, mask=col_mask, other=0.0)
+            next_x_0 = tl.load(x_at + 0 * before_stride_x).to(tl.float32)
+            next_q_1 = tl.load(q_at + 1 * before_stride_q + q_row, mask=row_mask, other=0.0)
+            next_k_1 = tl.load(k_at + 1 * before_stride_k + k_row, mask=row_mask, other=0.0)
+            next_v_1 = tl.load(v_at + 1 * before_stride_v + v_col, mask=col_mask, other=0.0)
+            next_dy_1 = tl.load(dy_at + 1 * before_stride_dy + dy_col, mask=col_mask, other=0.0)
+            next_x_1 = tl.load(x_at + 1 * before_stride_x).to(tl.float32)
 
             # The chunk's states and candidates, forwards: h_0 is the state that step t starts from.
             f_0, u_0 = gate(x_0)
@@ -522,13 +526,13 @@ def m2rnn_backward_kernel(
             if CARRIES:
                 c = tl.fma(f_1, g, product(d_operand, w_t, zeros))
             if WANT_Q:
-                contribute(dq + 1 * dq_step + rows, dq_1, tl.where(inside, row_mask, False), ATOMIC)
+                contribute(dq + 1 * stride_dq + rows, dq_1, tl.where(inside, row_mask, False), ATOMIC)
             if WANT_K:
-                contribute(dk + 1 * dk_step + rows, dk_1, tl.where(inside, row_mask, False), ATOMIC)
+                contribute(dk + 1 * stride_dk + rows, dk_1, tl.where(inside, row_mask, False), ATOMIC)
             if WANT_V:
-                contribute(dv + 1 * dv_step + cols, dv_1, tl.where(inside, col_mask, False), ATOMIC)
+                contribute(dv + 1 * stride_dv + cols, dv_1, tl.where(inside, col_mask, False), ATOMIC)
             if WANT_F:
-                contribute(df + 1 * df_step, df_1, inside, ATOMIC)
+                contribute(df + 1 * stride_df, df_1, inside, ATOMIC)
 
             # Step t + 0, backwards
             inside = t + 0 < length
@@ -545,21 +549,21 @@ def m2rnn_backward_kernel(
             if CARRIES:
                 c = tl.fma(f_0, g, product(d_operand, w_t, zeros))
             if WANT_Q:
-                contribute(dq + 0 * dq_step + rows, dq_0, tl.where(inside, row_mask, False), ATOMIC)
+                contribute(dq + 0 * stride_dq + rows, dq_0, tl.where(inside, row_mask, False), ATOMIC)
             if WANT_K:
-                contribute(dk + 0 * dk_step + rows, dk_0, tl.where(inside, row_mask, False), ATOMIC)
+                contribute(dk + 0 * stride_dk + rows, dk_0, tl.where(inside, row_mask, False), ATOMIC)
             if WANT_V:
-                contribute(dv + 0 * dv_step + cols, dv_0, tl.where(inside, col_mask, False), ATOMIC)
+                contribute(dv + 0 * stride_dv + cols, dv_0, tl.where(inside, col_mask, False), ATOMIC)
             if WANT_F:
-                contribute(df + 0 * df_step, df_0, inside, ATOMIC)
+                contribute(df + 0 * stride_df, df_0, inside, ATOMIC)
             if WANT_Q:
-                dq -= CHUNK * dq_step
+                dq -= CHUNK * stride_dq
             if WANT_K:
-                dk -= CHUNK * dk_step
+                dk -= CHUNK * stride_dk
             if WANT_V:
-                dv -= CHUNK * dv_step
+                dv -= CHUNK * stride_dv
             if WANT_F:
-                df -= CHUNK * df_step
+                df -= CHUNK * stride_df
 
             h_0 = next_h
             q_0 = next_q_0
@@ -575,7 +579,7 @@ def m2rnn_backward_kernel(
         tl.debug_barrier()
 
     if WANT_H:
-        tl.store(dh_first + (b * N + n) * (K * V) + state_offsets, c, mask=state_mask)
+        tl.store(dh0 + (b * N + n) * (K * V) + state_offsets, c, mask=state_mask)
     if WANT_W:
         i = tl.arange(0, V_PAD)
         mask = (i < V)[:, None] & col_mask[None, :]
@@ -584,8 +588,9 @@ def m2rnn_backward_kernel(
 
 @triton.jit
 def m2rnn_step_kernel(
-    q, k, v, w, x, state, y, q_b, q_n, q_d, k_b, k_n, k_d, v_b, v_n, v_d, w_n, w_i, w_j, x_b, x_n, h_b, h_n,
-    h_i, h_j,
+    q, k, v, w, x, state, y, stride_q_b, stride_q_n, stride_q_d, stride_k_b, stride_k_n, stride_k_d,
+    stride_v_b, stride_v_n, stride_v_d, stride_w_n, stride_w_i, stride_w_j, stride_x_b, stride_x_n,
+    stride_h_b, stride_h_n, stride_h_i, stride_h_j,
 ):  # fmt: skip
     """Advance one head's state by one step in place, FORWARD_ROWS rows at a time."""
     n = tl.program_id(0) % N
@@ -593,23 +598,23 @@ def m2rnn_step_kernel(
     cols = tl.arange(0, V_PAD)
     col_mask = cols < V
 
-    q += b * q_b + (n // (N // NQ)).to(tl.int64) * q_n
-    k += b * k_b + (n // (N // NK)).to(tl.int64) * k_n
-    v += b * v_b + (n // (N // NV)).to(tl.int64) * v_n
-    x += b * x_b + (n // (N // NF)).to(tl.int64) * x_n
-    state += b * h_b + n.to(tl.int64) * h_n
-    w = load_weight(w, w_n, w_i, w_j, n // (N // NW))
-    v = tl.load(v + cols.to(tl.int64) * v_d, mask=col_mask, other=0.0)
+    q += b * stride_q_b + (n // (N // NQ)).to(tl.int64) * stride_q_n
+    k += b * stride_k_b + (n // (N // NK)).to(tl.int64) * stride_k_n
+    v += b * stride_v_b + (n // (N // NV)).to(tl.int64) * stride_v_n
+    x += b * stride_x_b + (n // (N // NF)).to(tl.int64) * stride_x_n
+    state += b * stride_h_b + n.to(tl.int64) * stride_h_n
+    w = load_weight(w, stride_w_n, stride_w_i, stride_w_j, n // (N // NW))
+    v = tl.load(v + cols.to(tl.int64) * stride_v_d, mask=col_mask, other=0.0)
     f, u = gate(tl.load(x).to(tl.float32))
     y_0 = tl.zeros((V_PAD,), tl.float32)
     for first in range(0, FORWARD_PARTS * FORWARD_ROWS, FORWARD_ROWS):
         rows = (first + tl.arange(0, FORWARD_ROWS)).to(tl.int64)
         row_mask = rows < K
         state_rows = rows[:, None]
-        address = state + state_rows * h_i + cols.to(tl.int64)[None, :] * h_j
+        address = state + state_rows * stride_h_i + cols.to(tl.int64)[None, :] * stride_h_j
         state_mask = (state_rows < K) & col_mask[None, :]
-        q_0 = tl.load(q + rows * q_d, mask=row_mask, other=0.0)
-        k_0 = tl.load(k + rows * k_d, mask=row_mask, other=0.0)
+        q_0 = tl.load(q + rows * stride_q_d, mask=row_mask, other=0.0)
+        k_0 = tl.load(k + rows * stride_k_d, mask=row_mask, other=0.0)
         h = tl.load(address, mask=state_mask, other=0.0).to(tl.float32)
         h = advance(h, candidate(h, w, outer(k_0, v, h)), f, u)
         y_0 += tl.sum(column(q_0, h) * h, 0)
