@@ -118,3 +118,17 @@ def test_kernels_speak_the_words_of_the_field(cols: int, families: set[Family], 
         assert RETIRED.search(text) is None, point.slug
         other = "tl" if lowering.gluon else "gl"
         assert re.search(rf"(?<![\w.]){other}\b", text) is None, point.slug
+
+
+IN_BRACES = re.compile(r"\{\{(.*?)\}\}")
+STRINGS = re.compile(r"\"[^\"]*\"|'[^']*'")
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name.startswith("templates/kernels/")])
+def test_templates_of_kernels_do_no_arithmetic(name: str) -> None:
+    """Python decides; templates place."""
+    text = SOURCES[name].read_text(encoding="utf-8")
+    assert "{% set" not in text
+    assert [
+        found for found in IN_BRACES.findall(text) if re.search(r"[-+*/%]", STRINGS.sub("", found).strip("- "))
+    ] == []

@@ -19,6 +19,7 @@ from m2gen.device import PORTABLE, TARGETS
 from m2gen.kernels import compile as compiling
 from m2gen.kernels.compile import Job, compiled, load_kernels, toolchain
 from m2gen.kernels.lowering import Direction, Lowering
+from m2gen.kernels.options import options_of
 from m2gen.kernels.render import render_kernel
 from m2gen.measure.workers import Lost, Service, run_isolated, without_interpreter
 from m2gen.package import emit
@@ -108,7 +109,7 @@ def test_launches_have_it_for_the_forward_alone(monkeypatch, name, version) -> N
     for kernel in (module.m2rnn_forward_kernel, module.m2rnn_step_kernel):
         kernel[(1, 1, 1)](**module.LAUNCH["forward_options"])
     less = {"ptx_options": LESS} if name in HAS_ZEROS and version == "3.9.0" else {}
-    usual = {"grid": (1, 1, 1), "warmup": False, **EVERY[name].options(Direction.FORWARD)}
+    usual = {"grid": (1, 1, 1), "warmup": False, **options_of(EVERY[name], Direction.FORWARD)}
     assert usual["enable_fp_fusion"] is True
     assert kept == [("m2rnn_forward_kernel", {**usual, **less}), ("m2rnn_step_kernel", usual)]
 
