@@ -25,8 +25,8 @@ UNSEEN = {
     "a title": ("M2RNN kernels for", "Kernels for"),
     "a comment": ("# Step t + 0\n", "# The first step\n"),
     "a comment behind code": (
-        "length = tl.minimum(length - skipped, span)",
-        "length = tl.minimum(length - skipped, span)  # so",
+        "length = tl.minimum(remaining, span)",
+        "length = tl.minimum(remaining, span)  # so",
     ),
     "a docstring": ('"""Load one step\'s vector;', '"""Load a vector;'),
     "how it is launched": ('"interval": 16', '"interval": 8'),
