@@ -36,7 +36,9 @@ ALLOWED: dict[str, str] = {
     "measure": "db device errors problem schedule spec variant verify",
     "tune": "bucket cache db device errors kernels measure problem runtime schedule spec variant verify",
     "bench": "db device errors kernels measure problem runtime schedule spec variant verify",
-    "pipeline": "bench bucket cache db device errors kernels measure package schedule shipped spec tune variant verify",
+    "pipeline": (
+        "bench bucket cache db device errors kernels measure package runtime schedule shipped spec tune variant verify"
+    ),
     "cli": (
         "bench bucket cache db device errors kernels measure package pipeline schedule shipped spec tune variant verify"
     ),

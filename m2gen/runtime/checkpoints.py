@@ -87,6 +87,11 @@ def spec_text(
             f"    dtypes: [{', '.join(dtypes)}]",
             f"    workloads: [{{batch: 1, seq: {steps}}}]",
         ]
+    lines += [
+        "", "numerics:",
+        "  clip: carry  # as published models were trained on GPUs",
+        f"  tanh: {'exact' if 'fp32' in dtypes else 'approx'}",
+    ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

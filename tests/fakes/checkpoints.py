@@ -51,3 +51,19 @@ def models_package(folder: Path) -> ModuleType:
 def hf_of(package: ModuleType) -> Any:
     """Return a package's module for transformers."""
     return importlib.import_module(f"{package.__name__}.hf")
+
+
+def small_config(kind: str) -> dict[str, Any]:
+    """Return the configuration of a small model: a recorded one, or one without attention."""
+    if kind != "recurrent":
+        return config_of(kind)
+    config = config_of("hybrid_nope")
+    mixer = config["sequence_mixer_blocks"][0]
+    return {**config, "sequence_mixer_blocks": [mixer, dict(mixer)]}
+
+
+def small_model(hf: Any, kind: str, backend: str = "reference", **options: Any) -> Any:
+    """Return a model that was not trained, whose greedy tokens vary."""
+    torch.manual_seed(0)
+    config = hf.M2RNNConfig(**{**small_config(kind), "backend": backend, "eos_token_id": None, **options})
+    return hf.M2RNNForCausalLM(config).eval()

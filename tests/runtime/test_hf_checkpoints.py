@@ -135,3 +135,17 @@ def test_only_the_module_needs_transformers(tmp_path: Path) -> None:
     command = [sys.executable, "-c", ALONE, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@every_backend
+def test_decay_parameters_stay_wide(hf: Any, folders: Any, backend: str) -> None:
+    """A model that is loaded in bf16 keeps A_log and dt_bias in float32, with every bit, and runs."""
+    facts = arrays_of("hybrid_nope")
+    model = hf.M2RNNForCausalLM.from_pretrained(folders("hybrid_nope"), backend=backend, dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        wide = name.endswith(("A_log", "dt_bias"))
+        assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
+        assert not wide or torch.equal(parameter, facts[name])
+    if backend == "reference":  # the package has kernels for float32 alone
+        with torch.no_grad():
+            assert distance(model(facts["input_ids"]).logits, facts["logits"]) < 0.05

@@ -130,9 +130,10 @@ class M2RNNConfig(PreTrainedConfig):
                 check(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is written to ``config.json``: everything but the backend."""
+        """Return what is written to ``config.json``: all but the backend, and a key of which transformers warns."""
         written: dict[str, Any] = super().to_dict()
-        written.pop("backend", None)
+        for key in ("backend", "rope_scaling"):  # the latter is None
+            written.pop(key, None)
         return written
 
     def spec(
