@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..checkpoints import CONFIG, M2RNN_BLOCK, CheckpointError
@@ -48,6 +48,22 @@ class MLPBlock:
         return self.activation.endswith("glu")
 
 
+@dataclass(frozen=True)
+class ExpertsBlock:
+    """A mixture of experts, each an MLP without biases, and one MLP, ``shared``, of every token's where it is given.
+
+    Chosen experts' weights add up to 1 where ``normalised``, and else all experts' do.
+    """
+
+    expert: MLPBlock
+    count: int
+    chosen: int
+    shared: MLPBlock | None
+    shared_gate: bool
+    normalised: bool
+    dropout: float
+
+
 class Keys:
     """Read the keys of one mapping of a configuration; ``done`` refuses those that nobody read."""
 
@@ -74,9 +90,9 @@ class Keys:
             raise self.error(key, "be a positive integer", value)
         return value
 
-    def flag(self, key: str) -> bool:
-        """Return a boolean, false if absent."""
-        value = self._left.pop(key, False)
+    def flag(self, key: str, default: bool = False) -> bool:
+        """Return a boolean."""
+        value = self._left.pop(key, default)
         if not isinstance(value, bool):
             raise self.error(key, "be true or false", value)
         return value
@@ -139,13 +155,27 @@ def _scale(keys: Keys, head_dim: int) -> float:
     return float(head_dim ** (-0.5 if method == INVERSE_SQRT else -1))
 
 
-def mlp_block(block: Any, i: int) -> MLPBlock:
-    """Return the MLP of layer i; raises CheckpointError for a mixture of experts and for keys that cannot be run."""
+def mlp_block(block: Any, i: int) -> MLPBlock | ExpertsBlock:
+    """Return the MLP of layer i; raises CheckpointError for keys that cannot be run as they say."""
     keys = Keys(block, f"{CONFIG}: $.mlp_blocks[{i}]")
-    keys.only("mlp_type", "MLP")
-    made = MLPBlock(
-        keys.count("intermediate_size"), str(keys.any("activation_function")), keys.flag("add_bias"),
-        keys.number("dropout", 0),
-    )  # fmt: skip
+    kind = keys.only("mlp_type", "MLP", "MoE")
+    activation, bias = str(keys.any("activation_function")), keys.flag("add_bias")
+    mlp = MLPBlock(keys.count("intermediate_size"), activation, bias, keys.number("dropout", 0))
+    made = mlp if kind == "MLP" else _experts(keys, mlp)
     keys.done()
     return made
+
+
+def _experts(keys: Keys, mlp: MLPBlock) -> ExpertsBlock:
+    """Return the experts of which each is as ``mlp``; published code leaves their biases out."""
+    if mlp.bias:
+        raise keys.error("add_bias", "be false where mlp_type is 'MoE'", mlp.bias)
+    count, chosen = keys.count("num_experts"), keys.count("num_experts_per_tok")
+    if chosen > count:
+        raise keys.error("num_experts_per_tok", f"be at most num_experts = {count}", chosen)
+    shared, expert = keys.any("shared_intermediate_size"), replace(mlp, dropout=0)
+    gate = keys.flag("shared_expert_gating")
+    if gate and shared is None:
+        raise keys.error("shared_expert_gating", "be false where shared_intermediate_size is null", gate)
+    always = None if shared is None else replace(expert, size=shared)
+    return ExpertsBlock(expert, count, chosen, always, gate, keys.flag("normalized_topk", True), mlp.dropout)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization
 
 from ..convolution import DepthwiseConv1d
@@ -15,11 +16,25 @@ from ..layer import M2RNN
 from ..norm import RMSNorm
 from .configuration import M2RNNConfig
 
+Linear = TypeVar("Linear", bound=nn.Module)
 DEEP = "m2rnn_is_deep"
 """Attribute of the linear layers whose results are added to the residual stream."""
 
 
-def deep(linear: nn.Linear) -> nn.Linear:
+class Experts(nn.Module):
+    """Linear maps (experts, outputs, inputs), each of its own tokens."""
+
+    def __init__(self, count: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, outputs, inputs))
+
+    def forward(self, x: Tensor, counts: list[int]) -> Tensor:
+        """Map x (T, inputs), the first ``counts[0]`` tokens by the first expert, to (T, outputs)."""
+        parts = torch.split(x, counts)
+        return torch.cat([part @ weight.mT for part, weight in zip(parts, self.weight, strict=True)])
+
+
+def deep(linear: Linear) -> Linear:
     """Return a linear layer marked as one whose results are added to the residual stream."""
     setattr(linear, DEEP, True)
     return linear
@@ -27,11 +42,11 @@ def deep(linear: nn.Linear) -> nn.Linear:
 
 def initialise(module: nn.Module, config: M2RNNConfig) -> None:
     """Draw the parameters of a module, without its children's, that no checkpoint has given."""
-    if isinstance(module, nn.Linear | DepthwiseConv1d):
-        fan_in = module.in_features if isinstance(module, nn.Linear) else module.kernel_size[0]
+    if isinstance(module, nn.Linear | DepthwiseConv1d | Experts):
+        fan_in = module.weight.shape[-1]  # of the convolution, which is depthwise, its width
         scale = math.sqrt(2 * config.num_layers) if config.use_depth_scaled_init and hasattr(module, DEEP) else 1.0
         initialization.normal_(module.weight, std=_std(config, config.init_method, fan_in) / scale)
-        if module.bias is not None:
+        if not isinstance(module, Experts) and module.bias is not None:
             initialization.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         method = "normal" if config.embedding_init_method == "mup" else config.embedding_init_method

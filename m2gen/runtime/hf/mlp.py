@@ -33,23 +33,33 @@ GATES = {
 """Activations of gates, by the published names of gated ones."""
 
 
+def activation_of(block: MLPBlock, i: int) -> Callable[[Tensor], Tensor]:
+    """Return what layer i makes of its first projection (..., size or 2 size): (..., size).
+
+    Even columns are the gate of the odd ones, where it is gated. Raises CheckpointError for a name that is none.
+    """
+    name = GATES.get(block.activation, block.activation)
+    if name not in ACTIVATIONS:
+        known = ", ".join((*ACTIVATIONS, *GATES))
+        where = f"{CONFIG}: $.mlp_blocks[{i}].activation_function"
+        raise CheckpointError(f"{where} must be among {known}, got {block.activation!r}")
+    function = ACTIVATIONS[name]
+
+    def gated(x: Tensor) -> Tensor:
+        return x[..., 1::2] * function(x[..., ::2])
+
+    return gated if block.gated else function
+
+
 class MLP(nn.Module):
-    """The MLP of layer i: even rows of the first projection are the gate of the odd ones, where it is gated."""
+    """The MLP of layer i."""
 
     def __init__(self, hidden_size: int, block: MLPBlock, i: int) -> None:
         super().__init__()
-        self.block = block
-        name = GATES.get(block.activation, block.activation)
-        if name not in ACTIVATIONS:
-            known = ", ".join((*ACTIVATIONS, *GATES))
-            where = f"{CONFIG}: $.mlp_blocks[{i}].activation_function"
-            raise CheckpointError(f"{where} must be among {known}, got {block.activation!r}")
-        self.activation = ACTIVATIONS[name]
+        self.block, self.activation = block, activation_of(block, i)
         self.c_fc = nn.Linear(hidden_size, block.size * (1 + block.gated), bias=block.bias)
         self.c_proj = deep(nn.Linear(block.size, hidden_size, bias=block.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., hidden_size) to the same shape."""
-        x = self.c_fc(x)
-        x = x[..., 1::2] * self.activation(x[..., ::2]) if self.block.gated else self.activation(x)
-        return F.dropout(self.c_proj(x), self.block.dropout, self.training)
+        return F.dropout(self.c_proj(self.activation(self.c_fc(x))), self.block.dropout, self.training)

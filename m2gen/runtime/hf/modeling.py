@@ -5,76 +5,25 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.utils import GenerationMixin
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeCausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from ..layer import M2RNN
-from ..norm import RMSNorm
 from .attention import SoftmaxAttention, rotations
-from .blocks import attention_block, mlp_block
-from .caching import M2RNNCacheLayer, mix
-from .configuration import FULL_ATTENTION, M2RNN_LAYER, M2RNNConfig
+from .block import M2RNNBlock, norm_of
+from .configuration import FULL_ATTENTION, M2RNNConfig
 from .initialise import initialise
 from .masks import masks_of, offsets_of
-from .mixing import m2rnn_of
-from .mlp import MLP
-
-
-def norm_of(config: M2RNNConfig) -> nn.Module:
-    """Return one of the norms around mixers and MLPs."""
-    if config.normalization_function == "layernorm":
-        return nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon)
-    return RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-
-
-class M2RNNBlock(GradientCheckpointingLayer):
-    """A mixer, which is an M2RNN or attention, and an MLP, each added to what it is given a norm of."""
-
-    def __init__(self, config: M2RNNConfig, number: int) -> None:
-        super().__init__()
-        self.number, self.kind, self.scale = number, config.layer_types[number], config.m_residual
-        block = (config.sequence_mixer_blocks or [])[number]
-        self.ln_1 = norm_of(config)
-        if self.kind == M2RNN_LAYER:
-            self.sequence_mixer: nn.Module = m2rnn_of(config, block, number)
-        else:
-            self.sequence_mixer = SoftmaxAttention(config, attention_block(block, number, config.hidden_size), number)
-        self.ln_2 = norm_of(config)
-        self.mlp_block = MLP(config.hidden_size, mlp_block((config.mlp_blocks or [])[number], number), number)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        masks: dict[str, Any] | None = None,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        cache: Cache | None = None,
-        cu_seqlens: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Map hidden_states (B, S, hidden_size) to the same shape."""
-        x, mask = self.ln_1(hidden_states), (masks or {}).get(self.kind)
-        mixer = self.sequence_mixer
-        if isinstance(mixer, M2RNN):
-            entry = None if cache is None else cast(M2RNNCacheLayer, cache.layers[self.number])
-            mixed = mix(mixer, x, entry, mask, cu_seqlens)
-        else:
-            mixed, _ = mixer(x, mask, position_embeddings, cache, **kwargs)
-        hidden_states = hidden_states + self._scaled(mixed)
-        return hidden_states + self._scaled(self.mlp_block(self.ln_2(hidden_states)))
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        return x if self.scale is None else x * self.scale
 
 
 class M2RNNPreTrainedModel(PreTrainedModel):
@@ -97,6 +46,13 @@ class M2RNNPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         initialise(module, self.config)
+
+
+@dataclass
+class M2RNNModelOutput(BaseModelOutputWithPast):
+    """Hidden states, and the sum over layers of how unevenly experts were chosen."""
+
+    aux_loss: Tensor | None = None
 
 
 class M2RNNModel(M2RNNPreTrainedModel):
@@ -123,7 +79,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> M2RNNModelOutput:
         """Return hidden states of input_ids (B, S) or inputs_embeds (B, S, hidden_size), after what a cache has seen.
 
         attention_mask (B, past + S) is true, or not 0, at tokens. Sequences that lie one after the other in a row are
@@ -149,12 +105,16 @@ class M2RNNModel(M2RNNPreTrainedModel):
             x = x * self.config.m_emb
         x = F.dropout(x, self.config.embedding_dropout, self.training)
         rotary = self._rotations(position_ids)
+        losses = []
         for block in self.h:
-            x = block(
+            x, uneven = block(
                 x, masks=masks, position_embeddings=rotary, cache=cache, cu_seqlens=cu_seq_lens_q,
                 position_ids=position_ids, **kwargs,
             )  # fmt: skip
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(x), cache=cache)
+            losses += [] if uneven is None else [uneven]
+        return M2RNNModelOutput(
+            last_hidden_state=self.ln_f(x), cache=cache, aux_loss=torch.stack(losses).sum() if losses else None
+        )
 
     def _rotations(self, position_ids: Tensor) -> tuple[Tensor, Tensor] | None:
         config = self.config
@@ -187,8 +147,10 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """Return logits (B, S, vocab_size), and the loss where labels (B, S) are given; -100 is no label.
+
+        In training ``router_aux_loss_coef`` times the sum of layers' auxiliary losses is a part of it.
 
         ``logits_to_keep`` is how many of the last positions have logits, all if 0, or which ones. Arguments else are
         those of ``M2RNNModel.forward``.
@@ -203,8 +165,10 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, cache=outputs.cache,
+            if self.training and outputs.aux_loss is not None:
+                loss = loss + (self.config.router_aux_loss_coef or 0.0) * outputs.aux_loss
+        return MoeCausalLMOutputWithPast(
+            loss=loss, aux_loss=outputs.aux_loss, logits=logits, cache=outputs.cache,
             hidden_states=outputs.hidden_states, attentions=outputs.attentions,
         )  # fmt: skip
 
