@@ -45,7 +45,7 @@ def commands(page: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     for text in code(page):
         for found in COMMAND.findall(text):
             line = found.split(" #")[0].split(" && ")[0]
-            words = re.match(r"[a-z]+(?: [a-z]+)*", line)
+            words = re.match(r"[a-z]+(?: [a-z]+(?:-[a-z]+)*)*", line)
             assert words is not None
             yield line, words.group().split(), OPTION.findall(line)
 

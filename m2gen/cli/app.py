@@ -14,7 +14,8 @@ from m2gen.cli.bench import EXAMPLES as BENCH_EXAMPLES
 from m2gen.cli.bench import bench
 from m2gen.cli.build import BUILD_EXAMPLES, CHECK_EXAMPLES, build, check
 from m2gen.cli.db import db_app
-from m2gen.cli.options import DebugOption, JsonOption, SpecOption, VerboseOption, planned, reporting
+from m2gen.cli.options import DebugOption, JsonOption, reporting
+from m2gen.cli.spec import spec_app
 from m2gen.cli.streams import exit_status, open_streams
 from m2gen.cli.tune import EXAMPLES as TUNE_EXAMPLES
 from m2gen.cli.tune import tune
@@ -41,7 +42,6 @@ app = typer.Typer(
     epilog="Exit status: 0 done; 1 a check, verification or comparison failed; 2 the command or a spec cannot be used; "
     "130 interrupted; 141 the reader of what is printed is gone.",
 )
-spec_app = typer.Typer(no_args_is_help=True, help="Look at specs: the variants that they ask for, and their schema.")
 app.add_typer(spec_app, name="spec")
 app.add_typer(db_app, name="db")
 app.command(epilog=BUILD_EXAMPLES)(build)
@@ -64,26 +64,6 @@ def root(
     ] = False,
 ) -> None:
     """Handle the options before a command."""
-
-
-@spec_app.command("show")
-def spec_show(
-    spec: SpecOption, json: JsonOption = False, verbose: VerboseOption = False, debug: DebugOption = False
-) -> None:
-    """Show the variants that a spec asks for."""
-    from m2gen.cli.show.build import show_spec
-
-    with reporting(debug):
-        show_spec(planned(spec), as_json=json, verbose=verbose)
-
-
-@spec_app.command("schema")
-def spec_schema() -> None:
-    """Print the JSON schema of specs."""
-    from m2gen.cli.show.report import print_json
-    from m2gen.spec import json_schema
-
-    print_json(json_schema())
 
 
 @app.command()

@@ -13,6 +13,7 @@ from m2gen.pipeline.bench import (
 )
 from m2gen.pipeline.build import BuildOutcome, build, committed_specs, difference
 from m2gen.pipeline.check import CheckRow, check
+from m2gen.pipeline.checkpoint import CheckpointRequest, spec_of_checkpoint, write_spec
 from m2gen.pipeline.db import Answer, Question, Superfluous, open_database, state, superfluous, why
 from m2gen.pipeline.plan import Plan, open_spec, plan, render, shipped_database, shipped_specs
 from m2gen.pipeline.recheck import Recheck, Replayed, replay, verify_records
@@ -25,6 +26,7 @@ __all__ = [
     "BenchRequest",
     "BuildOutcome",
     "CheckRow",
+    "CheckpointRequest",
     "Plan",
     "Question",
     "Recheck",
@@ -55,6 +57,7 @@ __all__ = [
     "reproduce",
     "shipped_database",
     "shipped_specs",
+    "spec_of_checkpoint",
     "state",
     "superfluous",
     "sweep",
@@ -66,4 +69,5 @@ __all__ = [
     "verify_records",
     "why",
     "workloads",
+    "write_spec",
 ]

@@ -51,6 +51,8 @@ def run(
             return _padded(layer, x, None, None, attention_mask, cu_seqlens)[0]
         return scan(layer, x, None, None, cu_seqlens)[0]
     if not getattr(cache, "in_place", True):  # no isinstance: the states may be of another package's layer
+        if attention_mask is not None:
+            return _padded(layer, x, cache.conv, cache.state, attention_mask, cu_seqlens)
         return scan(layer, x, cache.conv, cache.state, cu_seqlens)
     moved = cast(M2RNNCache, cache)
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):

@@ -1,0 +1,132 @@
+"""What a checkpoint of the published implementation needs built: the dims of its M2RNN blocks, and a spec of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG = "config.json"
+M2RNN_BLOCK = "m2rnn"
+SHORT_DTYPES = {
+    "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "BF16": "bf16", "F16": "fp16", "F32": "fp32"
+}  # fmt: skip
+"""Names of dtypes in specs, by those of configurations and of safetensors files."""
+BITS = ("BF16", "F16", "F32")
+MOST_STEPS = 4096
+"""The longest workload that a spec is written with; tuning it takes seconds a trial already."""
+
+
+class CheckpointError(ValueError):
+    """A configuration that cannot be read, or asks for what is not supported; the message names the key."""
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Rows K and columns V of a state, and the heads of q, k, v, f and w, by which kernels are built."""
+
+    state_expansion: int
+    head_dim: int
+    heads: tuple[int, int, int, int, int]
+
+
+def dims_of(block: Mapping[str, Any], where: str) -> Dims:
+    """Return the dims of an M2RNN block's mapping; raises CheckpointError for a key that is missing or no count."""
+    names = ("k_head_dim", "v_head_dim", *(f"num_{operand}_heads" for operand in ("q", "k", "v", "f", "weight")))
+    sizes = []
+    for name in names:
+        value = block.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{where}.{name} must be a positive integer, got {value!r}")
+        sizes.append(value)
+    rows, cols, q, k, v, f, w = sizes
+    total = max(q, k, v, f, w)  # one projected gate becomes N gates, since the decay's parameters have N entries
+    return Dims(rows, cols, (q, k, v, total if f == 1 else f, w))
+
+
+def m2rnn_blocks(config: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield the M2RNN blocks of a configuration, each with the number of its layer."""
+    blocks = config.get("sequence_mixer_blocks")
+    if not isinstance(blocks, Sequence) or not all(isinstance(block, Mapping) for block in blocks):
+        raise CheckpointError(f"{CONFIG}: $.sequence_mixer_blocks must be a list of mappings, got {blocks!r}")
+    for i, block in enumerate(blocks):
+        if block.get("sequence_mixer_type") == M2RNN_BLOCK:
+            yield i, block
+
+
+def spec_text(
+    config: Mapping[str, Any],
+    *,
+    name: str = "checkpoint",
+    targets: Sequence[str] = ("sm_90",),
+    dtypes: Sequence[str] = ("bf16",),
+) -> str:
+    """Return the YAML of a spec with a layer for each set of dims that a configuration's M2RNN blocks have.
+
+    Raises CheckpointError for a configuration without M2RNN blocks.
+    """
+    layers: dict[Dims, list[int]] = {}
+    for i, block in m2rnn_blocks(config):
+        layers.setdefault(dims_of(block, f"{CONFIG}: $.sequence_mixer_blocks[{i}]"), []).append(i)
+    if not layers:
+        raise CheckpointError(f"{CONFIG}: $.sequence_mixer_blocks must have a block of type {M2RNN_BLOCK}, got none")
+    steps = min(int(config.get("max_position_embeddings") or MOST_STEPS), MOST_STEPS)
+    lines = [
+        f"# The M2RNN layers of {name}.", "",
+        "schema: 1", f"name: {name}", f"targets: [{', '.join(targets)}]", "", "layers:",
+    ]  # fmt: skip
+    for number, (dims, users) in enumerate(layers.items()):
+        heads = ", ".join(f"{operand}: {count}" for operand, count in zip("qkvfw", dims.heads, strict=True))
+        lines += [
+            f"  m2rnn{number or ''}:  # layers {', '.join(map(str, users))}",
+            f"    head_dim: {dims.head_dim}",
+            f"    state_expansion: {dims.state_expansion}",
+            f"    heads: {{{heads}}}",
+            f"    dtypes: [{', '.join(dtypes)}]",
+            f"    workloads: [{{batch: 1, seq: {steps}}}]",
+        ]
+    lines += [
+        "", "numerics:",
+        "  clip: carry  # as published models were trained on GPUs",
+        f"  tanh: {'exact' if 'fp32' in dtypes else 'approx'}",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the configuration in a checkpoint's folder; raises CheckpointError for what is not one."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} must be a readable file ({error.strerror})") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} must be JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a mapping, got {type(config).__name__}")
+    return config
+
+
+def dtype_of(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the dtype, as specs name it, that a checkpoint is loaded in: the configuration's, else its weights'."""
+    told = config.get("dtype") or config.get("torch_dtype")
+    if told is None:
+        return next((SHORT_DTYPES[dtype] for dtype in _stored_dtypes(folder)), "bf16")
+    if told not in SHORT_DTYPES:
+        raise CheckpointError(f"{folder / CONFIG}: $.dtype must be of {', '.join(SHORT_DTYPES)}, got {told!r}")
+    return SHORT_DTYPES[told]
+
+
+def _stored_dtypes(folder: Path) -> Iterator[str]:
+    """Yield the dtypes of weights that the headers of a folder's safetensors files name."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        yield from (entry["dtype"] for name, entry in header.items() if name.endswith("weight") and _is_wide(entry))
+
+
+def _is_wide(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry is a matrix in a dtype that kernels have: scales and norms may be in others."""
+    return entry["dtype"] in BITS and len(entry["shape"]) > 1

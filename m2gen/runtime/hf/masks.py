@@ -1,0 +1,61 @@
+"""What a mask of tokens means for attention and for M2RNN blocks, and where packed sequences begin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+
+from .configuration import FULL_ATTENTION, M2RNN_LAYER, M2RNNConfig
+
+
+def masks_of(
+    config: M2RNNConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | None,
+    cache: Cache | None,
+    position_ids: Tensor | None,
+) -> dict[str, Any]:
+    """Return the mask of each type of layer: that of scores, and where inputs_embeds (B, S, ...) has tokens.
+
+    attention_mask (B, past + S) is true, or not 0, at tokens. Raises ValueError for one of another shape.
+    """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"M2RNN: attention_mask must be (B, past + S), got {tuple(attention_mask.shape)}")
+    masks: dict[str, Any] = {M2RNN_LAYER: _tokens(attention_mask, inputs_embeds.shape[1])}
+    if FULL_ATTENTION in config.layer_types:
+        masks[FULL_ATTENTION] = create_causal_mask(
+            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=cache,
+            position_ids=position_ids,
+        )  # fmt: skip
+    return masks
+
+
+def _tokens(attention_mask: Tensor | None, steps: int) -> Tensor | None:
+    """Return where the last ``steps`` positions have tokens, (B, S), or None where all of them do.
+
+    Asking waits for the device, once a call; what is compiled does not ask.
+    """
+    if attention_mask is None:
+        return None
+    here = attention_mask[:, -steps:].bool()
+    if not torch.compiler.is_compiling() and not here.is_meta and bool(here.all()):
+        return None
+    return here.contiguous()
+
+
+def offsets_of(position_ids: Tensor, batch: int) -> Tensor | None:
+    """Return where sequences begin in B S tokens, (sequences + 1,), if positions (1 or B, S) begin anew within a row.
+
+    Asking waits for the device.
+    """
+    rows = position_ids.expand(batch, -1)
+    begins = F.pad(rows.diff(dim=-1) != 1, (1, 0), value=True)
+    if not bool(begins[:, 1:].any()):
+        return None
+    starts = begins.flatten().nonzero().squeeze(-1)
+    return F.pad(starts, (0, 1), value=begins.numel())

@@ -1,0 +1,94 @@
+"""``m2gen spec from-config``: from a downloaded folder to a spec, and from its package to generated text."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import arrays_of, config_of, write_checkpoint
+from command_line import fails, run
+from support import import_package
+
+from m2gen import pipeline
+from m2gen.spec import parse_spec
+
+VARIANT = "k16_v16_q1_k1_v4_f4_w4_{dtype}_carry_{tanh}"
+
+
+def keys(text: str) -> list[str]:
+    """Return the keys of a spec's variants."""
+    from m2gen.variant import expand
+
+    return [built.variant.key for built in expand(parse_spec(text, "spec.yaml"))]
+
+
+def test_two_commands_lead_to_text(tmp_path: Path) -> None:
+    """The spec of a folder has a package built that loads the folder, on kernels, and generates the recorded tokens."""
+    folder = write_checkpoint(tmp_path / "Hybrid-1.5B", "hybrid_nope")
+    done = run("spec", "from-config", str(folder), "--out", str(tmp_path / "hybrid.yaml"))
+    assert (done.exit_code, done.output) == (0, "")
+    text = (tmp_path / "hybrid.yaml").read_text(encoding="utf-8")
+    assert parse_spec(text, "hybrid.yaml").name == "hybrid_1_5b"
+    assert keys(text) == [VARIANT.format(dtype="fp32", tanh="exact")]  # what the weights are in
+    package = import_package(tmp_path / "built", pipeline.render(pipeline.plan(str(tmp_path / "hybrid.yaml"))))
+    hf, facts = importlib.import_module(f"{package.__name__}.hf"), arrays_of("hybrid_nope")
+    model = hf.M2RNNForCausalLM.from_pretrained(folder)
+    out = model.generate(facts["input_ids"], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(out, facts["generated"])
+
+
+def test_what_may_be_asked(tmp_path: Path) -> None:
+    """A name, targets and dtypes in place of the folder's and the GPU's."""
+    folder = write_checkpoint(tmp_path / "a", "hybrid_rope")
+    asked = ("--name", "other", "--target", "sm_80,gfx942", "--dtype", "bf16", "--dtype", "fp32")
+    done = run("spec", "from-config", str(folder), *asked)
+    spec = parse_spec(done.stdout, "spec.yaml")
+    assert (spec.name, tuple(spec.targets)) == ("other", ("sm_80", "gfx942"))
+    assert keys(done.stdout) == [VARIANT.format(dtype=dtype, tanh="exact") for dtype in ("bf16", "fp32")]
+
+
+def test_layers_of_several_dims(tmp_path: Path) -> None:
+    """Each set of dims is a layer, whose comment names its users; a single gate serves all heads."""
+    config = config_of("hybrid_nope")
+    mixer = config["sequence_mixer_blocks"][0]
+    other = {**mixer, "k_head_dim": 32, "num_f_heads": 1}
+    config |= {"sequence_mixer_blocks": [mixer, other, mixer], "num_layers": 3, "dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    text = run("spec", "from-config", str(tmp_path), "--name", "x").stdout
+    first = VARIANT.format(dtype="bf16", tanh="approx")
+    assert keys(text) == [first, first.replace("k16", "k32")]
+    assert "m2rnn:  # layers 0, 2" in text
+    assert "m2rnn1:  # layers 1" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sequence_mixer_blocks": None}, r"\$\.sequence_mixer_blocks must be a list of mappings, got None"),
+        ({"sequence_mixer_blocks": []}, "must have a block of type m2rnn, got none"),
+        ({"dtype": "int8"}, r"\$\.dtype must be of .*, got 'int8'"),
+    ],
+    ids=["no list", "no block", "dtype"],
+)
+def test_configurations_that_are_none(tmp_path: Path, change: dict[str, object], said: str) -> None:
+    """One line says where the configuration is wrong."""
+    (tmp_path / "config.json").write_text(json.dumps({**config_of("hybrid_nope"), **change}), encoding="utf-8")
+    assert re.search(said, fails(2, "spec", "from-config", str(tmp_path)))
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    """A folder without a configuration, one that is no JSON, a dim that is none, and a place that cannot be written."""
+    assert "config.json must be a readable file" in fails(2, "spec", "from-config", str(tmp_path))
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    assert "config.json must be JSON" in fails(2, "spec", "from-config", str(tmp_path))
+    config = config_of("hybrid_nope")
+    config["sequence_mixer_blocks"][0]["num_q_heads"] = 0
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    said = "$.sequence_mixer_blocks[0].num_q_heads must be a positive integer, got 0"
+    assert said in fails(2, "spec", "from-config", str(tmp_path))
+    folder = write_checkpoint(tmp_path / "a", "hybrid_nope")
+    assert "must be writable" in fails(2, "spec", "from-config", str(folder), "--out", str(tmp_path / "no" / "a.yaml"))

@@ -1,0 +1,130 @@
+"""Caches of transformers that hold states: moved between sequences, taken back, and calls that go on from them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from calls import distance
+from checkpoints import small_model
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+ROUNDING = 1e-5
+KINDS = ("hybrid_rope", "recurrent")
+PROMPT, AFTER = slice(0, 4), slice(4, 7)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(hf: Any, request: pytest.FixtureRequest) -> Any:
+    """Return a small model on the reference backend."""
+    return small_model(hf, request.param)
+
+
+def ids(batch: int = 3, seed: int = 1) -> Tensor:
+    """Return tokens."""
+    return torch.randint(3, 64, (batch, 7), generator=torch.Generator().manual_seed(seed))
+
+
+def begun(model: Any, tokens: Tensor, static: bool = False) -> Any:
+    """Return a cache that has seen the prompt."""
+    cache = StaticCache(config=model.config, max_cache_len=8) if static else DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens[:, PROMPT], cache=cache)
+    return cache
+
+
+@torch.no_grad()
+def goes_on(model: Any, tokens: Tensor, cache: Any) -> Tensor:
+    """Return the logits of the tokens after the prompt."""
+    logits: Tensor = model(tokens[:, AFTER], cache=cache).logits
+    return logits
+
+
+@torch.no_grad()
+def full(model: Any, tokens: Tensor) -> Tensor:
+    """Return the same logits by a call on all tokens."""
+    logits: Tensor = model(tokens, use_cache=False).logits
+    return logits[:, AFTER]
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_cache_goes_on(model: Any, static: bool) -> None:
+    """It counts what it has seen, and begins anew after ``reset``."""
+    cache = begun(model, ids(), static)
+    assert cache.get_seq_length() == 4
+    assert distance(goes_on(model, ids(), cache), full(model, ids())) < ROUNDING
+    assert cache.get_seq_length() == 7
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        model(ids(seed=2)[:, PROMPT], cache=cache)
+    assert distance(goes_on(model, ids(seed=2), cache), full(model, ids(seed=2))) < ROUNDING
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_reorder(model: Any, static: bool) -> None:
+    """Sequences change places, and one may have several."""
+    order = torch.tensor([2, 0, 2])
+    cache = begun(model, ids(), static)
+    cache.reorder_cache(order)
+    assert distance(goes_on(model, ids()[order], cache), full(model, ids()[order])) < ROUNDING
+
+
+def test_batch_operations(model: Any) -> None:
+    """Sequences are repeated and selected."""
+    cache = begun(model, ids())
+    cache.batch_repeat_interleave(2)
+    repeated = ids().repeat_interleave(2, 0)
+    assert distance(goes_on(model, repeated, copy.deepcopy(cache)), full(model, repeated)) < ROUNDING
+    chosen = torch.tensor([4, 1])
+    cache.batch_select_indices(chosen)
+    assert distance(goes_on(model, repeated[chosen], cache), full(model, repeated[chosen])) < ROUNDING
+
+
+def test_crop(model: Any) -> None:
+    """Nothing or everything can be taken back; anything else is an error, which leaves states as they are."""
+    cache = begun(model, ids())
+    cache.crop(0)
+    assert distance(goes_on(model, ids(), cache), full(model, ids())) < ROUNDING
+    assert not cache.is_croppable
+    cache = begun(model, ids())
+    with pytest.raises(RuntimeError, match="crop must remove 0 or all 4 positions, got -1"):
+        cache.crop(-1)
+    assert distance(goes_on(model, ids(), cache), full(model, ids())) < ROUNDING
+    cache.crop(-7)
+    assert cache.get_seq_length() == 0
+    with torch.no_grad():
+        model(ids()[:, PROMPT], cache=cache)
+    assert distance(goes_on(model, ids(), cache), full(model, ids())) < ROUNDING
+
+
+def test_padded_tokens_one_at_a_time(model: Any) -> None:
+    """A row that has not begun stays where it is."""
+    tokens, mask = ids(2), torch.tensor([[1] * 7, [0, 0, 0, 1, 1, 1, 1]])
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        logits = [model(tokens[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=cache).logits for t in range(7)]
+        alone = model(tokens[1:, 3:], use_cache=False).logits
+    assert distance(torch.cat(logits, 1)[1:, 3:], alone) < ROUNDING
+
+
+def test_calls_with_gradients_have_a_cache(model: Any) -> None:
+    """A cache that such a call left, in a graph, goes on without gradients, and the graph is as it was."""
+    tokens = ids()
+    out = model(tokens[:, PROMPT], labels=tokens[:, PROMPT])
+    before = torch.autograd.grad(out.loss, model.get_input_embeddings().weight, retain_graph=True)[0]
+    assert distance(goes_on(model, tokens, out.cache), full(model, tokens)) < ROUNDING
+    assert torch.equal(before, torch.autograd.grad(out.loss, model.get_input_embeddings().weight)[0])
+
+
+def test_gradients_go_through_a_cache(model: Any) -> None:
+    """The loss of later tokens has the gradients that it has in one call, padding included."""
+    tokens, weight = ids(2), model.get_input_embeddings().weight
+    mask = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
+    whole = model(tokens, attention_mask=mask, use_cache=False).logits[:, AFTER].square().sum()
+    cache = model(tokens[:, PROMPT], attention_mask=mask[:, PROMPT]).cache
+    later = model(tokens[:, AFTER], attention_mask=mask, cache=cache).logits.square().sum()
+    assert distance(*(torch.autograd.grad(loss, weight)[0] for loss in (later, whole))) < ROUNDING

@@ -1,0 +1,96 @@
+"""Configurations of the published implementation: what cannot be run is an error that names the key."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from checkpoints import config_of
+
+ATTENTION, MIXER = 0, 1
+"""Layers of the recorded model with most options."""
+
+
+def made(hf: Any, config: dict[str, Any]) -> Any:
+    """Return the model of a configuration on the reference backend."""
+    return hf.M2RNNForCausalLM(hf.M2RNNConfig(**{**config, "backend": "reference"}))
+
+
+BLOCKS = {
+    "a mixer of another kind": ("sequence_mixer_blocks", MIXER, {"sequence_mixer_type": "mamba2"}),
+    "sliding windows": ("sequence_mixer_blocks", ATTENTION, {"sliding_window": 128}),
+    "an unknown key": ("sequence_mixer_blocks", ATTENTION, {"sinks": 4}),
+    "heads": ("sequence_mixer_blocks", ATTENTION, {"num_key_value_heads": 3}),
+    "a multiplier and a method": ("sequence_mixer_blocks", ATTENTION, {"attention_multiplier_method": "1 / head_dim"}),
+    "a flag": ("sequence_mixer_blocks", ATTENTION, {"attention_gate": 1}),
+    "an MLP of another kind": ("mlp_blocks", MIXER, {"mlp_type": "KAN"}),
+    "an activation": ("mlp_blocks", MIXER, {"activation_function": "prelu"}),
+    "a size": ("mlp_blocks", MIXER, {"intermediate_size": 0}),
+    "dropout": ("mlp_blocks", MIXER, {"dropout": "none"}),
+}
+SAID = {
+    "a mixer of another kind": r"\[1\]\.sequence_mixer_type must be 'm2rnn' or 'softmax_attention', got 'mamba2'",
+    "sliding windows": r"\[0\]\.sliding_window must be None, got 128",
+    "an unknown key": r"\[0\]\.sinks must not be given: nothing reads it, got 4",
+    "heads": r"\[0\]\.num_key_value_heads must divide 4, got 3",
+    "a multiplier and a method": r"\[0\]\.attention_multiplier must be null .*, got 0\.25",
+    "a flag": r"\[0\]\.attention_gate must be true or false, got 1",
+    "an MLP of another kind": r"\[1\].mlp_type must be 'MLP' or 'MoE', got 'KAN'",
+    "an activation": r"\[1\]\.activation_function must be among .*, got 'prelu'",
+    "a size": r"\[1\]\.intermediate_size must be a positive integer, got 0",
+    "dropout": r"\[1\]\.dropout must be a number at least 0, got 'none'",
+}
+
+
+@pytest.mark.parametrize("case", BLOCKS)
+def test_what_a_block_cannot_be(hf: Any, case: str) -> None:
+    """The error says which layer, which key, what it must be and what it was."""
+    blocks, i, change = BLOCKS[case]
+    config = copy.deepcopy(config_of("hybrid_options"))
+    config[blocks][i] |= change
+    with pytest.raises(ValueError, match=rf"config\.json: \$\.{blocks}{SAID[case]}"):
+        made(hf, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"position_embedding_type": "learned_absolute"}, "position_embedding_type must be 'rope' or 'nope'"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling must be None"),
+        ({"rope_dim": None}, "rope_dim must be a number where mixers differ"),
+        ({"normalization_function": "p_norm"}, "normalization_function must be 'rmsnorm' or 'layernorm'"),
+        ({"num_layers": 3}, "sequence_mixer_blocks must have num_layers = 3 entries, got 2"),
+        ({"init_method": "mup", "m_width": None}, "m_width must be a number"),
+        ({"backend": "cuda"}, "backend must be 'kernels' or 'reference'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_a_model_cannot_be(hf: Any, change: dict[str, Any], said: str) -> None:
+    """The same of keys of the whole model, as soon as there is a configuration."""
+    with pytest.raises(ValueError, match=rf"config\.json: \$\.{said}"):
+        hf.M2RNNConfig(**{**config_of("hybrid_options"), **change})
+
+
+def test_defaults_are_a_model(hf: Any) -> None:
+    """Without blocks every layer is as the published 410M model's; the spec of it is one that ``m2gen build`` takes."""
+    from m2gen.spec import parse_spec
+
+    config = hf.M2RNNConfig()
+    assert set(config.layer_types) == {"m2rnn"}
+    layer = parse_spec(config.spec("m2rnn_410m", ["sm_80"], ["bf16", "fp32"]), "x.yaml").layers["m2rnn"]
+    assert {point.heads.counts for point in layer.points()} == {(1, 1, 84, 84, 84)}
+    assert {(point.state_expansion, point.head_dim) for point in layer.points()} == {(64, 16)}
+
+
+def test_options_of_attention_that_no_record_has(hf: Any) -> None:
+    """Scales by the head's size, and norms of the other kind, are modules that run."""
+    import torch
+
+    config = config_of("hybrid_options")
+    config["sequence_mixer_blocks"][ATTENTION] |= {
+        "attention_multiplier": None, "attention_multiplier_method": "1 / head_dim", "head_dim": 16
+    }  # fmt: skip
+    model = made(hf, {**config, "normalization_function": "layernorm"})
+    assert model.transformer.h[ATTENTION].sequence_mixer.block.scale == 1 / 16
+    assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()

@@ -1,0 +1,150 @@
+"""Training under transformers: losses, checkpointing, packed batches, and the Trainer, which goes on where it was."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calls import distance
+from checkpoints import small_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+ROUNDING = 1e-5
+KINDS = ("hybrid_rope", "hybrid_options", "recurrent")
+STEPS, HALF = 50, 25
+
+
+def ids(batch: int = 3, steps: int = 7, seed: int = 1) -> Tensor:
+    """Return tokens."""
+    return torch.randint(3, 64, (batch, steps), generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Return the gradients of all parameters, by name."""
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_give_the_loss(hf: Any, kind: str) -> None:
+    """The loss is that of the next tokens, without those of label -100, over the tokens that the Trainer counts."""
+    model, tokens = small_model(hf, kind), ids()
+    labels = tokens.clone()
+    labels[:, :3] = -100
+    out = model(tokens, labels=labels)
+    plain = F.cross_entropy(out.logits[:, 2:-1].flatten(0, 1), tokens[:, 3:].flatten())
+    torch.testing.assert_close(out.loss, plain)
+    shared = model(tokens, labels=labels, num_items_in_batch=24).loss
+    torch.testing.assert_close(shared, plain / 2)
+
+
+def test_logits_of_chosen_positions(hf: Any) -> None:
+    """``logits_to_keep`` is a number of last positions, or their indices."""
+    model, tokens = small_model(hf, "hybrid_rope"), ids()
+    logits = model(tokens).logits
+    torch.testing.assert_close(model(tokens, logits_to_keep=2).logits, logits[:, -2:])
+    chosen = torch.tensor([1, 4])
+    torch.testing.assert_close(model(tokens, logits_to_keep=chosen).logits, logits[:, chosen])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_nothing(hf: Any, kind: str, reentrant: bool) -> None:
+    """Gradients with and without it."""
+    model, tokens = small_model(hf, kind).train(), ids()
+    plain = gradients(model, model(tokens, labels=tokens).loss)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    calls: list[int] = []
+    for block in model.transformer.h:
+        block.ln_1.register_forward_hook(lambda *_: calls.append(1))
+    model(tokens, labels=tokens).loss.backward()
+    assert len(calls) == 4  # each of two blocks again in the backward
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert {name: error for name, x in plain.items() if (error := distance(found[name], x)) > ROUNDING} == {}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q"])
+def test_packed_sequences_are_apart(hf: Any, kind: str, how: str) -> None:
+    """Sequences one after the other in a row, as padding-free collators lay them, are each as alone."""
+    model, lengths = small_model(hf, kind).train(), (4, 1, 6)
+    alone = [ids(1, length, seed=length) for length in lengths]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    given: dict[str, Tensor] = {"position_ids": positions}
+    if how == "cu_seq_lens_q":
+        given["cu_seq_lens_q"] = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
+    logits = model(torch.cat(alone, 1), **given).logits
+    assert distance(logits, torch.cat([model(tokens).logits for tokens in alone], 1)) < ROUNDING
+
+
+def test_training_makes_no_cache(hf: Any) -> None:
+    """It would keep every state of a step."""
+    model = small_model(hf, "hybrid_rope").train()
+    assert model(ids()).cache is None
+    assert model.eval()(ids()).cache is not None
+
+
+def test_compiled_training(hf: Any) -> None:
+    """A step of training is one graph, with the gradients of an eager one."""
+    torch._dynamo.reset()
+    model, tokens = small_model(hf, "hybrid_rope").train(), ids()
+    plain = gradients(model, model(tokens, labels=tokens).loss)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = gradients(model, compiled(tokens, labels=tokens).loss)
+    assert {name: error for name, x in plain.items() if (error := distance(found[name], x)) > ROUNDING} == {}
+
+
+def test_initialisation(hf: Any) -> None:
+    """Weights as published: normal, narrower by depth before the residual stream; norms, D, W are 1."""
+    model = small_model(hf, "recurrent", hidden_size=256, initializer_range=0.02)
+    mixer, mlp = model.transformer.h[0].sequence_mixer, model.transformer.h[0].mlp_block
+    for weight in (model.transformer.wte.weight, mixer.input_projection.weight, mlp.c_fc.weight, model.lm_head.weight):
+        assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for weight in (mixer.output_projection.weight, mlp.c_proj.weight):
+        assert weight.std().item() == pytest.approx(0.02 / 2, rel=0.05)
+    assert torch.equal(mixer.D, torch.ones_like(mixer.D))
+    assert torch.equal(mixer.state_weight, torch.eye(16).expand(4, 16, 16))
+    assert mixer.decay_gate.A_log.isfinite().all()
+    assert model.transformer.ln_f.weight.eq(1).all()
+
+
+def trainer_of(hf: Any, model: Any, folder: Path) -> Trainer:
+    """Return a Trainer of ``STEPS`` steps, which saves after half of them."""
+    data = [{"input_ids": row, "labels": row} for row in ids(64, 12)]
+    arguments = TrainingArguments(
+        folder, max_steps=STEPS, save_steps=HALF, logging_steps=1, per_device_train_batch_size=4, learning_rate=1e-2,
+        report_to="none", disable_tqdm=True, use_cpu=True, activation_checkpointing=True, seed=1,
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=data)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    """Return the loss of each step."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_trainer_goes_on_with_the_same_losses(hf: Any, tmp_path: Path) -> None:
+    """A two-layer model trains, saves, loads, and goes on: the second half of the losses are those of one run."""
+    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+    set_seed(1)
+    whole = trainer_of(hf, small_model(hf, "hybrid_rope"), tmp_path)
+    whole.train()
+    expected = losses(whole)
+    assert len(expected) == STEPS
+    assert sum(expected[-5:]) < 0.8 * sum(expected[:5])
+    folder = tmp_path / f"checkpoint-{HALF}"
+    set_seed(2)
+    loaded = hf.M2RNNForCausalLM.from_pretrained(folder, backend="reference")
+    again = trainer_of(hf, loaded, tmp_path / "again")
+    again.train(resume_from_checkpoint=str(folder))
+    assert losses(again)[-HALF:] == expected[-HALF:]
+    for name, parameter in whole.model.state_dict().items():
+        assert torch.equal(parameter, again.model.state_dict()[name]), name
