@@ -83,7 +83,7 @@ def test_warps_with_rows_of_their_own(name: str, forward: str) -> None:
     variant, device = APART[name][0], detect()
     assert device is not None
     usual = Mma.default(variant, device)
-    schedule = parse(f"mma_{forward}_{usual.backward.slug}_i16_{usual.tanh}")
+    schedule = parse(f"mma_{forward}_{usual.backward.slug}_i{usual.interval}_{usual.tanh}")
     candidate = Candidate(load(variant, check(variant, schedule, device)), variant, schedule, Objective.TRAIN)
     asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
     verdict = check_candidate(candidate, asked, torch.device("cuda"))
