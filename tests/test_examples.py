@@ -134,6 +134,23 @@ def test_state_tracking_smoke(example, monkeypatch, tmp_path, capsys) -> None:
         command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "steps=3")
 
 
+def test_generate_smoke(example, monkeypatch, tmp_path, capfd) -> None:
+    """A spec, a package, a checkpoint and text come out, greedily the same text from what is there already."""
+    run = example("generate")
+    sizes = ("--smoke", "--steps", "2", "--tokens", "5", "--out", str(tmp_path), "--prompt", "def x")
+    command(run, monkeypatch, *sizes)
+    first = capfd.readouterr().out
+    assert "trained 2 steps" in first
+    assert re.search(r"--- reference: [\d,]+ tokens a second\ndef x", first)
+    assert (tmp_path / "generate_example.yaml").exists()
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text(encoding="utf-8"))
+    assert (config["model_type"], len(config["sequence_mixer_blocks"])) == ("gpt_base", 2)
+    command(run, monkeypatch, *sizes)
+    again = capfd.readouterr().out
+    assert "trained" not in again
+    assert again.split("a second")[1] == first.split("a second")[1]
+
+
 def test_a_short_word_problem_is_learned(example, tmp_path) -> None:
     """The loop, the curriculum and the judge together: a GRU learns S3 for words of the lengths it saw."""
     run = example("state_tracking")

@@ -20,6 +20,8 @@ NUMBERS = itertools.count()
 class M2RNNCache:
     """State of B sequences: conv (B, conv_width - 1, C), the last inputs of the convolution, and state (B, N, K, V).
 
+    A layer without a convolution has conv (B, 0, C).
+
     Calls write both in place, so that a captured CUDA graph finds them where they were; a call that fails writes
     neither. ``owner`` is the number of the layer that the cache is of, None for any; a copy is of any.
     """
@@ -59,10 +61,12 @@ def allocate_cache(
 ) -> M2RNNCache:
     """Do what ``M2RNN.allocate_cache`` does, of any module with the attributes of an ``M2RNN``."""
     if device is None:
-        device = next((p.device for p in (layer.D, *layer.parameters()) if not p.is_meta), layer.D.device)
+        weight = layer.state_weight
+        device = next((p.device for p in (weight, *layer.parameters()) if not p.is_meta), weight.device)
     if dtype is None:
-        dtype = next((p.dtype for p in layer.conv1d.parameters() if p.is_floating_point()), layer.D.dtype)
-    wide = wide_dtype(layer.D)
+        weights = () if layer.conv1d is None else layer.conv1d.parameters()
+        dtype = next((p.dtype for p in weights if p.is_floating_point()), layer.state_weight.dtype)
+    wide = wide_dtype(layer.state_weight)
     if state_dtype not in (None, wide, torch.float32, torch.bfloat16):
         raise TypeError(f"M2RNN: state_dtype must be torch.float32 or torch.bfloat16, got {state_dtype}")
     conv, state = shapes_of(layer, batch_size)

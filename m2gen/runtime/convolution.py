@@ -36,24 +36,31 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (total if bias is None else total + bias.to(dtype)).to(x.dtype).mT
 
 
-def convolve(conv1d: nn.Module, x: Tensor, width: int, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def convolve(
+    conv1d: nn.Module | None, x: Tensor, width: int | None, before: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Call the module on x (B, S, C) after ``before`` (B, width - 1, C), zeros if None.
 
-    Returns the result and the last width - 1 inputs.
+    Returns the result and the last width - 1 inputs; x and none of them where there is no module.
     """
+    if conv1d is None or width is None:
+        return x, x[:, x.shape[1] :]
     back = width - 1
     inputs = F.pad(x, (0, 0, back, 0)) if before is None else torch.cat((before.to(x.dtype), x), 1)
     return _called(conv1d, inputs, width), inputs[:, x.shape[1] :]
 
 
 def convolve_packed(
-    conv1d: nn.Module, x: Tensor, width: int, cu_seqlens: Tensor, before: Tensor | None = None
+    conv1d: nn.Module | None, x: Tensor, width: int | None, cu_seqlens: Tensor, before: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Do the same for sequences one after the other in x (T, C): none sees the one before it.
 
     Each is laid out after its own ``before``, so that one call of the module serves all of them.
     """
-    back, tokens, batch = width - 1, x.shape[0], cu_seqlens.shape[0] - 1
+    tokens, batch = x.shape[0], cu_seqlens.shape[0] - 1
+    if conv1d is None or width is None:
+        return x, x.new_empty(batch, 0, x.shape[1])
+    back = width - 1
     offsets, room = cu_seqlens.long(), tokens + batch * back
     sequences, within = torch.arange(batch, device=x.device), torch.arange(back, device=x.device)
     token = torch.arange(tokens, device=x.device)

@@ -2,41 +2,63 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .init import Initialisation, draw_gate
 from .mixer import Device, wide_dtype
-
-A_RANGE = (0.0, 16.0)
-"""exp(A_log) is drawn uniformly from this range, as published."""
-DT_RANGE = (1e-3, 0.1)
-"""softplus(dt_bias) is drawn from this range, its logarithm uniformly, as published."""
 
 
 class DecayGate(nn.Module):
-    """The parameters of the forget gate: A_log and dt_bias (Nf,)."""
+    """The parameters of the forget gate: A_log and dt_bias (Nf,).
 
-    def __init__(self, heads: int, device: Device = None, dtype: torch.dtype | None = None) -> None:
+    They are kept in float32, or wider, whatever dtype the module is made in or moved to, and whatever dtype a
+    checkpoint has: between two bfloat16 values of A_log lie gates that differ in what they remember after a hundred
+    tokens. FSDP's mixed precision casts what it gathers; ``sharding.fully_shard_decay`` keeps these out of that.
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        init: Initialisation | None = None,
+    ) -> None:
         super().__init__()
-        self.A_log = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
-        self.dt_bias = nn.Parameter(torch.empty(heads, device=device, dtype=dtype))
+        wide = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        self.A_log = nn.Parameter(torch.empty(heads, device=device, dtype=wide))
+        self.dt_bias = nn.Parameter(torch.empty(heads, device=device, dtype=wide))
+        self.init = init or Initialisation()
 
     def reset_parameters(self) -> None:
         """Draw exp(A_log) uniform and softplus(dt_bias) log-uniform."""
-        with torch.no_grad():
-            self._draw()
+        draw_gate(self.A_log, self.dt_bias, self.init)
 
-    def _draw(self) -> None:
-        tiny = torch.finfo(self.A_log.dtype).tiny  # a drawn 0 would be a head that never changes
-        self.A_log.uniform_(*A_RANGE).clamp_(min=tiny).log_()
-        dt = self.dt_bias.uniform_(*map(math.log, DT_RANGE)).exp()
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus of this is dt
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DecayGate:
+        """Move and cast as any module, but to no dtype that is narrower than float32."""
+
+        def kept(x: Tensor) -> Tensor:
+            moved = fn(x)
+            wide = wide_dtype(moved)
+            return x.to(moved.device, wide) if moved.is_floating_point() and moved.dtype != wide else moved
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load entries of a narrower dtype as float32, also where they are assigned."""
+        for name in ("A_log", "dt_bias"):
+            if prefix + name in state_dict:
+                found = state_dict[prefix + name]
+                state_dict[prefix + name] = found.to(wide_dtype(found))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor, in_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """Return f = exp(-exp(A_log) softplus(x + dt_bias)) of x (..., Nf) in float32.
+        """Return f = exp(-exp(A_log) softplus(x + dt_bias)) of x (..., Nf) in float32 or wider.
 
         With ``in_kernel`` return x and copies of A_log and dt_bias in float32 or wider, for kernels that compute f;
         copies, since what wraps this module may take its parameters away after the call.
@@ -49,4 +71,5 @@ def forget_gate(A_log: Tensor, dt_bias: Tensor, x: Tensor, in_kernel: bool) -> T
     if in_kernel:
         A_log, dt_bias = (p.to(wide_dtype(p), copy=True) for p in (A_log, dt_bias))
         return x, A_log, dt_bias
-    return torch.exp(-A_log.float().exp() * F.softplus(x.float() + dt_bias.float()))
+    dtype = wide_dtype(x)
+    return torch.exp(-A_log.to(dtype).exp() * F.softplus(x.to(dtype) + dt_bias.to(dtype)))

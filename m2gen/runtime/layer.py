@@ -6,17 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from . import built
+from .block_config import layer_arguments
 from .cache import NUMBERS, M2RNNCache, States, allocate_cache
 from .convolution import DepthwiseConv1d
 from .facts import Backend, HeadCounts
 from .forward import run
 from .gate import DecayGate
+from .init import Initialisation, draw
+from .layer_config import LayerConfig, Norm, heads_of
 from .mixer import Device, operand_sizes, split_sizes
-from .norm import RMSNorm
+from .norm import make_norm
 from .not_built import check_built, first
+from .optimizer import mark_no_weight_decay
 
 __all__ = ["M2RNN", "M2RNNCache"]
 
@@ -31,14 +35,21 @@ class M2RNN(nn.Module):
     ``heads`` gives the heads of q, k, v, f and w, and optionally of g, as a spec does: ``{"q": 1, ...}``. Operand x of
     head n is its group n // (N // Nx), N being the most heads of q, k, v, f and w; without "g" there are N of g.
 
-    ``bias`` is that of the input projection and the convolution. ``clip`` and ``backend`` are ``m2rnn``'s.
+    ``bias`` is that of the input projection and the convolution. ``conv_width=None`` leaves the convolution out,
+    ``residual=False`` D v; ``activation`` is one of ``ACTIVATIONS`` or None, ``norm`` rmsnorm, layernorm or None.
+    ``forget_inputs`` is how many values the projection gives the heads of f to share, one each if None. ``round_gate``
+    rounds the gate to the activations' dtype, as the released models did, so it needs variants with ``gate: given``.
+    ``init`` says how parameters are drawn. ``clip`` and ``backend`` are ``m2rnn``'s.
 
-    Parameters may be made on the meta device: ``to_empty`` and ``reset_parameters`` make them real. dtypes other than
-    the built ones are an error of the first call, since autocast and ``to`` may change them.
+    A_log and dt_bias stay in float32, or wider, whatever the layer's dtype. Parameters may be made on the meta device:
+    ``to_empty`` and ``reset_parameters`` make them real. dtypes other than the built ones are an error of the first
+    call, since autocast and ``to`` may change them.
 
     Raises VariantNotBuiltError, with the spec lines to add, where no kernels serve these dims and heads; ValueError
-    for heads that do not divide N.
+    for heads that do not divide N, and for options that no layer has.
     """
+
+    D: nn.Parameter | None
 
     def __init__(
         self,
@@ -47,46 +58,60 @@ class M2RNN(nn.Module):
         head_dim: int,
         heads: Mapping[str, int],
         *,
-        conv_width: int = 4,
-        bias: bool = False,
-        clip: float | None = 1.0,
+        conv_width: int | None = 4,
+        activation: str | None = "silu",
+        norm: Norm | None = "rmsnorm",
         norm_eps: float = 1e-5,
+        residual: bool = True,
+        bias: bool = False,
+        forget_inputs: int | None = None,
+        round_gate: bool = False,
+        init: Initialisation | None = None,
+        clip: float | None = 1.0,
         backend: Backend = "kernels",
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        groups = dict(heads)
-        gate_heads = groups.pop("g", None)
-        if set(groups) != set(HeadCounts._fields):
-            raise ValueError(f"M2RNN: heads must be of q, k, v, f, w and optionally g, got {', '.join(heads)}")
-        self.heads = HeadCounts(**groups)
-        self.total_heads = max(self.heads)
-        self.gate_heads = self.total_heads if gate_heads is None else gate_heads
-        for name, count in (*groups.items(), ("g", self.gate_heads)):
-            if count < 1 or self.total_heads % count:
-                raise ValueError(f"M2RNN: heads of {name} must divide {self.total_heads}, got {count}")
-        if conv_width < 1:
-            raise ValueError(f"M2RNN: conv_width must be at least 1, got {conv_width}")
+        counts, gate_heads = heads_of(heads)
+        config = LayerConfig(
+            hidden_size, state_expansion, head_dim, counts, gate_heads, forget_inputs or counts.f,
+            conv_width, activation, norm, norm_eps, residual, bias, clip, round_gate, init or Initialisation(),
+        )  # fmt: skip
         if backend not in ("kernels", "reference"):
             raise ValueError(f"M2RNN: backend must be kernels or reference, got {backend!r}")
         if backend == "kernels":
-            check_built(state_expansion, head_dim, self.heads, dtype)
-        self.hidden_size, self.state_expansion, self.head_dim = hidden_size, state_expansion, head_dim
-        self.conv_width, self.clip = conv_width, clip
+            check_built(state_expansion, head_dim, counts, dtype)
         self.backend: Backend = backend
         self.number = next(NUMBERS)  # by which caches know their layer
-        made: dict[str, Any] = {"device": device, "dtype": dtype}
-        inner = self.total_heads * head_dim
-        self.input_projection = nn.Linear(hidden_size, sum(split_sizes(self)), bias=bias, **made)
-        channels = sum(operand_sizes(self))
-        self.conv1d = DepthwiseConv1d(channels, channels, conv_width, groups=channels, bias=bias, **made)
-        self.decay_gate = DecayGate(self.heads.f, **made)
-        self.state_weight = nn.Parameter(torch.empty(self.heads.w, head_dim, head_dim, **made))
-        self.D = nn.Parameter(torch.empty(self.total_heads, head_dim, **made))
-        self.g_norm = RMSNorm(inner, norm_eps, **made)
-        self.output_projection = nn.Linear(inner, hidden_size, bias=False, **made)
+        self._take(config)
+        self._make_children(config, {"device": device, "dtype": dtype})
         self.reset_parameters()
+
+    def _take(self, config: LayerConfig) -> None:
+        """Set the attributes that a ``Mixer`` has."""
+        self.heads, self.total_heads, self.gate_heads = config.heads, config.total_heads, config.gate_heads
+        self.hidden_size, self.state_expansion, self.head_dim = (
+            config.hidden_size, config.state_expansion, config.head_dim
+        )  # fmt: skip
+        self.forget_inputs, self.conv_width, self.clip = config.forget_inputs, config.conv_width, config.clip
+        self.activation, self.round_gate, self.init = config.activation, config.round_gate, config.init
+
+    def _make_children(self, config: LayerConfig, made: dict[str, Any]) -> None:
+        inner = config.total_heads * config.head_dim
+        self.input_projection = nn.Linear(config.hidden_size, sum(split_sizes(self)), bias=config.bias, **made)
+        channels, width = sum(operand_sizes(self)), config.conv_width
+        self.conv1d = (
+            None if width is None
+            else DepthwiseConv1d(channels, channels, width, groups=channels, bias=config.bias, **made)
+        )  # fmt: skip
+        self.decay_gate = DecayGate(config.heads.f, init=config.init, **made)
+        self.state_weight = nn.Parameter(torch.empty(config.heads.w, config.head_dim, config.head_dim, **made))
+        skip = nn.Parameter(torch.empty(config.total_heads, config.head_dim, **made)) if config.residual else None
+        self.register_parameter("D", skip)
+        self.g_norm = make_norm(config.norm, inner, config.norm_eps, **made)
+        self.output_projection = nn.Linear(inner, config.hidden_size, bias=False, **made)
+        mark_no_weight_decay(self)
 
     @classmethod
     def from_variant(cls, name: str, hidden_size: int, *, gate_heads: int | None = None, **options: Any) -> M2RNN:
@@ -106,19 +131,36 @@ class M2RNN(nn.Module):
         groups = dict(zip(HeadCounts._fields, heads, strict=True)) | ({} if gate_heads is None else {"g": gate_heads})
         return cls(hidden_size, rows, cols, groups, **options)
 
-    @torch.no_grad()
+    @classmethod
+    def from_config(
+        cls,
+        block: Mapping[str, Any],
+        hidden_size: int,
+        *,
+        backend: Backend = "kernels",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> M2RNN:
+        """Return the layer that a published block's configuration describes, with its ``state_dict`` and results.
+
+        ``block`` has the keys of an entry of ``sequence_mixer_blocks`` whose type is m2rnn. ``options`` are the
+        constructor's, and go before what the block says; of ``init``, the block says the ranges of A_log and dt_bias.
+
+        Raises ValueError, naming the key, for a block that the published implementation cannot run either.
+        """
+        arguments = layer_arguments(block, options.pop("init", None)) | options
+        return cls(hidden_size, **arguments, backend=backend, device=device, dtype=dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> M2RNN:
+        """Move and cast as any module, and mark parameters that are new thereafter."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        mark_no_weight_decay(self)
+        return self
+
     def reset_parameters(self) -> None:
-        """Draw every parameter anew: the state weight is the identity, D one, projections normal with fan-in**-0.5."""
-        for projection in (self.input_projection, self.output_projection):
-            nn.init.normal_(projection.weight, std=projection.in_features**-0.5)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
-        self.conv1d.reset_parameters()
-        self.decay_gate.reset_parameters()
-        self.g_norm.reset_parameters()
-        nn.init.ones_(self.D)
-        eye = torch.eye(self.head_dim, device=self.state_weight.device, dtype=self.state_weight.dtype)
-        _assign(self.state_weight, eye.expand(self.state_weight.shape).contiguous())
+        """Draw every parameter anew, as ``init`` says: by default projections are normal with fan-in**-0.5."""
+        draw(self, self.init)
 
     def forward(
         self,
@@ -178,13 +220,3 @@ class M2RNN(nn.Module):
         groups = ", ".join(f"{name}={count}" for name, count in counts.items())
         dims = f"{self.hidden_size}, K={self.state_expansion}, V={self.head_dim}, heads: {groups}"
         return f"{dims}, conv_width={self.conv_width}, clip={self.clip}, backend={self.backend}"
-
-
-def _assign(parameter: Tensor, value: Tensor) -> None:
-    """Copy ``value``, the same on every rank, to a parameter that may be sharded over ranks."""
-    if distributed.is_available():
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    parameter.copy_(value)

@@ -22,14 +22,17 @@ class M2RNNForward(nn.Module):
     heads: HeadCounts
     total_heads: int
     gate_heads: int
-    conv_width: int
+    forget_inputs: int
+    conv_width: int | None
+    activation: str | None
+    round_gate: bool
     clip: float | None
     backend: Backend
     input_projection: nn.Module
-    conv1d: nn.Module
+    conv1d: nn.Module | None
     decay_gate: nn.Module
     state_weight: Tensor
-    D: Tensor
+    D: Tensor | None
     g_norm: nn.Module
     output_projection: nn.Module
 

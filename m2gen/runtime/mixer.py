@@ -22,7 +22,10 @@ class Mixer(Protocol):
     heads: HeadCounts
     total_heads: int
     gate_heads: int
-    conv_width: int
+    forget_inputs: int
+    conv_width: int | None
+    activation: str | None
+    round_gate: bool
     clip: float | None
     backend: Backend
 
@@ -31,8 +34,8 @@ class Mixer(Protocol):
         """Give q, k and v, the forget gate's input and the output gate of x."""
 
     @property
-    def conv1d(self) -> nn.Module:
-        """Convolve q, k and v."""
+    def conv1d(self) -> nn.Module | None:
+        """Convolve q, k and v; None for a layer without a convolution."""
 
     @property
     def decay_gate(self) -> nn.Module:
@@ -43,8 +46,8 @@ class Mixer(Protocol):
         """The recurrence's weight, (Nw, V, V)."""
 
     @property
-    def D(self) -> Tensor:
-        """Weight of v where it bypasses the recurrence, (N, V)."""
+    def D(self) -> Tensor | None:
+        """Weight of v where it bypasses the recurrence, (N, V); None where nothing does."""
 
     @property
     def g_norm(self) -> nn.Module:
@@ -66,12 +69,12 @@ def operand_sizes(layer: Mixer) -> tuple[int, int, int]:
 
 def split_sizes(layer: Mixer) -> tuple[int, int, int]:
     """Return the channels that the input projection gives to the convolution, the forget gate and the output gate."""
-    return sum(operand_sizes(layer)), layer.heads.f, layer.gate_heads * layer.head_dim
+    return sum(operand_sizes(layer)), layer.forget_inputs, layer.gate_heads * layer.head_dim
 
 
 def shapes_of(layer: Mixer, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the shapes of conv and state of ``batch`` sequences."""
-    conv = (batch, layer.conv_width - 1, sum(operand_sizes(layer)))
+    conv = (batch, (layer.conv_width or 1) - 1, sum(operand_sizes(layer)))
     return conv, (batch, layer.total_heads, layer.state_expansion, layer.head_dim)
 
 

@@ -1,6 +1,8 @@
-"""The layer's norm."""
+"""The layer's norm, and what may be in its place."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,3 +26,18 @@ class RMSNorm(nn.Module):
         """Normalise the last dim of x (..., size)."""
         wide = x.to(wide_dtype(x))
         return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+
+
+def make_norm(
+    name: Literal["rmsnorm", "layernorm"] | None,
+    size: int,
+    eps: float,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Return the norm of that name, whose parameters are not drawn yet; the identity for None."""
+    if name is None:
+        return nn.Identity()
+    if name == "layernorm":
+        return nn.LayerNorm(size, eps, device=device, dtype=dtype)
+    return RMSNorm(size, eps, device, dtype)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import built
+from .activations import activate
 from .cache import check_states
 from .convolution import convolve, convolve_packed
 from .mixer import Mixer, operand_sizes, split_sizes
@@ -38,13 +39,17 @@ def scan(
 
 def operands_of(layer: Mixer, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v of what the convolution gave."""
-    parts = torch.split(F.silu(mixed), list(operand_sizes(layer)), -1)
+    parts = torch.split(activate(layer.activation, mixed), list(operand_sizes(layer)), -1)
     q, k, v = (torch.unflatten(part, -1, (count, -1)) for part, count in zip(parts, layer.heads, strict=False))
     return q, k, v
 
 
 def gate_of(layer: Mixer, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return what ``m2rnn`` takes as forget, and A_log and dt_bias where the kernels compute the gate."""
+    if layer.forget_inputs != layer.heads.f:
+        f = f.repeat_interleave(layer.heads.f // layer.forget_inputs, -1)
+    if layer.round_gate:
+        return layer.decay_gate(f).to(dtype), None, None
     heads = tuple(layer.heads)  # torch.compile of torch 2.11 finds no key that holds a NamedTuple
     key = (layer.state_expansion, layer.head_dim, heads, dtype, True)
     if layer.backend != "reference" and key not in built.VARIANTS:
@@ -56,7 +61,8 @@ def gate_of(layer: Mixer, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
 def finish(layer: Mixer, y: Tensor, v: Tensor, g: Tensor) -> Tensor:
     """Return the layer's result of the operator's, of v and of the output gate's input."""
     heads = layer.total_heads
-    y = y + layer.D.to(y.dtype) * v.repeat_interleave(heads // layer.heads.v, -2)
+    if layer.D is not None:
+        y = y + layer.D.to(y.dtype) * v.repeat_interleave(heads // layer.heads.v, -2)
     g = torch.unflatten(g, -1, (layer.gate_heads, layer.head_dim)).repeat_interleave(heads // layer.gate_heads, -2)
     mixed: Tensor = layer.output_projection(layer.g_norm((y * F.silu(g)).flatten(-2)))
     return mixed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -71,10 +72,11 @@ def imported(folder: Path, name: str) -> Subject:
     return Subject(package, parallel, distributed.get_world_size(), distributed.get_rank())
 
 
-def make_layer(subject: Subject, heads: dict[str, int], numerics: Numerics) -> nn.Module:
+def make_layer(subject: Subject, heads: dict[str, int], numerics: Numerics, **options: Any) -> nn.Module:
     """Return the same layer on every rank, no parameter a one or a zero."""
     torch.manual_seed(0)
-    layer = subject.package.M2RNN(HIDDEN, 9, 9, heads, bias=True, backend=numerics.backend, dtype=numerics.dtype)
+    made = {"bias": True, "backend": numerics.backend, "dtype": numerics.dtype, **options}
+    layer = subject.package.M2RNN(HIDDEN, 9, 9, heads, **made)
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -108,6 +110,10 @@ HEADS = {
     "sharded_q": {"q": 4, "k": 2, "v": 4, "f": 2, "w": 1, "g": 2},
     "shared_gates": {"q": 2, "k": 1, "v": 2, "f": 1, "w": 4, "g": 1},
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "one_forget_input": {"forget_inputs": 1, "activation": "relu"},
+    "bare": {"forget_inputs": 2, "activation": None, "conv_width": None, "norm": None, "residual": False},
+}
 CALLS: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]] = {
     "batch": ((2, 5), {}),
     "packed": ((8,), {"cu_seqlens": offsets_of((5, 0, 3))}),
@@ -116,10 +122,12 @@ CALLS: dict[str, tuple[tuple[int, ...], dict[str, Tensor]]] = {
 """Shapes of calls: leading dims, and the arguments that say where sequences are."""
 
 
-def heads_match(subject: Subject, heads: dict[str, int], numerics: Numerics, how: str = "batch") -> None:
+def heads_match(
+    subject: Subject, heads: dict[str, int], numerics: Numerics, how: str = "batch", **options: Any
+) -> None:
     """Compare outputs, the input's gradient and every parameter's gradient with the layer on one rank."""
     mesh = init_device_mesh("cpu", (subject.ranks,))
-    whole = make_layer(subject, heads, numerics)
+    whole = make_layer(subject, heads, numerics, **options)
     sharded = subject.parallel.HeadParallelM2RNN(whole, mesh)
     lead, call = CALLS[how]
     x = tokens(numerics.dtype, *lead)
@@ -319,16 +327,43 @@ def fsdp_in_bf16(subject: Subject) -> None:
             sums[name] += parameter.grad
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     mesh = init_device_mesh("cpu", (subject.ranks,))
+    sharding = importlib.import_module(f"{subject.package.__name__}.sharding")
+    sharding.fully_shard_decay(model, mesh=mesh)
     for module in (model.mixer, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
+    seen = _gate_dtypes(model.mixer)
     y, dx = backward(model, parts[subject.rank])
     expected_y, expected_dx = results[subject.rank]
     assert (y.dtype, dx.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(y, expected_y)
     assert torch.equal(dx, expected_dx.float())
+    assert seen == {torch.float32}
     for name, parameter in model.named_parameters():
         assert parameter.grad.dtype == torch.float32, name
         assert torch.equal(parameter.grad.full_tensor(), sums[name] / subject.ranks), name
+
+
+def _gate_dtypes(mixer: nn.Module) -> set[torch.dtype]:
+    """Return a set that is filled with the dtypes which the decay parameters have as the gate runs."""
+    seen: set[torch.dtype] = set()
+    mixer.decay_gate.register_forward_pre_hook(lambda gate, _: seen.update(p.dtype for p in gate.parameters()))
+    return seen
+
+
+def fsdp_of_a_bf16_layer(subject: Subject) -> None:
+    """A bf16 layer, whose decay parameters are float32, is sharded and gathered with all of its values."""
+    model = Block(make_layer(subject, HEADS["shared_q_k"], KERNELS)).bfloat16()
+    x = tokens(torch.float32, 1, 3).bfloat16()
+    expected, _ = backward(model, x)
+    logs = model.mixer.decay_gate.A_log.detach().clone()
+    mesh = init_device_mesh("cpu", (subject.ranks,))
+    importlib.import_module(f"{subject.package.__name__}.sharding").fully_shard_decay(model, mesh=mesh)
+    for module in (model.mixer, model):
+        fully_shard(module, mesh=mesh)
+    seen = _gate_dtypes(model.mixer)
+    assert torch.equal(backward(model, x)[0], expected)
+    assert seen == {torch.float32}
+    assert torch.equal(model.mixer.decay_gate.A_log.full_tensor(), logs)
 
 
 def fsdp_from_meta(subject: Subject) -> None:
@@ -351,6 +386,13 @@ CHECKS = {
     "heads_packed": lambda s: heads_match(s, HEADS["sharded_q"], EXACT, "packed"),
     "heads_padded": lambda s: heads_match(s, HEADS["sharded_q"], EXACT, "padded"),
     **{f"heads_kernels_{how}": lambda s, how=how: heads_match(s, HEADS["shared_q_k"], KERNELS, how) for how in CALLS},
+    **{
+        f"heads_{name}_{how}": lambda s, how=how, options=options: heads_match(
+            s, HEADS["shared_q_k"], EXACT, how, **options
+        )
+        for name, options in OPTIONS.items()
+        for how in ("batch", "packed")
+    },
     "heads_hold_their_share": heads_hold_their_share,
     "heads_decode": lambda s: heads_decode(s, HEADS["sharded_q"], EXACT),
     "heads_decode_kernels": lambda s: heads_decode(s, HEADS["shared_q_k"], KERNELS),
@@ -364,6 +406,7 @@ CHECKS = {
     "fsdp_children": lambda s: fsdp(s, children=True),
     "fsdp_scan": fsdp_scan,
     "fsdp_in_bf16": fsdp_in_bf16,
+    "fsdp_of_a_bf16_layer": fsdp_of_a_bf16_layer,
     "fsdp_from_meta": fsdp_from_meta,
 }
 

@@ -105,6 +105,18 @@ def test_a_saved_model_is_the_same(hf: Any, folders: Any, name: str, tmp_path: P
         assert distance(trunk(facts["input_ids"]).last_hidden_state, facts["hidden.final"]) < LOGITS
 
 
+@every_backend
+def test_parts_on_other_devices(hf: Any, folders: Any, backend: str, tmp_path: Path) -> None:
+    """``device_map`` may leave layers on a disk, from where each call has them."""
+    facts = arrays_of("hybrid_nope")
+    parts = {"transformer.wte": "cpu", "transformer.h.0": "disk", "transformer.h.1": "disk"}
+    places = {**parts, "transformer.ln_f": "cpu", "lm_head": "disk"}
+    model = loaded(hf, folders("hybrid_nope"), backend=backend, device_map=places, offload_folder=str(tmp_path))
+    assert model.transformer.h[0].sequence_mixer.D.is_meta
+    out = model.generate(facts["input_ids"], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(out, facts["generated"])
+
+
 def test_a_model_that_was_not_built_says_what_to_add(tmp_path: Path) -> None:
     """A package of other dims raises the layer's error, whose lines are a spec's."""
     folder = tmp_path / "other"

@@ -131,12 +131,13 @@ def test_a_static_cache(model: Any) -> None:
     assert torch.equal(tokens_of(model, batch, cache_implementation="static"), tokens_of(model, batch))
 
 
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_generation_under_compile(hf: Any, kind: str) -> None:
+def test_generation_under_compile(hf: Any, kind: str, backend: str) -> None:
     """Steps of decoding are one graph without breaks, which the next length does not compile again."""
     from transformers import CompileConfig
 
-    model = small_model(hf, kind)
+    model = small_model(hf, kind, backend)
     torch._dynamo.reset()
     compiled = CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
     compiled._compile_all_devices = True

@@ -92,10 +92,11 @@ def test_training_makes_no_cache(hf: Any) -> None:
     assert model.eval()(ids()).cache is not None
 
 
-def test_compiled_training(hf: Any) -> None:
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+def test_compiled_training(hf: Any, backend: str) -> None:
     """A step of training is one graph, with the gradients of an eager one."""
     torch._dynamo.reset()
-    model, tokens = small_model(hf, "hybrid_rope").train(), ids()
+    model, tokens = small_model(hf, "hybrid_rope", backend).train(), ids()
     plain = gradients(model, model(tokens, labels=tokens).loss)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     found = gradients(model, compiled(tokens, labels=tokens).loss)

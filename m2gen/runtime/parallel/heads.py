@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -46,18 +48,26 @@ class HeadParallelM2RNN(nn.Module):
         self.mesh, self.gate_heads, self.number = mesh, share.pop("g"), next(NUMBERS)
         self.heads, self.total_heads = HeadCounts(**share), layer.total_heads // ranks
         if layer.backend == "kernels":
-            check_built(layer.state_expansion, layer.head_dim, self.heads, layer.D.dtype)
+            check_built(layer.state_expansion, layer.head_dim, self.heads, layer.state_weight.dtype)
         self.hidden_size, self.state_expansion, self.head_dim = layer.hidden_size, layer.state_expansion, layer.head_dim
+        self.forget_inputs = max(layer.forget_inputs // ranks, 1)
         self.conv_width, self.clip = layer.conv_width, layer.clip
+        self.activation, self.round_gate = layer.activation, layer.round_gate
         self.backend: Backend = layer.backend
+        self._share_children(layer, counts)
+
+    def _share_children(self, layer: M2RNN, counts: Mapping[str, int]) -> None:
+        """Make the children of this rank's heads, of which there are ``counts`` by role on all ranks."""
+        mesh = self.mesh
         sizes = dict(zip("qkv", operand_sizes(layer), strict=True))
-        wide = {**sizes, "f": layer.heads.f, "g": layer.gate_heads * layer.head_dim}
-        self.input_projection = OwnLinear(layer.input_projection, wide, counts, mesh)
-        self.conv1d = OwnConvolution(layer.conv1d, sizes, counts, mesh)
+        wide = {**sizes, "f": layer.forget_inputs, "g": layer.gate_heads * layer.head_dim}
+        projected = {**counts, "f": layer.forget_inputs}
+        self.input_projection = OwnLinear(layer.input_projection, wide, projected, mesh)
+        self.conv1d = None if layer.conv1d is None else OwnConvolution(layer.conv1d, sizes, counts, mesh)
         self.decay_gate = OwnGate(layer.decay_gate, counts["f"], mesh)
         self.shared = OwnWeight(layer, {"w": layer.heads.w}, counts, mesh, name="state_weight")
-        self.skip = sharded(layer.D, mesh, Shard(0))
-        self.g_norm = OwnNorm(layer.g_norm, mesh)
+        self.skip = None if layer.D is None else sharded(layer.D, mesh, Shard(0))
+        self.g_norm = OwnNorm(layer.g_norm, mesh) if isinstance(layer.g_norm, RMSNorm) else nn.Identity()
         self.output_projection = OwnOutput(layer.output_projection, mesh)
 
     @property
@@ -67,9 +77,9 @@ class HeadParallelM2RNN(nn.Module):
         return rows
 
     @property
-    def D(self) -> Tensor:
-        """This rank's rows of D."""
-        return local(self.skip)
+    def D(self) -> Tensor | None:
+        """This rank's rows of D, None for a layer without."""
+        return None if self.skip is None else local(self.skip)
 
     def forward(
         self,
@@ -106,11 +116,11 @@ class HeadParallelM2RNN(nn.Module):
         """Return the state dict of the layer that this was made of, whole on every rank; all ranks must call it."""
         found = {
             **self.input_projection.gathered("input_projection"),
-            **self.conv1d.gathered("conv1d"),
+            **({} if self.conv1d is None else self.conv1d.gathered("conv1d")),
             **self.decay_gate.gathered("decay_gate"),
             "state_weight": self.shared.gathered("shared")["shared.weight"],
-            "D": whole(self.skip),
-            "g_norm.weight": whole(self.g_norm.weight),
+            **({} if self.skip is None else {"D": whole(self.skip)}),
+            **({"g_norm.weight": whole(self.g_norm.weight)} if isinstance(self.g_norm, OwnNorm) else {}),
             "output_projection.weight": whole(self.output_projection.weight),
         }
         return {name: x.detach() for name, x in found.items()}
@@ -123,10 +133,12 @@ _CHILDREN = {
     "g_norm": RMSNorm,
     "output_projection": nn.Linear,
 }
+_ABSENT = (type(None), nn.Identity)
+"""What may be in the place of a child that a layer was made without."""
 
 
 def _check_children(layer: M2RNN) -> None:
     for name, kind in _CHILDREN.items():
         found = type(getattr(layer, name))
-        if found is not kind:
+        if found is not kind and found not in _ABSENT:
             raise TypeError(f"M2RNN: {name} must be {kind.__name__} to be sharded, got {found.__name__}")

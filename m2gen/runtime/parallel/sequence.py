@@ -47,7 +47,7 @@ def _pass_on(layer: Scanning, x: Tensor, link: _Link) -> Tensor:
     conv: Tensor | None = None
     state: Tensor | None = None
     if link.before is not None:
-        anchor = x.new_zeros((), dtype=wide_dtype(layer.D), requires_grad=torch.is_grad_enabled())
+        anchor = x.new_zeros((), dtype=wide_dtype(layer.state_weight), requires_grad=torch.is_grad_enabled())
         conv, state = _received(anchor, link, *shapes_of(layer, x.shape[0]))
     y, conv, state = layer.scan(x, conv, state)
     return y if link.after is None else _sent(y, conv.to(state.dtype), state, link)

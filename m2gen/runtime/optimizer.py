@@ -1,0 +1,65 @@
+"""Groups of parameters for optimisers: what weight decay acts on, and what is a matrix."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .gate import DecayGate
+from .norm import RMSNorm
+
+__all__ = ["parameter_groups"]
+
+_NORMS = (RMSNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def _undecayed(module: nn.Module) -> list[nn.Parameter]:
+    """Return the module's own parameters that weight decay must leave alone: decay parameters, norms, D and biases."""
+    own = dict(module.named_parameters(recurse=False))
+    if isinstance(module, (DecayGate, *_NORMS)):
+        return list(own.values())
+    names = ("bias", "D") if hasattr(module, "decay_gate") else ("bias",)
+    return [own[name] for name in names if name in own]
+
+
+def mark_no_weight_decay(layer: nn.Module) -> None:
+    """Set ``_no_weight_decay`` on the layer's parameters that published training leaves out of weight decay."""
+    for module in layer.modules():
+        for parameter in _undecayed(module):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return an optimiser's groups of all parameters of a model: ``params``, ``weight_decay`` and a ``name`` each.
+
+    "undecayed" has weight_decay 0: A_log, dt_bias, D, norms, biases, and whatever has ``_no_weight_decay``. All others
+    have ``weight_decay``: "matrices", 2-D weights of linear projections; "state_weights", the stacks (Nw, V, V) of a
+    matrix for each head of the state weight; and "others", such as embeddings and convolutions.
+
+    An optimiser of matrices, such as Muon, takes "matrices", and of "state_weights" every (V, V) for itself: it must
+    treat the first dim as a batch, or leave the group to AdamW. Flattened to (Nw V, V) they would be orthogonalised
+    against each other. A head of the model's vocabulary is a linear projection, too, and is better left to AdamW.
+
+    Marks get lost where a wrapper makes parameters anew, so modules are asked for theirs, too. Groups without
+    parameters are left out, and shared parameters are in one group only.
+    """
+    groups: dict[str, list[nn.Parameter]] = {"matrices": [], "state_weights": [], "others": [], "undecayed": []}
+    seen: set[int] = set()
+    for module in model.modules():
+        left_out = {id(parameter) for parameter in _undecayed(module)}
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if id(parameter) in left_out or getattr(parameter, "_no_weight_decay", False):
+                group = "undecayed"
+            elif name == "state_weight" and parameter.dim() == 3:
+                group = "state_weights"
+            elif isinstance(module, nn.Linear) and parameter.dim() == 2:
+                group = "matrices"
+            else:
+                group = "others"
+            groups[group].append(parameter)
+    decay = {name: 0.0 if name == "undecayed" else weight_decay for name in groups}
+    return [{"params": having, "weight_decay": decay[name], "name": name} for name, having in groups.items() if having]
