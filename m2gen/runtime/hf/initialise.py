@@ -56,7 +56,8 @@ def initialise(module: nn.Module, config: M2RNNConfig) -> None:
         if isinstance(module, nn.LayerNorm):
             initialization.zeros_(module.bias)
     elif isinstance(module, M2RNN):
-        initialization.ones_(module.D)
+        if module.D is not None:
+            initialization.ones_(module.D)
         eye = torch.eye(module.head_dim, device=module.state_weight.device)
         initialization.copy_(module.state_weight, eye.expand(module.state_weight.shape))
     elif isinstance(module, DecayGate):
