@@ -1,4 +1,4 @@
-"""From a configuration to text: spec, package, a minute of training, a published checkpoint's folder, generation.
+"""Go from a configuration to text: spec, package, a minute of training, a checkpoint's folder, generation.
 
 python examples/generate/run.py                        # minutes; on a CPU through the reference backend
 python examples/generate/run.py --prompt "class "      # the folder is there: generates alone

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .block_config import layer_arguments
+
 CONFIG = "config.json"
 M2RNN_BLOCK = "m2rnn"
 SHORT_DTYPES = {
@@ -32,18 +34,20 @@ class Dims:
     heads: tuple[int, int, int, int, int]
 
 
-def dims_of(block: Mapping[str, Any], where: str) -> Dims:
-    """Return the dims of an M2RNN block's mapping; raises CheckpointError for a key that is missing or no count."""
-    names = ("k_head_dim", "v_head_dim", *(f"num_{operand}_heads" for operand in ("q", "k", "v", "f", "weight")))
-    sizes = []
-    for name in names:
-        value = block.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{where}.{name} must be a positive integer, got {value!r}")
-        sizes.append(value)
-    rows, cols, q, k, v, f, w = sizes
-    total = max(q, k, v, f, w)  # one projected gate becomes N gates, since the decay's parameters have N entries
-    return Dims(rows, cols, (q, k, v, total if f == 1 else f, w))
+def arguments_of(block: Mapping[str, Any], i: int) -> dict[str, Any]:
+    """Return the layer's arguments that the M2RNN block of layer i gives; raises CheckpointError, naming the key."""
+    try:
+        return layer_arguments(block)
+    except ValueError as error:
+        reason = str(error).removeprefix("M2RNN: ")
+        raise CheckpointError(f"{CONFIG}: $.sequence_mixer_blocks[{i}].{reason}") from None
+
+
+def dims_of(block: Mapping[str, Any], i: int) -> Dims:
+    """Return the dims of the M2RNN block of layer i; raises CheckpointError, naming the key."""
+    given = arguments_of(block, i)
+    q, k, v, f, w = (given["heads"][operand] for operand in "qkvfw")
+    return Dims(given["state_expansion"], given["head_dim"], (q, k, v, f, w))
 
 
 def m2rnn_blocks(config: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -69,7 +73,7 @@ def spec_text(
     """
     layers: dict[Dims, list[int]] = {}
     for i, block in m2rnn_blocks(config):
-        layers.setdefault(dims_of(block, f"{CONFIG}: $.sequence_mixer_blocks[{i}]"), []).append(i)
+        layers.setdefault(dims_of(block, i), []).append(i)
     if not layers:
         raise CheckpointError(f"{CONFIG}: $.sequence_mixer_blocks must have a block of type {M2RNN_BLOCK}, got none")
     steps = min(int(config.get("max_position_embeddings") or MOST_STEPS), MOST_STEPS)

@@ -88,7 +88,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     config = config_of("hybrid_nope")
     config["sequence_mixer_blocks"][0]["num_q_heads"] = 0
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    said = "$.sequence_mixer_blocks[0].num_q_heads must be a positive integer, got 0"
+    said = "$.sequence_mixer_blocks[0].num_q_heads must be an integer of at least 1, got 0"
     assert said in fails(2, "spec", "from-config", str(tmp_path))
     folder = write_checkpoint(tmp_path / "a", "hybrid_nope")
     assert "must be writable" in fails(2, "spec", "from-config", str(folder), "--out", str(tmp_path / "no" / "a.yaml"))

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from support import ROOT, SCHEDULES, build_package, import_package, make_variant
 from torch import Tensor
 
-HYBRIDS = ROOT / "tests" / "runtime" / "hybrids"
+HYBRIDS = ROOT / "tests" / "runtime" / "data" / "lm_engine"
 """What small hybrid models of the published implementation gave, and their configurations."""
 HEADS = (1, 1, 4, 4, 4)
 PARAMETERS = ("transformer.", "lm_head.")
@@ -54,12 +54,14 @@ def hf_of(package: ModuleType) -> Any:
 
 
 def small_config(kind: str) -> dict[str, Any]:
-    """Return the configuration of a small model: a recorded one, or one without attention."""
-    if kind != "recurrent":
+    """Return the configuration of a small model: a recorded one, one without attention, or one of bare mixers."""
+    if kind in MODEL_NAMES:
         return config_of(kind)
     config = config_of("hybrid_nope")
     mixer = config["sequence_mixer_blocks"][0]
-    return {**config, "sequence_mixer_blocks": [mixer, dict(mixer)]}
+    bare = {"kernel_size": None, "activation_function": None, "use_residual": False, "num_f_heads": 1}
+    first = mixer if kind == "recurrent" else {**mixer, **bare, "normalization_function": "layernorm"}
+    return {**config, "sequence_mixer_blocks": [first, dict(mixer)]}
 
 
 def small_model(hf: Any, kind: str, backend: str = "reference", **options: Any) -> Any:

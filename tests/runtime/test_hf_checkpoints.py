@@ -150,11 +150,22 @@ def test_only_the_module_needs_transformers(tmp_path: Path) -> None:
 
 
 @every_backend
+def test_gates_are_rounded_where_asked(hf: Any, folders: Any, backend: str, tmp_path: Path) -> None:
+    """``round_gate`` is a key of the configuration, which a saved model keeps, and reaches each mixer."""
+    model = loaded(hf, folders("hybrid_nope"), backend=backend, round_gate=True)
+    model.save_pretrained(tmp_path)
+    again = loaded(hf, tmp_path, backend=backend)
+    assert model.transformer.h[0].sequence_mixer.round_gate
+    assert again.transformer.h[0].sequence_mixer.round_gate
+    assert not loaded(hf, folders("hybrid_nope"), backend=backend).transformer.h[0].sequence_mixer.round_gate
+
+
+@every_backend
 def test_decay_parameters_stay_wide(hf: Any, folders: Any, backend: str) -> None:
     """A model that is loaded in bf16 keeps A_log and dt_bias in float32, with every bit, and runs."""
     facts = arrays_of("hybrid_nope")
     model = hf.M2RNNForCausalLM.from_pretrained(folders("hybrid_nope"), backend=backend, dtype=torch.bfloat16)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.bfloat16().named_parameters():
         wide = name.endswith(("A_log", "dt_bias"))
         assert parameter.dtype == (torch.float32 if wide else torch.bfloat16), name
         assert not wide or torch.equal(parameter, facts[name])

@@ -19,6 +19,8 @@ def made(hf: Any, config: dict[str, Any]) -> Any:
 
 BLOCKS = {
     "a mixer of another kind": ("sequence_mixer_blocks", MIXER, {"sequence_mixer_type": "mamba2"}),
+    "a narrow convolution": ("sequence_mixer_blocks", MIXER, {"kernel_size": 1}),
+    "an unknown key of an M2RNN": ("sequence_mixer_blocks", MIXER, {"num_states": 2}),
     "sliding windows": ("sequence_mixer_blocks", ATTENTION, {"sliding_window": 128}),
     "an unknown key": ("sequence_mixer_blocks", ATTENTION, {"sinks": 4}),
     "heads": ("sequence_mixer_blocks", ATTENTION, {"num_key_value_heads": 3}),
@@ -31,6 +33,8 @@ BLOCKS = {
 }
 SAID = {
     "a mixer of another kind": r"\[1\]\.sequence_mixer_type must be 'm2rnn' or 'softmax_attention', got 'mamba2'",
+    "a narrow convolution": r"\[1\]\.kernel_size must be null or an integer of at least 2, got 1",
+    "an unknown key of an M2RNN": r"\[1\]\.num_states is no key of a published block",
     "sliding windows": r"\[0\]\.sliding_window must be None, got 128",
     "an unknown key": r"\[0\]\.sinks must not be given: nothing reads it, got 4",
     "heads": r"\[0\]\.num_key_value_heads must divide 4, got 3",

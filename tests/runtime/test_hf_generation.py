@@ -10,8 +10,9 @@ from calls import distance
 from checkpoints import small_model
 from torch import Tensor
 
-KINDS = ("hybrid_rope", "hybrid_options", "recurrent")
-"""A model whose first mixer is an M2RNN, one whose first is attention, and one without attention."""
+KINDS = ("hybrid_rope", "hybrid_options", "recurrent", "bare")
+"""A model whose first mixer is an M2RNN, one whose first is attention, and two without attention, of which the last
+has an M2RNN without a convolution, a residual, and gates of its own."""
 PROMPT, NEW = 6, 5
 ROUNDING = 1e-5
 

@@ -73,9 +73,10 @@ def test_checkpointing_changes_nothing(hf: Any, kind: str, reentrant: bool) -> N
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q"])
-def test_packed_sequences_are_apart(hf: Any, kind: str, how: str) -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_packed_sequences_are_apart(hf: Any, kind: str, how: str, training: bool) -> None:
     """Sequences one after the other in a row, as padding-free collators lay them, are each as alone."""
-    model, lengths = small_model(hf, kind).train(), (4, 1, 6)
+    model, lengths = small_model(hf, kind).train(training), (4, 1, 6)
     alone = [ids(1, length, seed=length) for length in lengths]
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     given: dict[str, Tensor] = {"position_ids": positions}

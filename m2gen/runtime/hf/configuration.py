@@ -35,6 +35,7 @@ def _head_dim(block: dict[str, Any], hidden_size: int) -> int:
 class M2RNNConfig(PreTrainedConfig):
     """Keys as the published ``gpt_base`` has them: ``sequence_mixer_blocks`` and ``mlp_blocks`` describe each layer.
 
+    ``round_gate`` rounds M2RNN blocks' gates to the activations' dtype, as the released models did in training.
     ``backend`` is ``m2rnn``'s: how this process runs the recurrence, which ``save_pretrained`` does not write.
     Without blocks every layer has the mixer of the published 410M model, and a SwiGLU MLP of four times the width.
 
@@ -71,6 +72,7 @@ class M2RNNConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     router_aux_loss_coef: float | int | None = None
     use_cache: bool = True
+    round_gate: bool = False
     backend: str = "kernels"
 
     def __post_init__(self, **kwargs: Any) -> None:

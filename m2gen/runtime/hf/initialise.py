@@ -45,12 +45,12 @@ def initialise(module: nn.Module, config: M2RNNConfig) -> None:
     if isinstance(module, nn.Linear | DepthwiseConv1d | Experts):
         fan_in = module.weight.shape[-1]  # of the convolution, which is depthwise, its width
         scale = math.sqrt(2 * config.num_layers) if config.use_depth_scaled_init and hasattr(module, DEEP) else 1.0
-        initialization.normal_(module.weight, std=_std(config, config.init_method, fan_in) / scale)
+        initialization.normal_(module.weight, std=std_of(config, config.init_method, fan_in) / scale)
         if not isinstance(module, Experts) and module.bias is not None:
             initialization.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         method = "normal" if config.embedding_init_method == "mup" else config.embedding_init_method
-        initialization.normal_(module.weight, std=_std(config, method, module.embedding_dim))
+        initialization.normal_(module.weight, std=std_of(config, method, module.embedding_dim))
     elif isinstance(module, RMSNorm | nn.LayerNorm):
         initialization.ones_(module.weight)
         if isinstance(module, nn.LayerNorm):
@@ -64,7 +64,8 @@ def initialise(module: nn.Module, config: M2RNNConfig) -> None:
         _draw_gate(module)
 
 
-def _std(config: M2RNNConfig, method: str, fan_in: int) -> float:
+def std_of(config: M2RNNConfig, method: str, fan_in: int) -> float:
+    """Return the standard deviation of a weight of so many inputs, before any scaling by depth."""
     if method == "fan_in":
         return float(fan_in**-0.5)
     std = float(config.initializer_range)

@@ -5,31 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from ..checkpoints import CONFIG, CheckpointError
+from ..checkpoints import arguments_of
 from ..facts import Backend
+from ..init import Initialisation
 from ..layer import M2RNN
 from .configuration import M2RNNConfig
-from .initialise import deep
-
-ONLY: dict[str, Any] = {"use_residual": True, "activation_function": "silu", "normalization_function": "rmsnorm"}
+from .initialise import deep, std_of
 
 
 def m2rnn_of(config: M2RNNConfig, block: Mapping[str, Any], i: int) -> M2RNN:
-    """Return the mixer of layer i; raises VariantNotBuiltError where the package has no kernels for it."""
-    where = f"{CONFIG}: $.sequence_mixer_blocks[{i}]"
-    for key, value in ONLY.items():
-        if block.get(key, value) != value:
-            raise CheckpointError(f"{where}.{key} must be {value!r}, got {block[key]!r}")
-    names = {"q": "q", "k": "k", "v": "v", "f": "f", "w": "weight", "g": "g"}
-    layer = M2RNN(
-        config.hidden_size,
-        block["k_head_dim"],
-        block["v_head_dim"],
-        {name: block[f"num_{key}_heads"] for name, key in names.items()},
-        conv_width=block["kernel_size"],
-        bias=block["add_bias"],
-        clip=block["gradient_clipping"],
-        backend=cast(Backend, config.backend),
+    """Return the mixer of layer i.
+
+    Raises CheckpointError for a block that no layer has, and VariantNotBuiltError where the package has no kernels.
+    """
+    arguments_of(block, i)  # raises with the key's place
+    depth = config.num_layers if config.use_depth_scaled_init else None
+    if config.init_method == "fan_in":
+        init = Initialisation(layers=depth)
+    else:
+        init = Initialisation("normal", std_of(config, config.init_method, 1), depth)
+    layer = M2RNN.from_config(
+        block, config.hidden_size, backend=cast(Backend, config.backend), round_gate=config.round_gate, init=init
     )
     deep(layer.output_projection)
     return layer

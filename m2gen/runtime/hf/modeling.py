@@ -85,15 +85,16 @@ class M2RNNModel(M2RNNPreTrainedModel):
         attention_mask (B, past + S) is true, or not 0, at tokens. Sequences that lie one after the other in a row are
         apart where ``cu_seq_lens_q`` says so, or, with neither mask nor cache, where position_ids begin anew.
 
-        A cache is made where ``use_cache`` is true, but not for training.
+        A cache is made where ``use_cache`` is true, but neither for training nor of several sequences in a row.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("M2RNN: exactly one of input_ids and inputs_embeds must be given")
         x: Tensor = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and cache is None and not (self.training and torch.is_grad_enabled()):
-            cache = DynamicCache(config=self.config)
         if cu_seq_lens_q is None and position_ids is not None and attention_mask is None and cache is None:
             cu_seq_lens_q = offsets_of(position_ids, x.shape[0])
+        trains = self.training and torch.is_grad_enabled()
+        if use_cache and cache is None and cu_seq_lens_q is None and not trains:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
             seen = 0 if cache is None else cache.get_seq_length()
             position_ids = (torch.arange(x.shape[1], device=x.device) + seen)[None]
