@@ -16,7 +16,10 @@ INTERVAL = SCHEDULES["one_level_atomic"].interval
 
 def test_what_a_package_exports(package) -> None:
     """The names that the documentation imports, and no others."""
-    assert sorted(package.__all__) == ["M2RNN", "M2RNNCache", "VariantNotBuiltError", "layers", "m2rnn", "m2rnn_step"]
+    assert sorted(package.__all__) == [
+        "Initialisation", "M2RNN", "M2RNNCache", "VariantNotBuiltError", "layers", "m2rnn", "m2rnn_step",
+        "parameter_groups",
+    ]  # fmt: skip
     assert all(getattr(package, name).__doc__ for name in package.__all__)
     assert issubclass(package.VariantNotBuiltError, ValueError)
 
