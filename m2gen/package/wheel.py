@@ -22,6 +22,8 @@ from m2gen.package.place import check_folder, locked, resolved, write_file
 LICENSE = "Apache-2.0"
 TORCH = "torch>=2.10"
 """The first version whose GPU builds bring a Triton that m2gen supports, as ``triton`` or ``triton-rocm``."""
+TRANSFORMERS = "transformers>=5.24"
+"""What ``hf`` of a package needs, as that says itself."""
 REASON = 300
 """Number of characters that an error repeats of hatchling's output: the last ones, where the reason is."""
 EPOCH = "315532800"
@@ -59,7 +61,7 @@ def _triton() -> str:
 def _sources(origin: Origin, package: Package, manifest: str) -> dict[str, str]:
     """Return the files of the project that hatchling builds."""
     facts = {"project": _project(package), "name": package.name}
-    needs = {"license": LICENSE, "torch": TORCH, "triton": _triton()}
+    needs = {"license": LICENSE, "torch": TORCH, "triton": _triton(), "transformers": TRANSFORMERS}
     modules = {f"{package.name}/{path}": text for path, text in {**package.files, owned.MANIFEST: manifest}.items()}
     return {
         "pyproject.toml": render_template("wheel/pyproject.toml.j2", version=_version(package), **facts, **needs),

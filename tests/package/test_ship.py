@@ -121,7 +121,8 @@ def test_a_wheel_can_be_published(spec: Path) -> None:
     assert "from one import M2RNN" in facts.get_payload()
     needs = [Requirement(line) for line in facts.get_all("Requires-Dist")]
     assert [need.name for need in needs if need.marker is None] == ["torch"]
-    assert {need.name: str(need.marker) for need in needs if need.marker} == {"triton": 'extra == "triton"'}
+    extras = {need.name: str(need.marker) for need in needs if need.marker}
+    assert extras == {"triton": 'extra == "triton"', "transformers": 'extra == "hf"'}
     with zipfile.ZipFile(wheel) as archive:
         (place,) = [name for name in archive.namelist() if name.endswith("/licenses/LICENSE")]
         assert archive.read(place) == (ROOT / "LICENSE").read_bytes()

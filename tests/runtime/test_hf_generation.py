@@ -127,7 +127,8 @@ def test_embeddings_in_place_of_tokens(model: Any) -> None:
 
 def test_a_static_cache(model: Any) -> None:
     """Keys and values of a fixed length beside states."""
-    assert torch.equal(tokens_of(model, ids(), cache_implementation="static"), by_hand(model, ids()))
+    for options in ({}, {"prefill_chunk_size": 4}):
+        assert torch.equal(tokens_of(model, ids(), cache_implementation="static", **options), by_hand(model, ids()))
     batch = padded([ids(1, steps, seed=steps)[0] for steps in (5, 2)])
     assert torch.equal(tokens_of(model, batch, cache_implementation="static"), tokens_of(model, batch))
 
@@ -146,6 +147,9 @@ def test_generation_under_compile(hf: Any, kind: str, backend: str) -> None:
         out = tokens_of(model, ids(), cache_implementation="static", compile_config=compiled)
     assert torch.equal(out, by_hand(model, ids()))
     assert model._last_compile_config is compiled
+    if backend == "reference":  # in chunks the prompt is compiled, too, once for each size
+        options = {"cache_implementation": "static", "compile_config": compiled, "prefill_chunk_size": 4}
+        assert torch.equal(tokens_of(model, ids(), **options), by_hand(model, ids()))
 
 
 def test_assisted_generation_is_refused(model: Any) -> None:

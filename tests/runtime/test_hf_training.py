@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,29 @@ def test_packed_sequences_are_apart(hf: Any, kind: str, how: str, training: bool
     assert distance(logits, torch.cat([model(tokens).logits for tokens in alone], 1)) < ROUNDING
 
 
+def test_scores_of_attention(hf: Any) -> None:
+    """The eager implementation gives those of each attention layer, whose rows are shares of what came before."""
+    model = small_model(hf, "hybrid_options", attn_implementation="eager")
+    out = model(ids(), output_attentions=True)
+    (scores,) = out.attentions
+    assert scores.shape == (3, 4, 7, 7)
+    torch.testing.assert_close(scores, scores.tril())
+    torch.testing.assert_close(scores.sum(-1), torch.ones(3, 4, 7))
+    assert distance(out.logits, small_model(hf, "hybrid_options")(ids()).logits) < ROUNDING
+
+
+def test_groups_of_an_optimiser(hf: Any, tmp_path: Path) -> None:
+    """A loaded model's norms, D, decay parameters and biases have no weight decay; every parameter is in one group."""
+    small_model(hf, "hybrid_options").save_pretrained(tmp_path)
+    model = hf.M2RNNForCausalLM.from_pretrained(tmp_path, backend="reference")
+    groups = sys.modules[hf.__name__.removesuffix(".hf")].parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    held = {group["name"]: {names.pop(id(parameter)) for parameter in group["params"]} for group in groups}
+    assert names == {}
+    expected = [name for name in dict(model.named_parameters()) if re.search(r"ln_|norm|\.D$|A_log|bias", name)]
+    assert held["undecayed"] == set(expected)
+
+
 def test_training_makes_no_cache(hf: Any) -> None:
     """It would keep every state of a step."""
     model = small_model(hf, "hybrid_rope").train()
@@ -142,6 +167,8 @@ def test_the_trainer_goes_on_with_the_same_losses(hf: Any, tmp_path: Path) -> No
     expected = losses(whole)
     assert len(expected) == STEPS
     assert sum(expected[-5:]) < 0.8 * sum(expected[:5])
+    predicted = whole.predict([{"input_ids": row, "labels": row} for row in ids(5, 12, seed=2)])
+    assert predicted.predictions.shape == (5, 12, 64)  # no caches
     folder = tmp_path / f"checkpoint-{HALF}"
     set_seed(2)
     loaded = hf.M2RNNForCausalLM.from_pretrained(folder, backend="reference")

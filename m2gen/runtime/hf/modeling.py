@@ -173,6 +173,9 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states, attentions=outputs.attentions,
         )  # fmt: skip
 
+    def _get_static_cache_init_shape(self) -> None:
+        """Have static caches allocate in their first call, as only the layers know what they hold."""
+
     @staticmethod
     def create_masks_for_generate(
         config: M2RNNConfig,
