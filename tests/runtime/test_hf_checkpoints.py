@@ -47,7 +47,7 @@ def test_logits_loss_and_hidden_states(hf: Any, folders: Any, name: str, backend
 @every_model
 @every_backend
 def test_greedy_tokens(hf: Any, folders: Any, name: str, backend: str) -> None:
-    """``generate`` gives the recorded tokens, and the logits that each was chosen from."""
+    """``generate`` gives the recorded tokens, the logits that each was chosen from, and the states after them."""
     facts, model = arrays_of(name), loaded(hf, folders(name), backend=backend)
     out = model.generate(
         facts["input_ids"], max_new_tokens=8, do_sample=False, eos_token_id=None,
@@ -55,6 +55,11 @@ def test_greedy_tokens(hf: Any, folders: Any, name: str, backend: str) -> None:
     )  # fmt: skip
     assert torch.equal(out.sequences, facts["generated"])
     assert distance(torch.stack(out.logits, 1), facts["generated_logits"]) < LOGITS
+    (states,) = (
+        layer for layer, kind in zip(out.cache.layers, model.config.layer_types, strict=True) if kind == "m2rnn"
+    )
+    assert distance(states.conv.mT, facts["generated.conv_state"]) < LOGITS
+    assert distance(states.state, facts["generated.recurrent_state"]) < LOGITS
 
 
 @every_model
