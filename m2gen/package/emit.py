@@ -26,8 +26,8 @@ CLIP_TEXT = {
     ClipMode.CARRY: "what later steps carry is clamped to [-clip, clip] before q_t dy_t^T is added",
     ClipMode.TOTAL: "the whole gradient of H_t is clamped to [-clip, clip]",
 }
-COMPAT = "compat.py"
-"""Module that packages contain only if the published implementation computes the same."""
+DROP_IN = frozenset({"compat.py", "integrations/lm_engine.py"})
+"""Modules that packages contain only if the published implementation computes the same."""
 TORCH_DTYPE = {Dtype.BF16: "torch.bfloat16", Dtype.FP16: "torch.float16", Dtype.FP32: "torch.float32"}
 
 
@@ -181,7 +181,7 @@ def _schedule_facts(choice: Choice) -> dict[str, Any]:
 def _copies(origin: Origin, choices: list[Choice]) -> dict[str, str]:
     """Return the modules around the kernels: checks of arguments, registration, the operator, and the layer."""
     drops_in = choices[0].variant.clip is ClipMode.CARRY and any(not choice.variant.computes_gate for choice in choices)
-    chosen = {path: text for path, text in sources().items() if drops_in or path != COMPAT}
+    chosen = {path: text for path, text in sources().items() if drops_in or path not in DROP_IN}
     return {path: copied(origin.header(), text) for path, text in chosen.items()}
 
 

@@ -18,6 +18,7 @@ def forward(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    cu_seqlens_cpu: Tensor | None,
     bound: float,
     save: bool,
     deterministic: bool,

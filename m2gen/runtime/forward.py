@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from .cache import M2RNNCache, States, check_cache, commit
 from .decode import masked_step, step
 from .mixer import Mixer
+from .offsets import check_host_offsets
 from .scan import scan
 
 
@@ -21,6 +22,7 @@ def run(
     cache: M2RNNCache | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -31,6 +33,7 @@ def run(
     cache: States,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
@@ -40,20 +43,22 @@ def run(
     cache: M2RNNCache | States | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Do what ``M2RNN.forward`` does, of any module with the attributes of an ``M2RNN``; for ``States``, ``scan``."""
     lead = ("B", "S") if cu_seqlens is None else ("T",)
     if x.dim() != len(lead) + 1 or x.shape[-1] != layer.hidden_size:
         expected = ", ".join((*lead, str(layer.hidden_size)))
         raise ValueError(f"M2RNN: x must be ({expected}), got {tuple(x.shape)}")
+    check_host_offsets(cu_seqlens, cu_seqlens_cpu)
     if cache is None:
         if attention_mask is not None:
             return _padded(layer, x, None, None, attention_mask, cu_seqlens)[0]
-        return scan(layer, x, None, None, cu_seqlens)[0]
+        return scan(layer, x, None, None, cu_seqlens, cu_seqlens_cpu)[0]
     if not getattr(cache, "in_place", True):  # no isinstance: the states may be of another package's layer
         if attention_mask is not None:
             return _padded(layer, x, cache.conv, cache.state, attention_mask, cu_seqlens)
-        return scan(layer, x, cache.conv, cache.state, cu_seqlens)
+        return scan(layer, x, cache.conv, cache.state, cu_seqlens, cu_seqlens_cpu)
     moved = cast(M2RNNCache, cache)
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
         raise RuntimeError("M2RNN: a cache has no gradients; call under torch.no_grad(), or use scan")
@@ -65,7 +70,7 @@ def run(
     if attention_mask is not None:
         y, conv, state = _padded(layer, x, moved.conv, moved.state, attention_mask, cu_seqlens)
     else:
-        y, conv, state = scan(layer, x, moved.conv, moved.state, cu_seqlens)
+        y, conv, state = scan(layer, x, moved.conv, moved.state, cu_seqlens, cu_seqlens_cpu)
     commit(moved, conv, state)
     return y
 

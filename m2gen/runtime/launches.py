@@ -30,11 +30,15 @@ def forward(
     save: bool,
     deterministic: bool,
     call: KnownCall | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run the kernel that serves these operands; return y, the final state and, if ``save``, checkpoints."""
+    """Run the kernel that serves these operands; return y, the final state and, if ``save``, checkpoints.
+
+    Offsets are checked as ``cu_seqlens_cpu`` has them where it is given, else as ``cu_seqlens``.
+    """
     q = operands[0]
     if cu_seqlens is not None:
-        offsets.check_offsets(cu_seqlens, q.shape[0])
+        offsets.check_offsets(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, q.shape[0])
     kernels, known = _kernels(call, operands, cu_seqlens)
     if save and q.device.type == "cpu":  # the backward may run when files are others
         dispatch.read_source(kernels)

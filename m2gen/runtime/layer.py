@@ -168,8 +168,10 @@ class M2RNN(nn.Module):
         cache: M2RNNCache | None = None,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
     ) -> Tensor:
-        """Mix x (B, S, hidden_size), or a packed batch (T, hidden_size) with cu_seqlens (B + 1,) as ``m2rnn`` takes it.
+        """Mix x (B, S, hidden_size), or a packed batch (T, hidden_size) with cu_seqlens (B + 1,) as ``m2rnn`` takes it,
+        and cu_seqlens_cpu, a copy of that on the CPU, with which nothing waits for the device.
 
         attention_mask (B, S) is true, or not 0, at tokens: others have no part in anything, and their results are 0.
         Packing them waits for the device; pass cu_seqlens where that matters.
@@ -182,7 +184,7 @@ class M2RNN(nn.Module):
         layer, or whose elements share memory; RuntimeError for one where gradients are wanted: ``scan`` is the call
         whose states have gradients.
         """
-        return run(self, x, cache, attention_mask, cu_seqlens)
+        return run(self, x, cache, attention_mask, cu_seqlens, cu_seqlens_cpu)
 
     def scan(
         self,
@@ -190,13 +192,14 @@ class M2RNN(nn.Module):
         conv: Tensor | None = None,
         state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the result and the states after it: what was convolved last, and the operator's state.
 
         x as in ``forward``; conv (B, conv_width - 1, C) in x's dtype with C = Nq K + Nk K + Nv V, and state
         (B, N, K, V) in float32, both zeros if None. Everything is differentiable. It goes through ``forward``'s hooks.
         """
-        after: tuple[Tensor, Tensor, Tensor] = self(x, States(conv, state), None, cu_seqlens)
+        after: tuple[Tensor, Tensor, Tensor] = self(x, States(conv, state), None, cu_seqlens, cu_seqlens_cpu)
         return after
 
     def allocate_cache(

@@ -42,9 +42,10 @@ class M2RNNForward(nn.Module):
         cache: M2RNNCache | None = None,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
     ) -> Tensor:
         """Do what ``layer.M2RNN.forward`` does."""
-        return run(self, x, cache, attention_mask, cu_seqlens)
+        return run(self, x, cache, attention_mask, cu_seqlens, cu_seqlens_cpu)
 
 
 M2RNN = M2RNNForward

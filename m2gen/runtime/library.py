@@ -16,7 +16,7 @@ SPACE = built.SPACE
 NAMESPACE: str = SPACE.name
 DIFFERENTIABLE = 8
 """Operands that may have a gradient come first: q, k, v, weight, forget, A_log, dt_bias, initial_state."""
-SAVE = 10
+SAVE = 11
 """The forward's argument that asks for checkpoints, counted from 0."""
 
 
@@ -48,10 +48,10 @@ def _dense(x: Tensor | None) -> Tensor | None:
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, weight, forget, A_log, dt_bias, initial_state, cu_seqlens, _, save, deterministic = arguments
+    q, k, v, weight, forget, A_log, dt_bias, initial_state, cu_seqlens, host, _, save, deterministic = arguments
     operands = (q, k, v, weight, forget, _dense(A_log), _dense(dt_bias))
     y, state, checkpoints = launches.forward(
-        operands, _dense(initial_state), _dense(cu_seqlens), save, deterministic
+        operands, _dense(initial_state), _dense(cu_seqlens), save, deterministic, None, host
     )  # fmt: skip
     return y, state, state.new_empty(0, *state.shape[1:]) if checkpoints is None else checkpoints
 
@@ -61,7 +61,7 @@ def _forward_mapped(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int | None, ...]]:
     """Make the mapped dim a part of B, for vmap, where every sequence of B is still computed alike."""
     per_sequence = (0, 1, 2, 4, 7)  # q, k, v, forget, initial_state
-    *operands, cu_seqlens, bound, save, deterministic = arguments
+    *operands, cu_seqlens, host, bound, save, deterministic = arguments
     shared = [dim for i, dim in enumerate(in_dims) if i not in per_sequence]
     if save or cu_seqlens is not None or any(dim is not None for dim in shared):
         return transforms.one_by_one(FORWARD)(info, in_dims, *arguments)
@@ -70,7 +70,7 @@ def _forward_mapped(
         if x is not None:
             mapped = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
             operands[i] = mapped.flatten(0, 1)
-    y, state, checkpoints = FORWARD(*operands, cu_seqlens, bound, save, deterministic)
+    y, state, checkpoints = FORWARD(*operands, cu_seqlens, host, bound, save, deterministic)
     y, state = (x.unflatten(0, (info.batch_size, -1)) for x in (y, state))
     return (y, state, checkpoints), (0, 0, None)
 
@@ -107,7 +107,7 @@ def _step_mapped(info: transforms.MapInfo, in_dims: Sequence[int | None], *argum
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, weight, forget, A_log, dt_bias, _, cu_seqlens, ctx.bound, _, ctx.deterministic = inputs
+    q, k, v, weight, forget, A_log, dt_bias, _, cu_seqlens, _, ctx.bound, _, ctx.deterministic = inputs
     ctx.save_for_backward(q, k, v, weight, forget, A_log, dt_bias, output[2], cu_seqlens)
     ctx.set_materialize_grads(False)
 
@@ -119,7 +119,7 @@ def _autograd(ctx: Any, dy: Tensor | None, dstate: Tensor | None, _: Tensor | No
     if dy is None:
         dy = q.new_zeros(()).expand(*q.shape[:-2], fakes.total_heads(q, k, v, weight, forget), v.shape[-1])
     found = iter(BACKWARD(dy, dstate, *saved, ctx.bound, wanted, ctx.deterministic))
-    return (*(next(found) if want else None for want in wanted), None, None, None, None)
+    return (*(next(found) if want else None for want in wanted), None, None, None, None, None)
 
 
 def _setup_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -132,8 +132,8 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> tuple[None, ...]:
 
 _OPERANDS = "Tensor q, Tensor k, Tensor v, Tensor weight, Tensor forget, Tensor? A_log, Tensor? dt_bias"
 _SCHEMAS = {
-    "forward": f"({_OPERANDS}, Tensor? initial_state, Tensor? cu_seqlens, float bound, bool save, bool deterministic)"
-    " -> (Tensor, Tensor, Tensor)",
+    "forward": f"({_OPERANDS}, Tensor? initial_state, Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, float bound,"
+    " bool save, bool deterministic) -> (Tensor, Tensor, Tensor)",
     "backward": f"(Tensor dy, Tensor? dstate, {_OPERANDS}, Tensor checkpoints, Tensor? cu_seqlens, float bound,"
     " bool[] wanted, bool deterministic) -> Tensor[]",
     "step": f"({_OPERANDS}, Tensor(a!) state) -> Tensor",

@@ -1,4 +1,4 @@
-"""The offsets of a packed batch, which are read once on the host as long as they stay the same."""
+"""The offsets of a packed batch, which are read once on the host as long as they stay the same, or come with a copy."""
 
 from __future__ import annotations
 
@@ -10,6 +10,23 @@ from torch import Tensor
 
 _OFFSETS: dict[int, tuple[weakref.ref[Tensor], int | None, int]] = {}
 """Offsets that passed, by identity: a weak reference, the version of their content, the tokens they end at."""
+
+
+def check_host_offsets(cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless the host's copy of the offsets may be one; what it holds is read later."""
+    if cu_seqlens_cpu is None:
+        return
+    if not isinstance(cu_seqlens_cpu, Tensor):
+        raise TypeError(f"m2rnn: cu_seqlens_cpu must be a tensor, got {type(cu_seqlens_cpu).__name__}")
+    if cu_seqlens is None:
+        raise ValueError("m2rnn: cu_seqlens_cpu must come with cu_seqlens, of which it is a copy")
+    if cu_seqlens_cpu.device.type != "cpu":
+        raise ValueError(f"m2rnn: cu_seqlens_cpu must be on the CPU, got {cu_seqlens_cpu.device}")
+    if cu_seqlens_cpu.shape != cu_seqlens.shape:
+        expected, given = tuple(cu_seqlens.shape), tuple(cu_seqlens_cpu.shape)
+        raise ValueError(f"m2rnn: cu_seqlens_cpu must be {expected} as cu_seqlens is, got {given}")
+    if cu_seqlens_cpu.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"m2rnn: cu_seqlens_cpu must be torch.int32 or torch.int64, got {cu_seqlens_cpu.dtype}")
 
 
 def check_offsets(cu_seqlens: Tensor, tokens: int) -> None:

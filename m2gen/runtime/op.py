@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import built, checks, library, reference
 from .facts import Backend
-from .offsets import check_offsets
+from .offsets import check_host_offsets, check_offsets
 
 __all__ = ["m2rnn", "m2rnn_step"]
 
@@ -29,6 +29,7 @@ def m2rnn(
     *,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
     deterministic: bool | None = None,
     backend: Backend = "kernels",
 ) -> tuple[Tensor, Tensor]: ...
@@ -48,6 +49,7 @@ def m2rnn(
     *,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
     deterministic: bool | None = None,
     backend: Backend = "kernels",
 ) -> tuple[Tensor, Tensor | None]: ...
@@ -66,6 +68,7 @@ def m2rnn(
     *,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
     deterministic: bool | None = None,
     backend: Backend = "kernels",
 ) -> tuple[Tensor, Tensor | None]:
@@ -77,7 +80,9 @@ def m2rnn(
     in float32 stays as it is.
 
     A packed batch is (T, ...) in place of (B, S, ...), with cu_seqlens (B + 1,), int32 or int64: offsets that start at
-    0, never decrease and end at T. They are read once on the host for as long as their content stays the same.
+    0, never decrease and end at T. They are read once on the host for as long as their content stays the same, which
+    waits for a GPU; with cu_seqlens_cpu, a copy of them on the CPU, that is checked in their place, and nothing waits.
+    That the two are equal is the caller's word: kernels stay inside the tensors whatever cu_seqlens holds.
 
     forget is f_t itself; or, with A_log and dt_bias (Nf,), the x of f = exp(-exp(A_log) softplus(x + dt_bias)).
 
@@ -106,8 +111,10 @@ def m2rnn(
         "initial_state": initial_state, "cu_seqlens": cu_seqlens,
     }  # fmt: skip
     call = checks.check("m2rnn", ("B", "S") if cu_seqlens is None else ("T",), tensors, backend == "kernels")
+    check_host_offsets(cu_seqlens, cu_seqlens_cpu)
     if backend == "reference":
-        y, state = _reference(q, k, v, weight, forget, initial_state, cu_seqlens, A_log, dt_bias, clip)
+        host = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
+        y, state = _reference(q, k, v, weight, forget, initial_state, host, A_log, dt_bias, clip)
         return y, state if output_final_state else None
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -115,9 +122,11 @@ def m2rnn(
     operands = (q, k, v, weight, forget, _float32(A_log), _float32(dt_bias))
     first, offsets = _float32(initial_state), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
     if save or call is None:
-        y, state, _ = library.OPERATORS.FORWARD(*operands, first, offsets, bound, save, deterministic)
+        y, state, _ = library.OPERATORS.FORWARD(*operands, first, offsets, cu_seqlens_cpu, bound, save, deterministic)
     else:  # nothing to differentiate and nobody to tell: the dispatcher takes longer on the host
-        y, state, _ = library.OPERATORS.launches.forward(operands, first, offsets, save, deterministic, call)
+        y, state, _ = library.OPERATORS.launches.forward(
+            operands, first, offsets, save, deterministic, call, cu_seqlens_cpu
+        )
     return y, state if output_final_state else None
 
 

@@ -20,6 +20,7 @@ def scan(
     conv: Tensor | None = None,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what ``M2RNN.scan`` does once the layer's hooks have run, of any module with its attributes."""
     check_states(layer, x, conv, state, cu_seqlens)
@@ -32,7 +33,7 @@ def scan(
     f, A_log, dt_bias = gate_of(layer, f, q.dtype)
     y, state = m2rnn(
         q, k, v, layer.state_weight, f, state, cu_seqlens, layer.clip,
-        A_log=A_log, dt_bias=dt_bias, backend=layer.backend,
+        A_log=A_log, dt_bias=dt_bias, cu_seqlens_cpu=cu_seqlens_cpu, backend=layer.backend,
     )  # fmt: skip
     return finish(layer, y, v, g), conv, state
 

@@ -109,3 +109,17 @@ def test_a_step_with_a_mask_never_waits(subject) -> None:
         assert torch.equal(now[1], then[1])
         assert not torch.equal(now[0], then[0])
     assert bool((y[1] == 0).all())
+
+
+def test_packed_training_with_offsets_of_the_host_never_waits(subject) -> None:
+    """Forward and backward of a packed batch read nothing from the device where a copy of the offsets comes along."""
+    layer, x = subject.layer, subject.x.flatten(0, 1)
+    host = torch.tensor([0, 3, 3, x.shape[0]], dtype=torch.int32)
+    offsets = [host.to(x.device) for _ in range(2)]
+    layer(x, cu_seqlens=offsets[0], cu_seqlens_cpu=host).float().square().sum().backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer(x, cu_seqlens=offsets[1], cu_seqlens_cpu=host).float().square().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

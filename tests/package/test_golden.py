@@ -13,6 +13,7 @@ from m2gen import pipeline
 from m2gen.device import TARGETS
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel
+from m2gen.package.emit import DROP_IN
 from m2gen.schedule import default
 from m2gen.variant import Variant
 
@@ -95,7 +96,7 @@ def test_packages_hold_copies_of_the_runtime(name: str) -> None:
     files = read(ROOT / "generated" / name)
     copies = {path: text for path, text in files.items() if path not in OWN and not path.startswith("kernels/")}
     runtime = {path: text for path, text in read(RUNTIME).items() if path not in OWN}
-    assert runtime.keys() - copies.keys() <= {"compat.py"}
+    assert runtime.keys() - copies.keys() <= DROP_IN
     assert {path: without_header(text) for path, text in copies.items()} == {path: runtime[path] for path in copies}
     for path in copies:
         first, second = files[path].splitlines()[:2]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from calls import assert_same
-from layer import GATED, HIDDEN, PLAIN, layered
+from layer import GATED, HIDDEN, PLAIN, in_pieces, layered
 from torch import nn
 
 DECAY = ("decay_gate.A_log", "decay_gate.dt_bias")
@@ -118,6 +118,34 @@ def test_a_bf16_layer_is_trained(package, device) -> None:
         assert parameter.grad is not None
         assert parameter.grad.dtype == torch.float32
         assert parameter.grad.norm() > 0
+
+
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+def test_a_rounded_gate(package, device, backend) -> None:
+    """Every call has the bits of a layer whose gate is rounded by a hook; without the option they are others."""
+    torch.manual_seed(0)
+    layers = [package.M2RNN(HIDDEN, **PLAIN, round_gate=rounds, backend=backend) for rounds in (True, False, False)]
+    rounded, hooked, exact = (layer.to(device, torch.bfloat16) for layer in layers)
+    for other in (hooked, exact):
+        other.load_state_dict(rounded.state_dict())
+    if backend == "reference":  # which takes what the gate is computed of
+        hooked.decay_gate.forward = lambda x, in_kernel=False: (rounded.decay_gate(x).bfloat16(), None, None)
+    else:
+        hooked.decay_gate.register_forward_hook(lambda gate, given, f: f.bfloat16())
+    x = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16)
+    with torch.no_grad():
+        y, expected, other = (layer(x) for layer in (rounded, hooked, exact))
+        steps = [in_pieces(layer, x, layer.allocate_cache(2)) for layer in (rounded, hooked)]
+    assert torch.equal(y, expected)
+    assert torch.equal(*steps)
+    assert not torch.equal(y, other)
+
+
+def test_a_rounded_gate_needs_a_variant_that_is_given_it(package, device) -> None:
+    """Kernels that compute the gate round nothing, and the error says what to build."""
+    layer = made(package, round_gate=True).to(device, torch.bfloat16)
+    with pytest.raises(package.VariantNotBuiltError, match="gate: given"):
+        layer(torch.ones(1, 2, HIDDEN, device=device, dtype=torch.bfloat16))
 
 
 def initialisation(package: ModuleType, *arguments: Any, **named: Any) -> Any:

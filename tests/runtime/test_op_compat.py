@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable
+from enum import Enum
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from support import build_package, make_schedule, make_variant
 from torch import Tensor, nn
 
 from m2gen.kernels.compile import load_module
+from m2gen.package.emit import DROP_IN
 from m2gen.problem import Draw, Inputs, Problem, make_inputs
 
 HEADS = (2, 4, 4, 1, 2)
@@ -220,8 +222,39 @@ def test_the_longest_length_comes_with_offsets_and_only_then(compat, device) -> 
         compat.m2rnn(*flat.values(), cu_seqlens=offsets)
 
 
+class Backend(Enum):
+    """Some of the names that the published enum has."""
+
+    triton = "triton"
+    cuda = "cuda"
+    torch = "torch"
+    pallas = "pallas"
+
+
+@pytest.mark.parametrize(
+    ("named", "backend"),
+    [
+        (None, "kernels"), (Backend.triton, "kernels"), (Backend.cuda, "kernels"), ("triton", "kernels"),
+        (Backend.torch, "reference"), ("torch", "reference"),
+    ],
+)  # fmt: skip
+def test_a_named_backend(package, compat, device, named, backend) -> None:
+    """The published enum's members, and their values, name what runs; the bits are the operator's with that backend."""
+    inputs = draw(device)
+    given = call(compat.m2rnn, inputs, gradient_clipping=0.5, kernel_backend=named)
+    assert_same(given, differentiate(package.m2rnn, inputs, clip=0.5, backend=backend))
+
+
+@pytest.mark.parametrize("named", [Backend.pallas, "jax"])
+def test_a_backend_that_is_not_here(compat, device, named) -> None:
+    """Others are an error that names the argument."""
+    message = "^m2rnn: kernel_backend must be None or one of triton, cuda, torch, got "
+    with pytest.raises(ValueError, match=message):
+        call(compat.m2rnn, draw(device), kernel_backend=named)
+
+
 def test_a_package_that_clips_otherwise_has_no_drop_in() -> None:
     """Clamping the whole gradient is not what was published, so such a package does not pretend."""
     files = build_package("other", [make_variant(clip="total")], make_schedule()).files
-    assert "compat.py" not in files
-    assert "compat.py" in build_package("same", [make_variant()], make_schedule()).files
+    assert DROP_IN.isdisjoint(files)
+    assert set(build_package("same", [make_variant()], make_schedule()).files) >= DROP_IN

@@ -54,7 +54,9 @@ def test_operators_are_registered_under_a_name_of_their_own(package, modules) ->
 def _forward_arguments(inputs: Inputs, save: bool) -> tuple[Any, ...]:
     tensors = [getattr(inputs, name) for name in DIFFERENTIABLE]
     order = (*tensors[:5], *tensors[6:], tensors[5])  # the initial state comes after the gate's parameters
-    return (*(x if x is None else x.clone().requires_grad_(save) for x in order), inputs.cu_seqlens, 1.0, save, False)
+    operands = [x if x is None else x.clone().requires_grad_(save) for x in order]
+    host = inputs.cu_seqlens.cpu().clone() if inputs.cu_seqlens is not None and save else None
+    return (*operands, inputs.cu_seqlens, host, 1.0, save, False)
 
 
 CASES = {

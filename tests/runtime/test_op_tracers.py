@@ -109,7 +109,7 @@ def test_fake_tensors_of_devices_that_are_not_there(package, monkeypatch, kind) 
         y, state = package.m2rnn(**call)
         saved = operators_of(package).FORWARD(
             *(call[name] for name in ("q", "k", "v", "weight", "forget")), None, None, call["initial_state"],
-            None, 1.0, True, False,
+            None, None, 1.0, True, False,
         )[2]  # fmt: skip
         token = [torch.empty(x.shape, device=kind) for x in token_of(draw("cpu")).values()]
         stepped = operators_of(package).STEP(*token[:5], None, None, token[5])

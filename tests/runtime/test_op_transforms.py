@@ -350,7 +350,8 @@ def test_the_registered_operators_alone(package, operands) -> None:
     q, k, v, weight, forget, state = operands
 
     def forward(q: Tensor) -> Tensor:
-        y, _, _ = operators_of(package).FORWARD(q, k, v, weight, forget, None, None, state, None, 1.0, False, False)
+        operands = (q, k, v, weight, forget, None, None, state)
+        y, _, _ = operators_of(package).FORWARD(*operands, None, None, 1.0, False, False)
         assert isinstance(y, Tensor)
         return y.square().sum()
 
@@ -364,7 +365,7 @@ def test_the_registered_operators_alone(package, operands) -> None:
 def test_states_of_any_strides_for_the_registered_operators(package, operands) -> None:
     """A compiler may hand over what its graph laid out otherwise: the operators take nothing for granted."""
     q, k, v, weight, forget, state = operands
-    rest = (None, 1.0, True, False)
+    rest = (None, None, 1.0, True, False)
     expected = operators_of(package).FORWARD(q, k, v, weight, forget, None, None, state, *rest)
     other = state.transpose(2, 3).contiguous().transpose(2, 3)
     assert not other.is_contiguous()

@@ -148,9 +148,10 @@ def test_what_the_published_code_cannot_run(package, failed) -> None:
         with pytest.raises(ValueError, match=f"^M2RNN: {re.escape(REFUSED[failed['what']])}"):
             package.M2RNN.from_config(failed["config"], 32, backend="reference")
         return
-    layer = package.M2RNN.from_config(failed["config"], 32, backend="reference")
-    y = layer(torch.ones(5, 32), cu_seqlens=torch.tensor([0, 2, 5]))
-    assert off(y[2:4], layer(torch.ones(1, 2, 32))[0]) < 1e-6
+    layer = package.M2RNN.from_config(failed["config"], 32, backend="reference", dtype=torch.float64)
+    x = torch.ones(5, 32, dtype=torch.float64)
+    y = layer(x, cu_seqlens=torch.tensor([0, 2, 5]))
+    assert off(y[2:4], layer(x[None, :2])[0]) < 1e-13
 
 
 PUBLISHED: dict[str, Any] = INDEX["files"]["published.npz"]["config"]
@@ -227,16 +228,18 @@ ACTIVATIONS = {
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_activations_by_name(package, name) -> None:
     """A layer has the activation that its configuration names, and compiles into one graph."""
-    layer = package.M2RNN.from_config({**PUBLISHED, "activation_function": name}, 32, backend="reference")
+    torch.manual_seed(0)
+    made = {"backend": "reference", "dtype": torch.float64}
+    layer = package.M2RNN.from_config({**PUBLISHED, "activation_function": name}, 32, **made)
     function = ACTIVATIONS[name] or (lambda x: nn.functional.relu(x) ** 2)
-    plain = package.M2RNN.from_config({**PUBLISHED, "activation_function": None}, 32, backend="reference")
+    plain = package.M2RNN.from_config({**PUBLISHED, "activation_function": None}, 32, **made)
     plain.load_state_dict(layer.state_dict())
     conv, plain.conv1d = plain.conv1d, nn.Module()
     plain.conv1d.forward = lambda x: function(conv(x))
-    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
-    assert off(layer(x), plain(x)) < 1e-6
+    x = torch.randn(2, 3, 32, dtype=torch.float64)
+    assert off(layer(x), plain(x)) < 1e-13
     torch.compiler.reset()  # one function, and another graph for each name
-    assert off(torch.compile(layer, fullgraph=True, backend="eager")(x), plain(x)) < 1e-6
+    assert off(torch.compile(layer, fullgraph=True, backend="eager")(x), plain(x)) < 1e-13
 
 
 def test_every_activation_is_tested(package) -> None:

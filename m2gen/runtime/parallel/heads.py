@@ -87,9 +87,10 @@ class HeadParallelM2RNN(nn.Module):
         cache: M2RNNCache | None = None,
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
     ) -> Tensor:
         """Do what ``M2RNN.forward`` does; a cache (``allocate_cache`` of this module) holds this rank's heads."""
-        return run(self, x, cache, attention_mask, cu_seqlens)
+        return run(self, x, cache, attention_mask, cu_seqlens, cu_seqlens_cpu)
 
     def scan(
         self,
@@ -97,9 +98,10 @@ class HeadParallelM2RNN(nn.Module):
         conv: Tensor | None = None,
         state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Do what ``M2RNN.scan`` does, with the states of this rank's heads."""
-        after: tuple[Tensor, Tensor, Tensor] = self(x, States(conv, state), None, cu_seqlens)
+        after: tuple[Tensor, Tensor, Tensor] = self(x, States(conv, state), None, cu_seqlens, cu_seqlens_cpu)
         return after
 
     def allocate_cache(
