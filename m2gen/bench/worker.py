@@ -39,16 +39,16 @@ def _serve(task: TimerTask) -> TimerResult:
 
     entry, device = task.entry, torch_device()
     _CLOCKS.enter(entry.workload)
-    unverified = None
+    wrong = None
     if task.step is TimerStep.ADMIT:
-        unverified = failure_of(entry, device)
-        if unverified is not None and not entry.implementation.timing_only:
-            return TimerResult(failure=unverified)
+        wrong = failure_of(entry, device)
+        if wrong is not None and not entry.implementation.timing_only:
+            return TimerResult(failure=wrong)
         torch.cuda.empty_cache()
     clock = _CLOCKS.get(entry, lambda: captured(entry, device))
     if task.step is TimerStep.SAMPLE:
         return sampled(clock)
-    return TimerResult(extra_bytes=clock.extra_bytes, host_us=host_us(entry, device), unverified=unverified)
+    return TimerResult(extra_bytes=clock.extra_bytes, host_us=host_us(entry, device), unverified=wrong)
 
 
 GPU = gpu_service(serve, SECONDS, lambda failure: TimerResult(failure=failure))

@@ -42,9 +42,14 @@ def spec_of_checkpoint(request: CheckpointRequest) -> str:
 
 
 def write_spec(path: Path, text: str) -> None:
-    """Write a spec's file; raises UsageError where it cannot be written."""
-    with os_errors_as(UsageError, f"{path} must be writable"):
-        path.write_text(text, encoding="utf-8")
+    """Write a spec's file; raises UsageError where it cannot be written, or is there and may have been edited."""
+    with os_errors_as(UsageError, f"{path} must be writable, and not be there yet"), open(path, "x") as stream:
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            path.unlink()
+            raise
 
 
 def _name_of(folder: Path) -> str:

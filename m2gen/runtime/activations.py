@@ -1,4 +1,4 @@
-"""Activations of q, k and v, by the names that published configurations use."""
+"""Activations of q, k and v, and of MLPs, by the names that published configurations use."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def spec_text(
         layers.setdefault(dims_of(block, i), []).append(i)
     if not layers:
         raise CheckpointError(f"{CONFIG}: $.sequence_mixer_blocks must have a block of type {M2RNN_BLOCK}, got none")
-    steps = min(int(config.get("max_position_embeddings") or MOST_STEPS), MOST_STEPS)
+    steps = _steps_of(config)
     lines = [
         f"# The M2RNN layers of {name}.", "",
         "schema: 1", f"name: {name}", f"targets: [{', '.join(targets)}]", "", "layers:",
@@ -97,6 +97,14 @@ def spec_text(
         f"  tanh: {'exact' if 'fp32' in dtypes else 'approx'}",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def _steps_of(config: Mapping[str, Any]) -> int:
+    """Return the length of a spec's workload: all positions of a model, or as many as are quickly tuned for."""
+    positions = config.get("max_position_embeddings", MOST_STEPS)
+    if type(positions) is not int or positions < 1:
+        raise CheckpointError(f"{CONFIG}: $.max_position_embeddings must be a positive integer, got {positions!r}")
+    return min(positions, MOST_STEPS)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -124,13 +132,25 @@ def dtype_of(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _stored_dtypes(folder: Path) -> Iterator[str]:
-    """Yield the dtypes of weights that the headers of a folder's safetensors files name."""
+    """Yield the dtypes of matrices in a folder's safetensors files; raises CheckpointError for a file that is none."""
     for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        yield from (entry["dtype"] for name, entry in header.items() if name.endswith("weight") and _is_wide(entry))
+        yield from _dtypes_in(path)
 
 
-def _is_wide(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry is a matrix in a dtype that kernels have: scales and norms may be in others."""
-    return entry["dtype"] in BITS and len(entry["shape"]) > 1
+def _dtypes_in(path: Path) -> list[str]:
+    """Return the dtypes of a file's weights which are matrices and of a dtype that kernels have: norms may differ."""
+    try:
+        entries = [entry for name, entry in _header(path).items() if name.endswith("weight")]
+        return [entry["dtype"] for entry in entries if entry["dtype"] in BITS and len(entry["shape"]) > 1]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} must be a safetensors file ({type(error).__name__}: {error})") from None
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Return the header of a safetensors file: after its length in 8 bytes, JSON."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError(f"its header would have {length} bytes")
+        header: dict[str, Any] = json.loads(file.read(length))
+    return header

@@ -75,7 +75,8 @@ class M2RNN(nn.Module):
         super().__init__()
         counts, gate_heads = heads_of(heads)
         config = LayerConfig(
-            hidden_size, state_expansion, head_dim, counts, gate_heads, forget_inputs or counts.f,
+            hidden_size, state_expansion, head_dim, counts, gate_heads,
+            counts.f if forget_inputs is None else forget_inputs,
             conv_width, activation, norm, norm_eps, residual, bias, clip, round_gate, init or Initialisation(),
         )  # fmt: skip
         if backend not in ("kernels", "reference"):

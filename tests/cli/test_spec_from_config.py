@@ -92,3 +92,33 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert said in fails(2, "spec", "from-config", str(tmp_path))
     folder = write_checkpoint(tmp_path / "a", "hybrid_nope")
     assert "must be writable" in fails(2, "spec", "from-config", str(folder), "--out", str(tmp_path / "no" / "a.yaml"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff" * 8, (2).to_bytes(8, "little") + b"[]", (9).to_bytes(8, "little") + b'{"weight"'],
+    ids=["empty", "no length", "no mapping", "cut off"],
+)
+def test_weights_that_are_none(tmp_path: Path, content: bytes) -> None:
+    """A file that is no safetensors file, whose dtype is asked for where the configuration names none, is an error."""
+    folder = write_checkpoint(tmp_path / "a", "hybrid_nope")
+    for path in folder.glob("*.safetensors"):
+        path.write_bytes(content)
+    assert "must be a safetensors file" in fails(2, "spec", "from-config", str(folder))
+
+
+@pytest.mark.parametrize("positions", ["many", 0, True, None])
+def test_positions_that_are_none(tmp_path: Path, positions: object) -> None:
+    """The length of the spec's workload is the configuration's, which must be one."""
+    folder = write_checkpoint(tmp_path / "a", "hybrid_nope")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}), encoding="utf-8")
+    assert "$.max_position_embeddings must be a positive integer" in fails(2, "spec", "from-config", str(folder))
+
+
+def test_a_spec_that_is_there_is_kept(tmp_path: Path) -> None:
+    """It may have been edited since it was written."""
+    folder, out = write_checkpoint(tmp_path / "a", "hybrid_nope"), tmp_path / "a.yaml"
+    out.write_text("mine", encoding="utf-8")
+    assert "must be writable, and not be there yet" in fails(2, "spec", "from-config", str(folder), "--out", str(out))
+    assert out.read_text(encoding="utf-8") == "mine"

@@ -7,25 +7,11 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..activations import ACTIVATIONS
 from ..checkpoints import CONFIG, CheckpointError
 from .blocks import MLPBlock
 from .initialise import deep
 
-
-def _relu_squared(x: Tensor) -> Tensor:
-    return F.relu(x).square()
-
-
-def _gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "celu": F.celu, "elu": F.elu, "gelu": F.gelu, "gelu_pytorch_tanh": _gelu_tanh, "mish": F.mish, "relu": F.relu,
-    "relu2": _relu_squared, "relu_squared": _relu_squared, "selu": F.selu, "sigmoid": F.sigmoid, "silu": F.silu,
-    "softplus": F.softplus, "soft_plus": F.softplus, "swish": F.silu, "tanh": F.tanh,
-}  # fmt: skip
-"""Functions by the published names."""
 GATES = {
     "ceglu": "celu", "eglu": "elu", "geglu": "gelu", "glu": "sigmoid", "miglu": "mish", "mishglu": "mish",
     "reglu": "relu", "seglu": "selu", "sigmoid_glu": "sigmoid", "swiglu": "swish",
