@@ -42,13 +42,16 @@ def spec_of_checkpoint(request: CheckpointRequest) -> str:
 
 
 def write_spec(path: Path, text: str) -> None:
-    """Write a spec's file; raises UsageError where it cannot be written, or is there and may have been edited."""
-    with os_errors_as(UsageError, f"{path} must be writable, and not be there yet"), open(path, "x") as stream:
+    """Write a spec's file, unless it is there already; raises UsageError where it cannot be written, or differs."""
+    with os_errors_as(UsageError, f"{path} must be writable"):
+        if path.exists():
+            if path.read_bytes() != text.encode():
+                raise UsageError(f"{path} must be absent or this spec, got another file, which may have been edited")
+            return
         try:
-            stream.write(text)
-            stream.flush()
+            path.write_text(text, encoding="utf-8")
         except OSError:
-            path.unlink()
+            path.unlink(missing_ok=True)
             raise
 
 

@@ -117,8 +117,11 @@ def test_positions_that_are_none(tmp_path: Path, positions: object) -> None:
 
 
 def test_a_spec_that_is_there_is_kept(tmp_path: Path) -> None:
-    """It may have been edited since it was written."""
+    """One that was edited since it was written stays, and the same one may be asked for again."""
     folder, out = write_checkpoint(tmp_path / "a", "hybrid_nope"), tmp_path / "a.yaml"
-    out.write_text("mine", encoding="utf-8")
-    assert "must be writable, and not be there yet" in fails(2, "spec", "from-config", str(folder), "--out", str(out))
-    assert out.read_text(encoding="utf-8") == "mine"
+    command = ("spec", "from-config", str(folder), "--out", str(out))
+    assert [run(*command).exit_code for _ in range(2)] == [0, 0]
+    edited = out.read_text(encoding="utf-8") + "# mine\n"
+    out.write_text(edited, encoding="utf-8")
+    assert "must be absent or this spec, got another file" in fails(2, *command)
+    assert out.read_text(encoding="utf-8") == edited
