@@ -39,7 +39,9 @@ class M2RNN(nn.Module):
     ``residual=False`` D v; ``activation`` is one of ``ACTIVATIONS`` or None, ``norm`` rmsnorm, layernorm or None.
     ``forget_inputs`` is how many values the projection gives the heads of f to share, one each if None. ``round_gate``
     rounds the gate to the activations' dtype, as the released models did, so it needs variants with ``gate: given``.
-    ``init`` says how parameters are drawn. ``clip`` and ``backend`` are ``m2rnn``'s.
+    ``init`` says how parameters are drawn. ``clip`` and ``backend`` are ``m2rnn``'s. ``fused`` lets kernels of the
+    layer's own do between the projections what its modules would, where these are as the layer made them and nothing
+    watches their calls: several times faster, and rounded once where modules round each result.
 
     A_log and dt_bias stay in float32, or wider, whatever the layer's dtype. Parameters may be made on the meta device:
     ``to_empty`` and ``reset_parameters`` make them real. dtypes other than the built ones are an error of the first
@@ -69,6 +71,7 @@ class M2RNN(nn.Module):
         init: Initialisation | None = None,
         clip: float | None = 1.0,
         backend: Backend = "kernels",
+        fused: bool = True,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -84,6 +87,7 @@ class M2RNN(nn.Module):
         if backend == "kernels":
             check_built(state_expansion, head_dim, counts, dtype)
         self.backend: Backend = backend
+        self.fused = fused
         self.number = next(NUMBERS)  # by which caches know their layer
         self._take(config)
         self._make_children(config, {"device": device, "dtype": dtype})

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import built
+from . import built, fused
 from .activations import activate
 from .cache import check_states
 from .convolution import convolve, convolve_packed
@@ -24,6 +24,8 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what ``M2RNN.scan`` does once the layer's hooks have run, of any module with its attributes."""
     check_states(layer, x, conv, state, cu_seqlens)
+    if fused.serves(layer, x):
+        return fused.scan(layer, x, conv, state, cu_seqlens, cu_seqlens_cpu)
     mixed, f, g = layer.input_projection(x).split(split_sizes(layer), -1)
     if cu_seqlens is None:
         mixed, conv = convolve(layer.conv1d, mixed, layer.conv_width, conv)
