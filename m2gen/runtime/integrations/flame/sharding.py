@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ...sharding import fully_shard_decay
 
@@ -31,7 +32,8 @@ def _keeping(apply: Any) -> Any:
 
     @functools.wraps(apply)
     def apply_fsdp(model: nn.Module, dp_mesh: Any, *rest: Any, **options: Any) -> None:
-        fully_shard_decay(model, mesh=dp_mesh)
+        offloads = options.get("cpu_offload", False)
+        fully_shard_decay(model, mesh=dp_mesh, **({"offload_policy": CPUOffloadPolicy()} if offloads else {}))
         apply(model, dp_mesh, *rest, **options)
 
     setattr(apply_fsdp, DONE, True)
