@@ -209,6 +209,21 @@ def test_its_cache_is_theirs(flame, tmp_path) -> None:
     assert distance(torch.cat([first.logits, second.logits, third.logits], 1), whole) < ROUNDING
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_it_generates(flame, tmp_path, options) -> None:
+    """Tokens with flash-linear-attention's cache are those without one, also of prompts padded on the left."""
+    model = small(tmp_path, eos_token_id=None, initializer_range=0.3).eval()
+    prompts = ids(2, 5)
+    mask = torch.tensor([[1] * 5, [0, 0, 1, 1, 1]])
+    common = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, **options}
+    plain = model.generate(prompts, attention_mask=mask, use_cache=False, **common)
+    alone = model.generate(prompts[1:, 2:], use_cache=False, **common)
+    assert torch.equal(plain[1, 5:], alone[0, 3:])
+    assert len(set(plain[:, 5:].flatten().tolist())) > 2
+    pytest.importorskip("fla", reason=NO_FLA)
+    assert torch.equal(model.generate(prompts, attention_mask=mask, use_cache=True, **common), plain)
+
+
 def test_nothing_of_fla_is_imported() -> None:
     """Building and training the model needs transformers alone."""
     code = "import sys, m2gen.runtime.integrations.flame; assert 'fla' not in sys.modules"

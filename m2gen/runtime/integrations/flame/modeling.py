@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -78,6 +79,7 @@ class FlameM2RNNPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _input_embed_layer = "embeddings"
     supports_gradient_checkpointing = True
+    _is_stateful = True  # a state does not say what it was before a candidate of assisted generation
     _no_split_modules = ["FlameM2RNNBlock"]  # noqa: RUF012  (transformers reads a list of the class)
     _keep_in_fp32_modules_strict = {"A_log", "dt_bias"}  # noqa: RUF012
 
@@ -121,13 +123,15 @@ class FlameM2RNNModel(FlameM2RNNPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return hidden states of input_ids (B, S) or inputs_embeds (B, S, hidden_size), after what a cache has seen.
 
         Arguments else are ``M2RNNLayer``'s. A cache is made, which needs flash-linear-attention, where ``use_cache`` is
-        true and none is given.
+        true and none is given; ``cache`` is another name of it.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("M2RNN: exactly one of input_ids and inputs_embeds must be given")
         if use_cache and past_key_values is None:
@@ -147,8 +151,8 @@ def _where_padded(attention_mask: Tensor | None, steps: int) -> Tensor | None:
     return None if bool(attention_mask[:, -steps:].all()) else attention_mask
 
 
-class FlameM2RNNForCausalLM(FlameM2RNNPreTrainedModel):
-    """The model with logits of the next token and their loss, ``criterion``'s where flame sets one."""
+class FlameM2RNNForCausalLM(FlameM2RNNPreTrainedModel, GenerationMixin):
+    """The model with logits of the next token, their loss, ``criterion``'s where flame sets one, and ``generate``."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}  # noqa: RUF012
 
@@ -186,6 +190,10 @@ class FlameM2RNNForCausalLM(FlameM2RNNPreTrainedModel):
             if labels is not None:
                 loss = (self.criterion or F.cross_entropy)(logits.float().flatten(0, 1), labels.flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: outputs.get(CACHE)})
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes flash-linear-attention's
 
     def _fused(self) -> Callable[..., Tensor]:
         """Return the loss that flame has set, or flash-linear-attention's."""
