@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
+from watch import WAITS, Reads, Watch
 
 ROUNDING = 1e-5
 KINDS = ("hybrid_rope", "hybrid_options", "recurrent")
@@ -73,19 +74,92 @@ def test_checkpointing_changes_nothing(hf: Any, kind: str, reentrant: bool) -> N
     assert {name: error for name, x in plain.items() if (error := distance(found[name], x)) > ROUNDING} == {}
 
 
+PACKED = (4, 1, 6)
+OFFSETS = (0, 4, 5, 11)
+
+
+def packed_call(how: str) -> dict[str, Any]:
+    """Return what says where the sequences of ``PACKED`` begin."""
+    positions = torch.cat([torch.arange(length) for length in PACKED])[None]
+    offsets = torch.tensor(OFFSETS, dtype=torch.int32)
+    return {
+        "position_ids": {"position_ids": positions},
+        "both": {"position_ids": positions, "cu_seq_lens_q": offsets},
+        "cu_seq_lens_q": {"cu_seq_lens_q": offsets},
+        "copy": {"cu_seq_lens_q": offsets, "cu_seqlens_cpu": offsets.clone()},
+        "numbers": {"position_ids": positions, "cu_seq_lens_q": offsets, "cu_seqlens_cpu": list(OFFSETS)},
+    }[how]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q"])
+@pytest.mark.parametrize("how", ["position_ids", "both", "cu_seq_lens_q", "copy", "numbers"])
 @pytest.mark.parametrize("training", [True, False])
 def test_packed_sequences_are_apart(hf: Any, kind: str, how: str, training: bool) -> None:
     """Sequences one after the other in a row, as padding-free collators lay them, are each as alone."""
-    model, lengths = small_model(hf, kind).train(training), (4, 1, 6)
-    alone = [ids(1, length, seed=length) for length in lengths]
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    given: dict[str, Tensor] = {"position_ids": positions}
-    if how == "cu_seq_lens_q":
-        given["cu_seq_lens_q"] = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
-    logits = model(torch.cat(alone, 1), **given).logits
+    model = small_model(hf, kind).train(training)
+    alone = [ids(1, length, seed=length) for length in PACKED]
+    logits = model(torch.cat(alone, 1), **packed_call(how)).logits
     assert distance(logits, torch.cat([model(tokens).logits for tokens in alone], 1)) < ROUNDING
+
+
+@pytest.mark.parametrize("kind", ["hybrid_rope", "recurrent"])
+def test_packed_sequences_of_several_rows(hf: Any, kind: str) -> None:
+    """Offsets count the tokens of all rows; a sequence may go on in the next row for M2RNN layers only."""
+    model, tokens = small_model(hf, kind), ids(2, 6)
+    logits = model(tokens, cu_seq_lens_q=torch.tensor([0, 2, 6, 9, 12])).logits
+    parts = [tokens[:1, :2], tokens[:1, 2:], tokens[1:, :3], tokens[1:, 3:]]
+    alone = torch.cat([model(part).logits[0] for part in parts])
+    assert distance(logits.flatten(0, 1), alone) < ROUNDING
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_training_never_waits(hf: Any, monkeypatch: Any, kind: str, implementation: str) -> None:
+    """With offsets of the host a step asks the device for no value: neither offsets, nor positions, nor masks."""
+    model = small_model(hf, kind, attn_implementation=implementation).train()
+    row, call = ids(1, sum(PACKED)), packed_call("numbers")
+    model(row, labels=row, **call).loss.backward()
+    with monkeypatch.context() as patch, Reads() as reads:
+        seen = [Watch(patch, x) for x in (call["cu_seq_lens_q"], call["position_ids"])]
+        model(row, labels=row, **call).loss.backward()
+    assert reads.found == []
+    assert all(WAITS.isdisjoint(watch.found) for watch in seen)
+    with monkeypatch.context() as patch, Reads() as reads:
+        watch = Watch(patch, call["cu_seq_lens_q"])
+        del call["cu_seqlens_cpu"]
+        call["cu_seq_lens_q"].add_(0)  # what has passed is not read again
+        model(row, labels=row, **call)
+        assert "tolist" in watch.found
+        model(row, position_ids=call["position_ids"])
+    assert "nonzero" in reads.found
+
+
+def test_a_copy_of_the_offsets_is_checked(hf: Any) -> None:
+    """It must be one of offsets that are there, of their shape, and hold what they may hold."""
+    model, row = small_model(hf, "recurrent"), ids(1, 11)
+    offsets = torch.tensor(OFFSETS)
+    for call, message in (
+        ({"cu_seqlens_cpu": OFFSETS}, "cu_seqlens_cpu must come with cu_seqlens"),
+        ({"cu_seq_lens_q": offsets, "cu_seqlens_cpu": [0, 11]}, r"cu_seqlens_cpu must be \(4,\) as cu_seqlens is"),
+        ({"cu_seq_lens_q": offsets, "cu_seqlens_cpu": [0, 5, 4, 11]}, "cu_seqlens must not decrease, got 4 at index 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(row, **call)
+
+
+def test_flash_attention_is_told_of_packed_sequences(hf: Any) -> None:
+    """Attention functions get the offsets, and the longest sequence where that is known without a wait."""
+    found: list[dict[str, Any]] = []
+    model = small_model(hf, "hybrid_rope")
+    for block in model.transformer.h:
+        block.sequence_mixer.register_forward_pre_hook(lambda _, rest, given: found.append(given), with_kwargs=True)
+    model(ids(1, 11), **packed_call("copy"))
+    (given,) = [given for given in found if "cu_seq_lens_k" in given]
+    assert given["cu_seq_lens_q"].tolist() == given["cu_seq_lens_k"].tolist() == list(OFFSETS)
+    assert (given["max_length_q"], given["max_length_k"]) == (6, 6)
+    found.clear()
+    model(ids(1, 11), **packed_call("cu_seq_lens_q"))
+    assert not [given for given in found if "max_length_q" in given]
 
 
 def test_scores_of_attention(hf: Any) -> None:
