@@ -33,19 +33,26 @@ class Packed:
         return token - starts[numbers.clamp(max=max(starts.shape[0] - 2, 0))]
 
     def for_attention(self) -> dict[str, Any]:
-        """Return what transformers' flash attention takes; it needs a length, which only the copy gives at once."""
+        """Return what transformers' flash attention takes.
+
+        The length that it needs comes of the copy, since to ask the device waits; compiled code asks neither.
+        """
         offsets = self.cu_seqlens.int()
         known: dict[str, Any] = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
-        if self.cu_seqlens_cpu is not None:
-            longest = max((end - start for start, end in pairwise(self.cu_seqlens_cpu.tolist())), default=0)
-            known |= {"max_length_q": longest, "max_length_k": longest}
+        if self.cu_seqlens_cpu is not None and not torch.compiler.is_compiling():
+            known |= dict.fromkeys(("max_length_q", "max_length_k"), _longest(self.cu_seqlens_cpu))
         return known
+
+
+def _longest(offsets: Tensor) -> int:
+    return max((end - start for start, end in pairwise(offsets.tolist())), default=0)
 
 
 def packed_of(cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | Sequence[int] | None) -> Packed | None:
     """Return the sequences of these offsets, None where there are none.
 
-    The copy may be numbers, which trainers leave where they are. Raises ValueError or TypeError for one that is none.
+    The copy may be numbers, which trainers leave where they are, and which are constants of compiled code. Raises
+    ValueError or TypeError for one that is no copy.
     """
     if cu_seqlens_cpu is not None and not isinstance(cu_seqlens_cpu, Tensor):
         cu_seqlens_cpu = torch.tensor(list(cu_seqlens_cpu), dtype=torch.int32)
