@@ -206,6 +206,39 @@ def test_gradients_go_through_the_cache(package, device, backend, make_cache) ->
     assert max(map(distance, found, expected)) < ROUNDING
 
 
+def test_compiled_training(package, device) -> None:
+    """A packed step on the kernels is one graph, in which offsets may change."""
+    torch._dynamo.reset()
+    layer, x = made(package, "kernels").to(device), tokens(device, 1, 5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    offsets = torch.tensor([0, 3, 5], dtype=torch.int32, device=device)
+    leaves = list(layer.parameters())
+    y = compiled(x, cu_seqlens=offsets, position_ids=None)[0]
+    expected = layer(x, cu_seqlens=offsets)[0]
+    assert distance(y, expected) < ROUNDING
+    found, wanted = (torch.autograd.grad(each, leaves, loss_weights(y)) for each in (y, expected))
+    assert max(map(distance, found, wanted)) < ROUNDING
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        other = torch.tensor([0, 1, 5], dtype=torch.int32, device=device)
+        assert distance(compiled(x, cu_seqlens=other, position_ids=None)[0], layer(x, cu_seqlens=other)[0]) < ROUNDING
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_their_cache_reorders_the_states(package, device, backend) -> None:
+    """Operations on sequences of the cache are on the states of the layer, too."""
+    cache = real_cache()
+    if not hasattr(type(cache), "reorder_cache") or not hasattr(cache, "batch_repeat_interleave"):
+        pytest.skip("this version of flash-linear-attention reorders no cache")
+    layer, x = made(package, backend).to(device), tokens(device, 2, 4)
+    with torch.no_grad():
+        expected = layer(x)[0][:, 3:]
+        layer(x[:, :3], past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(2)
+        cache.reorder_cache(torch.tensor([2, 0, 1, 3], device=device))
+        y, _, _ = layer(x[[1, 0, 0, 1], 3:], past_key_values=cache, use_cache=True)
+    assert distance(y, expected[[1, 0, 0, 1]]) < ROUNDING
+
+
 def test_a_cache_is_not_written_unless_asked_for(package, device) -> None:
     """Without ``use_cache`` the call goes on from the states and leaves them."""
     layer, x, cache = made(package).to(device), tokens(device, 2, 5), RecordedCache()

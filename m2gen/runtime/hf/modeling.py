@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,14 +79,14 @@ class M2RNNModel(M2RNNPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
-        cu_seqlens_cpu: Tensor | Sequence[int] | None = None,
+        cu_seqlens_cpu: Any = None,
         **kwargs: Any,
     ) -> M2RNNModelOutput:
         """Return hidden states of input_ids (B, S) or inputs_embeds (B, S, hidden_size), after what a cache has seen.
 
         attention_mask (B, past + S) is true, or not 0, at tokens. Sequences that lie one after the other in a row are
         apart where ``cu_seq_lens_q`` says so, or, with neither mask nor cache, where position_ids begin anew. With
-        ``cu_seqlens_cpu``, the numbers of the former or a copy on the CPU, nothing waits for the device.
+        ``cu_seqlens_cpu``, a copy of the former on the CPU, an array or numbers, nothing waits for the device.
 
         A cache is made where ``use_cache`` is true, but neither for training nor of several sequences in a row.
         """

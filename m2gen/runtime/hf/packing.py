@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -48,14 +47,14 @@ def _longest(offsets: Tensor) -> int:
     return max((end - start for start, end in pairwise(offsets.tolist())), default=0)
 
 
-def packed_of(cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | Sequence[int] | None) -> Packed | None:
+def packed_of(cu_seqlens: Tensor | None, cu_seqlens_cpu: Any) -> Packed | None:
     """Return the sequences of these offsets, None where there are none.
 
-    The copy may be numbers, which trainers leave where they are, and which are constants of compiled code. Raises
-    ValueError or TypeError for one that is no copy.
+    The copy may be numbers or an array of numpy, which trainers leave on the host; numbers are constants of compiled
+    code. Raises ValueError or TypeError for one that is no copy.
     """
     if cu_seqlens_cpu is not None and not isinstance(cu_seqlens_cpu, Tensor):
-        cu_seqlens_cpu = torch.tensor(list(cu_seqlens_cpu), dtype=torch.int32)
+        cu_seqlens_cpu = torch.as_tensor(cu_seqlens_cpu)
     check_host_offsets(cu_seqlens, cu_seqlens_cpu)
     return None if cu_seqlens is None else Packed(cu_seqlens, cu_seqlens_cpu)
 
