@@ -59,33 +59,37 @@ def test_batches_are_packed(example) -> None:
     assert not isinstance(batch["cu_seqlens_cpu"], torch.Tensor)
 
 
-def test_the_plain_loop(example, package, tmp_path) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_plain_loop(example, package, tmp_path, mixed) -> None:
     """Stopped half way and started again, it has the losses of a run in one piece."""
     plain = example("plain_loop")
-    whole = plain.train(model_of(package), package, tmp_path / "whole", STEPS, learning_rate=1e-2)
+    options = plain.Options(learning_rate=1e-2, mixed=mixed)
+    whole = plain.train(model_of(package), package, tmp_path / "whole", STEPS, options)
     assert len(whole) == STEPS
     assert falls(whole)
-    first = plain.train(model_of(package), package, tmp_path / "parts", HALF, learning_rate=1e-2)
-    second = plain.train(model_of(package), package, tmp_path / "parts", STEPS, learning_rate=1e-2)
+    first = plain.train(model_of(package), package, tmp_path / "parts", HALF, options)
+    second = plain.train(model_of(package), package, tmp_path / "parts", STEPS, options)
     assert first + second == whole
-    assert plain.train(model_of(package), package, tmp_path / "parts", STEPS) == []
+    assert plain.train(model_of(package), package, tmp_path / "parts", STEPS, options) == []
 
 
 def test_the_plain_loop_compiled(example, package, tmp_path, monkeypatch) -> None:
     """On the kernels every step is one graph, and its losses are those of eager steps on the reference backend."""
     plain = example("plain_loop")
-    expected = plain.train(model_of(package), package, tmp_path / "eager", 3)
+    expected = plain.train(model_of(package), package, tmp_path / "eager", 3, plain.Options())
     compile_ = torch.compile
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend="aot_eager", **options))
-    losses = plain.train(model_of(package, "kernels"), package, tmp_path / "compiled", 3, compiled=True)
+    fast = plain.Options(compiled=True)
+    losses = plain.train(model_of(package, "kernels"), package, tmp_path / "compiled", 3, fast)
     assert losses == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_trainer_of_transformers(example, package, tmp_path) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_trainer_of_transformers(example, package, tmp_path, mixed) -> None:
     """Stopped half way and started again, it has the losses of a run in one piece."""
     hf_trainer = example("hf_trainer")
-    options = {"learning_rate": 1e-2, "disable_tqdm": True}
+    options = {"learning_rate": 1e-2, "disable_tqdm": True, "bf16": mixed}
     whole = hf_trainer.train(model_of(package), package, tmp_path / "parts", STEPS, **options)
     assert len(whole) == STEPS
     assert falls(whole)
@@ -95,11 +99,12 @@ def test_the_trainer_of_transformers(example, package, tmp_path) -> None:
     assert again == whole
 
 
-def test_lightning(example, package, tmp_path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning(example, package, tmp_path, precision) -> None:
     """Stopped half way and started again, it has the losses of a run in one piece."""
     pytest.importorskip("lightning", reason=NO_LIGHTNING)
     snippet = example("with_lightning")
-    options = {"accelerator": "cpu", "enable_model_summary": False}
+    options = {"accelerator": "cpu", "enable_model_summary": False, "precision": precision}
     whole = snippet.train(model_of(package), package, tmp_path / "whole", STEPS, **options)
     assert len(whole) == STEPS
     assert falls(whole)
