@@ -178,6 +178,9 @@ def test_it_is_saved_and_loaded(flame, tmp_path) -> None:
     narrow = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     wide = {name for name, x in narrow.state_dict().items() if x.dtype == torch.float32}
     assert {name.rpartition(".")[2] for name in wide} == {"A_log", "dt_bias"}
+    marked = {name for name, p in again.named_parameters() if getattr(p, "_no_weight_decay", False)}
+    assert {name.rpartition(".")[2] for name in marked} == {"A_log", "dt_bias", "D", "weight"}
+    assert "model.layers.1.attn_norm.weight" in marked
     base = AutoModel.from_pretrained(tmp_path / "saved")
     assert torch.equal(base.embeddings.weight, model.model.embeddings.weight)
 

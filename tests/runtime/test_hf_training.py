@@ -185,6 +185,19 @@ def test_groups_of_an_optimiser(hf: Any, tmp_path: Path) -> None:
     assert held["undecayed"] == set(expected)
 
 
+def test_marks_of_loaded_parameters(hf: Any, tmp_path: Path) -> None:
+    """Whoever asks parameters themselves finds the marks after making, loading and drawing anew."""
+    model = small_model(hf, "hybrid_options")
+    model.save_pretrained(tmp_path)
+    loaded = hf.M2RNNForCausalLM.from_pretrained(tmp_path, backend="reference")
+    informed, _ = hf.M2RNNForCausalLM.from_pretrained(tmp_path, backend="reference", output_loading_info=True)
+    narrow = hf.M2RNNForCausalLM.from_pretrained(tmp_path, backend="reference", dtype=torch.bfloat16)
+    for each in (model, loaded, informed, narrow, narrow.float()):
+        marked = {name for name, p in each.named_parameters() if getattr(p, "_no_weight_decay", False)}
+        expected = [name for name in dict(each.named_parameters()) if re.search(r"ln_|norm|\.D$|A_log|bias", name)]
+        assert marked == set(expected)
+
+
 def test_training_makes_no_cache(hf: Any) -> None:
     """It would keep every state of a step."""
     model = small_model(hf, "hybrid_rope").train()

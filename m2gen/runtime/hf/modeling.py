@@ -19,6 +19,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..optimizer import MarksNoWeightDecay
 from .attention import SoftmaxAttention, rotations
 from .block import M2RNNBlock, norm_of
 from .configuration import FULL_ATTENTION, M2RNNConfig
@@ -27,7 +28,7 @@ from .masks import masks_of
 from .packing import found_in, packed_of
 
 
-class M2RNNPreTrainedModel(PreTrainedModel):
+class M2RNNPreTrainedModel(MarksNoWeightDecay, PreTrainedModel):
     """What both models are to transformers."""
 
     config: M2RNNConfig

@@ -23,6 +23,7 @@ from ...gate import DecayGate
 from ...init import Initialisation
 from ...layer import M2RNN
 from ...norm import RMSNorm
+from ...optimizer import MarksNoWeightDecay
 from ..fla import M2RNNLayer
 from .configuration import FlameM2RNNConfig
 
@@ -71,7 +72,7 @@ class FlameM2RNNBlock(GradientCheckpointingLayer):
         return y
 
 
-class FlameM2RNNPreTrainedModel(PreTrainedModel):
+class FlameM2RNNPreTrainedModel(MarksNoWeightDecay, PreTrainedModel):
     """What both models are to transformers."""
 
     config: FlameM2RNNConfig
