@@ -160,6 +160,11 @@ class M2RNN(nn.Module):
         mark_no_weight_decay(self)
         return self
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, or of a pickle, and mark parameters, whose copies have no marks."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        mark_no_weight_decay(self)
+
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as ``init`` says: by default projections are normal with fan-in**-0.5."""
         draw(self, self.init)

@@ -31,11 +31,16 @@ def mark_no_weight_decay(layer: nn.Module) -> None:
 
 
 class MarksNoWeightDecay:
-    """What a model of transformers inherits so that its parameters are marked once they are there, loaded ones, too."""
+    """What a model of transformers inherits so that its parameters are marked: those that are loaded or copied, too."""
 
     def post_init(self) -> None:
         """Mark parameters after a model was made, or drawn anew."""
         super().post_init()  # type: ignore[misc]
+        mark_no_weight_decay(cast(nn.Module, self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, or of a pickle, and mark parameters, whose copies have no marks."""
+        super().__setstate__(state)  # type: ignore[misc]
         mark_no_weight_decay(cast(nn.Module, self))
 
     @classmethod

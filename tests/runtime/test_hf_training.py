@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import sys
@@ -87,12 +88,13 @@ def packed_call(how: str) -> dict[str, Any]:
         "both": {"position_ids": positions, "cu_seq_lens_q": offsets},
         "cu_seq_lens_q": {"cu_seq_lens_q": offsets},
         "copy": {"cu_seq_lens_q": offsets, "cu_seqlens_cpu": offsets.clone()},
+        "array": {"cu_seq_lens_q": offsets, "cu_seqlens_cpu": offsets.numpy()},
         "numbers": {"position_ids": positions, "cu_seq_lens_q": offsets, "cu_seqlens_cpu": list(OFFSETS)},
     }[how]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["position_ids", "both", "cu_seq_lens_q", "copy", "numbers"])
+@pytest.mark.parametrize("how", ["position_ids", "both", "cu_seq_lens_q", "copy", "array", "numbers"])
 @pytest.mark.parametrize("training", [True, False])
 def test_packed_sequences_are_apart(hf: Any, kind: str, how: str, training: bool) -> None:
     """Sequences one after the other in a row, as padding-free collators lay them, are each as alone."""
@@ -192,7 +194,7 @@ def test_marks_of_loaded_parameters(hf: Any, tmp_path: Path) -> None:
     loaded = hf.M2RNNForCausalLM.from_pretrained(tmp_path, backend="reference")
     informed, _ = hf.M2RNNForCausalLM.from_pretrained(tmp_path, backend="reference", output_loading_info=True)
     narrow = hf.M2RNNForCausalLM.from_pretrained(tmp_path, backend="reference", dtype=torch.bfloat16)
-    for each in (model, loaded, informed, narrow, narrow.float()):
+    for each in (model, loaded, informed, narrow, copy.deepcopy(model), narrow.float()):
         marked = {name for name, p in each.named_parameters() if getattr(p, "_no_weight_decay", False)}
         expected = [name for name in dict(each.named_parameters()) if re.search(r"ln_|norm|\.D$|A_log|bias", name)]
         assert marked == set(expected)
