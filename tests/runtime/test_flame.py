@@ -19,6 +19,7 @@ from support import ROOT, SCHEDULES, build_package, import_package, make_variant
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from watch import WAITS, Reads, Watch
 
 from m2gen.package.directory import write
 from m2gen.runtime.optimizer import parameter_groups
@@ -147,6 +148,21 @@ def test_packed_training(flame, tmp_path, backend, checkpointing) -> None:
     torch.testing.assert_close(out.loss, F.cross_entropy(logits[0, :-1], row[0, 1:]))
     out.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_offsets_of_the_host(flame, tmp_path, monkeypatch) -> None:
+    """With a copy of the offsets a step of training asks the device for nothing."""
+    model, row = small(tmp_path).train(), ids(1, 11)
+    host = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
+    expected = model(input_ids=row, labels=row, cu_seqlens=host.clone()).loss
+    fresh = host.clone()
+    with monkeypatch.context() as patch, Reads() as reads:
+        seen = Watch(patch, fresh)
+        loss = model(input_ids=row, labels=row, cu_seqlens=fresh, cu_seqlens_cpu=host).loss
+        loss.backward()
+    assert reads.found == []
+    assert WAITS.isdisjoint(seen.found)
+    assert torch.equal(loss, expected)
 
 
 def test_the_loss_that_flame_sets(flame, tmp_path) -> None:

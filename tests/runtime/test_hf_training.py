@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from calls import distance
 from checkpoints import small_model
 from torch import Tensor, nn
@@ -134,6 +135,27 @@ def test_packed_training_never_waits(hf: Any, monkeypatch: Any, kind: str, imple
         assert "tolist" in watch.found
         model(row, position_ids=call["position_ids"])
     assert "nonzero" in reads.found
+
+
+def test_blocks_on_other_devices_have_the_offsets(hf: Any) -> None:
+    """What accelerate moves to a block's device are the offsets, and their copy stays on the host."""
+    packing = sys.modules[f"{hf.__name__}.packing"]
+    offsets = torch.tensor(OFFSETS)
+    moved = send_to_device({"packed": packing.Packed(offsets, offsets.clone())}, "meta")["packed"]
+    assert (moved.cu_seqlens.device.type, moved.cu_seqlens_cpu.device.type) == ("meta", "cpu")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_packed_batches(hf: Any, reentrant: bool) -> None:
+    """Blocks that run again in the backward know the sequences, too."""
+    model, row, call = small_model(hf, "hybrid_rope").train(), ids(1, sum(PACKED)), packed_call("copy")
+    plain = gradients(model, model(row, labels=row, **call).loss)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    model(row, labels=row, **call).loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert {name: error for name, x in plain.items() if (error := distance(found[name], x)) > ROUNDING} == {}
 
 
 def test_a_copy_of_the_offsets_is_checked(hf: Any) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..mixer import Device
 from ..offsets import check_host_offsets
 
 
@@ -19,6 +20,10 @@ class Packed:
 
     cu_seqlens: Tensor
     cu_seqlens_cpu: Tensor | None = None
+
+    def to(self, device: Device, non_blocking: bool = False) -> Packed:
+        """Return the same for a block on another device, as accelerate asks whatever has this method."""
+        return Packed(self.cu_seqlens.to(device, non_blocking=non_blocking), self.cu_seqlens_cpu)
 
     def numbers(self, x: Tensor) -> Tensor:
         """Return the number of the sequence that each of the tokens x (B, S, ...) is of, (B, S)."""
