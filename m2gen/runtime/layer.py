@@ -20,7 +20,7 @@ from .layer_config import LayerConfig, Norm, heads_of
 from .mixer import Device, operand_sizes, split_sizes
 from .norm import make_norm
 from .not_built import check_built, first
-from .optimizer import mark_no_weight_decay
+from .optimizer import mark_loaded, mark_no_weight_decay
 
 __all__ = ["M2RNN", "M2RNNCache"]
 
@@ -117,6 +117,7 @@ class M2RNN(nn.Module):
         self.g_norm = make_norm(config.norm, inner, config.norm_eps, **made)
         self.output_projection = nn.Linear(inner, config.hidden_size, bias=False, **made)
         mark_no_weight_decay(self)
+        self.register_load_state_dict_post_hook(mark_loaded)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_variant(cls, name: str, hidden_size: int, *, gate_heads: int | None = None, **options: Any) -> M2RNN:
@@ -162,6 +163,11 @@ class M2RNN(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         mark_no_weight_decay(self)
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, or of a pickle, and mark parameters, whose copies have no marks."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        mark_no_weight_decay(self)
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as ``init`` says: by default projections are normal with fan-in**-0.5."""

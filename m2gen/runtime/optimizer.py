@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -28,6 +28,32 @@ def mark_no_weight_decay(layer: nn.Module) -> None:
     for module in layer.modules():
         for parameter in _undecayed(module):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+class MarksNoWeightDecay:
+    """What a model of transformers inherits so that its parameters are marked: those that are loaded or copied, too."""
+
+    def post_init(self) -> None:
+        """Mark parameters after a model was made, or drawn anew."""
+        super().post_init()  # type: ignore[misc]
+        mark_no_weight_decay(cast(nn.Module, self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, or of a pickle, and mark parameters, whose copies have no marks."""
+        super().__setstate__(state)  # type: ignore[misc]
+        mark_no_weight_decay(cast(nn.Module, self))
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """Load a model, whose parameters are not the ones that were made with it, and mark them."""
+        loaded = super().from_pretrained(*arguments, **options)  # type: ignore[misc]
+        mark_no_weight_decay(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+
+def mark_loaded(layer: nn.Module, keys: Any) -> None:
+    """Mark parameters that loading has put in the place of others: a hook of ``load_state_dict``."""
+    mark_no_weight_decay(layer)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Callable
@@ -213,10 +214,13 @@ def marked(layer: nn.Module) -> set[str]:
 
 
 def test_marks_for_no_weight_decay(package) -> None:
-    """Decay parameters, D, norms and biases are marked, also after a cast and for parameters made real."""
+    """Decay parameters, D, norms and biases are marked, also after a cast, loading, and for parameters made real."""
     assert marked(made(package)) == UNDECAYED
     assert marked(made(package).bfloat16()) == UNDECAYED
     assert marked(nn.Sequential(made(package, device="meta")).to_empty(device="cpu")[0]) == UNDECAYED
+    loaded = made(package)
+    loaded.load_state_dict({name: x.clone() for name, x in loaded.state_dict().items()}, assign=True)
+    assert marked(loaded) == marked(copy.deepcopy(loaded)) == UNDECAYED
     bare = package.M2RNN(HIDDEN, **PLAIN, norm="layernorm", residual=False, conv_width=None)
     assert marked(bare) == {*DECAY, "g_norm.weight", "g_norm.bias"}
 
