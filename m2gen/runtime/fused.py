@@ -40,7 +40,9 @@ class Projected(NamedTuple):
 
 def serves(layer: Mixer, x: Tensor) -> bool:
     """Whether the layer's kernels compute what its modules would: these are as an ``M2RNN`` makes them, unwatched."""
-    if not getattr(layer, "fused", False) or layer.backend != "kernels" or layer.activation not in ("silu", "swish", None):
+    if not getattr(layer, "fused", False) or layer.backend != "kernels":
+        return False
+    if layer.activation not in ("silu", "swish", None):
         return False
     if layer.forget_inputs != layer.heads.f or layer.gate_heads != layer.total_heads:
         return False

@@ -103,7 +103,9 @@ def test_every_result_and_gradient_against_float64(
 def test_bf16_beside_modules(package, device, gate, tmp_path: Path) -> None:
     """With 16 bits, errors against float64 are no larger than where modules round every result between them."""
     variant = make_variant(dtype="bf16", gate=gate)
-    module = import_package(tmp_path / "p", build_package("p", [variant], SCHEDULES["two_level_partial"]), f"m2gen_test_{tmp_path.name}")
+    module = import_package(
+        tmp_path / "p", build_package("p", [variant], SCHEDULES["two_level_partial"]), f"m2gen_test_{tmp_path.name}"
+    )
     totals = {True: 0.0, False: 0.0}
     for seed in range(4):
         layer = drawn(module).to(device, torch.bfloat16)
