@@ -60,16 +60,21 @@ class LayerLowering:
             "Q_END": q_end, "K_END": k_end, "CHANNELS": k_end + inner, "INNER": inner,
             "NF": self.heads.f, "NF_PAD": padded(self.heads.f),
             "CONV_ROWS": tiles.conv_rows, "CONV_COLS": tiles.conv_cols,
+            "CONV_PARTS": -(-(k_end + inner) // tiles.conv_cols),
             "UNCONV_STEPS": tiles.unconv_steps, "UNCONV_COLS": tiles.unconv_cols,
+            "UNCONV_PARTS": -(-(k_end + inner) // tiles.unconv_cols),
             "DECAY_ROWS": tiles.decay_rows, "FINISH_ROWS": tiles.finish_rows, "UNFINISH_ROWS": tiles.unfinish_rows,
         }  # fmt: skip
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """All channels of a token: blocks, and a rest that wastes less than a block would."""
-        inner, block = self.constants["INNER"], self.tiles.finish_block
-        firsts = range(0, inner, block)
-        return tuple(Piece(i, first, min(block, padded(inner - first))) for i, first in enumerate(firsts))
+        return _pieces(self.constants["INNER"], self.tiles.finish_block)
+
+    @property
+    def back_pieces(self) -> tuple[Piece, ...]:
+        """The same for the backward."""
+        return _pieces(self.constants["INNER"], self.tiles.unfinish_block)
 
     # The convolution's backward.
 
@@ -117,9 +122,14 @@ class LayerLowering:
             q_end=numbers["Q_END"], k_end=numbers["K_END"], channels=numbers["CHANNELS"], inner=numbers["INNER"],
             conv=(tiles.conv_rows, tiles.conv_cols, tiles.conv_warps),
             unconv=(tiles.unconv_steps, tiles.unconv_cols, tiles.unconv_warps),
-            decay_rows=tiles.decay_rows, finish_rows=tiles.finish_rows, unfinish_rows=tiles.unfinish_rows,
-            finish_warps=tiles.finish_warps,
+            decay=(tiles.decay_rows, tiles.decay_warps), finish=(tiles.finish_rows, tiles.finish_warps),
+            unfinish=(tiles.unfinish_rows, tiles.unfinish_warps),
         )  # fmt: skip
+
+
+def _pieces(inner: int, block: int) -> tuple[Piece, ...]:
+    firsts = range(0, inner, block)
+    return tuple(Piece(i, first, min(block, padded(inner - first))) for i, first in enumerate(firsts))
 
 
 def layer_of(variant: Variant) -> LayerLowering | None:

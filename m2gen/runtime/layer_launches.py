@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layer_plan import layer_plan_of
+from . import relaunch
+from .layer_plan import LayerPlan, layer_plan_of
+from .relaunch import Known, Launched
+
+
+class LayerKernels(NamedTuple):
+    """A module of the kernels around the recurrence, and what is known of launches of calls alike."""
+
+    module: ModuleType
+    known: Known | None = None
+
+    @property
+    def plan(self) -> LayerPlan:
+        return layer_plan_of(self.module)
+
+    def launch(
+        self,
+        name: str,
+        programs: int,
+        warps: int,
+        pointers: Sequence[Tensor | None],
+        numbers: Sequence[float],
+        **flags: Any,
+    ) -> None:
+        """Launch a kernel by name on pointers, numbers and flags in the order of its parameters; 0 programs are none."""
+        again = None if self.known is None else self.known.get(name)
+        if again is not None:
+            again.launch(pointers)
+        elif programs:
+            kernel = getattr(self.module, f"m2rnn_{name}_kernel")
+            compiled = kernel[(programs, 1, 1)](*pointers, *numbers, **flags, num_warps=warps)
+            if self.known is not None:
+                first = next(x for x in pointers if x is not None)
+                launched = Launched(compiled, programs, (*numbers, *flags.values()), first.get_device())
+                relaunch.keep(self.known, name, launched)
 
 
 class Convolution(NamedTuple):
@@ -56,17 +91,17 @@ def tokens_of(projected: Tensor, cu_seqlens: Tensor | None) -> Tokens:
     return Tokens(count, count, torch.minimum(place.clamp_(min=0), token), sequence)
 
 
-def convolve(kernels: ModuleType, a: Tensor, conv: Convolution, before: Tensor | None, tokens: Tokens) -> Tensor:
+def convolve(kernels: LayerKernels, a: Tensor, conv: Convolution, before: Tensor | None, tokens: Tokens) -> Tensor:
     """Return q, k and v (T, channels) of the channels ``a`` (T, channels) of a projection; rows lie on 32 bytes."""
-    plan = layer_plan_of(kernels)
+    plan = kernels.plan
     rows, cols, warps = plan.conv
     out = a.new_empty(tokens.total, rounded(plan.channels, 16))
-    if tokens.total:
-        kernels.m2rnn_convolve_kernel[(ceil(tokens.total, rows), ceil(plan.channels, cols), 1)](
-            a, conv.weight, conv.bias, before, tokens.place, tokens.sequence, out, tokens.total, tokens.steps,
-            a.stride(0), out.stride(0), WIDTH=conv.width, SILU=conv.silu, IS_VARLEN=tokens.place is not None,
-            num_warps=warps,
-        )  # fmt: skip
+    kernels.launch(
+        "convolve", ceil(tokens.total, rows) * ceil(plan.channels, cols), warps,
+        (a, conv.weight, conv.bias, before, tokens.place, tokens.sequence, out),
+        (tokens.total, tokens.steps, a.stride(0), out.stride(0)),
+        WIDTH=conv.width, SILU=conv.silu, IS_VARLEN=tokens.place is not None,
+    )  # fmt: skip
     return out[:, : plan.channels]
 
 
@@ -78,7 +113,7 @@ class ConvolutionGradients(NamedTuple):
 
 
 def convolve_backward(
-    kernels: ModuleType,
+    kernels: LayerKernels,
     a: Tensor,
     da: Tensor,
     conv: Convolution,
@@ -88,7 +123,7 @@ def convolve_backward(
     bypass: tuple[Tensor | None, Tensor | None],
 ) -> ConvolutionGradients:
     """Write ``da`` from the gradients of q, k and v, to whose last ``bypass`` adds D du; return the parameters'."""
-    plan = layer_plan_of(kernels)
+    plan = kernels.plan
     steps, cols, warps = plan.unconv
     chunks = ceil(tokens.steps, steps)
     programs = chunks * (tokens.total // tokens.steps) if tokens.steps else 0
@@ -98,49 +133,46 @@ def convolve_backward(
     if conv.bias is not None:
         dbias = a.new_empty(programs, plan.channels, dtype=torch.float32)
     du, skip = bypass
-    if programs:
-        kernels.m2rnn_convolve_backward_kernel[(programs, ceil(plan.channels, cols), 1)](
-            a, conv.weight, conv.bias, before, tokens.place, tokens.sequence, *gradients, du, skip, da, dweight, dbias,
-            tokens.steps, chunks, a.stride(0), da.stride(0), WIDTH=conv.width, SILU=conv.silu,
-            IS_VARLEN=tokens.place is not None, num_warps=warps,
-        )  # fmt: skip
+    kernels.launch(
+        "convolve_backward", programs * ceil(plan.channels, cols), warps,
+        (a, conv.weight, conv.bias, before, tokens.place, tokens.sequence, *gradients, du, skip, da, dweight, dbias),
+        (tokens.steps, chunks, a.stride(0), da.stride(0)),
+        WIDTH=conv.width, SILU=conv.silu, IS_VARLEN=tokens.place is not None,
+    )  # fmt: skip
     return ConvolutionGradients(
         None if dweight is None else dweight.sum(0).T[:, None].contiguous(), None if dbias is None else dbias.sum(0)
     )
 
 
-def decay(kernels: ModuleType, x: Tensor, A_log: Tensor, dt_bias: Tensor, dtype: torch.dtype) -> Tensor:
+def decay(kernels: LayerKernels, x: Tensor, A_log: Tensor, dt_bias: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the forget gate (T, Nf) of its inputs x (T, Nf)."""
-    rows = layer_plan_of(kernels).decay_rows
+    rows, warps = kernels.plan.decay
     f = x.new_empty(x.shape, dtype=dtype)
-    if x.shape[0]:
-        kernels.m2rnn_decay_kernel[(ceil(x.shape[0], rows), 1, 1)](x, A_log, dt_bias, f, x.shape[0], x.stride(0))
+    kernels.launch("decay", ceil(x.shape[0], rows), warps, (x, A_log, dt_bias, f), (x.shape[0], x.stride(0)))
     return f
 
 
 def decay_backward(
-    kernels: ModuleType, x: Tensor, A_log: Tensor, dt_bias: Tensor, df: Tensor, dx: Tensor
+    kernels: LayerKernels, x: Tensor, A_log: Tensor, dt_bias: Tensor, df: Tensor, dx: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Write ``dx`` from the gate's gradient df (T, Nf); return the gradients of A_log and dt_bias."""
-    programs = ceil(x.shape[0], layer_plan_of(kernels).decay_rows)
+    rows, warps = kernels.plan.decay
+    programs = ceil(x.shape[0], rows)
     parts = x.new_empty(programs, 2, x.shape[1], dtype=torch.float32)
-    if programs:
-        kernels.m2rnn_decay_backward_kernel[(programs, 1, 1)](
-            x, A_log, dt_bias, df, dx, parts, x.shape[0], x.stride(0), dx.stride(0)
-        )
+    numbers = (x.shape[0], x.stride(0), dx.stride(0))
+    kernels.launch("decay_backward", programs, warps, (x, A_log, dt_bias, df, dx, parts), numbers)
     dA_log, ddt_bias = parts.sum(0)
     return dA_log, ddt_bias
 
 
-def finish(kernels: ModuleType, y: Tensor, v: Tensor, g: Tensor, epilogue: Epilogue) -> Tensor:
+def finish(kernels: LayerKernels, y: Tensor, v: Tensor, g: Tensor, epilogue: Epilogue) -> Tensor:
     """Return the output projection's input (T, inner) of y (T, inner), v and g, whose rows may be apart."""
-    plan = layer_plan_of(kernels)
+    rows, warps = kernels.plan.finish
     out = y.new_empty(y.shape)
-    if y.shape[0]:
-        kernels.m2rnn_finish_kernel[(ceil(y.shape[0], plan.finish_rows), 1, 1)](
-            y, v, g, epilogue.skip, epilogue.weight, out, y.shape[0], epilogue.eps, v.stride(0), g.stride(0),
-            NORM=epilogue.norm, num_warps=plan.finish_warps,
-        )  # fmt: skip
+    kernels.launch(
+        "finish", ceil(y.shape[0], rows), warps, (y, v, g, epilogue.skip, epilogue.weight, out),
+        (y.shape[0], epilogue.eps, v.stride(0), g.stride(0)), NORM=epilogue.norm,
+    )  # fmt: skip
     return out
 
 
@@ -153,21 +185,22 @@ class FinishGradients(NamedTuple):
 
 
 def finish_backward(
-    kernels: ModuleType, dout: Tensor, y: Tensor, v: Tensor, g: Tensor, epilogue: Epilogue, dg: Tensor
+    kernels: LayerKernels, dout: Tensor, y: Tensor, v: Tensor, g: Tensor, epilogue: Epilogue, dg: Tensor
 ) -> FinishGradients:
     """Write ``dg`` from the result's gradient, and return the other gradients."""
-    plan = layer_plan_of(kernels)
-    programs = ceil(y.shape[0], plan.unfinish_rows)
+    plan = kernels.plan
+    rows, warps = plan.unfinish
+    programs = ceil(y.shape[0], rows)
     du = y.new_empty(y.shape)
     dskip, dweight = (
         None if x is None else y.new_empty(programs, plan.inner, dtype=torch.float32)
         for x in (epilogue.skip, epilogue.weight)
     )
-    if programs:
-        kernels.m2rnn_finish_backward_kernel[(programs, 1, 1)](
-            dout, y, v, g, epilogue.skip, epilogue.weight, du, dg, dskip, dweight, y.shape[0], epilogue.eps,
-            dout.stride(0), v.stride(0), g.stride(0), dg.stride(0), NORM=epilogue.norm, num_warps=plan.finish_warps,
-        )  # fmt: skip
+    kernels.launch(
+        "finish_backward", programs, warps,
+        (dout, y, v, g, epilogue.skip, epilogue.weight, du, dg, dskip, dweight),
+        (y.shape[0], epilogue.eps, dout.stride(0), v.stride(0), g.stride(0), dg.stride(0)), NORM=epilogue.norm,
+    )  # fmt: skip
     return FinishGradients(du, *(None if x is None else x.sum(0) for x in (dskip, dweight)))
 
 

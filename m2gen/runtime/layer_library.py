@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import fakes, layer_op, transforms
+from . import fakes, launches, layer_op, transforms
 from .layer_op import Parameters, Settings
 
 COUNT, NUMBERS = len(Parameters._fields), len(Settings._fields)
@@ -61,6 +61,12 @@ def rules(forward: Any, backward: Any) -> dict[str, Rules]:
     }  # fmt: skip
 
 
+def _settings(numbers: Sequence[Any]) -> Settings:
+    """Return settings that can be a key."""
+    settings = Settings(*numbers)
+    return settings._replace(dims=tuple(settings.dims), columns=tuple(settings.columns))
+
+
 def _dense(p: Parameters) -> Parameters:
     """Return tensors whose strides kernels take for granted; compilers and transforms may have changed them."""
     return Parameters._make(x if x is None else x.contiguous() for x in p)
@@ -68,18 +74,22 @@ def _dense(p: Parameters) -> Parameters:
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     cu_seqlens, host = arguments[COUNT:AFTER]
-    settings = Settings(*arguments[AFTER:SAVE])
+    settings = _settings(arguments[AFTER:SAVE])
     offsets = None if cu_seqlens is None else cu_seqlens.contiguous()
-    return layer_op.forward(_dense(Parameters(*arguments[:COUNT])), offsets, host, settings, *arguments[SAVE:])
+    call = (_dense(Parameters(*arguments[:COUNT])), offsets, host, settings, *arguments[SAVE:])
+    results: tuple[Tensor, ...] = launches.on_device(layer_op.forward, arguments[0].get_device(), call)
+    return results
 
 
 def _backward(dout: Tensor, dstate: Tensor | None, *arguments: Any) -> list[Tensor]:
     y, checkpoints, cu_seqlens = arguments[COUNT : COUNT + 3]
-    settings, (wanted, deterministic) = Settings(*arguments[COUNT + 3 : -2]), arguments[-2:]
-    return layer_op.backward(
+    settings, (wanted, deterministic) = _settings(arguments[COUNT + 3 : -2]), arguments[-2:]
+    call = (
         dout.contiguous(), dstate if dstate is None else dstate.contiguous(), _dense(Parameters(*arguments[:COUNT])),
         y.contiguous(), checkpoints.contiguous(), cu_seqlens, settings, wanted, deterministic,
     )  # fmt: skip
+    gradients: list[Tensor] = launches.on_device(layer_op.backward, dout.get_device(), call)
+    return gradients
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import ModuleType
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,8 +11,12 @@ from torch import Tensor
 from . import dispatch, launches, layer_states
 from . import layer_launches as around
 from .buffers import Operands
-from .layer_launches import Convolution, Epilogue
-from .layer_plan import layer_plan_of
+from .known import KnownCall
+from .layer_launches import Convolution, Epilogue, LayerKernels
+
+_CALLS: dict[Hashable, KnownCall] = {}
+"""Calls by what launches depend on; saves half of the time that a call takes of the host."""
+_MOST_CALLS = 4096
 
 
 class Parameters(NamedTuple):
@@ -60,14 +63,26 @@ class _Rows(NamedTuple):
     g: Tensor
 
 
-def _rows(flat: Tensor, kernels: ModuleType, settings: Settings) -> _Rows:
-    plan, (x, g) = layer_plan_of(kernels), settings.columns
+def _known(tensors: Iterable[Tensor | None], rest: tuple[object, ...]) -> KnownCall:
+    """Return what is known of calls that agree in the rest, and in shapes, strides, dtypes and places of tensors."""
+    facts = (None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors)
+    key = (*facts, *rest)
+    call = _CALLS.get(key)
+    if call is None:
+        if len(_CALLS) >= _MOST_CALLS:
+            _CALLS.clear()
+        call = _CALLS[key] = KnownCall()
+    return call
+
+
+def _rows(flat: Tensor, kernels: LayerKernels, settings: Settings) -> _Rows:
+    plan, (x, g) = kernels.plan, settings.columns
     return _Rows(flat[:, : plan.channels], flat[:, x : x + settings.dims[5]], flat[:, g : g + plan.inner])
 
 
-def _operands(p: Parameters, qkv: Tensor, rows: _Rows, kernels: ModuleType, settings: Settings) -> Operands:
+def _operands(p: Parameters, qkv: Tensor, rows: _Rows, kernels: LayerKernels, settings: Settings) -> Operands:
     """Return what the recurrence takes, with the lead dims of the projection."""
-    plan, dims, lead = layer_plan_of(kernels), settings.dims, p.projected.shape[:-1]
+    plan, dims, lead = kernels.plan, settings.dims, p.projected.shape[:-1]
     q, k, v = (
         torch.unflatten(torch.unflatten(part, -1, (count, -1)), 0, lead)
         for part, count in zip(qkv.tensor_split((plan.q_end, plan.k_end), -1), dims[2:5], strict=True)
@@ -83,13 +98,14 @@ def forward(
     p: Parameters, cu_seqlens: Tensor | None, host: Tensor | None, settings: Settings, save: bool, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output projection's input (..., N V), the final state, y, and checkpoints (none unless ``save``)."""
-    kernels = dispatch.layer_kernels(settings.dims, p.projected.device)
+    call = _known((*p, cu_seqlens), ("forward", settings, save, deterministic))
+    kernels = LayerKernels(dispatch.layer_kernels(settings.dims, p.projected.device), call.launches)
     flat = p.projected.flatten(0, -2)
     rows, tokens = _rows(flat, kernels, settings), around.tokens_of(p.projected, cu_seqlens)
     qkv = around.convolve(kernels, rows.a, _convolution(p, settings), p.conv, tokens)
     operands = _operands(p, qkv, rows, kernels, settings)
-    y, state, checkpoints = launches.forward(operands, p.state, cu_seqlens, save, deterministic, None, host)
-    v = qkv[:, layer_plan_of(kernels).k_end :]
+    y, state, checkpoints = launches.forward(operands, p.state, cu_seqlens, save, deterministic, call, host)
+    v = qkv[:, kernels.plan.k_end :]
     out = around.finish(kernels, y.flatten(0, -3).flatten(1), v, rows.g, _epilogue(p, settings))
     if checkpoints is None:
         checkpoints = state.new_empty(0, *state.shape[1:])
@@ -108,8 +124,9 @@ def backward(
     deterministic: bool,
 ) -> list[Tensor]:
     """Return the ``wanted`` gradients of ``Parameters``, which computes the convolution again."""
-    kernels = dispatch.layer_kernels(settings.dims, p.projected.device)
-    plan, lead = layer_plan_of(kernels), p.projected.shape[:-1]
+    call = _known((dout, dstate, *p, cu_seqlens), ("backward", settings, tuple(wanted), deterministic))
+    kernels = LayerKernels(dispatch.layer_kernels(settings.dims, p.projected.device), call.launches)
+    plan, lead = kernels.plan, p.projected.shape[:-1]
     flat = p.projected.flatten(0, -2)
     dflat = torch.empty_like(flat)
     rows, drows = _rows(flat, kernels, settings), _rows(dflat, kernels, settings)
@@ -126,7 +143,15 @@ def backward(
     asked = [True, True, True, wanted[3], True, gate, gate, wanted[9]]
     found = iter(
         launches.backward(
-            finished.du.view(y.shape), dstate, operands, checkpoints, cu_seqlens, settings.bound, asked, deterministic
+            finished.du.view(y.shape),
+            dstate,
+            operands,
+            checkpoints,
+            cu_seqlens,
+            settings.bound,
+            asked,
+            deterministic,
+            call,
         )
     )
     dq, dk, dv = (next(found).flatten(0, -3).flatten(1) for _ in range(3))

@@ -20,10 +20,10 @@ class LayerPlan(NamedTuple):
     """Tokens and channels of a program of the convolution, and its warps."""
     unconv: tuple[int, int, int]
     """Steps and channels of a program of its backward, and its warps."""
-    decay_rows: int
-    finish_rows: int
-    unfinish_rows: int
-    finish_warps: int
+    decay: tuple[int, int]
+    """Tokens of a program of the gate's kernels, and its warps; so for the epilogue and its backward."""
+    finish: tuple[int, int]
+    unfinish: tuple[int, int]
 
 
 @functools.cache

@@ -16,13 +16,16 @@ class LayerTiles:
     conv_rows: int = 32
     conv_cols: int = 128
     conv_warps: int = 4
-    unconv_steps: int = 128
-    unconv_cols: int = 256
-    unconv_warps: int = 2
-    unconv_unroll: int = 8
+    unconv_steps: int = 64
+    unconv_cols: int = 128
+    unconv_warps: int = 1
+    unconv_unroll: int = 4
     decay_rows: int = 32
+    decay_warps: int = 4
     finish_rows: int = 1
     finish_block: int = 1024
     """Most channels that a program holds in one piece."""
     finish_warps: int = 4
-    unfinish_rows: int = 32
+    unfinish_rows: int = 64
+    unfinish_block: int = 2048
+    unfinish_warps: int = 8
