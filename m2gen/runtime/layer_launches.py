@@ -33,7 +33,7 @@ class LayerKernels(NamedTuple):
         numbers: Sequence[float],
         **flags: Any,
     ) -> None:
-        """Launch a kernel by name on pointers, numbers and flags in the order of its parameters; 0 programs are none."""
+        """Launch a kernel by name on pointers, numbers and flags in the order of its parameters; of 0, none."""
         again = None if self.known is None else self.known.get(name)
         if again is not None:
             again.launch(pointers)

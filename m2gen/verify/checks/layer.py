@@ -134,7 +134,7 @@ def known(
     run: Callable[[nn.Module, Call], dict[str, Tensor]] = results,
 ) -> Oracle:
     """Return the exact results of ``run``, and budgets from layers whose modules and operator round as kernels must."""
-    wide = copy.deepcopy(made).double()
+    wide: Any = copy.deepcopy(made).double()
     wide.backend = "reference"
     exact = run(wide, _double(call))
     errors: dict[str, float] = dict.fromkeys(exact, 0.0)
