@@ -14,7 +14,11 @@ from ..convolution import depthwise
 from ..gate import DecayGate, forget_gate
 from ..mixer import wide_dtype
 from ..norm import RMSNorm
-from .shards import local, own, partial, placement, sharded, summed, whole
+from .collectives import copied, gathered, scattered, summed
+from .shards import local, own, placement, sharded, whole
+
+ALIGNED = 8
+"""Columns of 16 bytes in the narrowest dtypes."""
 
 
 class OwnRows(nn.Module):
@@ -70,9 +74,17 @@ class OwnWeight(OwnRows):
 class OwnLinear(OwnRows):
     """The input projection to what this rank's heads read; the gradient of x is summed over ranks."""
 
+    scatters = False
+    """Whether each rank has its part of the tokens alone."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """Project x, the same on every rank."""
-        return F.linear(partial(x, self.mesh), self.weight, self.bias)
+        """Project x (..., tokens, hidden_size), the same on every rank or its part of the tokens, to all tokens."""
+        group = self.mesh.get_group()
+        tokens = gathered(x, -2, group) if self.scatters else copied(x, group)
+        weight, bias = self.weight, self.bias
+        surplus = -weight.shape[0] % ALIGNED  # rows of the result begin where fast kernels want them
+        bias = bias if bias is None else F.pad(bias, (0, surplus))
+        return F.linear(tokens, F.pad(weight, (0, 0, 0, surplus)), bias)
 
 
 class OwnConvolution(OwnRows):
@@ -122,7 +134,8 @@ class OwnNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the heads of every rank."""
         wide = x.to(wide_dtype(x))
-        squares = partial(summed(wide.square().sum(-1, keepdim=True), self.mesh), self.mesh)
+        group = self.mesh.get_group()
+        squares = copied(summed(wide.square().sum(-1, keepdim=True), group), group)
         scale = torch.rsqrt(squares / (x.shape[-1] * self.mesh.size()) + self.eps)
         return (wide * scale * local(self.weight)).to(x.dtype)
 
@@ -130,11 +143,12 @@ class OwnNorm(nn.Module):
 class OwnOutput(nn.Module):
     """The output projection of this rank's heads, summed over ranks."""
 
-    def __init__(self, linear: nn.Linear, mesh: DeviceMesh) -> None:
+    def __init__(self, linear: nn.Linear, mesh: DeviceMesh, scatters: bool = False) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.mesh, self.scatters = mesh, scatters
         self.weight = sharded(linear.weight, mesh, Shard(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Project this rank's heads."""
-        return summed(F.linear(x, local(self.weight)), self.mesh)
+        """Project this rank's heads (..., tokens, channels) to the sum on every rank, or to its part of the tokens."""
+        mixed, group = F.linear(x, local(self.weight)), self.mesh.get_group()
+        return scattered(mixed, -2, group) if self.scatters else summed(mixed, group)

@@ -1,4 +1,4 @@
-"""Parameters that lie over ranks, and sums over them."""
+"""Parameters that lie over ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import cast
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from .collectives import copied
 
 
 def placement(count: int, mesh: DeviceMesh) -> Shard | Replicate:
@@ -29,17 +31,7 @@ def own(parameter: Tensor, count: int) -> Tensor:
         return here
     rows = here.shape[0] // count
     first = mesh.get_local_rank() * count // mesh.size() * rows
-    return partial(here, mesh)[first : first + rows]
-
-
-def partial(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return x, the same on every rank; its gradient is the sum of what the ranks contribute."""
-    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-
-
-def summed(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return the sum of the ranks' x on every rank, whose gradient is the same on every rank."""
-    return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+    return copied(here, mesh.get_group())[first : first + rows]
 
 
 def local(parameter: Tensor) -> Tensor:
