@@ -97,11 +97,11 @@ class _Convolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Do what ``DepthwiseConv1d.forward`` does."""
         (layer,) = self._layer
-        weight, bias = layer.conv1d.weight, layer.conv1d.bias
+        found = _plain(layer.conv1d)
+        assert found is not None
+        weight, bias = found.weight, found.bias
         if isinstance(weight, DTensor):
-            raise TypeError(
-                "M2RNN: conv1d must be sharded with its layer, as its rows are read there, and not by itself"
-            )
+            raise TypeError("M2RNN: conv1d must be sharded with its layer, which reads its rows, and not by itself")
         return depthwise(x, self._own(layer, weight), None if bias is None else self._own(layer, bias))
 
     def _own(self, layer: Mixer, x: Tensor) -> Tensor:
