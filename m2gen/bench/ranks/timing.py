@@ -19,7 +19,18 @@ from m2gen.bench.ranks.entries import Shape
 WARM_UPS = 3
 PROBE_BYTES = 1 << 26
 """Bytes that a GPU sends to measure the link; a CPU sends a thousandth."""
-COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
+COLLECTIVES = tuple(
+    name
+    for names in (
+        ("all_reduce",),
+        ("all_gather_single", "all_gather_into_tensor"),
+        ("reduce_scatter_single", "reduce_scatter_tensor"),
+        ("all_to_all_single",),
+    )
+    for name in names
+    if hasattr(distributed, name)
+)
+"""Collectives of which packages call one each, by the names that versions of torch have for them."""
 
 
 @dataclass(frozen=True)

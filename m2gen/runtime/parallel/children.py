@@ -55,7 +55,7 @@ class OwnRows(nn.Module):
         return self._own(self.biases) if len(self.biases) else None
 
     def _own(self, parts: nn.ParameterDict) -> Tensor:
-        return torch.cat([own(parts[role], count) for role, count in self.counts.items()])
+        return torch.cat(own([parts[role] for role in self.counts], list(self.counts.values())))
 
     def gathered(self, prefix: str) -> dict[str, Tensor]:
         """Return the whole weight and bias under the names that they have in the layer."""
@@ -107,12 +107,12 @@ class OwnGate(nn.Module):
     @property
     def A_log(self) -> Tensor:
         """What this rank's heads read of it."""
-        return own(self.logs, self.count)
+        return own([self.logs], [self.count])[0]
 
     @property
     def dt_bias(self) -> Tensor:
         """What this rank's heads read of it."""
-        return own(self.biases, self.count)
+        return own([self.biases], [self.count])[0]
 
     def forward(self, x: Tensor, in_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Do what ``DecayGate.forward`` does."""

@@ -10,6 +10,12 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
 
+def _named(name: str, before: str) -> Callable[..., Any]:
+    """Return a collective of torch by its name, or by that which it had before."""
+    found: Callable[..., Any] = getattr(distributed, name if hasattr(distributed, name) else before)
+    return found
+
+
 def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
     distributed.all_reduce(total, group=group)
@@ -21,7 +27,7 @@ def _all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     ranks = group.size()
     lead = x.shape[:dim]
     everything = x.new_empty(ranks * x.numel())
-    distributed.all_gather_into_tensor(everything, x.contiguous().flatten(), group=group)
+    _named("all_gather_single", "all_gather_into_tensor")(everything, x.contiguous().flatten(), group=group)
     return everything.view(ranks, *x.shape).movedim(0, dim).reshape(*lead, ranks * x.shape[dim], *x.shape[dim + 1 :])
 
 
@@ -30,7 +36,7 @@ def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     ranks = group.size()
     parts = torch.unflatten(x, dim, (ranks, x.shape[dim] // ranks)).movedim(dim, 0).contiguous()
     part = torch.empty_like(parts[0])
-    distributed.reduce_scatter_tensor(part.flatten(), parts.flatten(), group=group)
+    _named("reduce_scatter_single", "reduce_scatter_tensor")(part.view(-1), parts.view(-1), group=group)
     return part
 
 
