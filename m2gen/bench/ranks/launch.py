@@ -15,8 +15,6 @@ from pathlib import Path
 from m2gen.errors import RanksError
 
 POLL_SECONDS = 0.1
-GRACE_SECONDS = 5.0
-"""Longest that is waited, after a rank failed, for the error of another that failed before it."""
 QUIET_SECONDS = 300.0
 """Longest that ranks may take between two results; the first call of a kernel compiles it."""
 CPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -91,9 +89,6 @@ def _state(folder: Path) -> tuple[float, ...]:
 
 def _failure(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> str:
     """Return what the first rank failed with: the others fail since it is gone."""
-    deadline = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < deadline and not any(error_file(folder, r).is_file() for r in range(len(processes))):
-        time.sleep(POLL_SECONDS)
     said = {rank: path for rank in range(len(processes)) if (path := error_file(folder, rank)).is_file()}
     died = [rank for rank, process in enumerate(processes) if process.poll() and rank not in said]
     if died:  # before it could say anything, and so before those that missed it

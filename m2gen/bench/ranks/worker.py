@@ -11,7 +11,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, distributed
@@ -20,28 +20,32 @@ from m2gen.bench.ranks.check import DTYPES, Expected, expected, make_layer
 from m2gen.bench.ranks.entries import Case, Form, Job, Link, RankDocument, RankRow, Shape, read, write
 from m2gen.bench.ranks.forms import OverRanks, over_ranks
 from m2gen.bench.ranks.launch import QUIET_SECONDS, error_file
-from m2gen.bench.ranks.timing import link, peak_bytes, recorded, recurrence_of, repeat, slowest_ms
+from m2gen.bench.ranks.timing import link, peak_bytes, recorded, recurrence_of, repeat, slowest_ms, together
 from m2gen.db import Environment
 from m2gen.kernels.compile import load_module
 from m2gen.measure.workers import end_with_parent
 
 
-def main(folder: Path, rank: int) -> int:
-    """Do a job as one of its ranks; the first one writes results after each case. Returns the exit status."""
+def main(folder: Path, rank: int) -> NoReturn:
+    """Do a job as one of its ranks, and end the process; the first one writes results after each case."""
     end_with_parent()
     try:
         job = read(folder / "job.json", Job)
         _join(folder, job, rank)
         _Rank(job, folder, rank).serve()
-        distributed.destroy_process_group()
     except BaseException as error:
         traceback.print_exc()
         lines = f"{type(error).__name__}: {error}".splitlines()
         error_file(folder, rank).write_text(lines[0], encoding="utf-8")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # a backend's threads may wait for the other ranks
-    return 0
+        _leave(1)
+    _leave(0)
+
+
+def _leave(status: int) -> NoReturn:
+    """End without the interpreter's last steps, in which a backend's threads may wait for other ranks, or abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _join(folder: Path, job: Job, rank: int) -> None:
@@ -80,6 +84,7 @@ class _Rank:
             document = replace(document, rows=(*document.rows, self._row(case)))
             if self.rank == 0:
                 write(self.folder / "results.json", document)
+        together(self.device)  # none leaves what another still waits in
 
     def _row(self, case: Case) -> RankRow:
         row = RankRow(case.shape.name, case.form, case.batch, case.seq, 1 if case.form is Form.ONE else self.job.ranks)
@@ -162,4 +167,4 @@ def _environment(device: torch.device) -> Environment | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2])))
+    main(Path(sys.argv[1]), int(sys.argv[2]))
