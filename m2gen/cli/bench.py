@@ -231,15 +231,22 @@ def _over_ranks(spec: str, records: tuple[Record, ...], request: RanksRequest, d
 
     planned = pipeline.plan(spec, None, records)
     job = pipeline.ranks_job(planned, request, records, cuda=pipeline.has_gpus(request.ranks))
-    return run_ranks(pipeline.over_ranks(job, terminal_progress(display.quiet)), job, display)
+    return run_ranks(pipeline.over_ranks(job, terminal_progress(display.quiet)), display)
 
 
 def _show_earlier(path: Path, layers: tuple[str, ...], display: Display, picture: Picture) -> None:
     """Show and draw the document of an earlier run, for some layers or all."""
-    from m2gen.bench.document import Document, load_run, of_layers
+    from m2gen.bench.document import Document, load_run, of_layers, ranks_of
     from m2gen.cli.show.bench import show_bench
+    from m2gen.cli.show.ranks import show_ranks
     from m2gen.cli.show.sweep import show_sweeps
 
+    over_ranks = ranks_of(path)
+    if over_ranks is not None:
+        if picture.file is not None:
+            raise UsageError(f"--plot must be of workloads or sweeps, got {path}, which is of layers over ranks")
+        show_ranks(over_ranks, display)
+        return
     found = of_layers(load_run(path), layers)
     if isinstance(found, Document):
         show_bench(found, display)

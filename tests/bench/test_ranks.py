@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import TINY, document, fails
+from command_line import TINY, document, fails, run
 
 from m2gen import pipeline
 from m2gen.bench.ranks.entries import Case, Form, Job, Link, RankRow, Shape
@@ -126,8 +127,8 @@ def test_what_ends_a_run_ends_its_ranks(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 
-def test_the_command_on_cpus() -> None:
-    """Every form agrees with one rank, and sends what the model says."""
+def test_the_command_on_cpus(tmp_path: Path) -> None:
+    """Every form agrees with one rank, and sends what the model says; the document is shown again as a table."""
     found = document("bench", "--spec", TINY, "--layer", "grouped", "--gpus", "2", "--quiet")
     assert found["backend"] == "gloo"
     job = planned(2, cuda=False, layer="grouped")
@@ -142,6 +143,12 @@ def test_the_command_on_cpus() -> None:
         assert row["collectives"] == expected.collectives, case.form
         assert row["sent_bytes"] == pytest.approx(expected.sent, abs=expected.collectives), case.form
         assert (row["predicted_ms"] is None) == (case.form is Form.ONE)
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps(found), encoding="utf-8")
+    shown = run("bench", "--from", str(path)).stdout
+    assert "2 ranks over gloo on CPU" in shown
+    assert "tokens, exchanged" in shown
+    assert "--plot must be of workloads or sweeps" in fails(2, "bench", "--from", str(path), "--plot", "a.svg")
 
 
 WRONG = {

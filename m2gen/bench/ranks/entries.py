@@ -151,7 +151,10 @@ class RankDocument:
     backend: str
     """Either nccl or gloo."""
     link: Link
-    rows: tuple[RankRow, ...]
+    cases: tuple[Case, ...]
+    """What was asked for."""
+    rows: tuple[RankRow, ...] = ()
+    """Results of the first of these cases, or of all."""
     schema: Annotated[int, Field(ge=SCHEMA, le=SCHEMA)] = SCHEMA
 
 

@@ -77,9 +77,8 @@ class _Rank:
 
     def serve(self) -> None:
         """Do every case."""
-        document = RankDocument(
-            _environment(self.device), "nccl" if self.job.cuda else "gloo", Link(*link(self.device, 10)), ()
-        )
+        backend = "nccl" if self.job.cuda else "gloo"
+        document = RankDocument(_environment(self.device), backend, Link(*link(self.device, 10)), self.job.cases)
         for case in self.job.cases:
             document = replace(document, rows=(*document.rows, self._row(case)))
             if self.rank == 0:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from m2gen.bench.ranks.entries import Case, Form, Job, RankDocument, RankRow
+from m2gen.bench.ranks.entries import Case, Form, RankDocument, RankRow
 from m2gen.bench.ranks.model import predicted_ms
 from m2gen.cli.show.bench import ms_text
 from m2gen.cli.show.report import Display, print_json
@@ -24,7 +24,7 @@ NAMES = {
 }
 
 
-def run_ranks(documents: Iterable[RankDocument], job: Job, display: Display) -> int:
+def run_ranks(documents: Iterable[RankDocument], display: Display) -> int:
     """Show the last document, also after an interruption; return 1 if any result is wrong."""
     document: RankDocument | None = None
     try:
@@ -32,17 +32,17 @@ def run_ranks(documents: Iterable[RankDocument], job: Job, display: Display) -> 
             pass
     finally:
         if document is not None:
-            show_ranks(document, job, display)
+            show_ranks(document, display)
     return 1 if document is None or any(row.failure for row in document.rows) else 0
 
 
-def show_ranks(document: RankDocument, job: Job, display: Display) -> None:
+def show_ranks(document: RankDocument, display: Display) -> None:
     """Print every form beside one rank doing the same work."""
     if display.as_json:
-        rows = [{**asdict(row), **compared(row, case, document)} for row, case in _cases(document, job)]
+        rows = [{**asdict(row), **compared(row, case, document)} for row, case in _cases(document)]
         print_json({**asdict(document), "rows": rows})
     else:
-        print_tables(tables(document, job))
+        print_tables(tables(document))
 
 
 def compared(row: RankRow, case: Case, document: RankDocument) -> dict[str, float | None]:
@@ -59,12 +59,12 @@ def compared(row: RankRow, case: Case, document: RankDocument) -> dict[str, floa
     }
 
 
-def tables(document: RankDocument, job: Job) -> Iterator[Table]:
+def tables(document: RankDocument) -> Iterator[Table]:
     """Yield the table of times, and that of forms that have none."""
     there = document.environment.device if document.environment is not None else "CPU"
     rows: list[Any] = []
     before = None
-    for row, case in _cases(document, job):
+    for row, case in _cases(document):
         if row.failure or row.unfit:
             continue
         size = f"{row.layer} {case.shape.dtype}, hidden {case.shape.hidden_size}, B{row.batch} S{row.seq}"
@@ -78,7 +78,9 @@ def tables(document: RankDocument, job: Job) -> Iterator[Table]:
         f"link: {link.gb_per_s:.3g} GB/s a rank, {1e3 * link.latency_ms:.3g} µs a collective",
         "worst error: of outputs and gradients against float64, as a part of its budget",
     ]
-    yield Table(f"{job.ranks} ranks over {document.backend} on {there}", COLUMNS, rows, notes)
+    yield Table(
+        f"{max(row.ranks for row in document.rows)} ranks over {document.backend} on {there}", COLUMNS, rows, notes
+    )
     if failed := [row for row in document.rows if row.failure or row.unfit]:
         cells = [(row.layer, NAMES[row.form], f"B{row.batch} S{row.seq}", row.failure or row.unfit) for row in failed]
         yield Table("Without times", ("layer", "form", "size", "why"), cells)
@@ -108,5 +110,5 @@ def _part(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
 
 
-def _cases(document: RankDocument, job: Job) -> list[tuple[RankRow, Case]]:
-    return list(zip(document.rows, job.cases, strict=False))
+def _cases(document: RankDocument) -> list[tuple[RankRow, Case]]:
+    return list(zip(document.rows, document.cases, strict=False))
