@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from m2gen.bench.ranks.entries import PAIR, Case, Form, Job, RankDocument, Shape, read, write
+from m2gen.bench.ranks.entries import PAIR, Form, RankCase, RankDocument, RankJob, Shape, read, write
 from m2gen.bench.ranks.launch import CPU, run_ranks, worker_command
 from m2gen.cache import materialise
 from m2gen.db import Record
@@ -50,7 +50,7 @@ def has_gpus(ranks: int) -> bool:
     return count > 0
 
 
-def ranks_job(planned: Plan, request: RanksRequest, records: Sequence[Record], *, cuda: bool) -> Job:
+def ranks_job(planned: Plan, request: RanksRequest, records: Sequence[Record], *, cuda: bool) -> RankJob:
     """Return what ranks are to do, with the package of the layers and of their shares; raises UsageError."""
     if request.ranks < 2:
         raise UsageError(f"--gpus must be at least 2, got {request.ranks}")
@@ -67,10 +67,10 @@ def ranks_job(planned: Plan, request: RanksRequest, records: Sequence[Record], *
     chosen = (c for d in devices for v in variants for c in choose(v, d, planned.spec.tuning.objective, known))
     package = materialise(f"packages/{planned.origin.name}", render(replace(planned, choices=tuple(chosen))).files)
     cases = tuple(case for shape in shapes for case in _cases(shape, request, cuda=cuda))
-    return Job(str(package), cases, request.ranks, cuda, REPEATS if cuda else CPU_REPEATS, request.seed)
+    return RankJob(str(package), cases, request.ranks, cuda, REPEATS if cuda else CPU_REPEATS, request.seed)
 
 
-def over_ranks(job: Job, progress: Progress) -> Iterator[RankDocument]:
+def over_ranks(job: RankJob, progress: Progress) -> Iterator[RankDocument]:
     """Yield the results so far whenever there are more; raises RanksError once a rank fails, dies or hangs."""
     environment = LOOPBACK if job.cuda else {**LOOPBACK, **CPU}
     with tempfile.TemporaryDirectory(prefix="m2gen-ranks-") as name:
@@ -119,7 +119,7 @@ def _shares(variant: Variant, ranks: int) -> Iterator[Variant]:
             yield replace(variant, heads=Heads(**heads))
 
 
-def _cases(shape: Shape, request: RanksRequest, *, cuda: bool) -> Iterator[Case]:
+def _cases(shape: Shape, request: RanksRequest, *, cuda: bool) -> Iterator[RankCase]:
     """Yield the forms of a layer at each size, after one rank doing the same work."""
     heads = (Form.HEADS, Form.HEADS_TOKENS)
     tokens = (Form.EXCHANGE, Form.PIPELINE, *([Form.BOTH] if request.ranks > PAIR else []))
@@ -131,4 +131,4 @@ def _cases(shape: Shape, request: RanksRequest, *, cuda: bool) -> Iterator[Case]
     else:
         planned = [((2, 2 * request.ranks), (*heads, *tokens))]
     for (batch, seq), forms in planned:
-        yield from (Case(shape, form, batch, seq) for form in (Form.ONE, *forms))
+        yield from (RankCase(shape, form, batch, seq) for form in (Form.ONE, *forms))

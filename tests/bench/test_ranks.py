@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from command_line import TINY, document, fails, run
 
 from m2gen import pipeline
-from m2gen.bench.ranks.entries import Case, Form, Job, Link, RankRow, Shape
+from m2gen.bench.ranks.entries import Form, Link, RankCase, RankJob, RankRow, Shape
 from m2gen.bench.ranks.launch import run_ranks
 from m2gen.bench.ranks.model import predicted_ms, traffic
 from m2gen.cli.show.report import TerminalProgress
@@ -26,7 +25,7 @@ QUIET = TerminalProgress(quiet=True)
 SEVEN = Shape("m2rnn_7b", 1536, 64, 16, {"q": 1, "k": 1, "v": 132, "f": 132, "w": 132, "g": 132}, "bf16")
 
 
-def planned(ranks: int, *, cuda: bool, spec: str = TINY, layer: str | None = "base") -> Job:
+def planned(ranks: int, *, cuda: bool, spec: str = TINY, layer: str | None = "base") -> RankJob:
     """Return the job of one layer, or of those that are chosen without one."""
     request = RanksRequest(ranks, () if layer is None else (layer,))
     return pipeline.ranks_job(pipeline.plan(spec, None, ()), request, (), cuda=cuda)
@@ -83,8 +82,9 @@ ENDINGS = {
 
 def ranks(folder: Path, *programs: str) -> list[list[str]]:
     """Return commands of ranks, which write their process ids into the folder first."""
-    start = "import os; os.chdir({!r}); open('pid.{}', 'w').write(str(os.getpid())); {}"
-    return [[sys.executable, "-c", start.format(str(folder), i, text)] for i, text in enumerate(programs)]
+    start = "import os; os.chdir({!r}); print(os.getpid(), file=open('new.{}', 'w')); "
+    start += "os.replace('new.{}', 'pid.{}'); {}"
+    return [[sys.executable, "-c", start.format(str(folder), i, i, i, text)] for i, text in enumerate(programs)]
 
 
 def gone(folder: Path, rank: int) -> bool:
@@ -119,7 +119,6 @@ def test_what_ends_a_run_ends_its_ranks(tmp_path: Path) -> None:
     running = run_ranks(ranks(tmp_path, FOREVER, FOREVER), tmp_path, {})
     while not all((tmp_path / f"pid.{rank}").exists() for rank in range(2)):
         next(running)
-        time.sleep(0.01)
     running.close()
     assert all(gone(tmp_path, rank) for rank in range(2))
 
@@ -201,14 +200,14 @@ def test_the_model_by_hand() -> None:
     """Predictions are sums that can be done by hand."""
     one = row_of(Form.ONE, 1, step_ms=10.0, recurrence_ms=6.0)
     link = Link(100.0, 0.0)
-    exchange = Case(SEVEN, Form.EXCHANGE, 8, 4096)
+    exchange = RankCase(SEVEN, Form.EXCHANGE, 8, 4096)
     there, back = (1 + 1) * 64 + 66 * 16 + 66, 66 * 16
     parameters = 1536 * (2 * 64 + 3 * 132 * 16 + 132) + 4 * (2 * 64 + 132 * 16) + 132 * 256 + 2 * 132 * 16
     sent = 2 * (there + back) * 8 * 4096 * 2 / 2 + 2 / 2 * (2 * parameters + 8 * 132)
     assert traffic(exchange, 2).sent == pytest.approx(sent)
     expected = 4.0 / 2 + 3.2 + sent / 100e9 * 1e3
     assert predicted_ms(exchange, row_of(Form.EXCHANGE, 2, recurrence_ms=3.2), one, link) == pytest.approx(expected)
-    pipeline_case = Case(SEVEN, Form.PIPELINE, 8, 4096)
+    pipeline_case = RankCase(SEVEN, Form.PIPELINE, 8, 4096)
     sends = traffic(pipeline_case, 2).sent / 100e9 * 1e3
     handed = predicted_ms(pipeline_case, row_of(Form.PIPELINE, 2, recurrence_ms=1.5), one, link)
     assert handed == pytest.approx(3 * (4.0 / 2 / 2 + 1.5) + sends)

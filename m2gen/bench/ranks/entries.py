@@ -69,7 +69,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Case:
+class RankCase:
     """One form of a layer, with the size that is timed."""
 
     shape: Shape
@@ -87,12 +87,12 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """What ranks are to do."""
 
     package: str
     """Folder of the package with the kernels of the layers and of their shares."""
-    cases: tuple[Case, ...]
+    cases: tuple[RankCase, ...]
     ranks: int
     cuda: bool
     """Whether ranks are GPUs over NCCL, or CPUs over gloo with the reference backend."""
@@ -122,7 +122,7 @@ class RankRow:
     unfit: str = ""
     """Why this form cannot have this layer or size; empty if it can."""
     failure: str = ""
-    """Which output or gradient is beyond its budget, so that nothing was timed."""
+    """The output or gradient that is beyond its budget, so that nothing was timed."""
     worst: float | None = None
     """Largest error of an output or gradient, as a fraction of its budget."""
     worst_tensor: str = ""
@@ -151,7 +151,7 @@ class RankDocument:
     backend: str
     """Either nccl or gloo."""
     link: Link
-    cases: tuple[Case, ...]
+    cases: tuple[RankCase, ...]
     """What was asked for."""
     rows: tuple[RankRow, ...] = ()
     """Results of the first of these cases, or of all."""

@@ -23,7 +23,7 @@ class OverRanks:
     """The layer on what this rank has of x, and cu_seqlens of a packed batch."""
     module: nn.Module
     part: int
-    """Which of ``parts`` of the tokens this rank has."""
+    """This rank's place among the ``parts`` of the tokens."""
     parts: int
     tokens: ProcessGroup | None
     """The ranks that have the other parts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.bench.ranks.entries import MICRO_BATCHES, Case, Form, Link, RankRow, Shape
+from m2gen.bench.ranks.entries import MICRO_BATCHES, Form, Link, RankCase, RankRow, Shape
 
 CONV_WIDTH, WIDE = 4, 4
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -18,7 +18,7 @@ class Traffic:
     collectives: int
 
 
-def traffic(case: Case, ranks: int) -> Traffic:
+def traffic(case: RankCase, ranks: int) -> Traffic:
     """Return what a step sends."""
     shape = case.shape
     tokens, width = case.batch * case.seq, BYTES[shape.dtype]
@@ -69,7 +69,7 @@ def parameter_bytes(shape: Shape) -> int:
     return width * (matrices + 2 * inner) + 4 * 2 * heads["f"]
 
 
-def predicted_ms(case: Case, row: RankRow, one: RankRow, link: Link) -> float | None:
+def predicted_ms(case: RankCase, row: RankRow, one: RankRow, link: Link) -> float | None:
     """Return the milliseconds that a step should take, from ``one`` rank's step and both rows' recurrences alone.
 
     What is not the recurrence is shared out evenly. None for forms that the model does not know, and without times.

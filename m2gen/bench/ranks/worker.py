@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from m2gen.bench.ranks.check import DTYPES, Expected, expected, make_layer
-from m2gen.bench.ranks.entries import Case, Form, Job, Link, RankDocument, RankRow, Shape, read, write
+from m2gen.bench.ranks.entries import Form, Link, RankCase, RankDocument, RankJob, RankRow, Shape, read, write
 from m2gen.bench.ranks.forms import OverRanks, over_ranks
 from m2gen.bench.ranks.launch import QUIET_SECONDS, error_file
 from m2gen.bench.ranks.timing import link, peak_bytes, recorded, recurrence_of, repeat, slowest_ms, together
@@ -30,7 +30,7 @@ def main(folder: Path, rank: int) -> NoReturn:
     """Do a job as one of its ranks, and end the process; the first one writes results after each case."""
     end_with_parent()
     try:
-        job = read(folder / "job.json", Job)
+        job = read(folder / "job.json", RankJob)
         _join(folder, job, rank)
         _Rank(job, folder, rank).serve()
     except BaseException as error:
@@ -48,7 +48,7 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _join(folder: Path, job: Job, rank: int) -> None:
+def _join(folder: Path, job: RankJob, rank: int) -> None:
     if job.cuda:
         torch.cuda.set_device(rank)
     else:
@@ -65,7 +65,7 @@ def _join(folder: Path, job: Job, rank: int) -> None:
 class _Rank:
     """The cases of a job on one rank."""
 
-    def __init__(self, job: Job, folder: Path, rank: int) -> None:
+    def __init__(self, job: RankJob, folder: Path, rank: int) -> None:
         self.job, self.folder, self.rank = job, folder, rank
         self.device = torch.device("cuda", rank) if job.cuda else torch.device("cpu")
         path = Path(job.package)
@@ -85,7 +85,7 @@ class _Rank:
                 write(self.folder / "results.json", document)
         together(self.device)  # none leaves what another still waits in
 
-    def _row(self, case: Case) -> RankRow:
+    def _row(self, case: RankCase) -> RankRow:
         row = RankRow(case.shape.name, case.form, case.batch, case.seq, 1 if case.form is Form.ONE else self.job.ranks)
         parts = self.job.ranks if case.form.shares_tokens else 1
         if case.seq % parts:
@@ -103,7 +103,7 @@ class _Rank:
                 row = replace(row, worst=ratio, worst_tensor=label)
         return self._timed(case, row)
 
-    def _over(self, case: Case) -> OverRanks:
+    def _over(self, case: RankCase) -> OverRanks:
         return over_ranks(case.form, self._layer(case.shape), self.parallel)
 
     def _layer(self, shape: Shape) -> Any:
@@ -115,7 +115,7 @@ class _Rank:
             self.known[key] = expected(partial(self._layer, shape), shape, self.job.ranks, packed=packed)
         return self.known[key]
 
-    def _timed(self, case: Case, row: RankRow) -> RankRow:
+    def _timed(self, case: RankCase, row: RankRow) -> RankRow:
         over = self._over(case)
         size = (case.batch, case.seq // over.parts, case.shape.hidden_size)
         made: dict[str, Any] = {"device": self.device, "dtype": DTYPES[case.shape.dtype]}

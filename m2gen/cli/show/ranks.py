@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from m2gen.bench.ranks.entries import Case, Form, RankDocument, RankRow
+from m2gen.bench.ranks.entries import Form, RankCase, RankDocument, RankRow
 from m2gen.bench.ranks.model import predicted_ms
 from m2gen.cli.show.bench import ms_text
 from m2gen.cli.show.report import Display, print_json
@@ -45,7 +45,7 @@ def show_ranks(document: RankDocument, display: Display) -> None:
         print_tables(tables(document))
 
 
-def compared(row: RankRow, case: Case, document: RankDocument) -> dict[str, float | None]:
+def compared(row: RankRow, case: RankCase, document: RankDocument) -> dict[str, float | None]:
     """Return a step's part of one rank's time, its communication's part of a step, and what the model predicts."""
     alike = (r for r in document.rows if (r.layer, r.batch, r.seq) == (row.layer, row.batch, row.seq))
     one = next((r for r in alike if r.form is Form.ONE and r.step_ms is not None), None)
@@ -110,5 +110,5 @@ def _part(value: float | None, form: str) -> str:
     return "" if value is None else f"{value:{form}}"
 
 
-def _cases(document: RankDocument) -> list[tuple[RankRow, Case]]:
+def _cases(document: RankDocument) -> list[tuple[RankRow, RankCase]]:
     return list(zip(document.rows, document.cases, strict=False))
