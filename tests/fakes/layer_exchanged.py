@@ -179,6 +179,19 @@ def style_of_context(subject: Subject, how: str, micro_batches: int | None = Non
             model["mixer"](whole.part(whole.x), **{name: given})
 
 
+def compiled(subject: Subject, style: str) -> None:
+    """``torch.compile`` takes a parallelised layer whole, collectives and gradients included."""
+    whole = Whole(subject, "shared", "batch")
+    options = {"sequence_parallel": True} if style == "M2RNNHeads" else {}
+    mesh = init_device_mesh("cpu", (subject.ranks,))
+    parallelize_module(whole.layer, mesh, getattr(subject.parallel, style)(**options))
+    whole.compare(torch.compile(whole.layer, backend="aot_eager", fullgraph=True))
+    if style == "M2RNNContext":
+        whole.compare_sums()
+    else:
+        whole.compare_shards(whole.layer)
+
+
 def with_fsdp(subject: Subject, how: str) -> None:
     """``fully_shard`` over the same ranks gathers what the exchange reads, and averages what the ranks contribute."""
     whole = Whole(subject, "shared", how)
@@ -259,6 +272,7 @@ def checks(ranks: int) -> dict[str, Any]:
             *((style_of_context, {"how": how}) for how in hows),
             (style_of_context, {"how": "batch", "micro_batches": 2}),
             *((with_fsdp, {"how": how}) for how in hows),
+            *((compiled, {"style": style}) for style in ("M2RNNHeads", "M2RNNContext")),
         ]
     if ranks == 4:
         cases.append((both, {}))
