@@ -209,6 +209,30 @@ def with_fsdp(subject: Subject, how: str) -> None:
         subject.parallel.exchange_over_ranks(alone, whole.part(whole.x), **whole.call)
 
 
+def heads_with_fsdp(subject: Subject) -> None:
+    """``fully_shard`` shards layers whose heads lie over ranks, over others that have other data."""
+    whole = Whole(subject, "halves", "batch")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))
+    style = subject.parallel.M2RNNHeads(sequence_parallel=True)
+    parallelize_module(whole.layer, mesh["heads"], style)
+    fully_shard(whole.layer, mesh=mesh["data"])
+    data, place = mesh["data"].get_local_rank(), mesh["heads"].get_local_rank()
+
+    def own(x: Tensor) -> Tensor:
+        return x[data : data + 1].chunk(2, 1)[place].clone()
+
+    leaf = own(whole.x).requires_grad_()
+    y = whole.layer(leaf)
+    y.backward(own(loss_weights(whole.y)))
+    close(y, own(whole.y), "y")
+    close(leaf.grad, own(whole.dx), "dx")
+    whole.layer.reshard()
+    with torch.no_grad():
+        for parameter in whole.layer.parameters():
+            parameter.grad.mul_(2)  # a mean over data
+    whole.compare_shards(whole.layer)
+
+
 def errors(subject: Subject) -> None:
     """Heads that do not fit the ranks, shares that were not built and adapters are named before anything is sent."""
     other = subject.ranks + 1
@@ -275,7 +299,7 @@ def checks(ranks: int) -> dict[str, Any]:
             *((compiled, {"style": style}) for style in ("M2RNNHeads", "M2RNNContext")),
         ]
     if ranks == 4:
-        cases.append((both, {}))
+        cases += [(both, {}), (heads_with_fsdp, {})]
     return {f"{i} {call.__name__} {options}": partial(call, **options) for i, (call, options) in enumerate(cases)}
 
 
