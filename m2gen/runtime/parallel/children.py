@@ -21,8 +21,18 @@ ALIGNED = 8
 """Columns of 16 bytes in the narrowest dtypes."""
 
 
+class Roles(nn.ParameterDict):
+    """Parameters by role, all of one of the groups of ``parameter_groups``."""
+
+    def __init__(self, parts: Mapping[str, nn.Parameter], group: str) -> None:
+        super().__init__(parts)
+        self.parameter_group = group
+
+
 class OwnRows(nn.Module):
     """Rows of a weight and a bias, role by role: ``weight`` and ``bias`` are what this rank's heads read."""
+
+    weights_group = "others"
 
     def __init__(
         self,
@@ -34,15 +44,15 @@ class OwnRows(nn.Module):
     ) -> None:
         super().__init__()
         self.mesh, self.counts = mesh, {role: counts[role] for role in sizes}
-        self.weights = self._sharded(getattr(module, name), sizes)
-        self.biases = self._sharded(getattr(module, "bias", None), sizes)
+        self.weights = Roles(self._sharded(getattr(module, name), sizes), self.weights_group)
+        self.biases = Roles(self._sharded(getattr(module, "bias", None), sizes), "undecayed")
 
-    def _sharded(self, full: Tensor | None, sizes: Mapping[str, int]) -> nn.ParameterDict:
+    def _sharded(self, full: Tensor | None, sizes: Mapping[str, int]) -> dict[str, nn.Parameter]:
         parts: dict[str, nn.Parameter] = {}
         if full is not None:
             for role, rows in zip(sizes, torch.split(full, list(sizes.values())), strict=True):
                 parts[role] = sharded(rows, self.mesh, placement(self.counts[role], self.mesh), full.requires_grad)
-        return nn.ParameterDict(parts)
+        return parts
 
     @property
     def weight(self) -> Tensor:
@@ -64,7 +74,9 @@ class OwnRows(nn.Module):
 
 
 class OwnWeight(OwnRows):
-    """A weight without a module of its own."""
+    """The recurrence's weight, which has no module of its own."""
+
+    weights_group = "state_weights"
 
     def forward(self) -> Tensor:
         """Return what this rank's heads read."""
@@ -74,6 +86,7 @@ class OwnWeight(OwnRows):
 class OwnLinear(OwnRows):
     """The input projection to what this rank's heads read; the gradient of x is summed over ranks."""
 
+    weights_group = "matrices"
     scatters = False
     """Whether each rank has its part of the tokens alone."""
 
@@ -97,6 +110,8 @@ class OwnConvolution(OwnRows):
 
 class OwnGate(nn.Module):
     """The parameters of the forget gates that this rank's heads read."""
+
+    parameter_group = "undecayed"
 
     def __init__(self, gate: DecayGate, count: int, mesh: DeviceMesh) -> None:
         super().__init__()
@@ -126,6 +141,8 @@ class OwnGate(nn.Module):
 class OwnNorm(nn.Module):
     """``RMSNorm`` over the heads of every rank."""
 
+    parameter_group = "undecayed"
+
     def __init__(self, norm: RMSNorm, mesh: DeviceMesh) -> None:
         super().__init__()
         self.mesh, self.eps = mesh, norm.eps
@@ -142,6 +159,8 @@ class OwnNorm(nn.Module):
 
 class OwnOutput(nn.Module):
     """The output projection of this rank's heads, summed over ranks."""
+
+    parameter_group = "matrices"
 
     def __init__(self, linear: nn.Linear, mesh: DeviceMesh, scatters: bool = False) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from ..layer import M2RNN
 from ..mixer import Device, operand_sizes
 from ..norm import RMSNorm
 from ..not_built import check_built
+from ..optimizer import mark_no_weight_decay
 from .children import OwnConvolution, OwnGate, OwnLinear, OwnNorm, OwnOutput, OwnWeight
 from .shards import local, sharded, whole
 from .share import share
@@ -71,6 +72,7 @@ class HeadParallelM2RNN(nn.Module):
         self.skip = None if layer.D is None else sharded(layer.D, mesh, Shard(0))
         self.g_norm = OwnNorm(layer.g_norm, mesh) if isinstance(layer.g_norm, RMSNorm) else nn.Identity()
         self.output_projection = OwnOutput(layer.output_projection, mesh, self.sequence_parallel)
+        mark_no_weight_decay(self)
 
     @property
     def state_weight(self) -> Tensor:
