@@ -12,6 +12,7 @@ from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from m2gen import __version__
 from m2gen.bench.kinds import Axis, Call
+from m2gen.bench.ranks.entries import RankDocument
 from m2gen.bench.side_by_side import Result, Times
 from m2gen.db import Environment, message_of
 from m2gen.errors import UsageError, among, os_errors_as
@@ -156,6 +157,13 @@ def load_run(path: Path) -> Document | SweepDocument:
     if isinstance(content, dict) and "sweeps" in content:
         return _valid(_SWEEPS, content, path)
     return _valid(_DOCUMENT, content, path)
+
+
+def ranks_of(path: Path) -> RankDocument | None:
+    """Read a document of layers over ranks; None for one of anything else. Raises UsageError as ``load_run`` does."""
+    content = _read(path)
+    over_ranks = isinstance(content, dict) and "link" in content
+    return _valid(TypeAdapter(RankDocument), content, path) if over_ranks else None
 
 
 def _read(path: Path) -> Any:

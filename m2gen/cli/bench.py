@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,17 +31,18 @@ if TYPE_CHECKING:
     from m2gen.bench.document import Document, SweepDocument
     from m2gen.cli.show.report import Display
     from m2gen.db import Record
-    from m2gen.pipeline import BenchRequest
+    from m2gen.pipeline import BenchRequest, RanksRequest
 
 TOKENS_OF = 64
 """The default of ``--decode``."""
-SIZES, PICTURE = "Sizes", "Results of earlier runs, and pictures"
+SIZES, PICTURE, RANKS = "Sizes", "Results of earlier runs, and pictures", "Several GPUs"
 EXAMPLES = examples(
     "m2gen bench --spec h200.yaml",
     "m2gen bench --spec h200.yaml --only default --only tuned --json > run.json",
     "m2gen bench --spec h200.yaml --against run.json",
     "m2gen bench --spec h200.yaml --sweep seq --plot cost.svg",
     "m2gen bench --from run.json --plot speed.svg",
+    "m2gen bench --spec h200.yaml --gpus 2 --json > two.json",
 )
 
 OnlyOption = Annotated[
@@ -93,6 +95,23 @@ PlotOption = Annotated[
 StyleOption = Annotated[
     Style, typer.Option("--style", help="What --plot's picture is to be seen on.", rich_help_panel=PICTURE)
 ]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        min=2,
+        help="Check and time whole layers over this many GPUs of this host, or CPUs where torch sees no GPU.",
+        rich_help_panel=RANKS,
+    ),
+]
+SizeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--size",
+        help="Sequences x tokens for --gpus, as 8x4096; may be repeated.",
+        rich_help_panel=RANKS,
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the order of measurements and of intervals.")]
 
 
@@ -108,6 +127,8 @@ def bench(
     against: AgainstOption = None,
     plot: PlotOption = None,
     style: StyleOption = Style.LIGHT,
+    gpus: GpusOption = None,
+    size: SizeOption = None,
     seed: SeedOption = 0,
     db: DbOption = None,
     no_db: NoDbOption = False,
@@ -118,7 +139,7 @@ def bench(
 ) -> None:
     """Time kernels on a spec's workloads, beside PyTorch and other implementations; needs a GPU."""
     from m2gen.cli.show.report import Display
-    from m2gen.pipeline import BenchRequest
+    from m2gen.pipeline import BenchRequest, RanksRequest
 
     with reporting(debug):
         axes = tuple(dict.fromkeys(sweep or ()))
@@ -131,6 +152,7 @@ def bench(
             "--decode": decode,
         }
         _check(spec, earlier, plot, [name for name, given in timed.items() if given])
+        _check_ranks(gpus, size, [*(name for name, given in timed.items() if given), *(["--plot"] if plot else [])])
         display, picture = Display(json, quiet, verbose, debug), Picture(plot, style)
         batches = tuple(batch for batch in ([TOKENS_OF] if decode is None else decode) if batch)
         request = BenchRequest(
@@ -143,6 +165,9 @@ def bench(
         )
         if earlier is not None:
             _show_earlier(earlier, request.layers, display, picture)
+        elif spec is not None and gpus is not None:
+            ranked = RanksRequest(gpus, request.layers, tuple(map(_sized, size or ())), seed)
+            raise typer.Exit(_over_ranks(spec, records_of(db, no_db), ranked, display))
         elif spec is not None:
             raise typer.Exit(_time(spec, records_of(db, no_db), request, axes, against, display, picture))
 
@@ -183,12 +208,45 @@ def _check(spec: str | None, earlier: Path | None, plot: Path | None, timed: lis
         check_figure(plot)
 
 
+def _check_ranks(gpus: int | None, sizes: list[str] | None, timed: list[str]) -> None:
+    """Raise UsageError for options that say nothing about layers over ranks, or sizes without ranks."""
+    if gpus is None and sizes:
+        raise UsageError("--size must be given with --gpus: other sizes are the spec's")
+    if gpus is not None and timed:
+        raise UsageError(f"--gpus must be given without {', '.join(timed)}: it times whole layers")
+
+
+def _sized(text: str) -> tuple[int, int]:
+    """Return sequences and tokens of ``8x4096``; raises UsageError for another text."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise UsageError(f"--size must be sequences x tokens, as 8x4096, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _over_ranks(spec: str, records: tuple[Record, ...], request: RanksRequest, display: Display) -> int:
+    """Check and time layers over ranks, show the results, and return the exit status."""
+    from m2gen import pipeline
+    from m2gen.cli.show.ranks import run_ranks
+
+    planned = pipeline.plan(spec, None, records)
+    job = pipeline.ranks_job(planned, request, records, cuda=pipeline.has_gpus(request.ranks))
+    return run_ranks(pipeline.over_ranks(job, terminal_progress(display.quiet)), display)
+
+
 def _show_earlier(path: Path, layers: tuple[str, ...], display: Display, picture: Picture) -> None:
     """Show and draw the document of an earlier run, for some layers or all."""
-    from m2gen.bench.document import Document, load_run, of_layers
+    from m2gen.bench.document import Document, load_run, of_layers, ranks_of
     from m2gen.cli.show.bench import show_bench
+    from m2gen.cli.show.ranks import show_ranks
     from m2gen.cli.show.sweep import show_sweeps
 
+    over_ranks = ranks_of(path)
+    if over_ranks is not None:
+        if picture.file is not None:
+            raise UsageError(f"--plot must be of workloads or sweeps, got {path}, which is of layers over ranks")
+        show_ranks(over_ranks, display)
+        return
     found = of_layers(load_run(path), layers)
     if isinstance(found, Document):
         show_bench(found, display)

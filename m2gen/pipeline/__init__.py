@@ -16,6 +16,7 @@ from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.checkpoint import CheckpointRequest, spec_of_checkpoint, write_spec
 from m2gen.pipeline.db import Answer, Question, Superfluous, open_database, state, superfluous, why
 from m2gen.pipeline.plan import Plan, open_spec, plan, render, shipped_database, shipped_specs
+from m2gen.pipeline.ranks import RanksRequest, has_gpus, over_ranks, ranks_job
 from m2gen.pipeline.recheck import Recheck, Replayed, replay, verify_records
 from m2gen.pipeline.tune import Size, Tuned, TuneRequest, dry_run, dry_run_device, this_tuning_context, tune
 from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_lines, reproduce, verify, verify_full
@@ -29,6 +30,7 @@ __all__ = [
     "CheckpointRequest",
     "Plan",
     "Question",
+    "RanksRequest",
     "Recheck",
     "Replayed",
     "Size",
@@ -48,9 +50,12 @@ __all__ = [
     "dry_run_device",
     "failed",
     "failure_lines",
+    "has_gpus",
     "open_database",
     "open_spec",
+    "over_ranks",
     "plan",
+    "ranks_job",
     "regressions",
     "render",
     "replay",

@@ -14,12 +14,18 @@ __all__ = ["parameter_groups"]
 _NORMS = (RMSNorm, nn.LayerNorm, nn.RMSNorm)
 
 
+def _declared(module: nn.Module) -> str | None:
+    """Return the group of the module's own parameters, where it says that: a part of a layer over ranks does."""
+    group: str | None = getattr(module, "parameter_group", None)
+    return group
+
+
 def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     """Return the module's own parameters that weight decay must leave alone: decay parameters, norms, D and biases."""
     own = dict(module.named_parameters(recurse=False))
-    if isinstance(module, (DecayGate, *_NORMS)):
+    if isinstance(module, (DecayGate, *_NORMS)) or _declared(module) == "undecayed":
         return list(own.values())
-    names = ("bias", "D") if hasattr(module, "decay_gate") else ("bias",)
+    names = ("bias", "D", "skip") if hasattr(module, "decay_gate") else ("bias",)
     return [own[name] for name in names if name in own]
 
 
@@ -80,6 +86,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             seen.add(id(parameter))
             if id(parameter) in left_out or getattr(parameter, "_no_weight_decay", False):
                 group = "undecayed"
+            elif (declared := _declared(module)) is not None:
+                group = declared
             elif name == "state_weight" and parameter.dim() == 3:
                 group = "state_weights"
             elif isinstance(module, nn.Linear) and parameter.dim() == 2:
