@@ -26,7 +26,7 @@ def failure_of(subject: Subject, hidden: int, device: torch.device, *, decodes: 
     seq = TOKENS if decodes else STEPS
     known, x = _known(subject, subject.exact, (BATCH, seq, hidden), device, decodes=decodes)
     if decodes:
-        given = {"y": _decoded(subject, x)}
+        given: Mapping[str, Tensor] = {"y": _decoded(subject, x)}
     else:
         parameters = dict(subject.module.named_parameters())
         given = _differentiated(lambda _, x: subject.call(x), parameters, x)

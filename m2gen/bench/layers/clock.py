@@ -84,7 +84,7 @@ def _decoding(subject: Subject, workload: LayerWorkload, device: torch.device) -
 
 def kernels_of(run: Callable[[], object]) -> tuple[KernelTime, ...]:
     """Return the kernels and copies of a call by torch's profiler, the longest first."""
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:

@@ -126,13 +126,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(shape.hidden, 3 * shape.hidden, bias=False, **made)
         self.out = nn.Linear(shape.hidden, shape.hidden, bias=False, **made)
 
-    def operands(self, x: Tensor) -> tuple[Tensor, ...]:
+    def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v (B, heads, S, columns) of x (B, S, hidden)."""
-        return self.qkv(x).unflatten(-1, (3, -1, self.columns)).permute(2, 0, 3, 1, 4).unbind()  # type: ignore[no-any-return]
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.columns)).permute(2, 0, 3, 1, 4).unbind()
+        return q, k, v
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens of x (B, S, hidden)."""
-        return self.finish(F.scaled_dot_product_attention(*self.operands(x), is_causal=True))
+        q, k, v = self.operands(x)
+        return self.finish(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
     def finish(self, y: Tensor) -> Tensor:
         """Return the result of what the heads give."""
