@@ -50,8 +50,8 @@ def train_and_draw(config: Config, out: Path) -> None:
 def bench(config: Config, out: Path, timing_only: bool = False) -> None:
     """Print tokens a second of training for each choice of mixers, and the part that the M2RNN layers take.
 
-    Gated DeltaNet is of flash-linear-attention, whose refusal of this Triton ``timing_only`` passes; a row of what cannot
-    be timed says why.
+    Gated DeltaNet is of flash-linear-attention, whose refusal of this Triton ``timing_only`` passes; a row of what
+    cannot be timed says why.
     """
     if not torch.cuda.is_available():
         raise SystemExit("bench needs a GPU that torch can use")

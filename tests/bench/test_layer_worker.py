@@ -12,6 +12,7 @@ import torch
 from stand_in import REPLAY_MS, stand_in_gpu
 from support import build_package, make_schedule, make_variant
 
+import m2gen.measure.clock
 from m2gen.bench.kinds import Call, TimerStep
 from m2gen.bench.layers import check, clock, makers, worker
 from m2gen.bench.layers.breakdown import KernelTime
@@ -90,7 +91,10 @@ def _stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     stand_in_gpu(monkeypatch)
     monkeypatch.setattr(gpu, "TORCH_DEVICE", "cpu")
     monkeypatch.setattr(check, "STEPS", 6)
+    monkeypatch.setattr(check, "DRAWS", 2)
     monkeypatch.setattr(clock, "MOST", 4)
+    monkeypatch.setattr(clock, "WARM_UPS", 1)
+    monkeypatch.setattr(m2gen.measure.clock, "WARM_SECONDS", 0.0)
     monkeypatch.setattr(clock, "kernels_of", lambda run: KERNELS if run() is not None else ())
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     (tmp_path / "layer_adapters.py").write_text(ADAPTERS, encoding="utf-8")
