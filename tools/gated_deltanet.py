@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from m2gen.bench.layers.subject import Decoder, LayerShape, Subject
+from m2gen.bench.layers.subject import Decoder, LayerShape, LayerSubject
 
 ROWS, EXPANSION = 256, 2
 """K, and V as a multiple of it."""
@@ -52,7 +52,7 @@ def pass_guard() -> str:
     return GUARD
 
 
-def gated_deltanet(shape: LayerShape) -> Subject | None:
+def gated_deltanet(shape: LayerShape) -> LayerSubject | None:
     """Return the layer for the width of a model, or None for one that no number of heads fits."""
     if shape.hidden % (EXPANSION * ROWS):
         return None
@@ -65,7 +65,7 @@ def gated_deltanet(shape: LayerShape) -> Subject | None:
         states = States()
         return Decoder(lambda x: module(x, past_key_values=states, use_cache=True)[0], states.traffic)
 
-    return Subject(module, lambda x: module(x)[0], Plain(module), decoder, packages, guard)
+    return LayerSubject(module, lambda x: module(x)[0], Plain(module), decoder, packages, guard)
 
 
 class States:

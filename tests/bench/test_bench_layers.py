@@ -139,7 +139,7 @@ def test_out_and_from(script: Script) -> None:
     assert json.loads(Path("run.json").read_text(encoding="utf-8"))["layer_rows"] == rows
     assert document("bench", "--from", "run.json")["layer_rows"] == rows
     assert "What a step is made of" in run("bench", "--from", "run.json", "--layer", "wide").stdout
-    assert "--layer must be wide" in fails(2, "bench", "--from", "run.json", "--layer", "other")
+    assert "--layer must be among wide" in fails(2, "bench", "--from", "run.json", "--layer", "other")
     assert "--plot must be given with a run of operators" in fails(2, "bench", "--from", "run.json", "--plot", "a.svg")
 
 

@@ -35,7 +35,7 @@ ADAPTERS = '''
 import torch
 from torch import nn
 
-from m2gen.bench.layers.subject import Subject, same_in
+from m2gen.bench.layers.subject import LayerSubject, same_in
 
 
 def right(variant):
@@ -55,12 +55,12 @@ def nothing(asked):
 
 def square(shape):
     layer = nn.Linear(shape.hidden, shape.hidden, device=shape.device, dtype=shape.dtype)
-    return Subject(layer, layer, same_in(layer), packages=("jinja2", "none-such"))
+    return LayerSubject(layer, layer, same_in(layer), packages=("jinja2", "none-such"))
 
 
 def unknown(shape):
     layer = nn.Linear(shape.hidden, shape.hidden, device=shape.device, dtype=shape.dtype)
-    return Subject(layer, layer, None)
+    return LayerSubject(layer, layer, None)
 
 
 def scaled(shape):
@@ -68,14 +68,14 @@ def scaled(shape):
     layer = nn.Linear(shape.hidden, shape.hidden, device=shape.device, dtype=shape.dtype)
     def call(x):
         return layer(x) + 0.5 * (layer.bias - layer.bias.detach())
-    return Subject(layer, call, same_in(layer))
+    return LayerSubject(layer, call, same_in(layer))
 
 
 def guarded(shape):
     if not shape.timing_only:
         raise RuntimeError("other: needs a newer Triton")
     layer = nn.Linear(shape.hidden, shape.hidden, device=shape.device, dtype=shape.dtype)
-    return Subject(layer, layer, same_in(layer), guard="needs a newer Triton")
+    return LayerSubject(layer, layer, same_in(layer), guard="needs a newer Triton")
 '''
 
 

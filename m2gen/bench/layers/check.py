@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from m2gen.bench.layers.subject import Exact, Subject
+from m2gen.bench.layers.subject import Exact, LayerSubject
 from m2gen.db import Failure, Reason
 from m2gen.measure.checks import STEPS
 from m2gen.verify import FACTOR, Oracle, TensorResult, judge
@@ -19,7 +19,7 @@ DRAWS = 4
 NO_REFERENCE = "the adapter has no plain form to check against"
 
 
-def failure_of(subject: Subject, hidden: int, device: torch.device, *, decodes: bool) -> Failure | None:
+def failure_of(subject: LayerSubject, hidden: int, device: torch.device, *, decodes: bool) -> Failure | None:
     """Return why a layer must not be timed, or None: results beyond twice what its dtype makes of the plain form."""
     if subject.exact is None:
         return Failure.of(Reason.WRONG, NO_REFERENCE)
@@ -39,7 +39,7 @@ def _failure(found: TensorResult, decodes: bool) -> Failure:
 
 
 def _known(
-    subject: Subject, exact: Exact, size: tuple[int, int, int], device: torch.device, *, decodes: bool
+    subject: LayerSubject, exact: Exact, size: tuple[int, int, int], device: torch.device, *, decodes: bool
 ) -> tuple[Oracle, Tensor]:
     """Return float64 results and budgets, and the inputs of which they are."""
     parameters = {name: p.detach() for name, p in subject.module.named_parameters()}
@@ -73,7 +73,7 @@ def _differentiated(call: Exact, parameters: Mapping[str, Tensor], x: Tensor) ->
     return {"y": y.detach(), **dict(zip(["dx", *(f"d{name}" for name in leaves)], gradients, strict=True))}
 
 
-def _decoded(subject: Subject, x: Tensor) -> Tensor:
+def _decoded(subject: LayerSubject, x: Tensor) -> Tensor:
     assert subject.decoder is not None
     decoder = subject.decoder(x.shape[0], 0)
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m2gen.bench.layers.breakdown import KernelTime
 from m2gen.bench.layers.entries import LayerResult, LayerWorkload
-from m2gen.bench.layers.subject import Subject
+from m2gen.bench.layers.subject import LayerSubject
 from m2gen.measure.clock import Clock, Direct, Replay, aside, peak_bytes
 
 FEWEST, MOST = 3, 10
@@ -37,7 +37,7 @@ class LayerClock:
         return LayerResult(tuple(call[0] for call in calls), tuple(call[1] for call in calls if call[1:]))
 
 
-def prepared(subject: Subject, workload: LayerWorkload, device: torch.device) -> LayerClock:
+def prepared(subject: LayerSubject, workload: LayerWorkload, device: torch.device) -> LayerClock:
     """Return a layer's clock: of a token as a captured graph, of sequences as the host makes the calls."""
     if workload.call.decodes:
         return _decoding(subject, workload, device)
@@ -50,23 +50,23 @@ def prepared(subject: Subject, workload: LayerWorkload, device: torch.device) ->
     return LayerClock(Clock([Direct(forward), Direct(step)], extra), 0, kernels_of(step))
 
 
-def _drawn(workload: LayerWorkload, seq: int, device: torch.device, subject: Subject, seed: int) -> Tensor:
+def _drawn(workload: LayerWorkload, seq: int, device: torch.device, subject: LayerSubject, seed: int) -> Tensor:
     dtype = next(p.dtype for p in subject.module.parameters() if p.dim() > 1)
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(workload.batch, seq, workload.hidden, generator=generator).to(device, dtype)
 
 
-def _forward(subject: Subject, x: Tensor) -> Tensor:
+def _forward(subject: LayerSubject, x: Tensor) -> Tensor:
     with torch.no_grad():
         return subject.call(x)
 
 
-def _step(subject: Subject, x: Tensor, dy: Tensor) -> Any:
+def _step(subject: LayerSubject, x: Tensor, dy: Tensor) -> Any:
     """Return the gradients of x and of every parameter, which are tensors of their own."""
     return torch.autograd.grad(subject.call(x), [x, *subject.module.parameters()], dy)
 
 
-def _decoding(subject: Subject, workload: LayerWorkload, device: torch.device) -> LayerClock:
+def _decoding(subject: LayerSubject, workload: LayerWorkload, device: torch.device) -> LayerClock:
     assert subject.decoder is not None
     decoder, x = subject.decoder(workload.batch, workload.seq), _drawn(workload, 1, device, subject, 0)
 

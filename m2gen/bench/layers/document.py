@@ -38,9 +38,9 @@ class LayerRow:
     versions: dict[str, str]
     """The packages that the layer runs on; empty version where one is not installed."""
     forward: Estimate | None
-    """Of a forward without gradients, or of a token."""
+    """Time of a forward without gradients, or of a token."""
     step: Estimate | None
-    """Of forward and backward together; None for decoding."""
+    """Time of forward and backward together; None for decoding."""
     extra_bytes: int
     floor_ms: float | None
     """Milliseconds for reading a token's weights and states once and writing the states; None of sequences."""

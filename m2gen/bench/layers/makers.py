@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from m2gen.bench import peers
 from m2gen.bench.layers.entries import LayerEntry
 from m2gen.bench.layers.kinds import LayerKind
-from m2gen.bench.layers.subject import Decoder, LayerShape, Subject, same_in
+from m2gen.bench.layers.subject import Decoder, LayerShape, LayerSubject, same_in
 from m2gen.bench.operators import CannotServe, package_at
 from m2gen.problem import TORCH_DTYPE
 from m2gen.runtime.convolution import convolve
@@ -29,7 +29,7 @@ ROOM = 16
 """Tokens beyond those before for which attention's cache has room."""
 
 
-def subject_of(entry: LayerEntry, device: torch.device) -> Subject:
+def subject_of(entry: LayerEntry, device: torch.device) -> LayerSubject:
     """Return the layer of an entry; raises CannotServe, or whatever a package or an adapter raises."""
     workload, layer = entry.workload, entry.layer
     dtype = TORCH_DTYPE[workload.variant.dtype]
@@ -38,7 +38,7 @@ def subject_of(entry: LayerEntry, device: torch.device) -> Subject:
     if layer.kind is LayerKind.ATTENTION:
         return attention(shape)
     if layer.kind is LayerKind.PEER:
-        found: Subject | None = peers.found_by(layer.source, shape)
+        found: LayerSubject | None = peers.found_by(layer.source, shape)
         if found is None:
             raise CannotServe(f"{layer.source} does not serve this layer")
         return found
@@ -59,7 +59,7 @@ def m2rnn_of(shape: LayerShape, package: Any) -> nn.Module:
     return made
 
 
-def _called(layer: Any, *, compiled: bool) -> Subject:
+def _called(layer: Any, *, compiled: bool) -> LayerSubject:
     call = layer
     if compiled:
         torch.compiler.reset()  # all layers share one code object, which dynamo recompiles only so often
@@ -69,7 +69,7 @@ def _called(layer: Any, *, compiled: bool) -> Subject:
         cache = layer.allocate_cache(batch)
         return Decoder(lambda x: call(x, cache), lambda: 2 * sum(_bytes(x) for x in (cache.conv, cache.state)))
 
-    return Subject(layer, call, same_in(_reference(layer)), decoder)
+    return LayerSubject(layer, call, same_in(_reference(layer)), decoder)
 
 
 def _reference(layer: Any) -> Any:
@@ -82,7 +82,7 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def around(layer: Any, adapter: str, variant: Variant) -> Subject:
+def around(layer: Any, adapter: str, variant: Variant) -> LayerSubject:
     """Return the layer with the operator of an adapter, which is given the gate; raises CannotServe if it has none."""
     operator = peers.operator_of(adapter, replace(variant, gate=GateKind.GIVEN))
     if operator is None:
@@ -100,7 +100,7 @@ def around(layer: Any, adapter: str, variant: Variant) -> Subject:
 
         return Decoder(step, lambda: 2 * sum(_bytes(x) for x in (cache.conv, cache.state)))
 
-    return Subject(layer, lambda x: scan(x)[0], same_in(_reference(layer)), decoder)
+    return LayerSubject(layer, lambda x: scan(x)[0], same_in(_reference(layer)), decoder)
 
 
 def _scan_around(layer: Any, operator: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -142,7 +142,7 @@ class Attention(nn.Module):
         return mixed
 
 
-def attention(shape: LayerShape) -> Subject:
+def attention(shape: LayerShape) -> LayerSubject:
     """Return torch's attention; a token attends to all that were before it."""
     layer = Attention(shape)
 
@@ -167,4 +167,4 @@ def attention(shape: LayerShape) -> Subject:
 
         return Decoder(step, traffic)
 
-    return Subject(layer, layer, same_in(layer), decoder)
+    return LayerSubject(layer, layer, same_in(layer), decoder)

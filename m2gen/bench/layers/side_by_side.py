@@ -28,9 +28,9 @@ class LayerTimes:
     entry: LayerEntry
     found: LayerResult
     forward: Estimate | None = None
-    """Of a forward without gradients, or of a token."""
+    """Time of a forward without gradients, or of a token."""
     step: Estimate | None = None
-    """Of forward and backward together."""
+    """Time of forward and backward together."""
     floor_ms: float | None = None
     """Milliseconds in which the GPU reads a token's weights and states and writes the states; None of sequences."""
 

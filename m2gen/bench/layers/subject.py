@@ -1,6 +1,6 @@
 """What the adapter of a layer returns: the layer, the same in float64, and its decoding.
 
-An adapter takes a ``LayerShape`` and returns a ``Subject``, or None if it cannot serve it. An installed package
+An adapter takes a ``LayerShape`` and returns a ``LayerSubject``, or None if it cannot serve it. An installed package
 registers its adapter as an entry point of the group ``m2gen.bench.layers``; ``m2gen bench --layers --peer-layer
 module:function`` names one.
 """
@@ -31,7 +31,7 @@ class LayerShape:
     dtype: torch.dtype
     device: torch.device
     timing_only: bool = False
-    """Whether a guard by which a package refuses to run here may be passed; ``Subject.guard`` then says which."""
+    """Whether a guard by which a package refuses to run here may be passed; ``LayerSubject.guard`` then says which."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Decoder:
 
 
 @dataclass(frozen=True)
-class Subject:
+class LayerSubject:
     """A layer that can be checked and timed."""
 
     module: nn.Module
@@ -59,7 +59,7 @@ class Subject:
     packages: tuple[str, ...] = ()
     """Distributions whose versions belong to the times, beside torch and Triton."""
     guard: str = ""
-    """The refusal that was passed, for which times are times only."""
+    """The refusal of the backward that was passed, for which times of sequences are times only."""
 
 
 def same_in(module: nn.Module) -> Exact:

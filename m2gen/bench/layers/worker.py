@@ -12,7 +12,7 @@ from m2gen.measure.gpu import Captures, gpu_service, raised, torch_device
 
 if TYPE_CHECKING:  # these import torch, and a worker must set its environment first
     from m2gen.bench.layers.clock import LayerClock
-    from m2gen.bench.layers.subject import Subject
+    from m2gen.bench.layers.subject import LayerSubject
 
 SECONDS = 1800.0
 """Longest that a step may take: kernels that tune themselves take minutes."""
@@ -53,16 +53,17 @@ def _admitted(entry: LayerEntry) -> LayerResult:
         return LayerResult(versions=versions, failure=wrong)
     torch.cuda.empty_cache()
     clock = _CLOCKS.get(entry, lambda: _prepared(entry, subject))
+    guard = "" if entry.workload.call.decodes else subject.guard
     return LayerResult(
         extra_bytes=clock.clock.extra_bytes,
         traffic=clock.traffic,
         kernels=clock.kernels,
         versions=versions,
-        unverified="; ".join(filter(None, (subject.guard, str(wrong or "")))),
+        unverified="; ".join(filter(None, (guard, str(wrong or "")))),
     )
 
 
-def _subject(entry: LayerEntry) -> Subject:
+def _subject(entry: LayerEntry) -> LayerSubject:
     from m2gen.bench.layers.makers import subject_of
     from m2gen.bench.operators import CannotServe
 
@@ -72,7 +73,7 @@ def _subject(entry: LayerEntry) -> Subject:
     return subject
 
 
-def _prepared(entry: LayerEntry, subject: Subject) -> LayerClock:
+def _prepared(entry: LayerEntry, subject: LayerSubject) -> LayerClock:
     from m2gen.bench.layers.clock import prepared
 
     return prepared(subject, entry.workload, torch_device())
