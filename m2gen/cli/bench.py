@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from m2gen.bench.kinds import Axis, Kind
+from m2gen.bench.layers.kinds import LayerKind
+from m2gen.cli.bench_layers import (
+    LayerKindOption,
+    LayersFlag,
+    PeerLayerOption,
+    ResultOption,
+    show_earlier_layers,
+    time_layers,
+)
 from m2gen.cli.options import (
     DbOption,
     DebugOption,
@@ -41,6 +50,7 @@ EXAMPLES = examples(
     "m2gen bench --spec h200.yaml --only default --only tuned --json > run.json",
     "m2gen bench --spec h200.yaml --against run.json",
     "m2gen bench --spec h200.yaml --sweep seq --plot cost.svg",
+    "m2gen bench --spec h200.yaml --layers --out layers.json",
     "m2gen bench --from run.json --plot speed.svg",
     "m2gen bench --spec h200.yaml --gpus 2 --json > two.json",
 )
@@ -130,6 +140,10 @@ def bench(
     gpus: GpusOption = None,
     size: SizeOption = None,
     seed: SeedOption = 0,
+    layers: LayersFlag = False,
+    layer_kind: LayerKindOption = None,
+    peer_layer: PeerLayerOption = None,
+    out: ResultOption = None,
     db: DbOption = None,
     no_db: NoDbOption = False,
     json: JsonOption = False,
@@ -139,7 +153,7 @@ def bench(
 ) -> None:
     """Time kernels on a spec's workloads, beside PyTorch and other implementations; needs a GPU."""
     from m2gen.cli.show.report import Display
-    from m2gen.pipeline import BenchRequest, RanksRequest
+    from m2gen.pipeline import BenchRequest, LayersRequest, RanksRequest
 
     with reporting(debug):
         axes = tuple(dict.fromkeys(sweep or ()))
@@ -150,11 +164,26 @@ def bench(
             "--peer": peer,
             "--timing-only": timing_only,
             "--decode": decode,
+            "--layers": layers,
+            "--layer-kind": layer_kind,
+            "--peer-layer": peer_layer,
+            "--out": out,
         }
         _check(spec, earlier, plot, [name for name, given in timed.items() if given])
         _check_ranks(gpus, size, [*(name for name, given in timed.items() if given), *(["--plot"] if plot else [])])
-        display, picture = Display(json, quiet, verbose, debug), Picture(plot, style)
+        display, picture = Display(json, quiet, verbose, debug), Picture(plot, style, out)
         batches = tuple(batch for batch in ([TOKENS_OF] if decode is None else decode) if batch)
+        if layers and spec is not None:
+            asked = LayersRequest(
+                tuple(layer or ()),
+                tuple(layer_kind or LayerKind),
+                tuple(peer or ()),
+                tuple(peer_layer or ()),
+                timing_only=timing_only,
+                decode=batches,
+                seed=seed,
+            )
+            raise typer.Exit(time_layers(spec, records_of(db, no_db), asked, display, out))
         request = BenchRequest(
             tuple(layer or ()),
             tuple(only or Kind),
@@ -164,6 +193,8 @@ def bench(
             seed=seed,
         )
         if earlier is not None:
+            if show_earlier_layers(earlier, request.layers, display, plot):
+                return
             _show_earlier(earlier, request.layers, display, picture)
         elif spec is not None and gpus is not None:
             ranked = RanksRequest(gpus, request.layers, tuple(map(_sized, size or ())), seed)
@@ -174,20 +205,30 @@ def bench(
 
 @dataclass(frozen=True)
 class Picture:
-    """The file and style of ``--plot``; nothing is drawn if there is no file."""
+    """The files of ``--plot`` and ``--out``, each of which may be none, and the picture's style."""
 
     file: Path | None
     style: Style
+    out: Path | None = None
 
     def workloads(self, document: Document) -> None:
-        """Draw a run's workloads; raises UsageError if there is nothing to compare."""
+        """Write and draw a run's workloads; raises UsageError if there is nothing to compare."""
+        if self.out is not None:
+            from m2gen.bench.document import dump
+            from m2gen.cli.show.report import write_json
+
+            write_json(dump(document), self.out)
         if self.file is not None:
             from m2gen.cli.show.speed import draw_speed
 
             draw_speed(document, self.file, self.style)
 
     def sweeps(self, document: SweepDocument) -> None:
-        """Draw a run's sweeps."""
+        """Write and draw a run's sweeps."""
+        if self.out is not None:
+            from m2gen.cli.show.report import write_json
+
+            write_json(asdict(document), self.out)
         if self.file is not None:
             from m2gen.cli.show.plot import draw_sweeps
 
@@ -202,6 +243,15 @@ def _check(spec: str | None, earlier: Path | None, plot: Path | None, timed: lis
         raise UsageError(f"--from must be given without {', '.join(timed)}: nothing is timed")
     if "--against" in timed and "--sweep" in timed:
         raise UsageError("--against must be given without --sweep: it compares the spec's workloads")
+    alone = sorted({"--sweep", "--against", "--only"} & set(timed))
+    if "--layers" in timed and (alone or plot is not None):
+        raise UsageError(
+            f"--layers must be given without {', '.join(alone) or '--plot'}: it times layers, not operators"
+        )
+    if "--layers" not in timed and (extra := sorted({"--layer-kind", "--peer-layer"} & set(timed))):
+        raise UsageError(f"{', '.join(extra)} must be given with --layers")
+    if "--against" in timed and "--out" in timed:
+        raise UsageError("--out must be given without --against, which compares with times and keeps none")
     if "--against" in timed and plot is not None:
         raise UsageError("--plot must be given without --against, which compares with times that are not drawn")
     if plot is not None:
