@@ -68,8 +68,12 @@ def _settings(numbers: Sequence[Any]) -> Settings:
 
 
 def _dense(p: Parameters) -> Parameters:
-    """Return tensors whose strides kernels take for granted; compilers and transforms may have changed them."""
-    return Parameters._make(x if x is None else x.contiguous() for x in p)
+    """Return tensors whose strides kernels take for granted; compilers and transforms may have changed them.
+
+    Rows of the projection may be apart, as compilers have them.
+    """
+    projected = p.projected if p.projected.stride(-1) == 1 else p.projected.contiguous()
+    return Parameters(projected, *(x if x is None else x.contiguous() for x in p[1:]))  # type: ignore[arg-type]
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:

@@ -128,7 +128,7 @@ def backward(
     kernels = LayerKernels(dispatch.layer_kernels(settings.dims, p.projected.device), call.launches)
     plan, lead = kernels.plan, p.projected.shape[:-1]
     flat = p.projected.flatten(0, -2)
-    dflat = torch.empty_like(flat)
+    dflat = flat.new_empty(flat.shape)
     rows, drows = _rows(flat, kernels, settings), _rows(dflat, kernels, settings)
     if dflat.shape[1] > plan.channels + plan.inner + settings.dims[5]:
         dflat[:, plan.channels + plan.inner + settings.dims[5] :].zero_()  # columns that only fill a row

@@ -181,17 +181,38 @@ def test_frozen_parameters(package, device) -> None:
         assert all(torch.equal(gradient, expected[key]) for key, gradient in kept.items())
 
 
-def test_operators_as_torch_wants_them(package, device) -> None:
-    """Schemas, fake results, gradients under a compiler: torch's own checks of an operator pass."""
+def recorded(package: ModuleType, layer: nn.Module, x: Tensor) -> tuple[Any, tuple[Any, ...]]:
+    """Return the layer's operator, and what a call of the layer hands to it."""
     fused, library = module_of(package, "fused"), module_of(package, "library")
     calls: list[tuple[Any, ...]] = []
-    layer, x = drawn(package).to(device), tokens(device, 2, 5)
-    served_by = library.OPERATORS.LAYER
-    library.OPERATORS.LAYER = lambda *arguments: (calls.append(arguments), served_by(*arguments))[1]
+    operator = library.OPERATORS.LAYER
+    library.OPERATORS.LAYER = lambda *arguments: (calls.append(arguments), operator(*arguments))[1]
     try:
         fused.scan(layer, x, None, None, None, None)
     finally:
-        library.OPERATORS.LAYER = served_by
-    leaves = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in calls[0])
+        library.OPERATORS.LAYER = operator
+    return operator, tuple(a.detach() if isinstance(a, Tensor) else a for a in calls[0])
+
+
+def test_rows_that_are_apart(package, device, monkeypatch) -> None:
+    """Rows of the projection that a compiler put further apart are read where they are, and give the same bits."""
+    operator, (rows, *rest) = recorded(package, drawn(package).to(device), tokens(device, 2, 5))
+    wide = rows.new_full((*rows.shape[:-1], rows.shape[-1] + 16), torch.nan)
+    wide[..., : rows.shape[-1]] = rows
+    apart = wide[..., : rows.shape[-1]]
+    expected = operator(rows, *rest)
+    read = module_of(package, "library").OPERATORS.layer_library.layer_op
+    seen: list[Tensor] = []
+    forward = read.forward
+    monkeypatch.setattr(read, "forward", lambda p, *more: (seen.append(p.projected), forward(p, *more))[1])
+    found = operator(apart, *rest)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert [x.data_ptr() for x in seen] == [apart.data_ptr()]
+
+
+def test_operators_as_torch_wants_them(package, device) -> None:
+    """Schemas, fake results, gradients under a compiler: torch's own checks of an operator pass."""
+    served_by, calls = recorded(package, drawn(package).to(device), tokens(device, 2, 5))
+    leaves = tuple(a.detach().requires_grad_() if isinstance(a, Tensor) else a for a in calls)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(served_by, leaves, test_utils=tests)
