@@ -74,9 +74,11 @@ def results(layer: nn.Module, x: Tensor, states: tuple[Tensor, Tensor] | None, o
     return dict(zip(names, found, strict=True)) | dict(zip([f"d{name}" for name in wanted], gradients, strict=True))
 
 
-@pytest.mark.parametrize("aligned", [False, True], ids=["as it lies", "aligned"])
-@pytest.mark.parametrize("begun", [False, True], ids=["from zeros", "from states"])
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    ("packed", "begun", "aligned"),
+    [(False, False, False), (False, True, True), (True, False, True), (True, True, False)],
+    ids=["dense", "dense from states, aligned", "packed, aligned", "packed from states"],
+)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_result_and_gradient_against_float64(
     package, device, options, packed, begun, aligned, monkeypatch
