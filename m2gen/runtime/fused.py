@@ -12,6 +12,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
 
 from . import built, checks, library
+from .cache import M2RNNCache, check_holds
 from .convolution import DepthwiseConv1d
 from .gate import DecayGate
 from .layer_states import last_inputs
@@ -19,13 +20,12 @@ from .mixer import Mixer, known, operand_sizes, split_sizes
 from .norm import RMSNorm
 from .offsets import check_host_offsets
 from .operands import check_beside
+from .room import ROW
 
 WIDEST = 4
 """Columns of the widest convolution that the kernels have."""
 LEAST_TOKENS = 512
 """Tokens from which the input projection's weight is laid out anew: of fewer, its product takes less than the copy."""
-ROW = 16
-"""Elements, of 16 bits or more, whose multiples rows of the projection are, so that every load is aligned."""
 _TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _DEVICES = ("cuda", "cpu", "meta")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -79,11 +79,22 @@ def _calls_as_it_is(gate: nn.Module) -> bool:
     return _plain(gate, DecayGate) or (isinstance(gate, DecayGate) and hasattr(gate, "unshard"))
 
 
+def _gate_parameters(layer: Mixer, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A_log and dt_bias in float32; of a gate that a wrapper watches, what a call on its inputs gives."""
+    gate = layer.decay_gate
+    if _plain(gate, DecayGate) and isinstance(gate, DecayGate):
+        return gate.A_log.float(), gate.dt_bias.float()
+    _, A_log, dt_bias = gate(inputs.detach(), True)
+    return A_log, dt_bias
+
+
 def _read(layer: Mixer) -> Iterator[Tensor]:
     """Yield the parameters beside the projection's that are read, rather than used by a module that is called."""
     for module in (layer.conv1d, layer.g_norm):
         if module is not None:
             yield from module.parameters()
+    if _plain(layer.decay_gate, DecayGate):
+        yield from layer.decay_gate.parameters()
     yield layer.state_weight
     if layer.D is not None:
         yield layer.D
@@ -156,8 +167,7 @@ def scan(
     check_host_offsets(cu_seqlens, cu_seqlens_cpu)
     check_beside("m2rnn", x, {"conv": conv, "initial_state": state, "cu_seqlens": cu_seqlens})
     rows, gate, output_gate = project(layer, x)
-    forget = rows[..., gate : gate + layer.heads.f]
-    _, A_log, dt_bias = layer.decay_gate(forget.detach(), True)
+    A_log, dt_bias = _gate_parameters(layer, rows[..., gate : gate + layer.heads.f])
     module, norm = layer.conv1d, layer.g_norm
     channels, back = sum(operand_sizes(layer)), (layer.conv_width or 1) - 1
     before = None if conv is None or not back else conv.to(rows.dtype)
@@ -172,3 +182,24 @@ def scan(
     )  # fmt: skip
     last = last_inputs(rows, before, cu_seqlens, channels, back)
     return layer.output_projection(out), last, after
+
+
+def step(layer: Mixer, x: Tensor, cache: M2RNNCache, mask: Tensor | None) -> Tensor:
+    """Advance a cache by a token of each sequence, x (B, hidden_size), or of those in mask (B,); others give 0."""
+    dtype = _dtype(x)
+    check_holds(cache, dtype)
+    projection, module, norm = cast(nn.Linear, layer.input_projection), layer.conv1d, layer.g_norm
+    A_log, dt_bias = _gate_parameters(layer, x.new_empty(0, layer.heads.f))
+    normed = isinstance(norm, RMSNorm)
+    indices = None
+    if mask is not None:
+        indices = torch.where(mask, torch.arange(mask.shape[0], device=x.device), -1)
+    out = library.OPERATORS.LAYER_STEP(
+        x.to(dtype), projection.weight.to(dtype), None if projection.bias is None else projection.bias.to(dtype),
+        None if module is None else module.weight, None if module is None else module.bias, layer.state_weight,
+        A_log, dt_bias, layer.D, norm.weight if normed else None, cache.conv, cache.state, indices, None,
+        [layer.state_expansion, layer.head_dim, *layer.heads], layer.activation is not None, layer.round_gate,
+        normed, norm.eps if normed else 0.0,
+    )  # fmt: skip
+    y: Tensor = layer.output_projection(out)
+    return y if mask is None else y.masked_fill(~mask[:, None], 0)
