@@ -16,14 +16,21 @@ def _named(name: str, before: str) -> Callable[..., Any]:
     return found
 
 
-def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)
-    distributed.all_reduce(total, group=group)
-    return total
+class Done:
+    """What has nothing to wait for."""
+
+    def wait(self) -> None:
+        """Do nothing."""
 
 
-def _all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """Return the ranks' x one after the other along ``dim``."""
+def all_reduce(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Any]:
+    """Begin to sum x, dense or copied, over ranks in its place; return that, and what to wait for."""
+    x = x.contiguous()
+    return x, distributed.all_reduce(x, group=group, async_op=True) or Done()
+
+
+def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """Return the ranks' x one after the other along ``dim``, from 0 on."""
     ranks = group.size()
     lead = x.shape[:dim]
     everything = x.new_empty(ranks * x.numel())
@@ -31,11 +38,29 @@ def _all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return everything.view(ranks, *x.shape).movedim(0, dim).reshape(*lead, ranks * x.shape[dim], *x.shape[dim + 1 :])
 
 
-def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """Return this rank's part along ``dim`` of the sum of the ranks' x."""
+def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> tuple[Tensor, Any]:
+    """Begin to sum x over ranks; return what will be this rank's part along ``dim``, and what to wait for."""
+    part, parts = _parts(x, dim, group)
+    scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
+    return part, scatter(part.view(-1), parts.view(-1), group=group, async_op=True) or Done()
+
+
+def _parts(x: Tensor, dim: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return room for a rank's part along ``dim``, and the parts of all ranks one after the other."""
     ranks = group.size()
     parts = torch.unflatten(x, dim, (ranks, x.shape[dim] // ranks)).movedim(dim, 0).contiguous()
-    part = torch.empty_like(parts[0])
+    return torch.empty_like(parts[0]), parts
+
+
+def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    distributed.all_reduce(total, group=group)
+    return total
+
+
+def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """Return this rank's part along ``dim`` of the sum of the ranks' x."""
+    part, parts = _parts(x, dim, group)
     _named("reduce_scatter_single", "reduce_scatter_tensor")(part.view(-1), parts.view(-1), group=group)
     return part
 
@@ -80,7 +105,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return _all_gather(x, dim, group)
+        return all_gather(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -97,7 +122,7 @@ class _Scattered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _all_gather(gradient, ctx.dim, ctx.group), None, None
+        return all_gather(gradient, ctx.dim, ctx.group), None, None
 
 
 class _Exchanged(torch.autograd.Function):

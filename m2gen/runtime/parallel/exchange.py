@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
+from .. import fused
 from ..cache import States
-from ..mixer import Mixer, operand_sizes
+from ..fused import Projected
+from ..mixer import Mixer, operand_sizes, split_sizes
+from ..norm import RMSNorm
 from ..not_built import check_built
-from ..scan import epilogue, project, recur
+from ..scan import epilogue, recur
 from .collectives import exchanged
+from .normed import scaled, squared
 from .share import HeadShare, RankOf
 
 
@@ -30,9 +36,9 @@ def exchange_over_ranks(
     as that says, None for equal parts. The result is that of the rank's tokens. Gradients of parameters are what the
     rank contributes: their sum over ranks is the whole batch's.
 
-    Projections and the norm run on the rank's own tokens; q, k, v and the forget gate's input are exchanged for heads,
-    before the convolution, so that it sees whole sequences; y + D v comes back. Operands whose heads are fewer than
-    ranks go to every rank that reads them.
+    Projections and the norm run on the rank's own tokens; the rows of the input projection are exchanged for heads,
+    before the convolution, so that it sees whole sequences; what the norm takes comes back. Operands whose heads are
+    fewer than ranks go to every rank that reads them. Modules leave the output gates where they are, for y + D v.
 
     Raises what ``HeadShare`` raises, and ValueError for ``tokens`` that are not one for each rank, or not this rank's.
     """
@@ -60,16 +66,56 @@ class HeadExchange:
         tokens: Sequence[int] | None = None,
     ) -> Tensor:
         """Do what ``exchange_over_ranks`` does."""
-        packed = cu_seqlens is not None
         counts = self._counts(x, tokens)
-        mixed, f, g = project(self.layer, x[None] if packed else x)
-        mixed, f = self._to_heads(mixed, f, counts)
+        run = self._by_kernels if fused.computes(self.share, x) else self._by_modules
+        if cu_seqlens is None:
+            return run(fused.project(self.layer, x), counts, None, None)
+        return run(fused.project(self.layer, x[None]), counts, cu_seqlens, cu_seqlens_cpu)[0]
+
+    def _by_modules(
+        self,
+        projected: Projected,
+        counts: tuple[int, ...],
+        cu_seqlens: Tensor | None,
+        cu_seqlens_cpu: Tensor | None,
+    ) -> Tensor:
+        """Return the result (B, S_r, hidden_size); output gates stay where they are."""
+        layer, share = self.layer, self.share
+        mixed, f, g = projected.parts(layer)
+        rows = self._to_heads((mixed, f), counts)
+        mixed, f = torch.split(rows, [sum(operand_sizes(share)), share.forget_inputs], -1)
+        packed = cu_seqlens is not None
         if packed:
             mixed, f = mixed[0], f[0]
-        y, _, _ = recur(self.share, mixed, f, States(None, None), cu_seqlens, cu_seqlens_cpu)
+        y, _, _ = recur(share, mixed, f, States(None, None), cu_seqlens, cu_seqlens_cpu)
         y = self._to_tokens((y[None] if packed else y).flatten(-2), counts)
-        mixed = epilogue(self.layer, torch.unflatten(y, -1, (self.layer.total_heads, self.layer.head_dim)), g)
-        return mixed[0] if packed else mixed
+        return epilogue(layer, torch.unflatten(y, -1, (layer.total_heads, layer.head_dim)), g)
+
+    def _by_kernels(
+        self,
+        projected: Projected,
+        counts: tuple[int, ...],
+        cu_seqlens: Tensor | None,
+        cu_seqlens_cpu: Tensor | None,
+    ) -> Tensor:
+        """Return the same; rows go to heads whole, output gates too, so that all up to the norm is theirs."""
+        mixed, f, g = projected.parts(self.layer)
+        rows = self._to_heads((mixed, g, f), counts)
+        own, _, gates = split_sizes(self.share)
+        packed = cu_seqlens is not None
+        theirs = Projected(rows[0] if packed else rows, own + gates, own)
+        y, _, _ = fused.between(self.share, theirs, States(None, None), cu_seqlens, cu_seqlens_cpu)
+        return self._normed(self._to_tokens(y[None] if packed else y, counts))
+
+    def _normed(self, y: Tensor) -> Tensor:
+        """Return the output projection of the norm of y (B, S_r, N V)."""
+        norm, out = self.layer.g_norm, self.layer.output_projection
+        if not (fused.plain(norm, RMSNorm) and fused.plain(out, nn.Linear)) or isinstance(norm.weight, DTensor):
+            mixed: Tensor = out(norm(y))
+            return mixed
+        y, squares = squared(y)
+        weight = (out.weight * norm.weight).to(y.dtype)
+        return scaled(F.linear(y, weight), squares, y.shape[-1], norm.eps)
 
     def _counts(self, x: Tensor, tokens: Sequence[int] | None) -> tuple[int, ...]:
         if tokens is None:
@@ -79,18 +125,23 @@ class HeadExchange:
             raise ValueError(f"M2RNN: tokens must be those {expected} as x has, got {tuple(tokens)}")
         return tuple(tokens)
 
-    def _to_heads(self, mixed: Tensor, f: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return the inputs (B, S, C) of this rank's heads on all tokens, of those of all heads on its own."""
+    def _to_heads(self, parts: tuple[Tensor, ...], counts: tuple[int, ...]) -> Tensor:
+        """Return the rows (B, S, C) of this rank's heads on all tokens, of those of all heads on its own.
+
+        ``parts`` are the columns of q, k and v, then those of f, or of g and f; rows are filled up as kernels want.
+        """
         layer, ranks = self.layer, self.place.ranks
-        operands = (*torch.split(mixed, list(operand_sizes(layer)), -1), f)
-        groups = (*layer.heads[:3], layer.forget_inputs)
-        send = torch.cat([_by_reader(x, n, ranks) for x, n in zip(operands, groups, strict=True)], -1)
+        mixed, *others = parts
+        operands = (*torch.split(mixed, list(operand_sizes(layer)), -1), *others)
+        groups = (*layer.heads[:3], *([layer.gate_heads] if len(others) > 1 else []), layer.forget_inputs)
+        columns = [_by_reader(x, n, ranks) for x, n in zip(operands, groups, strict=True)]
+        if len(others) > 1:
+            columns = fused.filled(columns, -1)
+        send = torch.cat(columns, -1)
         batch, here, channels = send.shape[1:]
         sizes = [batch * count * channels for count in counts]
         flat = exchanged(send.flatten(), [batch * here * channels] * ranks, sizes, self.group)
-        whole = _joined(flat, (batch, channels), counts)
-        own = sum(operand_sizes(self.share))
-        return whole[..., :own], whole[..., own:]
+        return _joined(flat, (batch, channels), counts)
 
     def _to_tokens(self, y: Tensor, counts: tuple[int, ...]) -> Tensor:
         """Return y (B, S_r, C) of all heads on this rank's tokens, of this rank's heads on all."""
