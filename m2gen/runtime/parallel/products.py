@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .collectives import all_gather, all_reduce, copied, gathered, reduce_scatter, scattered, summed
 
 
-class _Rows(torch.autograd.Function):
+class _RowProduct(torch.autograd.Function):
     """The product with a rank's rows; ranks sum the gradient of x while each computes that of its rows."""
 
     @staticmethod
@@ -48,7 +48,7 @@ def _begun(x: Tensor, scatters: bool, group: ProcessGroup) -> Callable[[], Tenso
     return finish
 
 
-class _Columns(torch.autograd.Function):
+class _ColumnProduct(torch.autograd.Function):
     """The product with a rank's columns, summed over ranks in its place."""
 
     @staticmethod
@@ -66,8 +66,8 @@ class _Columns(torch.autograd.Function):
         return of_x, of_weight, None
 
 
-_rows: Callable[[Tensor, Tensor, Tensor | None, bool, ProcessGroup], Tensor] = _Rows.apply
-_columns: Callable[[Tensor, Tensor, ProcessGroup], Tensor] = _Columns.apply
+_rows: Callable[[Tensor, Tensor, Tensor | None, bool, ProcessGroup], Tensor] = _RowProduct.apply
+_columns: Callable[[Tensor, Tensor, ProcessGroup], Tensor] = _ColumnProduct.apply
 
 
 def by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, scatters: bool, group: ProcessGroup) -> Tensor:
