@@ -51,7 +51,7 @@ class Projected(NamedTuple):
 
 def serves(layer: Mixer, x: Tensor) -> bool:
     """Whether the layer's kernels compute what its modules would: these are as an ``M2RNN`` makes them, unwatched."""
-    return (_lays_out_itself(layer) or _reads_projection(layer, x)) and computes(layer, x)
+    return (_lays_out_itself(layer) or reads_projection(layer, x)) and computes(layer, x)
 
 
 def computes(layer: Mixer, x: Tensor) -> bool:
@@ -78,7 +78,7 @@ def _may(layer: Mixer, x: Tensor) -> bool:
     return bool(getattr(layer, "fused", False)) and layer.backend == "kernels" and x.device.type in _DEVICES
 
 
-def _reads_projection(layer: Mixer, x: Tensor) -> bool:
+def reads_projection(layer: Mixer, x: Tensor) -> bool:
     """Whether a call may read the input projection's weight in place of calling the module."""
     module = layer.input_projection
     return _may(layer, x) and plain(module, nn.Linear) and all(_is_there(p, x) for p in module.parameters())
@@ -157,7 +157,7 @@ def project(layer: Mixer, x: Tensor) -> Projected:
 def _lays_out(layer: Mixer, x: Tensor) -> bool:
     """Whether the weight of the input projection is laid out anew for a call."""
     many = torch.compiler.is_compiling() or not known(x[..., 0].numel() < LEAST_TOKENS)
-    return many and _reads_projection(layer, x)
+    return many and reads_projection(layer, x)
 
 
 def _laid_out(weight: Tensor, sizes: tuple[int, int, int]) -> Tensor:

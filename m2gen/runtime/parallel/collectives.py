@@ -65,7 +65,7 @@ def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return part
 
 
-def _all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
+def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
     """Return what the ranks send to this one, one after the other, of x (elements)."""
     result = x.new_empty(sum(received))
     even = len({*sent, *received}) == 1
@@ -125,24 +125,10 @@ class _Scattered(torch.autograd.Function):
         return all_gather(gradient, ctx.dim, ctx.group), None, None
 
 
-class _Exchanged(torch.autograd.Function):
-    """What others send, whose gradients go back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(x, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
-
-
 _copied: Callable[[Tensor, ProcessGroup], Tensor] = _Copied.apply
 _summed: Callable[[Tensor, ProcessGroup], Tensor] = _Summed.apply
 _gathered: Callable[[Tensor, int, ProcessGroup], Tensor] = _Gathered.apply
 _scattered: Callable[[Tensor, int, ProcessGroup], Tensor] = _Scattered.apply
-_exchanged: Callable[[Tensor, Sequence[int], Sequence[int], ProcessGroup], Tensor] = _Exchanged.apply
 
 
 def copied(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -163,8 +149,3 @@ def gathered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 def scattered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Return this rank's part along ``dim`` of the sum of the ranks' x; its gradient is gathered."""
     return _scattered(x, dim % x.dim(), group)
-
-
-def exchanged(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
-    """Return what this rank is sent: of x (elements), ``sent[r]`` go to rank r, from which ``received[r]`` come."""
-    return _exchanged(x, sent, received, group)
