@@ -129,6 +129,17 @@ def uneven(subject: Subject, how: str, kind: str = "shared", numerics: Numerics 
         subject.parallel.exchange_over_ranks(whole.layer, whole.part(whole.x, counts), tokens=[1])
 
 
+def dense_copies(subject: Subject) -> None:
+    """A copy in order has the bits of what it is of, whether rows are copied as wide elements or not."""
+    collectives = sys.modules[f"{subject.parallel.__name__}.collectives"]
+    for columns in (16, 9):
+        x = any_tokens(torch.float32, 2, 3, 5).repeat(1, 1, 1, 3)[..., : 2 * columns].bfloat16()
+        for view in (x.movedim(2, 0), x[..., columns:], x[..., 1:].movedim(1, 0), x.mT, x):
+            found = collectives.dense(view)
+            assert found.is_contiguous()
+            assert torch.equal(found, view)
+
+
 def both(subject: Subject) -> None:
     """Heads over pairs of ranks, and tokens over the others, give what one rank does."""
     mesh = init_device_mesh("cpu", (2, subject.ranks // 2), mesh_dim_names=("tokens", "heads"))
@@ -293,6 +304,7 @@ def checks(ranks: int) -> dict[str, Any]:
         *((call, {"kind": kind, "how": how}) for call in (heads, exchange) for kind in kinds for how in hows),
         *((uneven, {"how": how}) for how in hows),
         (errors, {}),
+        (dense_copies, {}),
     ]
     if ranks == 2:
         kernels = {"kind": "kernels", "numerics": KERNELS}

@@ -9,19 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .collectives import all_to_all
-
-WIDE = torch.complex128
-"""Elements of 16 bytes, as which rows are copied: copies of permuted 16-bit elements take three times as long."""
-
-
-def dense(x: Tensor) -> Tensor:
-    """Return x, or a copy whose elements lie in order."""
-    each = WIDE.itemsize // x.element_size()
-    numbers = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
-    if x.is_contiguous() or torch.compiler.is_compiling() or x.stride(-1) != 1 or any(n % each for n in numbers):
-        return x.contiguous()
-    return x.view(WIDE).contiguous().view(x.dtype)
+from .collectives import all_to_all, dense
 
 
 def _to_heads(x: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
