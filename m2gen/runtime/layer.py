@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .cache import NUMBERS, M2RNNCache, States, allocate_cache
 from .convolution import DepthwiseConv1d
 from .facts import Backend, HeadCounts
 from .forward import run
+from .fused import TENSORS
 from .gate import DecayGate
 from .init import Initialisation, draw
 from .layer_config import LayerConfig, Norm, heads_of
@@ -53,6 +54,12 @@ class M2RNN(nn.Module):
     """
 
     D: nn.Parameter | None
+    plain_children: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "conv1d": DepthwiseConv1d, "decay_gate": DecayGate,
+    }  # fmt: skip
+    """Classes of the children whose work the layer's kernels do, beside that of projections and the norm."""
+    parameter_kinds: ClassVar[tuple[type, ...]] = TENSORS
+    """Classes that its parameters have where they are all there."""
 
     def __init__(
         self,
