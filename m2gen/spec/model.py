@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    StrictBool,
     model_validator,
 )
 
@@ -133,6 +134,8 @@ class Workload(_Frozen):
 
     batch: Size
     seq: Size
+    packed: StrictBool = False
+    """Whether sequences are packed into one call, with seeded lengths from 1 to ``seq``; benchmarks alone run it."""
 
 
 @dataclass(frozen=True)
