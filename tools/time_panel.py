@@ -5,6 +5,10 @@ compile in parallel ahead of the GPU, which checks and times them as a search do
 searches.
 
     python -m tools.time_panel FOLDER SECONDS tail.yaml h200.yaml
+    python -m tools.time_panel FOLDER SECONDS learn.yaml tail.yaml h200.yaml docs/data/trials.jsonl
+
+With trials of earlier runs, a workload that they have gets the schedule of the rule that is learned without it, unless
+that was timed, and a new one those that are fastest on any workload with the same kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,10 @@ from m2gen.pipeline.tune import TuneRequest, goals, header_of, this_tuning_conte
 from m2gen.schedule import Schedule, default, problems
 from m2gen.schedule.recipes import Recipe
 from m2gen.spec import Dtype
+from m2gen.tune import lessons
 from m2gen.tune.journal import Journal
+from m2gen.tune.learn import left_out
+from m2gen.tune.lessons import Lesson, Workplace
 from m2gen.tune.search import best_combination
 from m2gen.tune.services import Processes, TuningContext, processes_of
 from m2gen.tune.space import CONSTRAINTS, Subject, fits
@@ -36,6 +43,8 @@ from m2gen.variant import Variant
 Tile = tuple[int, int, int]
 """Rows of a program, elements of the state a warp, and steps an iteration or a chunk."""
 SLOTS = 8
+FASTEST = 2
+"""Recipes of each known workload that new ones get."""
 COMBINATIONS = 3
 """Most pairs of separately timed kernels that are timed for each workload."""
 
@@ -118,12 +127,24 @@ def panel(variant: Variant) -> Iterator[Recipe]:
     yield from map(Recipe.read, found)
 
 
-def candidates(subject: Subject) -> list[Schedule]:
-    """Return the default and the panel's points of a search's space."""
+def candidates(subject: Subject, known: Sequence[Lesson]) -> list[Schedule]:
+    """Return the default and the panel's points of a search's space, or what is missing beside ``known`` trials."""
     variant, device = subject.variant, subject.device
-    found = dict.fromkeys(recipe.at(variant, device) for recipe in panel(variant))
+    at = Workplace(variant, subject.batch, subject.seq, device)
+    same = [lesson for lesson in known if lesson.at.kernels is at.kernels]
+    for lesson in same:
+        if lesson.at.name == at.name:
+            choice = left_out(known, lesson)
+            return [] if choice is None or lesson.ms(choice) is not None else [choice]
+    recipes = [recipe for lesson in same for recipe in _fastest(lesson)] or panel(variant)
+    found = dict.fromkeys(recipe.at(variant, device) for recipe in recipes)
     kept = [point for point in found if _searched(subject, point)]
     return list(dict.fromkeys([default(variant, device), *kept]))
+
+
+def _fastest(lesson: Lesson) -> list[Recipe]:
+    best = sorted(lesson.trials, key=lambda trial: trial.ms)[:FASTEST]
+    return [Recipe.of(trial.schedule, lesson.at.variant) for trial in best]
 
 
 def _searched(subject: Subject, point: Schedule) -> bool:
@@ -135,8 +156,11 @@ def _searched(subject: Subject, point: Schedule) -> bool:
 class Panel:
     """The candidates of every workload, compiled in parallel, and timed one workload after the other."""
 
-    def __init__(self, subjects: list[Subject], folder: Path, context: TuningContext, seconds: float) -> None:
-        self._waiting = deque(CompileTask(s, point) for s in subjects for point in candidates(s))
+    def __init__(
+        self, wanted: Mapping[Subject, Sequence[Schedule]], folder: Path, context: TuningContext, seconds: float
+    ) -> None:
+        subjects = [subject for subject, points in wanted.items() if points]
+        self._waiting = deque(CompileTask(s, point) for s in subjects for point in wanted[s])
         self._left = {s: [task.schedule for task in self._waiting if task.subject == s] for s in subjects}
         self._compiled: dict[tuple[Subject, Schedule], Compiled] = {}
         self._trials: dict[Subject, list[Trial]] = {s: [] for s in subjects}
@@ -219,15 +243,16 @@ class _Untried:
 
 def main() -> None:
     """Time the panel on the workloads of the given specs."""
-    folder, seconds, specs = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+    folder, seconds, names = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
+    known = lessons.read(Path(name) for name in names if name.endswith(".jsonl"))
     context = this_tuning_context("tools.time_panel")
     request = TuneRequest(pipeline.open_database(None))
     subjects: dict[Subject, None] = {}
-    for spec in specs:
+    for spec in (name for name in names if name.endswith(".yaml")):
         for goal in goals(pipeline.plan(spec, None, ()), request, context.device):
             subjects.setdefault(goal.subject)
     with lock.exclusive(context.gpu), processes_of(context.services) as processes:
-        Panel(list(subjects), folder, context, seconds).run(processes)
+        Panel({s: candidates(s, known) for s in subjects}, folder, context, seconds).run(processes)
 
 
 if __name__ == "__main__":

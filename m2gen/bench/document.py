@@ -46,6 +46,8 @@ class Row:
     arm: int = 0
     unverified: str = ""
     """Why the check failed of an implementation that was timed all the same."""
+    packed: bool = False
+    """Whether ``batch`` sequences of 1 to ``seq`` tokens were packed."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ def row_of(result: Result) -> Row:
         str(found.failure or ""),
         entry.arm,
         str(found.unverified or ""),
+        workload.packed,
     )
 
 
@@ -124,7 +127,7 @@ def speed_ups(rows: Sequence[Row]) -> list[float | None]:
 
 
 def _place(row: Row) -> tuple[object, ...]:
-    return (row.layer, row.variant, row.call, row.batch, row.seq)
+    return (row.layer, row.variant, row.call, row.batch, row.seq, row.packed)
 
 
 def _speed_up(row: Row, base: Row | None) -> float | None:

@@ -79,7 +79,8 @@ class _Implementations:
         variant, kinds = workload.variant, self.request.kinds
         base, *others = (self._generated(kind, workload) for kind in self.plans)
         loops = [Implementation(kind, default(variant, self.context.device)) for kind in (Kind.EAGER, Kind.COMPILED)]
-        found = [base, *(other for other in others if other.schedule != base.schedule), *loops]
+        found = [base, *(other for other in others if other.schedule != base.schedule)]
+        found += [] if workload.packed else loops  # which have no offsets
         if workload.call is Call.SEQUENCE:
             named = peers(self.request.peers).items()
             peer = Implementation(Kind.PEER, base.schedule, timing_only=self.request.timing_only)
@@ -122,7 +123,9 @@ def workloads(planned: Plan, request: BenchRequest) -> list[BenchWorkload]:
         if name in layers and layers[name].workloads
     ]
     sequences = [
-        BenchWorkload(name, variant, w.batch, w.seq) for name, variant in named for w in layers[name].workloads
+        BenchWorkload(name, variant, w.batch, w.seq, packed=w.packed)
+        for name, variant in named
+        for w in layers[name].workloads
     ]
     decoding = [
         BenchWorkload(name, variant, batch, 1, call)
