@@ -22,7 +22,7 @@ from m2gen.tune.lessons import UNKNOWN, Lesson, written
 
 CLOSE = 0.03
 """Fraction of time over the best of every workload below which a leaf is not split."""
-GAIN = 0.01
+GAIN = 0.05
 """Least sum of logarithms that a split must save."""
 MOST_RECIPES = 4
 """Most recipes of a leaf: each serves problems that those before it cannot."""

@@ -25,6 +25,8 @@ from m2gen.spec import Objective
 from m2gen.tune.journal import decode_trial
 from m2gen.variant import Variant, parse_variant
 
+FEWEST = 4
+"""Fewest trials that say which of them is fast."""
 UNKNOWN = math.log(2)
 """Logarithm of what a recipe is taken to cost on a workload that it was not timed on."""
 DIGITS = 5
@@ -129,7 +131,7 @@ def _parts_of(schedule: Schedule) -> tuple[object, object]:
 def read(paths: Iterable[Path]) -> tuple[Lesson, ...]:
     """Return the lessons of journals and compact files, of each workload one, in order of names.
 
-    Trials that failed, and searches for inference, teach nothing. Raises TuneError.
+    Trials that failed, searches for inference, and fewer than ``FEWEST`` trials teach nothing. Raises TuneError.
     """
     found: dict[Workplace, dict[Schedule, Timed]] = {}
     for path in paths:
@@ -145,7 +147,8 @@ def read(paths: Iterable[Path]) -> tuple[Lesson, ...]:
                     found.setdefault(at, {})[timed.schedule] = timed
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise TuneError(f"{path}:{number} must be a line of a journal, got {line[:40]!r}") from error
-    lessons = [Lesson(at, tuple(by[s] for s in sorted(by, key=lambda s: s.slug))) for at, by in found.items() if by]
+    enough = {at: by for at, by in found.items() if len(by) >= FEWEST}
+    lessons = [Lesson(at, tuple(by[s] for s in sorted(by, key=lambda s: s.slug))) for at, by in enough.items()]
     return tuple(sorted(lessons, key=lambda lesson: (lesson.at.device.name, lesson.at.name)))
 
 
