@@ -144,7 +144,8 @@ def dump(document: Document) -> dict[str, Any]:
     rows = []
     for row, speed in zip(document.rows, speed_ups(document.rows), strict=True):
         parts = {name: times.parts for name in ("forward", "step") if (times := getattr(row, name)) is not None}
-        rows.append({**asdict(row), "speed_up": speed, "parts_of_floors": parts})
+        values = {name: value for name, value in asdict(row).items() if name != "packed" or row.packed}
+        rows.append({**values, "speed_up": speed, "parts_of_floors": parts})
     return {**asdict(document), "rows": rows}
 
 

@@ -14,10 +14,7 @@ from m2gen.schedule.portable import Portable
 from m2gen.schedule.wgmma import Wgmma
 from m2gen.variant import Variant
 
-TYPES: dict[Family, type[Mma] | type[Portable] | type[Wgmma]] = {
-    kind.family: kind
-    for kind in (Mma, Portable, Wgmma)  # type: ignore[misc]
-}
+TYPES: dict[Family, type[Mma] | type[Portable] | type[Wgmma]] = {kind.family: kind for kind in (Mma, Portable, Wgmma)}
 ALL_ROWS = 256
 """Rows of a recipe whose programs have a whole state, however many rows that has."""
 MOST_WARPS = 8
@@ -48,8 +45,8 @@ class Recipe:
     @classmethod
     def read(cls, given: Mapping[str, Any]) -> Recipe:
         """Return the recipe of JSON values that ``written`` made."""
-        knobs = {name: WORDS[name](value) if name in WORDS else value for name, value in given.items()}
-        return cls(Family(knobs.pop("family")), tuple(sorted(knobs.items())))
+        knobs: dict[str, Value] = {name: _read(name, value) for name, value in given.items() if name != "family"}
+        return cls(Family(given["family"]), tuple(sorted(knobs.items())))
 
     @property
     def written(self) -> dict[str, Any]:
@@ -65,3 +62,9 @@ class Recipe:
                 warps = rows * variant.padded_cols // values.pop(f"{side}.tile")
                 values[f"{side}.warps"] = max(1, min(MOST_WARPS, warps))
         return TYPES[self.family].of(values)
+
+
+def _read(name: str, value: Any) -> Value:
+    kind: Any = WORDS.get(name, int)
+    found: Value = kind(value)
+    return found

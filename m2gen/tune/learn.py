@@ -130,12 +130,13 @@ class Judged:
     """What a rule's choice takes beside the best of a workload; None where it was not timed."""
 
     lesson: Lesson
+    choice: Schedule
+    """That of the rule that is learned without the workload's variant, or the family's where that has none."""
     families: float | None
     """The default of the preferred family, without a rule."""
     rule: float | None
     without: float | None
-    """The choice of the rule that is learned without the workload's variant, or the family's where that has none."""
-    choice: Schedule
+    """``choice``."""
 
 
 def judged(lessons: Sequence[Lesson]) -> list[Judged]:
@@ -150,7 +151,8 @@ def _judge(lesson: Lesson, lessons: Sequence[Lesson], trees: dict[str, Any]) -> 
     rule = next(serving(trees[at.kernels], at.variant, at.device, at.bucket), usual)
     without = left_out(lessons, lesson) or usual
     times = (lesson.ms(schedule) for schedule in (usual, rule, without))
-    return Judged(lesson, *(None if ms is None else ms / lesson.best_ms for ms in times), without)
+    parts = [None if ms is None else ms / lesson.best_ms for ms in times]
+    return Judged(lesson, without, *parts)
 
 
 def left_out(lessons: Sequence[Lesson], lesson: Lesson) -> Schedule | None:

@@ -172,7 +172,7 @@ def _timed(value: Mapping[str, Any]) -> Timed | None:
 
 def written(lessons: Iterable[Lesson]) -> str:
     """Return the compact file of lessons."""
-    lines = []
+    lines: list[dict[str, object]] = []
     for lesson in lessons:
         at = lesson.at
         where = {"arch": at.device.arch, "device": at.device.name, "sm_count": at.device.sm_count}

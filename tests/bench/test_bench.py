@@ -81,7 +81,7 @@ def test_everyone_side_by_side(spec: str, script: Script) -> None:
     assert list(found) == [(call, kind) for call in calls for kind in kinds]
     tuned = found["sequence", "tuned"]
     assert (tuned["schedule"], tuned["source"]) == (RECORD.schedule.slug, f"exact {RECORD.id}")
-    assert found["sequence", "default"]["schedule"] == default(VARIANT, TARGETS["sm_90"]).slug
+    assert found["sequence", "default"]["schedule"] == default(VARIANT, TARGETS["sm_90"], Bucket.ONE).slug
     assert {row["host_us"] for row in found.values() if row["schedule"]} == {20.0}
     assert found["decode", "default"]["batch"] == 64
     assert found["decode", "default"]["step"] is None

@@ -194,7 +194,7 @@ def run_against(found: Iterable[Comparison], before: Baseline, here: Environment
 
 
 def _workload(c: Comparison) -> WorkloadKey:
-    return (c.layer, c.place.variant, c.place.call, c.place.batch, c.place.seq)
+    return (c.layer, c.place.variant, c.place.call, c.place.batch, c.place.seq, c.place.packed)
 
 
 def _against_cells(c: Comparison) -> tuple[Any, ...]:
