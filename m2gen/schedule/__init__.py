@@ -14,7 +14,7 @@ from m2gen.bucket import Bucket
 from m2gen.device import Device
 from m2gen.errors import ScheduleError
 from m2gen.schedule.knobs import Axes, Family, Knobs, Reduction, Scratch, Tanh, Value
-from m2gen.schedule.learned import learned
+from m2gen.schedule.learned import learned_schedule
 from m2gen.schedule.mma import Mma, MmaBackward
 from m2gen.schedule.portable import Portable, PortableBackward
 from m2gen.schedule.slugs import parse
@@ -60,7 +60,7 @@ def defaults(variant: Variant, device: Device, bucket: Bucket | None = None) -> 
 
     That is the learned rule's for calls of a ``bucket``, where there is one, then the default of every family.
     """
-    found = learned(variant, device, bucket) if bucket is not None else None
+    found = learned_schedule(variant, device, bucket) if bucket is not None else None
     by_family = _of_families(variant, device)
     return by_family if found is None else (found, *(each for each in by_family if each != found))
 

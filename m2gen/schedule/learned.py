@@ -89,7 +89,7 @@ def rules() -> dict[str, Any]:
     return found
 
 
-def learned(variant: Variant, device: Device, bucket: Bucket) -> Mma | Portable | Wgmma | None:
+def learned_schedule(variant: Variant, device: Device, bucket: Bucket) -> Mma | Portable | Wgmma | None:
     """Return the rule's schedule for calls of a bucket; None where it has none."""
     rule = rules().get(device.arch)
     tree = rule["trees"].get(kernels_of(variant, device)) if rule else None

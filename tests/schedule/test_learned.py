@@ -8,7 +8,7 @@ from support import make_variant
 from m2gen.bucket import BUCKETS, Bucket
 from m2gen.device import PORTABLE, TARGETS
 from m2gen.schedule import default, defaults, parse, problems
-from m2gen.schedule.learned import Kernels, kernels_of, learned, rules
+from m2gen.schedule.learned import Kernels, kernels_of, learned_schedule, rules
 from m2gen.schedule.recipes import Recipe
 from m2gen.variant import Variant
 
@@ -66,8 +66,8 @@ def test_the_rule_has_a_tree_for_all_kernels() -> None:
 def test_other_arches_have_the_defaults_of_families() -> None:
     """An arch without trials, and calls of unknown size, are served as without a rule."""
     served = variant(64, 16)
-    assert learned(served, TARGETS["sm_80"], Bucket.ONE) is None
+    assert learned_schedule(served, TARGETS["sm_80"], Bucket.ONE) is None
     assert default(served, TARGETS["sm_80"], Bucket.ONE) == default(served, TARGETS["sm_80"])
     first, *others = defaults(served, H200, Bucket.MORE)
-    assert first == learned(served, H200, Bucket.MORE)
+    assert first == learned_schedule(served, H200, Bucket.MORE)
     assert {*others, first} >= set(defaults(served, H200))
