@@ -53,7 +53,7 @@ def seeds(subject: Subject, environment: Environment, records: Iterable[Record])
     near = [r for r in here if r not in exact][:NEIGHBOURS]
     far = [r for r in alike if r not in here][:NEIGHBOURS]
     groups = (("record", exact), ("similar", near), ("elsewhere", far))
-    found = {default(variant, subject.device): "default"}
+    found = {default(variant, subject.device, key.bucket): "default"}
     for origin, group in groups:
         for record in group:
             found.setdefault(record.schedule, origin)
