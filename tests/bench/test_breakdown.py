@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from support import ROOT
 
 from m2gen.bench.layers.breakdown import KernelTime, part_of, parts_ms
+from m2gen.bench.layers.document import load_layers
 from m2gen.bench.layers.kinds import Part
 
 NAMES = {
@@ -76,3 +78,20 @@ def test_parts_add_up() -> None:
     kernels = [KernelTime(names[i], 2.0**i, 1) for names in NAMES.values() for i in (0, 1)]
     assert parts_ms(kernels) == dict.fromkeys(Part, 3.0)
     assert parts_ms([]) == {}
+
+
+def test_names_that_a_profiler_recorded() -> None:
+    """In a run on an H200, every kernel of m2gen, cuBLAS and cuDNN counts to the part that it is of."""
+    document = load_layers(ROOT / "docs" / "data" / "layers_h200.json")
+    assert document is not None
+    names = {kernel.name for row in document.layer_rows for kernel in row.kernels}
+    parts = {part: {name for name in names if part_of(name) is part} for part in Part}
+    ours = {name for name in names if name.startswith("m2rnn_")}
+    assert {f"m2rnn_{name}_kernel" for name in ("forward", "backward", "step")} <= parts[Part.RECURRENCE]
+    around = {
+        f"m2rnn_{name}_kernel" for name in ("convolve", "convolve_backward", "decay", "finish", "finish_backward")
+    }
+    assert around <= ours & parts[Part.REST]
+    assert {name for name in names if "nvjet" in name or "cutlass_80" in name} <= parts[Part.PROJECTIONS]
+    assert {name for name in names if "cudnn" in name} <= parts[Part.RECURRENCE]
+    assert {name for name in names if "at::native" in name or "triton_poi" in name} <= parts[Part.REST]

@@ -15,7 +15,10 @@ RULES: tuple[tuple[Part, re.Pattern[str]], ...] = (
     # m2gen's, and the published ones
     (Part.RECURRENCE, re.compile(r"^_?m2rnn_(forward|backward|step|sum|segment)\w*", re.ASCII)),
     # of torch: FlashAttention, cuDNN's and the memory-efficient one; some have cutlass in their names
-    (Part.RECURRENCE, re.compile(r"flash_(fwd|bwd)|flash_(fprop|bprop)|_sdpa_|fmha|attention", re.IGNORECASE)),
+    (
+        Part.RECURRENCE,
+        re.compile(r"flash_(fwd|bwd|fprop|bprop)|_sdpa_|fmha|attention|_dot_do_o|convert_dq_", re.IGNORECASE),
+    ),
     # of flash-linear-attention: the delta rule in chunks, and the token by token one
     (
         Part.RECURRENCE,
