@@ -37,6 +37,13 @@ class Projected(NamedTuple):
     gate: int
     output_gate: int
 
+    def parts(self, layer: Mixer) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the columns of the convolution, of the gate's inputs and of the output gates."""
+        mixed, forget, gates = split_sizes(layer)
+        sizes = [mixed, forget, gates] if self.gate < self.output_gate else [mixed, gates, forget]
+        first, second, third, _ = torch.split(self.rows, [*sizes, self.rows.shape[-1] - sum(sizes)], -1)
+        return (first, second, third) if self.gate < self.output_gate else (first, third, second)
+
 
 def serves(layer: Mixer, x: Tensor) -> bool:
     """Whether the layer's kernels compute what its modules would: these are as an ``M2RNN`` makes them, unwatched."""
@@ -102,19 +109,30 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def project(layer: Mixer, x: Tensor) -> Projected:
     """Return the input projection of x, for many tokens with its rows aligned and the gate's inputs at their ends.
 
-    Products of matrices whose rows are no multiples of 16 bytes take three times as long.
+    Products of matrices whose rows are no multiples of 16 bytes take three times as long. A projection that must be
+    called is, and may have any number of columns more.
     """
     mixed, forget, gates = split_sizes(layer)
+    if not _lays_out(layer, x):
+        return Projected(layer.input_projection(x), mixed, mixed + forget)
     module = cast(nn.Linear, layer.input_projection)
     weight, bias = module.weight, module.bias
-    if not torch.compiler.is_compiling() and known(x[..., 0].numel() < LEAST_TOKENS):
-        return Projected(module(x), mixed, mixed + forget)
     dtype = _dtype(x)
     rows = _laid_out(weight.to(dtype), (mixed, forget, gates))
     return Projected(
         F.linear(x, rows, None if bias is None else _laid_out(bias.to(dtype), (mixed, forget, gates))),
         mixed + gates, mixed,
     )  # fmt: skip
+
+
+def _lays_out(layer: Mixer, x: Tensor) -> bool:
+    """Whether the weight of the input projection is laid out anew for a call."""
+    module = layer.input_projection
+    if not getattr(layer, "fused", False) or layer.backend != "kernels" or not _plain(module, nn.Linear):
+        return False
+    if not all(_is_there(p, x) for p in module.parameters()):
+        return False
+    return torch.compiler.is_compiling() or not known(x[..., 0].numel() < LEAST_TOKENS)
 
 
 def _laid_out(weight: Tensor, sizes: tuple[int, int, int]) -> Tensor:

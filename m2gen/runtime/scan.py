@@ -10,7 +10,7 @@ from . import built, fused
 from .activations import activate
 from .cache import States, check_states
 from .convolution import convolve, convolve_packed
-from .mixer import Mixer, operand_sizes, split_sizes
+from .mixer import Mixer, operand_sizes
 from .op import m2rnn
 
 
@@ -33,9 +33,7 @@ def scan(
 
 def project(layer: Mixer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what is convolved, the forget gate's input and the output gate's; columns beyond them fill up rows."""
-    projected, sizes = layer.input_projection(x), split_sizes(layer)
-    mixed, f, g, _ = projected.split([*sizes, projected.shape[-1] - sum(sizes)], -1)
-    return mixed, f, g
+    return fused.project(layer, x).parts(layer)
 
 
 def recur(

@@ -137,6 +137,23 @@ def test_layers_that_modules_compute(package, device, options) -> None:
     assert served(package, drawn(package).to(device), tokens(device, 1, 2))
 
 
+@pytest.mark.parametrize("options", [UNLIKE["another norm"], UNLIKE["shared output gates"]], ids=["norm", "gates"])
+def test_aligned_projections_where_modules_do_the_rest(package, device, options, monkeypatch) -> None:
+    """Rows that are laid out anew are put back into the published order for the layer's modules."""
+    monkeypatch.setattr(module_of(package, "fused"), "LEAST_TOKENS", 1)
+    layer, x = drawn(package, bias=True, **options).to(device), tokens(device, 2, 6)
+    shapes: list[torch.Size] = []
+    linear = torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *a: (shapes.append(a[1].shape), linear(*a))[1])
+    given = results(layer, x, None, None)
+    monkeypatch.undo()
+    assert shapes[0][0] % 16 == 0
+    assert shapes[0][0] > layer.input_projection.out_features
+    exact = results(twin(layer, torch.float64), x.double(), None, None)
+    errors = {name: distance(given[name], exact[name]) for name in exact}
+    assert {name: e for name, e in errors.items() if not e <= ROUNDINGS * torch.finfo(torch.float32).eps} == {}
+
+
 def _hooked(module: nn.Module) -> None:
     module.register_forward_hook(lambda *_: None)
 
