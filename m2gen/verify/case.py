@@ -54,11 +54,11 @@ class Layout(StrEnum):
 class LayerForm(StrEnum):
     """Options of the layer of a case."""
 
-    PUBLISHED = "published"
+    PUBLISHED = "4_wide"
     BIASED = "biased"
-    TWO_WIDE = "two_wide"
-    THREE_WIDE = "three_wide"
-    NO_CONVOLUTION = "no_convolution"
+    TWO_WIDE = "2_wide"
+    THREE_WIDE = "3_wide"
+    NO_CONVOLUTION = "no_conv"
     BARE = "bare"
 
 

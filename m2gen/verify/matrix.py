@@ -203,12 +203,12 @@ def _drop_in(s: Setting) -> Iterator[Case]:
 
 def _layer(s: Setting) -> Iterator[Case]:
     """Yield calls of the layer: its forms, packed, padded, from states, and token by token; a few if interpreted."""
-    steps = s.brief.seq if s.interpreted else 70
+    steps = s.brief.seq if s.interpreted else 60
     dense, packed = Problem(2, steps), Problem(0, 0, lengths=(3, 0, steps, 1))
     yield Case("layer_published", dense, check=Check.LAYER)
     for form in (LayerForm.THREE_WIDE,) if s.interpreted else (LayerForm.PUBLISHED, LayerForm.THREE_WIDE):
         began = replace(packed, initial_state=True)
-        yield Case(f"layer_{form}_packed_from_states", began, layer=form, check=Check.LAYER)
+        yield Case(f"layer_{form}_packed_states", began, layer=form, check=Check.LAYER)
     yield Case("layer_padded", dense, padded=True, check=Check.LAYER)
     yield Case("layer_decoding", Problem(2, min(steps, 12)), check=Check.LAYER_DECODING)
     if s.interpreted:
@@ -217,11 +217,11 @@ def _layer(s: Setting) -> Iterator[Case]:
         if form is not LayerForm.PUBLISHED:
             yield Case(f"layer_{form}", dense, layer=form, check=Check.LAYER)
     for form in (LayerForm.PUBLISHED, LayerForm.THREE_WIDE):
-        yield Case(f"layer_{form}_from_states", replace(dense, initial_state=True), layer=form, check=Check.LAYER)
+        yield Case(f"layer_{form}_states", replace(dense, initial_state=True), layer=form, check=Check.LAYER)
         yield Case(f"layer_{form}_packed", packed, layer=form, check=Check.LAYER)
     for form in (LayerForm.TWO_WIDE, LayerForm.NO_CONVOLUTION):
         yield Case(f"layer_{form}_decoding", Problem(2, min(steps, 12)), layer=form, check=Check.LAYER_DECODING)
-    yield Case("layer_many_tokens", Problem(3, 200), check=Check.LAYER)  # enough for aligned projections
+    yield Case("layer_many_tokens", Problem(10, 60), check=Check.LAYER)  # enough for aligned projections
 
 
 def _drift(s: Setting) -> Iterator[Case]:

@@ -12,7 +12,7 @@ from ..mixer import Mixer, operand_sizes
 from ..not_built import check_built
 from ..scan import epilogue, project, recur
 from .collectives import exchanged
-from .share import HeadShare, Place
+from .share import HeadShare, RankOf
 
 
 def exchange_over_ranks(
@@ -47,7 +47,7 @@ class HeadExchange:
         if found is None:
             raise RuntimeError("M2RNN: torch.distributed must be initialised before tokens are exchanged over ranks")
         self.layer, self.group = layer, found
-        self.place = Place(found.rank(), found.size())
+        self.place = RankOf(found.rank(), found.size())
         self.share = HeadShare(layer, self.place)
         if layer.backend == "kernels":
             check_built(layer.state_expansion, layer.head_dim, self.share.heads, layer.state_weight.dtype)

@@ -31,7 +31,7 @@ def share(counts: Mapping[str, int], ranks: int) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankOf:
     """One of several ranks."""
 
     rank: int
@@ -42,7 +42,7 @@ class Place:
         return self.rank * count // self.ranks
 
 
-def rows_of(x: Tensor, count: int, place: Place) -> Tensor:
+def rows_of(x: Tensor, count: int, place: RankOf) -> Tensor:
     """Return the rows of x, of ``count`` groups, that a rank's heads read."""
     rows = x.shape[0] // count
     return x[place.first(count) * rows :][: max(count // place.ranks, 1) * rows]
@@ -54,7 +54,7 @@ class HeadShare(nn.Module):
     Raises TypeError for a layer with a convolution of another class, whose weight may not be all that it computes with.
     """
 
-    def __init__(self, layer: Mixer, place: Place) -> None:
+    def __init__(self, layer: Mixer, place: RankOf) -> None:
         super().__init__()
         self.heads = HeadCounts(**share(layer.heads._asdict(), place.ranks))
         self._layer = (layer,)  # no child, or its parameters would be here as well
@@ -90,7 +90,7 @@ def _plain(conv1d: nn.Module | None) -> DepthwiseConv1d | OwnConvolution | None:
 class _Convolution(nn.Module):
     """The convolution of the channels that the rank's heads read."""
 
-    def __init__(self, layer: Mixer, place: Place) -> None:
+    def __init__(self, layer: Mixer, place: RankOf) -> None:
         super().__init__()
         self._layer, self.place = (layer,), place
 
@@ -112,7 +112,7 @@ class _Convolution(nn.Module):
 class _Gate(nn.Module):
     """The forget gates that the rank's heads read."""
 
-    def __init__(self, layer: Mixer, place: Place) -> None:
+    def __init__(self, layer: Mixer, place: RankOf) -> None:
         super().__init__()
         self._layer, self.place = (layer,), place
 

@@ -29,7 +29,7 @@ OPTIONS: dict[LayerForm, dict[str, Any]] = {
 """What the constructor gets for each form."""
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """A call of a layer: inputs, states before it (None for zeros), offsets or a mask, and a seed of the loss."""
 
     x: Tensor
@@ -53,7 +53,7 @@ def layer_decoding(subject: CaseContext) -> Iterable[TensorResult]:
     return judge(decoded(module, call), known(subject, module, call, decoded))
 
 
-def drawn(subject: CaseContext) -> tuple[nn.Module, Call]:
+def drawn(subject: CaseContext) -> tuple[nn.Module, LayerCall]:
     """Return a layer of the variant none of whose parameters is a 0 or a 1, and a call of it."""
     variant, problem = subject.variant, subject.case.problem
     heads = dict(zip("qkvfw", variant.heads.counts, strict=True))
@@ -76,12 +76,12 @@ def drawn(subject: CaseContext) -> tuple[nn.Module, Call]:
     made.to(subject.device)
     lead = (sum(problem.lengths),) if problem.lengths is not None else (problem.batch, problem.seq)
     x = normal(*lead, HIDDEN).to(subject.device, TORCH_DTYPE[variant.dtype])
-    return made, replace_call(subject, made, Call(x, None, None, None, subject.seed), normal, problem)
+    return made, replace_call(subject, made, LayerCall(x, None, None, None, subject.seed), normal, problem)
 
 
 def replace_call(
-    subject: CaseContext, made: nn.Module, call: Call, normal: Callable[..., Tensor], problem: Problem
-) -> Call:
+    subject: CaseContext, made: nn.Module, call: LayerCall, normal: Callable[..., Tensor], problem: Problem
+) -> LayerCall:
     """Return the call with the states, offsets and mask that the problem asks for."""
     device, states, offsets, mask = subject.device, None, None, None
     if problem.lengths is not None:
@@ -97,7 +97,7 @@ def replace_call(
     return call._replace(states=states, offsets=offsets, mask=mask)  # type: ignore[arg-type]
 
 
-def results(made: nn.Module, call: Call) -> dict[str, Tensor]:
+def results(made: nn.Module, call: LayerCall) -> dict[str, Tensor]:
     """Return y, the states after it, and every gradient of an uneven loss of all of them."""
     leaf = call.x.detach().clone().requires_grad_()
     states = tuple(x.detach().clone().requires_grad_() for x in call.states or ())
@@ -116,7 +116,7 @@ def results(made: nn.Module, call: Call) -> dict[str, Tensor]:
     return {name: x.detach() for name, x in found.items()} | named
 
 
-def decoded(made: nn.Module, call: Call) -> dict[str, Tensor]:
+def decoded(made: nn.Module, call: LayerCall) -> dict[str, Tensor]:
     """Return what a prompt in two pieces and the tokens after it give, one by one, and what is in the cache then."""
     batch, steps = call.x.shape[:2]
     with torch.no_grad():
@@ -130,8 +130,8 @@ def decoded(made: nn.Module, call: Call) -> dict[str, Tensor]:
 def known(
     subject: CaseContext,
     made: nn.Module,
-    call: Call,
-    run: Callable[[nn.Module, Call], dict[str, Tensor]] = results,
+    call: LayerCall,
+    run: Callable[[nn.Module, LayerCall], dict[str, Tensor]] = results,
 ) -> Oracle:
     """Return the exact results of ``run``, and budgets from layers whose modules and operator round as kernels must."""
     wide: Any = copy.deepcopy(made).double()
@@ -151,7 +151,7 @@ def known(
     return Oracle(exact, budgets, dtypes)
 
 
-def _double(call: Call) -> Call:
+def _double(call: LayerCall) -> LayerCall:
     states = None if call.states is None else (call.states[0].double(), call.states[1].double())
     return call._replace(x=call.x.double(), states=states)
 
