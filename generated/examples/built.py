@@ -14,11 +14,7 @@ from .snapshot import reload_older
 
 NAME: str = "examples"
 """Name of the package."""
-<<<<<<< HEAD
-SPACE: Any = torch.ops.m2gen_examples_1bff61db
-=======
-SPACE: Any = torch.ops.m2gen_examples_241c47eb
->>>>>>> main
+SPACE: Any = torch.ops.m2gen_examples_18109821
 """Where torch has the operators of this content."""
 SPEC_FILE: str = "examples.yaml"
 """File name of the spec, without folders."""

@@ -14,11 +14,7 @@ from .snapshot import reload_older
 
 NAME: str = "tiny"
 """Name of the package."""
-<<<<<<< HEAD
-SPACE: Any = torch.ops.m2gen_tiny_fc25771e
-=======
-SPACE: Any = torch.ops.m2gen_tiny_9aa63927
->>>>>>> main
+SPACE: Any = torch.ops.m2gen_tiny_ba44aa27
 """Where torch has the operators of this content."""
 SPEC_FILE: str = "tiny.yaml"
 """File name of the spec, without folders."""
