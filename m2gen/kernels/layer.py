@@ -44,6 +44,8 @@ class LayerLowering:
     heads: Heads
     tiles: LayerTiles = field(default_factory=LayerTiles)
 
+    jit = "triton.jit"
+
     @property
     def name(self) -> str:
         """The module's name: dims and heads, which are all that it depends on."""

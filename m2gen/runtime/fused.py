@@ -18,6 +18,7 @@ from .layer_states import last_inputs
 from .mixer import Mixer, known, operand_sizes, split_sizes
 from .norm import RMSNorm
 from .offsets import check_host_offsets
+from .operands import check_beside
 
 WIDEST = 4
 """Columns of the widest convolution that the kernels have."""
@@ -26,6 +27,7 @@ LEAST_TOKENS = 512
 ROW = 16
 """Elements, of 16 bits or more, whose multiples rows of the projection are, so that every load is aligned."""
 _TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+_DEVICES = ("cuda", "cpu", "meta")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -47,9 +49,7 @@ class Projected(NamedTuple):
 
 def serves(layer: Mixer, x: Tensor) -> bool:
     """Whether the layer's kernels compute what its modules would: these are as an ``M2RNN`` makes them, unwatched."""
-    if not getattr(layer, "fused", False) or layer.backend != "kernels":
-        return False
-    if layer.activation not in ("silu", "swish", None):
+    if not _reads_projection(layer, x) or layer.activation not in ("silu", "swish", None):
         return False
     if layer.forget_inputs != layer.heads.f or layer.gate_heads != layer.total_heads:
         return False
@@ -63,9 +63,15 @@ def serves(layer: Mixer, x: Tensor) -> bool:
         return False
     if not (_plain(norm, RMSNorm) or _plain(norm, nn.Identity)):
         return False
-    if not (_plain(layer.input_projection, nn.Linear) and _calls_as_it_is(layer.decay_gate)):
+    return _calls_as_it_is(layer.decay_gate) and all(_is_there(p, x) for p in _read(layer))
+
+
+def _reads_projection(layer: Mixer, x: Tensor) -> bool:
+    """Whether a call may read the input projection's weight in place of calling the module."""
+    if not getattr(layer, "fused", False) or layer.backend != "kernels" or x.device.type not in _DEVICES:
         return False
-    return all(_is_there(p, x) for p in _read(layer))
+    module = layer.input_projection
+    return _plain(module, nn.Linear) and all(_is_there(p, x) for p in module.parameters())
 
 
 def _calls_as_it_is(gate: nn.Module) -> bool:
@@ -74,8 +80,8 @@ def _calls_as_it_is(gate: nn.Module) -> bool:
 
 
 def _read(layer: Mixer) -> Iterator[Tensor]:
-    """Yield the parameters that are read, rather than used by a module that is called."""
-    for module in (layer.input_projection, layer.conv1d, layer.g_norm):
+    """Yield the parameters beside the projection's that are read, rather than used by a module that is called."""
+    for module in (layer.conv1d, layer.g_norm):
         if module is not None:
             yield from module.parameters()
     yield layer.state_weight
@@ -109,7 +115,7 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def project(layer: Mixer, x: Tensor) -> Projected:
     """Return the input projection of x, for many tokens with its rows aligned and the gate's inputs at their ends.
 
-    Products of matrices whose rows are no multiples of 16 bytes take three times as long. A projection that must be
+    Products of matrices whose rows are no multiples of 16 bytes take several times as long. A projection that must be
     called is, and may have any number of columns more.
     """
     mixed, forget, gates = split_sizes(layer)
@@ -127,12 +133,8 @@ def project(layer: Mixer, x: Tensor) -> Projected:
 
 def _lays_out(layer: Mixer, x: Tensor) -> bool:
     """Whether the weight of the input projection is laid out anew for a call."""
-    module = layer.input_projection
-    if not getattr(layer, "fused", False) or layer.backend != "kernels" or not _plain(module, nn.Linear):
-        return False
-    if not all(_is_there(p, x) for p in module.parameters()):
-        return False
-    return torch.compiler.is_compiling() or not known(x[..., 0].numel() < LEAST_TOKENS)
+    many = torch.compiler.is_compiling() or not known(x[..., 0].numel() < LEAST_TOKENS)
+    return many and _reads_projection(layer, x)
 
 
 def _laid_out(weight: Tensor, sizes: tuple[int, int, int]) -> Tensor:
@@ -152,6 +154,7 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what ``M2RNN.scan`` does, where ``serves`` says that the kernels do."""
     check_host_offsets(cu_seqlens, cu_seqlens_cpu)
+    check_beside("m2rnn", x, {"conv": conv, "initial_state": state, "cu_seqlens": cu_seqlens})
     rows, gate, output_gate = project(layer, x)
     forget = rows[..., gate : gate + layer.heads.f]
     _, A_log, dt_bias = layer.decay_gate(forget.detach(), True)

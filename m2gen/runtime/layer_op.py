@@ -64,9 +64,9 @@ class _Rows(NamedTuple):
 
 
 def _known(tensors: Iterable[Tensor | None], rest: tuple[object, ...]) -> KnownCall:
-    """Return what is known of calls that agree in the rest, and in shapes, strides, dtypes and places of tensors."""
+    """Return what is known of calls of a content that agree in the rest, and in what tensors are and how they lie."""
     facts = (None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors)
-    key = (*facts, *rest)
+    key = (dispatch.SPACE.name, *facts, *rest)  # other kernels serve another content, which a reload may bring
     call = _CALLS.get(key)
     if call is None:
         if len(_CALLS) >= _MOST_CALLS:
@@ -100,6 +100,8 @@ def forward(
     """Return the output projection's input (..., N V), the final state, y, and checkpoints (none unless ``save``)."""
     call = _known((*p, cu_seqlens), ("forward", settings, save, deterministic))
     kernels = LayerKernels(dispatch.layer_kernels(settings.dims, p.projected.device), call.launches)
+    if save and p.projected.device.type == "cpu":  # the backward may run when files are others
+        dispatch.read_source(kernels.module)
     flat = p.projected.flatten(0, -2)
     rows, tokens = _rows(flat, kernels, settings), around.tokens_of(p.projected, cu_seqlens)
     qkv = around.convolve(kernels, rows.a, _convolution(p, settings), p.conv, tokens)
@@ -124,7 +126,7 @@ def backward(
     deterministic: bool,
 ) -> list[Tensor]:
     """Return the ``wanted`` gradients of ``Parameters``, which computes the convolution again."""
-    call = _known((dout, dstate, *p, cu_seqlens), ("backward", settings, tuple(wanted), deterministic))
+    call = _known((dout, dstate, *p, y, checkpoints, cu_seqlens), ("backward", settings, tuple(wanted), deterministic))
     kernels = LayerKernels(dispatch.layer_kernels(settings.dims, p.projected.device), call.launches)
     plan, lead = kernels.plan, p.projected.shape[:-1]
     flat = p.projected.flatten(0, -2)

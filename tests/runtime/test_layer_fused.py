@@ -74,9 +74,11 @@ def results(layer: nn.Module, x: Tensor, states: tuple[Tensor, Tensor] | None, o
     return dict(zip(names, found, strict=True)) | dict(zip([f"d{name}" for name in wanted], gradients, strict=True))
 
 
-@pytest.mark.parametrize("aligned", [False, True], ids=["as it lies", "aligned"])
-@pytest.mark.parametrize("begun", [False, True], ids=["from zeros", "from states"])
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    ("packed", "begun", "aligned"),
+    [(False, False, False), (False, True, True), (True, False, True), (True, True, False)],
+    ids=["dense", "dense from states, aligned", "packed, aligned", "packed from states"],
+)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_result_and_gradient_against_float64(
     package, device, options, packed, begun, aligned, monkeypatch
@@ -225,6 +227,35 @@ def test_rows_that_are_apart(package, device, monkeypatch) -> None:
     found = operator(apart, *rest)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert [x.data_ptr() for x in seen] == [apart.data_ptr()]
+
+
+def test_calls_alike_are_alike_in_all_that_kernels_are_handed(package, device, monkeypatch) -> None:
+    """A launch is repeated only where every tensor lies as before: those that the forward saved, too."""
+    op = module_of(package, "library").OPERATORS.layer_library.layer_op
+    handed: list[int] = []
+    known = op._known
+    monkeypatch.setattr(
+        op, "_known", lambda t, rest: known([handed.append(0 if x is None else x.data_ptr()) or x for x in t], rest)
+    )
+    saved: list[Tensor] = []
+    layer, x = drawn(package).to(device), tokens(device, 2, 5)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        y = layer(x)
+    mixed = next(t for t in saved if t.shape == (2, 5, *layer.D.shape))
+    handed.clear()
+    y.sum().backward()
+    assert mixed.data_ptr() in handed
+
+
+def test_misused_offsets(package, device) -> None:
+    """Offsets that are no integers, or on another device, are the operator's errors, before anything runs."""
+    layer, x = drawn(package).to(device), tokens(device, 3)
+    with pytest.raises(TypeError, match=r"m2rnn: cu_seqlens must be torch.int32 or torch.int64, got torch.float32"):
+        layer(x, cu_seqlens=torch.tensor([0.0, 3.0], device=device))
+    with pytest.raises(ValueError, match="m2rnn: cu_seqlens must be on"):
+        layer(x, cu_seqlens=torch.empty(2, dtype=torch.int32, device="meta"))
+    with pytest.raises(ValueError, match="m2rnn: cu_seqlens must end at the 3 tokens"):
+        layer(x, cu_seqlens=torch.tensor([0, 2], device=device))
 
 
 def test_operators_as_torch_wants_them(package, device) -> None:
