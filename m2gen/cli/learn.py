@@ -18,19 +18,27 @@ EPILOG = (
 def learn(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Journals of searches, or files of --trials.")],
     rule: Annotated[Path | None, typer.Option("--rule", help="Write the rule to this file.")] = None,
-    trials: Annotated[Path | None, typer.Option("--trials", help="Write all trials to this compact file.")] = None,
+    trials: Annotated[
+        Path | None,
+        typer.Option("--trials", help="Write all trials to this file, which FILE... may have."),
+    ] = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Learn the rule for default schedules from trials, and show how it does on workloads that are left out."""
     from m2gen.cli.show.learn import show_learned
+    from m2gen.errors import TuneError, os_errors_as
     from m2gen.tune.learn import judged, rules_of, text_of
-    from m2gen.tune.lessons import read, written
+    from m2gen.tune.lessons import FEWEST, read, written
 
     with reporting(debug):
         lessons = read(files)
-        if trials is not None:
-            trials.write_text(written(lessons), encoding="utf-8")
-        if rule is not None:
-            rule.write_text(text_of(rules_of(lessons)), encoding="utf-8")
-        show_learned(judged(lessons), as_json=json)
+        if not lessons:
+            raise TuneError(f"FILE... must have a workload of which {FEWEST} trials for training passed, got none")
+        found = judged(lessons)
+        texts = {trials: written(lessons), rule: text_of(rules_of(lessons))}
+        for path, text in texts.items():
+            if path is not None:
+                with os_errors_as(TuneError, f"{path} must be writable"):
+                    path.write_text(text, encoding="utf-8")
+        show_learned(found, as_json=json)

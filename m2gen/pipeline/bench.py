@@ -165,7 +165,7 @@ def sweep(
 
     Yields the results so far after each point, so that an interruption loses none.
     """
-    base = workloads(planned, request)[0]
+    base = replace(workloads(planned, request)[0], packed=False)  # a point's sequences have one length
     widest = replace(base.variant, state_expansion=ROWS[-1])
     every = points(axis, base, context.device.sm_count, default(widest, context.device).forward.rows)
     built = [BuiltVariant(variant, (base.layer,)) for variant in dict.fromkeys(p.workload.variant for p in every)]

@@ -160,7 +160,7 @@ def _tune_one(
     sampler = None if _exhaustive(space, limits, context) else request.sampler
     first = seeds(subject, environment, every)
     if sampler is Sampler.TPE:
-        starts = defaults(subject.variant, subject.device, key_of_subject(subject).bucket)
+        starts = defaults(subject.variant, subject.device, subject.bucket)
         first += [(point, "tile") for point in tiles(starts, space.points)]
         first += [(point, "neighbour") for point in neighbours(first[0][0], space.points)]
     proposer = Proposer(space.points, first, sampler, request.seed)

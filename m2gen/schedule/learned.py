@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from m2gen.bucket import Bucket
+from m2gen.bucket import BUCKETS, HALVES, Bucket
 from m2gen.device import Device
 from m2gen.schedule.mma import Mma
 from m2gen.schedule.portable import Portable
@@ -22,15 +22,8 @@ from m2gen.spec import Dtype, Fp32Products
 from m2gen.variant import Variant
 
 FILE = Path(__file__).parent / "learned.json"
-PER_SM = {
-    Bucket.HALF: 0.5,
-    Bucket.ONE: 1.0,
-    Bucket.TWO: 2.0,
-    Bucket.FOUR: 4.0,
-    Bucket.EIGHT: 8.0,
-    Bucket.MORE: 16.0,
-}
-"""Programs for each SM, as a number that orders buckets."""
+PER_SM = dict(zip(BUCKETS, (halves / 2 for halves in (*HALVES, 2 * HALVES[-1])), strict=True))
+"""Programs for each SM: the upper bound of each bucket, and of the last, which has none, twice the one before."""
 
 
 class Kernels(StrEnum):

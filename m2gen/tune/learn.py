@@ -126,12 +126,12 @@ def text_of(rules: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Judged:
+class RuleScore:
     """What a rule's choice takes beside the best of a workload; None where it was not timed."""
 
     lesson: Lesson
     choice: Schedule
-    """That of the rule that is learned without the workload's variant, or the family's where that has none."""
+    """The schedule of the rule that is learned without the workload's variant, or the family's where that has none."""
     families: float | None
     """The default of the preferred family, without a rule."""
     rule: float | None
@@ -139,24 +139,25 @@ class Judged:
     """``choice``."""
 
 
-def judged(lessons: Sequence[Lesson]) -> list[Judged]:
+def judged(lessons: Sequence[Lesson]) -> list[RuleScore]:
     """Leave each workload's variant out in turn, and return how its choice does."""
-    trees = fit(lessons)
-    return [_judge(lesson, lessons, trees) for lesson in lessons]
+    rules = rules_of(lessons)
+    return [_judge(lesson, lessons, rules[lesson.at.device.arch]["trees"]) for lesson in lessons]
 
 
-def _judge(lesson: Lesson, lessons: Sequence[Lesson], trees: dict[str, Any]) -> Judged:
+def _judge(lesson: Lesson, lessons: Sequence[Lesson], trees: dict[str, Any]) -> RuleScore:
     at = lesson.at
     usual = default(at.variant, at.device)
     rule = next(serving(trees[at.kernels], at.variant, at.device, at.bucket), usual)
     without = left_out(lessons, lesson) or usual
     times = (lesson.ms(schedule) for schedule in (usual, rule, without))
     parts = [None if ms is None else ms / lesson.best_ms for ms in times]
-    return Judged(lesson, without, *parts)
+    return RuleScore(lesson, without, *parts)
 
 
 def left_out(lessons: Sequence[Lesson], lesson: Lesson) -> Schedule | None:
-    """Return the schedule for a lesson by the rule that is learned without its variant; None where it has none."""
+    """Return the schedule for a lesson by its arch's rule, learned without its variant; None where that has none."""
     at = lesson.at
-    tree = fit([other for other in lessons if other.at.variant != at.variant]).get(str(at.kernels))
+    same = [other for other in lessons if other.at.device.arch == at.device.arch]
+    tree = fit([other for other in same if other.at.variant != at.variant]).get(str(at.kernels))
     return next(serving(tree, at.variant, at.device, at.bucket), None) if tree else None

@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveInt, TypeAdapter
 
 from m2gen.bucket import Bucket, bucket_of
 from m2gen.device import Device, limits
-from m2gen.errors import TuneError, os_errors_as
+from m2gen.errors import ScheduleError, TuneError, os_errors_as
 from m2gen.schedule import Schedule, parse, problems
 from m2gen.schedule.learned import Kernels, features, kernels_of
 from m2gen.schedule.recipes import Recipe
@@ -31,10 +33,11 @@ UNKNOWN = math.log(2)
 """Logarithm of what a recipe is taken to cost on a workload that it was not timed on."""
 DIGITS = 5
 """Digits of a millisecond that are kept: medians differ by a thousandth between sessions."""
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
-class Timed:
+class TrialTimes:
     """Milliseconds of one schedule on one workload."""
 
     schedule: Schedule
@@ -78,7 +81,7 @@ class Lesson:
     """The trials of one workload."""
 
     at: Workplace
-    trials: tuple[Timed, ...]
+    trials: tuple[TrialTimes, ...]
 
     @cached_property
     def best_ms(self) -> float:
@@ -123,6 +126,23 @@ class Lesson:
         return {}
 
 
+@dataclass(frozen=True)
+class _Header:
+    """What a file says of a workload before its trials."""
+
+    variant: str
+    batch: PositiveInt
+    seq: PositiveInt
+    arch: str
+    device: str
+    sm_count: PositiveInt
+    objective: Objective = Objective.TRAIN
+
+
+_HEADER = TypeAdapter(_Header)
+_TIMED: TypeAdapter[tuple[str, float, float]] = TypeAdapter(tuple[str, Milliseconds, Milliseconds])
+
+
 def _parts_of(schedule: Schedule) -> tuple[object, object]:
     both = schedule.family, schedule.interval, schedule.tanh, schedule.segments, schedule.checkpoint_bytes
     return (both, schedule.forward), (both, schedule.backward)
@@ -131,43 +151,64 @@ def _parts_of(schedule: Schedule) -> tuple[object, object]:
 def read(paths: Iterable[Path]) -> tuple[Lesson, ...]:
     """Return the lessons of journals and compact files, of each workload one, in order of names.
 
-    Trials that failed, searches for inference, and fewer than ``FEWEST`` trials teach nothing. Raises TuneError.
+    Trials that failed, searches for inference, journals that do not say on what GPU they were made, and fewer than
+    ``FEWEST`` trials teach nothing. Of a schedule's times in several files the shortest counts. Raises TuneError.
     """
-    found: dict[Workplace, dict[Schedule, Timed]] = {}
+    found: dict[Workplace, dict[Schedule, TrialTimes]] = {}
     for path in paths:
-        at: Workplace | None = None
-        with os_errors_as(TuneError, f"{path} must be readable"):
-            lines = path.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                value = json.loads(line)
-                if header := value.get("search") or value.get("workload"):
-                    at = _workplace(header)
-                elif at is not None and (timed := _timed(value)) is not None:
-                    found.setdefault(at, {})[timed.schedule] = timed
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                raise TuneError(f"{path}:{number} must be a line of a journal, got {line[:40]!r}") from error
+        for at, timed in _read_one(path).items():
+            known = found.setdefault(at, {})
+            for schedule, trial in timed.items():
+                known[schedule] = min(trial, known.get(schedule, trial), key=lambda t: (t.ms, t.forward_ms))
     enough = {at: by for at, by in found.items() if len(by) >= FEWEST}
     lessons = [Lesson(at, tuple(by[s] for s in sorted(by, key=lambda s: s.slug))) for at, by in enough.items()]
-    return tuple(sorted(lessons, key=lambda lesson: (lesson.at.device.name, lesson.at.name)))
+    return tuple(sorted(lessons, key=lambda lesson: (lesson.at.device.arch, lesson.at.device.name, lesson.at.name)))
 
 
-def _workplace(header: Mapping[str, Any]) -> Workplace | None:
-    if header.get("objective", Objective.TRAIN) != Objective.TRAIN:
+def _read_one(path: Path) -> dict[Workplace, dict[Schedule, TrialTimes]]:
+    """Return the trials of one file: the last of each schedule, as in a search; a torn last line is none."""
+    with os_errors_as(TuneError, f"{path} must be readable"):
+        *lines, _torn = path.read_bytes().split(b"\n")
+    found: dict[Workplace, dict[Schedule, TrialTimes]] = {}
+    trials: dict[Schedule, TrialTimes] | None = None
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            if header := value.get("search") or value.get("workload"):
+                at = _workplace(header)
+                trials = {} if at is None else found.setdefault(at, {})
+            elif trials is None:
+                raise ValueError("no workload before it")
+            elif "begun" not in value:
+                schedule, timed = _timed(value)
+                trials.pop(schedule, None)
+                trials |= {} if timed is None else {schedule: timed}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ScheduleError) as error:
+            what = "a line of a journal or of a file of --trials"
+            raise TuneError(f"{path}:{number} must be {what}, got {line[:40].decode(errors='replace')!r}") from error
+    return found
+
+
+def _workplace(given: Any) -> Workplace | None:
+    if "arch" not in given:
         return None
-    device = replace(limits(header["arch"]), name=header["device"], sm_count=header["sm_count"])
-    return Workplace(parse_variant(header["variant"]), header["batch"], header["seq"], device)
+    header = _HEADER.validate_python(given)
+    if header.objective is not Objective.TRAIN:
+        return None
+    device = replace(limits(header.arch), name=header.device, sm_count=header.sm_count)
+    return Workplace(parse_variant(header.variant), header.batch, header.seq, device)
 
 
-def _timed(value: Mapping[str, Any]) -> Timed | None:
+def _timed(value: Mapping[str, Any]) -> tuple[Schedule, TrialTimes | None]:
+    """Return the schedule of a line and its times, which a trial that failed, or was not for training, has not."""
     if "timed" in value:
-        slug, forward, backward = value["timed"]
-        return Timed(parse(slug), forward, backward)
-    trial = decode_trial(value["trial"]) if "trial" in value else None
-    if trial is None or trial.failure or trial.samples is None or not trial.samples.backward_ms:
-        return None
+        slug, forward, backward = _TIMED.validate_python(value["timed"])
+        return parse(slug), TrialTimes(parse(slug), forward, backward)
+    trial = decode_trial(value["trial"])
+    if trial.failure or trial.samples is None or not trial.samples.backward_ms:
+        return trial.schedule, None
     forward, backward = median(trial.samples.forward_ms), median(trial.samples.backward_ms)
-    return Timed(trial.schedule, round(forward, DIGITS), round(backward, DIGITS))
+    return trial.schedule, TrialTimes(trial.schedule, round(forward, DIGITS), round(backward, DIGITS))
 
 
 def written(lessons: Iterable[Lesson]) -> str:

@@ -7,7 +7,7 @@ from support import make_variant
 
 from m2gen.bucket import BUCKETS, Bucket
 from m2gen.device import PORTABLE, TARGETS
-from m2gen.schedule import default, defaults, parse, problems
+from m2gen.schedule import default, defaults, learned, parse, problems
 from m2gen.schedule.learned import Kernels, kernels_of, learned_schedule, rules
 from m2gen.schedule.recipes import Recipe
 from m2gen.variant import Variant
@@ -61,6 +61,17 @@ def test_the_rule_has_a_tree_for_all_kernels() -> None:
     assert set(rules()["sm_90"]["trees"]) == set(Kernels)
     kinds = {kernels_of(variant(64, cols, dtype), H200) for cols in (16, 64, 128) for dtype in ("bf16", "fp32")}
     assert kinds == set(Kernels)
+
+
+def test_what_is_not_valid_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first recipe that a variant can have serves it, and the family's default where it can have none."""
+    served = variant(64, 16)
+    wide, narrow = (parse(slug) for slug in ("wgmma_ap_i12_ptx", "mma_f16x1u8a_b64x4c8at_i8_ptx"))
+    recipes = [Recipe.of(each, served).written for each in (wide, narrow)]
+    for having, expected in ((recipes, narrow), (recipes[:1], default(served, H200)), ([], default(served, H200))):
+        rule = {"sm_90": {"trees": {str(kernels_of(served, H200)): {"recipes": having}}}}
+        monkeypatch.setattr(learned, "rules", lambda rule=rule: rule)
+        assert default(served, H200, Bucket.ONE) == expected
 
 
 def test_other_arches_have_the_defaults_of_families() -> None:

@@ -10,13 +10,13 @@ from m2gen.bench.kinds import Call
 from m2gen.cli.show.names import known_names
 from m2gen.cli.show.report import print_json
 from m2gen.cli.show.table import Table, print_tables
-from m2gen.tune.learn import Judged
+from m2gen.tune.learn import RuleScore
 
 COLUMNS = ("workload", "best ms", "family's default", "rule", "rule without it", "its choice")
 CLOSE = 1.1
 
 
-def show_learned(found: Sequence[Judged], *, as_json: bool) -> None:
+def show_learned(found: Sequence[RuleScore], *, as_json: bool) -> None:
     """Print each workload's times as multiples of its best."""
     if as_json:
         print_json([_values(each) for each in found])
@@ -33,7 +33,7 @@ def show_learned(found: Sequence[Judged], *, as_json: bool) -> None:
     print_tables([Table("Learned from trials", COLUMNS, rows, notes)])
 
 
-def _values(each: Judged) -> dict[str, object]:
+def _values(each: RuleScore) -> dict[str, object]:
     at = each.lesson.at
     return {
         "variant": at.variant.key,
@@ -47,7 +47,7 @@ def _values(each: Judged) -> dict[str, object]:
     }
 
 
-def _cells(each: Judged, name: str) -> tuple[str, ...]:
+def _cells(each: RuleScore, name: str) -> tuple[str, ...]:
     at = each.lesson.at
     times = ("not timed" if ms is None else f"{ms:.3f}" for ms in (each.families, each.rule, each.without))
     return (f"{name}, {sized(Call.SEQUENCE, at.batch, at.seq)}", f"{each.lesson.best_ms:.3f}", *times, each.choice.slug)
