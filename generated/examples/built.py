@@ -14,7 +14,7 @@ from .snapshot import reload_older
 
 NAME: str = "examples"
 """Name of the package."""
-SPACE: Any = torch.ops.m2gen_examples_6f694835
+SPACE: Any = torch.ops.m2gen_examples_857718aa
 """Where torch has the operators of this content."""
 SPEC_FILE: str = "examples.yaml"
 """File name of the spec, without folders."""
@@ -36,8 +36,15 @@ LAYERS: Mapping[str, tuple[Point, ...]] = {
 """Layers of the spec, with the points of their grids."""
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sm_90": {
-        "k16_v64_q4_k4_v4_f4_w4_fp32_carry_exact_softplus": ("k16_v64_n4_fp32_portable_3e040c33ae79",),
-        "k64_v16_q1_k1_v48_f48_w48_bf16_carry_exact_softplus": ("k64_v16_n48_bf16_mma_b987a9682f8e",),
+        "k16_v64_q4_k4_v4_f4_w4_fp32_carry_exact_softplus": ("k16_v64_n4_fp32_portable_f23e773a6045",),
+        "k64_v16_q1_k1_v48_f48_w48_bf16_carry_exact_softplus": (
+            "k64_v16_n48_bf16_mma_8753d5021ed2",
+            "k64_v16_n48_bf16_mma_8753d5021ed2",
+            "k64_v16_n48_bf16_mma_8753d5021ed2",
+            "k64_v16_n48_bf16_mma_0cb7a56a3ece",
+            "k64_v16_n48_bf16_mma_52a1d5ed945c",
+            "k64_v16_n48_bf16_mma_52a1d5ed945c",
+        ),
     },
     "portable": {
         "k16_v64_q4_k4_v4_f4_w4_fp32_carry_exact_softplus": ("k16_v64_n4_fp32_portable_3e040c33ae79",),

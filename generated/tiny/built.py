@@ -14,7 +14,7 @@ from .snapshot import reload_older
 
 NAME: str = "tiny"
 """Name of the package."""
-SPACE: Any = torch.ops.m2gen_tiny_ad5ff264
+SPACE: Any = torch.ops.m2gen_tiny_9061c276
 """Where torch has the operators of this content."""
 SPEC_FILE: str = "tiny.yaml"
 """File name of the spec, without folders."""
@@ -37,9 +37,16 @@ LAYERS: Mapping[str, tuple[Point, ...]] = {
 """Layers of the spec, with the points of their grids."""
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sm_90": {
-        "k16_v16_q1_k1_v2_f2_w2_fp32_carry_exact": ("k16_v16_n2_fp32_portable_fb962044c36e",),
-        "k16_v16_q1_k1_v2_f2_w2_bf16_carry_exact": ("k16_v16_n2_bf16_mma_041c0521f0d8",),
-        "k9_v9_q2_k1_v4_f4_w2_fp32_carry_exact": ("k9_v9_n4_fp32_portable_6e7f58937dc6",),
+        "k16_v16_q1_k1_v2_f2_w2_fp32_carry_exact": ("k16_v16_n2_fp32_portable_62be551852e2",),
+        "k16_v16_q1_k1_v2_f2_w2_bf16_carry_exact": (
+            "k16_v16_n2_bf16_mma_b5630aa02017",
+            "k16_v16_n2_bf16_mma_b5630aa02017",
+            "k16_v16_n2_bf16_mma_b5630aa02017",
+            "k16_v16_n2_bf16_mma_b5630aa02017",
+            "k16_v16_n2_bf16_mma_b5630aa02017",
+            "k16_v16_n2_bf16_mma_cd7596ebcd3b",
+        ),
+        "k9_v9_q2_k1_v4_f4_w2_fp32_carry_exact": ("k9_v9_n4_fp32_portable_96e8648963b2",),
     },
     "gfx942": {
         "k16_v16_q1_k1_v2_f2_w2_fp32_carry_exact": ("k16_v16_n2_fp32_portable_fb962044c36e",),
