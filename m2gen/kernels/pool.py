@@ -31,6 +31,8 @@ class PoolLowering:
     """How float32 operands are multiplied."""
 
     jit = "triton.jit"
+    forward_only = True
+    """Whether nothing is differentiated: ``gate`` comes without its slopes."""
 
     @property
     def dims(self) -> Dims:

@@ -23,7 +23,7 @@ class Slots(NamedTuple):
     out_indices: Tensor
     """Slots of the states after each token, (B, T); or after the last one, (B,)."""
     accepted: Tensor | None = None
-    """Which of the C slots a request starts from, (B,), counted from 1."""
+    """Column of ``indices`` that a request starts from, (B,), counted from 1."""
     seed: Tensor | None = None
     """Seed of the rounding of a narrow pool, () or (B,); token t takes the t-th after it."""
 
