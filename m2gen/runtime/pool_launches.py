@@ -120,4 +120,4 @@ def _strides(x: Tensor) -> tuple[int, int]:
 
 def _stride(x: Tensor | None) -> int:
     """Return how far elements of requests are apart; 0 where all have one."""
-    return 0 if x is None or x.dim() == 0 else x.stride(0)
+    return 0 if x is None or x.numel() == 1 else x.stride(0)

@@ -200,7 +200,7 @@ def test_accepted_tokens_choose_where_the_next_call_starts(package, inputs, dtyp
     assert same_bits(pool, expected)
 
 
-@pytest.mark.parametrize(("name", "dtype"), zip(("fp32", "softplus_bf16", "masked_fp16"), DTYPES, strict=True))
+@pytest.mark.parametrize(("name", "dtype"), [*zip(("fp32", "softplus_bf16", "masked_fp16"), DTYPES, strict=True)])
 @pytest.mark.parametrize("packs", [False, True], ids=["dense", "packed"])
 def test_a_prompt_leaves_its_state_in_its_slot(package, device, name, dtype, packs) -> None:
     """A prompt starts from its slot or from zeros, and its final state is rounded once to its slot, in place."""
@@ -305,7 +305,7 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "rounding_seed must come with a state in bfloat16 or float16, got torch.float32",
     ),
-    "seed_dtype": ({"rounding_seed": lambda x: torch.ones(1)}, TypeError, "rounding_seed must be torch.int64, got torch"),
+    "seed_dtype": ({"rounding_seed": lambda x: torch.ones(1)}, TypeError, "rounding_seed must be torch.int64, got"),
     "rank": ({"q": lambda x: x[:, None]}, ValueError, "q must be (B, Nq, K), got (3, 1, 1, 4)"),
     "gradient": ({"q": lambda x: x.clone().requires_grad_()}, RuntimeError, "q must not require a gradient"),
 }  # fmt: skip

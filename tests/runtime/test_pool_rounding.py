@@ -13,16 +13,17 @@ from torch import Tensor
 
 from m2gen.problem import Inputs, Problem, make_inputs
 
-VARIANT = make_variant(4, 4)
-DIMS = [4, 4, *VARIANT.heads.counts]
+VARIANT, TALL = make_variant(4, 4), make_variant(256, 4)
+DIMS = [256, 4, *TALL.heads.counts]
 NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}
-DRAWS = 400
+DRAWS = 2 * 256
+"""Elements of a column of all heads, which have random numbers of their own."""
 
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """Return an imported package."""
-    built = build_package("rounded", [VARIANT], SCHEDULES["two_level_partial"])
+    built = build_package("rounded", [VARIANT, TALL], SCHEDULES["two_level_partial"])
     return import_package(tmp_path_factory.mktemp("rounded") / "rounded", built, "m2gen_test_rounded")
 
 
@@ -39,25 +40,26 @@ def test_rounding_is_to_a_neighbour_and_right_on_average(package, device, kind, 
     """States at the usual scale, where fp16 has no exponent left, and beyond 1, each rounded by many seeds."""
     dtype = NARROW[kind]
     generator = torch.Generator().manual_seed(3)
-    state = (torch.randn(1, 2, 4, 4, generator=generator) * scale).to(device)
+    state = torch.randn(5, 1, 1, 4, generator=generator) * scale
     state[0, 0, 0, :3] = torch.tensor([0.0, 1.0, -0.5])
-    pool = torch.full((DRAWS, 2, 4, 4), torch.nan, dtype=dtype, device=device)
-    every = torch.arange(DRAWS, device=device)
-    operators_of(package).POOL_SCATTER(state.expand(DRAWS, -1, -1, -1).contiguous(), every, every, DIMS, pool)
+    state = state.to(device).expand(5, 2, 256, 4)
+    pool = torch.full(state.shape, torch.nan, dtype=dtype, device=device)
+    every = torch.arange(5, device=device)
+    operators_of(package).POOL_SCATTER(state.contiguous(), every, every, DIMS, pool)
     below, above = neighbours(state, dtype)
     drawn = pool.float()
     assert bool(((drawn == below) | (drawn == above)).all())
     gap = (above - below).double()
     share = torch.where(gap > 0, (state.double() - below) / gap, 0.0)
     deviation = (share * (1 - share) / DRAWS).sqrt() * gap
-    assert bool(((drawn.double().mean(0) - state).abs() <= 5 * deviation + gap / DRAWS).all())
+    assert bool(((drawn.double().mean((1, 2), keepdim=True) - state).abs() <= 5 * deviation + gap / DRAWS).all())
 
 
 @pytest.mark.parametrize("kind", NARROW)
 def test_what_is_not_finite_stays_so(package, device, kind) -> None:
     """Infinities and NaN are not rounded into something else."""
-    state = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0], device=device).expand(1, 2, 4, 4).contiguous()
-    pool = torch.zeros(1, 2, 4, 4, dtype=NARROW[kind], device=device)
+    state = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0], device=device).expand(1, 2, 256, 4).contiguous()
+    pool = torch.zeros(1, 2, 256, 4, dtype=NARROW[kind], device=device)
     zero = torch.zeros(1, dtype=torch.int64, device=device)
     operators_of(package).POOL_SCATTER(state, zero, zero, DIMS, pool)
     assert same_bits(pool.float(), state)
