@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .operands import Tensors, check_operands
 
@@ -105,19 +105,34 @@ def check_slots(caller: str, slots: int, indices: Tensor, out_indices: Tensor, a
 
     Reads them on the host, so it does nothing under a compiler, on meta tensors or while a CUDA graph is captured.
     """
-    if torch.compiler.is_compiling() or indices.is_meta:
+    if torch.compiler.is_compiling() or indices.is_meta or isinstance(indices, FakeTensor):
         return
     if indices.is_cuda and torch.cuda.is_current_stream_capturing():
         return
-    for name, x in (("indices", indices), ("out_indices", out_indices)):
-        largest = int(x.max()) if x.numel() else -1
-        if largest >= slots:
-            raise IndexError(f"{caller}: {name} must be below the pool's {slots} slots, got {largest}")
-    if accepted is not None and accepted.numel() and int(accepted.max()) > indices.shape[1]:
-        most = f"be at most {indices.shape[1]}, the columns of indices"
-        raise IndexError(f"{caller}: accepted must {most}, got {int(accepted.max())}")
-    written = out_indices.reshape(out_indices.shape[0], -1).tolist()
-    owners = Counter(slot for row in written for slot in {*row} if slot >= 0)
-    twice = [slot for slot, count in owners.items() if count > 1]
-    if twice:
-        raise ValueError(f"{caller}: out_indices must name a slot for one request alone, got {twice[0]} for two")
+    _check_range(caller, "indices", indices, slots)
+    _check_range(caller, "out_indices", out_indices, slots)
+    starts = indices.tolist()
+    if accepted is not None:
+        columns, counts = indices.shape[1], accepted.tolist()
+        if max(counts, default=0) > columns:
+            raise IndexError(f"{caller}: accepted must be at most indices' {columns} columns, got {max(counts)}")
+        starts = [row[count - 1] if count > 0 else -1 for row, count in zip(starts, counts, strict=True)]
+    owners: dict[int, int] = {}
+    for b, row in enumerate(out_indices.reshape(len(starts), -1).tolist()):
+        for slot in row:
+            if slot >= 0 and starts[b] >= 0 and owners.setdefault(slot, b) != b:
+                raise ValueError(f"{caller}: out_indices must name a slot for one request alone, got {slot} for two")
+    if caller != "m2rnn":  # which reads all states before it writes one
+        _check_races(caller, starts, owners)
+
+
+def _check_range(caller: str, name: str, x: Tensor, slots: int) -> None:
+    largest = int(x.max()) if x.numel() else -1
+    if largest >= slots:
+        raise IndexError(f"{caller}: {name} must be below the pool's {slots} slots, got {largest}")
+
+
+def _check_races(caller: str, starts: list[int], owners: dict[int, int]) -> None:
+    for b, slot in enumerate(starts):
+        if slot >= 0 and owners.get(slot, b) != b:
+            raise ValueError(f"{caller}: out_indices must not name slot {slot}, which another request starts from")
