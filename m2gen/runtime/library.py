@@ -32,6 +32,7 @@ class Operators(Protocol):
     LAYER: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     POOL_STEPS: Callable[..., Tensor]
     POOL_GATHER: Callable[..., Tensor]
+    POOL_SCAN: Callable[..., tuple[Tensor, Tensor]]
     POOL_SCATTER: Callable[..., None]
 
     @property
@@ -217,5 +218,5 @@ FORWARD = SPACE.forward.default
 BACKWARD = SPACE.backward.default
 STEP = SPACE.step.default
 LAYER, LAYER_BACKWARD = SPACE.layer.default, SPACE.layer_backward.default
-POOL_STEPS, POOL_GATHER, POOL_SCATTER = (getattr(SPACE, name).default for name in pool_library.SCHEMAS)
+POOL_STEPS, POOL_GATHER, POOL_SCAN, POOL_SCATTER = (getattr(SPACE, name).default for name in pool_library.SCHEMAS)
 OPERATORS: Operators = SPACE.served if LIBRARY is None else _served()

@@ -37,6 +37,8 @@ def m2rnn(
     indices: Tensor | None = None,
     out_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
+    states_every: int | None = None,
+    states_indices: Tensor | None = None,
     rounding_seed: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -62,6 +64,8 @@ def m2rnn(
     indices: Tensor | None = None,
     out_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
+    states_every: int | None = None,
+    states_indices: Tensor | None = None,
     rounding_seed: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor | None]: ...
 
@@ -86,6 +90,8 @@ def m2rnn(
     indices: Tensor | None = None,
     out_indices: Tensor | None = None,
     has_initial_state: Tensor | None = None,
+    states_every: int | None = None,
+    states_indices: Tensor | None = None,
     rounding_seed: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + k_t v_t^T), y_t = H_t^T q_t (arXiv 2603.14360).
@@ -118,6 +124,8 @@ def m2rnn(
     from the state in its slot, or from zeros where has_initial_state (B,) is False or the slot is negative, and its
     final state is left in that slot, or in that of out_indices (B,), unless it is negative: in place, rounded once, as
     ``m2rnn_steps`` says of rounding_seed. The pool is what is returned beside y. No gradients are computed.
+    With states_every = C and states_indices (B, M), the state after each multiple (m + 1) C of a sequence's tokens is
+    left in its slot, too; C must be a multiple of the steps between states that kernels save, of which 128 is one.
 
     Raises VariantNotBuiltError for dims, heads, a dtype or a gate that were not built; ValueError or TypeError for
     operands that do not fit together.
@@ -131,13 +139,19 @@ def m2rnn(
         "q": q, "k": k, "v": v, "weight": weight, "forget": forget, "A_log": A_log, "dt_bias": dt_bias,
         "initial_state": initial_state, "cu_seqlens": cu_seqlens,
     }  # fmt: skip
-    slots = {"indices": indices, "out_indices": out_indices, "has_initial_state": has_initial_state}
-    if pool is not None or rounding_seed is not None or any(x is not None for x in slots.values()):
-        prefill = pools.Prefill(lead, backend, {**tensors, **slots, "rounding_seed": rounding_seed, "pool": pool})
-        y, last = m2rnn(
-            q, k, v, weight, forget, prefill.first(), cu_seqlens, clip,
-            A_log=A_log, dt_bias=dt_bias, cu_seqlens_cpu=cu_seqlens_cpu, deterministic=deterministic,
-        )  # fmt: skip
+    slots = {
+        "indices": indices, "out_indices": out_indices, "has_initial_state": has_initial_state,
+        "states_indices": states_indices, "rounding_seed": rounding_seed,
+    }  # fmt: skip
+    if pool is not None or states_every is not None or any(x is not None for x in slots.values()):
+        prefill = pools.Prefill(lead, backend, states_every, {**tensors, **slots, "pool": pool})
+        if states_every is None:
+            y, last = m2rnn(
+                q, k, v, weight, forget, prefill.first(), cu_seqlens, clip,
+                A_log=A_log, dt_bias=dt_bias, cu_seqlens_cpu=cu_seqlens_cpu, deterministic=deterministic,
+            )  # fmt: skip
+        else:
+            y, last = prefill.scan(cu_seqlens_cpu, deterministic)
         kept = prefill.keep(last)
         return y, kept if output_final_state else None
     call = checks.check("m2rnn", lead, tensors, backend == "kernels")

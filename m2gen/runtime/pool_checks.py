@@ -14,11 +14,11 @@ from .operands import Tensors, check_operands
 DEBUG = os.environ.get("M2GEN_DEBUG") == "1"
 """Whether slots are read on the host and checked, which waits for a GPU."""
 POOL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_OWN = ("pool", "state", "indices", "out_indices", "accepted", "rounding_seed", "has_initial_state")
+_OWN = ("pool", "state", "indices", "out_indices", "accepted", "rounding_seed", "has_initial_state", "states_indices")
 _WHOLE = (torch.int32, torch.int64)
 _DTYPES = {
     "indices": _WHOLE, "out_indices": _WHOLE, "accepted": _WHOLE, "rounding_seed": (torch.int64,),
-    "has_initial_state": (torch.bool,),
+    "has_initial_state": (torch.bool,), "states_indices": _WHOLE,
 }  # fmt: skip
 
 
@@ -83,6 +83,9 @@ def _shapes(tensors: Tensors, batch: int, steps: int | None) -> Iterator[tuple[s
 
 def _check_table(caller: str, tensors: Tensors, batch: int, steps: int | None) -> None:
     """Check the slots that calls of several tokens start from, and whether those to write to follow from them."""
+    states = tensors.get("states_indices")
+    if states is not None and (states.dim() != 2 or states.shape[0] != batch):
+        raise ValueError(f"{caller}: states_indices must be ({batch}, M), got {tuple(states.shape)}")
     indices, given = tensors.get("indices"), "accepted" if tensors.get("accepted") is not None else None
     if indices is None:
         raise TypeError(f"{caller}: indices must be a tensor, got NoneType")
@@ -117,12 +120,13 @@ def check_slots(caller: str, slots: int, indices: Tensor, out_indices: Tensor, a
         if max(counts, default=0) > columns:
             raise IndexError(f"{caller}: accepted must be at most indices' {columns} columns, got {max(counts)}")
         starts = [row[count - 1] if count > 0 else -1 for row, count in zip(starts, counts, strict=True)]
+    prompts = caller == "m2rnn"  # which reads all states before it writes one, and skips nobody
     owners: dict[int, int] = {}
     for b, row in enumerate(out_indices.reshape(len(starts), -1).tolist()):
         for slot in row:
-            if slot >= 0 and starts[b] >= 0 and owners.setdefault(slot, b) != b:
+            if slot >= 0 and (prompts or starts[b] >= 0) and owners.setdefault(slot, b) != b:
                 raise ValueError(f"{caller}: out_indices must name a slot for one request alone, got {slot} for two")
-    if caller != "m2rnn":  # which reads all states before it writes one
+    if not prompts:
         _check_races(caller, starts, owners)
 
 

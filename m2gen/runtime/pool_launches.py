@@ -57,6 +57,34 @@ def scatter(
     launches.on_device(_scatter, pool.get_device(), (_kernels(dims, pool, call), state, pool, indices, seed))
 
 
+class Kept(NamedTuple):
+    """States of sequences that are kept after every so many tokens, each in a slot."""
+
+    indices: Tensor
+    """Slots, (B, M): that of the state after ``(m + 1) * every`` tokens."""
+    every: int
+    seed: Tensor | None = None
+
+
+class Forward(NamedTuple):
+    """A forward's results and its checkpoints: a state every ``interval`` steps of each sequence."""
+
+    last: Tensor
+    checkpoints: Tensor
+    interval: int
+    cu_seqlens: Tensor | None
+    steps: int
+    """Steps of each sequence; all tokens of a packed batch."""
+
+
+def keep(found: Forward, pool: Tensor, kept: Kept, dims: Sequence[int]) -> None:
+    """Leave states of a forward in their slots; raises ValueError where the forward saved no such states."""
+    if kept.every % found.interval:
+        multiple = f"a multiple of the {found.interval} steps between the kernels' states"
+        raise ValueError(f"m2rnn: states_every must be {multiple}, got {kept.every}")
+    launches.on_device(_keep, pool.get_device(), (_kernels(dims, pool, None), found, pool, kept))
+
+
 def dims_of(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor) -> tuple[int, ...]:
     """Return what kernels on pools are looked up by; a compiler that knows sizes as symbols learns their values."""
     heads = (q.shape[-2], k.shape[-2], v.shape[-2], forget.shape[-1], weight.shape[0])
@@ -111,6 +139,19 @@ def _scatter(kernels: _Kernels, state: Tensor, pool: Tensor, indices: Tensor, se
     kernels.module.launch(
         "scatter", indices.shape[0] * plan.heads, plan.warps, (state, indices, seed, pool),
         (*pool.stride(), indices.stride(0), _stride(seed), pool.shape[0]),
+    )  # fmt: skip
+
+
+def _keep(kernels: _Kernels, found: Forward, pool: Tensor, kept: Kept) -> None:
+    plan, (batch, states) = kernels.plan, kept.indices.shape
+    intervals = (found.steps + found.interval - 1) // found.interval
+    kernels.module.launch(
+        "keep", batch * states * plan.heads, plan.warps,
+        (found.checkpoints, found.last, found.cu_seqlens, kept.indices, kept.seed, pool),
+        (
+            *pool.stride(), *kept.indices.stride(), _stride(kept.seed), pool.shape[0], states, found.steps, intervals,
+            kept.every, found.interval,
+        ),
     )  # fmt: skip
 
 

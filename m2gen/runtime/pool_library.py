@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import memory, pool_launches, transforms
+from . import dispatch, launch_plan, launches, memory, pool_launches, transforms
 from .layer_library import Rules
 from .pool_launches import Slots
 
@@ -19,15 +19,32 @@ SCHEMAS = {
     "pool_steps": f"({_OPERANDS}, Tensor indices, Tensor out_indices, Tensor? accepted, Tensor? seed, Tensor(a!) pool)"
     " -> Tensor",
     "pool_gather": "(Tensor pool, Tensor indices, Tensor? has_initial_state, int[] dims) -> Tensor",
+    "pool_scan": f"({_OPERANDS}, Tensor initial_state, Tensor? cu_seqlens, Tensor? cu_seqlens_cpu, Tensor indices,"
+    " Tensor? seed, int every, bool deterministic, Tensor(a!) pool) -> (Tensor, Tensor)",
     "pool_scatter": "(Tensor state, Tensor indices, Tensor? seed, int[] dims, Tensor(a!) pool) -> ()",
 }
 
 
 def rules(operators: dict[str, Any]) -> dict[str, Rules]:
     """Return the rules of the operators of ``SCHEMAS``, given as torch has them, by name."""
-    kernels: dict[str, Callable[..., Any]] = {"pool_steps": _steps, "pool_gather": _gather, "pool_scatter": _scatter}
-    fakes = {"pool_steps": _fake_steps, "pool_gather": _fake_gather, "pool_scatter": _fake_scatter}
-    flops = {"pool_steps": _flops_of_steps, "pool_gather": _no_flops, "pool_scatter": _no_flops}
+    kernels: dict[str, Callable[..., Any]] = {
+        "pool_steps": _steps,
+        "pool_gather": _gather,
+        "pool_scan": _scan,
+        "pool_scatter": _scatter,
+    }
+    fakes = {
+        "pool_steps": _fake_steps,
+        "pool_gather": _fake_gather,
+        "pool_scan": _fake_scan,
+        "pool_scatter": _fake_scatter,
+    }
+    flops = {
+        "pool_steps": _flops_of_steps,
+        "pool_gather": _no_flops,
+        "pool_scan": _flops_of_scan,
+        "pool_scatter": _no_flops,
+    }
     return {
         name: Rules(kernel, _without_gradients(operators[name]), _mapped(operators[name]), fakes[name], flops[name])
         for name, kernel in kernels.items()
@@ -49,6 +66,22 @@ def _gather(pool: Tensor, indices: Tensor, has_initial_state: Tensor | None, dim
 def _scatter(state: Tensor, indices: Tensor, seed: Tensor | None, dims: Sequence[int], pool: Tensor) -> None:
     memory.check_written("m2rnn", "pool", pool, {"state": state})
     pool_launches.scatter(state.contiguous(), pool, indices, seed, dims)
+
+
+def _scan(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *given, first, cu_seqlens, host, indices, seed, every, deterministic, pool = arguments
+    memory.check_written("m2rnn", "pool", pool, dict(zip(_READ, given, strict=True)))
+    q, k, v, weight, forget, A_log, dt_bias = given
+    operands = (q, k, v, weight, forget, _dense(A_log), _dense(dt_bias))
+    offsets = _dense(cu_seqlens)
+    y, last, checkpoints = launches.forward(operands, first.contiguous(), offsets, True, deterministic, None, host)
+    if checkpoints is not None and indices.numel():
+        plan = launch_plan.plan_of(dispatch.kernels_for(*operands[:6], offsets))
+        steps = q.shape[1] if offsets is None else q.shape[0]
+        found = pool_launches.Forward(last, checkpoints, plan.interval, offsets, steps)
+        dims = pool_launches.dims_of(*operands[:5])
+        pool_launches.keep(found, pool, pool_launches.Kept(indices, every, seed), dims)
+    return y, last
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -95,6 +128,11 @@ def _fake_gather(pool: Tensor, indices: Tensor, *_: Any) -> Tensor:
     return pool.new_empty(indices.shape[0], *pool.shape[1:], dtype=torch.float32)
 
 
+def _fake_scan(*arguments: Any) -> tuple[Tensor, Tensor]:
+    v, first, pool = arguments[2], arguments[7], arguments[-1]
+    return v.new_empty(*v.shape[:-2], pool.shape[1], v.shape[-1]), first.new_empty(first.shape)
+
+
 def _fake_scatter(*_: Any) -> None:
     """Return nothing, as the operator does."""
 
@@ -103,6 +141,12 @@ def _flops_of_steps(q: Tensor, *arguments: Any, **_: Any) -> int:
     """Count H W, k v^T and H^T q of every token and head."""
     pool: Tensor = arguments[-1]
     return 2 * math.prod(q.shape[:2]) * math.prod(pool.shape[1:]) * (pool.shape[-1] + 2)
+
+
+def _flops_of_scan(q: Tensor, *arguments: Any, **_: Any) -> int:
+    """Count what the forward does."""
+    pool: Tensor = arguments[-1]
+    return 2 * math.prod(q.shape[:-2]) * math.prod(pool.shape[1:]) * (pool.shape[-1] + 2)
 
 
 def _no_flops(*_: Any, **__: Any) -> int:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from . import checks, library, pool_checks
 from .casts import autocast, float32
+from .offsets import check_host_offsets
 from .pool_launches import Slots, dims_of
 
 __all__ = ["m2rnn_steps"]
 
-_OF_POOLS = ("indices", "out_indices", "has_initial_state", "rounding_seed")
+_OF_POOLS = ("indices", "out_indices", "has_initial_state", "states_indices", "rounding_seed")
 
 
 def m2rnn_steps(
@@ -89,25 +90,21 @@ def _advance(caller: str, lead: tuple[str, ...], tensors: dict[str, Any]) -> tup
 class Prefill:
     """A checked call of ``m2rnn`` on a pool: states out of their slots before it, and into them after it."""
 
-    def __init__(self, lead: tuple[str, ...], backend: str, tensors: dict[str, Any]) -> None:
-        if tensors["pool"] is None:
-            given = next(name for name in _OF_POOLS if tensors[name] is not None)
-            raise ValueError(f"m2rnn: {given} must come with a pool, got none")
-        if tensors.pop("initial_state") is not None:
-            raise ValueError("m2rnn: initial_state must not come with a pool, which has the states to start from")
-        if backend != "kernels":
-            raise ValueError(f"m2rnn: backend must be kernels with a pool, got {backend!r}")
-        seed = seed_of(tensors["rounding_seed"], tensors["pool"])
-        tensors = {**tensors, "rounding_seed": seed}
-        self._call = checks.check("m2rnn", lead, tensors, look=pool_checks.check_pooled, writes=True)
-        refuse_gradients("m2rnn", tensors)
-        self._pool: Tensor = tensors["pool"]
-        self._indices: Tensor = tensors["indices"]
-        self._has, self._seed, out = tensors["has_initial_state"], seed, tensors["out_indices"]
-        self._out: Tensor = self._indices if out is None else out
-        self._dims = dims_of(*(tensors[name] for name in ("q", "k", "v", "weight", "forget")))
+    def __init__(self, lead: tuple[str, ...], backend: str, every: int | None, tensors: dict[str, Any]) -> None:
+        _check_prefill(backend, every, tensors)
+        given = {name: x for name, x in tensors.items() if name != "initial_state"}
+        given["rounding_seed"] = seed_of(given["rounding_seed"], given["pool"])
+        self._call = checks.check("m2rnn", lead, given, look=pool_checks.check_pooled, writes=True)
+        refuse_gradients("m2rnn", given)
+        self._given, self._every = given, every
+        self._pool: Tensor = given["pool"]
+        self._indices: Tensor = given["indices"]
+        self._out: Tensor = self._indices if given["out_indices"] is None else given["out_indices"]
+        self._has, self._seed = given["has_initial_state"], given["rounding_seed"]
+        self._dims = dims_of(*(given[name] for name in ("q", "k", "v", "weight", "forget")))
         if pool_checks.DEBUG:
-            pool_checks.check_slots("m2rnn", self._pool.shape[0], self._indices, self._out)
+            every_slot = self._out if every is None else torch.cat((self._out[:, None], given["states_indices"]), 1)
+            pool_checks.check_slots("m2rnn", self._pool.shape[0], self._indices, every_slot)
 
     def first(self) -> Tensor:
         """Return the states that sequences start from, (B, N, K, V) in float32."""
@@ -115,6 +112,18 @@ class Prefill:
             return library.OPERATORS.POOL_GATHER(self._pool, self._indices, self._has, list(self._dims))
         launches = library.OPERATORS.pool_library.pool_launches
         return launches.gather(self._pool, self._indices, self._has, self._dims, self._call)
+
+    def scan(self, cu_seqlens_cpu: Tensor | None, deterministic: bool | None) -> tuple[Tensor, Tensor]:
+        """Run the sequences, leave states after every so many of their tokens in slots, and return y and the last."""
+        given = self._given
+        check_host_offsets(given["cu_seqlens"], cu_seqlens_cpu)
+        operands = (*(given[name] for name in ("q", "k", "v", "weight", "forget")), float32(given["A_log"]))
+        if deterministic is None:
+            deterministic = torch.are_deterministic_algorithms_enabled()
+        return library.OPERATORS.POOL_SCAN(
+            *operands, float32(given["dt_bias"]), self.first(), given["cu_seqlens"], cu_seqlens_cpu,
+            given["states_indices"], self._seed, self._every, deterministic, self._pool,
+        )  # fmt: skip
 
     def keep(self, last: Tensor) -> Tensor:
         """Leave the final states in their slots, and return the pool."""
@@ -125,6 +134,22 @@ class Prefill:
             launches.scatter(last, self._pool, self._out, self._seed, self._dims, self._call)
         written(self._pool)
         return self._pool
+
+
+def _check_prefill(backend: str, every: int | None, tensors: dict[str, Any]) -> None:
+    """Raise ValueError or TypeError for what a call of ``m2rnn`` on a pool must not be given, or must be with it."""
+    if tensors["pool"] is None:
+        given = next((name for name in _OF_POOLS if tensors[name] is not None), "states_every")
+        raise ValueError(f"m2rnn: {given} must come with a pool, got none")
+    if tensors["initial_state"] is not None:
+        raise ValueError("m2rnn: initial_state must not come with a pool, which has the states to start from")
+    if backend != "kernels":
+        raise ValueError(f"m2rnn: backend must be kernels with a pool, got {backend!r}")
+    if (every is None) != (tensors["states_indices"] is None):
+        alone = "states_indices" if every is None else "states_every"
+        raise ValueError(f"m2rnn: states_every and states_indices must be given together, got only {alone}")
+    if every is not None and (isinstance(every, bool) or not isinstance(every, int) or every < 1):
+        raise ValueError(f"m2rnn: states_every must be a number of tokens, got {every!r}")
 
 
 def seed_of(seed: Tensor | int | None, pool: Tensor) -> Tensor | None:

@@ -377,3 +377,63 @@ def test_prompts_into_pools_have_no_gradients(package, inputs, name) -> None:
     with torch.no_grad():
         y, _ = package.m2rnn(**operands, **call)
     assert not y.requires_grad
+
+
+EVERY = 6
+"""Steps between the states that the package's forward saves."""
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("packs", [False, True], ids=["dense", "packed"])
+def test_states_every_so_many_tokens(package, device, name, dtype, packs) -> None:
+    """A prompt leaves what its beginnings would, where it is long enough and there is a slot, and its final state."""
+    lengths = (13, 2 * EVERY, 5) if packs else (13, 13, 13)
+    problem = Problem(BATCH, 13, lengths if packs else None, initial_state=True)
+    inputs = make_inputs(VARIANTS[name], problem, seed=2).to(device)
+    operands, pool = operands_of(inputs), poisoned(12, inputs, dtype)
+    pool[:BATCH] = inputs.initial_state.to(dtype)
+    offsets = {"cu_seqlens": inputs.cu_seqlens} if packs else {}
+    y, _ = package.m2rnn(
+        **operands, **offsets, pool=pool, indices=ints(0, 1, 2, like=pool), out_indices=ints(3, 4, -1, like=pool),
+        states_every=EVERY, states_indices=ints([5, 6, 7], [-1, 8, 9], [10, 11, -1], dtype=torch.int64, like=pool),
+    )  # fmt: skip
+    first = inputs.initial_state.to(dtype).float()
+    expected, last = package.m2rnn(**operands, **offsets, initial_state=first)
+    assert same_bits(y, expected)
+    assert same_bits(pool[[3, 4]], last[:2].to(dtype))
+    kept = {(0, 6): 5, (0, 12): 6, (1, 12): 8} | ({} if packs else {(2, 6): 10, (2, 12): 11})
+    for (b, count), slot in kept.items():
+        start = sum(lengths[:b])
+        part = {
+            n: (x[None, start : start + count] if packs else x[b : b + 1, :count]) if n in PER_TOKEN else x
+            for n, x in operands.items()
+        }
+        _, state = package.m2rnn(**part, initial_state=first[b : b + 1])
+        assert same_bits(pool[slot], state[0].to(dtype)), (b, count)
+    assert bool(others(pool, 0, 1, 2, 3, 4, *kept.values()).isnan().all())
+
+
+WRONG_STATES: dict[str, tuple[dict[str, Any], str]] = {
+    "between": (
+        {"states_every": 4},
+        "states_every must be a multiple of the 6 steps between the kernels' states, got 4",
+    ),
+    "none": ({"states_every": 0}, "states_every must be a number of tokens, got 0"),
+    "alone": (
+        {"states_indices": None},
+        "states_every and states_indices must be given together, got only states_every",
+    ),
+    "flat": ({"states_indices": [0, 1, 2]}, "states_indices must be (3, M), got (3,)"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_STATES)
+def test_wrong_states_to_keep(package, inputs, wrong) -> None:
+    """The same of states after so many tokens."""
+    changes, message = WRONG_STATES[wrong]
+    call = {"states_every": EVERY, "states_indices": [[3], [4], [5]], **changes}
+    if call["states_indices"] is not None:
+        call["states_indices"] = ints(*call["states_indices"], like=inputs.q)
+    pool = filled(inputs, {0: 0, 1: 1, 2: 2})
+    with pytest.raises(ValueError, match=f"^m2rnn: {re.escape(message)}$"):
+        package.m2rnn(**operands_of(inputs), pool=pool, indices=ints(0, 1, 2, like=pool), **call)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from m2gen.problem import Inputs, Problem, make_inputs
 
 PLAIN, GATED = make_variant(4, 4), make_variant(4, 4, GATED_HEADS, gate="softplus")
-BATCH, STEPS, SLOTS = 3, 2, 7
+BATCH, STEPS, SLOTS, EVERY = 3, 2, 7, 6
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,16 @@ def by_packed_prompt(package: ModuleType, inputs: Inputs, pool: Tensor, table: T
     return package.m2rnn(**operands_of(packed(inputs)), cu_seqlens=offsets, pool=pool, indices=table[:, 0])
 
 
+def by_kept_prompt(package: ModuleType, inputs: Inputs, pool: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    return package.m2rnn(
+        **operands_of(inputs), pool=pool, indices=table[:, 0], out_indices=table[:, 0] - SLOTS, states_every=EVERY,
+        states_indices=table[:, 1:],
+    )  # fmt: skip
+
+
 CALLS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "step": by_step, "steps": by_steps, "prompt": by_prompt, "packed_prompt": by_packed_prompt
+    "step": by_step, "steps": by_steps, "prompt": by_prompt, "packed_prompt": by_packed_prompt,
+    "kept_prompt": by_kept_prompt,
 }  # fmt: skip
 
 
@@ -82,8 +90,9 @@ def table_of(batch: int, like: Tensor) -> Tensor:
     return table.to(like.device)
 
 
-@pytest.mark.parametrize("variant", [PLAIN, GATED], ids=["given", "softplus"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    ("name", "variant"), [*zip(CALLS, (GATED, PLAIN, PLAIN, GATED, PLAIN), strict=True)], ids=CALLS
+)
 def test_compiled_calls_are_eager_ones(package, device, name, variant) -> None:
     """One graph, for any number of requests, writes the caller's pool as the eager call does."""
 
@@ -128,6 +137,8 @@ def test_opcheck(package, device) -> None:
     torch.library.opcheck(library.POOL_STEPS, (*operands, indices, table, None, None, pool))
     torch.library.opcheck(library.POOL_STEPS, (*operands, table, table, accepted, seed, pool.half()))
     torch.library.opcheck(library.POOL_GATHER, (pool, indices, indices > 0, dims))
+    scanned = (*operands, inputs.initial_state, None, None, table, None, EVERY, False, pool)
+    torch.library.opcheck(library.POOL_SCAN, scanned)
     torch.library.opcheck(library.POOL_SCATTER, (inputs.initial_state, indices, seed, dims, pool.bfloat16()))
 
 
