@@ -15,8 +15,8 @@ Dims = tuple[int, ...]
 """K, V and the heads of q, k, v, f and w."""
 TILE = 4096
 """Most elements of a state that a program holds at once."""
-WARP_TILE = 1024
-"""Elements of a state for each warp: 32 registers of a thread."""
+WARP_TILE = 512
+"""Elements of a state for each warp: 16 registers of a thread, so that neither random numbers nor tokens spill any."""
 MOST_WARPS = 8
 
 
