@@ -8,7 +8,7 @@ from types import ModuleType
 
 import torch
 from calls import offsets_of, same_bits
-from pooled import PER_TOKEN, poisoned, tokens
+from pooled import PER_TOKEN, poisoned, tokens, untouched
 from torch import Tensor
 
 from m2gen.problem import Inputs, Problem, make_inputs
@@ -54,7 +54,7 @@ class Engine:
         self._drawn = seed
         self.weights = self._draw(1)
         self.pool = poisoned(slots, self.weights, dtype)
-        self.device = self.pool.device
+        self.device, self._poison = self.pool.device, self.pool[0].clone()
         self.free = list(range(slots))
         self.requests: dict[int, Request] = {}
 
@@ -100,7 +100,7 @@ class Engine:
         request.aside = None
 
     def _release(self, request: Request) -> None:
-        self.pool[request.table] = torch.nan
+        self.pool[request.table] = self._poison
         self.free += request.table
         request.table = []
 
@@ -187,7 +187,7 @@ class Engine:
             kept = self.pool[request.slot] if request.aside is None else request.aside
             if request.done:
                 assert same_bits(kept.float(), request.state[0])
-        assert bool(self.pool[self.free].isnan().all())
+        assert untouched(self.pool[self.free])
 
 
 def _joined(parts: Sequence[dict[str, Tensor]], dim: int) -> dict[str, Tensor]:
