@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make build` and `make test`. Both need Python 3.11 to 3.13, pip and make.
+# Two commands on a fresh machine: `make build` and `make test`. Both need Python 3.11 to 3.14, pip and make.
 
 PYTHON ?= python3
 SPEC ?= h100.yaml
