@@ -4,7 +4,7 @@ PYTHON ?= python3
 SPEC ?= h100.yaml
 BIN := .venv/bin
 
-.PHONY: build test lint types tests verify golden gpu sanitize clean
+.PHONY: build test lint types tests verify docs golden gpu sanitize clean
 
 build: .venv/installed
 	$(BIN)/m2gen build --spec $(SPEC)
@@ -25,6 +25,10 @@ tests: .venv/installed
 verify: .venv/installed
 	$(BIN)/m2gen verify --spec tiny.yaml --quick --quiet
 
+# The site, into site/; a broken link ends it.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 golden: .venv/installed
 	$(BIN)/pytest -q tests/package/test_golden.py --update-golden
 
@@ -42,5 +46,9 @@ sanitize: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist site

@@ -83,7 +83,7 @@ def test_commands_have_the_options_that_pages_show(page: Path) -> None:
 def test_every_page_is_reached_from_the_readme() -> None:
     """No page of docs/ is without a link from the README, or from the index of its folder."""
     reached = set()
-    for page in (ROOT / "README.md", ROOT / "docs" / "history" / "README.md"):
+    for page in (ROOT / "README.md", ROOT / "docs" / "README.md", ROOT / "docs" / "history" / "README.md"):
         targets = LINK.findall(page.read_text(encoding="utf-8"))
         reached |= {(page.parent / target.partition("#")[0]).resolve() for target in targets if "://" not in target}
     assert set((ROOT / "docs").rglob("*.md")) <= reached

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from pages import blocks
 from support import ROOT
 
 from m2gen import __version__
@@ -26,12 +27,14 @@ KINDS = {"wheel": "*.whl", "sdist": "*.tar.gz"}
 SHIPPED = ("specs", "templates", "tuning_db")
 VARIABLES = ("PYTHONPATH", "M2GEN_TUNING_DB")
 """Variables that would lead an installed m2gen back to the repository."""
-SMALL = """schema: 1
-name: toy
-targets: sm_90
-layers:
-  base: {head_dim: 16, state_expansion: 16, heads: {q: 1, k: 1, v: 2, f: 2, w: 2}, dtypes: fp32}
-"""
+OTHERS = ["ls generated/toy/kernels", "PYTHONPATH=. python train.py 150"]
+"""The tutorial's commands that are not m2gen's."""
+SHORTER = {
+    "m2gen build --spec toy.yaml": "m2gen build --spec toy.yaml --no-verify",
+    "m2gen verify --spec toy.yaml --quick": "m2gen verify --spec toy.yaml --quick --case ragged",
+    OTHERS[1]: "PYTHONPATH=. python train.py 2",
+}
+"""Commands that take minutes in Triton's interpreter, and what is run of them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,10 @@ class Installed:
     def python(self, code: str) -> str:
         """Run code with the environment's Python."""
         return self._output(str(self.environment / "bin" / "python"), "-P", "-c", code)
+
+    def shell(self, command: str) -> str:
+        """Run a line of a shell in which the environment is active."""
+        return self._output("bash", "-c", f'PATH="{self.environment}/bin:$PATH"; {command}')
 
     def _output(self, *command: str) -> str:
         variables = {name: value for name, value in os.environ.items() if name not in VARIABLES}
@@ -108,16 +115,18 @@ def test_the_shipped_spec_builds(installed: Installed) -> None:
     assert {schedule["tier"] for schedule in schedules} >= {"exact", "nearest"}, "the shipped database serves"
 
 
-def test_a_spec_of_ones_own_becomes_a_package(installed: Installed) -> None:
-    """The package builds, and computes gradients, with nothing but what was installed."""
-    (installed.folder / "toy.yaml").write_text(SMALL, encoding="utf-8")
-    assert "generated/toy" in installed.run("build", "--spec", "toy.yaml", "--no-verify", "--quiet")
-    code = (
-        "import sys, os; os.environ['TRITON_INTERPRET'] = '1'; sys.path.insert(0, '.'); import torch\n"
-        "from generated.toy import M2RNN\n"
-        "y = M2RNN.from_variant('base', hidden_size=8)(torch.randn(1, 3, 8)); y.sum().backward(); print(*y.shape)"
-    )
-    assert installed.python(code) == "1 3 8\n"
+def test_the_tutorial_can_be_followed(installed: Installed) -> None:
+    """What the tutorial has a reader type works with nothing but what was installed; what takes minutes is shorter."""
+    said: dict[str, str] = {}
+    for block in blocks(ROOT / "docs" / "tutorial.md"):
+        if block.file:
+            (installed.folder / block.file).write_text(block.text, encoding="utf-8")
+        for command in block.commands:
+            said[command] = installed.shell(SHORTER.get(command, command))
+    assert set(SHORTER) <= set(said)
+    assert [command for command in said if not command.startswith("m2gen")] == OTHERS
+    assert re.search(r"^step 0: loss 0\.\d+\nstep 1: loss", said[OTHERS[1]], re.MULTILINE)
+    assert "k16_v16_n2_fp32_portable" in said[OTHERS[0]]
 
 
 def test_both_have_the_same_modules(built: Path) -> None:
