@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
+from command_line import run
 from support import ROOT
+
+import m2gen.pipeline  # noqa: F401  (fills sys.modules)
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}")
@@ -94,6 +99,71 @@ def test_the_image_has_what_m2gen_is_built_from() -> None:
     assert [name for name in copied if not (ROOT / name).exists()] == []
     build = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]["build"]["targets"]
     assert {*build["wheel"]["packages"], *build["wheel"]["force-include"], "README.md", "pyproject.toml"} <= copied
+
+
+PACKAGE = ROOT / ".github" / "workflows" / "package.yml"
+VENDORED = {"spec": "specs/one.yaml", "out": "model/kernels", "db": "", "against": "run.json"}
+"""Inputs of a repository that holds the package of a spec."""
+
+
+def ran(job: str) -> list[list[str]]:
+    """Return the commands of m2gen that a job of the reusable workflow runs, for the inputs of ``VENDORED``."""
+    found = jobs(PACKAGE)[job]
+    inputs = {
+        name: VENDORED[said[1]]
+        for name, text in found["env"].items()
+        if (said := re.fullmatch(r"\$\{\{ inputs\.(\w+) \}\}", text)) and said[1] in VENDORED
+    }
+    lines = [step["run"] for step in found["steps"] if step.get("run", "").startswith("m2gen ")]
+    return [[inputs.get(word.removeprefix("$"), word) for word in shlex.split(line)[1:]] for line in lines]
+
+
+@pytest.fixture
+def repository(spec: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return another repository, which holds the package of a small spec, and is the working directory."""
+    (spec.parent / "specs").mkdir()
+    spec.rename(spec.parent / VENDORED["spec"])
+    monkeypatch.setattr(sys.modules["m2gen.pipeline.build"], "check", lambda planned, progress: [])
+    built = run("build", "--spec", VENDORED["spec"], "--out", VENDORED["out"], "--no-verify", "--quiet")
+    assert built.exit_code == 0, built.output
+    return spec.parent
+
+
+def test_the_reusable_workflow_passes_what_is_current_and_right(repository: Path) -> None:
+    """In a repository with a current package both of its commands pass, and the report has every case."""
+    for command in ran("check"):
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+    suite = ElementTree.parse(repository / "m2gen-verify.xml").getroot()
+    assert len(list(suite.iter("testcase"))) > 5
+    assert not list(suite.iter("failure"))
+
+
+@pytest.mark.parametrize("edited", ["op.py", "kernels/__init__.py", VENDORED["spec"]])
+def test_the_reusable_workflow_fails_what_was_edited(repository: Path, edited: str) -> None:
+    """A file of the package that somebody edited fails the first command, as does a spec that was not built again."""
+    place = repository / edited
+    place = place if place.is_file() else repository / VENDORED["out"] / "one" / edited
+    text = place.read_text(encoding="utf-8")
+    place.write_text(text.replace("head_dim: 16", "head_dim: 32") if place.suffix == ".yaml" else f"{text}\n# mine\n")
+    result = run(*ran("check")[0])
+    assert result.exit_code == 1, result.output
+
+
+def test_the_reusable_workflow_compares_speed_where_there_is_a_gpu() -> None:
+    """The second job asks for a runner and for what to compare with, and times what was tuned."""
+    job = jobs(PACKAGE)["speed"]
+    assert job["if"] == "inputs.gpu-runner != '' && inputs.against != ''"
+    assert ran("speed") == [["bench", "--spec", VENDORED["spec"], "--only", "tuned", "--against", "run.json"]]
+
+
+def test_inputs_of_the_reusable_workflow_are_on_its_page() -> None:
+    """The page lists each input, and calls the workflow with inputs that it has."""
+    text = (ROOT / "docs" / "how-to" / "in-ci.md").read_text(encoding="utf-8")
+    inputs = set(load(PACKAGE)["on"]["workflow_call"]["inputs"])
+    assert set(re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)) == inputs
+    called = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])["jobs"]["kernels"]
+    assert set(called["with"]) <= inputs
 
 
 def test_reports_of_faults_come_with_facts() -> None:
