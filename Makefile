@@ -26,7 +26,7 @@ verify: .venv/installed
 	$(BIN)/m2gen verify --spec tiny.yaml --quick --quiet
 
 # The site, into site/; a broken link ends it.
-docs: .venv/docs
+docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 golden: .venv/installed
@@ -44,10 +44,6 @@ sanitize: .venv/installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	touch $@
-
-.venv/docs: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:
