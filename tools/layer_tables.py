@@ -1,6 +1,6 @@
 """Write the tables of a run of ``m2gen bench --layers`` into a page, between two marks.
 
-python tools/layer_tables.py docs/data/layers_h200.json docs/model-step.md --before docs/data/layers_before_h200.json
+python tools/layer_tables.py docs/data/layers_h200.json docs/model-step.md --apart docs/data/gated_deltanet_h200.json
 """
 
 from __future__ import annotations
@@ -66,11 +66,14 @@ def _versions(row: LayerRow) -> str:
     return f"{row.name} on {', '.join(f'{name} {version}' for name, version in row.versions.items())}"
 
 
-def written(page: str, run: Path | None, before: Path | None) -> str:
-    """Return a page with the tables of a run, and of an earlier one before them; none if there is no run."""
+def written(page: str, run: Path | None, before: Path | None, apart: Path | None = None) -> str:
+    """Return a page with the tables of a run, an earlier one's before them and another machine's behind them.
+
+    There are none if there is no run.
+    """
     start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
     lines: list[str] = []
-    for path, title in ((before, "Before"), (run, "Now")):
+    for path, title in ((before, "Before"), (run, "Now"), (apart, "On another machine")):
         if path is not None:
             document = load_layers(path)
             if document is None:
@@ -86,8 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("page", type=Path)
     parser.add_argument("--before", type=Path, help="an earlier run, whose tables come first")
+    parser.add_argument("--apart", type=Path, help="a run on another machine, whose tables come last")
     given = parser.parse_args(arguments)
-    text = written(given.page.read_text(encoding="utf-8"), given.run, given.before)
+    text = written(given.page.read_text(encoding="utf-8"), given.run, given.before, given.apart)
     given.page.write_text(text, encoding="utf-8")
 
 

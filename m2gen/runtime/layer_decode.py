@@ -78,11 +78,11 @@ def decode(p: StepParameters, settings: StepSettings) -> Tensor:
     forget = plan.channels
     scratch = rows.new_empty(batch * parts, size, dtype=torch.float32)
     r = rows.new_empty(batch, plan.inner, dtype=torch.float32)
-    turns, out = rows.new_zeros(batch, dtype=torch.int32), rows.new_empty(batch, plan.inner)
+    ended, out = rows.new_zeros(batch, dtype=torch.int32), rows.new_empty(batch, plan.inner)
     kernels.launch(
         "decode", batch * parts, warps,
         (rows, p.conv_weight, p.conv_bias, p.state_weight, p.A_log, p.dt_bias, p.skip, p.norm_weight, p.conv, p.state,
-         p.indices, p.out_indices, turns, scratch, r, out),
+         p.indices, p.out_indices, ended, scratch, r, out),
         (settings.eps, forget, forget + settings.dims[5], rows.stride(0), *p.conv.stride(), *p.state.stride(),
          p.state.shape[0]),
         WIDTH=width, SILU=settings.silu, ROUNDS=settings.rounds, NORM=settings.norm, NW=settings.dims[6],

@@ -9,7 +9,7 @@ from typing import Any
 FLOAT32 = (
     "A_log", "dt_bias", "scratch", "r", "state", "f", "df", "parts", "dskip", "dnorm", "dweight", "dbias"
 )  # fmt: skip
-INT32 = ("turns", "place", "sequence", "indices", "out_indices")
+INT32 = ("ended", "place", "sequence", "indices", "out_indices")
 FLAGS = {
     "WIDTH": 4, "SILU": True, "IS_VARLEN": True, "NORM": True, "ROUNDS": False, "NW": 1, "APPROXIMATE": False
 }  # fmt: skip

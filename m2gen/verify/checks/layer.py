@@ -133,14 +133,18 @@ def known(
     call: LayerCall,
     run: Callable[[nn.Module, LayerCall], dict[str, Tensor]] = results,
 ) -> Oracle:
-    """Return the exact results of ``run``, and budgets from layers whose modules and operator round as kernels must."""
+    """Return the exact results of ``run``, and budgets from layers whose modules and operator round as kernels must.
+
+    The first draw is the layer itself: where a head's steps magnify what is rounded, it is rounded as kernels round it.
+    """
     wide: Any = copy.deepcopy(made).double()
     wide.backend = "reference"
     exact = run(wide, _double(call))
     errors: dict[str, float] = dict.fromkeys(exact, 0.0)
-    for i in range(DRAWS):
-        order = torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(subject.seed + i)).to(call.x.device)
-        with _rounding(subject, i):
+    shuffles = (torch.randperm(HIDDEN, generator=torch.Generator().manual_seed(subject.seed + i)) for i in range(DRAWS))
+    for i, order in enumerate((torch.arange(HIDDEN), *shuffles)):
+        order = order.to(call.x.device)
+        with _rounding(subject, i % DRAWS):
             found = run(_shuffled(made, order), call._replace(x=call.x[..., order]))
         back = order.argsort()
         for tensor, wanted in exact.items():
