@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import built, launch_plan, launchers
+from . import built, compiled, launch_plan, launchers
 from .facts import VariantKey
 from .snapshot import load
 
@@ -48,13 +48,19 @@ def device_of(device: torch.device) -> tuple[str, int]:
         return "portable", built.PORTABLE_SMS
     if device.type != "cuda":
         raise RuntimeError(f"m2rnn: kernels run on GPUs of NVIDIA and AMD, got tensors on {device}")
-    properties = torch.cuda.get_device_properties(device)
-    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    arch = arch_of(device)
+    sms: int = torch.cuda.get_device_properties(device).multi_processor_count
     if arch not in KERNELS:
         known = ", ".join(KERNELS)
         warnings.warn(f"{built.NAME} was built for {known}; {arch} gets the portable kernels", stacklevel=2)
         arch = "portable"
-    return arch, properties.multi_processor_count
+    return arch, sms
+
+
+def arch_of(device: torch.device) -> str:
+    """Return the arch of a GPU, whether or not kernels were built for it."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
 def present(device: torch.device) -> torch.device:
@@ -71,7 +77,10 @@ def table_of(variant: VariantKey, device: torch.device) -> tuple[Kernels, tuple[
     """Return the kernels of a key of VARIANTS, and the most sequences that each but the last of them serves."""
     arch, sms = device_of(device)
     name, heads = built.VARIANTS[variant], max(variant[2])
-    return KERNELS[arch][name], tuple(halves * sms // (2 * heads) for halves in built.HALVES)
+    kernels = KERNELS[arch][name]
+    if arch != "portable":
+        compiled.provide(kernels, arch)
+    return kernels, tuple(halves * sms // (2 * heads) for halves in built.HALVES)
 
 
 def read_source(kernels: ModuleType) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -88,7 +88,11 @@ _READ = ("q", "k", "v", "weight", "forget", "A_log", "dt_bias")
 def _step(*arguments: Any) -> Tensor:
     *operands, state = arguments
     memory.check_written("m2rnn_step", "state", state, dict(zip(_READ, operands, strict=True)))
-    q, k, v, weight, forget, A_log, dt_bias = operands
+    return _stepped(*arguments)
+
+
+def _stepped(*arguments: Any) -> Tensor:
+    q, k, v, weight, forget, A_log, dt_bias, state = arguments
     return launches.step((q, k, v, weight, forget, _dense(A_log), _dense(dt_bias)), state)
 
 
@@ -157,6 +161,11 @@ def implement(library: Any) -> None:
         torch.library.register_fake(f"{NAMESPACE}::{name}", getattr(fakes, name), lib=library)
         torch.library.register_vmap(f"{NAMESPACE}::{name}", mapped[name], lib=library)
         register_flop_formula(getattr(SPACE, name), get_raw=True)(getattr(flops, name))
+
+
+def launched() -> Mapping[Any, Callable[..., Any]]:
+    """Return what each operator calls to launch its kernels, also on tensors without memory, which share none."""
+    return {FORWARD: _forward, BACKWARD: _backward, STEP: _stepped}
 
 
 def _defined() -> Any:
