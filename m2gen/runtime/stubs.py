@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import importlib
+import logging
 import os
 import shutil
 import subprocess
@@ -38,3 +39,4 @@ def _provide_library(driver: Any) -> None:
         command = [os.environ.get("CC", "cc"), "-shared", "-x", "c", os.devnull, "-o", f"{folder}/{LIBRARY}"]
         subprocess.run(command, check=True, capture_output=True)
         importlib.import_module("triton").knobs.nvidia.libcuda_path = folder
+        logging.getLogger("triton.runtime.build").setLevel(logging.ERROR)  # it warns of what it cannot load here

@@ -64,7 +64,7 @@ def warm_up(
     if empty. ``calls`` says what will be called, and ``processes`` how many compile at once: as many as there are CPUs
     if None, and no more than one for each 2 GiB or so of memory is sound.
 
-    Nothing is launched. Triton names kernels as launches do, so the same Triton with the same environment finds them, in
+    Nothing is launched. Triton names kernels as launches do, so the same Triton in the same environment finds them, in
     this process or another, on any machine to which ``$TRITON_CACHE_DIR`` is copied under the same path.
 
     Raises ValueError for what is not built or no use, RuntimeError for kernels that cannot be compiled.
