@@ -46,9 +46,7 @@ def _every(name: str) -> bool:
 
 
 @contextmanager
-def compiling(
-    target: Target, seen: Callable[[Any], None], wanted: Callable[[str], bool] = _every
-) -> Iterator[None]:
+def compiling(target: Target, seen: Callable[[Any], None], wanted: Callable[[str], bool] = _every) -> Iterator[None]:
     """Within the context, a launch compiles a kernel whose name is ``wanted``, hands it to ``seen``, and ends.
 
     Triton goes the way of a launch up to the driver, so the kernel in its cache is the one that a launch on such a GPU

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType, ModuleType
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -93,13 +95,17 @@ def loaded() -> Iterator[ModuleType]:
 
 
 def forget_paths() -> None:
-    """Have kernels that are compiled from now on name the place of their source in the package, not on this machine."""
-    for module in loaded():
-        for x in list(vars(module).values()):
-            function = getattr(getattr(x, "fn", x), "fn", getattr(x, "fn", None))
-            if isinstance(function, FunctionType):
-                place = f"{built.NAME}/kernels/{compiled.name_of(module)}.py"
-                function.__code__ = function.__code__.replace(co_filename=place)
+    """Have kernels that are compiled from now on name no folder of this machine as that of their source.
+
+    Debuggers' line tables have it, and the time at which a file of that name changed.
+    """
+    function = importlib.import_module("triton.runtime.jit").JITCallable
+    root = Path(importlib.import_module("triton.runtime").__path__[0]).parent
+    for jitted in [x for x in gc.get_objects() if isinstance(x, function)]:
+        code = jitted.fn.__code__
+        path = Path(code.co_filename)
+        place = f"triton/{path.relative_to(root)}" if path.is_relative_to(root) else f"{built.NAME}/kernels/{path.name}"
+        jitted.fn.__code__ = code.replace(co_filename=f"/{place}")
 
 
 class Launching(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -140,7 +140,7 @@ def test_a_second_warm_up_compiles_nothing(cache: Path, folder: Path) -> None:
 
 
 def test_what_a_package_brings_along_is_found(equipped: Path, tmp_path: Path) -> None:
-    """With an empty cache nothing is compiled either, in two processes at once, and then without the package's files."""
+    """With an empty cache nothing is compiled, in two processes at once, and then without the package's files."""
     script = [str(NOWHERE), str(equipped), NAME, json.dumps(CALLS)]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "triton")}
     environment.pop("TRITON_INTERPRET", None)
