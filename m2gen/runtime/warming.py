@@ -32,15 +32,15 @@ class Calls(NamedTuple):
     """How kernels will be called, which decides what Triton compiles of them."""
 
     uses: Sequence[str] = ("train", "infer", "decode")
-    """Of ``train``, ``infer``, with an initial state and without, and ``decode``; and ``train_states``, training in
-    which initial states are given, or final states have gradients."""
+    """What is done: ``train``; ``infer``, with an initial state and without; ``decode``; and ``train_states``, training
+    in which initial states are given or final states have gradients."""
     operands: Sequence[str] = ("layer", "operator")
-    """Of ``layer``, what ``M2RNN`` passes in the kernels' dtype; ``operator``, contiguous tensors of that dtype;
-    ``autocast``, what ``M2RNN`` with parameters in float32 passes."""
+    """Tensors that are passed: ``layer``, those of ``M2RNN`` in the kernels' dtype; ``operator``, contiguous ones of
+    that dtype; ``autocast``, those of ``M2RNN`` with parameters in float32."""
     lengths: Sequence[int] = ()
     """Steps of the sequences of a dense batch; empty for any, which compiles kernels once more for odd ones."""
     deterministic: bool | None = None
-    """As of ``m2rnn``."""
+    """Whether sums have a fixed order, as in ``m2rnn``."""
 
 
 class WarmedUp(NamedTuple):
@@ -94,7 +94,10 @@ def arch_of(device: torch.device | str | int | None) -> str:
     if isinstance(device, str) and device.startswith(("sm_", "gfx")):
         target_of(device)
         return device
-    place = torch.device("cuda" if device is None else device)
+    try:
+        place = torch.device("cuda" if device is None else device)
+    except RuntimeError:
+        place = torch.device("meta")
     if place.type != "cuda":
         raise ValueError(f"warm_up: device must be a GPU, or an arch such as sm_90, got {device!r}")
     if not torch.cuda.is_available():

@@ -259,7 +259,8 @@ def test_what_is_no_use_is_said(options: tuple[str, ...], message: str, folder: 
 
 FUNCTION = """
 import torch
-from warmed import Calls, warm_up
+from warmed import warm_up
+from warmed.warming import Calls
 if __name__ == "__main__":
     print(warm_up("sm_90", layers=["base"], dtypes=[torch.bfloat16], calls=Calls(uses=["decode"]), processes=1))
     for wrong in (dict(dtypes=[torch.float16]), dict(calls=Calls(uses=["training"]))):
