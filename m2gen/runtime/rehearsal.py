@@ -131,9 +131,9 @@ def _calls(scene: Scene, kernels: ModuleType) -> Iterator[Callable[[], None]]:
 def lengths_of(kernels: ModuleType) -> list[int]:
     """Return lengths that differ for the kernels: in the divisors of strides, and long ones from short ones."""
     plan = launch_plan.plan_of(kernels)
-    first = [LONG]
+    first = [max(LONG, 2 * plan.shortest_segment + 16)]
     if plan.segments > 1:
-        first.append(plan.shortest_segment)
+        first.append(plan.shortest_segment // BATCH)
     if plan.forward_adds:
         first.append(plan.short // BATCH)
     return [longest // 16 * 16 - 16 + divisor for longest in first for divisor in DIVISORS]
