@@ -15,7 +15,11 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the generated packages lie there
 
-KINDS = ("m2rnn", "attention", "linear", "gru")
+KINDS = ("m2rnn", "attention", "linear", "gru", "gated_deltanet")
+UNCOMPILED = ("gru", "gated_deltanet")
+"""Kinds that torch does not compile to one graph."""
+DELTA_ROWS = 128
+"""Rows of a Gated DeltaNet head, which has twice the columns: those of all heads are as many as the model's."""
 
 
 def package_of(name: str) -> ModuleType:
@@ -94,6 +98,22 @@ class Gru(nn.Module):
         return self.gru(x)[0]
 
 
+class GatedDeltaNet(nn.Module):
+    """flash-linear-attention's layer, where that package is installed."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        from tools.gated_deltanet import layer
+
+        try:
+            self.layer = layer(width, DELTA_ROWS)
+        except ImportError as error:
+            raise SystemExit(f"gated_deltanet must have flash-linear-attention installed, got none ({error})") from None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
 def mixer(kind: str, width: int, heads: int, package: ModuleType, layer: str, **options: object) -> nn.Module:
     """Return a mixer of one of ``KINDS``; ``layer`` is the M2RNN layer's name in the package, options are its own."""
     if kind == "m2rnn":
@@ -102,6 +122,8 @@ def mixer(kind: str, width: int, heads: int, package: ModuleType, layer: str, **
         return Linear(package.M2RNN.from_variant(layer, width, **options))
     if kind == "gru":
         return Gru(width)
+    if kind == "gated_deltanet":
+        return GatedDeltaNet(width)
     if kind == "attention":
         return Attention(width, heads)
     raise SystemExit(f"mixers must be of {', '.join(KINDS)}, got {kind!r}")

@@ -54,6 +54,10 @@ class CompileError(M2genError):
     """A generated kernel does not compile, or its compiled form cannot be read."""
 
 
+class RanksError(M2genError):
+    """A rank of a run over several failed, died or hung, and so the run did."""
+
+
 class VerifyError(M2genError):
     """Generated kernels disagree with the float64 reference."""
 

@@ -165,17 +165,21 @@ def test_rendering_is_pure(path: Path) -> None:
 
 
 RUNTIME = sorted((PACKAGE / "runtime").rglob("*.py"))
+FOR_TRANSFORMERS = {"hf", "integrations/flame"}
+"""Folders of the runtime that need transformers."""
 
 
 @pytest.mark.parametrize("path", RUNTIME, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_what_packages_copy_works_anywhere(path: Path) -> None:
     """Modules of the runtime import each other by relative names, and else torch and the standard library.
 
-    What is for transformers is in a folder of its own, which may import that, and which no other module imports.
+    What is for transformers is in folders of its own, which may import that, and which no other module imports.
     """
-    known = sys.stdlib_module_names | {"torch"} | ({"transformers"} if path.parent.name == "hf" else set())
-    if path.parent.name != "hf":
-        assert not [name for name in arrows(path) if name.startswith("m2gen.runtime.hf")]
+    folder = path.parent.relative_to(PACKAGE / "runtime").as_posix()
+    known = sys.stdlib_module_names | {"torch"} | ({"transformers"} if folder in FOR_TRANSFORMERS else set())
+    for other in FOR_TRANSFORMERS - {folder}:
+        prefix = f"m2gen.runtime.{other.replace('/', '.')}"
+        assert not [name for name in arrows(path) if f"{name}.".startswith(f"{prefix}.")]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             assert {alias.name.split(".")[0] for alias in node.names} <= known

@@ -353,3 +353,22 @@ def test_groups_of_parameters(example) -> None:
     assert all(p.dim() > 1 for p in decayed)
     assert {"head.weight", "blocks.0.mixer.state_weight"} <= {names[id(p)] for p in decayed}
     assert isinstance(model.blocks[1].mixer, nn.Module)
+
+
+def test_hybrid_lm_bench_names_what_it_cannot_time(example, monkeypatch, tmp_path, capsys) -> None:
+    """Without flash-linear-attention its rows say so, and all others are timed at every length."""
+    run = example("hybrid_lm")
+    monkeypatch.setitem(sys.modules, "fla", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    monkeypatch.setattr(run, "milliseconds", lambda call, repeats: 2.0)
+    for module in (run, run.compare):
+        monkeypatch.setattr(module, "device_at_hand", lambda: torch.device("cpu"))
+    bench = "bench={lengths: [4, 8], tokens: 16, steps: 1, compile: false}"
+    command(run, monkeypatch, "bench", "--smoke", "--out", str(tmp_path), "--set", bench, "--timing-only")
+    report = capsys.readouterr().out
+    assert (tmp_path / "bench.md").read_text(encoding="utf-8") == report
+    rows = [line.split(" | ") for line in report.splitlines() if line.startswith(("| 4 ", "| 8 "))]
+    assert [row[1] for row in rows] == 2 * ["attention", "one M2RNN layer", "all M2RNN", "all Gated DeltaNet"]
+    assert [row[2] for row in rows[:3]] == 3 * ["8,000"]
+    assert rows[3][2].startswith("not timed: gated_deltanet must have flash-linear-attention installed")

@@ -27,7 +27,11 @@ SOURCES = {
     for kind in ("*.py", "*.j2")
     for path in sorted((ROOT / folder).rglob(kind))
 }
-EXPORTED = ("LAUNCH", "m2rnn_forward_kernel", "m2rnn_backward_kernel", "m2rnn_step_kernel", "m2rnn_sum_kernel")
+EXPORTED = (
+    "LAUNCH", "m2rnn_forward_kernel", "m2rnn_backward_kernel", "m2rnn_step_kernel", "m2rnn_sum_kernel",
+    "m2rnn_convolve_kernel", "m2rnn_convolve_backward_kernel", "m2rnn_decay_kernel", "m2rnn_decay_backward_kernel",
+    "m2rnn_finish_kernel", "m2rnn_finish_backward_kernel",
+)  # fmt: skip
 """Names of a kernel module that the rest of a package reads."""
 RETIRED = re.compile(r"\b(exchanged|turns?|walk\w*|HAS_\w+|PACKED|d?h_first|d?h_last|d?[qkvxfy]_(s|step)|[xw]_n)\b")
 """Names that kernels had before those of the field: butterfly, tickets, scan, IS_VARLEN, h0, ht, stride_x_s."""

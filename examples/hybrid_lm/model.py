@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import yaml
 from data import TOKENS
-from decoder import Decoder, groups_of, mixer, package_of
+from decoder import UNCOMPILED, Decoder, groups_of, mixer, package_of
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -104,7 +104,7 @@ class Trainer:
 
     def _compiled(self) -> Callable[[Tensor], Tensor]:
         """Return the model as steps call it; blocks of one kind share what is compiled of one of them."""
-        options = {"fullgraph": "gru" not in self.config.mixers, "dynamic": False}  # torch compiles no GRU
+        options = {"fullgraph": not set(UNCOMPILED) & set(self.config.mixers), "dynamic": False}
         if self.config.compile == "blocks":
             for block in self.model.blocks:
                 block.compile(**options)

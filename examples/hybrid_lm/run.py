@@ -3,7 +3,7 @@
 m2gen build --spec examples.yaml
 python examples/hybrid_lm/run.py train      # losses.json and losses.png in --out; interrupted, the same goes on
 python examples/hybrid_lm/run.py compare    # kernels and the reference backend over some seeds; minutes on a GPU
-python examples/hybrid_lm/run.py bench      # tokens a second: attention, M2RNN, and one layer of it; needs a GPU
+python examples/hybrid_lm/run.py bench      # tokens a second of each kind of model; needs a GPU
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -45,31 +47,69 @@ def train_and_draw(config: Config, out: Path) -> None:
     print(f"loss {losses[0]:.4f} at step 1, {losses[-1]:.4f} at step {len(losses)}")
 
 
-def bench(config: Config, out: Path) -> None:
-    """Print tokens a second of training for three choices of mixers, and the part that one M2RNN layer takes."""
+def bench(config: Config, out: Path, timing_only: bool = False) -> None:
+    """Print tokens a second of training for each choice of mixers, and the part that the M2RNN layers take.
+
+    Gated DeltaNet is of flash-linear-attention, whose refusal of this Triton ``timing_only`` passes; a row of what
+    cannot be timed says why.
+    """
     if not torch.cuda.is_available():
         raise SystemExit("bench needs a GPU that torch can use")
     config = replace(config, compile=config.bench.compile)
     layers = len(config.mixers)
     one = tuple("m2rnn" if i == layers // 2 else "attention" for i in range(layers))
     models = {"attention": ("attention",) * layers, "one M2RNN layer": one, "all M2RNN": ("m2rnn",) * layers}
+    models["all Gated DeltaNet"] = ("gated_deltanet",) * layers
+    mark = passed_guard() if timing_only else ""
     rows = ["| tokens a sequence | mixers | tokens/s | ms a step | part of the M2RNN layers |", "| --- " * 5 + "|"]
     for length in config.bench.lengths:
         base = 0.0
         for name, mixers in models.items():
             sizes = {"seq": length, "batch": max(1, config.bench.tokens // length)}
-            whole = timed(replace(config, mixers=mixers, **sizes))
+            try:
+                whole = timed(replace(config, mixers=mixers, **sizes))
+            except (SystemExit, RuntimeError, ValueError) as error:
+                if "gated_deltanet" not in mixers:
+                    raise
+                rows.append(f"| {length} | {name} | not timed: {' '.join(str(error).split())} | | |")
+                continue
             inside = mixer_time(replace(config, mixers=mixers, **sizes)) * mixers.count("m2rnn")
             base = base or whole
             tokens = sizes["seq"] * sizes["batch"]
             share = f"{100 * inside / whole:.0f} %" if inside else "none"
-            rows.append(f"| {length} | {name} | {1e3 * tokens / whole:,.0f} | {whole:.2f} | {share} |")
+            shown = f"{name} (timing only)" if mark and "gated_deltanet" in mixers else name
+            rows.append(f"| {length} | {shown} | {1e3 * tokens / whole:,.0f} | {whole:.2f} | {share} |")
             print(rows[-1], f"({base / whole:.2f} of attention's)", file=sys.stderr)
-            report = "\n".join(
-                [f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {config.dtype}\n", *rows, ""]
-            )
-            store(out / "bench.md", lambda path, report=report: path.write_text(report, encoding="utf-8"))
-    print(report, end="")
+            write_report(config, rows, mark, out)
+    print(write_report(config, rows, mark, out), end="")
+
+
+def write_report(config: Config, rows: list[str], mark: str, out: Path) -> str:
+    """Write and return the table, with the versions that it is of."""
+    names = ("triton", "flash-linear-attention")
+    versions = "".join(f", {name} {installed(name)}" for name in names if installed(name))
+    head = f"{torch.cuda.get_device_name()}, torch {torch.__version__}{versions}, {config.dtype}\n"
+    report = "\n".join([head, *rows, *(["", f"Timing only: {mark}."] if mark else []), ""])
+    store(out / "bench.md", lambda path: path.write_text(report, encoding="utf-8"))
+    return report
+
+
+def installed(name: str) -> str:
+    """Return the version of an installed package, or nothing."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def passed_guard() -> str:
+    """Let flash-linear-attention run where it refuses to, and return why it does; nothing without it."""
+    from tools.gated_deltanet import pass_guard
+
+    try:
+        return pass_guard()
+    except ImportError:
+        return ""
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
@@ -120,12 +160,14 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value; YAML")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the checkpoint and results")
     parser.add_argument("--smoke", action="store_true", help="sizes of seconds on a CPU, in Triton's interpreter")
+    parser.add_argument("--timing-only", action="store_true", help="bench: also time what its package refuses, marked")
     arguments = parser.parse_args()
     changes = dict(SMOKE) if arguments.smoke else {}
     changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
     config = load(arguments.config, changes)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    {"train": train_and_draw, "compare": compare.compare, "bench": bench}[arguments.what](config, arguments.out)
+    benchmark = partial(bench, timing_only=arguments.timing_only)
+    {"train": train_and_draw, "compare": compare.compare, "bench": benchmark}[arguments.what](config, arguments.out)
 
 
 if __name__ == "__main__":

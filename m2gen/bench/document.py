@@ -12,6 +12,7 @@ from pydantic import AliasChoices, Field, TypeAdapter, ValidationError
 
 from m2gen import __version__
 from m2gen.bench.kinds import Axis, Call
+from m2gen.bench.ranks.entries import RankDocument
 from m2gen.bench.side_by_side import Result, Times
 from m2gen.db import Environment, message_of
 from m2gen.errors import UsageError, among, os_errors_as
@@ -147,18 +148,26 @@ def dump(document: Document) -> dict[str, Any]:
 
 def load(path: Path) -> Document:
     """Read a document of workloads; raises UsageError with what is wrong with it, and where."""
-    return _valid(_DOCUMENT, _read(path), path)
+    return valid(_DOCUMENT, read_json(path), path)
 
 
 def load_run(path: Path) -> Document | SweepDocument:
     """Read a document of workloads or of sweeps; raises UsageError with what is wrong with it, and where."""
-    content = _read(path)
+    content = read_json(path)
     if isinstance(content, dict) and "sweeps" in content:
-        return _valid(_SWEEPS, content, path)
-    return _valid(_DOCUMENT, content, path)
+        return valid(_SWEEPS, content, path)
+    return valid(_DOCUMENT, content, path)
 
 
-def _read(path: Path) -> Any:
+def ranks_of(path: Path) -> RankDocument | None:
+    """Read a document of layers over ranks; None for one of anything else. Raises UsageError as ``load_run`` does."""
+    content = read_json(path)
+    over_ranks = isinstance(content, dict) and "link" in content
+    return valid(TypeAdapter(RankDocument), content, path) if over_ranks else None
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON; raises UsageError for a file that cannot be read or is none."""
     try:
         with os_errors_as(UsageError, f"{path} must be readable"):
             return json.loads(path.read_text(encoding="utf-8"))
@@ -166,7 +175,8 @@ def _read(path: Path) -> Any:
         raise UsageError(f"{path}: $ must be what `m2gen bench --json` prints ({error})") from error
 
 
-def _valid(adapter: TypeAdapter[Shape], content: Any, path: Path) -> Shape:
+def valid(adapter: TypeAdapter[Shape], content: Any, path: Path) -> Shape:
+    """Return what JSON values describe; raises UsageError with what is wrong with them, and where."""
     try:
         return adapter.validate_python(content)
     except ValidationError as error:

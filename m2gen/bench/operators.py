@@ -32,7 +32,7 @@ class CannotServe(Exception):
 def sequence_operator(implementation: Implementation, variant: Variant) -> Operator:
     """Return the operator on whole sequences; raises CannotServe, or whatever a package or a peer raises."""
     if implementation.kind.generated:
-        return partial(_package(implementation.package).m2rnn, deterministic=False)
+        return partial(package_at(implementation.package).m2rnn, deterministic=False)
     if implementation.kind is Kind.PEER:
         found = peers.operator_of(implementation.source, variant)
         if found is None:
@@ -45,7 +45,7 @@ def sequence_operator(implementation: Implementation, variant: Variant) -> Opera
 def stepper(implementation: Implementation, variant: Variant) -> Stepper:
     """Return the function that advances states by one token; raises CannotServe, or whatever a package raises."""
     if implementation.kind.generated:
-        return _package(implementation.package).m2rnn_step  # type: ignore[no-any-return]
+        return package_at(implementation.package).m2rnn_step  # type: ignore[no-any-return]
     if implementation.kind is Kind.PEER:
         raise CannotServe("adapters of peers are for sequences")
     reference = _reference(variant)
@@ -58,7 +58,8 @@ def stepper(implementation: Implementation, variant: Variant) -> Stepper:
     return _maybe_compiled(implementation, step)
 
 
-def _package(folder: Path | None) -> ModuleType:
+def package_at(folder: Path | None) -> ModuleType:
+    """Import the generated package in a folder."""
     assert folder is not None
     return load_module(folder / "__init__.py", f"m2gen_package_{folder.name}")
 

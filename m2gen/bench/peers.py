@@ -19,6 +19,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -27,26 +28,46 @@ from m2gen.errors import UsageError
 from m2gen.variant import Variant
 
 GROUP = "m2gen.bench"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where adapters of one kind are registered and named."""
+
+    group: str
+    """The group of entry points of installed packages."""
+    option: str
+    """The option of the command line."""
+
+
+OPERATORS = Place(GROUP, "--peer")
+LAYERS = Place(f"{GROUP}.layers", "--peer-layer")
+"""Whole layers, whose adapters take a ``m2gen.bench.layers.subject.LayerShape``."""
 _ADAPTER = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 
 
-def peers(named: Iterable[str] = ()) -> dict[str, str]:
+def peers(named: Iterable[str] = (), place: Place = OPERATORS) -> dict[str, str]:
     """Return adapters by the peer's name: those of installed packages, and those that are ``named``.
 
     Raises UsageError for a name that is not ``module:function``.
     """
-    points = metadata.entry_points(group=GROUP)
+    points = metadata.entry_points(group=place.group)
     found = {f"peer {p.name}" if p.name in set(Kind) else p.name: p.value for p in points}
     for adapter in named:
         if not _ADAPTER.fullmatch(adapter):
-            raise UsageError(f"--peer must be module:function, got {adapter!r}")
+            raise UsageError(f"{place.option} must be module:function, got {adapter!r}")
         found[adapter] = adapter
     return found
 
 
 def operator_of(adapter: str, variant: Variant) -> Callable[..., Any] | None:
     """Import an adapter and return its operator for a variant, or None; raises whatever the peer raises."""
+    return found_by(adapter, variant)  # type: ignore[no-any-return]
+
+
+def found_by(adapter: str, asked: object) -> Any:
+    """Import an adapter and return what it has for ``asked``, or None; raises whatever the peer raises."""
     module, _, function = adapter.partition(":")
     if os.getcwd() not in sys.path:  # an installed command does not look there
         sys.path.append(os.getcwd())
-    return getattr(importlib.import_module(module), function)(variant)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), function)(asked)

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from m2gen.bench.kinds import Axis, Kind
+from m2gen.bench.layers.kinds import LayerKind
+from m2gen.cli.bench_layers import (
+    LayerKindOption,
+    LayersFlag,
+    PeerLayerOption,
+    ResultOption,
+    show_earlier_layers,
+    time_layers,
+)
+from m2gen.cli.bench_options import (
+    TOKENS_OF,
+    AgainstOption,
+    DecodeOption,
+    EarlierOption,
+    GpusOption,
+    OnlyOption,
+    PeerOption,
+    PlotOption,
+    SeedOption,
+    SizeOption,
+    StyleOption,
+    SweepOption,
+    TimingOnlyOption,
+)
 from m2gen.cli.options import (
     DbOption,
     DebugOption,
@@ -30,70 +55,17 @@ if TYPE_CHECKING:
     from m2gen.bench.document import Document, SweepDocument
     from m2gen.cli.show.report import Display
     from m2gen.db import Record
-    from m2gen.pipeline import BenchRequest
+    from m2gen.pipeline import BenchRequest, RanksRequest
 
-TOKENS_OF = 64
-"""The default of ``--decode``."""
-SIZES, PICTURE = "Sizes", "Results of earlier runs, and pictures"
 EXAMPLES = examples(
     "m2gen bench --spec h200.yaml",
     "m2gen bench --spec h200.yaml --only default --only tuned --json > run.json",
     "m2gen bench --spec h200.yaml --against run.json",
     "m2gen bench --spec h200.yaml --sweep seq --plot cost.svg",
+    "m2gen bench --spec h200.yaml --layers --out layers.json",
     "m2gen bench --from run.json --plot speed.svg",
+    "m2gen bench --spec h200.yaml --gpus 2 --json > two.json",
 )
-
-OnlyOption = Annotated[
-    list[Kind] | None, typer.Option("--only", help="Only these kernels; may be repeated. All if not given.")
-]
-PeerOption = Annotated[
-    list[str] | None,
-    typer.Option("--peer", help="Also another implementation, by its adapter as module:function; may be repeated."),
-]
-DecodeOption = Annotated[
-    list[int] | None,
-    typer.Option(
-        "--decode",
-        min=0,
-        help="Batch size of decoding, one token a sequence; may be repeated; 64 if not given, 0 for none.",
-        rich_help_panel=SIZES,
-    ),
-]
-TimingOnlyOption = Annotated[
-    bool,
-    typer.Option(
-        "--timing-only",
-        help="Also time peers whose results fail the check, and mark them.",
-    ),
-]
-SweepOption = Annotated[
-    list[Axis] | None,
-    typer.Option(
-        "--sweep",
-        help="Sizes along this axis, in place of the spec's workloads; may be repeated.",
-        rich_help_panel=SIZES,
-    ),
-]
-EarlierOption = Annotated[
-    Path | None,
-    typer.Option("--from", help="Show this --json of an earlier run; needs no GPU.", rich_help_panel=PICTURE),
-]
-AgainstOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--against",
-        help="Exit 1 if slower than this --json of an earlier run, or than this tuning database.",
-        rich_help_panel=PICTURE,
-    ),
-]
-PlotOption = Annotated[
-    Path | None,
-    typer.Option("--plot", help="Draw workloads or sweeps into this .svg or .png.", rich_help_panel=PICTURE),
-]
-StyleOption = Annotated[
-    Style, typer.Option("--style", help="What --plot's picture is to be seen on.", rich_help_panel=PICTURE)
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the order of measurements and of intervals.")]
 
 
 def bench(
@@ -108,7 +80,13 @@ def bench(
     against: AgainstOption = None,
     plot: PlotOption = None,
     style: StyleOption = Style.LIGHT,
+    gpus: GpusOption = None,
+    size: SizeOption = None,
     seed: SeedOption = 0,
+    layers: LayersFlag = False,
+    layer_kind: LayerKindOption = None,
+    peer_layer: PeerLayerOption = None,
+    out: ResultOption = None,
     db: DbOption = None,
     no_db: NoDbOption = False,
     json: JsonOption = False,
@@ -118,7 +96,7 @@ def bench(
 ) -> None:
     """Time kernels on a spec's workloads, beside PyTorch and other implementations; needs a GPU."""
     from m2gen.cli.show.report import Display
-    from m2gen.pipeline import BenchRequest
+    from m2gen.pipeline import BenchRequest, LayersRequest, RanksRequest
 
     with reporting(debug):
         axes = tuple(dict.fromkeys(sweep or ()))
@@ -129,10 +107,26 @@ def bench(
             "--peer": peer,
             "--timing-only": timing_only,
             "--decode": decode,
+            "--layers": layers,
+            "--layer-kind": layer_kind,
+            "--peer-layer": peer_layer,
+            "--out": out,
         }
         _check(spec, earlier, plot, [name for name, given in timed.items() if given])
-        display, picture = Display(json, quiet, verbose, debug), Picture(plot, style)
+        _check_ranks(gpus, size, [*(name for name, given in timed.items() if given), *(["--plot"] if plot else [])])
+        display, picture = Display(json, quiet, verbose, debug), Picture(plot, style, out)
         batches = tuple(batch for batch in ([TOKENS_OF] if decode is None else decode) if batch)
+        if layers and spec is not None:
+            asked = LayersRequest(
+                tuple(layer or ()),
+                tuple(layer_kind or LayerKind),
+                tuple(peer or ()),
+                tuple(peer_layer or ()),
+                timing_only=timing_only,
+                decode=batches,
+                seed=seed,
+            )
+            raise typer.Exit(time_layers(spec, records_of(db, no_db), asked, display, out))
         request = BenchRequest(
             tuple(layer or ()),
             tuple(only or Kind),
@@ -142,27 +136,42 @@ def bench(
             seed=seed,
         )
         if earlier is not None:
+            if show_earlier_layers(earlier, request.layers, display, plot):
+                return
             _show_earlier(earlier, request.layers, display, picture)
+        elif spec is not None and gpus is not None:
+            ranked = RanksRequest(gpus, request.layers, tuple(map(_sized, size or ())), seed)
+            raise typer.Exit(_over_ranks(spec, records_of(db, no_db), ranked, display))
         elif spec is not None:
             raise typer.Exit(_time(spec, records_of(db, no_db), request, axes, against, display, picture))
 
 
 @dataclass(frozen=True)
 class Picture:
-    """The file and style of ``--plot``; nothing is drawn if there is no file."""
+    """The files of ``--plot`` and ``--out``, each of which may be none, and the picture's style."""
 
     file: Path | None
     style: Style
+    out: Path | None = None
 
     def workloads(self, document: Document) -> None:
-        """Draw a run's workloads; raises UsageError if there is nothing to compare."""
+        """Write and draw a run's workloads; raises UsageError if there is nothing to compare."""
+        if self.out is not None:
+            from m2gen.bench.document import dump
+            from m2gen.cli.show.report import write_json
+
+            write_json(dump(document), self.out)
         if self.file is not None:
             from m2gen.cli.show.speed import draw_speed
 
             draw_speed(document, self.file, self.style)
 
     def sweeps(self, document: SweepDocument) -> None:
-        """Draw a run's sweeps."""
+        """Write and draw a run's sweeps."""
+        if self.out is not None:
+            from m2gen.cli.show.report import write_json
+
+            write_json(asdict(document), self.out)
         if self.file is not None:
             from m2gen.cli.show.plot import draw_sweeps
 
@@ -177,18 +186,60 @@ def _check(spec: str | None, earlier: Path | None, plot: Path | None, timed: lis
         raise UsageError(f"--from must be given without {', '.join(timed)}: nothing is timed")
     if "--against" in timed and "--sweep" in timed:
         raise UsageError("--against must be given without --sweep: it compares the spec's workloads")
+    alone = sorted({"--sweep", "--against", "--only"} & set(timed))
+    if "--layers" in timed and (alone or plot is not None):
+        raise UsageError(
+            f"--layers must be given without {', '.join(alone) or '--plot'}: it times layers, not operators"
+        )
+    if "--layers" not in timed and (extra := sorted({"--layer-kind", "--peer-layer"} & set(timed))):
+        raise UsageError(f"{', '.join(extra)} must be given with --layers")
+    if "--against" in timed and "--out" in timed:
+        raise UsageError("--out must be given without --against, which compares with times and keeps none")
     if "--against" in timed and plot is not None:
         raise UsageError("--plot must be given without --against, which compares with times that are not drawn")
     if plot is not None:
         check_figure(plot)
 
 
+def _check_ranks(gpus: int | None, sizes: list[str] | None, timed: list[str]) -> None:
+    """Raise UsageError for options that say nothing about layers over ranks, or sizes without ranks."""
+    if gpus is None and sizes:
+        raise UsageError("--size must be given with --gpus: other sizes are the spec's")
+    if gpus is not None and timed:
+        raise UsageError(f"--gpus must be given without {', '.join(timed)}: it times whole layers")
+
+
+def _sized(text: str) -> tuple[int, int]:
+    """Return sequences and tokens of ``8x4096``; raises UsageError for another text."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise UsageError(f"--size must be sequences x tokens, as 8x4096, got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _over_ranks(spec: str, records: tuple[Record, ...], request: RanksRequest, display: Display) -> int:
+    """Check and time layers over ranks, show the results, and return the exit status."""
+    from m2gen import pipeline
+    from m2gen.cli.show.ranks import run_ranks
+
+    planned = pipeline.plan(spec, None, records)
+    job = pipeline.ranks_job(planned, request, records, cuda=pipeline.has_gpus(request.ranks))
+    return run_ranks(pipeline.over_ranks(job, terminal_progress(display.quiet)), display)
+
+
 def _show_earlier(path: Path, layers: tuple[str, ...], display: Display, picture: Picture) -> None:
     """Show and draw the document of an earlier run, for some layers or all."""
-    from m2gen.bench.document import Document, load_run, of_layers
+    from m2gen.bench.document import Document, load_run, of_layers, ranks_of
     from m2gen.cli.show.bench import show_bench
+    from m2gen.cli.show.ranks import show_ranks
     from m2gen.cli.show.sweep import show_sweeps
 
+    over_ranks = ranks_of(path)
+    if over_ranks is not None:
+        if picture.file is not None:
+            raise UsageError(f"--plot must be of workloads or sweeps, got {path}, which is of layers over ranks")
+        show_ranks(over_ranks, display)
+        return
     found = of_layers(load_run(path), layers)
     if isinstance(found, Document):
         show_bench(found, display)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
-from typing import Any, Generic, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 
 Result = TypeVar("Result")
+Span: TypeAlias = tuple[torch.cuda.Event, torch.cuda.Event]
+"""The events around one call."""
 now = time.monotonic
 """The host's clock."""
 WARM_SECONDS = 0.04
@@ -18,6 +20,23 @@ COUNTED_SECONDS = 0.15
 """Seconds of calls that are sampled, within the bounds on their number."""
 L2_TIMES = 3
 """Size of the buffer that is written between calls, as a multiple of the L2's size."""
+
+
+class Timed(Protocol):
+    """Something whose runs on the GPU can be timed."""
+
+    def enqueue(self) -> Span: ...
+
+
+class Direct:
+    """A call that the host makes anew each time, as a program that captures nothing does."""
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self._run = run
+
+    def enqueue(self) -> Span:
+        """Enqueue a cold call between two events, which also counts what the GPU waits for the host."""
+        return _between_events(self._run)
 
 
 class Replay(Generic[Result]):
@@ -29,24 +48,28 @@ class Replay(Generic[Result]):
         with torch.cuda.graph(self._graph):
             self.results = run()
 
-    def enqueue(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    def enqueue(self) -> Span:
         """Enqueue a cold replay between two events; the host is ahead, so the GPU never waits for it."""
-        _flush_buffer().zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        self._graph.replay()
-        end.record()
-        return start, end
+        return _between_events(self._graph.replay)
 
 
-def timed(replays: Sequence[Replay[Result]], count: int) -> list[tuple[float, ...]]:
+def _between_events(run: Callable[[], object]) -> Span:
+    _flush_buffer().zero_()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    run()
+    end.record()
+    return start, end
+
+
+def timed(replays: Sequence[Timed], count: int) -> list[tuple[float, ...]]:
     """Return the milliseconds of each replay in ``count`` calls, each after the L2 was flushed."""
     calls = [[replay.enqueue() for replay in replays] for _ in range(count)]
     torch.cuda.synchronize()
     return [tuple(start.elapsed_time(end) for start, end in call) for call in calls]
 
 
-def warm(replays: Sequence[Replay[Result]]) -> list[tuple[float, ...]]:
+def warm(replays: Sequence[Timed]) -> list[tuple[float, ...]]:
     """Replay at least once, until the GPU's clocks are up, and return the times in milliseconds."""
     found: list[tuple[float, ...]] = []
     start = now()
@@ -88,7 +111,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
 class Clock:
     """The graphs of one call, and the call's peak allocation in bytes."""
 
-    def __init__(self, replays: Sequence[Replay[Any]], extra_bytes: int) -> None:
+    def __init__(self, replays: Sequence[Timed], extra_bytes: int) -> None:
         self._replays = replays
         self.extra_bytes = extra_bytes
 

@@ -103,7 +103,7 @@ def _process(pipe: Any, prepare: Callable[[], None], serve: Callable[[Any], Any]
     """Be a worker process; the parent handles Ctrl-C."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _end_with_parent()
+    end_with_parent()
     prepare()
     _loop(pipe, serve)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Triton 3.9 lists what its bindings leak when it is unloaded
@@ -123,7 +123,7 @@ def _loop(pipe: Any, serve: Callable[[Any], Any]) -> None:
             return
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies, even by SIGKILL in the middle of a task."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl(2)

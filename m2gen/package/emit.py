@@ -14,6 +14,7 @@ from m2gen.bucket import BUCKETS, HALVES
 from m2gen.db.choice import Choice, modules_by_bucket
 from m2gen.device import PORTABLE
 from m2gen.errors import EmitError
+from m2gen.kernels.layer import layer_of, layers_of, render_layer
 from m2gen.kernels.literals import Code
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel, render_template, template_hash
@@ -126,7 +127,15 @@ def _kernel_files(origin: Origin, choices: Iterable[Choice]) -> dict[str, str]:
         served = ", ".join(map(_served, users))
         provenance = origin.header(f"Layers {', '.join(users[0].built.layers)}. Schedule serves {served}.")
         files[f"kernels/{module}.py"] = render_kernel(Lowering(users[0].variant, users[0].schedule), provenance)
+    for name, k in layers_of(choice.variant for choice in choices).items():
+        files[f"kernels/{name}.py"] = render_layer(k, origin.header())
     return files
+
+
+def _layer_kernels(variants: Iterable[BuiltVariant]) -> dict[tuple[int, ...], str]:
+    """Return the modules of the kernels around the recurrence, by what they depend on."""
+    found = (layer_of(having.variant) for having in variants)
+    return {(k.state_expansion, k.head_dim, *k.heads.counts[:4]): k.name for k in found if k is not None}
 
 
 def _facts(origin: Origin, namespace: str, variants: list[BuiltVariant], choices: list[Choice]) -> dict[str, object]:
@@ -146,6 +155,7 @@ def _facts(origin: Origin, namespace: str, variants: list[BuiltVariant], choices
             arch: {key: tuple(modules_by_bucket(having)) for key, having in table.items()}
             for arch, table in tables.items()
         },
+        "LAYER_KERNELS": _layer_kernels(variants),
         "HALVES": HALVES,
         "PORTABLE_SMS": PORTABLE.sm_count,
     }

@@ -15,7 +15,9 @@ from m2gen.pipeline.build import BuildOutcome, build, committed_specs, differenc
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.checkpoint import CheckpointRequest, spec_of_checkpoint, write_spec
 from m2gen.pipeline.db import Answer, Question, Superfluous, open_database, state, superfluous, why
+from m2gen.pipeline.layers import LayersRequest, bench_layers, layer_workloads, this_layer_context
 from m2gen.pipeline.plan import Plan, open_spec, plan, render, shipped_database, shipped_specs
+from m2gen.pipeline.ranks import RanksRequest, has_gpus, over_ranks, ranks_job
 from m2gen.pipeline.recheck import Recheck, Replayed, replay, verify_records
 from m2gen.pipeline.tune import Size, Tuned, TuneRequest, dry_run, dry_run_device, this_tuning_context, tune
 from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_lines, reproduce, verify, verify_full
@@ -27,8 +29,10 @@ __all__ = [
     "BuildOutcome",
     "CheckRow",
     "CheckpointRequest",
+    "LayersRequest",
     "Plan",
     "Question",
+    "RanksRequest",
     "Recheck",
     "Replayed",
     "Size",
@@ -40,6 +44,7 @@ __all__ = [
     "VerifyRequest",
     "baseline",
     "bench",
+    "bench_layers",
     "build",
     "check",
     "committed_specs",
@@ -48,9 +53,13 @@ __all__ = [
     "dry_run_device",
     "failed",
     "failure_lines",
+    "has_gpus",
+    "layer_workloads",
     "open_database",
     "open_spec",
+    "over_ranks",
     "plan",
+    "ranks_job",
     "regressions",
     "render",
     "replay",
@@ -62,6 +71,7 @@ __all__ = [
     "superfluous",
     "sweep",
     "this_bench_context",
+    "this_layer_context",
     "this_tuning_context",
     "tune",
     "verify",

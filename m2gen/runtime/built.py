@@ -30,6 +30,8 @@ KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {}
 A bucket is how many programs, heads of all sequences, there are for each SM. "portable" serves the interpreter and
 every arch that is not listed.
 """
+LAYER_KERNELS: Mapping[tuple[int, ...], str] = {}
+"""Modules of the kernels around the recurrence, by K, V and the heads of q, k, v and f."""
 HALVES: tuple[int, ...] = ()
 """The most programs of each bucket but the last, in halves of a program an SM."""
 PORTABLE_SMS: int = 1

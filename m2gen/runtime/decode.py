@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .cache import M2RNNCache, check_holds, commit
 from .convolution import convolve
-from .mixer import Mixer, split_sizes
+from .mixer import Mixer
 from .op import m2rnn_step
-from .scan import finish, gate_of, operands_of
+from .scan import bypass, epilogue, gate_of, operands_of, project
 
 
 def step(layer: Mixer, x: Tensor, cache: M2RNNCache) -> Tensor:
@@ -41,10 +41,10 @@ def masked_step(layer: Mixer, x: Tensor, cache: M2RNNCache, mask: Tensor) -> Ten
 
 def _advance(layer: Mixer, x: Tensor, cache: M2RNNCache, state: Tensor) -> tuple[Tensor, Tensor]:
     """Advance ``state`` by x (B, hidden_size) in place; return what comes of it, and the convolution's last inputs."""
-    mixed, f, g = layer.input_projection(x).split(split_sizes(layer), -1)
+    mixed, f, g = project(layer, x)
     check_holds(cache, mixed)
     mixed, conv = convolve(layer.conv1d, mixed[:, None], layer.conv_width, cache.conv)
     q, k, v = operands_of(layer, mixed[:, 0])
     f, A_log, dt_bias = gate_of(layer, f, q.dtype)
     y, _ = m2rnn_step(q, k, v, layer.state_weight, f, state, A_log=A_log, dt_bias=dt_bias)
-    return finish(layer, y, v, g), conv
+    return epilogue(layer, bypass(layer, y, v), g), conv

@@ -37,6 +37,17 @@ def _loaded(tables: Mapping[str, Mapping[str, tuple[str, ...]]]) -> Mapping[str,
 KERNELS = _loaded(built.KERNELS)
 
 
+def _layers_loaded(table: Mapping[tuple[int, ...], str]) -> Mapping[tuple[int, ...], ModuleType]:
+    """Do for the kernels around the recurrence what ``_loaded`` does."""
+    if not hasattr(SPACE, "layer_kernels"):
+        SPACE.layer_kernels = {key: load(f"{__package__}.kernels.{name}") for key, name in table.items()}
+    kernels: Mapping[tuple[int, ...], ModuleType] = SPACE.layer_kernels
+    return kernels
+
+
+LAYER_KERNELS = _layers_loaded(built.LAYER_KERNELS)
+
+
 @functools.cache
 def device_of(device: torch.device) -> tuple[str, int]:
     """Return the key of KERNELS that serves ``device``, and its SMs; warns of an arch that was not built for."""
@@ -101,6 +112,12 @@ def kernels_for(
 ) -> ModuleType:
     """Return the module whose launchers serve these operands; it depends on the number of sequences, not on lengths."""
     return _of_bucket(*table_of(variant_of(q, k, v, weight, forget, A_log), q.device), q, cu_seqlens)
+
+
+def layer_kernels(dims: Sequence[int], device: torch.device) -> ModuleType:
+    """Return the kernels around the recurrence of K, V and heads; they are the same for every arch."""
+    device_of(device)  # raises where no kernel runs
+    return LAYER_KERNELS[tuple(dims[:6])]
 
 
 def _of_bucket(kernels: Kernels, most: Sequence[int], q: Tensor, cu_seqlens: Tensor | None) -> ModuleType:

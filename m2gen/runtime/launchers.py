@@ -97,8 +97,12 @@ def backward(
     bound: float,
     wanted: Sequence[bool],
     deterministic: bool,
+    known: Known | None = None,
 ) -> list[Tensor]:
-    """Launch the backward kernel; return the ``wanted`` gradients: eight flags, for operands and the initial state."""
+    """Launch the backward kernel; return the ``wanted`` gradients: eight flags, for operands and the initial state.
+
+    ``known`` keeps launches for calls that are alike in ``dy`` and ``wanted``, too.
+    """
     plan, q = launch_plan.plan_of(kernels), operands[0]
     batch, steps, intervals, _ = sizes(plan, q, cu_seqlens)
     atomic = plan.backward_adds and not deterministic
@@ -110,12 +114,19 @@ def backward(
     if batch:
         given, results = (operands, written) if plan.computes_gate else (operands[:5], (*written[:5], written[7]))
         programs *= plan.segments if segmented else 1
-        kernels.m2rnn_backward_kernel[(programs, 1, 1)](
-            *given, dy, dht, checkpoints, scratch, cu_seqlens, *tickets, *results,
-            *_strides(operands, cu_seqlens), *token_strides(dy, cu_seqlens), steps, intervals, bound,
-            USE_FINAL_STATE_GRADIENT=dht is not None, IS_VARLEN=cu_seqlens is not None, ATOMIC=atomic,
-            **_backward_flags(plan, operands, dy, wanted, segmented), **plan.backward_options,
-        )  # fmt: skip
+        pointers = (*given, dy, dht, checkpoints, scratch, cu_seqlens, *tickets, *results)
+        again = None if known is None else known.get("backward")
+        if again is not None:
+            again.launch(pointers)
+        else:
+            numbers = (*_strides(operands, cu_seqlens), *token_strides(dy, cu_seqlens), steps, intervals, bound)
+            flags = {"USE_FINAL_STATE_GRADIENT": dht is not None, "IS_VARLEN": cu_seqlens is not None, "ATOMIC": atomic}
+            flags |= _backward_flags(plan, operands, dy, wanted, segmented)
+            kernel = kernels.m2rnn_backward_kernel
+            compiled = kernel[(programs, 1, 1)](*pointers, *numbers, **flags, **plan.backward_options)
+            if known is not None:
+                ordered = (flags[name] for name in kernel.arg_names if name in flags)
+                relaunch.keep(known, "backward", Launched(compiled, programs, (*numbers, *ordered), q.get_device()))
     return buffers.gradients(kernels, operands, written, wanted, atomic)
 
 

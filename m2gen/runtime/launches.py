@@ -15,7 +15,7 @@ from .known import KnownCall
 from .relaunch import Known
 
 
-def _launch(launcher: Callable[..., Any], device: int, arguments: tuple[Any, ...]) -> Any:
+def on_device(launcher: Callable[..., Any], device: int, arguments: tuple[Any, ...]) -> Any:
     """Call a launcher with the GPU ``device`` current, since that is where Triton launches; -1 is the CPU."""
     if device < 0 or device == torch.cuda.current_device():
         return launcher(*arguments)
@@ -42,7 +42,7 @@ def forward(
     kernels, known = _kernels(call, operands, cu_seqlens)
     if save and q.device.type == "cpu":  # the backward may run when files are others
         dispatch.read_source(kernels)
-    results: tuple[Tensor, Tensor, Tensor | None] = _launch(
+    results: tuple[Tensor, Tensor, Tensor | None] = on_device(
         launchers.forward, q.get_device(),
         (kernels, operands, initial_state, cu_seqlens, save, deterministic, known),
     )  # fmt: skip
@@ -58,12 +58,13 @@ def backward(
     bound: float,
     wanted: list[bool],
     deterministic: bool,
+    call: KnownCall | None = None,
 ) -> list[Tensor]:
     """Run the kernel that serves these operands; return the ``wanted`` gradients."""
-    kernels, _ = _kernels(None, operands, cu_seqlens)
-    gradients: list[Tensor] = _launch(
+    kernels, known = _kernels(call, operands, cu_seqlens)
+    gradients: list[Tensor] = on_device(
         launchers.backward, operands[0].get_device(),
-        (kernels, dy, dstate, operands, checkpoints, cu_seqlens, bound, wanted, deterministic),
+        (kernels, dy, dstate, operands, checkpoints, cu_seqlens, bound, wanted, deterministic, known),
     )  # fmt: skip
     return gradients
 
@@ -71,7 +72,7 @@ def backward(
 def step(operands: Operands, state: Tensor, call: KnownCall | None = None) -> Tensor:
     """Advance ``state`` in place by the kernel that serves these operands; return y."""
     kernels, known = _kernels(call, operands, None)
-    y: Tensor = _launch(launchers.step, operands[0].get_device(), (kernels, operands, state, known))
+    y: Tensor = on_device(launchers.step, operands[0].get_device(), (kernels, operands, state, known))
     return y
 
 

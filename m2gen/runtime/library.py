@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import built, checks, fakes, flops, launches, memory, transforms
+from . import built, checks, fakes, flops, launches, layer_library, memory, transforms
 from .snapshot import snapshot
 
 SPACE = built.SPACE
@@ -29,6 +29,7 @@ class Operators(Protocol):
 
     FORWARD: Callable[..., tuple[Tensor, Tensor, Tensor]]
     STEP: Callable[..., Tensor]
+    LAYER: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
     @property
     def launches(self) -> Launches:
@@ -142,25 +143,30 @@ _SCHEMAS = {
     " bool[] wanted, bool deterministic) -> Tensor[]",
     "step": f"({_OPERANDS}, Tensor(a!) state) -> Tensor",
 }
-_TAGS = {"forward": (torch.Tag.flexible_layout,), "backward": (torch.Tag.flexible_layout,), "step": ()}
+_IN_PLACE = ("step",)
+"""Operators whose arguments must come as they are; compilers may lay out those of others."""
 
 
 def implement(library: Any) -> None:
     """Give the operators, which ``library`` defined, everything that torch may ask of them."""
-    kernels = {"forward": _forward, "backward": _backward, "step": _step}
-    gradients = {
+    kernels: dict[str, Callable[..., Any]] = {"forward": _forward, "backward": _backward, "step": _step}
+    gradients: dict[str, Callable[..., Any]] = {
         "forward": transforms.differentiable(FORWARD, _setup_context, _autograd, saves=SAVE),
         "backward": transforms.differentiable(BACKWARD, _setup_nothing, _refuse_second_derivative),
         "step": _step_autograd,
     }
     mapped = {"forward": _forward_mapped, "backward": transforms.one_by_one(BACKWARD), "step": _step_mapped}
-    for name in _SCHEMAS:
+    rules = {
+        name: layer_library.Rules(kernel, gradients[name], mapped[name], getattr(fakes, name), getattr(flops, name))
+        for name, kernel in kernels.items()
+    }
+    for name, rule in (rules | layer_library.rules(LAYER, LAYER_BACKWARD)).items():
         for key in ("CPU", "CUDA"):
-            library.impl(name, kernels[name], key)
-        library.impl(name, gradients[name], "Autograd")
-        torch.library.register_fake(f"{NAMESPACE}::{name}", getattr(fakes, name), lib=library)
-        torch.library.register_vmap(f"{NAMESPACE}::{name}", mapped[name], lib=library)
-        register_flop_formula(getattr(SPACE, name), get_raw=True)(getattr(flops, name))
+            library.impl(name, rule.kernel, key)
+        library.impl(name, rule.gradient, "Autograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", rule.fake, lib=library)
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", rule.mapped, lib=library)
+        register_flop_formula(getattr(SPACE, name), get_raw=True)(rule.flops)
 
 
 def launched() -> Mapping[Any, Callable[..., Any]]:
@@ -171,8 +177,9 @@ def launched() -> Mapping[Any, Callable[..., Any]]:
 def _defined() -> Any:
     """Define the operators, which torch forgets when what this returns is gone."""
     library: Any = Library(NAMESPACE, "DEF")
-    for name, schema in _SCHEMAS.items():
-        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *_TAGS[name]))
+    for name, schema in (_SCHEMAS | layer_library.SCHEMAS).items():
+        layout = () if name in _IN_PLACE else (torch.Tag.flexible_layout,)
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *layout))
     return library
 
 
@@ -193,4 +200,5 @@ LIBRARY = None if hasattr(SPACE, "served") else _defined()
 FORWARD = SPACE.forward.default
 BACKWARD = SPACE.backward.default
 STEP = SPACE.step.default
+LAYER, LAYER_BACKWARD = SPACE.layer.default, SPACE.layer_backward.default
 OPERATORS: Operators = SPACE.served if LIBRARY is None else _served()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -81,3 +81,12 @@ def shapes_of(layer: Mixer, batch: int) -> tuple[tuple[int, ...], tuple[int, ...
 def wide_dtype(x: Tensor) -> torch.dtype:
     """Return float32, or x's dtype where that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def known(condition: Any) -> bool:
+    """Whether a condition on sizes holds; False where a compiler would learn it from the data alone."""
+    if isinstance(condition, bool | Tensor):
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # what it imports takes a while
+
+    return guard_or_false(condition)

@@ -21,14 +21,24 @@ def check_operands(caller: str, lead: tuple[str, ...], tensors: Tensors, compile
             raise TypeError(f"{caller}: {name} must be a tensor, got {type(x).__name__}")
     _check_shapes(caller, lead, tensors)
     q, k, v, weight, forget, A_log = (tensors[name] for name in (*_OPERANDS, "A_log"))
-    for name, x in tensors.items():
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{caller}: {name} must be on {q.device} as q is, got {x.device}")
+    check_beside(caller, q, tensors)
     _check_dtypes(caller, tensors)
     if compiled:
         variant = dispatch.variant_of(q, k, v, weight, forget, A_log)
         if variant not in built.VARIANTS:
             raise VariantNotBuiltError(not_built(caller, variant))
+
+
+def check_beside(caller: str, q: Tensor, tensors: Tensors) -> None:
+    """Raise unless all tensors are where q is, and states and offsets, if there are any, have dtypes that they may."""
+    for name, x in tensors.items():
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{caller}: {name} must be on {q.device} as q is, got {x.device}")
+    first, offsets = tensors.get("initial_state"), tensors.get("cu_seqlens")
+    if first is not None and not first.is_floating_point():
+        raise TypeError(f"{caller}: initial_state must be a floating-point tensor, got {first.dtype}")
+    if offsets is not None and offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{caller}: cu_seqlens must be torch.int32 or torch.int64, got {offsets.dtype}")
 
 
 _OPERANDS = ("q", "k", "v", "weight", "forget")
@@ -91,10 +101,6 @@ def _check_dtypes(caller: str, tensors: Tensors) -> None:
         if x is not None and x.dtype != dtype and not (wider and x.dtype == torch.float32):
             either = " or torch.float32" if wider and dtype != torch.float32 else ""
             raise TypeError(f"{caller}: {name} must be {dtype}{either}, got {x.dtype}")
-    state, first, offsets = (tensors.get(name) for name in ("state", "initial_state", "cu_seqlens"))
+    state = tensors.get("state")
     if state is not None and state.dtype not in (torch.float32, torch.bfloat16):
         raise TypeError(f"{caller}: state must be torch.float32 or torch.bfloat16, got {state.dtype}")
-    if first is not None and not first.is_floating_point():
-        raise TypeError(f"{caller}: initial_state must be a floating-point tensor, got {first.dtype}")
-    if offsets is not None and offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{caller}: cu_seqlens must be torch.int32 or torch.int64, got {offsets.dtype}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -14,12 +14,18 @@ __all__ = ["parameter_groups"]
 _NORMS = (RMSNorm, nn.LayerNorm, nn.RMSNorm)
 
 
+def _declared(module: nn.Module) -> str | None:
+    """Return the group of the module's own parameters, where it says that: a part of a layer over ranks does."""
+    group: str | None = getattr(module, "parameter_group", None)
+    return group
+
+
 def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     """Return the module's own parameters that weight decay must leave alone: decay parameters, norms, D and biases."""
     own = dict(module.named_parameters(recurse=False))
-    if isinstance(module, (DecayGate, *_NORMS)):
+    if isinstance(module, (DecayGate, *_NORMS)) or _declared(module) == "undecayed":
         return list(own.values())
-    names = ("bias", "D") if hasattr(module, "decay_gate") else ("bias",)
+    names = ("bias", "D", "skip") if hasattr(module, "decay_gate") else ("bias",)
     return [own[name] for name in names if name in own]
 
 
@@ -28,6 +34,32 @@ def mark_no_weight_decay(layer: nn.Module) -> None:
     for module in layer.modules():
         for parameter in _undecayed(module):
             parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+class MarksNoWeightDecay:
+    """What a model of transformers inherits so that its parameters are marked: those that are loaded or copied, too."""
+
+    def post_init(self) -> None:
+        """Mark parameters after a model was made, or drawn anew."""
+        super().post_init()  # type: ignore[misc]
+        mark_no_weight_decay(cast(nn.Module, self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a copy, or of a pickle, and mark parameters, whose copies have no marks."""
+        super().__setstate__(state)  # type: ignore[misc]
+        mark_no_weight_decay(cast(nn.Module, self))
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """Load a model, whose parameters are not the ones that were made with it, and mark them."""
+        loaded = super().from_pretrained(*arguments, **options)  # type: ignore[misc]
+        mark_no_weight_decay(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+
+def mark_loaded(layer: nn.Module, keys: Any) -> None:
+    """Mark parameters that loading has put in the place of others: a hook of ``load_state_dict``."""
+    mark_no_weight_decay(layer)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -54,6 +86,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
             seen.add(id(parameter))
             if id(parameter) in left_out or getattr(parameter, "_no_weight_decay", False):
                 group = "undecayed"
+            elif (declared := _declared(module)) is not None:
+                group = declared
             elif name == "state_weight" and parameter.dim() == 3:
                 group = "state_weights"
             elif isinstance(module, nn.Linear) and parameter.dim() == 2:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import built
+from . import built, fused
 from .activations import activate
-from .cache import check_states
+from .cache import States, check_states
 from .convolution import convolve, convolve_packed
-from .mixer import Mixer, operand_sizes, split_sizes
+from .mixer import Mixer, operand_sizes
 from .op import m2rnn
 
 
@@ -24,18 +24,38 @@ def scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what ``M2RNN.scan`` does once the layer's hooks have run, of any module with its attributes."""
     check_states(layer, x, conv, state, cu_seqlens)
-    mixed, f, g = layer.input_projection(x).split(split_sizes(layer), -1)
+    if fused.serves(layer, x):
+        return fused.scan(layer, x, conv, state, cu_seqlens, cu_seqlens_cpu)
+    mixed, f, g = project(layer, x)
+    y, conv, state = recur(layer, mixed, f, States(conv, state), cu_seqlens, cu_seqlens_cpu)
+    return epilogue(layer, y, g), conv, state
+
+
+def project(layer: Mixer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is convolved, the forget gate's input and the output gate's; columns beyond them fill up rows."""
+    return fused.project(layer, x).parts(layer)
+
+
+def recur(
+    layer: Mixer,
+    mixed: Tensor,
+    f: Tensor,
+    before: States,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Convolve, run the operator and add D v; return that and the states after it."""
     if cu_seqlens is None:
-        mixed, conv = convolve(layer.conv1d, mixed, layer.conv_width, conv)
+        mixed, conv = convolve(layer.conv1d, mixed, layer.conv_width, before.conv)
     else:
-        mixed, conv = convolve_packed(layer.conv1d, mixed, layer.conv_width, cu_seqlens, conv)
+        mixed, conv = convolve_packed(layer.conv1d, mixed, layer.conv_width, cu_seqlens, before.conv)
     q, k, v = operands_of(layer, mixed)
     f, A_log, dt_bias = gate_of(layer, f, q.dtype)
     y, state = m2rnn(
-        q, k, v, layer.state_weight, f, state, cu_seqlens, layer.clip,
+        q, k, v, layer.state_weight, f, before.state, cu_seqlens, layer.clip,
         A_log=A_log, dt_bias=dt_bias, cu_seqlens_cpu=cu_seqlens_cpu, backend=layer.backend,
     )  # fmt: skip
-    return finish(layer, y, v, g), conv, state
+    return bypass(layer, y, v), conv, state
 
 
 def operands_of(layer: Mixer, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,11 +79,16 @@ def gate_of(layer: Mixer, f: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return f, A_log, dt_bias
 
 
-def finish(layer: Mixer, y: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """Return the layer's result of the operator's, of v and of the output gate's input."""
-    heads = layer.total_heads
-    if layer.D is not None:
-        y = y + layer.D.to(y.dtype) * v.repeat_interleave(heads // layer.heads.v, -2)
-    g = torch.unflatten(g, -1, (layer.gate_heads, layer.head_dim)).repeat_interleave(heads // layer.gate_heads, -2)
+def bypass(layer: Mixer, y: Tensor, v: Tensor) -> Tensor:
+    """Return y + D v."""
+    if layer.D is None:
+        return y
+    return y + layer.D.to(y.dtype) * v.repeat_interleave(layer.total_heads // layer.heads.v, -2)
+
+
+def epilogue(layer: Mixer, y: Tensor, g: Tensor) -> Tensor:
+    """Return the layer's result of y + D v (..., N, V) and of the output gate's input."""
+    g = torch.unflatten(g, -1, (layer.gate_heads, layer.head_dim))
+    g = g.repeat_interleave(layer.total_heads // layer.gate_heads, -2)
     mixed: Tensor = layer.output_projection(layer.g_norm((y * F.silu(g)).flatten(-2)))
     return mixed

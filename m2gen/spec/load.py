@@ -76,6 +76,8 @@ def spec_hash(spec: Spec) -> str:
     """
     content = spec.model_dump(mode="json", by_alias=True, exclude={"layers"})
     content["tuning"]["budget"] = spec.tuning.budget_seconds
-    content["layers"] = [[name, layer.model_dump(mode="json")] for name, layer in spec.layers.items()]
+    content["layers"] = [
+        [name, layer.model_dump(mode="json", exclude_none=True)] for name, layer in spec.layers.items()
+    ]
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:_HASH_DIGITS]

@@ -157,6 +157,8 @@ class Layer(_Frozen):
     dtypes: Grid[ElementType]
     gate: Grid[Gate] = (GateKind.GIVEN,)
     workloads: Grid[Workload] = Field(default_factory=tuple)
+    hidden: Size | None = None
+    """Width of the model that the layer is in, which benchmarks of layers need and kernels do not depend on."""
 
     @property
     def size(self) -> int:

@@ -25,6 +25,7 @@ class Feature(StrEnum):
     DIMS = "dims"
     PYTORCH = "pytorch"
     DROP_IN = "drop_in"
+    LAYER = "layer"
     DRIFT = "drift"
 
 
@@ -50,6 +51,17 @@ class Layout(StrEnum):
     """One step of one sequence is expanded with stride 0."""
 
 
+class LayerForm(StrEnum):
+    """Options of the layer of a case."""
+
+    PUBLISHED = "4_wide"
+    BIASED = "biased"
+    TWO_WIDE = "2_wide"
+    THREE_WIDE = "3_wide"
+    NO_CONVOLUTION = "no_conv"
+    BARE = "bare"
+
+
 class Check(StrEnum):
     """The check of a case; ``m2gen.verify.checks`` has a function for each."""
 
@@ -70,6 +82,9 @@ class Check(StrEnum):
     STEP_GRAPH = "step_graph"
     CHECKPOINT = "checkpoint"
     DROP_IN = "drop_in"
+    LAYER = "layer"
+    """Compare results and all gradients of the package's layer with float64."""
+    LAYER_DECODING = "layer_decoding"
     DRIFT = "drift"
 
     @property
@@ -95,6 +110,9 @@ class Case:
     deterministic: bool = False
     narrow_state: bool = False
     """Whether decoding keeps the state in bf16 between steps, as does the eager loop that its budget comes from."""
+    layer: LayerForm = LayerForm.PUBLISHED
+    padded: bool = False
+    """Whether the first sequence of a layer's batch is padded in front."""
     feature: Feature = Feature.RECURRENCE
     check: Check = Check.GRADIENTS
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from m2gen.problem import Gates, Problem, Weights
 from m2gen.spec import ClipMode, Dtype
 from m2gen.variant import MIN_TILE, Variant
-from m2gen.verify.case import Case, Check, Feature, Layout, Loss
+from m2gen.verify.case import Case, Check, Feature, LayerForm, Layout, Loss
 
 LONG = 4096
 DRIFT = 16384
@@ -201,6 +201,29 @@ def _drop_in(s: Setting) -> Iterator[Case]:
     yield Case("published_packed", packed, clip=None, check=Check.DROP_IN)
 
 
+def _layer(s: Setting) -> Iterator[Case]:
+    """Yield calls of the layer: its forms, packed, padded, from states, and token by token; a few if interpreted."""
+    steps = s.brief.seq if s.interpreted else 60
+    dense, packed = Problem(2, steps), Problem(0, 0, lengths=(3, 0, steps, 1))
+    yield Case("layer_published", dense, check=Check.LAYER)
+    for form in (LayerForm.THREE_WIDE,) if s.interpreted else (LayerForm.PUBLISHED, LayerForm.THREE_WIDE):
+        began = replace(packed, initial_state=True)
+        yield Case(f"layer_{form}_packed_states", began, layer=form, check=Check.LAYER)
+    yield Case("layer_padded", dense, padded=True, check=Check.LAYER)
+    yield Case("layer_decoding", Problem(2, min(steps, 12)), check=Check.LAYER_DECODING)
+    if s.interpreted:
+        return
+    for form in LayerForm:
+        if form is not LayerForm.PUBLISHED:
+            yield Case(f"layer_{form}", dense, layer=form, check=Check.LAYER)
+    for form in (LayerForm.PUBLISHED, LayerForm.THREE_WIDE):
+        yield Case(f"layer_{form}_states", replace(dense, initial_state=True), layer=form, check=Check.LAYER)
+        yield Case(f"layer_{form}_packed", packed, layer=form, check=Check.LAYER)
+    for form in (LayerForm.TWO_WIDE, LayerForm.NO_CONVOLUTION):
+        yield Case(f"layer_{form}_decoding", Problem(2, min(steps, 12)), layer=form, check=Check.LAYER_DECODING)
+    yield Case("layer_many_tokens", Problem(10, 60), check=Check.LAYER)  # enough for aligned projections
+
+
 def _drift(s: Setting) -> Iterator[Case]:
     if s.long and s.variant.dtype is Dtype.BF16:
         yield Case(f"steps_{DRIFT}", Problem(1, DRIFT), gates=Gates.SLOW, check=Check.DRIFT)
@@ -219,6 +242,7 @@ FEATURES = {
     Feature.DIMS: _dims,
     Feature.PYTORCH: _pytorch,
     Feature.DROP_IN: _drop_in,
+    Feature.LAYER: _layer,
     Feature.DRIFT: _drift,
 }
 

@@ -98,7 +98,7 @@ def test_loops_are_timed_on_fewer_steps() -> None:
 
 def test_state_of_decoding_is_judged(generated: Implementation, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that leaves the state as it was is named, and so is none that passes."""
-    module = operators._package(generated.package)
+    module = operators.package_at(generated.package)
     right = module.m2rnn_step
 
     def forgetful(*operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -138,10 +138,17 @@ def twin(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _shuffled(layer: nn.Module, order: Tensor) -> nn.Module:
-    """Return the layer for inputs whose channels are in another order: the same function, rounded differently."""
+    """Return the layer for inputs whose channels are in another order: the same function, rounded differently.
+
+    The order hardly moves a gate near 1, and the one rounding of it is what 1 - f is known to: dt_bias moves by one of
+    its last place, or not, so that gates are rounded differently, too.
+    """
     other = copy.deepcopy(layer)
     with torch.no_grad():
         other.input_projection.weight.copy_(layer.input_projection.weight[:, order])
+        dt_bias = other.decay_gate.dt_bias
+        signs = order[: dt_bias.numel()].remainder(3).sub(1).to(dt_bias.dtype)
+        dt_bias.mul_(1 + signs * torch.finfo(torch.float32).eps)
     return other
 
 

@@ -155,6 +155,22 @@ def heads_hold_their_share(subject: Subject) -> None:
         assert torch.equal(x, layer.state_dict()[name]), name
 
 
+def heads_in_groups(subject: Subject) -> None:
+    """An optimiser's groups have of a sharded layer what they have of the layer, marks or not."""
+    layer = make_layer(subject, HEADS["sharded_q"], EXACT)
+    sharded = subject.parallel.HeadParallelM2RNN(layer, init_device_mesh("cpu", (subject.ranks,)))
+
+    def sizes(model: nn.Module) -> dict[str, int]:
+        groups = subject.package.parameter_groups(model, 0.1)
+        return {group["name"]: sum(p.numel() for p in group["params"]) for group in groups}
+
+    assert sizes(sharded) == sizes(layer)
+    assert sum(hasattr(p, "_no_weight_decay") for p in sharded.parameters()) > 0
+    for parameter in sharded.parameters():
+        vars(parameter).pop("_no_weight_decay", None)
+    assert sizes(sharded) == sizes(layer)
+
+
 def heads_decode(subject: Subject, heads: dict[str, int], numerics: Numerics) -> None:
     """Prefill and decoding over ranks give what the whole layer gives in one call."""
     mesh = init_device_mesh("cpu", (subject.ranks,))
@@ -394,6 +410,7 @@ CHECKS = {
         for how in ("batch", "packed")
     },
     "heads_hold_their_share": heads_hold_their_share,
+    "heads_in_groups": heads_in_groups,
     "heads_decode": lambda s: heads_decode(s, HEADS["sharded_q"], EXACT),
     "heads_decode_kernels": lambda s: heads_decode(s, HEADS["shared_q_k"], KERNELS),
     "heads_schedules": lambda s: heads_schedules(s.split),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import m2gen.measure.clock
+from m2gen.measure.clock import Direct
 
 REPLAY_MS = 1.0
 WARM_UPS = 10
@@ -76,6 +77,11 @@ def stand_in_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         "max_memory_allocated": lambda: next(memory),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+
+    def direct(call: Direct) -> object:
+        return m2gen.measure.clock._between_events(lambda: (call._run(), _Graph().replay()))
+
+    monkeypatch.setattr(Direct, "enqueue", direct)
     monkeypatch.setattr(m2gen.measure.clock, "_FLUSH", [torch.empty(8)])
     monkeypatch.setattr(m2gen.measure.clock, "now", _Time.seconds)
     monkeypatch.setattr(m2gen.measure.clock, "WARM_SECONDS", (WARM_UPS - 0.5) * REPLAY_MS / 1e3)

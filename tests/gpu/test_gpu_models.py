@@ -62,6 +62,26 @@ def test_a_hybrid_trains_compiled(built, device) -> None:
     assert max(first) < 0.05  # later steps train on the rounding of these
 
 
+@pytest.mark.parametrize("numbers", [False, True])
+def test_packed_training_with_offsets_of_the_host_never_waits(built, device, numbers) -> None:
+    """A step of a model of M2RNN layers reads nothing from the device where a copy of the offsets comes along."""
+    hf = hf_of(built(make_variant(64, 16, (1, 1, HEADS, HEADS, HEADS), "bf16", tanh="approx")))
+    config = config_of_layers(256, HEADS)
+    config["sequence_mixer_blocks"] = config["sequence_mixer_blocks"][:1] * 2
+    model = hf.M2RNNForCausalLM(hf.M2RNNConfig(**config)).to(device).bfloat16().train()
+    row = torch.randint(256, (1, LENGTH), generator=torch.Generator().manual_seed(0)).to(device)
+    host = torch.tensor([0, 30, 100, LENGTH], dtype=torch.int32)
+    copy = host.tolist() if numbers else host
+    offsets = [host.to(device) for _ in range(2)]
+    model(row, labels=row, cu_seq_lens_q=offsets[0], cu_seqlens_cpu=copy).loss.backward()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(row, labels=row, cu_seq_lens_q=offsets[1], cu_seqlens_cpu=copy).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_decoding_is_full_calls(built, device) -> None:
     """Padded prompts and steps of ``generate``, compiled by it, have the logits of calls on everything so far."""
     model = model_of(built, device).bfloat16().eval()

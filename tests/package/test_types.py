@@ -18,10 +18,12 @@ MODEL = '''
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.parallel import parallelize_module
 
 from typed import M2RNN, M2RNNCache, VariantNotBuiltError, m2rnn, m2rnn_step
 from typed.compat import m2rnn as published
-from typed.parallel import HeadParallelM2RNN, scan_over_ranks
+from typed.parallel import HeadParallelM2RNN, M2RNNContext, M2RNNHeads, exchange_over_ranks, scan_over_ranks
 
 
 class Model(nn.Module):
@@ -61,7 +63,14 @@ def steps(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor) -> Te
 
 def over_ranks(model: Model, x: Tensor) -> Tensor:
     """Run long sequences."""
-    return scan_over_ranks(model.mixer, x, micro_batches=2)
+    y: Tensor = exchange_over_ranks(model.mixer, x) + scan_over_ranks(model.mixer, x, micro_batches=2)
+    return y
+
+
+def parallelised(model: Model, mesh: DeviceMesh) -> nn.Module:
+    """Shard the heads of a model's layer, and its tokens over the same ranks."""
+    parallelize_module(model, mesh, {"other": M2RNNContext()})
+    return parallelize_module(model, mesh, {"mixer": M2RNNHeads(sequence_parallel=True)})
 
 
 def whole(sharded: HeadParallelM2RNN, x: Tensor) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 import sys
@@ -10,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import send_to_device
 from calls import distance
 from checkpoints import small_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import set_seed
+from watch import WAITS, Reads, Watch
 
 ROUNDING = 1e-5
 KINDS = ("hybrid_rope", "hybrid_options", "recurrent")
@@ -73,19 +76,114 @@ def test_checkpointing_changes_nothing(hf: Any, kind: str, reentrant: bool) -> N
     assert {name: error for name, x in plain.items() if (error := distance(found[name], x)) > ROUNDING} == {}
 
 
+PACKED = (4, 1, 6)
+OFFSETS = (0, 4, 5, 11)
+
+
+def packed_call(how: str) -> dict[str, Any]:
+    """Return what says where the sequences of ``PACKED`` begin."""
+    positions = torch.cat([torch.arange(length) for length in PACKED])[None]
+    offsets = torch.tensor(OFFSETS, dtype=torch.int32)
+    return {
+        "position_ids": {"position_ids": positions},
+        "both": {"position_ids": positions, "cu_seq_lens_q": offsets},
+        "cu_seq_lens_q": {"cu_seq_lens_q": offsets},
+        "copy": {"cu_seq_lens_q": offsets, "cu_seqlens_cpu": offsets.clone()},
+        "array": {"cu_seq_lens_q": offsets, "cu_seqlens_cpu": offsets.numpy()},
+        "numbers": {"position_ids": positions, "cu_seq_lens_q": offsets, "cu_seqlens_cpu": list(OFFSETS)},
+    }[how]
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("how", ["position_ids", "cu_seq_lens_q"])
+@pytest.mark.parametrize("how", ["position_ids", "both", "cu_seq_lens_q", "copy", "array", "numbers"])
 @pytest.mark.parametrize("training", [True, False])
 def test_packed_sequences_are_apart(hf: Any, kind: str, how: str, training: bool) -> None:
     """Sequences one after the other in a row, as padding-free collators lay them, are each as alone."""
-    model, lengths = small_model(hf, kind).train(training), (4, 1, 6)
-    alone = [ids(1, length, seed=length) for length in lengths]
-    positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    given: dict[str, Tensor] = {"position_ids": positions}
-    if how == "cu_seq_lens_q":
-        given["cu_seq_lens_q"] = torch.tensor([0, 4, 5, 11], dtype=torch.int32)
-    logits = model(torch.cat(alone, 1), **given).logits
+    model = small_model(hf, kind).train(training)
+    alone = [ids(1, length, seed=length) for length in PACKED]
+    logits = model(torch.cat(alone, 1), **packed_call(how)).logits
     assert distance(logits, torch.cat([model(tokens).logits for tokens in alone], 1)) < ROUNDING
+
+
+@pytest.mark.parametrize("kind", ["hybrid_rope", "recurrent"])
+def test_packed_sequences_of_several_rows(hf: Any, kind: str) -> None:
+    """Offsets count the tokens of all rows; a sequence may go on in the next row for M2RNN layers only."""
+    model, tokens = small_model(hf, kind), ids(2, 6)
+    logits = model(tokens, cu_seq_lens_q=torch.tensor([0, 2, 6, 9, 12])).logits
+    parts = [tokens[:1, :2], tokens[:1, 2:], tokens[1:, :3], tokens[1:, 3:]]
+    alone = torch.cat([model(part).logits[0] for part in parts])
+    assert distance(logits.flatten(0, 1), alone) < ROUNDING
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_training_never_waits(hf: Any, monkeypatch: Any, kind: str, implementation: str) -> None:
+    """With offsets of the host a step asks the device for no value: neither offsets, nor positions, nor masks."""
+    model = small_model(hf, kind, attn_implementation=implementation).train()
+    row, call = ids(1, sum(PACKED)), packed_call("numbers")
+    model(row, labels=row, **call).loss.backward()
+    with monkeypatch.context() as patch, Reads() as reads:
+        seen = [Watch(patch, x) for x in (call["cu_seq_lens_q"], call["position_ids"])]
+        model(row, labels=row, **call).loss.backward()
+    assert reads.found == []
+    assert all(WAITS.isdisjoint(watch.found) for watch in seen)
+    with monkeypatch.context() as patch, Reads() as reads:
+        watch = Watch(patch, call["cu_seq_lens_q"])
+        del call["cu_seqlens_cpu"]
+        call["cu_seq_lens_q"].add_(0)  # what has passed is not read again
+        model(row, labels=row, **call)
+        assert "tolist" in watch.found
+        model(row, position_ids=call["position_ids"])
+    assert "nonzero" in reads.found
+
+
+def test_blocks_on_other_devices_have_the_offsets(hf: Any) -> None:
+    """What accelerate moves to a block's device are the offsets, and their copy stays on the host."""
+    packing = sys.modules[f"{hf.__name__}.packing"]
+    offsets = torch.tensor(OFFSETS)
+    moved = send_to_device({"packed": packing.Packed(offsets, offsets.clone())}, "meta")["packed"]
+    assert (moved.cu_seqlens.device.type, moved.cu_seqlens_cpu.device.type) == ("meta", "cpu")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_of_packed_batches(hf: Any, reentrant: bool) -> None:
+    """Blocks that run again in the backward know the sequences, too."""
+    model, row, call = small_model(hf, "hybrid_rope").train(), ids(1, sum(PACKED)), packed_call("copy")
+    plain = gradients(model, model(row, labels=row, **call).loss)
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    model(row, labels=row, **call).loss.backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert {name: error for name, x in plain.items() if (error := distance(found[name], x)) > ROUNDING} == {}
+
+
+def test_a_copy_of_the_offsets_is_checked(hf: Any) -> None:
+    """It must be one of offsets that are there, of their shape, and hold what they may hold."""
+    model, row = small_model(hf, "recurrent"), ids(1, 11)
+    offsets = torch.tensor(OFFSETS)
+    for call, message in (
+        ({"cu_seqlens_cpu": OFFSETS}, "cu_seqlens_cpu must come with cu_seqlens"),
+        ({"cu_seq_lens_q": offsets, "cu_seqlens_cpu": [0, 11]}, r"cu_seqlens_cpu must be \(4,\) as cu_seqlens is"),
+        ({"cu_seq_lens_q": offsets, "cu_seqlens_cpu": [0, 5, 4, 11]}, "cu_seqlens must not decrease, got 4 at index 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(row, **call)
+
+
+def test_flash_attention_is_told_of_packed_sequences(hf: Any) -> None:
+    """Attention functions get the offsets, and the longest sequence where that is known without a wait."""
+    found: list[dict[str, Any]] = []
+    model = small_model(hf, "hybrid_rope")
+    for block in model.transformer.h:
+        block.sequence_mixer.register_forward_pre_hook(lambda _, rest, given: found.append(given), with_kwargs=True)
+    model(ids(1, 11), **packed_call("copy"))
+    (given,) = [given for given in found if "cu_seq_lens_k" in given]
+    assert given["cu_seq_lens_q"].tolist() == given["cu_seq_lens_k"].tolist() == list(OFFSETS)
+    assert (given["max_length_q"], given["max_length_k"]) == (6, 6)
+    found.clear()
+    model(ids(1, 11), **packed_call("cu_seq_lens_q"))
+    assert not [given for given in found if "max_length_q" in given]
 
 
 def test_scores_of_attention(hf: Any) -> None:
@@ -111,6 +209,19 @@ def test_groups_of_an_optimiser(hf: Any, tmp_path: Path) -> None:
     assert held["undecayed"] == set(expected)
 
 
+def test_marks_of_loaded_parameters(hf: Any, tmp_path: Path) -> None:
+    """Whoever asks parameters themselves finds the marks after making, loading and drawing anew."""
+    model = small_model(hf, "hybrid_options")
+    model.save_pretrained(tmp_path)
+    loaded = hf.M2RNNForCausalLM.from_pretrained(tmp_path, backend="reference")
+    informed, _ = hf.M2RNNForCausalLM.from_pretrained(tmp_path, backend="reference", output_loading_info=True)
+    narrow = hf.M2RNNForCausalLM.from_pretrained(tmp_path, backend="reference", dtype=torch.bfloat16)
+    for each in (model, loaded, informed, narrow, copy.deepcopy(model), narrow.float()):
+        marked = {name for name, p in each.named_parameters() if getattr(p, "_no_weight_decay", False)}
+        expected = [name for name in dict(each.named_parameters()) if re.search(r"ln_|norm|\.D$|A_log|bias", name)]
+        assert marked == set(expected)
+
+
 def test_training_makes_no_cache(hf: Any) -> None:
     """It would keep every state of a step."""
     model = small_model(hf, "hybrid_rope").train()
@@ -127,6 +238,24 @@ def test_compiled_training(hf: Any, backend: str) -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     found = gradients(model, compiled(tokens, labels=tokens).loss)
     assert {name: error for name, x in plain.items() if (error := distance(found[name], x)) > ROUNDING} == {}
+
+
+@pytest.mark.parametrize("how", ["both", "copy"])
+@pytest.mark.parametrize("kind", ["hybrid_rope", "recurrent"])
+def test_compiled_packed_training(hf: Any, kind: str, how: str) -> None:
+    """A packed step on the kernels is one graph, with the losses of an eager one, and offsets may change in it."""
+    torch._dynamo.reset()
+    model, row = small_model(hf, kind, "kernels").train(), ids(1, sum(PACKED))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    call = packed_call(how)
+    plain = gradients(model, model(row, labels=row, **call).loss)
+    found = gradients(model, compiled(row, labels=row, **call).loss)
+    assert {name: error for name, x in plain.items() if (error := distance(found[name], x)) > ROUNDING} == {}
+    other = {name: x.clone() for name, x in call.items()}
+    for x in (other[name] for name in ("cu_seq_lens_q", "cu_seqlens_cpu") if name in other):
+        x[1] = 2
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        torch.testing.assert_close(compiled(row, labels=row, **other).loss, model(row, labels=row, **other).loss)
 
 
 def test_initialisation(hf: Any) -> None:

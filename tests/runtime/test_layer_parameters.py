@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Callable
@@ -124,7 +125,8 @@ def test_a_bf16_layer_is_trained(package, device) -> None:
 def test_a_rounded_gate(package, device, backend) -> None:
     """Every call has the bits of a layer whose gate is rounded by a hook; without the option they are others."""
     torch.manual_seed(0)
-    layers = [package.M2RNN(HIDDEN, **PLAIN, round_gate=rounds, backend=backend) for rounds in (True, False, False)]
+    options = {"backend": backend, "fused": False}  # a hook keeps kernels of the layer's own away
+    layers = [package.M2RNN(HIDDEN, **PLAIN, round_gate=rounds, **options) for rounds in (True, False, False)]
     rounded, hooked, exact = (layer.to(device, torch.bfloat16) for layer in layers)
     for other in (hooked, exact):
         other.load_state_dict(rounded.state_dict())
@@ -212,10 +214,13 @@ def marked(layer: nn.Module) -> set[str]:
 
 
 def test_marks_for_no_weight_decay(package) -> None:
-    """Decay parameters, D, norms and biases are marked, also after a cast and for parameters made real."""
+    """Decay parameters, D, norms and biases are marked, also after a cast, loading, and for parameters made real."""
     assert marked(made(package)) == UNDECAYED
     assert marked(made(package).bfloat16()) == UNDECAYED
     assert marked(nn.Sequential(made(package, device="meta")).to_empty(device="cpu")[0]) == UNDECAYED
+    loaded = made(package)
+    loaded.load_state_dict({name: x.clone() for name, x in loaded.state_dict().items()}, assign=True)
+    assert marked(loaded) == marked(copy.deepcopy(loaded)) == UNDECAYED
     bare = package.M2RNN(HIDDEN, **PLAIN, norm="layernorm", residual=False, conv_width=None)
     assert marked(bare) == {*DECAY, "g_norm.weight", "g_norm.bias"}
 

@@ -25,6 +25,12 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     return layered(tmp_path_factory.mktemp("wrapped"))
 
 
+def apart(layer: nn.Module) -> nn.Module:
+    """Return the layer, whose modules do everything whoever watches them; kernels of its own round otherwise."""
+    layer.fused = False
+    return layer
+
+
 def every_call(layer: nn.Module, device: torch.device) -> Results:
     """Return the results of each way to call a layer: a batch, packed, padded, cached, step by step, and ``scan``."""
     x, offsets = tokens(device, 2, 5), offsets_of((6, 0, 1, 3)).to(device)
@@ -69,7 +75,7 @@ class Hidden(nn.Module):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_child_is_read(package, device, shape, backend) -> None:
     """The layer needs nothing of a child but its forward, in whatever way it is called."""
-    layer = make_layer(package, shape, backend=backend).to(device)
+    layer = apart(make_layer(package, shape, backend=backend).to(device))
     expected = every_call(layer, device)
     for name in CHILDREN:
         setattr(layer, name, Hidden(getattr(layer, name)))
@@ -113,7 +119,7 @@ class Parked:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_parameters_that_are_there_only_while_a_module_runs(package, device, shape, frees) -> None:
     """Results and gradients have the bits of a layer that holds its parameters all the time."""
-    layer, x = make_layer(package, shape).to(device), tokens(device, 2, 5)
+    layer, x = apart(make_layer(package, shape).to(device)), tokens(device, 2, 5)
     expected, trained = every_call(layer, device), with_gradients(layer, x)
     other = copy.deepcopy(layer)
     parked = {name: Parked(module, frees) for name, module in parameters_of(other).items()}
@@ -125,7 +131,7 @@ def test_parameters_that_are_there_only_while_a_module_runs(package, device, sha
 
 def test_states_of_scan_have_gradients_whose_parameters_are_parked(package, device) -> None:
     """``scan`` runs the layer's own hooks, before and after, and its states' gradients are the same."""
-    layer, x = make_layer(package).to(device), tokens(device, 2, 5)
+    layer, x = apart(make_layer(package).to(device)), tokens(device, 2, 5)
     results = []
     for wrap in (False, True):
         if wrap:
@@ -143,7 +149,7 @@ def test_states_of_scan_have_gradients_whose_parameters_are_parked(package, devi
 def test_cpu_offload(package, device) -> None:
     """accelerate keeps every parameter on the CPU, meta tensors in their place, and each call has the layer's bits."""
     for shape, backend in (("given", "kernels"), ("softplus", "reference")):
-        layer = make_layer(package, shape, backend=backend).to(device)
+        layer = apart(make_layer(package, shape, backend=backend).to(device))
         expected = every_call(layer, device)
         accelerate.cpu_offload(layer, execution_device=device)
         assert all(parameter.is_meta for parameter in layer.parameters())
@@ -152,7 +158,7 @@ def test_cpu_offload(package, device) -> None:
 
 def test_dispatch_to_a_disk(package, device, tmp_path: Path) -> None:
     """accelerate loads children from a disk, one by one, as they are called; a cache is where the layer's own are."""
-    layer = make_layer(package).to(device)
+    layer = apart(make_layer(package).to(device))
     expected = every_call(layer, device)
     places: dict[str, Any] = dict.fromkeys(CHILDREN, "disk") | dict.fromkeys(("D", "state_weight", "g_norm"), device)
     accelerate.dispatch_model(layer, device_map=places, main_device=device, offload_dir=str(tmp_path))

@@ -13,6 +13,7 @@ from calls import arguments, assert_same, offsets_of
 from layer import layered, make_layer, tokens, with_gradients
 from support import make_variant
 from torch import Tensor
+from watch import Watch
 
 from m2gen.problem import Problem, make_inputs
 
@@ -24,28 +25,6 @@ BACKENDS = ("kernels", "reference")
 def package(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """Return the package that serves the calls of these tests."""
     return layered(tmp_path_factory.mktemp("host_offsets"))
-
-
-READS = ("tolist", "item", "numpy", "cpu", "to", "__bool__", "__int__", "__index__", "__iter__", "nonzero", "equal")
-"""Methods of a tensor that hand its values to the host, or to the host's memory."""
-
-
-class Watch:
-    """Count of the methods among ``READS`` that were called on some tensor, or on a view of it."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, watched: Tensor) -> None:
-        self.found: list[str] = []
-        self.place = watched.untyped_storage().data_ptr()
-        for name in READS:
-            patch.setattr(torch.Tensor, name, self._counted(name, getattr(torch.Tensor, name)))
-
-    def _counted(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(x: Tensor, *rest: Any, **named: Any) -> Any:
-            if x.untyped_storage().data_ptr() == self.place:
-                self.found.append(name)
-            return call(x, *rest, **named)
-
-        return counted
 
 
 @pytest.fixture

@@ -272,3 +272,35 @@ def test_steps_after_a_reload(folder: Path, inputs: Inputs) -> None:
     assert all(torch.equal(one, other) for one, other in zip(stepped(), expected, strict=True))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):  # through the dispatcher
         assert all(torch.equal(one, other) for one, other in zip(stepped(), expected, strict=True))
+
+
+@pytest.mark.parametrize("order", ["as imported", "backwards", "built"])
+def test_a_layer_whose_package_is_built_again(folder: Path, inputs: Inputs, order: str) -> None:
+    """Graphs of the layer's own operator end with the kernels that began them, and new calls get the new ones."""
+    package = imported(folder)
+    heads = dict(zip("qkvfw", VARIANT.heads.counts, strict=True))
+    torch.manual_seed(0)
+    options = {"backend": "kernels", "device": inputs.q.device}
+    layer = package.M2RNN(12, VARIANT.state_expansion, VARIANT.head_dim, heads, **options)
+    x = torch.randn(1, 5, 12).to(inputs.q.device)
+    wanted = list(layer.parameters())
+    expected = torch.autograd.grad(layer(x).square().sum(), wanted)
+    layer(x)  # what is known of such calls is of the old kernels
+    pending = layer(x).square().sum()
+    before = sys.modules[f"{folder.name}.library"].OPERATORS
+    write(folder, AFTER, (VARIANT,))
+    for module in ORDERS[order](modules_of(folder.name)):
+        importlib.reload(module)
+    gc.collect()
+    now = sys.modules[f"{folder.name}.library"].OPERATORS
+    again = sys.modules[f"{folder.name}.layer"].M2RNN(12, VARIANT.state_expansion, VARIANT.head_dim, heads, **options)
+    again.load_state_dict(layer.state_dict())
+    with pytest.MonkeyPatch.context() as patch:
+        refuse(patch, before, "forward", "must serve no call any more")
+        found = torch.autograd.grad(again(x).square().sum(), list(again.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        assert_close({"gradient": one}, {"gradient": other}, 256 * EPS)
+    with pytest.MonkeyPatch.context() as patch:
+        refuse(patch, now, "backward", "must not serve an older graph")
+        old = torch.autograd.grad(pending, wanted)
+    assert all(torch.equal(one, other) for one, other in zip(old, expected, strict=True))

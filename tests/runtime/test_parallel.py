@@ -32,13 +32,31 @@ def by_bucket(chosen: Iterable[Variant]) -> emit.Package:
     return emit.package(emit.Origin("by_bucket", "by_bucket.yaml", "0" * 12), choices)
 
 
+FAKES = ROOT / "tests" / "fakes"
+SHARES = [make_variant(9, 9, heads) for heads in (SHARED, SHARE)]
+
+
+def write_package(folder: Path) -> None:
+    """Write the package of the layers that are shared out."""
+    others = [make_variant(9, 9, SHARED, "bf16"), make_variant(heads=(2,) * 5)]
+    package = build_package("on_ranks", [*SHARES, *others], SCHEDULES["two_level_partial"])
+    write(folder / "on_ranks", package.files)
+
+
 def test_the_layer_on_two_ranks(tmp_path: Path) -> None:
     """Every check of ``layer_on_ranks`` passes on both ranks, which start once for all of them."""
-    shared = [make_variant(9, 9, heads) for heads in (SHARED, SHARE)]
-    others = [make_variant(9, 9, SHARED, "bf16"), make_variant(heads=(2,) * 5)]
-    package = build_package("on_ranks", [*shared, *others], SCHEDULES["two_level_partial"])
-    write(tmp_path / "on_ranks", package.files)
-    write(tmp_path / "by_bucket", by_bucket(shared).files)
-    said = launch(ROOT / "tests" / "fakes" / "layer_on_ranks.py", tmp_path, RANKS)
+    write_package(tmp_path)
+    write(tmp_path / "by_bucket", by_bucket(SHARES).files)
+    said = launch(FAKES / "layer_on_ranks.py", tmp_path, RANKS)
     assert {name: failure for name, failure in said.items() if failure} == {}
     assert list(said) == list(CHECKS)
+
+
+def test_tokens_over_ranks(tmp_path: Path) -> None:
+    """Every check of ``layer_exchanged`` passes on two, three and four ranks; the last write what two read."""
+    for ranks in (4, 3, 2):
+        folder = tmp_path / str(ranks)
+        write_package(folder)
+        said = launch(FAKES / "layer_exchanged.py", folder, ranks)
+        assert said
+        assert {name: failure for name, failure in said.items() if failure} == {}

@@ -26,8 +26,8 @@ VARIANTS = {
     "tf32": make_variant(dtype="fp32", products="tf32", clip="total"),
     "softplus": make_variant(9, 9, (1, 1, 4, 2, 4), "bf16", gate="softplus"),
 }
-WITHOUT_KERNELS = {Check.OPCHECK, Check.COMPILE, Check.ISOLATED}
-"""Checks that the eager reference does not pass: it is no operator, unrolls its steps, and sums by shape."""
+WITHOUT_KERNELS = {Check.OPCHECK, Check.COMPILE, Check.ISOLATED, Check.LAYER, Check.LAYER_DECODING}
+"""Checks that the eager reference does not pass: it is no operator, unrolls its steps, sums by shape, has no layer."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())

@@ -16,7 +16,7 @@ from m2gen.bench.side_by_side import Result, Times
 from m2gen.cli.show.names import implementation_names
 from m2gen.cli.show.report import Display, print_json
 from m2gen.cli.show.table import Table, print_tables
-from m2gen.db import Environment
+from m2gen.db import Environment, Estimate
 from m2gen.errors import ScheduleError, UsageError
 from m2gen.schedule import parse
 from m2gen.variant import BuiltVariant, layer_names, parse_variant
@@ -119,10 +119,19 @@ def _time_cells(row: Row, name: str, speed: float | None) -> tuple[Any, ...]:
     host = "" if row.host_us is None else f"{row.host_us:.0f}"
     speed_up = "" if speed is None else f"{speed:.3g}x"
     name += " (timing only)" if row.unverified else ""
-    return (name, row.steps, *_median(row.forward), *_median(row.step), speed_up, f"{row.extra_bytes / 1e9:.3f}", host)
+    return (
+        name,
+        row.steps,
+        *median_cells(row.forward),
+        *median_cells(row.step),
+        speed_up,
+        f"{row.extra_bytes / 1e9:.3f}",
+        host,
+    )
 
 
-def _median(times: Times | None) -> tuple[str, str]:
+def median_cells(times: Times | Estimate | None) -> tuple[str, str]:
+    """Return a median in milliseconds, and how far its interval reaches."""
     if times is None:
         return ("", "")
     reach = max(times.high_ms - times.median_ms, times.median_ms - times.low_ms) / times.median_ms

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+
+from m2gen.errors import UsageError, os_errors_as
 
 
 @dataclass(frozen=True)
@@ -93,3 +97,11 @@ def _junit_case(suite: ElementTree.Element, report: Any, command: str) -> None:
     for kind, text in (("error", report.failure), ("failure", over)):
         if text:
             ElementTree.SubElement(case, kind, {"message": text}).text = f"{text}\nreproduce: {command}"
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write one JSON document whole or not at all; raises UsageError if the file cannot be written."""
+    staging = path.with_name(f"{path.name}.new")
+    with os_errors_as(UsageError, f"--out {path} must be writable"):
+        staging.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+        os.replace(staging, path)

@@ -20,6 +20,7 @@ from .configuration import M2RNN_LAYER, M2RNNConfig
 from .experts import MixtureOfExperts
 from .mixing import m2rnn_of
 from .mlp import MLP
+from .packing import Packed
 
 
 def norm_of(config: M2RNNConfig) -> nn.Module:
@@ -54,7 +55,7 @@ class M2RNNBlock(GradientCheckpointingLayer):
         masks: dict[str, Any] | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         cache: Cache | None = None,
-        cu_seqlens: Tensor | None = None,
+        packed: Packed | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Map hidden_states (B, S, hidden_size) to the same shape; also return how unevenly experts were chosen."""
@@ -62,7 +63,7 @@ class M2RNNBlock(GradientCheckpointingLayer):
         mixer = self.sequence_mixer
         if isinstance(mixer, M2RNN):
             entry = None if cache is None else cast(M2RNNCacheLayer, cache.layers[self.number])
-            mixed = mix(mixer, x, entry, mask, cu_seqlens)
+            mixed = mix(mixer, x, entry, mask, packed)
         else:
             mixed, _ = mixer(x, mask, position_embeddings, cache, **kwargs)
         hidden_states = hidden_states + self._scaled(mixed)

@@ -14,6 +14,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TY
 from ..cache import States
 from ..layer import M2RNN, M2RNNCache
 from .configuration import M2RNN_LAYER
+from .packing import Packed
 
 
 class M2RNNCacheLayer(CacheLayerMixin):
@@ -138,21 +139,19 @@ DYNAMIC_LAYER_TYPE_MAPPING[M2RNN_LAYER] = M2RNNCacheLayer
 STATIC_LAYER_TYPE_MAPPING[M2RNN_LAYER] = StaticM2RNNCacheLayer
 
 
-def mix(
-    layer: M2RNN, x: Tensor, entry: M2RNNCacheLayer | None, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
+def mix(layer: M2RNN, x: Tensor, entry: M2RNNCacheLayer | None, mask: Tensor | None, packed: Packed | None) -> Tensor:
     """Return what a layer makes of x (B, S, hidden_size), after what its cache has seen.
 
-    mask (B, S) is true at tokens. cu_seqlens are offsets of sequences in the B S tokens, one row after the other.
+    mask (B, S) is true at tokens; sequences of ``packed`` are apart.
     """
     y: Tensor
     if entry is None:
-        if cu_seqlens is not None:
-            y = layer(x.flatten(0, 1), cu_seqlens=cu_seqlens).view_as(x)
+        if packed is not None:
+            y = layer(x.flatten(0, 1), None, None, packed.cu_seqlens, packed.cu_seqlens_cpu).view_as(x)
         else:
             y = layer(x, attention_mask=mask)
         return y
-    if cu_seqlens is not None:
+    if packed is not None:
         raise ValueError("M2RNN: a cache and packed sequences must not be given together")
     conv, state = entry.begin(layer, x)
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):

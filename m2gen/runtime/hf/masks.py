@@ -1,4 +1,4 @@
-"""What a mask of tokens means for attention and for M2RNN blocks, and where packed sequences begin."""
+"""What a mask of tokens means for attention and for M2RNN blocks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, packed_sequence_mask_function
 
 from .configuration import FULL_ATTENTION, M2RNN_LAYER, M2RNNConfig
 
@@ -19,19 +18,24 @@ def masks_of(
     attention_mask: Tensor | None,
     cache: Cache | None,
     position_ids: Tensor | None,
+    numbers: Tensor | None = None,
 ) -> dict[str, Any]:
     """Return the mask of each type of layer: that of scores, and where inputs_embeds (B, S, ...) has tokens.
 
-    attention_mask (B, past + S) is true, or not 0, at tokens. Raises ValueError for one of another shape.
+    attention_mask (B, past + S) is true, or not 0, at tokens. Raises ValueError for one of another shape. ``numbers``
+    (B, S) are of the sequences that tokens are of; with them positions are not asked, which would wait for the device.
     """
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"M2RNN: attention_mask must be (B, past + S), got {tuple(attention_mask.shape)}")
     masks: dict[str, Any] = {M2RNN_LAYER: _tokens(attention_mask, inputs_embeds.shape[1])}
     if FULL_ATTENTION in config.layer_types:
-        masks[FULL_ATTENTION] = create_causal_mask(
-            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=cache,
-            position_ids=position_ids,
+        packed: dict[str, Any] = (
+            {"position_ids": position_ids} if numbers is None
+            else {"and_mask_function": packed_sequence_mask_function(numbers)}
         )  # fmt: skip
+        masks[FULL_ATTENTION] = create_causal_mask(
+            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=cache, **packed
+        )
     return masks
 
 
@@ -46,16 +50,3 @@ def _tokens(attention_mask: Tensor | None, steps: int) -> Tensor | None:
     if not torch.compiler.is_compiling() and not here.is_meta and bool(here.all()):
         return None
     return here.contiguous()
-
-
-def offsets_of(position_ids: Tensor, batch: int) -> Tensor | None:
-    """Return where sequences begin in B S tokens, (sequences + 1,), if positions (1 or B, S) begin anew within a row.
-
-    Asking waits for the device.
-    """
-    rows = position_ids.expand(batch, -1)
-    begins = F.pad(rows.diff(dim=-1) != 1, (1, 0), value=True)
-    if not bool(begins[:, 1:].any()):
-        return None
-    starts = begins.flatten().nonzero().squeeze(-1)
-    return F.pad(starts, (0, 1), value=begins.numel())

@@ -19,14 +19,16 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..optimizer import MarksNoWeightDecay
 from .attention import SoftmaxAttention, rotations
 from .block import M2RNNBlock, norm_of
 from .configuration import FULL_ATTENTION, M2RNNConfig
 from .initialise import initialise
-from .masks import masks_of, offsets_of
+from .masks import masks_of
+from .packing import found_in, packed_of
 
 
-class M2RNNPreTrainedModel(PreTrainedModel):
+class M2RNNPreTrainedModel(MarksNoWeightDecay, PreTrainedModel):
     """What both models are to transformers."""
 
     config: M2RNNConfig
@@ -78,22 +80,29 @@ class M2RNNModel(M2RNNPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        cu_seqlens_cpu: Any = None,
         **kwargs: Any,
     ) -> M2RNNModelOutput:
         """Return hidden states of input_ids (B, S) or inputs_embeds (B, S, hidden_size), after what a cache has seen.
 
         attention_mask (B, past + S) is true, or not 0, at tokens. Sequences that lie one after the other in a row are
-        apart where ``cu_seq_lens_q`` says so, or, with neither mask nor cache, where position_ids begin anew.
+        apart where ``cu_seq_lens_q`` says so, or, with neither mask nor cache, where position_ids begin anew. With
+        ``cu_seqlens_cpu``, a copy of the former on the CPU, an array or numbers, nothing waits for the device.
 
         A cache is made where ``use_cache`` is true, but neither for training nor of several sequences in a row.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("M2RNN: exactly one of input_ids and inputs_embeds must be given")
         x: Tensor = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        if cu_seq_lens_q is None and position_ids is not None and attention_mask is None and cache is None:
-            cu_seq_lens_q = offsets_of(position_ids, x.shape[0])
+        packed, numbers = packed_of(cu_seq_lens_q, cu_seqlens_cpu), None
+        if packed is not None:
+            numbers = packed.numbers(x)
+            position_ids = packed.positions(numbers) if position_ids is None else position_ids
+            kwargs = {**packed.for_attention(), **kwargs}
+        elif position_ids is not None and attention_mask is None and cache is None:
+            packed = found_in(position_ids, x.shape[0])
         trains = self.training and torch.is_grad_enabled()
-        if use_cache and cache is None and cu_seq_lens_q is None and not trains:
+        if use_cache and cache is None and packed is None and not trains:
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             seen = 0 if cache is None else cache.get_seq_length()
@@ -101,7 +110,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
         if isinstance(attention_mask, dict):
             masks = attention_mask
         else:
-            masks = masks_of(self.config, x, attention_mask, cache, position_ids)
+            masks = masks_of(self.config, x, attention_mask, cache, position_ids, numbers)
         if self.config.m_emb is not None:
             x = x * self.config.m_emb
         x = F.dropout(x, self.config.embedding_dropout, self.training)
@@ -109,7 +118,7 @@ class M2RNNModel(M2RNNPreTrainedModel):
         losses = []
         for block in self.h:
             x, uneven = block(
-                x, masks=masks, position_embeddings=rotary, cache=cache, cu_seqlens=cu_seq_lens_q,
+                x, masks=masks, position_embeddings=rotary, cache=cache, packed=packed,
                 position_ids=position_ids, **kwargs,
             )  # fmt: skip
             losses += [] if uneven is None else [uneven]

@@ -14,11 +14,25 @@ from ..convolution import depthwise
 from ..gate import DecayGate, forget_gate
 from ..mixer import wide_dtype
 from ..norm import RMSNorm
-from .shards import local, own, partial, placement, sharded, summed, whole
+from .collectives import copied, gathered, scattered, summed
+from .shards import local, own, placement, sharded, whole
+
+ALIGNED = 8
+"""Columns of 16 bytes in the narrowest dtypes."""
+
+
+class Roles(nn.ParameterDict):
+    """Parameters by role, all of one of the groups of ``parameter_groups``."""
+
+    def __init__(self, parts: Mapping[str, nn.Parameter], group: str) -> None:
+        super().__init__(parts)
+        self.parameter_group = group
 
 
 class OwnRows(nn.Module):
     """Rows of a weight and a bias, role by role: ``weight`` and ``bias`` are what this rank's heads read."""
+
+    weights_group = "others"
 
     def __init__(
         self,
@@ -30,15 +44,15 @@ class OwnRows(nn.Module):
     ) -> None:
         super().__init__()
         self.mesh, self.counts = mesh, {role: counts[role] for role in sizes}
-        self.weights = self._sharded(getattr(module, name), sizes)
-        self.biases = self._sharded(getattr(module, "bias", None), sizes)
+        self.weights = Roles(self._sharded(getattr(module, name), sizes), self.weights_group)
+        self.biases = Roles(self._sharded(getattr(module, "bias", None), sizes), "undecayed")
 
-    def _sharded(self, full: Tensor | None, sizes: Mapping[str, int]) -> nn.ParameterDict:
+    def _sharded(self, full: Tensor | None, sizes: Mapping[str, int]) -> dict[str, nn.Parameter]:
         parts: dict[str, nn.Parameter] = {}
         if full is not None:
             for role, rows in zip(sizes, torch.split(full, list(sizes.values())), strict=True):
                 parts[role] = sharded(rows, self.mesh, placement(self.counts[role], self.mesh), full.requires_grad)
-        return nn.ParameterDict(parts)
+        return parts
 
     @property
     def weight(self) -> Tensor:
@@ -51,7 +65,7 @@ class OwnRows(nn.Module):
         return self._own(self.biases) if len(self.biases) else None
 
     def _own(self, parts: nn.ParameterDict) -> Tensor:
-        return torch.cat([own(parts[role], count) for role, count in self.counts.items()])
+        return torch.cat(own([parts[role] for role in self.counts], list(self.counts.values())))
 
     def gathered(self, prefix: str) -> dict[str, Tensor]:
         """Return the whole weight and bias under the names that they have in the layer."""
@@ -60,7 +74,9 @@ class OwnRows(nn.Module):
 
 
 class OwnWeight(OwnRows):
-    """A weight without a module of its own."""
+    """The recurrence's weight, which has no module of its own."""
+
+    weights_group = "state_weights"
 
     def forward(self) -> Tensor:
         """Return what this rank's heads read."""
@@ -70,9 +86,18 @@ class OwnWeight(OwnRows):
 class OwnLinear(OwnRows):
     """The input projection to what this rank's heads read; the gradient of x is summed over ranks."""
 
+    weights_group = "matrices"
+    scatters = False
+    """Whether each rank has its part of the tokens alone."""
+
     def forward(self, x: Tensor) -> Tensor:
-        """Project x, the same on every rank."""
-        return F.linear(partial(x, self.mesh), self.weight, self.bias)
+        """Project x (..., tokens, hidden_size), the same on every rank or its part of the tokens, to all tokens."""
+        group = self.mesh.get_group()
+        tokens = gathered(x, -2, group) if self.scatters else copied(x, group)
+        weight, bias = self.weight, self.bias
+        surplus = -weight.shape[0] % ALIGNED  # rows of the result begin where fast kernels want them
+        bias = bias if bias is None else F.pad(bias, (0, surplus))
+        return F.linear(tokens, F.pad(weight, (0, 0, 0, surplus)), bias)
 
 
 class OwnConvolution(OwnRows):
@@ -86,6 +111,8 @@ class OwnConvolution(OwnRows):
 class OwnGate(nn.Module):
     """The parameters of the forget gates that this rank's heads read."""
 
+    parameter_group = "undecayed"
+
     def __init__(self, gate: DecayGate, count: int, mesh: DeviceMesh) -> None:
         super().__init__()
         self.count = count
@@ -95,12 +122,12 @@ class OwnGate(nn.Module):
     @property
     def A_log(self) -> Tensor:
         """What this rank's heads read of it."""
-        return own(self.logs, self.count)
+        return own([self.logs], [self.count])[0]
 
     @property
     def dt_bias(self) -> Tensor:
         """What this rank's heads read of it."""
-        return own(self.biases, self.count)
+        return own([self.biases], [self.count])[0]
 
     def forward(self, x: Tensor, in_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Do what ``DecayGate.forward`` does."""
@@ -114,6 +141,8 @@ class OwnGate(nn.Module):
 class OwnNorm(nn.Module):
     """``RMSNorm`` over the heads of every rank."""
 
+    parameter_group = "undecayed"
+
     def __init__(self, norm: RMSNorm, mesh: DeviceMesh) -> None:
         super().__init__()
         self.mesh, self.eps = mesh, norm.eps
@@ -122,7 +151,8 @@ class OwnNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the heads of every rank."""
         wide = x.to(wide_dtype(x))
-        squares = partial(summed(wide.square().sum(-1, keepdim=True), self.mesh), self.mesh)
+        group = self.mesh.get_group()
+        squares = copied(summed(wide.square().sum(-1, keepdim=True), group), group)
         scale = torch.rsqrt(squares / (x.shape[-1] * self.mesh.size()) + self.eps)
         return (wide * scale * local(self.weight)).to(x.dtype)
 
@@ -130,11 +160,14 @@ class OwnNorm(nn.Module):
 class OwnOutput(nn.Module):
     """The output projection of this rank's heads, summed over ranks."""
 
-    def __init__(self, linear: nn.Linear, mesh: DeviceMesh) -> None:
+    parameter_group = "matrices"
+
+    def __init__(self, linear: nn.Linear, mesh: DeviceMesh, scatters: bool = False) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.mesh, self.scatters = mesh, scatters
         self.weight = sharded(linear.weight, mesh, Shard(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Project this rank's heads."""
-        return summed(F.linear(x, local(self.weight)), self.mesh)
+        """Project this rank's heads (..., tokens, channels) to the sum on every rank, or to its part of the tokens."""
+        mixed, group = F.linear(x, local(self.weight)), self.mesh.get_group()
+        return scattered(mixed, -2, group) if self.scatters else summed(mixed, group)

@@ -18,12 +18,18 @@ from ..layer import M2RNN
 from ..mixer import Device, operand_sizes
 from ..norm import RMSNorm
 from ..not_built import check_built
+from ..optimizer import mark_no_weight_decay
 from .children import OwnConvolution, OwnGate, OwnLinear, OwnNorm, OwnOutput, OwnWeight
 from .shards import local, sharded, whole
+from .share import share
 
 
 class HeadParallelM2RNN(nn.Module):
     """An ``M2RNN`` with heads sharded over the ranks of a 1-D ``mesh``; x and the result are whole on every rank.
+
+    With ``sequence_parallel`` each rank has its equal part of the tokens outside instead, in the order of ranks: of
+    each sequence, x (B, S / R, hidden_size), or of a packed batch, (T / R, hidden_size) with the offsets of all of it.
+    They are gathered before the input projection, and the output projection's sums are scattered.
 
     Rank r of R runs heads r N / R up to (r + 1) N / R. A role (q, k, v, f, w or g) whose heads R divides is sharded;
     one whose heads divide R is replicated, and a rank uses the one group that its heads read. Parameters are DTensors
@@ -35,18 +41,14 @@ class HeadParallelM2RNN(nn.Module):
     another class, whose parameters may not be all that it computes with: adapters must be merged first.
     """
 
-    def __init__(self, layer: M2RNN, mesh: DeviceMesh) -> None:
+    def __init__(self, layer: M2RNN, mesh: DeviceMesh, sequence_parallel: bool = False) -> None:
         super().__init__()
         _check_children(layer)
         ranks, counts = mesh.size(), {**layer.heads._asdict(), "g": layer.gate_heads}
-        for name, count in counts.items():
-            if count % ranks and ranks % count:
-                raise ValueError(f"M2RNN: heads of {name} must divide, or be divided by, {ranks} ranks, got {count}")
-        if layer.total_heads % ranks:
-            raise ValueError(f"M2RNN: {layer.total_heads} heads must be divided by {ranks} ranks")
-        share = {name: max(count // ranks, 1) for name, count in counts.items()}
-        self.mesh, self.gate_heads, self.number = mesh, share.pop("g"), next(NUMBERS)
-        self.heads, self.total_heads = HeadCounts(**share), layer.total_heads // ranks
+        own = share(counts, ranks)
+        self.mesh, self.gate_heads, self.number = mesh, own.pop("g"), next(NUMBERS)
+        self.sequence_parallel = sequence_parallel
+        self.heads, self.total_heads = HeadCounts(**own), layer.total_heads // ranks
         if layer.backend == "kernels":
             check_built(layer.state_expansion, layer.head_dim, self.heads, layer.state_weight.dtype)
         self.hidden_size, self.state_expansion, self.head_dim = layer.hidden_size, layer.state_expansion, layer.head_dim
@@ -63,12 +65,14 @@ class HeadParallelM2RNN(nn.Module):
         wide = {**sizes, "f": layer.forget_inputs, "g": layer.gate_heads * layer.head_dim}
         projected = {**counts, "f": layer.forget_inputs}
         self.input_projection = OwnLinear(layer.input_projection, wide, projected, mesh)
+        self.input_projection.scatters = self.sequence_parallel
         self.conv1d = None if layer.conv1d is None else OwnConvolution(layer.conv1d, sizes, counts, mesh)
         self.decay_gate = OwnGate(layer.decay_gate, counts["f"], mesh)
         self.shared = OwnWeight(layer, {"w": layer.heads.w}, counts, mesh, name="state_weight")
         self.skip = None if layer.D is None else sharded(layer.D, mesh, Shard(0))
         self.g_norm = OwnNorm(layer.g_norm, mesh) if isinstance(layer.g_norm, RMSNorm) else nn.Identity()
-        self.output_projection = OwnOutput(layer.output_projection, mesh)
+        self.output_projection = OwnOutput(layer.output_projection, mesh, self.sequence_parallel)
+        mark_no_weight_decay(self)
 
     @property
     def state_weight(self) -> Tensor:
@@ -89,7 +93,13 @@ class HeadParallelM2RNN(nn.Module):
         cu_seqlens: Tensor | None = None,
         cu_seqlens_cpu: Tensor | None = None,
     ) -> Tensor:
-        """Do what ``M2RNN.forward`` does; a cache (``allocate_cache`` of this module) holds this rank's heads."""
+        """Do what ``M2RNN.forward`` does; a cache (``allocate_cache`` of this module) holds this rank's heads.
+
+        Raises ValueError for a cache or a mask where tokens lie over ranks: neither says whose tokens it is of.
+        """
+        if self.sequence_parallel and (attention_mask is not None or getattr(cache, "in_place", False)):
+            given = "cache" if attention_mask is None else "attention_mask"
+            raise ValueError(f"M2RNN: {given} must be None with sequence_parallel; pack sequences with cu_seqlens")
         return run(self, x, cache, attention_mask, cu_seqlens, cu_seqlens_cpu)
 
     def scan(

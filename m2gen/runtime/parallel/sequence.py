@@ -10,6 +10,9 @@ from torch import Tensor, distributed
 
 from ..mixer import Mixer, shapes_of, wide_dtype
 
+Scan = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
+"""The layer's scan of x after conv and state, None for zeros."""
+
 
 class Scanning(Mixer, Protocol):
     """A layer that gives the states after its call: ``M2RNN``, or ``HeadParallelM2RNN`` with a rank's heads."""
@@ -30,6 +33,13 @@ def scan_over_ranks(
 
     Raises ValueError for a batch of fewer sequences than ``micro_batches``.
     """
+    return pipelined(layer, layer.scan, x, group, micro_batches)
+
+
+def pipelined(
+    layer: Mixer, scan: Scan, x: Tensor, group: distributed.ProcessGroup | None, micro_batches: int
+) -> Tensor:
+    """Do what ``scan_over_ranks`` does, with ``scan`` for the layer's."""
     if not 1 <= micro_batches <= x.shape[0]:
         raise ValueError(f"M2RNN: micro_batches must be 1 to the batch's {x.shape[0]}, got {micro_batches}")
     ranks = distributed.get_process_group_ranks(group or distributed.group.WORLD)
@@ -37,19 +47,19 @@ def scan_over_ranks(
     before = ranks[place - 1] if place > 0 else None
     after = ranks[place + 1] if place + 1 < len(ranks) else None
     link = _Link(group, before, after)
-    parts = [_pass_on(layer, part, link) for part in x.tensor_split(micro_batches)]
+    parts = [_pass_on(layer, scan, part, link) for part in x.tensor_split(micro_batches)]
     link.flush()
     return torch.cat(parts)
 
 
-def _pass_on(layer: Scanning, x: Tensor, link: _Link) -> Tensor:
+def _pass_on(layer: Mixer, scan: Scan, x: Tensor, link: _Link) -> Tensor:
     """Scan one micro-batch between the rank before and the rank after."""
     conv: Tensor | None = None
     state: Tensor | None = None
     if link.before is not None:
         anchor = x.new_zeros((), dtype=wide_dtype(layer.state_weight), requires_grad=torch.is_grad_enabled())
         conv, state = _received(anchor, link, *shapes_of(layer, x.shape[0]))
-    y, conv, state = layer.scan(x, conv, state)
+    y, conv, state = scan(x, conv, state)
     return y if link.after is None else _sent(y, conv.to(state.dtype), state, link)
 
 

@@ -1,12 +1,16 @@
-"""Parameters that lie over ranks, and sums over them."""
+"""Parameters that lie over ranks."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from .collectives import copied
 
 
 def placement(count: int, mesh: DeviceMesh) -> Shard | Replicate:
@@ -22,24 +26,28 @@ def sharded(
     return nn.Parameter(placed, requires_grad=full.requires_grad if requires_grad is None else requires_grad)
 
 
-def own(parameter: Tensor, count: int) -> Tensor:
-    """Return the rows, of ``count`` groups, that this rank's heads read; gradients of shared rows are summed."""
-    mesh, here = _distributed(parameter).device_mesh, local(parameter)
-    if _distributed(parameter).placements[0].is_shard():
-        return here
-    rows = here.shape[0] // count
-    first = mesh.get_local_rank() * count // mesh.size() * rows
-    return partial(here, mesh)[first : first + rows]
+def own(parameters: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """Return of each parameter the rows, of so many groups, that this rank's heads read.
+
+    Gradients of rows that ranks share are summed, those of all parameters at once.
+    """
+    shared = [p for p in parameters if not _distributed(p).placements[0].is_shard()]
+    same: dict[int, Tensor] = {}
+    if shared:
+        mesh, here = _distributed(shared[0]).device_mesh, [local(p) for p in shared]
+        joint = torch.split(copied(torch.cat(here), mesh.get_group()), [x.shape[0] for x in here])
+        same = {id(p): x for p, x in zip(shared, joint, strict=True)}
+    return [
+        _read(same[id(p)], count, _distributed(p).device_mesh) if id(p) in same else local(p)
+        for p, count in zip(parameters, counts, strict=True)
+    ]
 
 
-def partial(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return x, the same on every rank; its gradient is the sum of what the ranks contribute."""
-    return DTensor.from_local(x, mesh, [Replicate()], run_check=False).to_local(grad_placements=[Partial()])
-
-
-def summed(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Return the sum of the ranks' x on every rank, whose gradient is the same on every rank."""
-    return DTensor.from_local(x, mesh, [Partial()], run_check=False).redistribute(placements=[Replicate()]).to_local()
+def _read(rows: Tensor, count: int, mesh: DeviceMesh) -> Tensor:
+    """Return the group, of ``count``, that this rank's heads read."""
+    size = rows.shape[0] // count
+    first = mesh.get_local_rank() * count // mesh.size() * size
+    return rows[first : first + size]
 
 
 def local(parameter: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from m2gen.verify.checks.determinism import repeated
 from m2gen.verify.checks.drift import drift
 from m2gen.verify.checks.drop_in import drop_in
 from m2gen.verify.checks.gradients import autocast, gradients, inference, single
+from m2gen.verify.checks.layer import layer, layer_decoding
 from m2gen.verify.checks.pytorch import checkpoint, compiled, graph, opcheck, step_graph
 from m2gen.verify.checks.states import chunked, decoding, isolated
 from m2gen.verify.subject import CaseContext
@@ -28,5 +29,7 @@ CHECKS: dict[Check, Callable[[CaseContext], Iterable[TensorResult]]] = {
     Check.STEP_GRAPH: step_graph,
     Check.CHECKPOINT: checkpoint,
     Check.DROP_IN: drop_in,
+    Check.LAYER: layer,
+    Check.LAYER_DECODING: layer_decoding,
     Check.DRIFT: drift,
 }

@@ -1,0 +1,115 @@
+"""Hold a layer over ranks against one rank's in float64, within budgets that come from one rank's own rounding."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from m2gen.bench.ranks.entries import Shape
+from m2gen.bench.ranks.forms import OverRanks
+
+BATCH = 2
+TOKENS = 8
+"""Tokens of each of ``BATCH`` sequences on a rank: the oracle is a loop in PyTorch."""
+DRAWS = 4
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def make_layer(package: Any, shape: Shape, cuda: bool, seed: int) -> Any:
+    """Return the same layer on every rank, no parameter of which hides in a one or a zero."""
+    device = torch.device("cuda" if cuda else "cpu")
+    torch.manual_seed(seed)
+    layer = package.M2RNN(
+        shape.hidden_size,
+        shape.state_expansion,
+        shape.head_dim,
+        shape.heads,
+        backend="kernels" if cuda else "reference",
+        dtype=DTYPES[shape.dtype],
+    )
+    with torch.no_grad():
+        for parameter in (layer.D, layer.g_norm.weight, layer.state_weight):
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    return layer.to(device)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One rank's results in float64 by tensor, what each may differ by, and the inputs."""
+
+    x: Tensor
+    weights: Tensor
+    """The gradient of the loss by y."""
+    call: dict[str, Tensor]
+    exact: dict[str, Tensor]
+    budgets: dict[str, float]
+
+    def judged(self, found: OverRanks) -> tuple[float, str]:
+        """Return the largest error on any rank, as a fraction of its budget, and the tensor."""
+        given = self.results(found)
+        errors = {name: _distance(x, self.exact[name]) / self.budgets[name] for name, x in given.items()}
+        name = max(errors, key=lambda each: _finite(errors[each]))
+        worst: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(worst, (errors[name], name))  # so that ranks agree on what follows
+        found_worst: tuple[float, str] = max(worst, key=lambda each: _finite(each[0]))
+        return found_worst
+
+    def results(self, found: OverRanks) -> dict[str, Tensor]:
+        """Return what the ranks make of x, and all gradients, whole."""
+        leaf = found.own(self.x).clone().requires_grad_()
+        y = found.call(leaf, **self.call)
+        torch.autograd.backward(y, found.own(self.weights))
+        found.sum_gradients()
+        assert leaf.grad is not None
+        return {"y": found.joined(y.detach()), "dx": found.joined(leaf.grad), **found.gradients()}
+
+
+def expected(make: Callable[[], Any], shape: Shape, ranks: int, *, packed: bool) -> Expected:
+    """Return what one rank gives, whose own errors on shuffled inputs are the budgets: twice the largest, and a bit."""
+    layer = make()
+    device, dtype = layer.state_weight.device, DTYPES[shape.dtype]
+    total = TOKENS * ranks
+    lead = (BATCH * total,) if packed else (BATCH, total)
+    generator = torch.Generator().manual_seed(1)
+    x, weights = (torch.randn(*lead, shape.hidden_size, generator=generator).to(device, dtype) for _ in range(2))
+    middle = BATCH * total // 2 + 1  # within a rank's tokens
+    offsets = torch.tensor([0, middle, middle, BATCH * total], dtype=torch.int32, device=device)
+    call = {"cu_seqlens": offsets} if packed else {}
+    twin = copy.deepcopy(layer)
+    twin.backend = "reference"
+    exact = _trained(twin.double(), x.double(), weights.double(), call)
+    worst = dict.fromkeys(exact, 0.0)
+    for seed in range(DRAWS):
+        order = torch.randperm(shape.hidden_size, generator=torch.Generator().manual_seed(seed)).to(device)
+        back, other = order.argsort(), copy.deepcopy(layer)
+        with torch.no_grad():
+            other.input_projection.weight.copy_(layer.input_projection.weight[:, order])
+        results = _trained(other, x[..., order], weights, call)
+        for name in ("dx", "input_projection.weight"):
+            results[name] = results[name][..., back]
+        worst = {name: max(worst[name], _distance(results[name], exact[name])) for name in exact}
+    budgets = {name: 2 * error + torch.finfo(dtype).eps / 2 for name, error in worst.items()}
+    return Expected(x, weights, call, exact, budgets)
+
+
+def _finite(error: float) -> float:
+    return float("inf") if math.isnan(error) else error
+
+
+def _trained(layer: Any, x: Tensor, weights: Tensor, call: dict[str, Tensor]) -> dict[str, Tensor]:
+    leaf = x.detach().requires_grad_()
+    y = layer(leaf, **call)
+    gradients = torch.autograd.grad(y, [leaf, *layer.parameters()], weights)
+    names = ["dx", *(name for name, _ in layer.named_parameters())]
+    return {"y": y.detach(), **dict(zip(names, gradients, strict=True))}
+
+
+def _distance(given: Tensor, exact: Tensor) -> float:
+    norm = exact.double().norm().item()
+    return float((given.double() - exact.double()).norm().item() / (norm or 1.0))

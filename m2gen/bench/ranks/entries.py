@@ -1,0 +1,173 @@
+"""The values of a run over ranks: a job with its cases, and rows. Imports neither torch nor triton."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field, TypeAdapter
+
+from m2gen.db import Environment
+
+SCHEMA = 1
+MICRO_BATCHES = 2
+"""Parts of a batch that states are handed on for: more would leave a GPU with too few sequences each."""
+PAIR = 2
+"""Ranks that share heads where tokens lie over ranks, too."""
+
+
+class Form(StrEnum):
+    """How a layer lies over ranks."""
+
+    ONE = "one"
+    """Not at all: one rank does all the work."""
+    HEADS = "heads"
+    """Heads over ranks; tokens are whole on each."""
+    HEADS_TOKENS = "heads_tokens"
+    """Heads over ranks, and tokens outside the layer: gathered before it, sums scattered after it."""
+    EXCHANGE = "exchange"
+    """Tokens over ranks, exchanged for heads and back."""
+    PIPELINE = "pipeline"
+    """Tokens over ranks, which hand states on."""
+    BOTH = "both"
+    """Heads over pairs of ranks, and tokens over the others, exchanged for heads."""
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether each rank has its part of the tokens outside the layer."""
+        return self in (Form.HEADS_TOKENS, Form.EXCHANGE, Form.PIPELINE, Form.BOTH)
+
+    @property
+    def packs(self) -> bool:
+        """Whether sequences may be packed."""
+        return self is not Form.PIPELINE
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Dims, heads and dtype of a layer."""
+
+    name: str
+    hidden_size: int
+    state_expansion: int
+    head_dim: int
+    heads: dict[str, int]
+    """Heads of q, k, v, f, w and g by role."""
+    dtype: str
+
+    @property
+    def total_heads(self) -> int:
+        """N, the heads of the state."""
+        return max(self.heads.values())
+
+    def share(self, ranks: int) -> Shape:
+        """Return what one of ``ranks`` has of the heads."""
+        return replace(self, heads={name: max(count // ranks, 1) for name, count in self.heads.items()})
+
+
+@dataclass(frozen=True)
+class RankCase:
+    """One form of a layer, with the size that is timed."""
+
+    shape: Shape
+    form: Form
+    batch: int
+    seq: int
+
+    def recurrence(self, ranks: int) -> tuple[Shape, int, int]:
+        """Return the heads, the sequences and their tokens of one recurrence on one of ``ranks``."""
+        if self.form is Form.ONE:
+            return self.shape, self.batch, self.seq
+        if self.form is Form.PIPELINE:
+            return self.shape, max(self.batch // MICRO_BATCHES, 1), self.seq // ranks
+        return self.shape.share(ranks), self.batch, self.seq
+
+
+@dataclass(frozen=True)
+class RankJob:
+    """What ranks are to do."""
+
+    package: str
+    """Folder of the package with the kernels of the layers and of their shares."""
+    cases: tuple[RankCase, ...]
+    ranks: int
+    cuda: bool
+    """Whether ranks are GPUs over NCCL, or CPUs over gloo with the reference backend."""
+    repeats: int
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Link:
+    """What the ranks' connection was measured to do."""
+
+    gb_per_s: Annotated[float, Field(gt=0)]
+    """10^9 bytes that each rank sends in a second of a large exchange."""
+    latency_ms: Annotated[float, Field(ge=0)]
+    """Milliseconds of a collective of one element."""
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """The results of one case, over all ranks: of times the slowest rank's, medians over repeats."""
+
+    layer: str
+    form: Form
+    batch: int
+    seq: int
+    ranks: int
+    unfit: str = ""
+    """Why this form cannot have this layer or size; empty if it can."""
+    failure: str = ""
+    """The output or gradient that is beyond its budget, so that nothing was timed."""
+    worst: float | None = None
+    """Largest error of an output or gradient, as a fraction of its budget."""
+    worst_tensor: str = ""
+    forward_ms: float | None = None
+    """Milliseconds of a forward without gradients."""
+    step_ms: float | None = None
+    """Milliseconds of forward and backward, with the sums of gradients of parameters that ranks share."""
+    recurrence_ms: float | None = None
+    """Milliseconds of forward and backward of one recurrence with a rank's heads, sequences and tokens, alone."""
+    communication_ms: float | None = None
+    """Milliseconds of a step's collectives by themselves; None for states that are handed on."""
+    collectives: int = 0
+    """Number of a step's collectives."""
+    sent_bytes: int = 0
+    """Bytes that a rank sends in a step."""
+    peak_bytes: int = 0
+    """The most memory that a step had allocated on any rank; 0 on CPUs."""
+
+
+@dataclass(frozen=True)
+class RankDocument:
+    """All results of one run over ranks."""
+
+    environment: Environment | None
+    """The GPUs and their toolchain; None of CPUs."""
+    backend: str
+    """Either nccl or gloo."""
+    link: Link
+    cases: tuple[RankCase, ...]
+    """What was asked for."""
+    rows: tuple[RankRow, ...] = ()
+    """Results of the first of these cases, or of all."""
+    schema: Annotated[int, Field(ge=SCHEMA, le=SCHEMA)] = SCHEMA
+
+
+Value = TypeVar("Value")
+
+
+def write(path: Path, value: Any) -> None:
+    """Write a value of this module as JSON, whole or not at all."""
+    beside = path.with_suffix(".new")
+    beside.write_text(json.dumps(asdict(value)), encoding="utf-8")
+    beside.replace(path)
+
+
+def read(path: Path, kind: type[Value]) -> Value:
+    """Read a value that ``write`` wrote."""
+    return TypeAdapter(kind).validate_json(path.read_text(encoding="utf-8"))

@@ -1,0 +1,110 @@
+"""Start the ranks of a job, and end them together: when all are done, when one fails, or when none makes progress."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from m2gen.errors import RanksError
+
+POLL_SECONDS = 0.1
+QUIET_SECONDS = 300.0
+"""Longest that ranks may take between two results; the first call of a kernel compiles it."""
+CPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+"""Environment of ranks that are CPUs."""
+
+
+def error_file(folder: Path, rank: int) -> Path:
+    """Return where a rank says in one line what it failed with."""
+    return folder / f"error.{rank}"
+
+
+def run_ranks(
+    commands: Sequence[Sequence[str]],
+    folder: Path,
+    environment: Mapping[str, str],
+    quiet_seconds: float = QUIET_SECONDS,
+) -> Iterator[None]:
+    """Run one command for each rank, and yield now and then until all of them are done.
+
+    Raises RanksError, once none of them runs any more, with what the first rank failed with; or after
+    ``quiet_seconds`` in which nothing in ``folder`` changed.
+    """
+    with _started(commands, folder, environment) as processes:
+        changed, seen = time.monotonic(), _state(folder)
+        while True:
+            states = [process.poll() for process in processes]
+            if any(states):
+                raise RanksError(_failure(processes, folder))
+            if all(state == 0 for state in states):
+                return
+            if (now := _state(folder)) != seen:
+                changed, seen = time.monotonic(), now
+            if time.monotonic() - changed > quiet_seconds:
+                waiting = ", ".join(str(rank) for rank, state in enumerate(states) if state is None)
+                raise RanksError(f"ranks must make progress within {quiet_seconds:g} s, got none of rank {waiting}")
+            yield
+            time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def _started(
+    commands: Sequence[Sequence[str]], folder: Path, environment: Mapping[str, str]
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Start processes, each the leader of a group, so that its children, such as a compiler, end with it."""
+    with ExitStack() as stack:
+        processes = []
+        for rank, command in enumerate(commands):
+            output = stack.enter_context(open(folder / f"output.{rank}", "wb"))
+            everything = {**os.environ, **environment}
+            process = subprocess.Popen(
+                command, env=everything, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            processes.append(process)
+            stack.callback(_end, process)
+        yield processes
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _state(folder: Path) -> tuple[float, ...]:
+    """Return when each file of results was last written."""
+    found = []
+    for path in sorted(folder.glob("result*")):
+        with contextlib.suppress(FileNotFoundError):
+            found.append(path.stat().st_mtime)
+    return tuple(found)
+
+
+def _failure(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> str:
+    """Return what the first rank failed with: the others fail since it is gone."""
+    said = {rank: path for rank in range(len(processes)) if (path := error_file(folder, rank)).is_file()}
+    died = [rank for rank, process in enumerate(processes) if process.poll() and rank not in said]
+    if died:  # before it could say anything, and so before those that missed it
+        rank = died[0]
+        status = processes[rank].returncode
+        how = signal.Signals(-status).name if status < 0 else f"status {status}"
+        return f"rank {rank} of {len(processes)} ended with {how}: {_last_line(folder / f'output.{rank}')}"
+    rank = min(said, key=lambda r: said[r].stat().st_mtime)
+    return f"rank {rank} of {len(processes)} failed: {said[rank].read_text(encoding='utf-8')}"
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+
+
+def worker_command(folder: Path, rank: int) -> list[str]:
+    """Return the command of a rank of the job in ``folder``."""
+    return [sys.executable, "-m", "m2gen.bench.ranks.worker", str(folder), str(rank)]

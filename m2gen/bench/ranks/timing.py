@@ -1,0 +1,159 @@
+"""Time steps over ranks, and the collectives that they call by themselves."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from m2gen.bench.ranks.check import DTYPES
+from m2gen.bench.ranks.entries import Shape
+
+WARM_UPS = 3
+PROBE_BYTES = 1 << 26
+"""Bytes that a GPU sends to measure the link; a CPU sends a thousandth."""
+COLLECTIVES = tuple(
+    name
+    for names in (
+        ("all_reduce",),
+        ("all_gather_single", "all_gather_into_tensor"),
+        ("reduce_scatter_single", "reduce_scatter_tensor"),
+        ("all_to_all_single",),
+    )
+    for name in names
+    if hasattr(distributed, name)
+)
+"""Collectives of which packages call one each, by the names that versions of torch have for them."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One call of a collective, with tensors of the sizes that it had."""
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    rest: tuple[Any, ...]
+    group: Any
+
+    def call(self) -> None:
+        """Do it again, on whatever the tensors hold."""
+        getattr(distributed, self.name)(*self.tensors, *self.rest, group=self.group)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes that a rank sends, at the least."""
+        ranks = distributed.get_world_size(self.group)
+        most = max(x.numel() * x.element_size() for x in self.tensors)
+        rounds = 2 if self.name == "all_reduce" else 1
+        return rounds * most * (ranks - 1) // ranks
+
+
+def repeat(calls: Iterable[Collective]) -> None:
+    """Do collectives again, one after the other."""
+    for call in calls:
+        call.call()
+
+
+@contextmanager
+def recorded() -> Iterator[list[Collective]]:
+    """Note the collectives that are called, from whatever module, until the end."""
+    calls: list[Collective] = []
+    plain = {name: getattr(distributed, name) for name in COLLECTIVES}
+
+    def noting(name: str) -> Callable[..., Any]:
+        def call(*args: Any, group: Any = None, **options: Any) -> Any:
+            tensors = tuple(torch.empty_like(x) for x in args if isinstance(x, Tensor))
+            calls.append(Collective(name, tensors, tuple(x for x in args if not isinstance(x, Tensor)), group))
+            return plain[name](*args, group=group, **options)
+
+        return call
+
+    for name in COLLECTIVES:
+        setattr(distributed, name, noting(name))
+    try:
+        yield calls
+    finally:
+        for name, call in plain.items():
+            setattr(distributed, name, call)
+
+
+def together(device: torch.device) -> None:
+    """Wait until every rank is here, and its GPU has nothing to do."""
+    distributed.all_reduce(torch.zeros(1, device=device))
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def slowest_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Return the median of the milliseconds of a call, of each repeat the slowest rank's."""
+    for _ in range(WARM_UPS):
+        run()
+    samples = torch.tensor([_once(run, device) for _ in range(repeats)], dtype=torch.float64, device=device)
+    distributed.all_reduce(samples, op=distributed.ReduceOp.MAX)
+    return float(median(samples.tolist()))
+
+
+def _once(run: Callable[[], object], device: torch.device) -> float:
+    together(device)
+    if device.type != "cuda":
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """Return the most memory that a call has allocated on any rank, with what was there before; 0 on CPUs."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    found = torch.tensor([torch.cuda.max_memory_allocated()], dtype=torch.int64, device=device)
+    distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+    return int(found.item())
+
+
+def recurrence_of(package: Any, shape: Shape, batch: int, seq: int, device: torch.device) -> Callable[[], None]:
+    """Return a call of forward and backward of the recurrence with a layer's heads."""
+    made: dict[str, Any] = {"device": device, "dtype": DTYPES[shape.dtype]}
+    backend = "kernels" if device.type == "cuda" else "reference"
+    layer = package.M2RNN(1, shape.state_expansion, shape.head_dim, shape.heads, backend=backend, **made)
+    scan = importlib.import_module(f"{package.__name__}.scan")
+    heads, rows, cols = shape.heads, shape.state_expansion, shape.head_dim
+    sizes = ((heads["q"], rows), (heads["k"], rows), (heads["v"], cols), (heads["f"],))
+    operands = [torch.randn(batch, seq, *size, **made).requires_grad_() for size in sizes]
+    dy = torch.randn(batch, seq, layer.total_heads, cols, **made)
+
+    def run() -> None:
+        q, k, v, x = operands
+        forget, A_log, dt_bias = scan.gate_of(layer, x, q.dtype)
+        options = {"A_log": A_log, "dt_bias": dt_bias, "backend": backend, "output_final_state": False}
+        y, _ = package.m2rnn(q, k, v, layer.state_weight, forget, **options)
+        torch.autograd.grad(y, [*operands, layer.state_weight], dy)
+
+    return run
+
+
+def link(device: torch.device, repeats: int) -> tuple[float, float]:
+    """Return 10^9 bytes a second that each rank sends in a large exchange, and the milliseconds of a small sum."""
+    ranks = distributed.get_world_size()
+    size = (PROBE_BYTES if device.type == "cuda" else PROBE_BYTES >> 10) // ranks * ranks
+    one, other = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    many = slowest_ms(lambda: distributed.all_to_all_single(one, other), device, repeats)
+    small = torch.zeros(1, device=device)
+    few = slowest_ms(lambda: [distributed.all_reduce(small) for _ in range(10)], device, repeats) / 10
+    return size * (ranks - 1) / ranks / many / 1e6, few

@@ -1,0 +1,169 @@
+"""One rank of a job: checks each case with the others, then times it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, distributed
+
+from m2gen.bench.ranks.check import DTYPES, Expected, expected, make_layer
+from m2gen.bench.ranks.entries import Form, Link, RankCase, RankDocument, RankJob, RankRow, Shape, read, write
+from m2gen.bench.ranks.forms import OverRanks, over_ranks
+from m2gen.bench.ranks.launch import QUIET_SECONDS, error_file
+from m2gen.bench.ranks.timing import link, peak_bytes, recorded, recurrence_of, repeat, slowest_ms, together
+from m2gen.db import Environment
+from m2gen.kernels.compile import load_module
+from m2gen.measure.workers import end_with_parent
+
+
+def main(folder: Path, rank: int) -> NoReturn:
+    """Do a job as one of its ranks, and end the process; the first one writes results after each case."""
+    end_with_parent()
+    try:
+        job = read(folder / "job.json", RankJob)
+        _join(folder, job, rank)
+        _Rank(job, folder, rank).serve()
+    except BaseException as error:
+        traceback.print_exc()
+        lines = f"{type(error).__name__}: {error}".splitlines()
+        error_file(folder, rank).write_text(lines[0], encoding="utf-8")
+        _leave(1)
+    _leave(0)
+
+
+def _leave(status: int) -> NoReturn:
+    """End without the interpreter's last steps, in which a backend's threads may wait for other ranks, or abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _join(folder: Path, job: RankJob, rank: int) -> None:
+    if job.cuda:
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(1)
+    distributed.init_process_group(
+        "nccl" if job.cuda else "gloo",
+        init_method=f"file://{folder / 'store'}",
+        timeout=timedelta(seconds=QUIET_SECONDS),
+        rank=rank,
+        world_size=job.ranks,
+    )
+
+
+class _Rank:
+    """The cases of a job on one rank."""
+
+    def __init__(self, job: RankJob, folder: Path, rank: int) -> None:
+        self.job, self.folder, self.rank = job, folder, rank
+        self.device = torch.device("cuda", rank) if job.cuda else torch.device("cpu")
+        path = Path(job.package)
+        self.package: Any = load_module(path / "__init__.py", f"m2gen_package_{path.name}")
+        self.parallel: ModuleType = load_module(
+            path / "parallel" / "__init__.py", f"m2gen_package_{path.name}.parallel"
+        )
+        self.known: dict[tuple[str, bool], Expected] = {}
+
+    def serve(self) -> None:
+        """Do every case."""
+        backend = "nccl" if self.job.cuda else "gloo"
+        document = RankDocument(_environment(self.device), backend, Link(*link(self.device, 10)), self.job.cases)
+        for case in self.job.cases:
+            document = replace(document, rows=(*document.rows, self._row(case)))
+            if self.rank == 0:
+                write(self.folder / "results.json", document)
+        together(self.device)  # none leaves what another still waits in
+
+    def _row(self, case: RankCase) -> RankRow:
+        row = RankRow(case.shape.name, case.form, case.batch, case.seq, 1 if case.form is Form.ONE else self.job.ranks)
+        parts = self.job.ranks if case.form.shares_tokens else 1
+        if case.seq % parts:
+            return replace(row, unfit=f"{case.seq} tokens of a sequence must be divided by {parts} ranks")
+        try:
+            self._over(case)
+        except ValueError as error:  # the same on every rank
+            return replace(row, unfit=str(error).splitlines()[0])
+        for packed in (False, True) if case.form.packs else (False,):
+            ratio, name = self._expected(case.shape, packed).judged(self._over(case))
+            label = f"{name}, packed" if packed else name
+            if not ratio <= 1:
+                return replace(row, failure=f"{label} must be within its budget, got {ratio:.3g} of it")
+            if row.worst is None or ratio > row.worst:
+                row = replace(row, worst=ratio, worst_tensor=label)
+        return self._timed(case, row)
+
+    def _over(self, case: RankCase) -> OverRanks:
+        return over_ranks(case.form, self._layer(case.shape), self.parallel)
+
+    def _layer(self, shape: Shape) -> Any:
+        return make_layer(self.package, shape, self.job.cuda, self.job.seed)
+
+    def _expected(self, shape: Shape, packed: bool) -> Expected:
+        key = (shape.name, packed)
+        if key not in self.known:
+            self.known[key] = expected(partial(self._layer, shape), shape, self.job.ranks, packed=packed)
+        return self.known[key]
+
+    def _timed(self, case: RankCase, row: RankRow) -> RankRow:
+        over = self._over(case)
+        size = (case.batch, case.seq // over.parts, case.shape.hidden_size)
+        made: dict[str, Any] = {"device": self.device, "dtype": DTYPES[case.shape.dtype]}
+        x, weights = (torch.randn(size, **made) for _ in range(2))
+        step, repeats = _step(over, x.requires_grad_(), weights), self.job.repeats
+        forward_ms = slowest_ms(lambda: _forward(over, x), self.device, repeats)
+        step_ms = slowest_ms(step, self.device, repeats)
+        peak = peak_bytes(step, self.device)
+        with recorded() as calls:
+            step()
+        alone = None
+        if case.form is not Form.PIPELINE:
+            alone = slowest_ms(partial(repeat, calls), self.device, repeats) if calls else 0.0
+        recurrence = recurrence_of(self.package, *case.recurrence(self.job.ranks), self.device)
+        return replace(
+            row,
+            forward_ms=forward_ms,
+            step_ms=step_ms,
+            recurrence_ms=slowest_ms(recurrence, self.device, repeats),
+            communication_ms=alone,
+            collectives=len(calls),
+            sent_bytes=sum(call.sent_bytes for call in calls),
+            peak_bytes=peak,
+        )
+
+
+def _forward(over: OverRanks, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return over.call(x)
+
+
+def _step(over: OverRanks, x: Tensor, weights: Tensor) -> Callable[[], None]:
+    def step() -> None:
+        over.module.zero_grad()
+        x.grad = None
+        torch.autograd.backward(over.call(x), weights)
+        over.sum_gradients()
+
+    return step
+
+
+def _environment(device: torch.device) -> Environment | None:
+    from m2gen.device import detect
+    from m2gen.measure.context import environment
+
+    found = detect() if device.type == "cuda" else None
+    return None if found is None else environment(found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

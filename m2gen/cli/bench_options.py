@@ -1,0 +1,84 @@
+"""Options of the command ``m2gen bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from m2gen.bench.kinds import Axis, Kind
+from m2gen.cli.show.figure import Style
+
+TOKENS_OF = 64
+"""The default of ``--decode``."""
+SIZES, PICTURE, RANKS = "Sizes", "Results of earlier runs, and pictures", "Several GPUs"
+
+OnlyOption = Annotated[
+    list[Kind] | None, typer.Option("--only", help="Only these kernels; may be repeated. All if not given.")
+]
+PeerOption = Annotated[
+    list[str] | None,
+    typer.Option("--peer", help="Also another implementation, by its adapter as module:function; may be repeated."),
+]
+DecodeOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--decode",
+        min=0,
+        help="Batch size of decoding, one token a sequence; may be repeated; 64 if not given, 0 for none.",
+        rich_help_panel=SIZES,
+    ),
+]
+TimingOnlyOption = Annotated[
+    bool,
+    typer.Option(
+        "--timing-only",
+        help="Also time peers whose results fail the check, and mark them.",
+    ),
+]
+SweepOption = Annotated[
+    list[Axis] | None,
+    typer.Option(
+        "--sweep",
+        help="Sizes along this axis, in place of the spec's workloads; may be repeated.",
+        rich_help_panel=SIZES,
+    ),
+]
+EarlierOption = Annotated[
+    Path | None,
+    typer.Option("--from", help="Show this --json of an earlier run; needs no GPU.", rich_help_panel=PICTURE),
+]
+AgainstOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--against",
+        help="Exit 1 if slower than this --json of an earlier run, or than this tuning database.",
+        rich_help_panel=PICTURE,
+    ),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", help="Draw workloads or sweeps into this .svg or .png.", rich_help_panel=PICTURE),
+]
+StyleOption = Annotated[
+    Style, typer.Option("--style", help="What --plot's picture is to be seen on.", rich_help_panel=PICTURE)
+]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus",
+        min=2,
+        help="Check and time whole layers over this many GPUs of this host, or CPUs where torch sees no GPU.",
+        rich_help_panel=RANKS,
+    ),
+]
+SizeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--size",
+        help="Sequences x tokens for --gpus, as 8x4096; may be repeated.",
+        rich_help_panel=RANKS,
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the order of measurements and of intervals.")]

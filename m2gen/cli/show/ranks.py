@@ -1,0 +1,114 @@
+"""Print the results of ``m2gen bench --gpus``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from m2gen.bench.ranks.entries import Form, RankCase, RankDocument, RankRow
+from m2gen.bench.ranks.model import predicted_ms
+from m2gen.cli.show.bench import ms_text
+from m2gen.cli.show.report import Display, print_json
+from m2gen.cli.show.table import Table, print_tables
+
+COLUMNS = ("layer", "forward ms", "step ms", "of one", "recurrence ms", "communication", "sent GB", "predicted ms",
+           "off", "peak GB", "worst error")  # fmt: skip
+NAMES = {
+    Form.ONE: "one rank",
+    Form.HEADS: "heads",
+    Form.HEADS_TOKENS: "heads, tokens outside",
+    Form.EXCHANGE: "tokens, exchanged",
+    Form.PIPELINE: "tokens, handed on",
+    Form.BOTH: "heads and tokens",
+}
+
+
+def run_ranks(documents: Iterable[RankDocument], display: Display) -> int:
+    """Show the last document, also after an interruption; return 1 if any result is wrong."""
+    document: RankDocument | None = None
+    try:
+        for document in documents:  # noqa: B007  (the last one is shown)
+            pass
+    finally:
+        if document is not None:
+            show_ranks(document, display)
+    return 1 if document is None or any(row.failure for row in document.rows) else 0
+
+
+def show_ranks(document: RankDocument, display: Display) -> None:
+    """Print every form beside one rank doing the same work."""
+    if display.as_json:
+        rows = [{**asdict(row), **compared(row, case, document)} for row, case in _cases(document)]
+        print_json({**asdict(document), "rows": rows})
+    else:
+        print_tables(tables(document))
+
+
+def compared(row: RankRow, case: RankCase, document: RankDocument) -> dict[str, float | None]:
+    """Return a step's part of one rank's time, its communication's part of a step, and what the model predicts."""
+    alike = (r for r in document.rows if (r.layer, r.batch, r.seq) == (row.layer, row.batch, row.seq))
+    one = next((r for r in alike if r.form is Form.ONE and r.step_ms is not None), None)
+    known = row.step_ms is not None and one is not None and one.step_ms is not None and row.form is not Form.ONE
+    predicted = predicted_ms(case, row, one, document.link) if one is not None else None
+    return {
+        "of_one_rank": row.step_ms / one.step_ms if known and row.step_ms and one and one.step_ms else None,
+        "communication": row.communication_ms / row.step_ms if row.communication_ms and row.step_ms else None,
+        "predicted_ms": predicted,
+        "predicted_off": predicted / row.step_ms - 1 if predicted and row.step_ms else None,
+    }
+
+
+def tables(document: RankDocument) -> Iterator[Table]:
+    """Yield the table of times, and that of forms that have none."""
+    there = document.environment.device if document.environment is not None else "CPU"
+    rows: list[Any] = []
+    before = None
+    for row, case in _cases(document):
+        if row.failure or row.unfit:
+            continue
+        size = f"{row.layer} {case.shape.dtype}, hidden {case.shape.hidden_size}, B{row.batch} S{row.seq}"
+        rows += [size] if size != before else []
+        rows.append(_cells(row, compared(row, case, document)))
+        before = size
+    link = document.link
+    notes = [
+        "step: forward and backward, with the sums of gradients that ranks share; medians of the slowest rank",
+        "recurrence: of one rank's heads and tokens, alone; communication: a step's collectives alone, as its part",
+        f"link: {link.gb_per_s:.3g} GB/s a rank, {1e3 * link.latency_ms:.3g} µs a collective",
+        "worst error: of outputs and gradients against float64, as a part of its budget",
+    ]
+    yield Table(
+        f"{max(row.ranks for row in document.rows)} ranks over {document.backend} on {there}", COLUMNS, rows, notes
+    )
+    if failed := [row for row in document.rows if row.failure or row.unfit]:
+        cells = [(row.layer, NAMES[row.form], f"B{row.batch} S{row.seq}", row.failure or row.unfit) for row in failed]
+        yield Table("Without times", ("layer", "form", "size", "why"), cells)
+
+
+def _cells(row: RankRow, found: dict[str, float | None]) -> tuple[str, ...]:
+    return (
+        NAMES[row.form],
+        _ms(row.forward_ms),
+        _ms(row.step_ms),
+        _part(found["of_one_rank"], ".2f"),
+        _ms(row.recurrence_ms),
+        _part(found["communication"], ".0%"),
+        f"{row.sent_bytes / 1e9:.3f}" if row.sent_bytes else "",
+        _ms(found["predicted_ms"]),
+        _part(found["predicted_off"], "+.0%"),
+        f"{row.peak_bytes / 1e9:.2f}" if row.peak_bytes else "",
+        "" if row.worst is None else f"{row.worst:.2f} {row.worst_tensor}",
+    )
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else ms_text(value)
+
+
+def _part(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def _cases(document: RankDocument) -> list[tuple[RankRow, RankCase]]:
+    return list(zip(document.rows, document.cases, strict=False))

@@ -1,0 +1,117 @@
+"""Styles of ``parallelize_module`` for the layer: how its heads, or its tokens, lie over a mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from ..cache import M2RNNCache, States
+from ..forward import run
+from ..layer import M2RNN
+from .exchange import HeadExchange
+from .heads import HeadParallelM2RNN
+from .sequence import pipelined
+
+
+class M2RNNHeads(ParallelStyle):
+    """Shard the heads of an ``M2RNN``, which becomes a ``HeadParallelM2RNN`` in its place.
+
+    x may be a DTensor of any placement, or what this rank has of one that is replicated, or with ``sequence_parallel``
+    sharded by tokens. The result is as x should be, a DTensor without ``use_local_output``.
+
+    Raises what ``HeadParallelM2RNN`` raises, and TypeError for a module that is no ``M2RNN``.
+    """
+
+    def __init__(self, *, sequence_parallel: bool = False, use_local_output: bool = True) -> None:
+        self.sequence_parallel, self.use_local_output = sequence_parallel, use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if type(module) is not M2RNN:
+            raise TypeError(f"M2RNN: heads must be of an M2RNN to be sharded, got {type(module).__name__}")
+        made = HeadParallelM2RNN(module, device_mesh, self.sequence_parallel).train(module.training)
+        hooks = {name: value for name, value in vars(module).items() if "_hooks" in name}
+        module.__dict__ = {**vars(made), **hooks}
+        object.__setattr__(module, "__class__", HeadParallelM2RNN)  # since what a style returns for a child is dropped
+        _place_tokens(module, device_mesh, sharded=self.sequence_parallel, local=self.use_local_output)
+        return module
+
+
+class M2RNNContext(ParallelStyle):
+    """Run an ``M2RNN`` on sequences that lie over a mesh: its tokens are exchanged for heads, and back.
+
+    With ``micro_batches`` states go from rank to rank instead, as ``scan_over_ranks`` says. Parameters stay as they
+    are, whole on every rank or sharded by FSDP; each rank contributes to their gradients, whose sum is the batch's.
+
+    x may be a DTensor of any placement, or this rank's tokens; the result is of these, a DTensor without
+    ``use_local_output``. A call takes ``cu_seqlens`` (of the whole batch) and ``cu_seqlens_cpu``, and neither a cache
+    nor a mask. A ``HeadParallelM2RNN`` of another mesh does as well as an ``M2RNN``.
+
+    Raises what ``HeadExchange`` raises, and TypeError for a module that is neither.
+    """
+
+    def __init__(self, *, micro_batches: int | None = None, use_local_output: bool = True) -> None:
+        self.micro_batches, self.use_local_output = micro_batches, use_local_output
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, M2RNN | HeadParallelM2RNN):
+            raise TypeError(f"M2RNN: tokens must be of an M2RNN to lie over ranks, got {type(module).__name__}")
+        group = device_mesh.get_group()
+        if self.micro_batches is None:
+            vars(module)["forward"] = _refusing_others(HeadExchange(module, group))
+        else:
+            count = self.micro_batches
+
+            def scan(x: Tensor, conv: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+                return run(module, x, States(conv, state))
+
+            def piped(x: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> Tensor:
+                if cu_seqlens is not None or cu_seqlens_cpu is not None:
+                    raise ValueError("M2RNN: cu_seqlens must be None with micro_batches, which are of whole sequences")
+                return pipelined(module, scan, x, group, count)
+
+            vars(module)["forward"] = _refusing_others(piped)
+        _place_tokens(module, device_mesh, sharded=True, local=self.use_local_output)
+        return module
+
+
+def _refusing_others(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a forward with the layer's arguments of a call that has no cache and no mask."""
+
+    def forward(
+        x: Tensor,
+        cache: M2RNNCache | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
+    ) -> Tensor:
+        for name, given in (("cache", cache), ("attention_mask", attention_mask)):
+            if given is not None:
+                raise ValueError(f"M2RNN: {name} must be None where tokens lie over ranks; pack with cu_seqlens")
+        return call(x, cu_seqlens, cu_seqlens_cpu)
+
+    return forward
+
+
+def _place_tokens(module: nn.Module, mesh: DeviceMesh, *, sharded: bool, local: bool) -> None:
+    """Bring x to its placement before calls of a module, and make its results DTensors unless they stay ``local``."""
+
+    def placements(x: Tensor) -> Sequence[Shard | Replicate]:
+        return [Shard(x.dim() - 2) if sharded else Replicate()]
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(map(at_home, args)), {name: at_home(value) for name, value in kwargs.items()}
+
+    def at_home(x: Any) -> Any:
+        return x.redistribute(mesh, placements(x)).to_local() if isinstance(x, DTensor) else x
+
+    def leave(_: nn.Module, __: Any, y: Any) -> Any:
+        return DTensor.from_local(y, mesh, placements(y), run_check=False) if isinstance(y, Tensor) else y
+
+    module.register_forward_pre_hook(enter, with_kwargs=True)
+    if not local:
+        module.register_forward_hook(leave)

@@ -1,0 +1,214 @@
+"""Layers over ranks: what is planned, how ranks end together, and the whole command on CPUs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import TINY, document, fails, run
+
+from m2gen import pipeline
+from m2gen.bench.ranks.entries import Form, Link, RankCase, RankJob, RankRow, Shape
+from m2gen.bench.ranks.launch import run_ranks
+from m2gen.bench.ranks.model import predicted_ms, traffic
+from m2gen.cli.show.report import TerminalProgress
+from m2gen.errors import RanksError, UsageError
+from m2gen.pipeline import RanksRequest
+
+QUIET = TerminalProgress(quiet=True)
+SEVEN = Shape("m2rnn_7b", 1536, 64, 16, {"q": 1, "k": 1, "v": 132, "f": 132, "w": 132, "g": 132}, "bf16")
+
+
+def planned(ranks: int, *, cuda: bool, spec: str = TINY, layer: str | None = "base") -> RankJob:
+    """Return the job of one layer, or of those that are chosen without one."""
+    request = RanksRequest(ranks, () if layer is None else (layer,))
+    return pipeline.ranks_job(pipeline.plan(spec, None, ()), request, (), cuda=cuda)
+
+
+def test_a_job_has_the_layers_of_models_and_their_shares() -> None:
+    """Published layers have their models' widths and sizes, and the package has kernels for every rank's heads."""
+    job = planned(4, cuda=True, spec="h200.yaml", layer=None)
+    sizes = {(c.shape.name, c.shape.hidden_size, c.form, c.batch, c.seq) for c in job.cases}
+    assert ("m2rnn_7b", 1536, Form.HEADS_TOKENS, 8, 4096) in sizes
+    assert ("m2rnn_410m", 1024, Form.EXCHANGE, 8, 8192) in sizes
+    assert {name for name, *_ in sizes} == {"m2rnn_7b", "m2rnn_410m"}
+    built = (Path(job.package) / "built.py").read_text(encoding="utf-8")
+    for heads in (132, 66, 33, 84, 42, 21):
+        assert f"k64_v16_q1_k1_v{heads}_f{heads}_w{heads}_bf16" in built
+
+
+def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks are GPUs where there are enough, CPUs where there are none, and nothing in between."""
+    for count, expected in ((0, False), (2, True)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda count=count: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert pipeline.has_gpus(2) is expected
+    with pytest.raises(UsageError, match="--gpus must be at most the 2 that torch sees, got 3"):
+        pipeline.has_gpus(3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--size", "8x4096"), "--size must be given with --gpus"),
+        (("--gpus", "2", "--size", "8"), "--size must be sequences x tokens, as 8x4096, got '8'"),
+        (("--gpus", "2", "--sweep", "seq"), "--gpus must be given without --sweep"),
+        (("--gpus", "2", "--plot", "a.svg"), "--gpus must be given without --plot"),
+    ],
+)
+def test_options_that_do_not_fit(options: tuple[str, ...], message: str) -> None:
+    """Options that say nothing about layers over ranks are refused."""
+    assert message in fails(2, "bench", "--spec", TINY, *options)
+
+
+# ------------------------------------------------------------------------------------------------------------ ranks
+
+FOREVER = "import time; time.sleep(1000)"
+ENDINGS = {
+    "status": ("import sys; print('out of luck'); sys.exit(3)", "rank 1 of 2 ended with status 3: out of luck"),
+    "signal": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "rank 1 of 2 ended with SIGKILL"),
+    "error": (
+        "import sys; open('error.1', 'w').write('ValueError: no'); sys.exit(1)",
+        "rank 1 of 2 failed: ValueError: no",
+    ),
+}
+
+
+def ranks(folder: Path, *programs: str) -> list[list[str]]:
+    """Return commands of ranks, which write their process ids into the folder first."""
+    start = "import os; os.chdir({!r}); print(os.getpid(), file=open('new.{}', 'w')); "
+    start += "os.replace('new.{}', 'pid.{}'); {}"
+    return [[sys.executable, "-c", start.format(str(folder), i, i, i, text)] for i, text in enumerate(programs)]
+
+
+def gone(folder: Path, rank: int) -> bool:
+    """Return whether a rank's process has ended."""
+    try:
+        os.kill(int((folder / f"pid.{rank}").read_text(encoding="utf-8")), 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_rank_that_dies_ends_the_others(tmp_path: Path, ending: str) -> None:
+    """However a rank ends, the others end with it, and one error says which it was and why."""
+    program, message = ENDINGS[ending]
+    wait = "import time\nwhile not os.path.exists('pid.0'): time.sleep(0.01)\n"
+    commands = ranks(tmp_path, FOREVER, f"exec({wait + program!r})")
+    with pytest.raises(RanksError, match=message):
+        list(run_ranks(commands, tmp_path, {}))
+    assert gone(tmp_path, 0)
+
+
+def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
+    """Ranks that write no results for too long are ended, and named."""
+    with pytest.raises(RanksError, match=r"within 0\.5 s, got none of rank 0, 1"):
+        list(run_ranks(ranks(tmp_path, FOREVER, FOREVER), tmp_path, {}, quiet_seconds=0.5))
+    assert all(gone(tmp_path, rank) for rank in range(2) if (tmp_path / f"pid.{rank}").exists())
+
+
+def test_what_ends_a_run_ends_its_ranks(tmp_path: Path) -> None:
+    """An interruption of the run ends every rank."""
+    running = run_ranks(ranks(tmp_path, FOREVER, FOREVER), tmp_path, {})
+    while not all((tmp_path / f"pid.{rank}").exists() for rank in range(2)):
+        next(running)
+    running.close()
+    assert all(gone(tmp_path, rank) for rank in range(2))
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+def test_the_command_on_cpus(tmp_path: Path) -> None:
+    """Every form agrees with one rank, and sends what the model says; the document is shown again as a table."""
+    found = document("bench", "--spec", TINY, "--layer", "grouped", "--gpus", "2", "--quiet")
+    assert found["backend"] == "gloo"
+    job = planned(2, cuda=False, layer="grouped")
+    assert [row["form"] for row in found["rows"]] == [case.form for case in job.cases]
+    for row, case in zip(found["rows"], job.cases, strict=True):
+        assert (row["failure"], row["unfit"]) == ("", "")
+        assert 0 < row["worst"] <= 1
+        assert row["step_ms"] > 0
+        if case.form is Form.PIPELINE:
+            continue
+        expected = traffic(case, 2)
+        assert row["collectives"] == expected.collectives, case.form
+        assert row["sent_bytes"] == pytest.approx(expected.sent, abs=expected.collectives), case.form
+        assert (row["predicted_ms"] is None) == (case.form is Form.ONE)
+    path = tmp_path / "two.json"
+    path.write_text(json.dumps(found), encoding="utf-8")
+    shown = run("bench", "--from", str(path)).stdout
+    assert "2 ranks over gloo on CPU" in shown
+    assert "tokens, exchanged" in shown
+    assert "--plot must be of workloads or sweeps" in fails(2, "bench", "--from", str(path), "--plot", "a.svg")
+
+
+WRONG = {
+    "exchange.py": ("whole[..., own:]", "1.01 * whole[..., own:]", Form.EXCHANGE),
+    "children.py": (
+        "return scattered(mixed, -2, group)",
+        "return 1.01 * scattered(mixed, -2, group)",
+        Form.HEADS_TOKENS,
+    ),
+}
+
+
+@pytest.mark.parametrize("module", WRONG)
+def test_wrong_results_are_not_timed(tmp_path: Path, module: str) -> None:
+    """A form whose results or gradients are not one rank's has no times, and says which tensor is wrong."""
+    right, wrong, form = WRONG[module]
+    job = planned(2, cuda=False)
+    package = tmp_path / "package"
+    shutil.copytree(job.package, package)
+    path = package / "parallel" / module
+    text = path.read_text(encoding="utf-8")
+    assert right in text
+    path.write_text(text.replace(right, wrong), encoding="utf-8")
+    cases = tuple(case for case in job.cases if case.form is form)
+    (*_, last) = pipeline.over_ranks(replace(job, package=str(package), cases=cases), QUIET)
+    (row,) = last.rows
+    assert "must be within its budget, got " in row.failure
+    assert row.step_ms is None
+
+
+def test_forms_that_do_not_fit() -> None:
+    """Heads that three ranks cannot share, and tokens that they cannot, are results that say so."""
+    job = planned(3, cuda=False)
+    cases = (replace(job.cases[1], seq=6), replace(job.cases[3], seq=7))
+    (*_, last) = pipeline.over_ranks(replace(job, cases=cases), QUIET)
+    heads, tokens = (row.unfit for row in last.rows)
+    assert heads == "M2RNN: heads of v must divide, or be divided by, 3 ranks, got 2"
+    assert tokens == "7 tokens of a sequence must be divided by 3 ranks"
+
+
+# ------------------------------------------------------------------------------------------------------- the model
+
+
+def row_of(form: Form, ranks: int, **times: float) -> RankRow:
+    """Return a row of the 7B layer."""
+    return RankRow("m2rnn_7b", form, 8, 4096, ranks, **times)
+
+
+def test_the_model_by_hand() -> None:
+    """Predictions are sums that can be done by hand."""
+    one = row_of(Form.ONE, 1, step_ms=10.0, recurrence_ms=6.0)
+    link = Link(100.0, 0.0)
+    exchange = RankCase(SEVEN, Form.EXCHANGE, 8, 4096)
+    there, back = (1 + 1) * 64 + 66 * 16 + 66, 66 * 16
+    parameters = 1536 * (2 * 64 + 3 * 132 * 16 + 132) + 4 * (2 * 64 + 132 * 16) + 132 * 256 + 2 * 132 * 16
+    sent = 2 * (there + back) * 8 * 4096 * 2 / 2 + 2 / 2 * (2 * parameters + 8 * 132)
+    assert traffic(exchange, 2).sent == pytest.approx(sent)
+    expected = 4.0 / 2 + 3.2 + sent / 100e9 * 1e3
+    assert predicted_ms(exchange, row_of(Form.EXCHANGE, 2, recurrence_ms=3.2), one, link) == pytest.approx(expected)
+    pipeline_case = RankCase(SEVEN, Form.PIPELINE, 8, 4096)
+    sends = traffic(pipeline_case, 2).sent / 100e9 * 1e3
+    handed = predicted_ms(pipeline_case, row_of(Form.PIPELINE, 2, recurrence_ms=1.5), one, link)
+    assert handed == pytest.approx(3 * (4.0 / 2 / 2 + 1.5) + sends)
+    assert predicted_ms(exchange, row_of(Form.EXCHANGE, 2), one, link) is None

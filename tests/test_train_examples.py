@@ -1,0 +1,132 @@
+"""The snippets of examples/train: each trains, its loss falls, and it goes on with the losses of one run."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import models_package, small_config
+from support import ROOT
+
+from m2gen.kernels.compile import load_module
+
+EXAMPLES = ROOT / "examples" / "train"
+STEPS, HALF = 24, 12
+NO_LIGHTNING = "lightning is not installed"
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the name of the package that the snippets train with."""
+    return models_package(tmp_path_factory.mktemp("train_examples")).__name__
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that imports a snippet."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.delitem(sys.modules, "documents", raising=False)
+    yield lambda name: load_module(EXAMPLES / f"{name}.py", f"example_train_{name}")
+    sys.modules.pop("documents", None)
+
+
+def model_of(package: str, backend: str = "reference") -> Any:
+    """Return the snippets' model at sizes of seconds."""
+    config = small_config("hybrid_rope")
+    return importlib.import_module("documents").small_model(package, backend, **{**config, "vocab_size": 256})
+
+
+def falls(losses: list[float]) -> bool:
+    """Whether the last losses are less than the first."""
+    return sum(losses[-4:]) < 0.97 * sum(losses[:4])
+
+
+def test_batches_are_packed(example) -> None:
+    """Documents lie one after the other, no label is of the document before, and the copy of offsets is an array."""
+    documents: ModuleType = importlib.import_module("documents")
+    rows = documents.documents(20)
+    batch = documents.Packed()(rows[:3])
+    lengths = [len(row["input_ids"]) for row in rows[:3]]
+    ends = torch.tensor([0, *lengths]).cumsum(0)
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seqlens_cpu"].tolist() == ends.tolist()
+    assert torch.equal(batch["input_ids"][0], torch.cat([row["input_ids"] for row in rows[:3]]))
+    assert batch["labels"][0, ends[:-1]].eq(-100).all()
+    assert not isinstance(batch["cu_seqlens_cpu"], torch.Tensor)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_plain_loop(example, package, tmp_path, mixed) -> None:
+    """Stopped half way and started again, it has the losses of a run in one piece."""
+    plain = example("plain_loop")
+    options = plain.Options(learning_rate=1e-2, mixed=mixed)
+    whole = plain.train(model_of(package), package, tmp_path / "whole", STEPS, options)
+    assert len(whole) == STEPS
+    assert falls(whole)
+    first = plain.train(model_of(package), package, tmp_path / "parts", HALF, options)
+    second = plain.train(model_of(package), package, tmp_path / "parts", STEPS, options)
+    assert first + second == whole
+    assert plain.train(model_of(package), package, tmp_path / "parts", STEPS, options) == []
+
+
+def test_the_plain_loop_compiled(example, package, tmp_path, monkeypatch) -> None:
+    """On the kernels every step is one graph, and its losses are those of eager steps on the reference backend."""
+    plain = example("plain_loop")
+    expected = plain.train(model_of(package), package, tmp_path / "eager", 3, plain.Options())
+    compile_ = torch.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, backend="aot_eager", **options))
+    fast = plain.Options(compiled=True)
+    losses = plain.train(model_of(package, "kernels"), package, tmp_path / "compiled", 3, fast)
+    assert losses == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_trainer_of_transformers(example, package, tmp_path, mixed) -> None:
+    """Stopped half way and started again, it has the losses of a run in one piece."""
+    hf_trainer = example("hf_trainer")
+    options = {"learning_rate": 1e-2, "disable_tqdm": True, "bf16": mixed}
+    whole = hf_trainer.train(model_of(package), package, tmp_path / "parts", STEPS, **options)
+    assert len(whole) == STEPS
+    assert falls(whole)
+    assert {path.name for path in (tmp_path / "parts").iterdir()} == {f"checkpoint-{HALF}", f"checkpoint-{STEPS}"}
+    (tmp_path / "parts" / f"checkpoint-{STEPS}").rename(tmp_path / "done")
+    again = hf_trainer.train(model_of(package), package, tmp_path / "parts", STEPS, **options)
+    assert again == whole
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning(example, package, tmp_path, precision) -> None:
+    """Stopped half way and started again, it has the losses of a run in one piece."""
+    pytest.importorskip("lightning", reason=NO_LIGHTNING)
+    snippet = example("with_lightning")
+    options = {"accelerator": "cpu", "enable_model_summary": False, "precision": precision}
+    whole = snippet.train(model_of(package), package, tmp_path / "whole", STEPS, **options)
+    assert len(whole) == STEPS
+    assert falls(whole)
+    first = snippet.train(model_of(package), package, tmp_path / "parts", HALF, **options)
+    second = snippet.train(model_of(package), package, tmp_path / "parts", STEPS, **options)
+    assert first + second == whole
+
+
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def test_the_page_shows_what_is_tested() -> None:
+    """Every line of Python on the page of training is a line of a snippet, in the same order."""
+    sources = [path.read_text(encoding="utf-8") for path in sorted(EXAMPLES.glob("*.py"))]
+    lines = [[line.strip() for line in text.splitlines()] for text in sources]
+    blocks = BLOCK.findall((ROOT / "docs" / "training.md").read_text(encoding="utf-8"))
+    assert len(blocks) >= 3
+    for block in blocks:
+        shown = [line.strip() for line in block.splitlines() if line.strip() not in ("", "...")]
+        assert any(_in_order(shown, having) for having in lines), block
+
+
+def _in_order(shown: list[str], having: list[str]) -> bool:
+    left = iter(having)
+    return all(line in left for line in shown)
