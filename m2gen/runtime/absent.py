@@ -41,26 +41,23 @@ class AbsentDriver:
         return importlib.import_module("triton.backends.compiler").GPUTarget(*self._target)
 
 
-def _every(name: str) -> bool:
+def _every(function: Any) -> bool:
     return True
 
 
 @contextmanager
-def compiling(target: Target, seen: Callable[[Any], None], wanted: Callable[[str], bool] = _every) -> Iterator[None]:
-    """Within the context, a launch compiles a kernel whose name is ``wanted``, hands it to ``seen``, and ends.
+def compiling(target: Target, seen: Callable[[Any], None], wanted: Callable[[Any], bool] = _every) -> Iterator[None]:
+    """Within the context, a launch compiles the kernel of a ``wanted`` function, hands it to ``seen``, and ends.
 
-    Triton goes the way of a launch up to the driver, so the kernel in its cache is the one that a launch on such a GPU
+    It returns nothing, as in the interpreter, so that nobody keeps the kernel to launch it again. Triton goes the way of a launch up to the driver, so the kernel in its cache is the one that a launch on such a GPU
     looks for. Whatever else of the process uses Triton has no GPU thereafter: it is for processes of their own.
     """
     function = importlib.import_module("triton.runtime.jit").JITFunction
     launch = function.run
 
-    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        if not wanted(self.__name__):
-            return None
-        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
-        seen(kernel)
-        return kernel
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        if wanted(self):
+            seen(launch(self, *arguments, grid=grid, warmup=True, **options))
 
     importlib.import_module("triton.runtime").driver.set_active(AbsentDriver(target))
     function.run = compile_only

@@ -116,8 +116,15 @@ def kernels_for(
 
 def layer_kernels(dims: Sequence[int], device: torch.device) -> ModuleType:
     """Return the kernels around the recurrence of K, V and heads; they are the same for every arch."""
-    device_of(device)  # raises where no kernel runs
-    return LAYER_KERNELS[tuple(dims[:6])]
+    return _layer_kernels(tuple(dims[:6]), device)
+
+
+@functools.cache
+def _layer_kernels(dims: tuple[int, ...], device: torch.device) -> ModuleType:
+    arch, _ = device_of(device)  # raises where no kernel runs
+    if arch != "portable":
+        compiled.provide((LAYER_KERNELS[dims],), arch)
+    return LAYER_KERNELS[dims]
 
 
 def _of_bucket(kernels: Kernels, most: Sequence[int], q: Tensor, cu_seqlens: Tensor | None) -> ModuleType:

@@ -171,7 +171,9 @@ def implement(library: Any) -> None:
 
 def launched() -> Mapping[Any, Callable[..., Any]]:
     """Return what each operator calls to launch its kernels, also on tensors without memory, which share none."""
-    return {FORWARD: _forward, BACKWARD: _backward, STEP: _stepped}
+    rules = layer_library.rules(LAYER, LAYER_BACKWARD)
+    around = {LAYER: rules["layer"].kernel, LAYER_BACKWARD: rules["layer_backward"].kernel}
+    return {FORWARD: _forward, BACKWARD: _backward, STEP: _stepped, **around}
 
 
 def _defined() -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import absent, built, compiled, dispatch, launch_plan, library
+from . import absent, built, compiled, dispatch, fused, launch_plan, layer_op, library
 from .facts import HeadCounts, VariantKey
 from .layer import M2RNN
 from .op import m2rnn, m2rnn_step
@@ -24,6 +24,8 @@ HIDDEN = 64
 BATCH = 2
 LONG = 4096
 """Steps of a sequence that is no short one for any kernel."""
+LENGTHS_AROUND = (fused.LEAST_TOKENS, fused.LEAST_TOKENS // (2 * BATCH))
+"""Steps of sequences with whose tokens the layer lays its projection out, and with whose it does not."""
 DIVISORS = (16, 8, 4, 2, 1)
 """Powers of two that a length is a multiple of, which decide which strides are multiples of 16."""
 
@@ -41,7 +43,8 @@ class Scene(NamedTuple):
     offsets: str
     """dtype of the offsets of a packed batch; empty for a dense one."""
     side: str
-    """``forward`` or ``backward``: which kernel to compile of those that are launched."""
+    """``forward``, ``backward`` or ``around``: which kernels to compile of those that are launched, the last being the
+    layer's own around the recurrence."""
     lengths: tuple[int, ...]
     """Steps of a sequence; none for those that differ for the kernels."""
     deterministic: bool
@@ -63,19 +66,29 @@ def compile_scene(scene: Scene, arch: str) -> list[Kernel]:
     """
     kernels: dict[str, Kernel] = {}
     module = next(module for module in loaded() if compiled.name_of(module) == scene.module)
-    other = {"forward": "m2rnn_backward_kernel", "backward": "m2rnn_forward_kernel"}[scene.side]
 
     def seen(kernel: Any) -> None:
         build_stub(kernel)
-        kernels.setdefault(kernel.hash, Kernel(scene.module, kernel.metadata.name, kernel.hash, kernel.hash in _FOUND))
+        owner = _module_of(kernel.src.fn)
+        kernels.setdefault(kernel.hash, Kernel(owner, kernel.metadata.name, kernel.hash, kernel.hash in _FOUND))
+
+    def wanted(function: Any) -> bool:
+        around = _module_of(function) in built.LAYER_KERNELS.values()
+        side = {"m2rnn_forward_kernel": "forward", "m2rnn_backward_kernel": "backward"}.get(function.__name__)
+        return scene.side == "around" if around else side in (None, scene.side) and scene.side != "around"
 
     importlib.import_module("triton").knobs.compilation.listener = _listen
     torch.use_deterministic_algorithms(scene.deterministic)
-    with absent.compiling(absent.target_of(arch), seen, lambda name: name != other):
+    with absent.compiling(absent.target_of(arch), seen, wanted):
         for call in _calls(scene, module):
             with Launching(module):
                 call()
     return list(kernels.values())
+
+
+def _module_of(function: Any) -> str:
+    """Return the name within ``kernels`` of the module of a function that Triton compiles."""
+    return str(function.fn.__module__).rpartition(".")[2]
 
 
 _FOUND: set[str] = set()
@@ -115,6 +128,7 @@ class Launching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._launched = library.launched()
         vars(dispatch)["kernels_for"] = lambda *operands: kernels
+        layer_op.forget_calls()  # which may be of another module
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._launched.get(func, func)(*args, **(kwargs or {}))
@@ -124,7 +138,7 @@ def _calls(scene: Scene, kernels: ModuleType) -> Iterator[Callable[[], None]]:
     key = next(key for key, name in built.VARIANTS.items() if name == scene.variant)
     make = OperatorCaller if scene.operands == "operator" else LayerCaller
     caller: Caller = make(key, scene)
-    for steps in scene.lengths or lengths_of(kernels):
+    for steps in scene.lengths or (LENGTHS_AROUND if scene.side == "around" else lengths_of(kernels)):
         yield from caller.of(steps)
 
 
@@ -238,8 +252,9 @@ class LayerCaller(Caller):
         heads = self.heads._asdict()
         self.layer = M2RNN(HIDDEN, self.rows, self.cols, heads, device="meta", dtype=self.dtype)
         if scene.operands == "autocast":
-            weight = self.layer.state_weight
-            self.layer.state_weight = torch.nn.Parameter(weight.detach().to(torch.float32))
+            self.layer.float()
+            for projection in (self.layer.input_projection, self.layer.output_projection):
+                projection.to(self.dtype)  # in which autocast makes their products, but not without memory
 
     def train(self, steps: int, begins: bool = False, ends: bool = False, given: bool = False) -> None:
         conv = state = None

@@ -19,12 +19,14 @@ from .rehearsal import Kernel, Scene
 __all__ = ["Calls", "WarmedUp", "warm_up"]
 
 USES = {
-    "train": (("forward", "backward"), ("", "int32")),
-    "train_states": (("forward", "backward"), ("", "int32")),
-    "infer": (("forward",), ("", "int32", "int64")),
+    "train": (("forward", "backward", "around"), ("", "int32")),
+    "train_states": (("forward", "backward", "around"), ("", "int32")),
+    "infer": (("forward", "around"), ("", "int32", "int64")),
     "decode": (("forward",), ("",)),
 }
 """Kernels of each use, and dtypes of the offsets of its packed batches (empty for a dense one)."""
+SIDES = ("backward", "forward", "around")
+"""In the order of how long they compile."""
 OPERANDS = ("layer", "operator", "autocast")
 
 
@@ -146,13 +148,22 @@ def scenes_of(arch: str, variants: Iterable[VariantKey], calls: Calls) -> list[l
     for key in variants:
         name = built.VARIANTS[key]
         operands = [each for each in calls.operands if _reaches(each, key)]
-        for module in dict.fromkeys(map(compiled.name_of, _table(arch)[name])):
+        for i, module in enumerate(dict.fromkeys(map(compiled.name_of, _table(arch)[name]))):
             for use in calls.uses:
                 sides, offsets = USES[use]
                 for side, dtype in product(sides, offsets):
+                    if side == "around" and (i or dtype == "int64"):
+                        continue  # the layer's own kernels are the same for every module, and make offsets their own
                     facts = (dtype, side, tuple(calls.lengths), deterministic)
-                    groups.append([Scene(module, name, use, each, *facts) for each in operands])
-    return sorted(filter(None, groups), key=lambda group: (group[0].side, group[0].use == "decode"))
+                    having = [each for each in operands if side != "around" or _has_own(each, key)]
+                    groups.append([Scene(module, name, use, each, *facts) for each in having])
+    return sorted(filter(None, groups), key=lambda group: (SIDES.index(group[0].side), group[0].use == "decode"))
+
+
+def _has_own(operands: str, key: VariantKey) -> bool:
+    """Whether calls with such operands launch kernels of the layer around the recurrence."""
+    rows, cols, heads = key[:3]
+    return operands != "operator" and (rows, cols, *heads[:4]) in built.LAYER_KERNELS
 
 
 def _reaches(operands: str, key: VariantKey) -> bool:
