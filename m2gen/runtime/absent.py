@@ -49,8 +49,9 @@ def _every(function: Any) -> bool:
 def compiling(target: Target, seen: Callable[[Any], None], wanted: Callable[[Any], bool] = _every) -> Iterator[None]:
     """Within the context, a launch compiles the kernel of a ``wanted`` function, hands it to ``seen``, and ends.
 
-    It returns nothing, as in the interpreter, so that nobody keeps the kernel to launch it again. Triton goes the way of a launch up to the driver, so the kernel in its cache is the one that a launch on such a GPU
-    looks for. Whatever else of the process uses Triton has no GPU thereafter: it is for processes of their own.
+    It returns nothing, as in the interpreter, so that nobody keeps the kernel to launch it again. Triton goes the way
+    of a launch up to the driver, so the kernel in its cache is the one that a launch on such a GPU looks for. Whatever
+    else of the process uses Triton has no GPU thereafter: it is for processes of their own.
     """
     function = importlib.import_module("triton.runtime.jit").JITFunction
     launch = function.run

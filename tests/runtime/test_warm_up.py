@@ -123,7 +123,17 @@ def test_launches_find_everything(cache: Path, folder: Path) -> None:
     """Whatever a model calls, of whatever length, Triton looks for what the warm-up compiled, and compiles nothing."""
     found = launches(cache, folder, CALLS)
     assert found["compiled"] == []
-    assert set(found["found"]) >= {f"m2rnn_{name}_kernel" for name in ("forward", "backward", "step")}
+    own = [f"{name}{side}" for name in ("convolve", "decay", "finish") for side in ("", "_backward")]
+    assert set(found["found"]) == {f"m2rnn_{name}_kernel" for name in ("forward", "backward", "step", *own)}
+
+
+def test_under_autocast(cache: Path, folder: Path, tmp_path: Path) -> None:
+    """Parameters in float32 are other kernels, of the recurrence and around it; a warm-up of these alone finds them."""
+    done = warm_up(tmp_path / "triton", folder, "--use", "train", "--operands", "autocast")
+    assert done.returncode == 0, done.stderr
+    calls = [["train", "autocast", "", 40], ["train", "autocast", "int32", 700]]
+    assert launches(tmp_path / "triton", folder, calls)["compiled"] == []
+    assert "m2rnn_convolve_kernel" in launches(cache, folder, calls[:1])["compiled"]
 
 
 def test_without_a_warm_up_launches_compile(folder: Path, tmp_path: Path) -> None:
@@ -191,6 +201,36 @@ def test_what_is_not_whole_is_compiled(harm: Any, equipped: Path, tmp_path: Path
         if path.exists():
             harm(path)
     assert launches(tmp_path / "triton", equipped, DECODE) == {"found": [], "compiled": ["m2rnn_step_kernel"]}
+
+
+def test_a_folder_that_may_not_be_read_brings_nothing(equipped: Path, tmp_path: Path) -> None:
+    """An install that the user has no access to is no error of a call; one that is for reading alone is not written."""
+    folder = equipped / NAME / "compiled"
+    files = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for path in (*files, folder):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    assert launches(tmp_path / "triton", equipped, DECODE) == {"found": ["m2rnn_step_kernel"], "compiled": []}
+    assert files == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for path in (*files, folder):
+        path.chmod(0o755)
+    (tmp_path / "refusing.py").write_text(REFUSING, encoding="utf-8")
+    calls = [str(tmp_path / "refusing.py"), str(equipped), NAME, json.dumps(DECODE)]
+    done = python(tmp_path / "other", *calls, cwd=tmp_path, PYTHONPATH=str(NOWHERE.parent))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["compiled"] == ["m2rnn_step_kernel"]
+
+
+REFUSING = """
+import pathlib, sys
+import launched_nowhere
+is_dir = pathlib.Path.is_dir
+def refuse(path):
+    if path.name == "compiled":
+        raise PermissionError(13, "Permission denied", str(path))
+    return is_dir(path)
+pathlib.Path.is_dir = refuse
+launched_nowhere.main(*sys.argv[1:])
+"""
 
 
 def test_a_cache_of_the_users_own_class_is_filled_by_its_methods(equipped: Path, tmp_path: Path) -> None:
