@@ -7,10 +7,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import cold_start
 import pytest
+from support import ROOT
 
+from m2gen.kernels.compile import load_module
 from m2gen.runtime.__main__ import _parser
+
+tool = load_module(ROOT / "tools" / "cold_start.py", "m2gen_test_cold_start")
 
 
 def test_a_row_for_each_state_of_the_cache(
@@ -32,7 +35,7 @@ def test_a_row_for_each_state_of_the_cache(
     monkeypatch.setattr(subprocess, "run", run)
     (tmp_path / "some" / "compiled").mkdir(parents=True)
     (tmp_path / "some" / "compiled" / "a.json").touch()
-    cold_start.main(str(tmp_path / "some"), "layer")
+    tool.main(str(tmp_path / "some"), "layer")
     assert len(set(caches)) == len(caches) - 1 == 4
     rows = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if not line.startswith(" in ")]
     assert rows == ["False", "False", "False", "False", "True"]
