@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .rehearsal import Kernel, Scene
+from .scenes import Kernel, Scene
 
 Group = Sequence[Scene]
 """Scenes that may share kernels, which one process compiles."""

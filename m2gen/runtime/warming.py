@@ -14,7 +14,7 @@ from .absent import target_of
 from .crew import compile_all
 from .facts import VariantKey
 from .not_built import first
-from .rehearsal import Kernel, Scene
+from .scenes import Kernel, Scene
 
 __all__ = ["Calls", "WarmedUp", "warm_up"]
 
