@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import typer
 
 from m2gen.bench.kinds import Axis, Kind
 from m2gen.bench.layers.kinds import LayerKind
+from m2gen.bench.ranks.kinds import Form
 from m2gen.cli.bench_layers import (
     LayerKindOption,
     LayersFlag,
@@ -24,6 +26,7 @@ from m2gen.cli.bench_options import (
     AgainstOption,
     DecodeOption,
     EarlierOption,
+    FormOption,
     GpusOption,
     OnlyOption,
     PeerOption,
@@ -65,6 +68,7 @@ EXAMPLES = examples(
     "m2gen bench --spec h200.yaml --layers --out layers.json",
     "m2gen bench --from run.json --plot speed.svg",
     "m2gen bench --spec h200.yaml --gpus 2 --json > two.json",
+    "m2gen bench --spec h200.yaml --gpus 2 --layer m2rnn_7b --form heads_tokens --form exchange",
 )
 
 
@@ -82,6 +86,7 @@ def bench(
     style: StyleOption = Style.LIGHT,
     gpus: GpusOption = None,
     size: SizeOption = None,
+    form: FormOption = None,
     seed: SeedOption = 0,
     layers: LayersFlag = False,
     layer_kind: LayerKindOption = None,
@@ -113,7 +118,11 @@ def bench(
             "--out": out,
         }
         _check(spec, earlier, plot, [name for name, given in timed.items() if given])
-        _check_ranks(gpus, size, [*(name for name, given in timed.items() if given), *(["--plot"] if plot else [])])
+        _check_ranks(
+            gpus,
+            {"--size": size, "--form": form},
+            [*(name for name, given in timed.items() if given), *(["--plot"] if plot else [])],
+        )
         display, picture = Display(json, quiet, verbose, debug), Picture(plot, style, out)
         batches = tuple(batch for batch in ([TOKENS_OF] if decode is None else decode) if batch)
         if layers and spec is not None:
@@ -140,7 +149,7 @@ def bench(
                 return
             _show_earlier(earlier, request.layers, display, picture)
         elif spec is not None and gpus is not None:
-            ranked = RanksRequest(gpus, request.layers, tuple(map(_sized, size or ())), seed)
+            ranked = RanksRequest(gpus, request.layers, tuple(map(_sized, size or ())), seed, tuple(form or Form))
             raise typer.Exit(_over_ranks(spec, records_of(db, no_db), ranked, display))
         elif spec is not None:
             raise typer.Exit(_time(spec, records_of(db, no_db), request, axes, against, display, picture))
@@ -201,10 +210,11 @@ def _check(spec: str | None, earlier: Path | None, plot: Path | None, timed: lis
         check_figure(plot)
 
 
-def _check_ranks(gpus: int | None, sizes: list[str] | None, timed: list[str]) -> None:
-    """Raise UsageError for options that say nothing about layers over ranks, or sizes without ranks."""
-    if gpus is None and sizes:
-        raise UsageError("--size must be given with --gpus: other sizes are the spec's")
+def _check_ranks(gpus: int | None, of_ranks: Mapping[str, object], timed: list[str]) -> None:
+    """Raise UsageError for options that say nothing about layers over ranks, or options of ranks without ranks."""
+    given = [name for name, value in of_ranks.items() if value]
+    if gpus is None and given:
+        raise UsageError(f"{', '.join(given)} must be given with --gpus")
     if gpus is not None and timed:
         raise UsageError(f"--gpus must be given without {', '.join(timed)}: it times whole layers")
 

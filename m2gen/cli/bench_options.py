@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from m2gen.bench.kinds import Axis, Kind
+from m2gen.bench.ranks.kinds import Form
 from m2gen.cli.show.figure import Style
 
 TOKENS_OF = 64
@@ -78,6 +79,14 @@ SizeOption = Annotated[
     typer.Option(
         "--size",
         help="Sequences x tokens for --gpus, as 8x4096; may be repeated.",
+        rich_help_panel=RANKS,
+    ),
+]
+FormOption = Annotated[
+    list[Form] | None,
+    typer.Option(
+        "--form",
+        help="How layers lie over the ranks of --gpus, all ways if not given; may be repeated.",
         rich_help_panel=RANKS,
     ),
 ]

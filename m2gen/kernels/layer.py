@@ -60,12 +60,20 @@ class LayerLowering:
         k_end = q_end + self.heads.k * self.state_expansion
         return {
             "Q_END": q_end, "K_END": k_end, "CHANNELS": k_end + inner, "INNER": inner,
+            "K": self.state_expansion, "V": self.head_dim, "V_PAD": padded(self.head_dim),
+            "N": self.heads.v, "NQ": self.heads.q, "NK": self.heads.k,
             "NF": self.heads.f, "NF_PAD": padded(self.heads.f),
             "CONV_ROWS": tiles.conv_rows, "CONV_COLS": tiles.conv_cols,
             "CONV_PARTS": -(-(k_end + inner) // tiles.conv_cols),
             "UNCONV_STEPS": tiles.unconv_steps, "UNCONV_COLS": tiles.unconv_cols,
             "UNCONV_PARTS": -(-(k_end + inner) // tiles.unconv_cols),
             "DECAY_ROWS": tiles.decay_rows, "FINISH_ROWS": tiles.finish_rows, "UNFINISH_ROWS": tiles.unfinish_rows,
+            "DECODE_HEADS": tiles.decode_heads, "DECODE_PARTS": -(-self.heads.v // tiles.decode_heads),
+            "DECODE_ROWS": self.decode_rows, "DECODE_HEADS_PAD": padded(tiles.decode_heads),
+            "DECODE_Q": self._read_by(tiles.decode_heads, self.heads.q) * self.state_expansion,
+            "DECODE_K": self._read_by(tiles.decode_heads, self.heads.k) * self.state_expansion,
+            "DECODE_V": tiles.decode_heads * self.head_dim, "DECODE_V_PAD": padded(tiles.decode_heads * self.head_dim),
+            "DECODE_SCRATCH": self.decode_scratch,
         }  # fmt: skip
 
     @property
@@ -77,6 +85,52 @@ class LayerLowering:
     def back_pieces(self) -> tuple[Piece, ...]:
         """The same for the backward."""
         return _pieces(self.constants["INNER"], self.tiles.unfinish_block)
+
+    # Decoding.
+
+    @property
+    def decode_rows(self) -> int:
+        """Rows of a state that are advanced at once."""
+        return min(self.tiles.decode_rows, padded(self.state_expansion))
+
+    @property
+    def decode_warps(self) -> int:
+        """Warps that hold these in 32 registers of a thread."""
+        return max(1, min(8, self.decode_rows * padded(self.head_dim) // 1024))
+
+    def _read_by(self, heads: int, groups: int) -> int:
+        """Return how many of ``groups`` heads, at most, are those of ``heads`` that a program advances."""
+        size = self.heads.v // groups
+        firsts = range(0, self.heads.v, heads)
+        return max((min(first + heads, self.heads.v) - 1) // size - first // size + 1 for first in firsts)
+
+    @property
+    def decode_scratch(self) -> int:
+        """Numbers of a program of the decode kernel: q, k and v of its heads, f and 1 - f."""
+        heads, tiles = self.heads, self.tiles
+        shared = self._read_by(tiles.decode_heads, heads.q) + self._read_by(tiles.decode_heads, heads.k)
+        return shared * self.state_expansion + tiles.decode_heads * (self.head_dim + 2)
+
+    @property
+    def decode_reads(self) -> tuple[tuple[str, str, str, str, tuple[Piece, ...]], ...]:
+        """Channels of q, k and v that a program reads: how many, from where on, and before which they end."""
+        counts = ((x, f"DECODE_{x.upper()}") for x in "qkv")
+        starts = ("first_q * K", "Q_END + first_k * K", "K_END + first * V")
+        ends = ("Q_END", "K_END", "CHANNELS")
+        return tuple(
+            (x, size, start, end, _pieces(self.constants[size], self.tiles.decode_block))
+            for (x, size), start, end in zip(counts, starts, ends, strict=True)
+        )
+
+    @property
+    def decode_shared(self) -> tuple[Piece, ...]:
+        """Channels of q and k, which several programs may read."""
+        return _pieces(self.constants["K_END"], self.tiles.decode_block)
+
+    @property
+    def decode_pieces(self) -> tuple[Piece, ...]:
+        """All heads' channels, as the last program of a token has them."""
+        return _pieces(self.constants["INNER"], self.tiles.decode_block)
 
     # The convolution's backward.
 
@@ -126,6 +180,7 @@ class LayerLowering:
             unconv=(tiles.unconv_steps, tiles.unconv_cols, tiles.unconv_warps),
             decay=(tiles.decay_rows, tiles.decay_warps), finish=(tiles.finish_rows, tiles.finish_warps),
             unfinish=(tiles.unfinish_rows, tiles.unfinish_warps),
+            decode=(numbers["DECODE_PARTS"], self.decode_warps, self.decode_scratch),
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel, render_template, template_hash
 from m2gen.package.copies import BUILT, built, copied, runtime_hash, sources
 from m2gen.package.owned import hashes
-from m2gen.spec import ClipMode, Dtype
+from m2gen.spec import ClipMode, Dtype, TanhMode
 from m2gen.variant import BuiltVariant, Variant
 
 CLIP_TEXT = {
@@ -149,6 +149,7 @@ def _facts(origin: Origin, namespace: str, variants: list[BuiltVariant], choices
         "SPEC_FILE": origin.spec_file,
         "COMMAND": origin.command,
         "CLAMP_TOTAL": choices[0].variant.clip is ClipMode.TOTAL,  # one spec, one numerics
+        "APPROXIMATE": choices[0].variant.tanh is TanhMode.APPROX,
         "VARIANTS": {_lookup(having.variant): having.variant.key for having in variants},
         "LAYERS": _layers(variants),
         "KERNELS": {

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from m2gen.bench.ranks.entries import PAIR, Form, RankCase, RankDocument, RankJob, Shape, read, write
+from m2gen.bench.ranks.entries import PAIR, RankCase, RankDocument, RankJob, Shape, read, write
+from m2gen.bench.ranks.kinds import Form
 from m2gen.bench.ranks.launch import CPU, run_ranks, worker_command
 from m2gen.cache import materialise
 from m2gen.db import Record
@@ -38,6 +39,8 @@ class RanksRequest:
     sizes: tuple[tuple[int, int], ...] = ()
     """Sequences and their tokens, for every form; if empty, what the forms are meant for."""
     seed: int = 0
+    forms: tuple[Form, ...] = tuple(Form)
+    """Forms to run, each beside one rank."""
 
 
 def has_gpus(ranks: int) -> bool:
@@ -131,4 +134,5 @@ def _cases(shape: Shape, request: RanksRequest, *, cuda: bool) -> Iterator[RankC
     else:
         planned = [((2, 2 * request.ranks), (*heads, *tokens))]
     for (batch, seq), forms in planned:
-        yield from (RankCase(shape, form, batch, seq) for form in (Form.ONE, *forms))
+        asked = [form for form in forms if form in request.forms]
+        yield from (RankCase(shape, form, batch, seq) for form in (Form.ONE, *asked) if asked)

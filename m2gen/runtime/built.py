@@ -20,6 +20,8 @@ COMMAND: str = "m2gen build --spec tiny.yaml"
 """What builds the package again."""
 CLAMP_TOTAL: bool = False
 """Whether ``clip`` bounds the whole gradient of a state, not only what later steps carry to it."""
+APPROXIMATE: bool = False
+"""Whether tanh may use a GPU's approximate instruction."""
 VARIANTS: Mapping[VariantKey, str] = {}
 """Names of the variants that kernels serve."""
 LAYERS: Mapping[str, tuple[Point, ...]] = {}

@@ -135,16 +135,14 @@ def _overlaps(x: Tensor) -> bool:
     return False
 
 
-def check_holds(cache: M2RNNCache, inputs: Tensor) -> None:
+def check_holds(cache: M2RNNCache, dtype: torch.dtype) -> None:
     """Raise TypeError where the cache would round the convolution's inputs."""
-    if torch.promote_types(cache.conv.dtype, inputs.dtype) != cache.conv.dtype:
-        raise TypeError(
-            f"M2RNN: cache.conv must be {inputs.dtype}, as what is convolved is, or wider, got {cache.conv.dtype}"
-        )
+    if torch.promote_types(cache.conv.dtype, dtype) != cache.conv.dtype:
+        raise TypeError(f"M2RNN: cache.conv must be {dtype}, as what is convolved is, or wider, got {cache.conv.dtype}")
 
 
 def commit(cache: M2RNNCache, conv: Tensor, state: Tensor) -> None:
     """Write both states, or raise before either is written; nothing that may fail comes after."""
-    check_holds(cache, conv)
+    check_holds(cache, conv.dtype)
     cache.conv.copy_(conv)
     cache.state.copy_(state)

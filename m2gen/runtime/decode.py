@@ -2,47 +2,87 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from typing import TypeVar, cast
 
+import torch
+from torch import Tensor, nn
+
+from . import fused, library
 from .cache import M2RNNCache, check_holds, commit
 from .convolution import convolve
 from .mixer import Mixer
+from .norm import RMSNorm
 from .op import m2rnn_step
 from .scan import bypass, epilogue, gate_of, operands_of, project
 
+T = TypeVar("T")
 
-def step(layer: Mixer, x: Tensor, cache: M2RNNCache) -> Tensor:
-    """Advance the cache by one token of each sequence, x (B, hidden_size)."""
-    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        y, conv = _advance(layer, x, cache, cache.state)  # what is replayed does not fail half way
-    else:
-        before = cache.state.clone()
-        try:
-            y, conv = _advance(layer, x, cache, cache.state)
-        except BaseException:
-            cache.state.copy_(before)
-            raise
+
+def step(layer: Mixer, x: Tensor, cache: M2RNNCache, mask: Tensor | None = None) -> Tensor:
+    """Advance the cache by one token of each sequence, x (B, hidden_size), or of those that mask (B,) has.
+
+    What has none is left as it is, and its result is 0, without waiting for the device.
+    """
+    if fused.computes(layer, x) and fused.reads_projection(layer, x):
+        return _restoring(cache, lambda: _by_kernel(layer, x, cache, mask))
+    if mask is not None:
+        return _masked(layer, x, cache, mask)
+    y, conv = _restoring(cache, lambda: _advance(layer, x, cache, cache.state))
     cache.conv.copy_(conv)
     return y
 
 
-def masked_step(layer: Mixer, x: Tensor, cache: M2RNNCache, mask: Tensor) -> Tensor:
-    """Advance the cache by one token of those sequences, x (B, 1, hidden_size), that have one: mask (B, 1).
+def _by_kernel(layer: Mixer, x: Tensor, cache: M2RNNCache, mask: Tensor | None) -> Tensor:
+    """Do what ``step`` does by the layer's own kernel, where it computes what the modules would."""
+    dtype = fused.compute_dtype(x)
+    check_holds(cache, dtype)
+    projection, module, norm = cast(nn.Linear, layer.input_projection), layer.conv1d, layer.g_norm
+    A_log, dt_bias = fused.gate_parameters(layer, x.new_empty(0, layer.heads.f))
+    normed = isinstance(norm, RMSNorm)
+    indices = None
+    if mask is not None:
+        indices = torch.where(mask, torch.arange(mask.shape[0], device=x.device), -1)
+    out = library.OPERATORS.LAYER_STEP(
+        x.to(dtype), projection.weight.to(dtype), None if projection.bias is None else projection.bias.to(dtype),
+        None if module is None else module.weight, None if module is None else module.bias, layer.state_weight,
+        A_log, dt_bias, layer.D, norm.weight if normed else None, cache.conv, cache.state, indices, None,
+        [layer.state_expansion, layer.head_dim, *layer.heads], layer.activation is not None, layer.round_gate,
+        normed, norm.eps if normed else 0.0,
+    )  # fmt: skip
+    y: Tensor = layer.output_projection(out)
+    return y if mask is None else y.masked_fill(~mask[:, None], 0)
 
-    The others are computed, too, and dropped: to leave them out would wait for the device.
+
+def _restoring(cache: M2RNNCache, call: Callable[[], T]) -> T:
+    """Return what a call returns that writes a cache in place, and which leaves it as it was if it fails.
+
+    What is captured or compiled does not fail half way when it is run.
     """
+    if torch.compiler.is_compiling() or (cache.state.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return call()
+    before = cache.conv.clone(), cache.state.clone()
+    try:
+        return call()
+    except BaseException:
+        cache.conv.copy_(before[0])
+        cache.state.copy_(before[1])
+        raise
+
+
+def _masked(layer: Mixer, x: Tensor, cache: M2RNNCache, mask: Tensor) -> Tensor:
+    """Do the same by modules, which compute all sequences, and drop what has no token."""
     state = cache.state.clone()
-    y, conv = _advance(layer, x[:, 0], cache, state)
-    conv = torch.where(mask[..., None], conv, cache.conv)
-    commit(cache, conv, torch.where(mask[..., None, None], state, cache.state))
-    return y[:, None].masked_fill(~mask[..., None], 0)
+    y, conv = _advance(layer, x, cache, state)
+    conv = torch.where(mask[:, None, None], conv, cache.conv)
+    commit(cache, conv, torch.where(mask[:, None, None, None], state, cache.state))
+    return y.masked_fill(~mask[:, None], 0)
 
 
 def _advance(layer: Mixer, x: Tensor, cache: M2RNNCache, state: Tensor) -> tuple[Tensor, Tensor]:
     """Advance ``state`` by x (B, hidden_size) in place; return what comes of it, and the convolution's last inputs."""
     mixed, f, g = project(layer, x)
-    check_holds(cache, mixed)
+    check_holds(cache, mixed.dtype)
     mixed, conv = convolve(layer.conv1d, mixed[:, None], layer.conv_width, cache.conv)
     q, k, v = operands_of(layer, mixed[:, 0])
     f, A_log, dt_bias = gate_of(layer, f, q.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cache import M2RNNCache, States, check_cache, commit
-from .decode import masked_step, step
+from .decode import step
 from .mixer import Mixer
 from .offsets import check_host_offsets
 from .scan import scan
@@ -64,9 +64,8 @@ def run(
         raise RuntimeError("M2RNN: a cache has no gradients; call under torch.no_grad(), or use scan")
     check_cache(layer, moved, x, cu_seqlens)
     if cu_seqlens is None and x.shape[1] == 1 and layer.backend == "kernels":
-        if attention_mask is not None:
-            return masked_step(layer, x, moved, _mask(attention_mask, x))
-        return step(layer, x[:, 0], moved)[:, None]
+        mask = None if attention_mask is None else _mask(attention_mask, x)[:, 0]
+        return step(layer, x[:, 0], moved, mask)[:, None]
     if attention_mask is not None:
         y, conv, state = _padded(layer, x, moved.conv, moved.state, attention_mask, cu_seqlens)
     else:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,26 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
 
 from . import built, checks, library
-from .convolution import DepthwiseConv1d
+from .cache import States
 from .gate import DecayGate
 from .layer_states import last_inputs
 from .mixer import Mixer, known, operand_sizes, split_sizes
 from .norm import RMSNorm
 from .offsets import check_host_offsets
 from .operands import check_beside
+from .room import ROW
 
 WIDEST = 4
 """Columns of the widest convolution that the kernels have."""
 LEAST_TOKENS = 512
 """Tokens from which the input projection's weight is laid out anew: of fewer, its product takes less than the copy."""
-ROW = 16
-"""Elements, of 16 bits or more, whose multiples rows of the projection are, so that every load is aligned."""
-_TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
+"""Classes of parameters whose elements are all there."""
 _DEVICES = ("cuda", "cpu", "meta")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+Child = TypeVar("Child", bound=nn.Module)
 
 
 class Projected(NamedTuple):
@@ -49,52 +51,82 @@ class Projected(NamedTuple):
 
 def serves(layer: Mixer, x: Tensor) -> bool:
     """Whether the layer's kernels compute what its modules would: these are as an ``M2RNN`` makes them, unwatched."""
-    if not _reads_projection(layer, x) or layer.activation not in ("silu", "swish", None):
+    return (_lays_out_itself(layer) or reads_projection(layer, x)) and computes(layer, x)
+
+
+def computes(layer: Mixer, x: Tensor) -> bool:
+    """Whether the kernels compute what a layer's modules would of the rows of x's projection."""
+    if not _may(layer, x) or layer.activation not in ("silu", "swish", None):
         return False
     if layer.forget_inputs != layer.heads.f or layer.gate_heads != layer.total_heads:
         return False
     if (layer.state_expansion, layer.head_dim, *layer.heads[:4]) not in built.LAYER_KERNELS:
         return False
-    dtype = _dtype(x)
+    dtype = compute_dtype(x)
     if dtype not in _DTYPES or not (_key(layer, dtype, False) or (_key(layer, dtype, True) and not layer.round_gate)):
         return False
-    conv, norm = layer.conv1d, layer.g_norm
-    if conv is not None and not (_plain(conv, DepthwiseConv1d) and (layer.conv_width or 1) <= WIDEST):
+    if layer.conv1d is not None and (layer.conv_width or 1) > WIDEST:
         return False
-    if not (_plain(norm, RMSNorm) or _plain(norm, nn.Identity)):
+    norm, owner = layer.g_norm, getattr(layer, "owner", layer)  # of the children and parameters that a share reads
+    if not (plain(norm, RMSNorm) or plain(norm, nn.Identity)):
         return False
-    return _calls_as_it_is(layer.decay_gate) and all(_is_there(p, x) for p in _read(layer))
+    return all(_is_there(p, x) for p in norm.parameters()) and _is_read(owner, x)
 
 
-def _reads_projection(layer: Mixer, x: Tensor) -> bool:
+def _may(layer: Mixer, x: Tensor) -> bool:
+    """Whether kernels of the layer's own may be called at all."""
+    return bool(getattr(layer, "fused", False)) and layer.backend == "kernels" and x.device.type in _DEVICES
+
+
+def reads_projection(layer: Mixer, x: Tensor) -> bool:
     """Whether a call may read the input projection's weight in place of calling the module."""
-    if not getattr(layer, "fused", False) or layer.backend != "kernels" or x.device.type not in _DEVICES:
-        return False
     module = layer.input_projection
-    return _plain(module, nn.Linear) and all(_is_there(p, x) for p in module.parameters())
+    return _may(layer, x) and plain(module, nn.Linear) and all(_is_there(p, x) for p in module.parameters())
 
 
-def _calls_as_it_is(gate: nn.Module) -> bool:
-    """Whether the gate's module, which is called, gives what it is asked for: FSDP only brings its parameters."""
-    return _plain(gate, DecayGate) or (isinstance(gate, DecayGate) and hasattr(gate, "unshard"))
+def _lays_out_itself(layer: Mixer) -> bool:
+    """Whether the input projection is a module that gives rows as ``laid_out`` has them."""
+    return bool(getattr(layer.input_projection, "lays_out", False))
 
 
-def _read(layer: Mixer) -> Iterator[Tensor]:
-    """Yield the parameters beside the projection's that are read, rather than used by a module that is called."""
-    for module in (layer.conv1d, layer.g_norm):
+def gate_parameters(layer: Mixer, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A_log and dt_bias in float32; of a gate that a wrapper watches, what a call on its inputs gives."""
+    gate = layer.decay_gate
+    if plain(gate, DecayGate) and isinstance(gate, DecayGate):
+        return gate.A_log.float(), gate.dt_bias.float()
+    _, A_log, dt_bias = gate(inputs.detach(), True)
+    return A_log, dt_bias
+
+
+def _is_read(owner: Any, x: Tensor) -> bool:
+    """Whether all that is read, rather than used by a module that is called, is as the layer made it, beside x."""
+    kinds = dict(getattr(owner, "plain_children", {}))
+    gate = kinds.pop("decay_gate", None)
+    if gate is None or not _calls_as_it_is(owner.decay_gate, gate):
+        return False
+    read = [(getattr(owner, name), kind) for name, kind in kinds.items()]
+    if plain(owner.decay_gate, DecayGate):
+        read.append((owner.decay_gate, DecayGate))
+    parameters = list(owner.parameters(recurse=False))
+    for module, kind in read:
         if module is not None:
-            yield from module.parameters()
-    yield layer.state_weight
-    if layer.D is not None:
-        yield layer.D
+            if not plain(module, kind):
+                return False
+            parameters += module.parameters()
+    return all(_is_there(p, x, owner.parameter_kinds) for p in parameters)
 
 
-def _is_there(p: Tensor, x: Tensor) -> bool:
+def _calls_as_it_is(gate: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the gate's module, which is called, gives what it is asked for: FSDP only brings its parameters."""
+    return plain(gate, kind) or (isinstance(gate, kind) and hasattr(gate, "unshard"))
+
+
+def _is_there(p: Tensor, x: Tensor, kinds: tuple[type, ...] = TENSORS) -> bool:
     """Whether a parameter is a plain tensor beside x, not a share of one, a packed one, or one that is elsewhere."""
-    return type(p) in _TENSORS and p.device == x.device and p.numel() > 0
+    return type(p) in kinds and p.device == x.device and p.numel() > 0
 
 
-def _dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of what a projection makes of x."""
     kind = x.device.type
     autocasts = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
@@ -106,7 +138,7 @@ def _key(layer: Mixer, dtype: torch.dtype, computes_gate: bool) -> bool:
     return (layer.state_expansion, layer.head_dim, heads, dtype, computes_gate) in built.VARIANTS
 
 
-def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def plain(module: nn.Module, kind: type[Child]) -> TypeGuard[Child]:
     """Whether a module is of this class itself, with nothing that wants to see its calls."""
     watched = "forward" in vars(module) or any(getattr(module, hooks) for hooks in _HOOKS)
     return type(module) is kind and not watched
@@ -119,11 +151,13 @@ def project(layer: Mixer, x: Tensor) -> Projected:
     called is, and may have any number of columns more.
     """
     mixed, forget, gates = split_sizes(layer)
+    if _lays_out_itself(layer):
+        return Projected(layer.input_projection(x), mixed + gates, mixed)
     if not _lays_out(layer, x):
         return Projected(layer.input_projection(x), mixed, mixed + forget)
     module = cast(nn.Linear, layer.input_projection)
     weight, bias = module.weight, module.bias
-    dtype = _dtype(x)
+    dtype = compute_dtype(x)
     rows = _laid_out(weight.to(dtype), (mixed, forget, gates))
     return Projected(
         F.linear(x, rows, None if bias is None else _laid_out(bias.to(dtype), (mixed, forget, gates))),
@@ -134,14 +168,25 @@ def project(layer: Mixer, x: Tensor) -> Projected:
 def _lays_out(layer: Mixer, x: Tensor) -> bool:
     """Whether the weight of the input projection is laid out anew for a call."""
     many = torch.compiler.is_compiling() or not known(x[..., 0].numel() < LEAST_TOKENS)
-    return many and _reads_projection(layer, x)
+    return many and reads_projection(layer, x)
 
 
 def _laid_out(weight: Tensor, sizes: tuple[int, int, int]) -> Tensor:
-    """Return rows of the convolution, of the output gates, of the gate's inputs, and zeros up to a multiple."""
     mixed, forget, gates = torch.split(weight, list(sizes))
-    rest = -sum(sizes) % ROW
-    return torch.cat((mixed, gates, forget, weight.new_zeros(rest, *weight.shape[1:])))
+    return laid_out((mixed, gates, forget))
+
+
+def laid_out(parts: Sequence[Tensor]) -> Tensor:
+    """Return rows of the convolution, of the output gates, of the gate's inputs, and zeros up to a multiple."""
+    return torch.cat(filled(parts, 0))
+
+
+def filled(parts: Sequence[Tensor], dim: int) -> list[Tensor]:
+    """Return parts of rows along ``dim``, and zeros after them up to a multiple of ``ROW``."""
+    first = parts[0]
+    sizes = list(first.shape)
+    sizes[dim] = -sum(part.shape[dim] for part in parts) % ROW
+    return [*parts, first.new_zeros(()).expand(sizes)]
 
 
 def scan(
@@ -155,9 +200,21 @@ def scan(
     """Do what ``M2RNN.scan`` does, where ``serves`` says that the kernels do."""
     check_host_offsets(cu_seqlens, cu_seqlens_cpu)
     check_beside("m2rnn", x, {"conv": conv, "initial_state": state, "cu_seqlens": cu_seqlens})
-    rows, gate, output_gate = project(layer, x)
-    forget = rows[..., gate : gate + layer.heads.f]
-    _, A_log, dt_bias = layer.decay_gate(forget.detach(), True)
+    out, last, after = between(layer, project(layer, x), States(conv, state), cu_seqlens, cu_seqlens_cpu)
+    return layer.output_projection(out), last, after
+
+
+def between(
+    layer: Mixer,
+    projected: Projected,
+    given: States,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output projection's input of the rows of the input projection, and the states after them."""
+    rows, gate, output_gate = projected
+    conv, state = given.conv, given.state
+    A_log, dt_bias = gate_parameters(layer, rows[..., gate : gate + layer.heads.f])
     module, norm = layer.conv1d, layer.g_norm
     channels, back = sum(operand_sizes(layer)), (layer.conv_width or 1) - 1
     before = None if conv is None or not back else conv.to(rows.dtype)
@@ -170,5 +227,4 @@ def scan(
         not _key(layer, rows.dtype, False), normed, norm.eps if normed else 0.0, checks.checked_bound(layer.clip),
         False, torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    last = last_inputs(rows, before, cu_seqlens, channels, back)
-    return layer.output_projection(out), last, after
+    return out, last_inputs(rows, before, cu_seqlens, channels, back), after

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,15 @@ from .cache import NUMBERS, M2RNNCache, States, allocate_cache
 from .convolution import DepthwiseConv1d
 from .facts import Backend, HeadCounts
 from .forward import run
+from .fused import TENSORS
 from .gate import DecayGate
 from .init import Initialisation, draw
 from .layer_config import LayerConfig, Norm, heads_of
 from .mixer import Device, operand_sizes, split_sizes
 from .norm import make_norm
 from .not_built import check_built, first
-from .optimizer import mark_loaded, mark_no_weight_decay
+from .optimizer import mark_no_weight_decay
+from .room import leave_room
 
 __all__ = ["M2RNN", "M2RNNCache"]
 
@@ -52,6 +54,12 @@ class M2RNN(nn.Module):
     """
 
     D: nn.Parameter | None
+    plain_children: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "conv1d": DepthwiseConv1d, "decay_gate": DecayGate,
+    }  # fmt: skip
+    """Classes of the children whose work the layer's kernels do, beside that of projections and the norm."""
+    parameter_kinds: ClassVar[tuple[type, ...]] = TENSORS
+    """Classes that its parameters have where they are all there."""
 
     def __init__(
         self,
@@ -116,8 +124,8 @@ class M2RNN(nn.Module):
         self.register_parameter("D", skip)
         self.g_norm = make_norm(config.norm, inner, config.norm_eps, **made)
         self.output_projection = nn.Linear(inner, config.hidden_size, bias=False, **made)
-        mark_no_weight_decay(self)
-        self.register_load_state_dict_post_hook(mark_loaded)  # type: ignore[no-untyped-call]
+        _settle(self)
+        self.register_load_state_dict_post_hook(_settle)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_variant(cls, name: str, hidden_size: int, *, gate_heads: int | None = None, **options: Any) -> M2RNN:
@@ -159,15 +167,15 @@ class M2RNN(nn.Module):
         return cls(hidden_size, **arguments, backend=backend, device=device, dtype=dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> M2RNN:
-        """Move and cast as any module, and mark parameters that are new thereafter."""
+        """Move and cast as any module, and settle parameters that are new thereafter."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        mark_no_weight_decay(self)
+        _settle(self)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take the state of a copy, or of a pickle, and mark parameters, whose copies have no marks."""
+        """Take the state of a copy, or of a pickle, and settle parameters, whose copies have no marks."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        mark_no_weight_decay(self)
+        _settle(self)
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as ``init`` says: by default projections are normal with fan-in**-0.5."""
@@ -234,3 +242,10 @@ class M2RNN(nn.Module):
         groups = ", ".join(f"{name}={count}" for name, count in counts.items())
         dims = f"{self.hidden_size}, K={self.state_expansion}, V={self.head_dim}, heads: {groups}"
         return f"{dims}, conv_width={self.conv_width}, clip={self.clip}, backend={self.backend}"
+
+
+def _settle(layer: nn.Module, *_: Any) -> None:
+    """Give parameters, which may be new, what no state dict holds: marks, and room for aligned products."""
+    mark_no_weight_decay(layer)
+    if type(projection := layer.input_projection) is nn.Linear:
+        leave_room(projection)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import fakes, launches, layer_op, transforms
+from . import fakes, launches, layer_decode, layer_op, transforms
 from .layer_op import Parameters, Settings
+from .transforms import Rules
 
 COUNT, NUMBERS = len(Parameters._fields), len(Settings._fields)
 AFTER = COUNT + 2
@@ -27,21 +28,12 @@ SCHEMAS = {
     " bool deterministic) -> (Tensor, Tensor, Tensor, Tensor)",
     "layer_backward": f"(Tensor dout, Tensor? dstate, {_PARAMETERS}, Tensor y, Tensor checkpoints,"
     f" Tensor? cu_seqlens, {_SETTINGS}, bool[] wanted, bool deterministic) -> Tensor[]",
+    "layer_step": layer_decode.SCHEMA,
 }
 
 
-class Rules(NamedTuple):
-    """What torch may ask of an operator."""
-
-    kernel: Callable[..., Any]
-    gradient: Callable[..., Any]
-    mapped: Callable[..., Any]
-    fake: Callable[..., Any]
-    flops: Callable[..., int]
-
-
-def rules(forward: Any, backward: Any) -> dict[str, Rules]:
-    """Return the rules of both operators, ``forward`` and ``backward`` as torch has them, by name."""
+def rules(forward: Any, backward: Any, step: Any) -> dict[str, Rules]:
+    """Return the rules of the operators, given as torch has them, by name."""
 
     def gradient(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         return _gradient(backward, ctx, *gradients)
@@ -58,6 +50,7 @@ def rules(forward: Any, backward: Any) -> dict[str, Rules]:
             _backward, transforms.differentiable(backward, lambda *_: None, refused),
             transforms.one_by_one(backward), _fake_backward, _backward_flops,
         ),
+        "layer_step": layer_decode.rules(step),
     }  # fmt: skip
 
 

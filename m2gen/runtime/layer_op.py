@@ -63,7 +63,7 @@ class _Rows(NamedTuple):
     g: Tensor
 
 
-def _known(tensors: Iterable[Tensor | None], rest: tuple[object, ...]) -> KnownCall:
+def call_like(tensors: Iterable[Tensor | None], rest: tuple[object, ...]) -> KnownCall:
     """Return what is known of calls of a content that agree in the rest, and in what tensors are and how they lie."""
     facts = (None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15) for x in tensors)
     key = (dispatch.SPACE.name, *facts, *rest)  # other kernels serve another content, which a reload may bring
@@ -103,7 +103,7 @@ def forward(
     p: Parameters, cu_seqlens: Tensor | None, host: Tensor | None, settings: Settings, save: bool, deterministic: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output projection's input (..., N V), the final state, y, and checkpoints (none unless ``save``)."""
-    call = _known((*p, cu_seqlens), ("forward", settings, save, deterministic))
+    call = call_like((*p, cu_seqlens), ("forward", settings, save, deterministic))
     kernels = LayerKernels(dispatch.layer_kernels(settings.dims, p.projected.device), call.launches)
     if save and p.projected.device.type == "cpu":  # the backward may run when files are others
         dispatch.read_source(kernels.module)
@@ -131,7 +131,9 @@ def backward(
     deterministic: bool,
 ) -> list[Tensor]:
     """Return the ``wanted`` gradients of ``Parameters``, which computes the convolution again."""
-    call = _known((dout, dstate, *p, y, checkpoints, cu_seqlens), ("backward", settings, tuple(wanted), deterministic))
+    call = call_like(
+        (dout, dstate, *p, y, checkpoints, cu_seqlens), ("backward", settings, tuple(wanted), deterministic)
+    )
     kernels = LayerKernels(dispatch.layer_kernels(settings.dims, p.projected.device), call.launches)
     plan, lead = kernels.plan, p.projected.shape[:-1]
     flat = p.projected.flatten(0, -2)

@@ -30,6 +30,7 @@ class Operators(Protocol):
     FORWARD: Callable[..., tuple[Tensor, Tensor, Tensor]]
     STEP: Callable[..., Tensor]
     LAYER: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    LAYER_STEP: Callable[..., Tensor]
 
     @property
     def launches(self) -> Launches:
@@ -143,7 +144,7 @@ _SCHEMAS = {
     " bool[] wanted, bool deterministic) -> Tensor[]",
     "step": f"({_OPERANDS}, Tensor(a!) state) -> Tensor",
 }
-_IN_PLACE = ("step",)
+_IN_PLACE = ("step", "layer_step")
 """Operators whose arguments must come as they are; compilers may lay out those of others."""
 
 
@@ -157,10 +158,10 @@ def implement(library: Any) -> None:
     }
     mapped = {"forward": _forward_mapped, "backward": transforms.one_by_one(BACKWARD), "step": _step_mapped}
     rules = {
-        name: layer_library.Rules(kernel, gradients[name], mapped[name], getattr(fakes, name), getattr(flops, name))
+        name: transforms.Rules(kernel, gradients[name], mapped[name], getattr(fakes, name), getattr(flops, name))
         for name, kernel in kernels.items()
     }
-    for name, rule in (rules | layer_library.rules(LAYER, LAYER_BACKWARD)).items():
+    for name, rule in (rules | layer_library.rules(LAYER, LAYER_BACKWARD, LAYER_STEP)).items():
         for key in ("CPU", "CUDA"):
             library.impl(name, rule.kernel, key)
         library.impl(name, rule.gradient, "Autograd")
@@ -171,9 +172,9 @@ def implement(library: Any) -> None:
 
 def launched() -> Mapping[Any, Callable[..., Any]]:
     """Return what each operator calls to launch its kernels, also on tensors without memory, which share none."""
-    rules = layer_library.rules(LAYER, LAYER_BACKWARD)
-    around = {LAYER: rules["layer"].kernel, LAYER_BACKWARD: rules["layer_backward"].kernel}
-    return {FORWARD: _forward, BACKWARD: _backward, STEP: _stepped, **around}
+    around = layer_library.rules(LAYER, LAYER_BACKWARD, LAYER_STEP)
+    of_layer = {getattr(SPACE, name).default: rule.kernel for name, rule in around.items()}
+    return {FORWARD: _forward, BACKWARD: _backward, STEP: _stepped, **of_layer}
 
 
 def _defined() -> Any:
@@ -203,4 +204,5 @@ FORWARD = SPACE.forward.default
 BACKWARD = SPACE.backward.default
 STEP = SPACE.step.default
 LAYER, LAYER_BACKWARD = SPACE.layer.default, SPACE.layer_backward.default
+LAYER_STEP = SPACE.layer_step.default
 OPERATORS: Operators = SPACE.served if LIBRARY is None else _served()

@@ -57,11 +57,6 @@ class MarksNoWeightDecay:
         return loaded
 
 
-def mark_loaded(layer: nn.Module, keys: Any) -> None:
-    """Mark parameters that loading has put in the place of others: a hook of ``load_state_dict``."""
-    mark_no_weight_decay(layer)
-
-
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Return an optimiser's groups of all parameters of a model: ``params``, ``weight_decay`` and a ``name`` each.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import absent, built, compiled, dispatch, fused, launch_plan, layer_op, library
+from . import absent, built, compiled, dispatch, fused, launch_plan, layer_decode, layer_op, library
 from .callers import BATCH, Caller, LayerCaller, OperatorCaller
 from .scenes import Kernel, Scene
 from .stubs import build_stub
@@ -47,7 +47,7 @@ def compile_scene(scene: Scene, arch: str) -> list[Kernel]:
     torch.use_deterministic_algorithms(scene.deterministic)
     with absent.compiling(absent.target_of(arch), seen, wanted):
         for call in _calls(scene, module):
-            with Launching(module):
+            with Launching(module, arch):
                 call()
     return list(kernels.values())
 
@@ -88,12 +88,13 @@ def forget_paths() -> None:
 
 
 class Launching(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within the mode, operators on tensors without memory launch the kernels of one module."""
+    """Within the mode, operators on tensors without memory launch the kernels of one module, as on a GPU of an arch."""
 
-    def __init__(self, kernels: ModuleType) -> None:
+    def __init__(self, kernels: ModuleType, arch: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._launched = library.launched()
         vars(dispatch)["kernels_for"] = lambda *operands: kernels
+        vars(layer_decode)["approximates"] = lambda device: built.APPROXIMATE and arch.startswith("sm_")
         layer_op.forget_calls()  # which may be of another module
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

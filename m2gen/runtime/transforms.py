@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,16 @@ from torch.autograd import forward_ad
 Operator = Callable[..., Any]
 """An operator of torch: tensors and numbers to a tensor, or a tuple or list of some."""
 _unpacked: Callable[[Tensor], forward_ad.UnpackedDualTensor] = forward_ad.unpack_dual
+
+
+class Rules(NamedTuple):
+    """What torch may ask of an operator."""
+
+    kernel: Callable[..., Any]
+    gradient: Callable[..., Any]
+    mapped: Callable[..., Any]
+    fake: Callable[..., Any]
+    flops: Callable[..., int]
 
 
 class MapInfo(Protocol):

@@ -22,7 +22,7 @@ USES = {
     "train": (("forward", "backward", "around"), ("", "int32")),
     "train_states": (("forward", "backward", "around"), ("", "int32")),
     "infer": (("forward", "around"), ("", "int32", "int64")),
-    "decode": (("forward",), ("",)),
+    "decode": (("forward", "around"), ("",)),
 }
 """Kernels of each use, and dtypes of the offsets of its packed batches (empty for a dense one)."""
 SIDES = ("backward", "forward", "around")

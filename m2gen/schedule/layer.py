@@ -29,3 +29,7 @@ class LayerTiles:
     unfinish_rows: int = 64
     unfinish_block: int = 2048
     unfinish_warps: int = 8
+    decode_heads: int = 4
+    decode_rows: int = 64
+    """Most rows of a state that a program of the decode kernel holds at once."""
+    decode_block: int = 1024

@@ -14,7 +14,8 @@ import torch
 from command_line import TINY, document, fails, run
 
 from m2gen import pipeline
-from m2gen.bench.ranks.entries import Form, Link, RankCase, RankJob, RankRow, Shape
+from m2gen.bench.ranks.entries import Link, RankCase, RankJob, RankRow, Shape
+from m2gen.bench.ranks.kinds import Form
 from m2gen.bench.ranks.launch import run_ranks
 from m2gen.bench.ranks.model import predicted_ms, traffic
 from m2gen.cli.show.report import TerminalProgress
@@ -57,6 +58,7 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "message"),
     [
         (("--size", "8x4096"), "--size must be given with --gpus"),
+        (("--form", "heads"), "--form must be given with --gpus"),
         (("--gpus", "2", "--size", "8"), "--size must be sequences x tokens, as 8x4096, got '8'"),
         (("--gpus", "2", "--sweep", "seq"), "--gpus must be given without --sweep"),
         (("--gpus", "2", "--plot", "a.svg"), "--gpus must be given without --plot"),
@@ -138,7 +140,7 @@ def test_the_command_on_cpus(tmp_path: Path) -> None:
         assert row["step_ms"] > 0
         if case.form is Form.PIPELINE:
             continue
-        expected = traffic(case, 2)
+        expected = traffic(case, 2, fused=False)
         assert row["collectives"] == expected.collectives, case.form
         assert row["sent_bytes"] == pytest.approx(expected.sent, abs=expected.collectives), case.form
         assert (row["predicted_ms"] is None) == (case.form is Form.ONE)
@@ -151,12 +153,8 @@ def test_the_command_on_cpus(tmp_path: Path) -> None:
 
 
 WRONG = {
-    "exchange.py": ("whole[..., own:]", "1.01 * whole[..., own:]", Form.EXCHANGE),
-    "children.py": (
-        "return scattered(mixed, -2, group)",
-        "return 1.01 * scattered(mixed, -2, group)",
-        Form.HEADS_TOKENS,
-    ),
+    "exchange.py": ("mixed, f = torch.split(rows,", "mixed, f = torch.split(1.01 * rows,", Form.EXCHANGE),
+    "products.py": ("return scattered(F.linear(x,", "return scattered(F.linear(1.01 * x,", Form.HEADS_TOKENS),
 }
 
 
@@ -204,11 +202,15 @@ def test_the_model_by_hand() -> None:
     there, back = (1 + 1) * 64 + 66 * 16 + 66, 66 * 16
     parameters = 1536 * (2 * 64 + 3 * 132 * 16 + 132) + 4 * (2 * 64 + 132 * 16) + 132 * 256 + 2 * 132 * 16
     sent = 2 * (there + back) * 8 * 4096 * 2 / 2 + 2 / 2 * (2 * parameters + 8 * 132)
-    assert traffic(exchange, 2).sent == pytest.approx(sent)
+    assert traffic(exchange, 2, fused=False).sent == pytest.approx(sent)
+    gates = 66 * 16 + 14  # and zeros up to 2320 columns
+    assert traffic(exchange, 2, fused=True).sent == pytest.approx(sent + 2 * gates * 8 * 4096 * 2 / 2)
     expected = 4.0 / 2 + 3.2 + sent / 100e9 * 1e3
-    assert predicted_ms(exchange, row_of(Form.EXCHANGE, 2, recurrence_ms=3.2), one, link) == pytest.approx(expected)
+    assert predicted_ms(exchange, row_of(Form.EXCHANGE, 2, recurrence_ms=3.2), one, link, fused=False) == pytest.approx(
+        expected
+    )
     pipeline_case = RankCase(SEVEN, Form.PIPELINE, 8, 4096)
-    sends = traffic(pipeline_case, 2).sent / 100e9 * 1e3
-    handed = predicted_ms(pipeline_case, row_of(Form.PIPELINE, 2, recurrence_ms=1.5), one, link)
+    sends = traffic(pipeline_case, 2, fused=True).sent / 100e9 * 1e3
+    handed = predicted_ms(pipeline_case, row_of(Form.PIPELINE, 2, recurrence_ms=1.5), one, link, fused=True)
     assert handed == pytest.approx(3 * (4.0 / 2 / 2 + 1.5) + sends)
-    assert predicted_ms(exchange, row_of(Form.EXCHANGE, 2), one, link) is None
+    assert predicted_ms(exchange, row_of(Form.EXCHANGE, 2), one, link, fused=True) is None

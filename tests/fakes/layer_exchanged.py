@@ -13,7 +13,19 @@ import torch
 from calls import offsets_of
 from interpreter import quicken
 from layer import loss_weights
-from layer_on_ranks import EXACT, HIDDEN, KERNELS, OPTIONS, Block, Numerics, Subject, backward, close, imported
+from layer_on_ranks import (
+    EXACT,
+    HIDDEN,
+    KERNELS,
+    OPTIONS,
+    Block,
+    Numerics,
+    Subject,
+    backward,
+    close,
+    imported,
+    through_kernels,
+)  # fmt: skip
 from layer_on_ranks import make_layer as any_layer
 from layer_on_ranks import tokens as any_tokens
 from ranks import serve
@@ -69,7 +81,7 @@ class Whole:
     def compare(self, call: Any, counts: list[int] | None = None) -> None:
         """Compare what a call makes of this rank's tokens, and the input's gradient."""
         leaf = self.part(self.x, counts).requires_grad_()
-        y = call(leaf, **self.call)
+        y = through_kernels(self.subject, self.numerics, partial(call, leaf, **self.call))
         y.backward(self.part(loss_weights(self.y), counts))
         close(y, self.part(self.y, counts), "y", self.numerics)
         close(leaf.grad, self.part(self.dx, counts), "dx", self.numerics)
@@ -105,9 +117,9 @@ def exchange(subject: Subject, kind: str, how: str, numerics: Numerics = EXACT, 
     whole.compare_sums()
 
 
-def uneven(subject: Subject, how: str) -> None:
+def uneven(subject: Subject, how: str, kind: str = "shared", numerics: Numerics = EXACT) -> None:
     """Ranks may have other numbers of tokens, one of them none."""
-    whole = Whole(subject, "shared", how)
+    whole = Whole(subject, kind, how, numerics)
     counts = [0, EACH + 1, *[EACH] * (subject.ranks - 2)]
     counts[-1] += EACH * subject.ranks - sum(counts)
     assert sum(counts) == whole.x.shape[-2]
@@ -117,20 +129,31 @@ def uneven(subject: Subject, how: str) -> None:
         subject.parallel.exchange_over_ranks(whole.layer, whole.part(whole.x, counts), tokens=[1])
 
 
+def dense_copies(subject: Subject) -> None:
+    """A copy in order has the bits of what it is of, whether rows are copied as wide elements or not."""
+    collectives = sys.modules[f"{subject.parallel.__name__}.collectives"]
+    for columns in (16, 9):
+        x = any_tokens(torch.float32, 2, 3, 5).repeat(1, 1, 1, 3)[..., : 2 * columns].bfloat16()
+        for view in (x.movedim(2, 0), x[..., columns:], x[..., 1:].movedim(1, 0), x.mT, x):
+            found = collectives.dense(view)
+            assert found.is_contiguous()
+            assert torch.equal(found, view)
+
+
 def both(subject: Subject) -> None:
     """Heads over pairs of ranks, and tokens over the others, give what one rank does."""
     mesh = init_device_mesh("cpu", (2, subject.ranks // 2), mesh_dim_names=("tokens", "heads"))
-    for kind in ("shared", "mixed"):
-        whole = Whole(subject, kind, "packed")
+    for kind, numerics in (("shared", EXACT), ("mixed", EXACT), ("kernels", KERNELS)):
+        whole = Whole(subject, kind, "packed", numerics)
         model = nn.ModuleDict({"mixer": whole.layer})
         parallelize_module(model, mesh["heads"], {"mixer": subject.parallel.M2RNNHeads()})
         parallelize_module(model, mesh["tokens"], {"mixer": subject.parallel.M2RNNContext()})
         group, place = mesh["tokens"].get_group(), mesh["tokens"].get_local_rank()
         leaf = whole.x.chunk(2)[place].clone().requires_grad_()
-        y = model["mixer"](leaf, **whole.call)
+        y = through_kernels(subject, numerics, partial(model["mixer"], leaf, **whole.call))
         y.backward(loss_weights(whole.y).chunk(2)[place])
-        close(y, whole.y.chunk(2)[place], "y")
-        close(leaf.grad, whole.dx.chunk(2)[place], "dx")
+        close(y, whole.y.chunk(2)[place], "y", numerics)
+        close(leaf.grad, whole.dx.chunk(2)[place], "dx", numerics)
         for parameter in model.parameters():
             distributed.all_reduce(parameter.grad.to_local(), group=group)
         whole.compare_shards(model["mixer"])
@@ -179,9 +202,9 @@ def style_of_context(subject: Subject, how: str, micro_batches: int | None = Non
             model["mixer"](whole.part(whole.x), **{name: given})
 
 
-def compiled(subject: Subject, style: str) -> None:
+def compiled(subject: Subject, style: str, kind: str = "shared", numerics: Numerics = EXACT) -> None:
     """``torch.compile`` takes a parallelised layer whole, collectives and gradients included."""
-    whole = Whole(subject, "shared", "batch")
+    whole = Whole(subject, kind, "batch", numerics)
     options = {"sequence_parallel": True} if style == "M2RNNHeads" else {}
     mesh = init_device_mesh("cpu", (subject.ranks,))
     parallelize_module(whole.layer, mesh, getattr(subject.parallel, style)(**options))
@@ -281,6 +304,7 @@ def checks(ranks: int) -> dict[str, Any]:
         *((call, {"kind": kind, "how": how}) for call in (heads, exchange) for kind in kinds for how in hows),
         *((uneven, {"how": how}) for how in hows),
         (errors, {}),
+        (dense_copies, {}),
     ]
     if ranks == 2:
         kernels = {"kind": "kernels", "numerics": KERNELS}
@@ -296,7 +320,8 @@ def checks(ranks: int) -> dict[str, Any]:
             *((style_of_context, {"how": how}) for how in hows),
             (style_of_context, {"how": "batch", "micro_batches": 2}),
             *((with_fsdp, {"how": how}) for how in hows),
-            *((compiled, {"style": style}) for style in ("M2RNNHeads", "M2RNNContext")),
+            *((uneven, {**kernels, "how": how}) for how in hows),
+            *((compiled, {"style": style, **how}) for style in ("M2RNNHeads", "M2RNNContext") for how in ({}, kernels)),
         ]
     if ranks == 4:
         cases += [(both, {}), (heads_with_fsdp, {})]

@@ -105,6 +105,17 @@ def close(given: Tensor, expected: Tensor, what: str, numerics: Numerics = EXACT
     assert found <= numerics.tolerance, f"{what}: {found}"
 
 
+def through_kernels(subject: Subject, numerics: Numerics, call: Callable[[], Any]) -> Any:
+    """Return what a call does, which must go by the layer's own kernels unless ``numerics`` are the reference's."""
+    operators, calls = operators_of(subject.package), list[None]()
+    operator = operators.LAYER
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operators, "LAYER", lambda *arguments: (calls.append(None), operator(*arguments))[1])
+        found = call()
+    assert bool(calls) == (numerics.backend == "kernels"), f"{len(calls)} calls of the layer's kernels"
+    return found
+
+
 HEADS = {
     "shared_q_k": {"q": 1, "k": 1, "v": 4, "f": 4, "w": 4},
     "sharded_q": {"q": 4, "k": 2, "v": 4, "f": 2, "w": 1, "g": 2},
@@ -131,7 +142,8 @@ def heads_match(
     sharded = subject.parallel.HeadParallelM2RNN(whole, mesh)
     lead, call = CALLS[how]
     x = tokens(numerics.dtype, *lead)
-    expected, given = backward(whole, x, **call), backward(sharded, x, **call)
+    expected = backward(whole, x, **call)
+    given = through_kernels(subject, numerics, partial(backward, sharded, x, **call))
     close(given[0], expected[0], "y", numerics)
     close(given[1], expected[1], "dx", numerics)
     with torch.no_grad():
@@ -179,9 +191,27 @@ def heads_decode(subject: Subject, heads: dict[str, int], numerics: Numerics) ->
     x = tokens(numerics.dtype, 2, 6)
     with torch.no_grad():
         cache = sharded.allocate_cache(2)
-        pieces = [sharded(x[:, a:b], cache) for a, b in ((0, 4), (4, 5), (5, 6))]
+        ends = ((0, 4), (4, 5), (5, 6))
+        pieces = through_kernels(subject, numerics, lambda: [sharded(x[:, a:b], cache) for a, b in ends])
         close(torch.cat(pieces, 1), layer(x), "y", numerics)
     assert sharded.allocate_cache(2, state_dtype=torch.bfloat16).state.dtype == torch.bfloat16
+
+
+def heads_from_states(subject: Subject, how: str) -> None:
+    """States go from call to call by the layer's own kernels, and have gradients: results are those of one call."""
+    whole = make_layer(subject, HEADS["shared_q_k"], KERNELS)
+    sharded = subject.parallel.HeadParallelM2RNN(whole, init_device_mesh("cpu", (subject.ranks,)))
+    x = tokens(KERNELS.dtype, *((7,) if how == "packed" else (2, 7)))
+    cut, offsets = (4, [offsets_of(part) for part in ((4,), (3,), (7,))]) if how == "packed" else (3, [None] * 3)
+
+    def halves(leaf: Tensor) -> Tensor:
+        first, conv, state = sharded.scan(leaf[..., :cut, :], cu_seqlens=offsets[0])
+        return torch.cat((first, sharded.scan(leaf[..., cut:, :], conv, state, offsets[1])[0]), -2)
+
+    expected = backward(whole, x, cu_seqlens=offsets[2])
+    given = through_kernels(subject, KERNELS, partial(backward, halves, x))
+    for what, found, wanted in zip(("y", "dx"), given, expected, strict=True):
+        close(found, wanted, what, KERNELS)
 
 
 def served(subject: Subject, call: Callable[[], Any]) -> list[list[str]]:
@@ -249,7 +279,8 @@ def sequence_match(subject: Subject, micro_batches: int, numerics: Numerics) -> 
     cut = [0, 2, 7]  # shorter than the convolution on the first rank
     start, end = cut[subject.rank], cut[subject.rank + 1]
     leaf = x[:, start:end].clone().requires_grad_()
-    part = subject.parallel.scan_over_ranks(layer, leaf, micro_batches=micro_batches)
+    scan = partial(subject.parallel.scan_over_ranks, layer, leaf, micro_batches=micro_batches)
+    part = through_kernels(subject, numerics, scan)
     part.backward(loss_weights(y)[:, start:end])
     close(part, y[:, start:end], "y", numerics)
     close(leaf.grad, dx[:, start:end], "dx", numerics)
@@ -413,6 +444,7 @@ CHECKS = {
     "heads_in_groups": heads_in_groups,
     "heads_decode": lambda s: heads_decode(s, HEADS["sharded_q"], EXACT),
     "heads_decode_kernels": lambda s: heads_decode(s, HEADS["shared_q_k"], KERNELS),
+    **{f"heads_from_states_{how}": lambda s, how=how: heads_from_states(s, how) for how in ("batch", "packed")},
     "heads_schedules": lambda s: heads_schedules(s.split),
     "heads_errors": heads_errors,
     **{f"sequence_{count}": lambda s, count=count: sequence_match(s, count, EXACT) for count in (1, 3)},

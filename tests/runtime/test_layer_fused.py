@@ -233,9 +233,9 @@ def test_calls_alike_are_alike_in_all_that_kernels_are_handed(package, device, m
     """A launch is repeated only where every tensor lies as before: those that the forward saved, too."""
     op = module_of(package, "library").OPERATORS.layer_library.layer_op
     handed: list[int] = []
-    known = op._known
+    known = op.call_like
     monkeypatch.setattr(
-        op, "_known", lambda t, rest: known([handed.append(0 if x is None else x.data_ptr()) or x for x in t], rest)
+        op, "call_like", lambda t, rest: known([handed.append(0 if x is None else x.data_ptr()) or x for x in t], rest)
     )
     saved: list[Tensor] = []
     layer, x = drawn(package).to(device), tokens(device, 2, 5)

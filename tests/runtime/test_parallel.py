@@ -18,7 +18,8 @@ from m2gen.variant import BuiltVariant, Variant
 RANKS = 2
 SHARED = (1, 1, 4, 4, 4)
 SHARE = (1, 1, 2, 2, 2)
-"""SMs of one rank's GPU."""
+SINGLE = (1,) * 5
+"""Heads of all ranks, and of one of two and of four."""
 
 
 def by_bucket(chosen: Iterable[Variant]) -> emit.Package:
@@ -39,7 +40,7 @@ SHARES = [make_variant(9, 9, heads) for heads in (SHARED, SHARE)]
 def write_package(folder: Path) -> None:
     """Write the package of the layers that are shared out."""
     others = [make_variant(9, 9, SHARED, "bf16"), make_variant(heads=(2,) * 5)]
-    package = build_package("on_ranks", [*SHARES, *others], SCHEDULES["two_level_partial"])
+    package = build_package("on_ranks", [*SHARES, make_variant(9, 9, SINGLE), *others], SCHEDULES["two_level_partial"])
     write(folder / "on_ranks", package.files)
 
 

@@ -124,7 +124,7 @@ def test_launches_find_everything(cache: Path, folder: Path) -> None:
     found = launches(cache, folder, CALLS)
     assert found["compiled"] == []
     own = [f"{name}{side}" for name in ("convolve", "decay", "finish") for side in ("", "_backward")]
-    assert set(found["found"]) == {f"m2rnn_{name}_kernel" for name in ("forward", "backward", "step", *own)}
+    assert set(found["found"]) == {f"m2rnn_{name}_kernel" for name in ("forward", "backward", "step", "decode", *own)}
 
 
 def test_under_autocast(cache: Path, folder: Path, tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from m2gen.bench.ranks.entries import Shape
+from m2gen.bench.ranks.entries import RankCase, Shape
 from m2gen.bench.ranks.forms import OverRanks
 
-BATCH = 2
+MOST_SEQUENCES = 8
+"""Sequences that are checked of larger batches; of smaller ones all, so that schedules are those that are timed."""
 TOKENS = 8
-"""Tokens of each of ``BATCH`` sequences on a rank: the oracle is a loop in PyTorch."""
+"""Tokens of a sequence on a rank: the oracle is a loop in PyTorch."""
 DRAWS = 4
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -70,16 +71,16 @@ class Expected:
         return {"y": found.joined(y.detach()), "dx": found.joined(leaf.grad), **found.gradients()}
 
 
-def expected(make: Callable[[], Any], shape: Shape, ranks: int, *, packed: bool) -> Expected:
+def expected(make: Callable[[], Any], case: RankCase, ranks: int, *, packed: bool) -> Expected:
     """Return what one rank gives, whose own errors on shuffled inputs are the budgets: twice the largest, and a bit."""
-    layer = make()
+    layer, shape, batch = make(), case.shape, min(case.batch, MOST_SEQUENCES)
     device, dtype = layer.state_weight.device, DTYPES[shape.dtype]
     total = TOKENS * ranks
-    lead = (BATCH * total,) if packed else (BATCH, total)
+    lead = (batch * total,) if packed else (batch, total)
     generator = torch.Generator().manual_seed(1)
     x, weights = (torch.randn(*lead, shape.hidden_size, generator=generator).to(device, dtype) for _ in range(2))
-    middle = BATCH * total // 2 + 1  # within a rank's tokens
-    offsets = torch.tensor([0, middle, middle, BATCH * total], dtype=torch.int32, device=device)
+    middle = batch * total // 2 + 1  # within a rank's tokens
+    offsets = torch.tensor([0, middle, middle, batch * total], dtype=torch.int32, device=device)
     call = {"cu_seqlens": offsets} if packed else {}
     twin = copy.deepcopy(layer)
     twin.backend = "reference"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter
 
+from m2gen.bench.ranks.kinds import Form
 from m2gen.db import Environment
 
 SCHEMA = 1
@@ -17,33 +17,6 @@ MICRO_BATCHES = 2
 """Parts of a batch that states are handed on for: more would leave a GPU with too few sequences each."""
 PAIR = 2
 """Ranks that share heads where tokens lie over ranks, too."""
-
-
-class Form(StrEnum):
-    """How a layer lies over ranks."""
-
-    ONE = "one"
-    """Not at all: one rank does all the work."""
-    HEADS = "heads"
-    """Heads over ranks; tokens are whole on each."""
-    HEADS_TOKENS = "heads_tokens"
-    """Heads over ranks, and tokens outside the layer: gathered before it, sums scattered after it."""
-    EXCHANGE = "exchange"
-    """Tokens over ranks, exchanged for heads and back."""
-    PIPELINE = "pipeline"
-    """Tokens over ranks, which hand states on."""
-    BOTH = "both"
-    """Heads over pairs of ranks, and tokens over the others, exchanged for heads."""
-
-    @property
-    def shares_tokens(self) -> bool:
-        """Whether each rank has its part of the tokens outside the layer."""
-        return self in (Form.HEADS_TOKENS, Form.EXCHANGE, Form.PIPELINE, Form.BOTH)
-
-    @property
-    def packs(self) -> bool:
-        """Whether sequences may be packed."""
-        return self is not Form.PIPELINE
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
-from m2gen.bench.ranks.entries import MICRO_BATCHES, PAIR, Form
+from m2gen.bench.ranks.entries import MICRO_BATCHES, PAIR
+from m2gen.bench.ranks.kinds import Form
 
 
 @dataclass(frozen=True)

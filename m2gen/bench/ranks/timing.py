@@ -17,6 +17,8 @@ from m2gen.bench.ranks.check import DTYPES
 from m2gen.bench.ranks.entries import Shape
 
 WARM_UPS = 3
+IN_A_ROW = 4
+"""Calls of a sample on a GPU, so that the host is ahead of it as in training."""
 PROBE_BYTES = 1 << 26
 """Bytes that a GPU sends to measure the link; a CPU sends a thousandth."""
 COLLECTIVES = tuple(
@@ -108,10 +110,11 @@ def _once(run: Callable[[], object], device: torch.device) -> float:
         return 1e3 * (time.perf_counter() - start)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
-    run()
+    for _ in range(IN_A_ROW):
+        run()
     end.record()
     torch.cuda.synchronize()
-    return float(begin.elapsed_time(end))
+    return float(begin.elapsed_time(end)) / IN_A_ROW
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, distributed
 
 from m2gen.bench.ranks.check import DTYPES, Expected, expected, make_layer
-from m2gen.bench.ranks.entries import Form, Link, RankCase, RankDocument, RankJob, RankRow, Shape, read, write
+from m2gen.bench.ranks.entries import Link, RankCase, RankDocument, RankJob, RankRow, Shape, read, write
 from m2gen.bench.ranks.forms import OverRanks, over_ranks
+from m2gen.bench.ranks.kinds import Form
 from m2gen.bench.ranks.launch import QUIET_SECONDS, error_file
 from m2gen.bench.ranks.timing import link, peak_bytes, recorded, recurrence_of, repeat, slowest_ms, together
 from m2gen.db import Environment
@@ -57,6 +59,7 @@ def _join(folder: Path, job: RankJob, rank: int) -> None:
         "nccl" if job.cuda else "gloo",
         init_method=f"file://{folder / 'store'}",
         timeout=timedelta(seconds=QUIET_SECONDS),
+        device_id=torch.device("cuda", rank) if job.cuda else None,  # or collectives guess which GPU is theirs
         rank=rank,
         world_size=job.ranks,
     )
@@ -73,7 +76,9 @@ class _Rank:
         self.parallel: ModuleType = load_module(
             path / "parallel" / "__init__.py", f"m2gen_package_{path.name}.parallel"
         )
-        self.known: dict[tuple[str, bool], Expected] = {}
+        fused: Any = importlib.import_module(f"{self.package.__name__}.fused")
+        fused.LEAST_TOKENS = 1  # so that checks lay rows out as steps of more tokens do
+        self.known: dict[tuple[str, int, bool], Expected] = {}
 
     def serve(self) -> None:
         """Do every case."""
@@ -95,7 +100,7 @@ class _Rank:
         except ValueError as error:  # the same on every rank
             return replace(row, unfit=str(error).splitlines()[0])
         for packed in (False, True) if case.form.packs else (False,):
-            ratio, name = self._expected(case.shape, packed).judged(self._over(case))
+            ratio, name = self._expected(case, packed).judged(self._over(case))
             label = f"{name}, packed" if packed else name
             if not ratio <= 1:
                 return replace(row, failure=f"{label} must be within its budget, got {ratio:.3g} of it")
@@ -109,10 +114,10 @@ class _Rank:
     def _layer(self, shape: Shape) -> Any:
         return make_layer(self.package, shape, self.job.cuda, self.job.seed)
 
-    def _expected(self, shape: Shape, packed: bool) -> Expected:
-        key = (shape.name, packed)
+    def _expected(self, case: RankCase, packed: bool) -> Expected:
+        key = (case.shape.name, case.batch, packed)
         if key not in self.known:
-            self.known[key] = expected(partial(self._layer, shape), shape, self.job.ranks, packed=packed)
+            self.known[key] = expected(partial(self._layer, case.shape), case, self.job.ranks, packed=packed)
         return self.known[key]
 
     def _timed(self, case: RankCase, row: RankRow) -> RankRow:

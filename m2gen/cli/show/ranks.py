@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from m2gen.bench.ranks.entries import Form, RankCase, RankDocument, RankRow
+from m2gen.bench.ranks.entries import RankCase, RankDocument, RankRow
+from m2gen.bench.ranks.kinds import Form
 from m2gen.bench.ranks.model import predicted_ms
 from m2gen.cli.show.bench import ms_text
 from m2gen.cli.show.report import Display, print_json
@@ -50,7 +51,8 @@ def compared(row: RankRow, case: RankCase, document: RankDocument) -> dict[str, 
     alike = (r for r in document.rows if (r.layer, r.batch, r.seq) == (row.layer, row.batch, row.seq))
     one = next((r for r in alike if r.form is Form.ONE and r.step_ms is not None), None)
     known = row.step_ms is not None and one is not None and one.step_ms is not None and row.form is not Form.ONE
-    predicted = predicted_ms(case, row, one, document.link) if one is not None else None
+    fused = document.environment is not None  # CPUs run the reference
+    predicted = predicted_ms(case, row, one, document.link, fused=fused) if one is not None else None
     return {
         "of_one_rank": row.step_ms / one.step_ms if known and row.step_ms and one and one.step_ms else None,
         "communication": row.communication_ms / row.step_ms if row.communication_ms and row.step_ms else None,

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
-from torch.nn import functional as F
 
 from ..convolution import depthwise
+from ..fused import compute_dtype, laid_out
 from ..gate import DecayGate, forget_gate
-from ..mixer import wide_dtype
 from ..norm import RMSNorm
-from .collectives import copied, gathered, scattered, summed
+from .collectives import scattered, summed
+from .normed import scaled, squared
+from .products import by_columns, by_rows
 from .shards import local, own, placement, sharded, whole
-
-ALIGNED = 8
-"""Columns of 16 bytes in the narrowest dtypes."""
 
 
 class Roles(nn.ParameterDict):
@@ -89,15 +87,18 @@ class OwnLinear(OwnRows):
     weights_group = "matrices"
     scatters = False
     """Whether each rank has its part of the tokens alone."""
+    lays_out = True
+    """Says that rows of the result are as ``fused.laid_out`` has them."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Project x (..., tokens, hidden_size), the same on every rank or its part of the tokens, to all tokens."""
-        group = self.mesh.get_group()
-        tokens = gathered(x, -2, group) if self.scatters else copied(x, group)
-        weight, bias = self.weight, self.bias
-        surplus = -weight.shape[0] % ALIGNED  # rows of the result begin where fast kernels want them
-        bias = bias if bias is None else F.pad(bias, (0, surplus))
-        return F.linear(tokens, F.pad(weight, (0, 0, 0, surplus)), bias)
+        dtype = compute_dtype(x)
+        bias = self._rows(self.biases, dtype) if len(self.biases) else None
+        return by_rows(x.to(dtype), self._rows(self.weights, dtype), bias, self.scatters, self.mesh.get_group())
+
+    def _rows(self, parts: nn.ParameterDict, dtype: torch.dtype) -> Tensor:
+        *mixed, forget, gates = own([parts[role] for role in self.counts], list(self.counts.values()))
+        return laid_out((*mixed, gates, forget)).to(dtype)
 
 
 class OwnConvolution(OwnRows):
@@ -139,35 +140,37 @@ class OwnGate(nn.Module):
 
 
 class OwnNorm(nn.Module):
-    """``RMSNorm`` over the heads of every rank."""
+    """``RMSNorm`` over the heads of every rank, as columns of the output projection, and a token's scale after it."""
 
     parameter_group = "undecayed"
 
     def __init__(self, norm: RMSNorm, mesh: DeviceMesh) -> None:
         super().__init__()
-        self.mesh, self.eps = mesh, norm.eps
+        self.eps, self.size = norm.eps, norm.weight.numel()
         self.weight = sharded(norm.weight, mesh, Shard(0))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise the heads of every rank."""
-        wide = x.to(wide_dtype(x))
-        group = self.mesh.get_group()
-        squares = copied(summed(wide.square().sum(-1, keepdim=True), group), group)
-        scale = torch.rsqrt(squares / (x.shape[-1] * self.mesh.size()) + self.eps)
-        return (wide * scale * local(self.weight)).to(x.dtype)
+    def forward(self, columns: Tensor) -> Tensor:
+        """Multiply this rank's columns of the output projection's weight by the norm's."""
+        return (columns * local(self.weight)).to(columns.dtype)
 
 
 class OwnOutput(nn.Module):
-    """The output projection of this rank's heads, summed over ranks."""
+    """The output projection of this rank's heads, which the norm goes before, summed over ranks."""
 
     parameter_group = "matrices"
 
-    def __init__(self, linear: nn.Linear, mesh: DeviceMesh, scatters: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, norm: OwnNorm | None, mesh: DeviceMesh, scatters: bool = False) -> None:
         super().__init__()
         self.mesh, self.scatters = mesh, scatters
         self.weight = sharded(linear.weight, mesh, Shard(1))
+        self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor:
         """Project this rank's heads (..., tokens, channels) to the sum on every rank, or to its part of the tokens."""
-        mixed, group = F.linear(x, local(self.weight)), self.mesh.get_group()
-        return scattered(mixed, -2, group) if self.scatters else summed(mixed, group)
+        group, weight = self.mesh.get_group(), local(self.weight)
+        if self.norm is None:
+            return by_columns(x, weight.to(x.dtype), self.scatters, group)
+        x, squares = squared(x)
+        mixed = by_columns(x, self.norm(weight).to(x.dtype), self.scatters, group)
+        total = scattered(squares, -2, group) if self.scatters else summed(squares, group)
+        return scaled(mixed, total, self.norm.size, self.norm.eps)

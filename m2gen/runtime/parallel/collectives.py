@@ -9,11 +9,61 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
+WIDE = torch.complex128
+"""Elements of 16 bytes, as which rows are copied: copies of permuted 16-bit elements take three times as long."""
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return x, or a copy whose elements lie in order."""
+    if torch.compiler.is_compiling() or x.is_contiguous() or x.stride(-1) != 1:
+        return x.contiguous()
+    each = WIDE.itemsize // x.element_size()
+    if any(n % each for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])):
+        return x.contiguous()
+    return x.view(WIDE).contiguous().view(x.dtype)
+
 
 def _named(name: str, before: str) -> Callable[..., Any]:
     """Return a collective of torch by its name, or by that which it had before."""
     found: Callable[..., Any] = getattr(distributed, name if hasattr(distributed, name) else before)
     return found
+
+
+class Done:
+    """What has nothing to wait for."""
+
+    def wait(self) -> None:
+        """Do nothing."""
+
+
+def all_reduce(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Any]:
+    """Begin to sum x, dense or copied, over ranks in its place; return that, and what to wait for."""
+    x = x.contiguous()
+    return x, distributed.all_reduce(x, group=group, async_op=True) or Done()
+
+
+def all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """Return the ranks' x one after the other along ``dim``, from 0 on."""
+    ranks = group.size()
+    lead = x.shape[:dim]
+    everything = x.new_empty(ranks * x.numel())
+    _named("all_gather_single", "all_gather_into_tensor")(everything, x.contiguous().flatten(), group=group)
+    joined = dense(everything.view(ranks, *x.shape).movedim(0, dim))
+    return joined.view(*lead, ranks * x.shape[dim], *x.shape[dim + 1 :])
+
+
+def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> tuple[Tensor, Any]:
+    """Begin to sum x over ranks; return what will be this rank's part along ``dim``, and what to wait for."""
+    part, parts = _parts(x, dim, group)
+    scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
+    return part, scatter(part.view(-1), parts.view(-1), group=group, async_op=True) or Done()
+
+
+def _parts(x: Tensor, dim: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return room for a rank's part along ``dim``, and the parts of all ranks one after the other."""
+    ranks = group.size()
+    parts = dense(torch.unflatten(x, dim, (ranks, x.shape[dim] // ranks)).movedim(dim, 0))
+    return torch.empty_like(parts[0]), parts
 
 
 def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -22,25 +72,14 @@ def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
     return total
 
 
-def _all_gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """Return the ranks' x one after the other along ``dim``."""
-    ranks = group.size()
-    lead = x.shape[:dim]
-    everything = x.new_empty(ranks * x.numel())
-    _named("all_gather_single", "all_gather_into_tensor")(everything, x.contiguous().flatten(), group=group)
-    return everything.view(ranks, *x.shape).movedim(0, dim).reshape(*lead, ranks * x.shape[dim], *x.shape[dim + 1 :])
-
-
 def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Return this rank's part along ``dim`` of the sum of the ranks' x."""
-    ranks = group.size()
-    parts = torch.unflatten(x, dim, (ranks, x.shape[dim] // ranks)).movedim(dim, 0).contiguous()
-    part = torch.empty_like(parts[0])
+    part, parts = _parts(x, dim, group)
     _named("reduce_scatter_single", "reduce_scatter_tensor")(part.view(-1), parts.view(-1), group=group)
     return part
 
 
-def _all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
+def all_to_all(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
     """Return what the ranks send to this one, one after the other, of x (elements)."""
     result = x.new_empty(sum(received))
     even = len({*sent, *received}) == 1
@@ -80,7 +119,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
         ctx.dim, ctx.group = dim, group
-        return _all_gather(x, dim, group)
+        return all_gather(x, dim, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -97,27 +136,13 @@ class _Scattered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _all_gather(gradient, ctx.dim, ctx.group), None, None
-
-
-class _Exchanged(torch.autograd.Function):
-    """What others send, whose gradients go back."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(x, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
+        return all_gather(gradient, ctx.dim, ctx.group), None, None
 
 
 _copied: Callable[[Tensor, ProcessGroup], Tensor] = _Copied.apply
 _summed: Callable[[Tensor, ProcessGroup], Tensor] = _Summed.apply
 _gathered: Callable[[Tensor, int, ProcessGroup], Tensor] = _Gathered.apply
 _scattered: Callable[[Tensor, int, ProcessGroup], Tensor] = _Scattered.apply
-_exchanged: Callable[[Tensor, Sequence[int], Sequence[int], ProcessGroup], Tensor] = _Exchanged.apply
 
 
 def copied(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -138,8 +163,3 @@ def gathered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 def scattered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Return this rank's part along ``dim`` of the sum of the ranks' x; its gradient is gathered."""
     return _scattered(x, dim % x.dim(), group)
-
-
-def exchanged(x: Tensor, sent: Sequence[int], received: Sequence[int], group: ProcessGroup) -> Tensor:
-    """Return what this rank is sent: of x (elements), ``sent[r]`` go to rank r, from which ``received[r]`` come."""
-    return _exchanged(x, sent, received, group)

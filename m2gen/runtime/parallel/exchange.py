@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
+from .. import fused
 from ..cache import States
-from ..mixer import Mixer, operand_sizes
+from ..fused import Projected
+from ..mixer import Mixer, operand_sizes, split_sizes
+from ..norm import RMSNorm
 from ..not_built import check_built
-from ..scan import epilogue, project, recur
-from .collectives import exchanged
+from ..scan import epilogue, recur
+from .normed import scaled, squared
 from .share import HeadShare, RankOf
+from .transposes import to_heads, to_tokens
 
 
 def exchange_over_ranks(
@@ -30,9 +37,9 @@ def exchange_over_ranks(
     as that says, None for equal parts. The result is that of the rank's tokens. Gradients of parameters are what the
     rank contributes: their sum over ranks is the whole batch's.
 
-    Projections and the norm run on the rank's own tokens; q, k, v and the forget gate's input are exchanged for heads,
-    before the convolution, so that it sees whole sequences; y + D v comes back. Operands whose heads are fewer than
-    ranks go to every rank that reads them.
+    Projections and the norm run on the rank's own tokens; the rows of the input projection are exchanged for heads,
+    before the convolution, so that it sees whole sequences; what the norm takes comes back. Operands whose heads are
+    fewer than ranks go to every rank that reads them. Modules leave the output gates where they are, for y + D v.
 
     Raises what ``HeadShare`` raises, and ValueError for ``tokens`` that are not one for each rank, or not this rank's.
     """
@@ -60,16 +67,68 @@ class HeadExchange:
         tokens: Sequence[int] | None = None,
     ) -> Tensor:
         """Do what ``exchange_over_ranks`` does."""
-        packed = cu_seqlens is not None
         counts = self._counts(x, tokens)
-        mixed, f, g = project(self.layer, x[None] if packed else x)
-        mixed, f = self._to_heads(mixed, f, counts)
+        run = self._by_kernels if fused.computes(self.share, x) else self._by_modules
+        if cu_seqlens is None:
+            return run(x, counts, None, None)
+        return run(x[None], counts, cu_seqlens, cu_seqlens_cpu)[0]
+
+    def _by_modules(
+        self, x: Tensor, counts: tuple[int, ...], cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None
+    ) -> Tensor:
+        """Return the result (B, S_r, hidden_size); output gates stay where they are."""
+        layer, share, ranks = self.layer, self.share, self.place.ranks
+        mixed, f, g = fused.project(layer, x).parts(layer)
+        operands = (*torch.split(mixed, list(operand_sizes(layer)), -1), f)
+        groups = (*layer.heads[:3], layer.forget_inputs)
+        rows = to_heads(_by_reader(operands, groups, ranks, x.dim() - 1, fills=False), counts, self.group)
+        mixed, f = torch.split(rows, [sum(operand_sizes(share)), share.forget_inputs], -1)
+        packed = cu_seqlens is not None
         if packed:
             mixed, f = mixed[0], f[0]
-        y, _, _ = recur(self.share, mixed, f, States(None, None), cu_seqlens, cu_seqlens_cpu)
-        y = self._to_tokens((y[None] if packed else y).flatten(-2), counts)
-        mixed = epilogue(self.layer, torch.unflatten(y, -1, (self.layer.total_heads, self.layer.head_dim)), g)
-        return mixed[0] if packed else mixed
+        y, _, _ = recur(share, mixed, f, States(None, None), cu_seqlens, cu_seqlens_cpu)
+        y = to_tokens((y[None] if packed else y).flatten(-2), counts, self.group)
+        return epilogue(layer, torch.unflatten(y, -1, (layer.total_heads, layer.head_dim)), g)
+
+    def _by_kernels(
+        self, x: Tensor, counts: tuple[int, ...], cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None
+    ) -> Tensor:
+        """Return the same; rows go to heads whole, output gates too, so that all up to the norm is theirs."""
+        rows = to_heads(self._rows(x), counts, self.group)
+        own, _, gates = split_sizes(self.share)
+        packed = cu_seqlens is not None
+        theirs = Projected(rows[0] if packed else rows, own + gates, own)
+        y, _, _ = fused.between(self.share, theirs, States(None, None), cu_seqlens, cu_seqlens_cpu)
+        return self._normed(to_tokens(y[None] if packed else y, counts, self.group))
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Return of x (B, S_r, hidden_size) the rows that each rank's heads read, (B, S_r, columns of all ranks).
+
+        They are products with rows of the weight in this order, where it may be read, and else put in it.
+        """
+        layer, ranks = self.layer, self.place.ranks
+        groups = (*layer.heads[:3], layer.gate_heads, layer.forget_inputs)
+        if not fused.reads_projection(layer, x):
+            mixed, f, g = fused.project(layer, x).parts(layer)
+            return _by_reader((*torch.split(mixed, list(operand_sizes(layer)), -1), g, f), groups, ranks, x.dim() - 1)
+        module, dtype = cast(nn.Linear, layer.input_projection), fused.compute_dtype(x)
+        _, forget, gates = split_sizes(layer)
+
+        def laid_out(p: Tensor) -> Tensor:
+            *mixed, f, g = torch.split(p, [*operand_sizes(layer), forget, gates])
+            return _by_reader((*mixed, g, f), groups, ranks, 0).to(dtype)
+
+        return F.linear(x, laid_out(module.weight), None if module.bias is None else laid_out(module.bias))
+
+    def _normed(self, y: Tensor) -> Tensor:
+        """Return the output projection of the norm of y (B, S_r, N V)."""
+        norm, out = self.layer.g_norm, self.layer.output_projection
+        if not (fused.plain(norm, RMSNorm) and fused.plain(out, nn.Linear)) or isinstance(norm.weight, DTensor):
+            mixed: Tensor = out(norm(y))
+            return mixed
+        y, squares = squared(y)
+        weight = (out.weight * norm.weight).to(y.dtype)
+        return scaled(F.linear(y, weight), squares, y.shape[-1], norm.eps)
 
     def _counts(self, x: Tensor, tokens: Sequence[int] | None) -> tuple[int, ...]:
         if tokens is None:
@@ -79,41 +138,21 @@ class HeadExchange:
             raise ValueError(f"M2RNN: tokens must be those {expected} as x has, got {tuple(tokens)}")
         return tuple(tokens)
 
-    def _to_heads(self, mixed: Tensor, f: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return the inputs (B, S, C) of this rank's heads on all tokens, of those of all heads on its own."""
-        layer, ranks = self.layer, self.place.ranks
-        operands = (*torch.split(mixed, list(operand_sizes(layer)), -1), f)
-        groups = (*layer.heads[:3], layer.forget_inputs)
-        send = torch.cat([_by_reader(x, n, ranks) for x, n in zip(operands, groups, strict=True)], -1)
-        batch, here, channels = send.shape[1:]
-        sizes = [batch * count * channels for count in counts]
-        flat = exchanged(send.flatten(), [batch * here * channels] * ranks, sizes, self.group)
-        whole = _joined(flat, (batch, channels), counts)
-        own = sum(operand_sizes(self.share))
-        return whole[..., :own], whole[..., own:]
 
-    def _to_tokens(self, y: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """Return y (B, S_r, C) of all heads on this rank's tokens, of this rank's heads on all."""
-        batch, _, channels = y.shape
-        here, ranks = counts[self.place.rank], self.place.ranks
-        flat = torch.cat([part.flatten() for part in torch.split(y, list(counts), 1)])
-        sizes = [batch * count * channels for count in counts]
-        back = exchanged(flat, sizes, [batch * here * channels] * ranks, self.group)
-        return back.view(ranks, batch, here, channels).permute(1, 2, 0, 3).flatten(2)
+def _by_reader(operands: Sequence[Tensor], groups: Sequence[int], ranks: int, dim: int, fills: bool = True) -> Tensor:
+    """Return what each rank reads of operands of so many groups along ``dim``, one rank's after the other's.
+
+    With ``fills`` there are zeros after each rank's, up to what rows of kernels are multiples of.
+    """
+    parts = [_read(x, count, ranks, dim) for x, count in zip(operands, groups, strict=True)]
+    return torch.cat(fused.filled(parts, dim + 1) if fills else parts, dim + 1).flatten(dim, dim + 1)
 
 
-def _by_reader(x: Tensor, groups: int, ranks: int) -> Tensor:
-    """Return the groups of x (B, S, groups * size) that each rank reads, as (ranks, B, S, size of a rank's)."""
+def _read(x: Tensor, groups: int, ranks: int, dim: int) -> Tensor:
+    """Return x with ``dim`` as (ranks, size of a rank's): of fewer groups than ranks, each goes to several."""
     if groups % ranks == 0:
-        return torch.unflatten(x, -1, (ranks, -1)).movedim(2, 0)
-    each = torch.unflatten(x, -1, (groups, 1, -1)).expand(-1, -1, -1, ranks // groups, -1)
-    return each.flatten(2, 3).movedim(2, 0)
-
-
-def _joined(flat: Tensor, sizes: tuple[int, int], counts: tuple[int, ...]) -> Tensor:
-    """Return the parts that ranks sent as one (B, S, C); ``sizes`` are B and C."""
-    batch, channels = sizes
-    if len(set(counts)) == 1:
-        return flat.view(len(counts), batch, counts[0], channels).transpose(0, 1).flatten(1, 2)
-    parts = torch.split(flat, [batch * count * channels for count in counts])
-    return torch.cat([part.view(batch, count, channels) for part, count in zip(parts, counts, strict=True)], 1)
+        return torch.unflatten(x, dim, (ranks, -1))
+    each = torch.unflatten(x, dim, (groups, 1, -1))
+    sizes = list(each.shape)
+    sizes[dim + 1] = ranks // groups
+    return each.expand(sizes).flatten(dim, dim + 1)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from ..cache import NUMBERS, M2RNNCache, States, allocate_cache
 from ..convolution import DepthwiseConv1d
@@ -41,6 +42,11 @@ class HeadParallelM2RNN(nn.Module):
     another class, whose parameters may not be all that it computes with: adapters must be merged first.
     """
 
+    plain_children: ClassVar[Mapping[str, type[nn.Module]]] = {
+        "conv1d": OwnConvolution, "decay_gate": OwnGate, "shared": OwnWeight,
+    }  # fmt: skip
+    parameter_kinds: ClassVar[tuple[type, ...]] = (DTensor,)
+
     def __init__(self, layer: M2RNN, mesh: DeviceMesh, sequence_parallel: bool = False) -> None:
         super().__init__()
         _check_children(layer)
@@ -56,6 +62,7 @@ class HeadParallelM2RNN(nn.Module):
         self.conv_width, self.clip = layer.conv_width, layer.clip
         self.activation, self.round_gate = layer.activation, layer.round_gate
         self.backend: Backend = layer.backend
+        self.fused = layer.fused
         self._share_children(layer, counts)
 
     def _share_children(self, layer: M2RNN, counts: Mapping[str, int]) -> None:
@@ -70,8 +77,9 @@ class HeadParallelM2RNN(nn.Module):
         self.decay_gate = OwnGate(layer.decay_gate, counts["f"], mesh)
         self.shared = OwnWeight(layer, {"w": layer.heads.w}, counts, mesh, name="state_weight")
         self.skip = None if layer.D is None else sharded(layer.D, mesh, Shard(0))
-        self.g_norm = OwnNorm(layer.g_norm, mesh) if isinstance(layer.g_norm, RMSNorm) else nn.Identity()
-        self.output_projection = OwnOutput(layer.output_projection, mesh, self.sequence_parallel)
+        norm = OwnNorm(layer.g_norm, mesh) if isinstance(layer.g_norm, RMSNorm) else None
+        self.g_norm = nn.Identity()  # the output projection has it
+        self.output_projection = OwnOutput(layer.output_projection, norm, mesh, self.sequence_parallel)
         mark_no_weight_decay(self)
 
     @property
@@ -126,13 +134,14 @@ class HeadParallelM2RNN(nn.Module):
 
     def gathered_state_dict(self) -> dict[str, Tensor]:
         """Return the state dict of the layer that this was made of, whole on every rank; all ranks must call it."""
+        norm = self.output_projection.norm
         found = {
             **self.input_projection.gathered("input_projection"),
             **({} if self.conv1d is None else self.conv1d.gathered("conv1d")),
             **self.decay_gate.gathered("decay_gate"),
             "state_weight": self.shared.gathered("shared")["shared.weight"],
             **({} if self.skip is None else {"D": whole(self.skip)}),
-            **({"g_norm.weight": whole(self.g_norm.weight)} if isinstance(self.g_norm, OwnNorm) else {}),
+            **({} if norm is None else {"g_norm.weight": whole(norm.weight)}),
             "output_projection.weight": whole(self.output_projection.weight),
         }
         return {name: x.detach() for name, x in found.items()}

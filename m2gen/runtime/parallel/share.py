@@ -59,14 +59,20 @@ class HeadShare(nn.Module):
         self.heads = HeadCounts(**share(layer.heads._asdict(), place.ranks))
         self._layer = (layer,)  # no child, or its parameters would be here as well
         self.place = place
-        self.total_heads = self.gate_heads = layer.total_heads // place.ranks
+        self.total_heads, self.gate_heads = layer.total_heads // place.ranks, max(layer.gate_heads // place.ranks, 1)
         self.forget_inputs = max(layer.forget_inputs // place.ranks, 1)
         self.hidden_size, self.state_expansion, self.head_dim = layer.hidden_size, layer.state_expansion, layer.head_dim
         self.conv_width, self.clip, self.backend = layer.conv_width, layer.clip, layer.backend
         self.activation, self.round_gate = layer.activation, layer.round_gate
+        self.fused = getattr(layer, "fused", False)
         self.conv1d = None if _plain(layer.conv1d) is None else _Convolution(layer, place)
         self.decay_gate = _Gate(layer, place)
         self.input_projection = self.g_norm = self.output_projection = nn.Identity()
+
+    @property
+    def owner(self) -> Mixer:
+        """The layer, whose children and parameters are read."""
+        return self._layer[0]
 
     @property
     def state_weight(self) -> Tensor:
@@ -94,17 +100,32 @@ class _Convolution(nn.Module):
         super().__init__()
         self._layer, self.place = (layer,), place
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Do what ``DepthwiseConv1d.forward`` does."""
-        (layer,) = self._layer
-        found = _plain(layer.conv1d)
-        assert found is not None
-        weight, bias = found.weight, found.bias
+    @property
+    def weight(self) -> Tensor:
+        """The rows of the weight."""
+        weight = self._found.weight
         if isinstance(weight, DTensor):
             raise TypeError("M2RNN: conv1d must be sharded with its layer, which reads its rows, and not by itself")
-        return depthwise(x, self._own(layer, weight), None if bias is None else self._own(layer, bias))
+        return self._own(weight)
 
-    def _own(self, layer: Mixer, x: Tensor) -> Tensor:
+    @property
+    def bias(self) -> Tensor | None:
+        """The rows of the bias, None without one."""
+        bias = self._found.bias
+        return None if bias is None else self._own(bias)
+
+    @property
+    def _found(self) -> DepthwiseConv1d | OwnConvolution:
+        found = _plain(self._layer[0].conv1d)
+        assert found is not None
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Do what ``DepthwiseConv1d.forward`` does."""
+        return depthwise(x, self.weight, self.bias)
+
+    def _own(self, x: Tensor) -> Tensor:
+        (layer,) = self._layer
         roles = zip(torch.split(x, list(operand_sizes(layer))), layer.heads, strict=False)
         return torch.cat([rows_of(part, count, self.place) for part, count in roles])
 

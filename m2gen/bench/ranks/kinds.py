@@ -1,0 +1,32 @@
+"""How a layer may lie over ranks; imports nothing that takes a while."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Form(StrEnum):
+    """How a layer lies over ranks."""
+
+    ONE = "one"
+    """Not at all: one rank does all the work."""
+    HEADS = "heads"
+    """Heads over ranks; tokens are whole on each."""
+    HEADS_TOKENS = "heads_tokens"
+    """Heads over ranks, and tokens outside the layer: gathered before it, sums scattered after it."""
+    EXCHANGE = "exchange"
+    """Tokens over ranks, exchanged for heads and back."""
+    PIPELINE = "pipeline"
+    """Tokens over ranks, which hand states on."""
+    BOTH = "both"
+    """Heads over pairs of ranks, and tokens over the others, exchanged for heads."""
+
+    @property
+    def shares_tokens(self) -> bool:
+        """Whether each rank has its part of the tokens outside the layer."""
+        return self in (Form.HEADS_TOKENS, Form.EXCHANGE, Form.PIPELINE, Form.BOTH)
+
+    @property
+    def packs(self) -> bool:
+        """Whether sequences may be packed."""
+        return self is not Form.PIPELINE

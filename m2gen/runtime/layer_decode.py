@@ -1,0 +1,143 @@
+"""The layer on one token of each sequence: an aligned projection, and one kernel up to the output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import built, dispatch, launches, layer_op, transforms
+from .layer_launches import LayerKernels
+from .memory import check_written
+from .room import widened
+from .transforms import Rules
+
+
+class StepParameters(NamedTuple):
+    """Tensors that the operator takes, in their order; None where a layer has none."""
+
+    x: Tensor
+    """A token of each sequence, (B, hidden)."""
+    weight: Tensor
+    """The input projection's, (P, hidden)."""
+    bias: Tensor | None
+    conv_weight: Tensor | None
+    conv_bias: Tensor | None
+    state_weight: Tensor
+    A_log: Tensor
+    dt_bias: Tensor
+    skip: Tensor | None
+    """D of the layer, (N, V)."""
+    norm_weight: Tensor | None
+    conv: Tensor
+    """Inputs of the convolution, (slots, width - 1, channels), written in place."""
+    state: Tensor
+    """States of the recurrence, (slots, N, K, V), written in place."""
+    indices: Tensor | None
+    """Slots of the sequences, (B,), negative for those that are left out; 0, 1, ... if None."""
+    out_indices: Tensor | None
+    """Slots that are written, (B,); those that are read if None."""
+
+
+class StepSettings(NamedTuple):
+    """Numbers that the operator takes, in their order."""
+
+    dims: Sequence[int]
+    """K and V, then the heads of q, k, v, f and w."""
+    silu: bool
+    rounds: bool
+    """Whether the gate is rounded to the projection's dtype."""
+    norm: bool
+    eps: float
+
+
+COUNT = len(StepParameters._fields)
+WRITTEN, AFTER = StepParameters._fields.index("conv"), StepParameters._fields.index("indices")
+"""Arguments that are written begin and end here."""
+SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? conv_weight, Tensor? conv_bias, Tensor state_weight, Tensor A_log,"
+    " Tensor dt_bias, Tensor? skip, Tensor? norm_weight, Tensor(a!) conv, Tensor(b!) state, Tensor? indices,"
+    " Tensor? out_indices, int[] dims, bool silu, bool rounds, bool norm, float eps) -> Tensor"
+)
+
+
+def decode(p: StepParameters, settings: StepSettings) -> Tensor:
+    """Advance the states by a token of each sequence in place; return the output projection's input, (B, N V)."""
+    settings = settings._replace(dims=tuple(settings.dims))
+    rows = projected(p.x, p.weight, p.bias)
+    call = layer_op.call_like((rows, *p[3:]), ("decode", settings))
+    addresses = (p.conv.data_ptr(), p.state.data_ptr())
+    if not p.state.is_meta and (call.places is None or call.places.meet(addresses)):
+        call.places = check_written("M2RNN", "cache.state", p.state, {"cache.conv": p.conv}, call.places)
+    kernels = LayerKernels(dispatch.layer_kernels(settings.dims, rows.device), call.launches)
+    plan, batch = kernels.plan, rows.shape[0]
+    (parts, warps, size), width = plan.decode, 0 if p.conv_weight is None else p.conv_weight.shape[-1]
+    forget = plan.channels
+    scratch = rows.new_empty(batch * parts, size, dtype=torch.float32)
+    r = rows.new_empty(batch, plan.inner, dtype=torch.float32)
+    turns, out = rows.new_zeros(batch, dtype=torch.int32), rows.new_empty(batch, plan.inner)
+    kernels.launch(
+        "decode", batch * parts, warps,
+        (rows, p.conv_weight, p.conv_bias, p.state_weight, p.A_log, p.dt_bias, p.skip, p.norm_weight, p.conv, p.state,
+         p.indices, p.out_indices, turns, scratch, r, out),
+        (settings.eps, forget, forget + settings.dims[5], rows.stride(0), *p.conv.stride(), *p.state.stride()),
+        WIDTH=width, SILU=settings.silu, ROUNDS=settings.rounds, NORM=settings.norm, NW=settings.dims[6],
+        APPROXIMATE=approximates(rows.device),
+    )  # fmt: skip
+    return out
+
+
+def approximates(device: torch.device) -> bool:
+    """Whether tanh is the one that NVIDIA's GPUs have, where the spec allows it."""
+    return built.APPROXIMATE and device.type == "cuda" and torch.version.hip is None
+
+
+def projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return x weight^T + bias (B, P), in rows of a multiple of ``ROW`` columns where parameters have the room."""
+    wide, wide_bias = widened(weight), None if bias is None else widened(bias)
+    if wide is None or (bias is not None and wide_bias is None):
+        return F.linear(x, weight, bias)
+    return F.linear(x, wide, wide_bias)[:, : weight.shape[0]]
+
+
+def kernel(*arguments: Any) -> Tensor:
+    """Do what the operator does with tensors of any strides, as compilers and transforms leave them."""
+    p, settings = StepParameters(*arguments[:COUNT]), StepSettings(*arguments[COUNT:])
+    kept = (p.x, p.conv, p.state)
+    tensors: list[Any] = [x if x is None or any(x is y for y in kept) else x.contiguous() for x in p]
+    dense = StepParameters(*tensors)
+    out: Tensor = launches.on_device(decode, p.x.get_device(), (dense, settings))
+    return out
+
+
+def rules(operator: transforms.Operator) -> Rules:
+    """Return the operator's rules, which has no gradients."""
+
+    def autograd(*arguments: Any) -> Any:
+        transforms.refuse_tangents("M2RNN", arguments)
+        if transforms.wants_gradient(arguments):
+            raise RuntimeError("M2RNN: a cache has no gradients; call under torch.no_grad(), or use scan")
+        with transforms.below():
+            return operator(*arguments)
+
+    def mapped(info: transforms.MapInfo, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+        if None in in_dims[WRITTEN:AFTER]:
+            raise RuntimeError("M2RNN: both states must be mapped by vmap where another operand is: they are written")
+        return transforms.one_by_one(operator)(info, in_dims, *arguments)
+
+    return Rules(kernel, autograd, mapped, _fake, _flops)
+
+
+def _fake(*arguments: Any) -> Tensor:
+    p, settings = StepParameters(*arguments[:COUNT]), StepSettings(*arguments[COUNT:])
+    return p.x.new_empty(p.x.shape[0], settings.dims[4] * settings.dims[1])
+
+
+def _flops(x: Tensor, weight: Tensor, *arguments: Any, **_: Any) -> int:
+    """Count the projection's product, and H W, k v^T and H^T q of every head."""
+    rows, cols, *heads = arguments[COUNT - 2]
+    total: int = 2 * x.shape[0] * (weight.numel() + max(heads) * rows * cols * (cols + 2))
+    return total
