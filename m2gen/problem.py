@@ -81,6 +81,13 @@ class Problem:
         return (self.batch, self.seq) if self.lengths is None else (sum(self.lengths),)
 
 
+def packed_problem(sequences: int, longest: int) -> Problem:
+    """Return a packed call of sequences of 1 to ``longest`` tokens, the same lengths on every machine."""
+    generator = torch.Generator().manual_seed(sequences)
+    lengths = torch.randint(1, longest + 1, (sequences,), generator=generator).tolist()
+    return Problem(0, 0, lengths=tuple(lengths))
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The operands of one call, and the gradients of its results."""

@@ -28,7 +28,7 @@ ALLOWED: dict[str, str] = {
     "spec": "errors",
     "variant": "spec",
     "problem": "spec variant",
-    "schedule": "device errors spec variant",
+    "schedule": "bucket device errors spec variant",
     "kernels": "cache device errors runtime schedule spec variant",
     "db": "bucket device errors kernels schedule spec variant",
     "package": "bucket db device errors kernels spec variant",

@@ -34,6 +34,7 @@ class TimedCall:
     """Either ``default`` or ``tuned``."""
     what: str
     """One of the keys of ``SAMPLES``."""
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class Baseline:
 
     def has(self, workload: BenchWorkload) -> bool:
         """Return whether there is a time of a workload."""
-        asked = (workload.variant.key, workload.call, workload.batch, workload.seq)
-        return any((place.variant, place.call, place.batch, place.seq) == asked for place in self.times)
+        asked = (workload.variant.key, workload.call, workload.batch, workload.seq, workload.packed)
+        return any((place.variant, place.call, place.batch, place.seq, place.packed) == asked for place in self.times)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def baseline(path: Path, here: Environment) -> Baseline:
     for row in read.rows:
         for what, found in (("forward", row.forward), ("forward+backward", row.step)):
             if found is not None and row.implementation in ("default", "tuned") and not row.failure:
-                place = TimedCall(row.variant, row.call, row.batch, row.seq, row.implementation, what)
+                place = TimedCall(row.variant, row.call, row.batch, row.seq, row.implementation, what, row.packed)
                 times.setdefault(place, found.estimate)
     return Baseline(here.device, times, (_toolchain(read.environment),))
 
@@ -127,7 +128,8 @@ def compare(results: Sequence[Result], before: Baseline, seed: int = 0) -> list[
     for name in ("default", "tuned"):
         arms = by_name.get(name) or by_name.get("default", [])
         for what in SAMPLES:
-            place = TimedCall(workload.variant.key, workload.call, workload.batch, workload.seq, name, what)
+            sizes = (workload.variant.key, workload.call, workload.batch, workload.seq)
+            place = TimedCall(*sizes, name, what, workload.packed)
             if arms and place in before.times:
                 found.append(_comparison(arms, place, before.times[place], seed))
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 from m2gen.bench.entries import BenchWorkload, Entry, TimerResult
 from m2gen.bench.operators import Stepper, sequence_operator, stepper
 from m2gen.measure.clock import Clock, Replay, aside, peak_bytes
-from m2gen.problem import Inputs, Problem, make_inputs
+from m2gen.problem import Inputs, Problem, make_inputs, packed_problem
 from m2gen.verify import Case, Operator
 from m2gen.verify.oracle import OPERANDS, call, gate_of, named_operands
 
@@ -57,7 +57,7 @@ class _Training:
     def __init__(self, operator: Operator, inputs: Inputs) -> None:
         self._operator, self._inputs = operator, inputs
         self._leaves = {name: x.detach().requires_grad_() for name, x in named_operands(inputs).items()}
-        self._case = Case("timed", Problem(*inputs.q.shape[:2]))
+        self._case = Case("timed", Problem(*inputs.q.shape[:2]))  # of which a call takes the bound alone
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Run forward without gradients, which saves nothing."""
@@ -100,6 +100,8 @@ def _inputs(workload: BenchWorkload, device: torch.device) -> Inputs:
 def _drawn(workload: BenchWorkload, device: torch.device) -> Inputs:
     """Return inputs of the workload's size, for decoding with states of its dtype."""
     problem = Problem(workload.batch, workload.seq, initial_state=workload.call.decodes)
+    if workload.packed:
+        problem = packed_problem(workload.batch, workload.seq)
     inputs = make_inputs(workload.variant, problem, seed=0).to(device)
     if not workload.call.narrow_state or inputs.initial_state is None:
         return inputs
@@ -112,7 +114,7 @@ def host_us(entry: Entry, device: torch.device) -> float | None:
     It is the least of ``TIMINGS``, as timeit advises: whatever else the host does only adds to it. None if the
     implementation is not generated.
     """
-    workload, implementation = replace(entry.workload, batch=1, seq=1), entry.implementation
+    workload, implementation = replace(entry.workload, batch=1, seq=1, packed=False), entry.implementation
     if not implementation.kind.generated:
         return None
     inputs = _drawn(workload, device)

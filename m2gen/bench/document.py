@@ -47,6 +47,8 @@ class Row:
     arm: int = 0
     unverified: str = ""
     """Why the check failed of an implementation that was timed all the same."""
+    packed: bool = False
+    """Whether ``batch`` sequences of 1 to ``seq`` tokens were packed."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def row_of(result: Result) -> Row:
         str(found.failure or ""),
         entry.arm,
         str(found.unverified or ""),
+        workload.packed,
     )
 
 
@@ -125,7 +128,7 @@ def speed_ups(rows: Sequence[Row]) -> list[float | None]:
 
 
 def _place(row: Row) -> tuple[object, ...]:
-    return (row.layer, row.variant, row.call, row.batch, row.seq)
+    return (row.layer, row.variant, row.call, row.batch, row.seq, row.packed)
 
 
 def _speed_up(row: Row, base: Row | None) -> float | None:
@@ -142,7 +145,8 @@ def dump(document: Document) -> dict[str, Any]:
     rows = []
     for row, speed in zip(document.rows, speed_ups(document.rows), strict=True):
         parts = {name: times.parts for name in ("forward", "step") if (times := getattr(row, name)) is not None}
-        rows.append({**asdict(row), "speed_up": speed, "parts_of_floors": parts})
+        values = {name: value for name, value in asdict(row).items() if name != "packed" or row.packed}
+        rows.append({**values, "speed_up": speed, "parts_of_floors": parts})
     return {**asdict(document), "rows": rows}
 
 

@@ -13,8 +13,10 @@ from m2gen.schedule import Schedule
 from m2gen.variant import Variant
 
 
-def sized(call: Call, batch: int, seq: int) -> str:
+def sized(call: Call, batch: int, seq: int, packed: bool = False) -> str:
     """Return the size of a call as tables and progress show it."""
+    if packed:
+        return f"{batch} packed, S1 to {seq}"
     if not call.decodes:
         return f"B{batch} S{seq}"
     return f"B{batch} token" + (", bf16 state" if call.narrow_state else "")
@@ -29,10 +31,12 @@ class BenchWorkload:
     batch: int
     seq: int
     call: Call = Call.SEQUENCE
+    packed: bool = False
+    """Whether the batch's sequences are packed, of seeded lengths from 1 to ``seq``."""
 
     @property
     def name(self) -> str:
-        return f"{self.layer} {self.variant.dtype} {sized(self.call, self.batch, self.seq)}"
+        return f"{self.layer} {self.variant.dtype} {sized(self.call, self.batch, self.seq, self.packed)}"
 
 
 @dataclass(frozen=True)

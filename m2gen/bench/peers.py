@@ -7,9 +7,10 @@ An adapter takes a variant and returns a function with the signature of ``m2rnn`
         return lambda q, k, v, weight, forget, initial_state, cu_seqlens, clip: scan(q, k, v, weight, forget, clip)
 
 q (B, S, Nq, K), k (B, S, Nk, K), v (B, S, Nv, V), weight (Nw, V, V), forget (B, S, Nf) in, y (B, S, N, V) and the final
-state (B, N, K, V) in float32 out; ``initial_state`` and ``cu_seqlens`` are None. A variant that computes its gate also
-gets ``A_log`` and ``dt_bias``. The call must be differentiable and capturable in a CUDA graph. An installed package
-registers its adapter as an entry point of the group ``m2gen.bench``; ``m2gen bench --peer module:function`` names one.
+state (B, N, K, V) in float32 out; ``initial_state`` is None, and so is ``cu_seqlens`` unless a workload is packed: then
+tensors have (T,) in place of (B, S). A variant that computes its gate also gets ``A_log`` and ``dt_bias``. The call
+must be differentiable and capturable in a CUDA graph. An installed package registers its adapter as an entry point of
+the group ``m2gen.bench``; ``m2gen bench --peer module:function`` names one.
 """
 
 from __future__ import annotations

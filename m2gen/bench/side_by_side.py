@@ -106,6 +106,12 @@ def floors(entry: Entry, device: Device, *, training: bool) -> dict[str, float]:
     if workload.call.decodes:
         work = decoding_work(workload.variant, workload.batch, 2 if workload.call.narrow_state else 4)
     else:
-        sizes = (workload.batch, workload.seq)
+        sizes = (1, _tokens(workload)) if workload.packed else (workload.batch, workload.seq)
         work = work_of(workload.variant, entry.implementation.schedule, sizes, training=training)
     return floors_ms(work, peaks, device.sm_count, workload.variant)
+
+
+def _tokens(workload: BenchWorkload) -> int:
+    from m2gen.problem import packed_problem
+
+    return sum(packed_problem(workload.batch, workload.seq).lengths or ())

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from m2gen.cli.complete import complete_asked, complete_device, complete_spec, complete_target
+from m2gen.cli.learn import EPILOG, learn
 from m2gen.cli.options import (
     DbOption,
     DebugOption,
@@ -133,3 +134,4 @@ db_app.command()(export)
 db_app.command("import", epilog=POLICY)(import_)
 db_app.command()(verify)
 db_app.command()(replay)
+db_app.command(epilog=EPILOG)(learn)

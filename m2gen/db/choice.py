@@ -73,20 +73,15 @@ def choose(built: BuiltVariant, device: Device, objective: Objective, records: I
     records = tuple(records)
     product = usual_device(records, device.arch)
     same = [record for record in records if record.key.variant == built.variant.key]
-    buckets: dict[tuple[Tier, Record | None], list[Bucket]] = {}
+    buckets: dict[tuple[Schedule, Tier, Record | None], list[Bucket]] = {}
     for bucket in BUCKETS:
         served = look_up(same, Query(built.variant.key, objective, device.arch, product, bucket))
-        buckets.setdefault((served.tier, served.record), []).append(bucket)
+        record = served.record
+        schedule = default(built.variant, device, bucket) if record is None else record.schedule
+        buckets.setdefault((schedule, served.tier, record), []).append(bucket)
     return tuple(
-        Choice(
-            built,
-            device,
-            default(built.variant, device) if record is None else record.schedule,
-            tier,
-            record,
-            tuple(having),
-        )
-        for (tier, record), having in buckets.items()
+        Choice(built, device, schedule, tier, record, tuple(having))
+        for (schedule, tier, record), having in buckets.items()
     )
 
 

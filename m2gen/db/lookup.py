@@ -23,7 +23,7 @@ class Tier(StrEnum):
     ARCH = "arch"
     """The record is of another device of the arch."""
     DEFAULT = "default"
-    """No record can serve; the heuristic's schedule does."""
+    """No record can serve; the default schedule does."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Hashable, Iterable
 from functools import cache
 
+from m2gen.bucket import Bucket
 from m2gen.db.fields import POLICY
 from m2gen.db.record import Record
 from m2gen.device import limits
@@ -38,13 +39,13 @@ def flag(record: Record, triton: str) -> str:
 
 
 @cache
-def _default(variant: str, arch: str) -> Schedule:
-    return default(parse_variant(variant), limits(arch))
+def _default(variant: str, arch: str, bucket: Bucket) -> Schedule:
+    return default(parse_variant(variant), limits(arch), bucket)
 
 
 def is_default(record: Record) -> bool:
     """Return whether the record's schedule would also serve without it."""
-    return record.schedule == _default(record.key.variant, record.environment.arch)
+    return record.schedule == _default(record.key.variant, record.environment.arch, record.key.bucket)
 
 
 def _version(text: str) -> tuple[int, ...]:

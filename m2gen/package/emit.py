@@ -17,6 +17,7 @@ from m2gen.errors import EmitError
 from m2gen.kernels.layer import layer_of, layers_of, render_layer
 from m2gen.kernels.literals import Code
 from m2gen.kernels.lowering import Lowering
+from m2gen.kernels.pool import pools_of, render_pool
 from m2gen.kernels.render import render_kernel, render_template, template_hash
 from m2gen.package.copies import BUILT, built, copied, runtime_hash, sources
 from m2gen.package.owned import hashes
@@ -129,6 +130,8 @@ def _kernel_files(origin: Origin, choices: Iterable[Choice]) -> dict[str, str]:
         files[f"kernels/{module}.py"] = render_kernel(Lowering(users[0].variant, users[0].schedule), provenance)
     for name, k in layers_of(choice.variant for choice in choices).items():
         files[f"kernels/{name}.py"] = render_layer(k, origin.header())
+    for pool in pools_of(choice.variant for choice in choices).values():
+        files[f"kernels/{pool.name}.py"] = render_pool(pool, origin.header())
     return files
 
 
@@ -157,6 +160,7 @@ def _facts(origin: Origin, namespace: str, variants: list[BuiltVariant], choices
             for arch, table in tables.items()
         },
         "LAYER_KERNELS": _layer_kernels(variants),
+        "POOL_KERNELS": {dims: k.name for dims, k in pools_of(having.variant for having in variants).items()},
         "HALVES": HALVES,
         "PORTABLE_SMS": PORTABLE.sm_count,
     }

@@ -23,7 +23,7 @@ from m2gen.measure import lock
 from m2gen.measure.context import this_context
 from m2gen.measure.workers import Worker
 from m2gen.pipeline.plan import Plan, Progress, relevant, render
-from m2gen.schedule import default
+from m2gen.schedule import Family, default
 from m2gen.variant import BuiltVariant
 
 
@@ -79,7 +79,8 @@ class _Implementations:
         variant, kinds = workload.variant, self.request.kinds
         base, *others = (self._generated(kind, workload) for kind in self.plans)
         loops = [Implementation(kind, default(variant, self.context.device)) for kind in (Kind.EAGER, Kind.COMPILED)]
-        found = [base, *(other for other in others if other.schedule != base.schedule), *loops]
+        found = [base, *(other for other in others if _adds(other, base))]
+        found += [] if workload.packed else loops  # which have no offsets
         if workload.call is Call.SEQUENCE:
             named = peers(self.request.peers).items()
             peer = Implementation(Kind.PEER, base.schedule, timing_only=self.request.timing_only)
@@ -105,6 +106,13 @@ class _Implementations:
             progress.finish()
 
 
+def _adds(other: Implementation, base: Implementation) -> bool:
+    """Whether a package is worth timing beside that of defaults: portable kernels only where those have others."""
+    if other.kind is Kind.PORTABLE:
+        return base.schedule.family is not Family.PORTABLE
+    return other.schedule != base.schedule
+
+
 def _implementations(planned: Plan, context: BenchContext, request: BenchRequest) -> _Implementations:
     plans = {Kind.DEFAULT: planned.without_records(), Kind.PORTABLE: planned.portable(), Kind.TUNED: planned}
     asked = {kind: plan for kind, plan in plans.items() if kind in (Kind.DEFAULT, *request.kinds)}
@@ -122,7 +130,9 @@ def workloads(planned: Plan, request: BenchRequest) -> list[BenchWorkload]:
         if name in layers and layers[name].workloads
     ]
     sequences = [
-        BenchWorkload(name, variant, w.batch, w.seq) for name, variant in named for w in layers[name].workloads
+        BenchWorkload(name, variant, w.batch, w.seq, packed=w.packed)
+        for name, variant in named
+        for w in layers[name].workloads
     ]
     decoding = [
         BenchWorkload(name, variant, batch, 1, call)
@@ -155,7 +165,7 @@ def sweep(
 
     Yields the results so far after each point, so that an interruption loses none.
     """
-    base = workloads(planned, request)[0]
+    base = replace(workloads(planned, request)[0], packed=False)  # a point's sequences have one length
     widest = replace(base.variant, state_expansion=ROWS[-1])
     every = points(axis, base, context.device.sm_count, default(widest, context.device).forward.rows)
     built = [BuiltVariant(variant, (base.layer,)) for variant in dict.fromkeys(p.workload.variant for p in every)]

@@ -68,11 +68,12 @@ def layer_workloads(planned: Plan, request: LayersRequest) -> list[LayerWorkload
             layer = layers.get(name)
             if layer is None or layer.hidden is None:
                 continue
-            sizes = [(w.batch, w.seq, Call.SEQUENCE) for w in layer.workloads]
-            sizes += [(batch, w.seq, Call.DECODE) for batch in request.decode for w in layer.workloads[:1]]
+            dense = [w for w in layer.workloads if not w.packed]
+            sizes = [(w.batch, w.seq, Call.SEQUENCE) for w in dense]
+            sizes += [(batch, w.seq, Call.DECODE) for batch in request.decode for w in dense[:1]]
             found += [LayerWorkload(name, built.variant, layer.hidden, *size) for size in sizes]
     if not found:
-        raise UsageError("the spec must have layers with hidden and workloads to be timed, got none")
+        raise UsageError("the spec must have layers with hidden and unpacked workloads to be timed, got none")
     return found
 
 

@@ -69,9 +69,9 @@ class Plan:
 
     def portable(self) -> Plan:
         """Return the plan of the portable family's default schedules."""
-        plain = self.without_records()
-        chosen = (replace(c, schedule=Portable.default(c.variant, c.device)) for c in plain.choices)
-        return replace(plain, choices=tuple(chosen))
+        pairs = dict.fromkeys((choice.built, choice.device) for choice in self.choices)
+        chosen = (Choice(built, device, Portable.default(built.variant, device)) for built, device in pairs)
+        return replace(self, choices=tuple(chosen))
 
     def uniform(self) -> tuple[Plan, ...]:
         """Return plans in which a variant has one schedule for all calls, and which together have every schedule.

@@ -125,7 +125,7 @@ def replay(record: Record, context: TuningContext, progress: Progress) -> Replay
     if reason:
         raise UsageError(f"record {record.id} must be one that can be measured here, got: {reason}")
     subject = _subject(record, context)
-    base = default(subject.variant, context.device)
+    base = default(subject.variant, context.device, subject.bucket)
     schedules = list(dict.fromkeys((record.schedule, base)))
     with lock.exclusive(context.gpu):
         samples = _timed(subject, schedules, context, progress)

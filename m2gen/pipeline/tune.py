@@ -85,6 +85,8 @@ def goals(planned: Plan, request: TuneRequest, device: Device) -> list[Goal]:
     for built in planned.variants:
         for name in built.layers:
             for workload in layers[name].workloads if name in layers else ():
+                if workload.packed:
+                    continue
                 objective = request.objective or planned.spec.tuning.objective
                 sizes = (workload.batch, workload.seq, request.memory)
                 subject = Subject(built.variant, device, objective, *sizes)
@@ -158,7 +160,8 @@ def _tune_one(
     sampler = None if _exhaustive(space, limits, context) else request.sampler
     first = seeds(subject, environment, every)
     if sampler is Sampler.TPE:
-        first += [(point, "tile") for point in tiles(defaults(subject.variant, subject.device), space.points)]
+        starts = defaults(subject.variant, subject.device, subject.bucket)
+        first += [(point, "tile") for point in tiles(starts, space.points)]
         first += [(point, "neighbour") for point in neighbours(first[0][0], space.points)]
     proposer = Proposer(space.points, first, sampler, request.seed)
     with _ledger(subject, request, context) as ledger:
@@ -190,5 +193,18 @@ def _ledger(subject: Subject, request: TuneRequest, context: TuningContext) -> A
 
         return closing(open_study(request.storage, name, context.worker, fresh=request.fresh))
     path = cache_dir() / "tune" / f"{subject.variant.key}-{name[:12]}.jsonl"
-    header = {"variant": subject.variant.key, "batch": subject.batch, "seq": subject.seq, "study": name}
-    return closing(Journal(path, header, fresh=request.fresh))
+    return closing(Journal(path, header_of(subject, context), fresh=request.fresh))
+
+
+def header_of(subject: Subject, context: TuningContext) -> dict[str, object]:
+    """Return the first line of a search's journal: its problem and GPU, which is all that learning asks of it."""
+    problem = {"variant": subject.variant.key, "batch": subject.batch, "seq": subject.seq}
+    here = context.environment
+    return {
+        **problem,
+        "objective": subject.objective,
+        "arch": here.arch,
+        "device": here.device,
+        "sm_count": here.sm_count,
+        "study": study_name(subject, context),
+    }

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import TypeAlias
 
 import torch
 from torch.autograd import forward_ad
@@ -15,6 +16,8 @@ from .operands import Tensors, check_operands
 _PASSED: dict[Hashable, KnownCall] = {}
 """Calls that passed, by what checks and launches depend on; saves most of the time that a call takes of the host."""
 _MOST_PASSED = 4096
+Look: TypeAlias = Callable[[str, tuple[str, ...], Tensors, bool], None]
+"""Raises an error for the first thing wrong with a caller's tensors."""
 
 
 def checked_bound(clip: float | None) -> float:
@@ -28,30 +31,39 @@ def checked_bound(clip: float | None) -> float:
     return bound
 
 
-def check(caller: str, lead: tuple[str, ...], tensors: Tensors, compiled: bool = True) -> KnownCall | None:
+def check(
+    caller: str,
+    lead: tuple[str, ...],
+    tensors: Tensors,
+    compiled: bool = True,
+    look: Look = check_operands,
+    writes: bool = False,
+) -> KnownCall | None:
     """Raise one error for the first thing wrong with ``tensors``, by argument name, of a call with ``lead`` dims.
 
-    Without ``compiled`` kernels, as for the reference, any floating-point dtype and any variant will do. Returns what
-    is known of such calls, or None for one that must go through torch's dispatcher: under a compiler, a tracer, a mode,
-    a transform or a profiler, or with tensors that have no memory.
+    Without ``compiled`` kernels, as for the reference, any floating-point dtype and any variant will do. ``look`` is
+    what looks at the tensors, the last of which the call ``writes``. Returns what is known of such calls, or None for
+    one that must go through torch's dispatcher: under a compiler, a tracer, a mode, a transform or a profiler, or with
+    tensors that have no memory.
     """
     addresses: list[int] = []
     watched = torch.compiler.is_compiling() or _watched()
     facts = None if watched else _facts(caller, lead, tensors, compiled, addresses)
     if facts is None:
-        check_operands(caller, lead, tensors, compiled)
+        look(caller, lead, tensors, compiled)
         return None
     call = _PASSED.get(facts)
     if call is None:
-        check_operands(caller, lead, tensors, compiled)
+        look(caller, lead, tensors, compiled)
         if tensors["q"].is_meta:
             return None
         if len(_PASSED) >= _MOST_PASSED:
             _PASSED.clear()
         call = _PASSED[facts] = KnownCall()
-    if caller == "m2rnn_step" and (call.places is None or call.places.meet(addresses)):
+    if writes and (call.places is None or call.places.meet(addresses)):
         read = dict(tensors)
-        call.places = memory.check_written(caller, "state", read.pop("state"), read, call.places)
+        name, written = read.popitem()
+        call.places = memory.check_written(caller, name, written, read, call.places)
     return call
 
 
@@ -82,7 +94,7 @@ def _facts(
 
     ``addresses`` gets those of the tensors, in order; 0 for those that are not there.
     """
-    facts: list[Hashable] = [caller, len(lead), compiled]
+    facts: list[Hashable] = [caller, len(lead), compiled, len(tensors)]
     for x in tensors.values():
         if x is None:
             facts.append(None)

@@ -37,15 +37,16 @@ def _loaded(tables: Mapping[str, Mapping[str, tuple[str, ...]]]) -> Mapping[str,
 KERNELS = _loaded(built.KERNELS)
 
 
-def _layers_loaded(table: Mapping[tuple[int, ...], str]) -> Mapping[tuple[int, ...], ModuleType]:
-    """Do for the kernels around the recurrence what ``_loaded`` does."""
-    if not hasattr(SPACE, "layer_kernels"):
-        SPACE.layer_kernels = {key: load(f"{__package__}.kernels.{name}") for key, name in table.items()}
-    kernels: Mapping[tuple[int, ...], ModuleType] = SPACE.layer_kernels
+def _loaded_by_dims(kind: str, table: Mapping[tuple[int, ...], str]) -> Mapping[tuple[int, ...], ModuleType]:
+    """Do for kernels that depend on dims and heads alone what ``_loaded`` does."""
+    if not hasattr(SPACE, kind):
+        setattr(SPACE, kind, {key: load(f"{__package__}.kernels.{name}") for key, name in table.items()})
+    kernels: Mapping[tuple[int, ...], ModuleType] = getattr(SPACE, kind)
     return kernels
 
 
-LAYER_KERNELS = _layers_loaded(built.LAYER_KERNELS)
+LAYER_KERNELS = _loaded_by_dims("layer_kernels", built.LAYER_KERNELS)
+POOL_KERNELS = _loaded_by_dims("pool_kernels", built.POOL_KERNELS)
 
 
 @functools.cache
@@ -125,6 +126,12 @@ def _layer_kernels(dims: tuple[int, ...], device: torch.device) -> ModuleType:
     if arch != "portable":
         compiled.provide((LAYER_KERNELS[dims],), arch)
     return LAYER_KERNELS[dims]
+
+
+def pool_kernels(dims: Sequence[int], device: torch.device) -> ModuleType:
+    """Return the kernels on pools of K, V and heads; they are the same for every arch and dtype."""
+    device_of(device)  # raises where no kernel runs
+    return POOL_KERNELS[tuple(dims)]
 
 
 def _of_bucket(kernels: Kernels, most: Sequence[int], q: Tensor, cu_seqlens: Tensor | None) -> ModuleType:

@@ -112,7 +112,7 @@ def _is_read(owner: Any, x: Tensor) -> bool:
         if module is not None:
             if not plain(module, kind):
                 return False
-            parameters += module.parameters()
+            parameters += list(module.parameters())  # a list: torch.compile of torch 2.11 adds no generators
     return all(_is_there(p, x, owner.parameter_kinds) for p in parameters)
 
 

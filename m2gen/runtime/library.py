@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import built, checks, fakes, flops, launches, layer_library, memory, transforms
+from . import built, checks, fakes, flops, launches, layer_library, memory, pool_library, transforms
 from .snapshot import snapshot
 
 SPACE = built.SPACE
@@ -31,10 +31,18 @@ class Operators(Protocol):
     STEP: Callable[..., Tensor]
     LAYER: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
     LAYER_STEP: Callable[..., Tensor]
+    POOL_STEPS: Callable[..., Tensor]
+    POOL_GATHER: Callable[..., Tensor]
+    POOL_SCAN: Callable[..., tuple[Tensor, Tensor]]
+    POOL_SCATTER: Callable[..., None]
 
     @property
     def launches(self) -> Launches:
         """The same calls without torch's dispatcher."""
+
+    @property
+    def pool_library(self) -> PoolLibrary:
+        """The module of the operators on pools of states."""
 
 
 class Launches(Protocol):
@@ -42,6 +50,22 @@ class Launches(Protocol):
 
     forward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     step: Callable[..., Tensor]
+
+
+class PoolLibrary(Protocol):
+    """Modules of ``pool_library`` that ``pools`` uses."""
+
+    @property
+    def pool_launches(self) -> PoolLaunches:
+        """Calls on pools without torch's dispatcher."""
+
+
+class PoolLaunches(Protocol):
+    """Functions of ``pool_launches`` that ``pools`` calls."""
+
+    steps: Callable[..., Tensor]
+    gather: Callable[..., Tensor]
+    scatter: Callable[..., None]
 
 
 def _dense(x: Tensor | None) -> Tensor | None:
@@ -144,7 +168,7 @@ _SCHEMAS = {
     " bool[] wanted, bool deterministic) -> Tensor[]",
     "step": f"({_OPERANDS}, Tensor(a!) state) -> Tensor",
 }
-_IN_PLACE = ("step", "layer_step")
+_IN_PLACE = ("step", "layer_step", *pool_library.SCHEMAS)
 """Operators whose arguments must come as they are; compilers may lay out those of others."""
 
 
@@ -161,7 +185,9 @@ def implement(library: Any) -> None:
         name: transforms.Rules(kernel, gradients[name], mapped[name], getattr(fakes, name), getattr(flops, name))
         for name, kernel in kernels.items()
     }
-    for name, rule in (rules | layer_library.rules(LAYER, LAYER_BACKWARD, LAYER_STEP)).items():
+    rules |= layer_library.rules(LAYER, LAYER_BACKWARD, LAYER_STEP)
+    rules |= pool_library.rules({name: getattr(SPACE, name).default for name in pool_library.SCHEMAS})
+    for name, rule in rules.items():
         for key in ("CPU", "CUDA"):
             library.impl(name, rule.kernel, key)
         library.impl(name, rule.gradient, "Autograd")
@@ -180,7 +206,7 @@ def launched() -> Mapping[Any, Callable[..., Any]]:
 def _defined() -> Any:
     """Define the operators, which torch forgets when what this returns is gone."""
     library: Any = Library(NAMESPACE, "DEF")
-    for name, schema in (_SCHEMAS | layer_library.SCHEMAS).items():
+    for name, schema in (_SCHEMAS | layer_library.SCHEMAS | pool_library.SCHEMAS).items():
         layout = () if name in _IN_PLACE else (torch.Tag.flexible_layout,)
         library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *layout))
     return library
@@ -205,4 +231,5 @@ BACKWARD = SPACE.backward.default
 STEP = SPACE.step.default
 LAYER, LAYER_BACKWARD = SPACE.layer.default, SPACE.layer_backward.default
 LAYER_STEP = SPACE.layer_step.default
+POOL_STEPS, POOL_GATHER, POOL_SCAN, POOL_SCATTER = (getattr(SPACE, name).default for name in pool_library.SCHEMAS)
 OPERATORS: Operators = SPACE.served if LIBRARY is None else _served()

@@ -8,7 +8,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import built, checks, library, reference
+from . import built, checks, library, pools, reference
+from .casts import autocast, autocasts, float32
 from .facts import Backend
 from .offsets import check_host_offsets, check_offsets
 
@@ -32,6 +33,13 @@ def m2rnn(
     cu_seqlens_cpu: Tensor | None = None,
     deterministic: bool | None = None,
     backend: Backend = "kernels",
+    pool: Tensor | None = None,
+    indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    states_every: int | None = None,
+    states_indices: Tensor | None = None,
+    rounding_seed: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -52,6 +60,13 @@ def m2rnn(
     cu_seqlens_cpu: Tensor | None = None,
     deterministic: bool | None = None,
     backend: Backend = "kernels",
+    pool: Tensor | None = None,
+    indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    states_every: int | None = None,
+    states_indices: Tensor | None = None,
+    rounding_seed: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor | None]: ...
 
 
@@ -71,6 +86,13 @@ def m2rnn(
     cu_seqlens_cpu: Tensor | None = None,
     deterministic: bool | None = None,
     backend: Backend = "kernels",
+    pool: Tensor | None = None,
+    indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
+    has_initial_state: Tensor | None = None,
+    states_every: int | None = None,
+    states_indices: Tensor | None = None,
+    rounding_seed: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + k_t v_t^T), y_t = H_t^T q_t (arXiv 2603.14360).
 
@@ -98,19 +120,41 @@ def m2rnn(
     backend="reference" runs the recurrence in eager PyTorch instead: slow, but for any dims, dtype and device, with
     tangents (torch.func.jvp) and second derivatives, for which the kernels raise.
 
+    With pool (slots, N, K, V), in float32, bfloat16 or float16, and indices (B,), int32 or int64, a sequence starts
+    from the state in its slot, or from zeros where has_initial_state (B,) is False or the slot is negative, and its
+    final state is left in that slot, or in that of out_indices (B,), unless it is negative: in place, rounded once, as
+    ``m2rnn_steps`` says of rounding_seed. The pool is what is returned beside y. No gradients are computed.
+    With states_every = C and states_indices (B, M), the state after each multiple (m + 1) C of a sequence's tokens is
+    left in its slot, too; C must be a multiple of the steps between states that kernels save, of which 128 is one.
+
     Raises VariantNotBuiltError for dims, heads, a dtype or a gate that were not built; ValueError or TypeError for
     operands that do not fit together.
     """
     bound = checks.checked_bound(clip)
     if backend not in ("kernels", "reference"):
         raise ValueError(f"m2rnn: backend must be kernels or reference, got {backend!r}")
-    if isinstance(q, Tensor) and _autocasts(q.device.type):
-        q, k, v, weight, forget = _autocast(q, k, v, weight, forget)
+    q, k, v, weight, forget = autocast(q, k, v, weight, forget)
+    lead = ("B", "S") if cu_seqlens is None else ("T",)
     tensors = {
         "q": q, "k": k, "v": v, "weight": weight, "forget": forget, "A_log": A_log, "dt_bias": dt_bias,
         "initial_state": initial_state, "cu_seqlens": cu_seqlens,
     }  # fmt: skip
-    call = checks.check("m2rnn", ("B", "S") if cu_seqlens is None else ("T",), tensors, backend == "kernels")
+    slots = {
+        "indices": indices, "out_indices": out_indices, "has_initial_state": has_initial_state,
+        "states_indices": states_indices, "rounding_seed": rounding_seed,
+    }  # fmt: skip
+    if pool is not None or states_every is not None or any(x is not None for x in slots.values()):
+        prefill = pools.Prefill(lead, backend, states_every, {**tensors, **slots, "pool": pool})
+        if states_every is None:
+            y, last = m2rnn(
+                q, k, v, weight, forget, prefill.first(), cu_seqlens, clip,
+                A_log=A_log, dt_bias=dt_bias, cu_seqlens_cpu=cu_seqlens_cpu, deterministic=deterministic,
+            )  # fmt: skip
+        else:
+            y, last = prefill.scan(cu_seqlens_cpu, deterministic)
+        kept = prefill.keep(last)
+        return y, kept if output_final_state else None
+    call = checks.check("m2rnn", lead, tensors, backend == "kernels")
     check_host_offsets(cu_seqlens, cu_seqlens_cpu)
     if backend == "reference":
         host = cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu
@@ -119,8 +163,8 @@ def m2rnn(
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors.values())
-    operands = (q, k, v, weight, forget, _float32(A_log), _float32(dt_bias))
-    first, offsets = _float32(initial_state), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
+    operands = (q, k, v, weight, forget, float32(A_log), float32(dt_bias))
+    first, offsets = float32(initial_state), cu_seqlens if cu_seqlens is None else cu_seqlens.contiguous()
     if save or call is None:
         y, state, _ = library.OPERATORS.FORWARD(*operands, first, offsets, cu_seqlens_cpu, bound, save, deterministic)
     else:  # nothing to differentiate and nobody to tell: the dispatcher takes longer on the host
@@ -140,6 +184,9 @@ def m2rnn_step(
     *,
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    indices: Tensor | None = None,
+    out_indices: Tensor | None = None,
+    rounding_seed: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advance ``state`` by one step of the recurrence in place, and return y and that state.
 
@@ -150,46 +197,31 @@ def m2rnn_step(
     A bfloat16 state halves memory and traffic: a step computes in float32 and rounds it once, at its end. A head whose
     f is above about 0.998 then hardly takes in what is new, which is less than half of such a state's last place.
 
+    With indices (B,), int32 or int64, the state is a pool (slots, N, K, V), also in float16: request b starts from slot
+    indices[b] and leaves its state there, or in slot out_indices[b], unless that is negative. A request whose slot to
+    start from is negative is skipped: its rows of y are zero, and nothing of it is read or written. ``m2rnn_steps``
+    says the rest of indices and rounding_seed.
+
     Raises what ``m2rnn`` raises, and RuntimeError where an operand requires a gradient, of which a step computes none,
     or where the state shares memory with itself or with an operand.
     """
-    if isinstance(q, Tensor) and _autocasts(q.device.type):
-        q, k, v, weight, forget = _autocast(q, k, v, weight, forget)
+    q, k, v, weight, forget = autocast(q, k, v, weight, forget)
     tensors = {
-        "q": q, "k": k, "v": v, "weight": weight, "forget": forget, "A_log": A_log, "dt_bias": dt_bias, "state": state
+        "q": q, "k": k, "v": v, "weight": weight, "forget": forget, "A_log": A_log, "dt_bias": dt_bias
     }  # fmt: skip
-    call = checks.check("m2rnn_step", ("B",), tensors)
-    if torch.is_grad_enabled():
-        for name, x in tensors.items():
-            if x is not None and x.requires_grad:
-                raise RuntimeError(f"m2rnn_step: {name} must not require a gradient; call under torch.no_grad()")
-    operands = (q, k, v, weight, forget, _float32(A_log), _float32(dt_bias))
+    slots = {"indices": indices, "out_indices": out_indices}
+    if rounding_seed is not None or any(x is not None for x in slots.values()):
+        return pools.step({**tensors, **slots, "rounding_seed": rounding_seed, "state": state})
+    tensors["state"] = state
+    call = checks.check("m2rnn_step", ("B",), tensors, writes=True)
+    pools.refuse_gradients("m2rnn_step", tensors)
+    operands = (q, k, v, weight, forget, float32(A_log), float32(dt_bias))
     if call is None:
         y = library.OPERATORS.STEP(*operands, state)
     else:
         y = library.OPERATORS.launches.step(operands, state, call)
-    torch.autograd.graph.increment_version(state)  # so that autograd notices, as of any update in place
+    pools.written(state)
     return y, state
-
-
-def _float32(x: Tensor | None) -> Tensor | None:
-    return x if x is None else x.float().contiguous()
-
-
-def _autocasts(kind: str) -> bool:
-    return kind != "meta" and torch.is_autocast_enabled(kind)  # torch knows no autocast of meta tensors
-
-
-def _autocast(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor) -> tuple[Tensor, ...]:
-    """Cast q, k and v to autocast's dtype; a weight or gate in float32 loses nothing."""
-    dtype = torch.get_autocast_dtype(q.device.type)
-
-    def cast(x: Tensor, kept: tuple[torch.dtype, ...]) -> Tensor:
-        eligible = isinstance(x, Tensor) and x.is_floating_point() and x.dtype not in kept
-        return x.to(dtype) if eligible else x
-
-    narrow, wide = (torch.float64,), (torch.float64, torch.float32)
-    return (*(cast(x, narrow) for x in (q, k, v)), *(cast(x, wide) for x in (weight, forget)))
 
 
 def _reference(
@@ -208,7 +240,7 @@ def _reference(
         check_offsets(cu_seqlens, q.shape[0])
     arithmetic = reference.Arithmetic(torch.promote_types(q.dtype, torch.float32), q.dtype)
     kind = q.device.type
-    with torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext():  # it would round all products
+    with torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext():  # it would round all products
         return reference.m2rnn(
             q, k, v, weight, forget, initial_state, cu_seqlens,
             A_log=A_log, dt_bias=dt_bias, clip=clip, clamp_total=built.CLAMP_TOTAL, arithmetic=arithmetic,

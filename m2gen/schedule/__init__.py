@@ -10,9 +10,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from m2gen.bucket import Bucket
 from m2gen.device import Device
 from m2gen.errors import ScheduleError
 from m2gen.schedule.knobs import Axes, Family, Knobs, Reduction, Scratch, Tanh, Value
+from m2gen.schedule.learned import learned_schedule
 from m2gen.schedule.mma import Mma, MmaBackward
 from m2gen.schedule.portable import Portable, PortableBackward
 from m2gen.schedule.slugs import parse
@@ -53,17 +55,26 @@ FAMILIES: tuple[type[Wgmma] | type[Mma] | type[Portable], ...] = (Wgmma, Mma, Po
 """The families, those first whose defaults are preferred where they can serve."""
 
 
-def defaults(variant: Variant, device: Device) -> tuple[Schedule, ...]:
-    """Return the default of every family that serves ``variant`` on ``device``, the preferred one first."""
+def defaults(variant: Variant, device: Device, bucket: Bucket | None = None) -> tuple[Schedule, ...]:
+    """Return what serves ``variant`` on ``device`` without a search, the preferred schedule first.
+
+    That is the learned rule's for calls of a ``bucket``, where there is one, then the default of every family.
+    """
+    found = learned_schedule(variant, device, bucket) if bucket is not None else None
+    by_family = _of_families(variant, device)
+    return by_family if found is None else (found, *(each for each in by_family if each != found))
+
+
+def _of_families(variant: Variant, device: Device) -> tuple[Schedule, ...]:
     serving = [family for family in FAMILIES if not family.unsupported(variant, device)]
     first = next(family for family in serving if family.preferred(variant, device))
     serving.sort(key=lambda family: family is not first)
     return tuple(family.default(variant, device) for family in serving)
 
 
-def default(variant: Variant, device: Device) -> Schedule:
-    """Return the schedule that serves ``variant`` on ``device`` until a tuned one does."""
-    return defaults(variant, device)[0]
+def default(variant: Variant, device: Device, bucket: Bucket | None = None) -> Schedule:
+    """Return the schedule that serves calls of a ``bucket``, or of any size, until a tuned one does."""
+    return defaults(variant, device, bucket)[0]
 
 
 def problems(variant: Variant, schedule: Schedule, device: Device) -> tuple[str, ...]:

@@ -84,13 +84,17 @@ class Mma(Knobs):
         tanh = best_tanh(variant, device)
         unroll = 8 if tanh is Tanh.PTX and (rows, warps) == (32, 1) else 4
         forward = ForwardTile(rows, warps, unroll, Reduction.ATOMIC)
-        slots = cls._default_of_slots(variant, tanh)
-        if not list(slots.problems(variant, device)):
-            return slots
+        if cls.has_slots(variant, device):
+            return cls._default_of_slots(variant, tanh)
         scratch = USUAL_INTERVAL // 2 * rows * variant.padded_cols * 4
         fits = scratch * (RESIDENT_WARPS // warps) <= device.shared_bytes
         backward = MmaBackward(rows, warps, 2, Reduction.ATOMIC, Scratch.SHARED if fits else Scratch.L2)
         return cls(forward, backward, USUAL_INTERVAL, tanh)
+
+    @classmethod
+    def has_slots(cls, variant: Variant, device: Device) -> bool:
+        """Whether the backward's steps can have slots."""
+        return not list(cls._default_of_slots(variant, best_tanh(variant, device)).problems(variant, device))
 
     @classmethod
     def _default_of_slots(cls, variant: Variant, tanh: Tanh) -> Self:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from math import prod
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -14,6 +14,9 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    SerializerFunctionWrapHandler,
+    StrictBool,
+    model_serializer,
     model_validator,
 )
 
@@ -133,6 +136,14 @@ class Workload(_Frozen):
 
     batch: Size
     seq: Size
+    packed: StrictBool = False
+    """Whether sequences are packed into one call, with seeded lengths from 1 to ``seq``; benchmarks alone run it."""
+
+    @model_serializer(mode="wrap")
+    def _short(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what most workloads are not, so that their specs' hashes stay as they were."""
+        written: dict[str, Any] = values(self)
+        return written if self.packed else {name: written[name] for name in written if name != "packed"}
 
 
 @dataclass(frozen=True)

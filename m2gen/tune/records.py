@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from m2gen import __version__
-from m2gen.bucket import bucket_of
 from m2gen.db import POLICY, Environment, Key, Provenance, Reason, Record, Sizes, Timing
 from m2gen.db.rank import failures, preference, stale
 from m2gen.kernels.identity import kernel_hash
@@ -25,8 +24,7 @@ NEIGHBOURS = 6
 
 def key_of_subject(subject: Subject) -> Key:
     """Return the key that a subject's records answer."""
-    bucket = bucket_of(subject.batch, subject.variant.total_heads, subject.device.sm_count)
-    return Key(subject.variant.key, subject.objective, bucket, POLICY)
+    return Key(subject.variant.key, subject.objective, subject.bucket, POLICY)
 
 
 def seeds(subject: Subject, environment: Environment, records: Iterable[Record]) -> list[tuple[Schedule, str]]:
@@ -53,7 +51,7 @@ def seeds(subject: Subject, environment: Environment, records: Iterable[Record])
     near = [r for r in here if r not in exact][:NEIGHBOURS]
     far = [r for r in alike if r not in here][:NEIGHBOURS]
     groups = (("record", exact), ("similar", near), ("elsewhere", far))
-    found = {default(variant, subject.device): "default"}
+    found = {default(variant, subject.device, key.bucket): "default"}
     for origin, group in groups:
         for record in group:
             found.setdefault(record.schedule, origin)

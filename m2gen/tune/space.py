@@ -11,6 +11,7 @@ from math import prod
 from operator import attrgetter
 from typing import Any
 
+from m2gen.bucket import Bucket, bucket_of
 from m2gen.cache import key_of
 from m2gen.device import Device
 from m2gen.kernels.demand import demand_of
@@ -40,6 +41,11 @@ class Subject:
     def times(self) -> float | None:
         """How many times the default's memory a call may take; no bound for inference, which keeps nothing after it."""
         return self.memory.times if self.objective is Objective.TRAIN else None
+
+    @property
+    def bucket(self) -> Bucket:
+        """The calls that the problem stands for."""
+        return bucket_of(self.batch, self.variant.total_heads, self.device.sm_count)
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ def _within_memory(subject: Subject, points: Iterable[Schedule]) -> tuple[Schedu
 def _limit(subject: Subject) -> float | None:
     if subject.memory.size is not None or subject.times is None:
         return subject.memory.size
-    return subject.times * _taken(subject, default(subject.variant, subject.device))
+    return subject.times * _taken(subject, default(subject.variant, subject.device, subject.bucket))
 
 
 def _taken(subject: Subject, schedule: Schedule) -> int:

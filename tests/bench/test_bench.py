@@ -26,6 +26,7 @@ from m2gen.db import Database, Failure, Reason
 from m2gen.device import TARGETS
 from m2gen.errors import UsageError
 from m2gen.measure.roofline import decoding_work, floors_ms, peaks_of, work_of
+from m2gen.problem import packed_problem
 from m2gen.schedule import Family, default, parse
 from m2gen.spec import Fp32Products
 
@@ -81,7 +82,7 @@ def test_everyone_side_by_side(spec: str, script: Script) -> None:
     assert list(found) == [(call, kind) for call in calls for kind in kinds]
     tuned = found["sequence", "tuned"]
     assert (tuned["schedule"], tuned["source"]) == (RECORD.schedule.slug, f"exact {RECORD.id}")
-    assert found["sequence", "default"]["schedule"] == default(VARIANT, TARGETS["sm_90"]).slug
+    assert found["sequence", "default"]["schedule"] == default(VARIANT, TARGETS["sm_90"], Bucket.ONE).slug
     assert {row["host_us"] for row in found.values() if row["schedule"]} == {20.0}
     assert found["decode", "default"]["batch"] == 64
     assert found["decode", "default"]["step"] is None
@@ -523,3 +524,15 @@ def test_what_ended_a_sweep_is_said_before_that_it_cannot_be_drawn(spec: str, sc
     result = run("bench", "--spec", spec, "--db", "db", "--quiet", "--sweep", "seq", "--plot", "nowhere/a.svg")
     assert result.exit_code == 130
     assert "B66 S256" in result.stdout
+
+
+def test_packed_workloads_are_timed_by_kernels_alone(spec: str, script: Script) -> None:
+    """Rows say that they are packed; loops of PyTorch have no offsets; lengths are the same on every machine."""
+    Path(spec).write_text(SPEC.replace("seq: 256}", "seq: 256, packed: true}"), encoding="utf-8")
+    found = bench("--decode", "0")["rows"]
+    assert {row["implementation"] for row in found} <= {"default", "tuned", "portable"}
+    assert all(row["packed"] for row in found)
+    lengths = packed_problem(66, 256).lengths
+    assert lengths is not None
+    assert lengths == packed_problem(66, 256).lengths
+    assert (len(lengths), min(lengths) >= 1, max(lengths) <= 256) == (66, True, True)

@@ -198,3 +198,12 @@ def test_the_committed_page_is_of_its_run() -> None:
         assert tool.written(text, run_file, before if before.exists() else None) == text
     else:
         assert tool.written(text, None, None) == text, "no tables without a run"
+
+
+def test_packed_workloads_are_no_layers(script: Script) -> None:
+    """Layers are timed on sequences of one length; a layer with packed workloads alone has none."""
+    Path("timed.yaml").write_text(SPEC.replace("seq: 256}", "seq: 256, packed: true}"), encoding="utf-8")
+    assert {(row["batch"], row["seq"]) for row in bench("--decode", "0")} == {(1, 512)}
+    packed = SPEC.replace("seq: 256}", "seq: 256, packed: true}").replace("seq: 512}", "seq: 512, packed: true}")
+    Path("timed.yaml").write_text(packed, encoding="utf-8")
+    assert "hidden and unpacked workloads" in fails(2, *COMMAND)

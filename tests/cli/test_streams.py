@@ -105,7 +105,7 @@ def test_a_closed_stream(closed: int) -> None:
     assert done.returncode == 0
     assert all(line.startswith("compile ") for line in done.stderr.splitlines())
     if closed != 1:
-        assert len(json.loads(done.stdout)["kernels"]) == 9
+        assert len({kernel["variant"] for kernel in json.loads(done.stdout)["kernels"]}) == 3
 
 
 NUMBERS = """

@@ -167,8 +167,13 @@ def test_sweeps() -> None:
 
 
 def test_which_calls_a_schedule_serves() -> None:
-    """Buckets, or which of many are not served."""
+    """Buckets, from which or up to which they are, or which of many are not served."""
     assert names.calls(BUCKETS) == "all"
+    assert names.calls(BUCKETS[:4]) == "up to 4"
+    assert names.calls(BUCKETS[4:]) == "over 4"
+    assert names.calls(BUCKETS[1:]) == "over 0.5"
+    assert names.calls(BUCKETS[1:3]) == "≤1 ≤2"
+    assert names.calls([Bucket.MORE]) == ">8"
     assert names.calls([Bucket.HALF, Bucket.MORE]) == "≤0.5 >8"
     assert names.calls(bucket for bucket in BUCKETS if bucket is not Bucket.FOUR) == "all but ≤4"
 

@@ -314,7 +314,7 @@ def test_a_faster_record_wins_whatever_its_default_took() -> None:
 def test_ties_go_to_the_default() -> None:
     """The default wins over a schedule that is as fast, since no tuning has to explain it."""
     first = winner()
-    usual = winner(schedule=default(VARIANT, TARGETS["sm_90"]))
+    usual = winner(schedule=default(VARIANT, TARGETS["sm_90"], first.key.bucket))
     others = [winner(schedule=make_schedule(interval=interval)) for interval in (4, 8, 12, 20)]
     assert merged([*others, usual, first]) == (usual,)
 

@@ -26,7 +26,7 @@ from m2gen.db import Environment, Failure, Reason, TensorError
 from m2gen.device import TARGETS, Device
 from m2gen.measure.gpu import raised
 from m2gen.measure.workers import Lost, Service, Worker
-from m2gen.schedule import Family, Schedule, default
+from m2gen.schedule import Family, Schedule, default, learned
 from m2gen.tune.gpu import GPU
 from m2gen.tune.services import Services, TuningContext
 from m2gen.tune.trial import Compiled, CompileTask, Measurement, Samples, Step, Task
@@ -44,8 +44,12 @@ HANGS = "hangs"
 
 
 def place(folder: Path, patch: pytest.MonkeyPatch, spec: str) -> Path:
-    """Work in a folder with a cache of its own, no script yet, and a spec, whose path is returned."""
+    """Work in a folder with a cache of its own, no script yet, and a spec, whose path is returned.
+
+    Variants are served by the defaults of families, around which searches are simulated, whatever the learned rule is.
+    """
     patch.chdir(folder)
+    patch.setattr(learned, "rules", dict)
     patch.setenv("M2GEN_CACHE_DIR", str(folder / "cache"))
     patch.setenv(VARIABLE, "")
     (folder / "one.yaml").write_text(spec, encoding="utf-8")

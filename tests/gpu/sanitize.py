@@ -95,6 +95,25 @@ def calls(name: str, folder: Path, device: torch.device) -> Iterator[tuple[str, 
     for dtype in (torch.float32, torch.bfloat16):
         yield f"{name} step on {dtype}", _decoding(package, variant, device, dtype)
 
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        yield f"{name} pool of {dtype}", _serving(package, variant, device, dtype)
+
+
+def _serving(package: ModuleType, variant: Variant, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    inputs = make_inputs(variant, Problem(3, 4, initial_state=True), seed=0).to(device)
+    operands = arguments(inputs, ("q", "k", "v", "forget", "weight", "A_log", "dt_bias"))
+    pool = inputs.initial_state.to(dtype).repeat(3, 1, 1, 1)
+    table = torch.tensor([[8, 0, 1, 2], [-1] * 4, [3, -1, 99, 4]], device=device)
+    seed = None if dtype == torch.float32 else torch.tensor(7, device=device)
+
+    def call() -> None:
+        package.m2rnn(**operands, pool=pool, indices=table[:, 0], rounding_seed=seed)
+        package.m2rnn_steps(
+            **operands, pool=pool, indices=table, accepted=torch.ones_like(table[:, 0]), rounding_seed=seed
+        )
+
+    return call
+
 
 def _training(package: ModuleType, inputs: Inputs, deterministic: bool) -> Callable[[], object]:
     return lambda: differentiate(package.m2rnn, inputs, deterministic=deterministic)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from typed import M2RNN, M2RNNCache, VariantNotBuiltError, m2rnn, m2rnn_step
+from typed import M2RNN, M2RNNCache, VariantNotBuiltError, m2rnn, m2rnn_step, m2rnn_steps
 from typed.compat import m2rnn as published
 from typed.parallel import HeadParallelM2RNN, M2RNNContext, M2RNNHeads, exchange_over_ranks, scan_over_ranks
 
@@ -59,6 +59,14 @@ def steps(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor) -> Te
     assert nothing is None
     other, _ = published(q, k, v, weight, forget, gradient_clipping=1.0)
     return y[:, 0] + last + other[:, 0] + state.sum()
+
+
+def by_slots(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, forget: Tensor, pool: Tensor, slots: Tensor) -> Tensor:
+    """Run prompts from a pool of states, then a token and its drafts."""
+    y, pool = m2rnn(q, k, v, weight, forget, pool=pool, indices=slots, has_initial_state=slots > 0, rounding_seed=1)
+    drafts, pool = m2rnn_steps(q, k, v, weight, forget, pool, indices=slots[:, None], accepted=slots, out_indices=slots)
+    last, pool = m2rnn_step(q[:, 0], k[:, 0], v[:, 0], weight, forget[:, 0], pool, indices=slots)
+    return y + drafts + last[:, None] + pool.sum()
 
 
 def over_ranks(model: Model, x: Tensor) -> Tensor:

@@ -230,6 +230,8 @@ def conforms(value: object, schema: dict[str, Any], definitions: dict[str, Any])
     match schema["type"]:
         case "integer":
             return type(value) is int and schema["minimum"] <= value <= schema["maximum"]
+        case "boolean":
+            return isinstance(value, bool)
         case "string":
             return isinstance(value, str) and value in schema.get("enum", [value])
         case "array":

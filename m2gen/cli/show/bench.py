@@ -27,8 +27,8 @@ MORE_COLUMNS = ("variant", "slug")
 """Columns that --verbose adds to schedules."""
 LIMIT_COLUMNS = ("kernels", "call", "ms", "µs/step", "floor ms")
 AGAINST_COLUMNS = ("kernels", "call", "then ms", "now ms", "change", "noise", "verdict")
-WorkloadKey = tuple[str, str, Call, int, int]
-"""Layer, variant, call, batch and length of a workload."""
+WorkloadKey = tuple[str, str, Call, int, int, bool]
+"""Layer, variant, call, batch and length of a workload, and whether it is packed."""
 CALLS = {"forward": "forward", "forward+backward": "both"}
 """Names of calls in tables, by their names in documents."""
 LOOPS = tuple(str(kind) for kind in Kind if kind.most_steps is not None)
@@ -88,7 +88,7 @@ def bench_tables(document: Document, *, verbose: bool) -> Iterator[Table]:
 
 def workload_of(row: Row) -> WorkloadKey:
     """Return the workload of a row."""
-    return (row.layer, row.variant, row.call, row.batch, row.seq)
+    return (row.layer, row.variant, row.call, row.batch, row.seq, row.packed)
 
 
 def workload_names(places: Iterable[WorkloadKey]) -> dict[WorkloadKey, str]:
@@ -203,7 +203,7 @@ def run_against(found: Iterable[Comparison], before: Baseline, here: Environment
 
 
 def _workload(c: Comparison) -> WorkloadKey:
-    return (c.layer, c.place.variant, c.place.call, c.place.batch, c.place.seq)
+    return (c.layer, c.place.variant, c.place.call, c.place.batch, c.place.seq, c.place.packed)
 
 
 def _against_cells(c: Comparison) -> tuple[Any, ...]:

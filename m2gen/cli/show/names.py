@@ -51,11 +51,18 @@ def _layers_of(specs: Iterable[str]) -> dict[str, tuple[str, ...]]:
 
 def calls(buckets: Iterable[Bucket]) -> str:
     """Return the buckets that a schedule serves, as programs per SM."""
-    served = set(buckets)
-    others = [bucket for bucket in BUCKETS if bucket not in served]
-    few = [bucket for bucket in BUCKETS if bucket in served] if len(others) > 2 else others
-    listed = " ".join(bucket.replace("<=", "≤") for bucket in few)
-    return listed if few is not others else f"all but {listed}" if others else "all"
+    places = sorted(bucket.place for bucket in set(buckets))
+    others = [place for place in range(len(BUCKETS)) if place not in places]
+    if not others:
+        return "all"
+    if len(places) > 1:
+        if others == list(range(others[0], len(BUCKETS))):
+            return f"up to {BUCKETS[places[-1]].removeprefix('<=')}"
+        if places == list(range(places[0], len(BUCKETS))):
+            return f"over {BUCKETS[others[-1]].removeprefix('<=')}"
+    few = places if len(others) > 2 else others
+    listed = " ".join(BUCKETS[place].replace("<=", "≤") for place in few)
+    return listed if few is places else f"all but {listed}"
 
 
 def implementation_names(names: Iterable[str]) -> dict[str, str]:

@@ -74,7 +74,11 @@ def _group(name: str, rows: dict[str, Row], labels: dict[str, str]) -> Group | N
         return None
     ms = {label: (_ms(row.forward), _ms(row.step)) for label, row in {OURS: ours, **others}.items()}
     layer, _, _ = name.rpartition(", ")
-    return Group(layer, f"{ours.batch} × {ours.seq} tokens", ms)
+    return Group(layer, _size(ours), ms)
+
+
+def _size(row: Row) -> str:
+    return f"{row.batch} × 1 to {row.seq} tokens" if row.packed else f"{row.batch} × {row.seq} tokens"
 
 
 def _ms(times: Times | None) -> float:

@@ -1,0 +1,23 @@
+"""How the kernels on pools of states are launched: what their module says in its ``LAUNCH``, with types."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import NamedTuple
+
+
+class PoolPlan(NamedTuple):
+    """Everything that launchers must know of a module's kernels on pools."""
+
+    heads: int
+    """N, K and V: a slot's state is (heads, rows, cols)."""
+    rows: int
+    cols: int
+    warps: int
+
+
+@functools.cache
+def pool_plan_of(kernels: ModuleType) -> PoolPlan:
+    """Return how the kernels of a module are launched."""
+    return PoolPlan(**kernels.LAUNCH)

@@ -1,0 +1,192 @@
+"""Learning from trials: the shipped rule is what its trials give, and what is left out is left out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import document, fails, run
+from support import ROOT
+
+from m2gen.db import Failure, Reason
+from m2gen.errors import TuneError
+from m2gen.schedule import parse
+from m2gen.schedule.learned import FILE
+from m2gen.schedule.recipes import Recipe
+from m2gen.tune.journal import encode_trial
+from m2gen.tune.learn import fit, judged, left_out, rules_of, text_of
+from m2gen.tune.lessons import UNKNOWN, Lesson, read, written
+from m2gen.tune.trial import Samples, Trial
+
+TRIALS = ROOT / "docs" / "data" / "trials.jsonl"
+HEADER = {
+    "variant": "k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx",
+    "batch": 4,
+    "seq": 4096,
+    "objective": "train",
+    "arch": "sm_90",
+    "device": "NVIDIA H200",
+    "sm_count": 132,
+    "study": "x",
+}
+SLUGS = tuple(f"mma_f{f}_b{b}c8at_i8_ptx" for f, b in (("64x2u8a", "64x2"), ("32x1u8a", "64x4"), ("16x1u8a", "64x4")))
+
+
+@pytest.fixture(scope="module")
+def lessons() -> tuple[Lesson, ...]:
+    """Return the lessons of the shipped trials."""
+    return read([TRIALS])
+
+
+def journal(path: Path, **header: object) -> Path:
+    """Write a journal of four trials that passed and one that failed, and return its path."""
+    trials = [
+        Trial(parse(slug), "panel", samples=Samples((1.0 + i,) * 3, (4.0 - i,) * 3, 0)) for i, slug in enumerate(SLUGS)
+    ]
+    trials.append(Trial(parse("mma_f64x4u8a_b64x4c8at_i8_ptx"), "panel", samples=Samples((9.0,), (9.0,), 0)))
+    wrong = Failure(Reason.WRONG, "y of plain")
+    trials.append(
+        Trial(parse("mma_f32x2u8a_b64x2c8at_i8_ptx"), "panel", samples=Samples((0.1,), (0.1,), 0), failure=wrong)
+    )
+    lines = [{"search": {**HEADER, **header}}, *({"trial": encode_trial(trial)} for trial in trials)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_the_shipped_rule_is_that_of_the_shipped_trials(lessons: tuple[Lesson, ...]) -> None:
+    """Byte for byte, and the trials are as they would be written again."""
+    assert text_of(rules_of(lessons)) == FILE.read_text(encoding="utf-8")
+    assert written(lessons) == TRIALS.read_text(encoding="utf-8")
+
+
+def test_the_order_of_lessons_does_not_matter(lessons: tuple[Lesson, ...], tmp_path: Path) -> None:
+    """Files may come in any order, and a workload may be in several."""
+    parts = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for part, some in zip(parts, (lessons[::2], lessons[1::2]), strict=True):
+        part.write_text(written(some), encoding="utf-8")
+    assert read(reversed(parts)) == read([*parts, TRIALS]) == lessons
+
+
+def test_what_is_left_out_teaches_nothing(lessons: tuple[Lesson, ...]) -> None:
+    """The choice for a workload is the same however fast its own variant's trials are."""
+    lesson = next(each for each in lessons if each.at.variant.key == HEADER["variant"])
+    others = [each for each in lessons if each.at.variant != lesson.at.variant]
+    assert left_out(lessons, lesson) == left_out([*others, lesson], lesson) == left_out(others, lesson)
+
+
+def test_archs_do_not_learn_from_each_other(lessons: tuple[Lesson, ...], tmp_path: Path) -> None:
+    """What is fast on one arch says nothing about another, whose rule is judged by its own trials alone."""
+    another = read([journal(tmp_path / "a.jsonl", arch="sm_100", device="NVIDIA B200")])
+    both = [*lessons, *another]
+    assert rules_of(both)["sm_90"] == rules_of(lessons)["sm_90"]
+    assert judged(both) == [*judged(lessons), *judged(another)]
+    assert left_out(both, another[0]) is None
+
+
+def test_the_shortest_time_counts(tmp_path: Path) -> None:
+    """A schedule may be in several files, which may come in any order; in one file its last trial counts."""
+    slow, fast, failed = (journal(tmp_path / f"{name}.jsonl") for name in ("slow", "fast", "failed"))
+    again = Trial(parse(SLUGS[0]), "panel", samples=Samples((0.5,), (0.5,), 0))
+    wrong = Trial(parse(SLUGS[0]), "panel", failure=Failure(Reason.WRONG, "dq of packed"))
+    for path, trial in ((fast, again), (failed, wrong)):
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"trial": encode_trial(trial)}) + "\n")
+    (lesson,) = read([slow, fast])
+    assert read([fast, slow]) == (lesson,)
+    assert lesson.ms(parse(SLUGS[0])) == 1.0
+    assert read([failed]) == (), "three trials are left"
+
+
+def test_most_workloads_are_close_without_their_trials(lessons: tuple[Lesson, ...]) -> None:
+    """At least 15 of 25 are within 10 % of their best, and all are with their own trials: the page says so."""
+    found = judged(lessons)
+    close = sum(each.without is not None and each.without <= 1.1 for each in found)
+    assert (close, len(found)) >= (15, 25)
+    assert all(each.rule is not None and each.rule <= 1.1 for each in found)
+    page = (ROOT / "docs" / "tuning.md").read_text(encoding="utf-8")
+    for each in found:
+        times = ("not timed" if ms is None else f"{ms:.3f}" for ms in (each.families, each.rule, each.without))
+        assert f" | {each.lesson.best_ms:.3f} | {' | '.join(times)} |" in page
+    assert f"{close} of {len(found)} are within 10 % of the best" in page
+
+
+def test_parts_of_two_trials_are_a_time(tmp_path: Path) -> None:
+    """A forward and a backward that were timed in two trials add up; failures and unknown parts have no time."""
+    (lesson,) = read([journal(tmp_path / "a.jsonl")])
+    assert len(lesson.trials) == 4
+    assert lesson.ms(parse("mma_f64x2u8a_b64x4c8at_i8_ptx")) == lesson.best_ms == 1.0 + 2.0
+    assert lesson.ms(parse("mma_f32x2u8a_b64x2c8at_i8_ptx")) is None
+    unknown = Recipe.of(parse("mma_f32x2u8a_b64x2c8at_i8_ptx"), lesson.at.variant)
+    assert lesson.cost(unknown) == UNKNOWN
+    fits_none = Recipe.of(parse("wgmma_aa_i12_ptx"), lesson.at.variant)
+    assert lesson.cost(fits_none) is None
+
+
+def test_a_leaf_has_the_fastest_trial(tmp_path: Path) -> None:
+    """The rule of one workload is the fastest of its trials."""
+    (lesson,) = found = read([journal(tmp_path / "a.jsonl")])
+    tree = fit(found)["slots"]
+    (recipe,) = map(Recipe.read, tree["recipes"])
+    assert lesson.ms(recipe.at(lesson.at.variant, lesson.at.device)) == min(trial.ms for trial in lesson.trials)
+
+
+def test_searches_for_inference_are_no_lessons(tmp_path: Path) -> None:
+    """Their schedules were not made for training."""
+    assert read([journal(tmp_path / "a.jsonl", objective="infer")]) == ()
+
+
+WORKLOAD = json.dumps({"workload": {name: value for name, value in HEADER.items() if name != "study"}})
+NO_JOURNALS = {
+    "number": ('{"search": 7}', 1),
+    "list": ("[]", 1),
+    "binary": ("\udcff\udcfe", 1),
+    "unknown": ("{}", 1),
+    "before": (json.dumps({"timed": [SLUGS[0], 1, 2]}), 1),
+    "variant": (WORKLOAD.replace("k64", "x64"), 1),
+    "batch": (WORKLOAD.replace(": 4,", ": 0,"), 1),
+    "schedule": (f'{WORKLOAD}\n{{"timed": ["fast", 1, 2]}}', 2),
+    "negative": (f'{WORKLOAD}\n{{"timed": ["{SLUGS[0]}", -1, 2]}}', 2),
+    "infinite": (f'{WORKLOAD}\n{{"timed": ["{SLUGS[0]}", 1, Infinity]}}', 2),
+    "short": (f'{WORKLOAD}\n{{"timed": ["{SLUGS[0]}", 1]}}', 2),
+}
+
+
+@pytest.mark.parametrize(("text", "line"), NO_JOURNALS.values(), ids=NO_JOURNALS.keys())
+def test_what_is_no_journal_is_refused(tmp_path: Path, text: str, line: int) -> None:
+    """The message has the file and the line."""
+    (tmp_path / "a.jsonl").write_text(f"{text}\n", encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(TuneError, match=rf"a\.jsonl:{line} must be a line of a journal"):
+        read([tmp_path / "a.jsonl"])
+
+
+def test_what_a_killed_search_left_is_read(tmp_path: Path) -> None:
+    """A torn last line is no trial, a candidate that was begun has none, and some journals do not name their GPU."""
+    path = journal(tmp_path / "a.jsonl")
+    (lesson,) = read([path])
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"begun": SLUGS[0], "machine": ["host", "boot"]}) + '\n{"trial": {"sche')
+    old = tmp_path / "old.jsonl"
+    old.write_text(path.read_text(encoding="utf-8").replace('"arch"', '"architecture"'), encoding="utf-8")
+    assert read([old, path]) == (lesson,)
+
+
+def test_nothing_is_written_where_nothing_is_learned(tmp_path: Path) -> None:
+    """The rule and the trials that are there stay."""
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    assert "must have a workload of which 4 trials" in fails(
+        1, "db", "learn", str(empty), "--trials", str(empty), "--rule", str(tmp_path / "rule.json")
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.jsonl"]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """It writes the rule and the compact trials, and shows each workload."""
+    rule, trials = tmp_path / "rule.json", tmp_path / "trials.jsonl"
+    found = run("db", "learn", str(TRIALS), "--rule", str(rule), "--trials", str(trials))
+    assert "within 10 % of their best" in found.stdout
+    assert rule.read_bytes() == FILE.read_bytes()
+    assert trials.read_bytes() == TRIALS.read_bytes()
+    assert len(document("db", "learn", str(TRIALS))) == 25
+    assert "must be readable" in fails(1, "db", "learn", str(tmp_path / "none.jsonl"))
