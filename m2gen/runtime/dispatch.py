@@ -112,26 +112,37 @@ def kernels_for(
     cu_seqlens: Tensor | None,
 ) -> ModuleType:
     """Return the module whose launchers serve these operands; it depends on the number of sequences, not on lengths."""
-    return _of_bucket(*table_of(variant_of(q, k, v, weight, forget, A_log), q.device), q, cu_seqlens)
+    return named(_of_bucket(*table_of(variant_of(q, k, v, weight, forget, A_log), q.device), q, cu_seqlens))
 
 
 def layer_kernels(dims: Sequence[int], device: torch.device) -> ModuleType:
     """Return the kernels around the recurrence of K, V and heads; they are the same for every arch."""
-    return _layer_kernels(tuple(dims[:6]), device)
-
-
-@functools.cache
-def _layer_kernels(dims: tuple[int, ...], device: torch.device) -> ModuleType:
-    arch, _ = device_of(device)  # raises where no kernel runs
-    if arch != "portable":
-        compiled.provide((LAYER_KERNELS[dims],), arch)
-    return LAYER_KERNELS[dims]
+    return _ready(LAYER_KERNELS[tuple(dims[:6])], device)
 
 
 def pool_kernels(dims: Sequence[int], device: torch.device) -> ModuleType:
     """Return the kernels on pools of K, V and heads; they are the same for every arch and dtype."""
-    device_of(device)  # raises where no kernel runs
-    return POOL_KERNELS[tuple(dims)]
+    return _ready(POOL_KERNELS[tuple(dims)], device)
+
+
+@functools.cache
+def _ready(kernels: ModuleType, device: torch.device) -> ModuleType:
+    """Return kernels of every arch, with Triton's cache having what the package brings along; raises where none run."""
+    arch, _ = device_of(device)
+    if arch != "portable":
+        compiled.provide((kernels,), arch)
+    return named(kernels)
+
+
+@functools.cache
+def named(kernels: ModuleType) -> ModuleType:
+    """Have Triton hash the functions of a module in the order of their definitions, and return the module.
+
+    A kernel's hash, its name in Triton's cache, depends on which of the functions that it calls have theirs already.
+    """
+    for function in list(vars(kernels).values()):
+        getattr(function, "cache_key", None)
+    return kernels
 
 
 def _of_bucket(kernels: Kernels, most: Sequence[int], q: Tensor, cu_seqlens: Tensor | None) -> ModuleType:

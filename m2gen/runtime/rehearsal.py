@@ -93,7 +93,7 @@ class Launching(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, kernels: ModuleType, arch: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._launched = library.launched()
-        vars(dispatch)["kernels_for"] = lambda *operands: kernels
+        vars(dispatch)["kernels_for"] = lambda *operands: dispatch.named(kernels)
         vars(layer_decode)["approximates"] = lambda device: built.APPROXIMATE and arch.startswith("sm_")
         layer_op.forget_calls()  # which may be of another module
 

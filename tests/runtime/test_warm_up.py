@@ -127,6 +127,13 @@ def test_launches_find_everything(cache: Path, folder: Path) -> None:
     assert set(found["found"]) == {f"m2rnn_{name}_kernel" for name in ("forward", "backward", "step", "decode", *own)}
 
 
+def test_the_order_of_calls_does_not_matter(cache: Path, folder: Path) -> None:
+    """Kernels that share functions have the names that they have alone, whichever comes first."""
+    decode, infer, train = (next(call for call in CALLS if call[0] == use) for use in ("decode", "infer", "train"))
+    for calls in ([decode], [infer, decode], [train, decode, infer]):
+        assert launches(cache, folder, calls)["compiled"] == []
+
+
 def test_under_autocast(cache: Path, folder: Path, tmp_path: Path) -> None:
     """Parameters in float32 are other kernels, of the recurrence and around it; a warm-up of these alone finds them."""
     done = warm_up(tmp_path / "triton", folder, "--use", "train", "--operands", "autocast")
@@ -315,7 +322,7 @@ def test_the_function(cache: Path, folder: Path) -> None:
     """It takes layers, dtypes and calls, and says how many kernels there were; a program needs no guard for it."""
     done = python(cache, "-c", FUNCTION, cwd=folder)
     assert done.stdout.splitlines() == [
-        "WarmedUp(compiled=0, found=2)",
+        "WarmedUp(compiled=0, found=3)",
         "warm_up: dtypes must be those of built variants, got torch.float16",
         "warm_up: calls must be of train, train_states, infer, decode, got 'training'",
     ], done.stderr
