@@ -1,10 +1,10 @@
-# Two commands on a fresh machine: `make build` and `make test`. Both need Python 3.11 to 3.13, pip and make.
+# Two commands on a fresh machine: `make build` and `make test`. Both need Python 3.11 to 3.14, pip and make.
 
 PYTHON ?= python3
 SPEC ?= h100.yaml
 BIN := .venv/bin
 
-.PHONY: build test lint types tests verify golden gpu sanitize clean
+.PHONY: build test lint types tests verify docs golden gpu sanitize clean
 
 build: .venv/installed
 	$(BIN)/m2gen build --spec $(SPEC)
@@ -25,6 +25,10 @@ tests: .venv/installed
 verify: .venv/installed
 	$(BIN)/m2gen verify --spec tiny.yaml --quick --quiet
 
+# The site, into site/; a broken link ends it.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 golden: .venv/installed
 	$(BIN)/pytest -q tests/package/test_golden.py --update-golden
 
@@ -43,4 +47,4 @@ sanitize: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv build dist site

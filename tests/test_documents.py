@@ -21,6 +21,8 @@ PAGES = sorted(
         *(ROOT / "examples").rglob("*.md"),
     ]
 )
+FILES = sorted([ROOT / "Dockerfile", *(ROOT / ".github").rglob("*.yml")])
+"""Files that are no pages, and whose text has commands."""
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")  # of pages; pictures may be made after the text that shows them
 COMMAND = re.compile(r"(?:^|[`/ ])m2gen ([a-z][^`\n]*)", re.MULTILINE)
 OPTION = re.compile(r"--[a-z][a-z-]*")
@@ -35,6 +37,9 @@ def anchors(page: Path) -> set[str]:
 def code(page: Path) -> Iterator[str]:
     """Yield the text of code blocks and code spans, continued lines joined and comments cut off."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    if page in FILES:
+        yield text
+        return
     yield from (block.group(1) for block in re.finditer(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
     yield from re.findall(r"^ {4}(.*)$", text, re.MULTILINE)
     yield from re.findall(r"`[^`\n]+`", text)
@@ -62,7 +67,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not fragment or fragment in anchors(path), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*PAGES, *FILES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_have_the_options_that_pages_show(page: Path) -> None:
     """A command of m2gen that a document shows exists, with every long option that it is shown with."""
     for line, words, options in commands(page):
@@ -78,7 +83,7 @@ def test_commands_have_the_options_that_pages_show(page: Path) -> None:
 def test_every_page_is_reached_from_the_readme() -> None:
     """No page of docs/ is without a link from the README, or from the index of its folder."""
     reached = set()
-    for page in (ROOT / "README.md", ROOT / "docs" / "history" / "README.md"):
+    for page in (ROOT / "README.md", ROOT / "docs" / "README.md", ROOT / "docs" / "history" / "README.md"):
         targets = LINK.findall(page.read_text(encoding="utf-8"))
         reached |= {(page.parent / target.partition("#")[0]).resolve() for target in targets if "://" not in target}
     assert set((ROOT / "docs").rglob("*.md")) <= reached

@@ -68,8 +68,8 @@ def root(
 
 @app.command()
 def info(json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Show the device, versions, where files are looked for, and what is missing."""
-    from m2gen.cli.show.build import show_info
+    """Show the device, versions, where files are looked for, and what is missing; --json for reports of faults."""
+    from m2gen.cli.show.info import show_info
 
     with reporting(debug):
         show_info(as_json=json)

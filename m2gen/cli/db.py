@@ -19,7 +19,7 @@ from m2gen.cli.options import (
     reporting,
     warn_of_faults,
 )
-from m2gen.cli.upkeep import POLICY, export, import_, merge, prune, replay, verify
+from m2gen.cli.upkeep import POLICY, contribute, export, import_, merge, prune, replay, verify
 from m2gen.errors import UsageError
 from m2gen.spec import Objective
 
@@ -131,6 +131,7 @@ def diff(
 db_app.command(epilog=POLICY)(merge)
 db_app.command()(prune)
 db_app.command()(export)
+db_app.command(epilog=examples("m2gen db contribute b200.jsonl --db mine"))(contribute)
 db_app.command("import", epilog=POLICY)(import_)
 db_app.command()(verify)
 db_app.command()(replay)

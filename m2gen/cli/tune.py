@@ -42,7 +42,11 @@ ObjectiveOption = Annotated[
     Objective | None, typer.Option("--objective", help="What to make fast, in place of the spec's.")
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Only show how large the search spaces are, and why; needs no GPU.")
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Only show how large the search spaces are and why, and what would be tried first; needs no GPU.",
+    ),
 ]
 TargetOption = Annotated[
     str | None,

@@ -18,6 +18,7 @@ from m2gen.cli.options import (
     terminal_progress,
     warn_of_faults,
 )
+from m2gen.errors import DatabaseError, UsageError
 
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")]
 POLICY = (
@@ -80,6 +81,33 @@ def export(
         records = warn_of_faults(open_database(db).contents())
         write_export(file, records)
         print(f"{file}: {len(records)} records")
+
+
+def contribute(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="File to write, which `m2gen db import` reads.")],
+    db: DbOption = None,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Database that it is for, in place of the one that ships with m2gen.")
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write the records of --db that are worth giving to others, without your host's name, and say what they change."""
+    from m2gen.cli.show.contribute import show_contribution
+    from m2gen.db import write_export
+    from m2gen.pipeline import contribution, open_database
+
+    with reporting(debug):
+        theirs = open_database(to).records()
+        mine = open_database(db)
+        if mine.root.resolve() == open_database(to).root.resolve():
+            raise UsageError(f"--db must be another database than the one to give to, got {mine.root} for both")
+        found = contribution(warn_of_faults(mine.contents()), theirs)
+        if not found.records:
+            reasons = [f"{item.record.id}: {item.reason}" for item in found.kept]
+            raise DatabaseError("\n".join([f"{mine.root} must hold a record to give, got none", *reasons]))
+        write_export(file, found.records)
+        show_contribution(file, found, as_json=json)
 
 
 def import_(

@@ -42,7 +42,7 @@ def environment(device: Device) -> Environment:
     """Return the environment of this process; facts that cannot be found out are empty."""
     name = re.sub(r"[^ -.0-~]", "_", device.name)[:80]
     return Environment(
-        device.arch, name, device.sm_count, _driver(), installed("torch"), installed("triton"), _ptxas(device)
+        device.arch, name, device.sm_count, driver(), installed("torch"), installed("triton"), _ptxas(device)
     )
 
 
@@ -54,7 +54,7 @@ def installed(package: str) -> str:
         return ""
 
 
-def _driver() -> str:
+def driver() -> str:
     """Return the version of the GPU's driver; for AMD GPUs, whose driver is in the kernel, that of ROCm."""
     import torch
 

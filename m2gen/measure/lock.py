@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from m2gen.errors import TuneError, os_errors_as
+
+EVERYBODYS = 0o666
+"""Mode of the file: users of one machine exclude each other, too."""
 
 
 @contextmanager
@@ -19,16 +23,20 @@ def exclusive(gpu: str) -> Iterator[None]:
     The system drops the lock with the process, however that ends.
     """
     path = Path(tempfile.gettempdir()) / f"m2gen-{gpu}.lock"
+    lock = FileLock(path, mode=EVERYBODYS)
     with os_errors_as(TuneError, f"{path} must be writable"):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = os.pread(handle, 20, 0).decode(errors="replace").strip() or "unknown"
+            lock.acquire(blocking=False)
+        except Timeout:
+            owner = _owner(path)
             raise TuneError(f"one tuner or benchmark at a time must use {gpu}: process {owner} does ({path})") from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        path.write_text(f"{os.getpid()}\n", encoding="utf-8")
+    try:
         yield
     finally:
-        os.close(handle)
+        lock.release()
+
+
+def _owner(path: Path) -> str:
+    """Return the process that holds a lock, as it wrote into the file."""
+    return path.read_text(encoding="utf-8", errors="replace")[:20].strip() or "unknown"

@@ -14,6 +14,7 @@ from m2gen.pipeline.bench import (
 from m2gen.pipeline.build import BuildOutcome, build, committed_specs, difference
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.checkpoint import CheckpointRequest, spec_of_checkpoint, write_spec
+from m2gen.pipeline.contribute import Contribution, contribution
 from m2gen.pipeline.db import Answer, Question, Superfluous, open_database, state, superfluous, why
 from m2gen.pipeline.layers import LayersRequest, bench_layers, layer_workloads, this_layer_context
 from m2gen.pipeline.plan import Plan, open_spec, plan, render, shipped_database, shipped_specs
@@ -29,6 +30,7 @@ __all__ = [
     "BuildOutcome",
     "CheckRow",
     "CheckpointRequest",
+    "Contribution",
     "LayersRequest",
     "Plan",
     "Question",
@@ -48,6 +50,7 @@ __all__ = [
     "build",
     "check",
     "committed_specs",
+    "contribution",
     "difference",
     "dry_run",
     "dry_run_device",

@@ -9,16 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from m2gen.cache import cache_dir, key_of
-from m2gen.db import Change, Database, Record
+from m2gen.db import Change, Database, Environment, Record
 from m2gen.device import Device, detect, target
 from m2gen.errors import DatabaseError, UsageError
 from m2gen.kernels.compile import toolchain
 from m2gen.kernels.render import template_hash
 from m2gen.measure import lock
-from m2gen.measure.context import this_context
+from m2gen.measure.context import environment, this_context
 from m2gen.measure.workers import cpus
 from m2gen.pipeline.plan import Plan
-from m2gen.schedule import defaults
+from m2gen.schedule import Schedule, defaults
 from m2gen.spec import Objective
 from m2gen.tune.gpu import GPU
 from m2gen.tune.journal import Journal
@@ -104,13 +104,37 @@ class Size:
     space: Space
     seconds: float
     """Expected time to try every point."""
+    first: tuple[tuple[Schedule, str], ...]
+    """The candidates that would be tried before any sampler proposes one, and their origins."""
 
 
 def dry_run(planned: Plan, request: TuneRequest, device: Device, compilers: int) -> list[Size]:
-    """Enumerate every search's space; nothing is compiled or run."""
+    """Enumerate every search's space and its first candidates; nothing is compiled or run."""
     each = max(GPU_SECONDS_EACH, COMPILE_SECONDS_EACH / compilers)
-    spaces = [(goal, enumerate_space(goal.subject)) for goal in goals(planned, request, device)]
-    return [Size(goal, space, len(space.points) * each) for goal, space in spaces]
+    here, every = environment(device), request.database.records()
+    found = []
+    for goal in goals(planned, request, device):
+        space = enumerate_space(goal.subject)
+        known = {trial.schedule for trial in known_failures(goal.subject, here, every)}
+        first = dict(reversed(first_candidates(goal.subject, here, every, space, request.sampler)))  # first origins win
+        order = [(point, origin) for point, origin in reversed(first.items()) if point not in known]
+        found.append(Size(goal, space, len(space.points) * each, tuple(order)))
+    return found
+
+
+def first_candidates(
+    subject: Subject, environment: Environment, records: Sequence[Record], space: Space, sampler: Sampler | None
+) -> list[tuple[Schedule, str]]:
+    """Return what a search tries first, with each candidate's origin: seeds of the database, then the default's kin.
+
+    A schedule that has several origins is there for each of them. Without TPE only seeds come first.
+    """
+    first = seeds(subject, environment, records)
+    if sampler is Sampler.TPE:
+        starts = defaults(subject.variant, subject.device, subject.bucket)
+        first += [(point, "tile") for point in tiles(starts, space.points)]
+        first += [(point, "neighbour") for point in neighbours(first[0][0], space.points)]
+    return first
 
 
 def dry_run_device(arch: str | None, targets: Sequence[str]) -> Device:
@@ -154,20 +178,16 @@ def _tune_one(
     goal: Goal, request: TuneRequest, context: TuningContext, limits: Limits, others: tuple[Processes, Watcher]
 ) -> Tuned:
     processes, watcher = others
-    subject, environment = goal.subject, context.environment
+    subject, here = goal.subject, context.environment
     every = request.database.records()
     space = enumerate_space(subject)
     sampler = None if _exhaustive(space, limits, context) else request.sampler
-    first = seeds(subject, environment, every)
-    if sampler is Sampler.TPE:
-        starts = defaults(subject.variant, subject.device, subject.bucket)
-        first += [(point, "tile") for point in tiles(starts, space.points)]
-        first += [(point, "neighbour") for point in neighbours(first[0][0], space.points)]
+    first = first_candidates(subject, here, every, space, sampler)
     proposer = Proposer(space.points, first, sampler, request.seed)
     with _ledger(subject, request, context) as ledger:
         log = TrialLog(subject, proposer.default, limits, ledger, watcher)
         search = Search(log, proposer, processes, context.worker)
-        outcome = search.run(request.seed, known_failures(subject, environment, every))
+        outcome = search.run(request.seed, known_failures(subject, here, every))
     found = records_of(outcome, context, request.seed, study_name(subject, context))
     return Tuned(goal, outcome, tuple(found), request.database.add(found))
 

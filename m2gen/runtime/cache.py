@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -135,7 +135,13 @@ def _overlaps(x: Tensor) -> bool:
     return False
 
 
-def check_holds(cache: M2RNNCache, dtype: torch.dtype) -> None:
+class Convolved(Protocol):
+    """What has the last inputs of a convolution."""
+
+    conv: Tensor
+
+
+def check_holds(cache: Convolved, dtype: torch.dtype) -> None:
     """Raise TypeError where the cache would round the convolution's inputs."""
     if torch.promote_types(cache.conv.dtype, dtype) != cache.conv.dtype:
         raise TypeError(f"M2RNN: cache.conv must be {dtype}, as what is convolved is, or wider, got {cache.conv.dtype}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ def step(layer: Mixer, x: Tensor, cache: M2RNNCache, mask: Tensor | None = None)
     What has none is left as it is, and its result is 0, without waiting for the device.
     """
     if fused.computes(layer, x) and fused.reads_projection(layer, x):
-        return _restoring(cache, lambda: _by_kernel(layer, x, cache, mask))
+        indices = None if mask is None else torch.where(mask, torch.arange(mask.shape[0], device=x.device), -1)
+        y = _restoring(cache, lambda: by_kernel(layer, x, cache, indices))
+        return y if mask is None else y.masked_fill(~mask[:, None], 0)
     if mask is not None:
         return _masked(layer, x, cache, mask)
     y, conv = _restoring(cache, lambda: _advance(layer, x, cache, cache.state))
@@ -33,25 +35,35 @@ def step(layer: Mixer, x: Tensor, cache: M2RNNCache, mask: Tensor | None = None)
     return y
 
 
-def _by_kernel(layer: Mixer, x: Tensor, cache: M2RNNCache, mask: Tensor | None) -> Tensor:
-    """Do what ``step`` does by the layer's own kernel, where it computes what the modules would."""
+class Pool(Protocol):
+    """States of sequences, or of more of them in slots: conv (slots, conv_width - 1, C) and state (slots, N, K, V)."""
+
+    conv: Tensor
+    state: Tensor
+
+
+def by_kernel(
+    layer: Mixer, x: Tensor, states: Pool, indices: Tensor | None = None, out_indices: Tensor | None = None
+) -> Tensor:
+    """Do what ``step`` does by the layer's own kernel, where it computes what the modules would.
+
+    Sequences are read and written where indices (B,) say, and ``out_indices`` if these are not the same: see
+    ``StepParameters``.
+    """
     dtype = fused.compute_dtype(x)
-    check_holds(cache, dtype)
+    check_holds(states, dtype)
     projection, module, norm = cast(nn.Linear, layer.input_projection), layer.conv1d, layer.g_norm
     A_log, dt_bias = fused.gate_parameters(layer, x.new_empty(0, layer.heads.f))
     normed = isinstance(norm, RMSNorm)
-    indices = None
-    if mask is not None:
-        indices = torch.where(mask, torch.arange(mask.shape[0], device=x.device), -1)
     out = library.OPERATORS.LAYER_STEP(
         x.to(dtype), projection.weight.to(dtype), None if projection.bias is None else projection.bias.to(dtype),
         None if module is None else module.weight, None if module is None else module.bias, layer.state_weight,
-        A_log, dt_bias, layer.D, norm.weight if normed else None, cache.conv, cache.state, indices, None,
+        A_log, dt_bias, layer.D, norm.weight if normed else None, states.conv, states.state, indices, out_indices,
         [layer.state_expansion, layer.head_dim, *layer.heads], layer.activation is not None, layer.round_gate,
         normed, norm.eps if normed else 0.0,
     )  # fmt: skip
     y: Tensor = layer.output_projection(out)
-    return y if mask is None else y.masked_fill(~mask[:, None], 0)
+    return y
 
 
 def _restoring(cache: M2RNNCache, call: Callable[[], T]) -> T:

@@ -83,7 +83,8 @@ def decode(p: StepParameters, settings: StepSettings) -> Tensor:
         "decode", batch * parts, warps,
         (rows, p.conv_weight, p.conv_bias, p.state_weight, p.A_log, p.dt_bias, p.skip, p.norm_weight, p.conv, p.state,
          p.indices, p.out_indices, turns, scratch, r, out),
-        (settings.eps, forget, forget + settings.dims[5], rows.stride(0), *p.conv.stride(), *p.state.stride()),
+        (settings.eps, forget, forget + settings.dims[5], rows.stride(0), *p.conv.stride(), *p.state.stride(),
+         p.state.shape[0]),
         WIDTH=width, SILU=settings.silu, ROUNDS=settings.rounds, NORM=settings.norm, NW=settings.dims[6],
         APPROXIMATE=approximates(rows.device),
     )  # fmt: skip

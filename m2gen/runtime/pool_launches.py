@@ -29,7 +29,7 @@ class Slots(NamedTuple):
 
 
 def steps(operands: Operands, pool: Tensor, slots: Slots, call: KnownCall | None = None) -> Tensor:
-    """Advance states of the pool by the operands' tokens (B, T, ...); return y (B, T, N, V)."""
+    """Advance states of the pool by the operands' tokens (B, T, ...), or (B, ...) of one; return y (B, T, N, V)."""
     dims = dims_of(*operands[:5])
     y: Tensor = launches.on_device(_steps, pool.get_device(), (_kernels(dims, pool, call), operands, pool, slots))
     return y
@@ -108,20 +108,29 @@ def _kernels(dims: Sequence[int], pool: Tensor, call: KnownCall | None) -> _Kern
 
 def _steps(kernels: _Kernels, operands: Operands, pool: Tensor, slots: Slots) -> Tensor:
     plan, (q, k, v, weight, forget, A_log, dt_bias) = kernels.plan, operands
-    batch, count = q.shape[:2]
-    y = v.new_empty(batch, count, plan.heads, plan.cols)
-    table, out = slots.indices, slots.out_indices
+    y = v.new_empty(*q.shape[:-2], plan.heads, plan.cols)
+    count = q.shape[1] if q.dim() == 4 else 1
+    known = kernels.module.known
+    numbers = () if known is not None and "steps" in known else _numbers(operands, pool, slots)
     kernels.module.launch(
-        "steps", batch * plan.heads if count else 0, plan.warps,
-        (q, k, v, weight, forget, A_log, dt_bias, y, table, out, slots.accepted, slots.seed, pool),
-        (
-            *q.stride(), *k.stride(), *v.stride(), *weight.stride(), *forget.stride(), *pool.stride(),
-            *_strides(table), *_strides(out), _stride(slots.accepted), _stride(slots.seed),
-            pool.shape[0], table.shape[1] if table.dim() == 2 else 1,
-        ),
-        STEPS=count, STEPS_PAD=1 << (count - 1).bit_length(), EVERY=out.dim() == 2,
+        "steps", q.shape[0] * plan.heads if count else 0, plan.warps,
+        (q, k, v, weight, forget, A_log, dt_bias, y, *slots, pool), numbers,
+        STEPS=count, STEPS_PAD=1 << (count - 1).bit_length(), EVERY=slots.out_indices.dim() == 2,
     )  # fmt: skip
     return y
+
+
+def _numbers(operands: Operands, pool: Tensor, slots: Slots) -> tuple[int, ...]:
+    """Return the numbers that the kernel of steps takes; a step's operands have no dim of tokens."""
+    q, k, v, weight, forget, _, _ = operands
+    if q.dim() == 3:
+        q, k, v, forget = (x.unsqueeze(1) for x in (q, k, v, forget))
+    table, out = slots.indices, slots.out_indices
+    return (
+        *q.stride(), *k.stride(), *v.stride(), *weight.stride(), *forget.stride(), *pool.stride(),
+        *_strides(table), *_strides(out), _stride(slots.accepted), _stride(slots.seed),
+        pool.shape[0], table.shape[1] if table.dim() == 2 else 1,
+    )  # fmt: skip
 
 
 def _gather(kernels: _Kernels, pool: Tensor, indices: Tensor, has_state: Tensor | None) -> Tensor:

@@ -40,9 +40,9 @@ def rules(operators: dict[str, Any]) -> dict[str, Rules]:
         "pool_scatter": _fake_scatter,
     }
     flops = {
-        "pool_steps": _flops_of_steps,
+        "pool_steps": _flops,
         "pool_gather": _no_flops,
-        "pool_scan": _flops_of_scan,
+        "pool_scan": _flops,
         "pool_scatter": _no_flops,
     }
     return {
@@ -120,7 +120,7 @@ def _mapped(operator: Any) -> Callable[..., Any]:
 
 def _fake_steps(*arguments: Any) -> Tensor:
     q, v, pool = arguments[0], arguments[2], arguments[-1]
-    y: Tensor = v.new_empty(*q.shape[:2], pool.shape[1], v.shape[-1])
+    y: Tensor = v.new_empty(*q.shape[:-2], pool.shape[1], v.shape[-1])
     return y
 
 
@@ -137,14 +137,8 @@ def _fake_scatter(*_: Any) -> None:
     """Return nothing, as the operator does."""
 
 
-def _flops_of_steps(q: Tensor, *arguments: Any, **_: Any) -> int:
+def _flops(q: Tensor, *arguments: Any, **_: Any) -> int:
     """Count H W, k v^T and H^T q of every token and head."""
-    pool: Tensor = arguments[-1]
-    return 2 * math.prod(q.shape[:2]) * math.prod(pool.shape[1:]) * (pool.shape[-1] + 2)
-
-
-def _flops_of_scan(q: Tensor, *arguments: Any, **_: Any) -> int:
-    """Count what the forward does."""
     pool: Tensor = arguments[-1]
     return 2 * math.prod(q.shape[:-2]) * math.prod(pool.shape[1:]) * (pool.shape[-1] + 2)
 

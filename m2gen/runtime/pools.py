@@ -76,15 +76,13 @@ def _advance(caller: str, lead: tuple[str, ...], tensors: dict[str, Any]) -> tup
     slots = Slots(indices, indices if out_indices is None else out_indices, accepted[0] if accepted else None, seed)
     if pool_checks.DEBUG:
         pool_checks.check_slots(caller, pool.shape[0], slots.indices, slots.out_indices, slots.accepted)
-    if len(lead) == 1:
-        q, k, v, forget = (x.unsqueeze(1) for x in (q, k, v, forget))
     operands = (q, k, v, weight, forget, float32(A_log), float32(dt_bias))
     if call is None:
         y = library.OPERATORS.POOL_STEPS(*operands, *slots, pool)
     else:
         y = library.OPERATORS.pool_library.pool_launches.steps(operands, pool, slots, call)
     written(pool)
-    return y.squeeze(1) if len(lead) == 1 else y, pool
+    return y, pool
 
 
 class Prefill:

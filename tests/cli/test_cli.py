@@ -5,18 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from command_line import KEY, SPEC, TINY, document, fails, outcome, row, run
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from support import ROOT
 
 from m2gen import __version__, pipeline
 from m2gen.cli.show import build
+from m2gen.cli.show import info as shown_info
 from m2gen.device import TARGETS
 from m2gen.kernels.resources import Resources
+from m2gen.measure import context
 
 
 def test_the_installed_command_and_the_module_are_the_same() -> None:
@@ -157,6 +163,23 @@ def test_info() -> None:
     assert facts["targets"] == list(TARGETS)
     assert (facts["device"] is not None) == torch.cuda.is_available()
     assert facts["versions"]["torch"] in run("info").stdout
+
+
+def test_info_is_what_a_report_of_a_fault_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every dependency has its version, the GPU its driver, and variables that change the result are there."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    monkeypatch.setenv("TRITON_HOME", "/elsewhere")
+    device = replace(H100, name="NVIDIA H100")
+    monkeypatch.setattr(shown_info, "detect", lambda: device)
+    monkeypatch.setattr(context, "driver", lambda: "999.1")
+    facts = document("info")
+    names = {canonicalize_name(Requirement(line).name) for line in declared}
+    assert set(map(canonicalize_name, facts["versions"])) == {"m2gen", "python", *names}
+    assert facts["device"]["name"] == "NVIDIA H100"
+    assert facts["toolchain"]["driver"] == "999.1"
+    assert facts["variables"]["TRITON_HOME"] == "/elsewhere"
+    assert facts["folders"].keys() == {"specs", "templates", "tuning_db", "cache"}
+    assert "999.1" in run("info").stdout
 
 
 def test_check_gives_the_resources_of_every_kernel() -> None:

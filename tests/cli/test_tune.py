@@ -72,6 +72,27 @@ def test_a_dry_run_needs_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not (tmp_path / "db").exists()
 
 
+def test_a_dry_run_says_what_would_be_tried_first(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The candidates are those that the search then tries, in order, each with its reason; a known failure is not."""
+    monkeypatch.setattr(sys.modules["m2gen.pipeline.tune"], "detect", lambda: context.device)
+    monkeypatch.setattr(sys.modules["m2gen.pipeline.tune"], "environment", lambda device: context.environment)
+    (size,) = document(*TUNE, *DB, "--dry-run")
+    slugs = [each["schedule"] for each in size["first"]]
+    assert len(slugs) == len(set(slugs)) > 10
+    assert size["first"][0] == {"schedule": DEFAULT, "origin": "default"}
+    table = run(*TUNE, *DB, "--dry-run").stdout
+    assert all(parse(slug).describe(parse(DEFAULT)) in table for slug in slugs)
+    assert {each["origin"] for each in size["first"]} == {"default", "tile", "neighbour"}
+    log = simulated.script(Path("script.json"), wrong=[NEIGHBOUR])
+    assert run(*TUNE, *DB, "--trials", str(len(slugs)), "--budget", "600s", "--quiet").exit_code == 0
+    tried = list(dict.fromkeys(line.split()[1] for line in simulated.lines(log) if line.startswith("screen ")))
+    assert tried[: len(slugs)] == slugs
+    (again,) = document(*TUNE, *DB, "--dry-run")
+    assert NEIGHBOUR in slugs
+    assert NEIGHBOUR not in {each["schedule"] for each in again["first"]}
+    assert "record" in {each["origin"] for each in again["first"]}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 @pytest.mark.parametrize("command", [TUNE, ("db", "replay"), ("db", "verify")], ids=" ".join)
 def test_without_a_gpu(

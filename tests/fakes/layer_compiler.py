@@ -13,7 +13,7 @@ INT32 = ("turns", "place", "sequence", "indices", "out_indices")
 FLAGS = {
     "WIDTH": 4, "SILU": True, "IS_VARLEN": True, "NORM": True, "ROUNDS": False, "NW": 1, "APPROXIMATE": False
 }  # fmt: skip
-NUMBERS = ("tokens", "steps", "chunks", "stride_", "forget", "output_gate")
+NUMBERS = ("tokens", "slots", "steps", "chunks", "stride_", "forget", "output_gate")
 
 
 def described(kernel: Any, dtype: str) -> tuple[dict[str, str], dict[tuple[int, ...], Any]]:

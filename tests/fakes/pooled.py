@@ -15,7 +15,7 @@ _POISON = {
     torch.float32: (torch.int32, 0x7FE5A5A5),
     torch.bfloat16: (torch.int16, 0x7FE5),
     torch.float16: (torch.int16, 0x7E5A),
-}  # fmt: skip
+}
 
 
 def operands_of(inputs: Inputs) -> dict[str, Tensor]:

@@ -151,7 +151,10 @@ class Engine:
             request.at = 1
 
     def draft(self, accepted: dict[int, int]) -> None:
-        """Advance requests by a token and its drafts, of which some count; the others are of another text."""
+        """Advance requests by a token and its drafts, of which some count; the others are of another text.
+
+        Odd requests keep no states of those.
+        """
         running = self._running(accepted)
         if not running:
             return
@@ -164,10 +167,12 @@ class Engine:
             parts.append(
                 {n: torch.cat([x, getattr(wrong, n)[:, count:]], 1) if n in PER_TOKEN else x for n, x in right.items()}
             )
-        table = self._indices([r.table for r in requests])
+        rest = [DRAFTS - count if key % 2 else 0 for key, count in zip(running, counts, strict=True)]
+        kept = [r.table[: DRAFTS - none] + [-1] * none for r, none in zip(requests, rest, strict=True)]
         y, _ = self.package.m2rnn_steps(
-            **_joined(parts, 0), pool=self.pool, indices=table, accepted=self._indices([r.at for r in requests])
-        )
+            **_joined(parts, 0), pool=self.pool, indices=self._indices([r.table for r in requests]),
+            out_indices=self._indices(kept), accepted=self._indices([r.at for r in requests]),
+        )  # fmt: skip
         for request, count, rows in zip(requests, counts, y, strict=True):
             self._advance(request, rows[:count])
             request.at = count

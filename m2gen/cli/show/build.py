@@ -1,24 +1,19 @@
-"""Print the results of ``m2gen build``, ``check``, ``spec`` and ``info``."""
+"""Print the results of ``m2gen build``, ``check`` and ``spec``."""
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from m2gen import __version__
-from m2gen.cache import cache_dir, shortcoming
 from m2gen.cli.show.names import calls, closest, record_notes
 from m2gen.cli.show.report import print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.db.choice import Choice
-from m2gen.device import PORTABLE, TARGETS, detect
+from m2gen.device import PORTABLE
 from m2gen.errors import listed
-from m2gen.kernels.render import templates_dir
-from m2gen.measure.context import installed
-from m2gen.pipeline import BuildOutcome, CheckRow, Plan, shipped_database, shipped_specs, state
+from m2gen.pipeline import BuildOutcome, CheckRow, Plan, state
 from m2gen.variant import BuiltVariant
 
 KERNEL_COLUMNS = ("layer", "kernel", "registers", "spills B", "shared B", "code B", "from")
@@ -161,35 +156,3 @@ def _variant_json(built: BuiltVariant) -> dict[str, Any]:
         "clip": str(variant.clip),
         "tanh": str(variant.tanh),
     }
-
-
-def show_info(*, as_json: bool) -> None:
-    """Print what m2gen runs on and with, and what is missing."""
-    device = detect()
-    packages = ("torch", "triton", "jinja2", "optuna", "pyyaml", "rich", "pydantic", "typer")
-    versions = {"m2gen": __version__, "python": platform.python_version()}
-    versions |= {package: installed(package) or "missing" for package in packages}
-    folders = {
-        "specs": shipped_specs(),
-        "templates": templates_dir(),
-        "tuning_db": shipped_database().root,
-        "cache": cache_dir(),
-    }
-    missing = [name for name, value in versions.items() if value == "missing"]
-    missing += [name for name, path in folders.items() if name != "cache" and not path.is_dir()]
-    missing += [] if device else ["GPU (kernels run in Triton's interpreter)"]
-    missing += filter(None, [shortcoming()])
-    facts = {
-        "device": asdict(device) if device else None,
-        "versions": versions,
-        "folders": {name: str(path) for name, path in folders.items()},
-        "targets": list(TARGETS),
-        "missing": missing,
-    }
-    if as_json:
-        print_json(facts)
-        return
-    gpu = f"{device.name} ({device.arch}, {device.sm_count} SMs)" if device else "none"
-    rows = [("device", gpu), *versions.items(), *((name, str(path)) for name, path in folders.items())]
-    rows += [("targets", ", ".join(TARGETS)), ("missing", ", ".join(missing) or "nothing")]
-    print_tables([Table("m2gen", ("what", "value"), rows)])

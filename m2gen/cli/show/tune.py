@@ -23,6 +23,17 @@ MORE_COLUMNS = ("variant", "slug")
 """Columns that --verbose adds."""
 
 
+ORIGINS = {
+    "default": "the heuristic's, which others are compared with",
+    "record": "a record of these calls, on this GPU",
+    "similar": "won on this architecture, for the same dims",
+    "elsewhere": "won on another architecture, for the same dims",
+    "tile": "rows or segments traded for programs",
+    "neighbour": "one knob from the default",
+}
+"""Why a candidate is among the first, by its origin."""
+
+
 def run(planned: Plan, request: TuneRequest, report: Path | None, display: Display) -> int:
     """Search, show progress and the closing tables, write the report; return the exit status."""
     if report is not None and not report.absolute().parent.is_dir():
@@ -55,7 +66,8 @@ def show_sizes(sizes: Sequence[Size], names: Mapping[Variant, str], *, as_json: 
     if as_json:
         print_json([_size_json(size) for size in sizes])
     else:
-        print_tables(size_table(size, names[size.goal.subject.variant]) for size in sizes)
+        titled = [(size, names[size.goal.subject.variant]) for size in sizes]
+        print_tables(table for size, name in titled for table in (size_table(size, name), first_table(size, name)))
 
 
 def size_table(size: Size, name: str) -> Table:
@@ -66,6 +78,13 @@ def size_table(size: Size, name: str) -> Table:
     rows += [("points", len(space.points)), ("seconds to try all, about", round(size.seconds))]
     title = f"{name}, B{subject.batch} S{subject.seq}, {subject.device.arch}"
     return Table(title, ("what", "count"), rows)
+
+
+def first_table(size: Size, name: str) -> Table:
+    """Return the table of the candidates that would be tried first, in order; knobs are said beside the default."""
+    default = size.first[0][0]
+    rows = [(schedule.describe(default), ORIGINS[origin]) for schedule, origin in size.first]
+    return Table(f"{name}, first on {size.goal.subject.device.arch}", ("schedule", "why"), rows)
 
 
 def _size_json(size: Size) -> dict[str, Any]:
@@ -82,6 +101,7 @@ def _size_json(size: Size) -> dict[str, Any]:
         "pruned": size.space.pruned,
         "points": len(size.space.points),
         "expected_seconds": round(size.seconds),
+        "first": [{"schedule": schedule.slug, "origin": origin} for schedule, origin in size.first],
     }
 
 

@@ -1,0 +1,75 @@
+"""The lock of a GPU: one process at a time, of any user, and none after its process is gone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+from m2gen.errors import TuneError
+from m2gen.measure import lock
+
+HOLD = """
+import sys, tempfile
+tempfile.tempdir = sys.argv[1]
+from m2gen.measure import lock
+with lock.exclusive("gpu-1"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder of temporary files that is this test's alone."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_another_process_is_named_until_it_is_killed(folder: Path) -> None:
+    """While it lives the GPU is its, however often others ask; a kill frees it."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, **pipes) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for _ in range(2):
+            with pytest.raises(TuneError, match=f"must use gpu-1: process {other.pid} does"), lock.exclusive("gpu-1"):
+                pass
+        with lock.exclusive("gpu-2"):
+            pass
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+        with lock.exclusive("gpu-1"):
+            assert (folder / "m2gen-gpu-1.lock").read_text(encoding="utf-8") == f"{os.getpid()}\n"
+
+
+def test_the_file_is_everybodys(folder: Path) -> None:
+    """Whatever this user's mask is, another user can ask for the same GPU."""
+    before = os.umask(0o077)
+    try:
+        with lock.exclusive("gpu-1"):
+            assert (folder / "m2gen-gpu-1.lock").stat().st_mode & 0o777 == 0o666
+    finally:
+        os.umask(before)
+
+
+def test_an_error_frees_the_gpu(folder: Path) -> None:
+    """A search that fails leaves nothing behind that the next would wait for."""
+    with pytest.raises(ZeroDivisionError), lock.exclusive("gpu-1"):
+        raise ZeroDivisionError
+    with lock.exclusive("gpu-1"):
+        pass
+
+
+def test_a_file_that_cannot_be_written_is_named(folder: Path) -> None:
+    """Something else of the lock's name is one line that has its path."""
+    (folder / "m2gen-gpu-1.lock").mkdir()
+    with pytest.raises(TuneError, match=r"m2gen-gpu-1\.lock must be writable"), lock.exclusive("gpu-1"):
+        pass
