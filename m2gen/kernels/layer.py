@@ -45,6 +45,7 @@ class LayerLowering:
     tiles: LayerTiles = field(default_factory=LayerTiles)
 
     jit = "triton.jit"
+    tanh_ptx = False  # decoding asks for the instruction where it is launched
 
     @property
     def name(self) -> str:

@@ -31,6 +31,7 @@ class PoolLowering:
     """How float32 operands are multiplied."""
 
     jit = "triton.jit"
+    tanh_ptx = False  # pools promise the same bits wherever a request is computed
     forward_only = True
     """Whether nothing is differentiated: ``gate`` comes without its slopes."""
 

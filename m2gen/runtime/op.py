@@ -125,7 +125,7 @@ def m2rnn(
     final state is left in that slot, or in that of out_indices (B,), unless it is negative: in place, rounded once, as
     ``m2rnn_steps`` says of rounding_seed. The pool is what is returned beside y. No gradients are computed.
     With states_every = C and states_indices (B, M), the state after each multiple (m + 1) C of a sequence's tokens is
-    left in its slot, too; C must be a multiple of the steps between states that kernels save, of which 128 is one.
+    left in its slot, too; C must be a multiple of the steps between states that kernels save, as 384 always is.
 
     Raises VariantNotBuiltError for dims, heads, a dtype or a gate that were not built; ValueError or TypeError for
     operands that do not fit together.

@@ -13,7 +13,9 @@ from pooled import PER_TOKEN, ints, operands_of, poisoned, requests, tokens, unt
 from support import GATED_HEADS, SCHEDULES, build_package, import_package, make_variant
 from torch import Tensor
 
+from m2gen.device import TARGETS
 from m2gen.problem import Inputs, Problem, make_inputs
+from m2gen.schedule import FAMILIES
 
 BATCH, STEPS, SLOTS = 3, 3, 7
 VARIANTS = {
@@ -437,3 +439,17 @@ def test_wrong_states_to_keep(package, inputs, wrong) -> None:
     pool = filled(inputs, {0: 0, 1: 1, 2: 2})
     with pytest.raises(ValueError, match=f"^m2rnn: {re.escape(message)}$"):
         package.m2rnn(**operands_of(inputs), pool=pool, indices=ints(0, 1, 2, like=pool), **call)
+
+
+def test_384_tokens_are_a_multiple_of_any_kernels_steps() -> None:
+    """The documents promise it of ``states_every``, whatever schedule a search finds."""
+    intervals = {
+        value
+        for family in FAMILIES
+        for device in TARGETS.values()
+        for variant in (make_variant(64, 64, dtype="bf16"), make_variant(64, 16, dtype="bf16"))
+        if not family.unsupported(variant, device)
+        for value in dict(family.axes(variant, device))["interval"]
+    }
+    assert {16, 12, 128} <= intervals
+    assert all(384 % interval == 0 for interval in intervals)
