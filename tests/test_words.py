@@ -134,4 +134,4 @@ def test_templates_of_kernels_do_no_arithmetic(name: str) -> None:
     assert "{% set" not in text
     placed = [STRINGS.sub("", found).strip("- ") for found in IN_BRACES.findall(text)]
     assert [found for found in placed if re.search("[-+*/%]", found)] == []
-    assert len(text.splitlines()) > 10, "a shorter fragment hides what the kernel does"
+    assert len(text.splitlines()) >= 15, "a shorter fragment hides what the kernel does"
