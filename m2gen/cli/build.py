@@ -43,6 +43,13 @@ CheckOption = Annotated[
         help="Write nothing; exit 1 with a diff if a package is stale: that of --spec, or any in --out without it.",
     ),
 ]
+CompiledOption = Annotated[
+    bool,
+    typer.Option(
+        "--compiled",
+        help="Bring along compiled kernels, for the installed Triton, so that first calls compile nothing.",
+    ),
+]
 NoVerifyOption = Annotated[bool, typer.Option("--no-verify", help="Write the package without verifying it.")]
 
 
@@ -52,6 +59,7 @@ def build(
     form: FormOption = Format.PACKAGE,
     wheel: WheelOption = False,
     check: CheckOption = False,
+    compiled: CompiledOption = False,
     no_verify: NoVerifyOption = False,
     db: DbOption = None,
     no_db: NoDbOption = False,
@@ -71,6 +79,8 @@ def build(
         form = Format.WHEEL if wheel else form
         if check and form is not Format.PACKAGE:
             raise UsageError("build --check compares packages, and takes neither --wheel nor --format")
+        if check and compiled:
+            raise UsageError("build --check compares sources, and takes no --compiled")
         out = form.folder if out is None else out
         if check:
             names = [spec] if spec else pipeline.committed_specs(out)
@@ -80,7 +90,9 @@ def build(
         if spec is None:
             raise UsageError("build must be given --spec, or --check alone for every package in --out")
         plan = planned(spec, records=records)
-        outcome = pipeline.build(plan, out, terminal_progress(quiet), verified=not no_verify, form=form)
+        outcome = pipeline.build(
+            plan, out, terminal_progress(quiet), verified=not no_verify, form=form, compiled=compiled
+        )
         show_build(plan, outcome, as_json=json, quiet=quiet, verbose=verbose)
 
 

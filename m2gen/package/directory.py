@@ -19,6 +19,8 @@ __all__ = ["MANIFEST", "Format", "check_place", "diff", "write"]
 
 ATTEMPTS = 3
 """Times that files are written again after another build wrote to them, where no lock keeps it out."""
+COMPILED = "compiled/"
+"""Where a package has the compiled kernels that it brings along."""
 GRACE = 0.25
 """Seconds between an exchange and the removal of the old files: an import that was listing them finds them all."""
 SHOWN = 64 * 1024
@@ -39,18 +41,18 @@ class Format(StrEnum):
 
 
 def diff(directory: Path, expected: Mapping[str, str]) -> list[str]:
-    """Return a unified diff from the files on disk to ``expected``, the manifest's resources aside.
+    """Return a unified diff from the files on disk to ``expected``, aside from what depends on the toolchain.
 
     A file that should not be there is shown if it is a short text, and named otherwise.
     """
     strays = owned.scan(directory).others(expected) if directory.is_dir() else []
     lines: list[str] = []
-    for path in sorted({*expected, *strays}):
+    for path in sorted({*expected, *(stray for stray in strays if not stray.startswith(COMPILED))}):
         old = _stray_text(directory / path) if path in strays else _text(directory / path)
         if not old and path in strays:
             lines.append(f"Only in committed/{directory.name}: {path}")
             continue
-        before, after = (_without_resources(path, text) for text in (old, expected.get(path, "")))
+        before, after = (_of_sources(path, text) for text in (old, expected.get(path, "")))
         place = f"{directory.name}/{path}"
         lines += difflib.unified_diff(
             before.splitlines(), after.splitlines(), f"committed/{place}", f"rendered/{place}", lineterm=""
@@ -70,13 +72,15 @@ def _stray_text(path: Path) -> str:
         return ""
 
 
-def _without_resources(path: str, text: str) -> str:
+def _of_sources(path: str, text: str) -> str:
+    """Return a manifest's text without resources and compiled kernels, and any other file's as it is."""
     if path != MANIFEST:
         return text
     try:
         parsed = json.loads(text)
         del parsed["resources"]
-    except (ValueError, KeyError, TypeError):
+        parsed["files"] = {path: digest for path, digest in parsed["files"].items() if not path.startswith(COMPILED)}
+    except (ValueError, KeyError, TypeError, AttributeError):
         return text
     return json.dumps(parsed, indent=2)
 

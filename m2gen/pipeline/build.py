@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from m2gen.cache import key_of, load_result, store_result
-from m2gen.device import detect
+from m2gen.device import PORTABLE, detect
 from m2gen.errors import CompileError, UsageError, VerifyError
 from m2gen.kernels.compile import toolchain
 from m2gen.package import emit
@@ -17,6 +17,7 @@ from m2gen.package.deliver import check_delivery, deliver
 from m2gen.package.directory import MANIFEST, Format, diff
 from m2gen.package.emit import Package
 from m2gen.pipeline.check import CheckRow, check
+from m2gen.pipeline.compiled import compiled_files
 from m2gen.pipeline.plan import Plan, Progress, render
 from m2gen.pipeline.verify import VerifyRequest, failure_lines, verify
 
@@ -33,11 +34,18 @@ class BuildOutcome:
 
 
 def build(
-    planned: Plan, out: Path, progress: Progress, *, verified: bool = True, form: Format = Format.PACKAGE
+    planned: Plan,
+    out: Path,
+    progress: Progress,
+    *,
+    verified: bool = True,
+    form: Format = Format.PACKAGE,
+    compiled: bool = False,
 ) -> BuildOutcome:
     """Render, compile, verify and write ``out/<name>/``, or another form; a failure at any stage writes nothing.
 
-    Raises CompileError, VerifyError or PlaceError.
+    With ``compiled`` the package brings along kernels that the Triton at hand compiled. Raises CompileError,
+    VerifyError or PlaceError.
     """
     rendered = render(planned)
     check_delivery(form, out, planned.origin, rendered)  # fails before minutes of compiling
@@ -46,6 +54,9 @@ def build(
     if broken:
         raise CompileError("\n".join(f"{row.place}: {'; '.join(row.problems)}" for row in broken))
     backend = _verified_once(planned, rendered, progress) if verified else "not verified"
+    if compiled:
+        arches = dict.fromkeys(choice.device.arch for choice in planned.choices if choice.device != PORTABLE)
+        rendered = replace(rendered, files={**rendered.files, **compiled_files(rendered, arches, progress)})
     place = deliver(form, out, planned.origin, rendered, emit.manifest_text(rendered, _resources(rows)))
     return BuildOutcome(rendered, place, tuple(rows), backend)
 
@@ -105,7 +116,7 @@ def _spec_of(manifest: Path) -> str | None:
 def difference(planned: Plan, out: Path) -> list[str]:
     """Return a unified diff from ``out/<name>/`` to the rendered package; empty if they agree.
 
-    The manifest's resources depend on the toolchain, not on the sources, and are left out.
+    What depends on the toolchain, not on the sources, is left out: the manifest's resources, and compiled kernels.
     """
     rendered = render(planned)
     expected = {**rendered.files, MANIFEST: emit.manifest_text(rendered, {})}

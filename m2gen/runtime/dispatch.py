@@ -13,7 +13,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from . import built, launch_plan, launchers
+from . import built, compiled, launch_plan, launchers
 from .facts import VariantKey
 from .snapshot import load
 
@@ -60,13 +60,19 @@ def device_of(device: torch.device) -> tuple[str, int]:
         return "portable", built.PORTABLE_SMS
     if device.type != "cuda":
         raise RuntimeError(f"m2rnn: kernels run on GPUs of NVIDIA and AMD, got tensors on {device}")
-    properties = torch.cuda.get_device_properties(device)
-    arch = properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    arch = arch_of(device)
+    sms: int = torch.cuda.get_device_properties(device).multi_processor_count
     if arch not in KERNELS:
         known = ", ".join(KERNELS)
         warnings.warn(f"{built.NAME} was built for {known}; {arch} gets the portable kernels", stacklevel=2)
         arch = "portable"
-    return arch, properties.multi_processor_count
+    return arch, sms
+
+
+def arch_of(device: torch.device) -> str:
+    """Return the arch of a GPU, whether or not kernels were built for it."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
 
 
 def present(device: torch.device) -> torch.device:
@@ -83,7 +89,10 @@ def table_of(variant: VariantKey, device: torch.device) -> tuple[Kernels, tuple[
     """Return the kernels of a key of VARIANTS, and the most sequences that each but the last of them serves."""
     arch, sms = device_of(device)
     name, heads = built.VARIANTS[variant], max(variant[2])
-    return KERNELS[arch][name], tuple(halves * sms // (2 * heads) for halves in built.HALVES)
+    kernels = KERNELS[arch][name]
+    if arch != "portable":
+        compiled.provide(kernels, arch)
+    return kernels, tuple(halves * sms // (2 * heads) for halves in built.HALVES)
 
 
 def read_source(kernels: ModuleType) -> None:
@@ -103,19 +112,37 @@ def kernels_for(
     cu_seqlens: Tensor | None,
 ) -> ModuleType:
     """Return the module whose launchers serve these operands; it depends on the number of sequences, not on lengths."""
-    return _of_bucket(*table_of(variant_of(q, k, v, weight, forget, A_log), q.device), q, cu_seqlens)
+    return named(_of_bucket(*table_of(variant_of(q, k, v, weight, forget, A_log), q.device), q, cu_seqlens))
 
 
 def layer_kernels(dims: Sequence[int], device: torch.device) -> ModuleType:
     """Return the kernels around the recurrence of K, V and heads; they are the same for every arch."""
-    device_of(device)  # raises where no kernel runs
-    return LAYER_KERNELS[tuple(dims[:6])]
+    return _ready(LAYER_KERNELS[tuple(dims[:6])], device)
 
 
 def pool_kernels(dims: Sequence[int], device: torch.device) -> ModuleType:
     """Return the kernels on pools of K, V and heads; they are the same for every arch and dtype."""
-    device_of(device)  # raises where no kernel runs
-    return POOL_KERNELS[tuple(dims)]
+    return _ready(POOL_KERNELS[tuple(dims)], device)
+
+
+@functools.cache
+def _ready(kernels: ModuleType, device: torch.device) -> ModuleType:
+    """Return kernels of every arch, with Triton's cache having what the package brings along; raises where none run."""
+    arch, _ = device_of(device)
+    if arch != "portable":
+        compiled.provide((kernels,), arch)
+    return named(kernels)
+
+
+@functools.cache
+def named(kernels: ModuleType) -> ModuleType:
+    """Have Triton hash the functions of a module in the order of their definitions, and return the module.
+
+    A kernel's hash, its name in Triton's cache, depends on which of the functions that it calls have theirs already.
+    """
+    for function in list(vars(kernels).values()):
+        getattr(function, "cache_key", None)
+    return kernels
 
 
 def _of_bucket(kernels: Kernels, most: Sequence[int], q: Tensor, cu_seqlens: Tensor | None) -> ModuleType:

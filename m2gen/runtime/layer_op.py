@@ -75,6 +75,11 @@ def call_like(tensors: Iterable[Tensor | None], rest: tuple[object, ...]) -> Kno
     return call
 
 
+def forget_calls() -> None:
+    """Forget what is known of calls, so that kernels are chosen again."""
+    _CALLS.clear()
+
+
 def _rows(flat: Tensor, kernels: LayerKernels, settings: Settings) -> _Rows:
     plan, (x, g) = kernels.plan, settings.columns
     return _Rows(flat[:, : plan.channels], flat[:, x : x + settings.dims[5]], flat[:, g : g + plan.inner])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -114,7 +114,11 @@ _READ = ("q", "k", "v", "weight", "forget", "A_log", "dt_bias")
 def _step(*arguments: Any) -> Tensor:
     *operands, state = arguments
     memory.check_written("m2rnn_step", "state", state, dict(zip(_READ, operands, strict=True)))
-    q, k, v, weight, forget, A_log, dt_bias = operands
+    return _stepped(*arguments)
+
+
+def _stepped(*arguments: Any) -> Tensor:
+    q, k, v, weight, forget, A_log, dt_bias, state = arguments
     return launches.step((q, k, v, weight, forget, _dense(A_log), _dense(dt_bias)), state)
 
 
@@ -190,6 +194,13 @@ def implement(library: Any) -> None:
         torch.library.register_fake(f"{NAMESPACE}::{name}", rule.fake, lib=library)
         torch.library.register_vmap(f"{NAMESPACE}::{name}", rule.mapped, lib=library)
         register_flop_formula(getattr(SPACE, name), get_raw=True)(rule.flops)
+
+
+def launched() -> Mapping[Any, Callable[..., Any]]:
+    """Return what each operator calls to launch its kernels, also on tensors without memory, which share none."""
+    around = layer_library.rules(LAYER, LAYER_BACKWARD, LAYER_STEP)
+    of_layer = {getattr(SPACE, name).default: rule.kernel for name, rule in around.items()}
+    return {FORWARD: _forward, BACKWARD: _backward, STEP: _stepped, **of_layer}
 
 
 def _defined() -> Any:

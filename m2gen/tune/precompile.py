@@ -12,19 +12,18 @@ import os
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from m2gen.cache import is_of_a_disk, key_of, load_result, store_result
 from m2gen.db import Failure, Reason
-from m2gen.device import Device
 from m2gen.kernels.compile import backend_of, telling, toolchain
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, binary_of, resources_of
 from m2gen.measure.workers import Lost, Service, without_interpreter
+from m2gen.runtime import absent
 from m2gen.spec import Objective
 from m2gen.tune.space import Subject
 from m2gen.tune.trial import Compiled, CompileTask
@@ -85,7 +84,8 @@ def _compile(task: CompileTask) -> Compiled:
     subject, schedule = task.subject, task.schedule
     start = time.monotonic()
     module = load(subject.variant, schedule)
-    with _recorded(subject.device) as kernels:
+    kernels: list[Any] = []
+    with absent.compiling(absent.Target(*backend_of(subject.device)), lambda kernel: _once(kernels, kernel)):
         for call in _calls(subject, module):
             call.results()
     every = [(resources_of(kernel, subject.device), kernel.metadata.num_warps) for kernel in kernels]
@@ -95,6 +95,12 @@ def _compile(task: CompileTask) -> Compiled:
     resources = [_first(every, kernels, side) for side in sides]
     name = _binary(task, kernels, every)
     return Compiled(*_worst(resources), binary=name, failure=failure, seconds=time.monotonic() - start)
+
+
+def _once(kernels: list[Any], kernel: Any) -> None:
+    """Add a kernel unless it is there."""
+    if all(kernel is not known for known in kernels):
+        kernels.append(kernel)
 
 
 def _first(every: list[tuple[Resources, int]], kernels: list[Any], side: str) -> Resources:
@@ -149,47 +155,6 @@ def _checked_inputs(variant: Variant) -> list[tuple[Any, Any]]:
     meta = torch.device("meta")
     every = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
     return [(q.case, inputs_of(variant, q.case, q.seed, meta)) for q in every]
-
-
-class _Absent:
-    """A driver for Triton that has the target of a GPU, which need not be there."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget(*backend_of(self._device))
-
-
-@contextmanager
-def _recorded(device: Device) -> Iterator[list[Any]]:
-    """Within the context, compile for ``device`` instead of launching, and collect each compiled kernel once."""
-    from triton.runtime import driver
-    from triton.runtime.jit import JITFunction
-
-    kernels: list[Any] = []
-    launch = JITFunction.run
-
-    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = launch(self, *arguments, grid=grid, warmup=True, **options)
-        if all(kernel is not known for known in kernels):
-            kernels.append(kernel)
-        return kernel
-
-    driver.set_active(_Absent(device))
-    JITFunction.run = compile_only
-    try:
-        yield kernels
-    finally:
-        JITFunction.run = launch
 
 
 def _lost(task: CompileTask, lost: Lost) -> Compiled:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from command_line import document, fails, outcome, row, run
 
 import m2gen.pipeline  # noqa: F401  (fills sys.modules)
+from m2gen.package.emit import Package
+from m2gen.package.owned import listed_in
 
 STAGE = sys.modules["m2gen.pipeline.build"]
 """The module, whose name in the package is that of its function."""
@@ -124,3 +128,46 @@ def test_check_without_a_spec_takes_every_package(built: Path) -> None:
         (built / "MANIFEST.json").write_text(wrong, encoding="utf-8")
         assert "generated/one/MANIFEST.json must be a package's manifest" in fails(2, "build", "--check")
     assert "at least one" in fails(2, "build", "--check", "--out", "elsewhere")
+
+
+KERNEL = "compiled/triton-3.7.1/sm_90/module/m2rnn_step_kernel-0.json"
+
+
+@pytest.fixture
+def brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have ``--compiled`` bring one file along, for the spec's one target."""
+
+    def files(rendered: Package, arches: Iterable[str], progress: object) -> dict[str, str]:
+        assert (rendered.name, list(arches)) == ("one", ["sm_90"])
+        return {KERNEL: "{}\n"}
+
+    monkeypatch.setattr(STAGE, "compiled_files", files)
+
+
+@pytest.mark.usefixtures("brought")
+def test_compiled_kernels_come_and_go_with_a_build(built: Path) -> None:
+    """They are m2gen's files; a check leaves them out, since they depend on the toolchain; a build without has none."""
+    assert run(*BUILD, "--compiled").exit_code == 0
+    assert (built / KERNEL).read_text(encoding="utf-8") == "{}\n"
+    assert KERNEL in listed_in(built)
+    assert run("build", "--spec", "one.yaml", "--check").exit_code == 0
+    (built / "op.py").write_text("edited\n", encoding="utf-8")
+    assert run("build", "--spec", "one.yaml", "--check").exit_code == 1
+    assert run(*BUILD).exit_code == 0
+    assert not (built / "compiled").exists()
+
+
+@pytest.mark.usefixtures("brought")
+def test_wheels_have_compiled_kernels_when_asked(built: Path) -> None:
+    """The wheel has another version than the one without, as it has other content."""
+    for options in ((), ("--compiled",)):
+        assert run(*BUILD, "--wheel", *options).exit_code == 0
+    having = {f"one/{KERNEL}" in zipfile.ZipFile(wheel).namelist() for wheel in Path("dist").iterdir()}
+    assert having == {False, True}
+
+
+def test_build_check_takes_no_compiled(spec: Path) -> None:
+    """A comparison of sources has nothing to compile."""
+    assert fails(2, "build", "--spec", "one.yaml", "--check", "--compiled") == (
+        "m2gen: build --check compares sources, and takes no --compiled"
+    )
