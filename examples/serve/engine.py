@@ -45,23 +45,15 @@ class Request:
             raise ValueError(f"a request must have a prompt and new tokens, got {len(self.prompt)} and {self.new}")
 
 
-@dataclass
-class Call:
-    """What a call of the model is told beside its tokens: each request's slot, and in prefill whether it has begun."""
-
-    slots: Tensor
-    begun: Tensor | None = None
-
-
 class PooledLayer:
-    """What the model's cache has for a layer: it reads and writes slots of a pool, as the call says."""
+    """What the model's cache has for a layer: it reads and writes slots of a pool, those of the call."""
 
-    def __init__(self, pool: Any) -> None:
-        self.pool, self.call = pool, Call(torch.empty(0))
+    def __init__(self, pool: Any, cache: PooledCache) -> None:
+        self.pool, self.cache = pool, cache
 
     def mix(self, layer: Any, x: Tensor, mask: Tensor | None, packed: Any) -> Tensor:
-        """Return what the layer makes of a token of each request (B, 1, C), or of packed chunks of prompts (1, T, C)."""
-        slots, begun = self.call.slots, self.call.begun
+        """Return what the layer makes of a token of each request (B, 1, C), or of packed chunks (1, T, C)."""
+        slots, begun = self.cache.slots, self.cache.begun
         y: Tensor
         if packed is None:
             y = self.pool.step(x[:, 0], slots)[:, None]
@@ -72,19 +64,17 @@ class PooledLayer:
 
 
 class PooledCache:
-    """The model's cache of all requests; positions are of no use to a model without attention."""
+    """The model's cache: pools, and of a call the slots of its requests and, in prefill, whether each has begun."""
 
-    def __init__(self, layers: list[PooledLayer]) -> None:
-        self.layers = layers
+    slots: Tensor
+    begun: Tensor
+
+    def __init__(self, pools: Sequence[Any]) -> None:
+        self.layers = [PooledLayer(pool, self) for pool in pools]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Return 0: states do not say how many tokens they have seen."""
+        """Return 0: a model without attention has no use for positions."""
         return 0
-
-    def name(self, call: Call) -> None:
-        """Have the model's next call read and write these slots."""
-        for layer in self.layers:
-            layer.call = call
 
 
 class Decoder:
@@ -111,7 +101,7 @@ class Decoder:
     def run(self) -> Tensor:
         """Choose the token after the last one of each slot, and leave it where that was."""
         engine = self.engine
-        engine.cache.name(Call(self.slots))
+        engine.cache.slots = self.slots
         logits = engine.model(engine.last[self.slots][:, None], cache=engine.cache).logits[:, -1]
         chosen = logits.argmax(-1)
         engine.last[self.slots] = chosen  # -1, which padding has, is an entry of no slot's
@@ -134,7 +124,7 @@ class Engine:
     """Requests in slots of pools, which ``step`` advances; at most ``slots`` run, others wait for their turn.
 
     A step runs at most ``chunk`` tokens of prompts, packed, and a token of every request whose prompt is through. It
-    waits for the device once, to fetch the tokens. Raises ValueError for a model with attention, which has no states.
+    waits for the device to fetch the tokens alone. Raises ValueError for a model with attention, which has no states.
     """
 
     def __init__(self, package: ModuleType, model: Any, slots: int, chunk: int = 512) -> None:
@@ -143,7 +133,7 @@ class Engine:
             raise ValueError(f"every mixer must be an M2RNN, got {', '.join(type(mixer).__name__ for mixer in mixers)}")
         self.model, self.device, self.chunk = model, model.device, chunk
         self.pools = [package.M2RNNPool.allocate(mixer, slots) for mixer in mixers]
-        self.cache = PooledCache([PooledLayer(pool) for pool in self.pools])
+        self.cache = PooledCache(self.pools)
         self.last = torch.zeros(slots + 1, dtype=torch.long, device=self.device)  # each slot's last token; padding's
         self.free = list(reversed(range(slots)))
         self.waiting: deque[Request] = deque()
@@ -179,18 +169,19 @@ class Engine:
         request.kept = [tuple(x[slot].to("cpu", copy=True) for x in (pool.conv, pool.state)) for pool in self.pools]
         self._leave(request, Status.EVICTED)
 
-    @torch.no_grad()
     def step(self) -> None:
         """Give free slots to those who wait, run a chunk of prompts and a token of everybody else."""
+        for requests, tokens in self.launch():
+            for request, token in zip(requests, tokens.tolist(), strict=True):  # where the host waits
+                self._take(request, token)
+
+    @torch.no_grad()
+    def launch(self) -> list[tuple[list[Request], Tensor]]:
+        """Do the same but wait for nothing: return requests and the tokens that are theirs to take."""
         while self.waiting and self.free:
             self._enter(self.waiting.popleft())
         decoding = [request for request in self.running if request.text]
-        begun, first = self._prefill()
-        chosen = self._decode(decoding)
-        for requests, tokens in ((begun, first), (decoding, chosen)):
-            if requests:
-                for request, token in zip(requests, tokens.tolist(), strict=True):  # where the host waits
-                    self._take(request, token)
+        return [self._prefill(), (decoding, self._decode(decoding))]
 
     def upload(self, values: Sequence[Any], dtype: torch.dtype = torch.long) -> Tensor:
         """Return a tensor on the device, without waiting for it."""
@@ -210,8 +201,8 @@ class Engine:
             return [], self.last[:0]
         offsets_cpu = torch.tensor([0, *accumulate(len(part) for _, part in chunks)])
         offsets = self.upload(offsets_cpu.tolist())
-        slots = self.upload([request.slot for request, _ in chunks])
-        self.cache.name(Call(slots, self.upload([request.seen > 0 for request, _ in chunks], torch.bool)))
+        self.cache.slots = slots = self.upload([request.slot for request, _ in chunks])
+        self.cache.begun = self.upload([request.seen > 0 for request, _ in chunks], torch.bool)
         tokens = self.upload([token for _, part in chunks for token in part])
         logits = self.model(
             tokens[None], cache=self.cache, cu_seq_lens_q=offsets, cu_seqlens_cpu=offsets_cpu,
@@ -244,8 +235,8 @@ class Engine:
         self.running.append(request)
         if request.kept is not None:
             for pool, (conv, state) in zip(self.pools, request.kept, strict=True):
-                pool.conv[slot].copy_(conv)
-                pool.state[slot].copy_(state)
+                pool.conv[slot].copy_(conv, non_blocking=True)
+                pool.state[slot].copy_(state, non_blocking=True)
             self.last[slot] = request.text[-1] if request.text else 0
             request.kept = None
 

@@ -16,7 +16,8 @@ import random
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,15 +32,6 @@ if not torch.cuda.is_available():
 from decoder import package_of  # noqa: E402
 from engine import Engine, Request, Status  # noqa: E402
 
-SIZES: dict[str, Any] = {
-    "package": "generated.examples", "layer": "hybrid_lm", "width": 768, "layers": 6, "vocabulary": 32768,
-    "batch": [1, 2, 4, 8, 16, 32, 64, 128, 256], "steps": 64, "requests": 24, "prompt": 200, "new": 48, "chunk": 256,
-}  # fmt: skip
-SMOKE: dict[str, Any] = {
-    "package": "generated.tiny", "layer": "base", "width": 16, "layers": 2, "vocabulary": 64,
-    "batch": [1, 3], "steps": 2, "requests": 6, "prompt": 9, "new": 4, "chunk": 8,
-}  # fmt: skip
-"""Sizes of seconds on a CPU, which show that everything works and nothing else."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LENGTHS = (256, 1024, 4096, 16384, 65536)
 """Tokens of a text, of which the table says how much memory they take."""
@@ -49,17 +41,21 @@ LENGTHS = (256, 1024, 4096, 16384, 65536)
 class Sizes:
     """What the model is, and what is asked of it: ``prompt`` and ``new`` are the most tokens of a request."""
 
-    package: str
-    layer: str
-    width: int
-    layers: int
-    vocabulary: int
-    batch: list[int]
-    steps: int
-    requests: int
-    prompt: int
-    new: int
-    chunk: int
+    package: str = "generated.examples"
+    layer: str = "hybrid_lm"
+    width: int = 768
+    layers: int = 6
+    vocabulary: int = 32768
+    batch: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    steps: int = 64
+    requests: int = 24
+    prompt: int = 200
+    new: int = 48
+    chunk: int = 256
+
+
+SMOKE = Sizes("generated.tiny", "base", 16, 2, 64, (1, 3), steps=1, requests=5, prompt=9, new=4, chunk=8)
+"""Sizes of seconds on a CPU, which show that everything works and nothing else."""
 
 
 def model_of(package: ModuleType, sizes: Sizes, dtype: str) -> Any:
@@ -94,7 +90,7 @@ def drawn(draw: random.Random, sizes: Sizes, prompt: int, new: int) -> Request:
 
 def serve(engine: Engine, requests: list[Request], draw: random.Random) -> Counter[str]:
     """Serve requests that arrive, are cancelled, evicted and resumed at random; return how often each happened."""
-    coming, happened = list(requests), Counter[str]()
+    coming, happened = list(requests), Counter(evicted=0, resumed=0, cancelled=0)
     while any(request.status not in (Status.DONE, Status.CANCELLED) for request in requests):
         for _ in range(min(len(coming), draw.randint(0, 3))):
             engine.add(coming.pop(0))
@@ -177,53 +173,48 @@ def measure(package: ModuleType, sizes: Sizes, dtype: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def report(facts: dict[str, Any], checked: dict[str, Any] | None, measured: dict[str, Any]) -> str:
+def report(results: dict[str, Any]) -> str:
     """Return all results as text."""
-    rows = [f"{facts['device']}, torch {facts['torch']}, {facts['package']} {facts['layer']}, {facts['dtype']}", ""]
+    checked, states = results["check"], results["state_bytes"] / 1e6
+    model = f"{results['layers']} layers of {results['package']} {results['layer']}, width {results['width']}"
+    rows = [f"{results['device']}, torch {results['torch']}, {results['dtype']}, {model}", ""]
     if checked is not None:
         rows += [
-            f"{checked['equal']} of {checked['requests']} texts are those of one-by-one generation, in fp32: "
-            f"{checked['tokens']} tokens, {checked['different']} of them different; {checked.get('evicted', 0)} "
-            f"evicted, {checked.get('resumed', 0)} resumed, {checked.get('cancelled', 0)} cancelled",
+            "{equal} of {requests} texts are those of one-by-one generation, in fp32: {tokens} tokens, {different} "
+            "different ones; {evicted} evicted, {resumed} resumed, {cancelled} cancelled".format(**checked),
             "",
         ]
     rows += ["| requests | tokens/s | ms a step |", "| --- " * 3 + "|"]
-    rows += [f"| {n} | {1e3 * n / took:,.0f} | {took:.2f} |" for n, took in measured["milliseconds"].items()]
+    rows += [f"| {n} | {1e3 * n / took:,.0f} | {took:.2f} |" for n, took in results["milliseconds"].items()]
     rows += ["", "| tokens of a request | MB of states | MB of keys and values, computed |", "| --- " * 3 + "|"]
-    states = measured["state_bytes"] / 1e6
-    rows += [f"| {n} | {states:.2f} | {size / 1e6:,.2f} |" for n, size in measured["attention_bytes"].items()]
+    rows += [f"| {n} | {states:.2f} | {size / 1e6:,.2f} |" for n, size in results["attention_bytes"].items()]
     return "\n".join(rows) + "\n"
 
 
 def main() -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, said in {
-        "package": "a generated package", "layer": "a layer of it", "width": "of the model", "layers": "of the model",
-        "steps": "to time of each batch", "requests": "to check",
-    }.items():  # fmt: skip
-        parser.add_argument(f"--{name}", type=type(SIZES[name]), help=f"{said}; {SIZES[name]} if not given")
-    parser.add_argument("--batch", type=int, nargs="+", help="how many requests are decoded together; 1 to 256")
-    parser.add_argument("--dtype", choices=DTYPES, help="of what is timed; bf16, or fp32 on a CPU")
+    for size in fields(Sizes):
+        several = {"nargs": "+", "type": int} if size.name == "batch" else {"type": type(size.default)}
+        parser.add_argument(f"--{size.name}", help=f"default: {size.default}", **several)
+    parser.add_argument("--dtype", choices=DTYPES, help="of what is timed; default: bf16, and fp32 on a CPU")
     parser.add_argument("--check", action="store_true", help="compare texts with one-by-one generation first, in fp32")
     parser.add_argument("--smoke", action="store_true", help="check and time at sizes of seconds on a CPU")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of serve.md and serve.json")
     parser.add_argument("--json", action="store_true", help="print JSON in place of tables")
     arguments = parser.parse_args()
-    given = {name: value for name, value in vars(arguments).items() if name in SIZES and value is not None}
-    sizes = Sizes(**{**(SMOKE if arguments.smoke else SIZES), **given})
-    cuda = torch.cuda.is_available()
+    given = {size.name: getattr(arguments, size.name) for size in fields(Sizes)}
+    sizes = replace(
+        SMOKE if arguments.smoke else Sizes(), **{name: value for name, value in given.items() if value is not None}
+    )
+    cuda, package = torch.cuda.is_available(), package_of(sizes.package)
     dtype = arguments.dtype or ("bf16" if cuda else "fp32")
-    package = package_of(sizes.package)
-    facts = {
-        "device": torch.cuda.get_device_name() if cuda else "CPU, interpreted", "torch": torch.__version__,
-        "package": sizes.package, "layer": sizes.layer, "dtype": dtype, "width": sizes.width, "layers": sizes.layers,
-    }  # fmt: skip
-    checked = check(package, sizes) if arguments.check or arguments.smoke else None
-    measured = measure(package, sizes, dtype)
+    device = torch.cuda.get_device_name() if cuda else "CPU, interpreted"
+    results: dict[str, Any] = {"device": device, "torch": torch.__version__, "dtype": dtype, **asdict(sizes)}
+    results["check"] = checked = check(package, sizes) if arguments.check or arguments.smoke else None
+    results |= measure(package, sizes, dtype)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    text = report(facts, checked, measured)
-    data = json.dumps({**facts, "check": checked, **measured}, indent=2) + "\n"
+    text, data = report(results), json.dumps(results, indent=2) + "\n"
     (arguments.out / "serve.md").write_text(text, encoding="utf-8")
     (arguments.out / "serve.json").write_text(data, encoding="utf-8")
     print(data if arguments.json else text, end="")
