@@ -24,7 +24,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from m2gen.kernels.compile import load_module
 
 EXAMPLES = ROOT / "examples"
-LOCAL = ("decoder", "words", "step", "train", "data", "model", "loop", "compare", "engine")
+LOCAL = ("decoder", "words", "step", "train", "data", "model", "loop", "compare")
 """Modules that the examples find beside them."""
 
 

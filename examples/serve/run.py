@@ -98,11 +98,11 @@ def serve(engine: Engine, requests: list[Request], draw: random.Random) -> Count
         if out and draw.random() < 0.3:
             engine.add(draw.choice(out))
             happened["resumed"] += 1
-        if engine.running and draw.random() < 0.15:
+        if engine.running and draw.random() < 0.2:
             engine.evict(draw.choice(engine.running))
             happened["evicted"] += 1
         there = [request for request in requests if request not in coming]
-        if there and draw.random() < 0.02:
+        if there and draw.random() < 0.05:
             victim = draw.choice(there)
             happened["cancelled"] += victim.status not in (Status.DONE, Status.CANCELLED)
             engine.cancel(victim)
