@@ -173,13 +173,13 @@ def test_misuse(run, package, model) -> None:
 def test_the_command(run, package, monkeypatch, tmp_path: Path, capsys) -> None:
     """It checks, times and counts; a text that differs is said, and is an exit status of 1."""
     options = ["--smoke", "--package", package.__name__, "--layer", "layer", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["run.py", *options, "--layers", "1", "--batch", "1", "2", "--requests", "3"])
+    monkeypatch.setattr(sys, "argv", ["run.py", *options, "--layers", "1", "--batch", "2", "--requests", "2"])
     run.main()
     printed = capsys.readouterr().out
     assert (tmp_path / "serve.md").read_text(encoding="utf-8") == printed
-    assert "3 of 3 texts are those of one-by-one generation, in fp32" in printed
+    assert "2 of 2 texts are those of one-by-one generation, in fp32" in printed
     results = json.loads((tmp_path / "serve.json").read_text(encoding="utf-8"))
-    assert list(results["milliseconds"]) == ["1", "2"]
+    assert list(results["milliseconds"]) == ["2"]
     mixed = 16 + 16 + 4 * 16  # channels of the convolution: q, k and v
     assert results["state_bytes"] == 4 * (4 * 16 * 16 + 3 * mixed)
     assert results["attention_bytes"]["256"] == 256 * 2 * 16 * 4
@@ -187,4 +187,4 @@ def test_the_command(run, package, monkeypatch, tmp_path: Path, capsys) -> None:
     monkeypatch.setattr(run, "measure", lambda *given: {"milliseconds": {}, "state_bytes": 0, "attention_bytes": {}})
     with pytest.raises(SystemExit, match="1"):
         run.main()
-    assert "0 of 3 texts" in capsys.readouterr().out
+    assert "0 of 2 texts" in capsys.readouterr().out
