@@ -103,7 +103,7 @@ class Decoder:
         engine = self.engine
         engine.cache.slots = self.slots
         logits = engine.model(engine.last[self.slots][:, None], cache=engine.cache).logits[:, -1]
-        chosen = logits.argmax(-1)
+        chosen: Tensor = logits.argmax(-1)
         engine.last[self.slots] = chosen  # -1, which padding has, is an entry of no slot's
         return chosen
 
