@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from calls import distance
 from checkpoints import small_model
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 
 ROUNDING = 1e-5
 KINDS = ("hybrid_rope", "recurrent")
@@ -128,3 +129,32 @@ def test_gradients_go_through_a_cache(model: Any) -> None:
     cache = model(tokens[:, PROMPT], attention_mask=mask[:, PROMPT]).cache
     later = model(tokens[:, AFTER], attention_mask=mask, cache=cache).logits.square().sum()
     assert distance(*(torch.autograd.grad(loss, weight)[0] for loss in (later, whole))) < ROUNDING
+
+
+def test_a_cache_whose_entries_keep_states_elsewhere(hf: Any) -> None:
+    """An entry's ``mix`` says what its layer makes of a call: here of packed prompts, then tokens, in a pool."""
+    model, slots = small_model(hf, "recurrent"), torch.tensor([2, 0])
+    package = importlib.import_module(hf.__name__.rpartition(".")[0])
+
+    class Entry(hf.caching.M2RNNCacheLayer):
+        def __init__(self, layer: Any) -> None:
+            super().__init__()
+            self.pool = package.M2RNNPool.allocate(layer, 3)
+
+        def mix(self, layer: Any, x: Tensor, mask: Tensor | None, packed: Any) -> Tensor:
+            assert (layer, mask) == (self.pool.layer, None)
+            if packed is None:
+                return self.pool.step(x[:, 0], slots)[:, None]
+            return self.pool.prefill(x[0], slots, packed.cu_seqlens, packed.cu_seqlens_cpu)[None]
+
+    cache = Cache(layers=[Entry(block.sequence_mixer) for block in model.transformer.h])
+    first, second = ids(1)[:, :3], ids(1, seed=2)[:, :5]
+    offsets = torch.tensor([0, 3, 8])
+    after = torch.tensor([[7], [9]])
+    with torch.no_grad():
+        prompts = model(torch.cat((first, second), 1), cache=cache, cu_seq_lens_q=offsets, cu_seqlens_cpu=offsets)
+        tokens = model(after, cache=cache)
+        for text, place, i in ((first, slice(0, 3), 0), (second, slice(3, 8), 1)):
+            expected = model(torch.cat((text, after[i : i + 1]), 1), use_cache=False).logits
+            assert distance(prompts.logits[:, place], expected[:, :-1]) < ROUNDING
+            assert distance(tokens.logits[i], expected[0, -1:]) < ROUNDING

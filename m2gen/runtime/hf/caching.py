@@ -35,6 +35,24 @@ class M2RNNCacheLayer(CacheLayerMixin):
         self.state: Tensor | None = None
         self.cumulative_length: Any = 0
 
+    def mix(self, layer: M2RNN, x: Tensor, mask: Tensor | None, packed: Packed | None) -> Tensor:
+        """Return what the layer makes of x (B, S, hidden_size) after what came before, and move on.
+
+        A cache whose entries have another ``mix`` keeps states elsewhere, as an engine's does in slots of its pool.
+        """
+        if packed is not None:
+            raise ValueError("M2RNN: a cache and packed sequences must not be given together")
+        conv, state = self.begin(layer, x)
+        y: Tensor
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
+            y, self.conv, self.state = layer(x, States(conv, state), mask)  # in place there are no gradients
+        else:
+            if conv.requires_grad or state.requires_grad:  # of a call with gradients, whose states stay as they are
+                conv, state = self.conv, self.state = conv.detach().clone(), state.detach().clone()
+            y = layer(x, M2RNNCache(conv, state), mask)
+        self.move(x.shape[1])
+        return y
+
     def begin(self, layer: M2RNN, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the states, which are those of sequences that have not begun where no call came before."""
         if self.conv is None or self.state is None:
@@ -151,14 +169,4 @@ def mix(layer: M2RNN, x: Tensor, entry: M2RNNCacheLayer | None, mask: Tensor | N
         else:
             y = layer(x, attention_mask=mask)
         return y
-    if packed is not None:
-        raise ValueError("M2RNN: a cache and packed sequences must not be given together")
-    conv, state = entry.begin(layer, x)
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
-        y, entry.conv, entry.state = layer(x, States(conv, state), mask)  # in place there are no gradients
-    else:
-        if conv.requires_grad or state.requires_grad:  # of a call with gradients, whose states stay as they are
-            conv, state = entry.conv, entry.state = conv.detach().clone(), state.detach().clone()
-        y = layer(x, M2RNNCache(conv, state), mask)
-    entry.move(x.shape[1])
-    return y
+    return entry.mix(layer, x, mask, packed)
