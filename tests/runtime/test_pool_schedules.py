@@ -50,7 +50,7 @@ def run(engine: Engine, schedule: list[tuple[Any, ...]]) -> None:
 
 
 @pytest.mark.parametrize("kind", DTYPES)
-@settings(max_examples=12, deadline=None, phases=(Phase.explicit, Phase.generate))  # to shrink one takes minutes
+@settings(max_examples=12, phases=(Phase.explicit, Phase.generate))  # to shrink one takes minutes
 @given(schedule=st.lists(TICK, min_size=2, max_size=7), seed=st.integers(0, 99))
 def test_any_schedule_is_each_request_alone(package, kind, schedule, seed) -> None:
     """Chunks of prompts, steps with padding, drafts with rejections, cancellations, evictions and resumptions."""
