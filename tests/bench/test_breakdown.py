@@ -87,7 +87,7 @@ def test_names_that_a_profiler_recorded() -> None:
     names = {kernel.name for row in document.layer_rows for kernel in row.kernels}
     parts = {part: {name for name in names if part_of(name) is part} for part in Part}
     ours = {name for name in names if name.startswith("m2rnn_")}
-    assert {f"m2rnn_{name}_kernel" for name in ("forward", "backward", "step")} <= parts[Part.RECURRENCE]
+    assert {f"m2rnn_{name}_kernel" for name in ("forward", "backward", "decode")} <= parts[Part.RECURRENCE]
     around = {
         f"m2rnn_{name}_kernel" for name in ("convolve", "convolve_backward", "decay", "finish", "finish_backward")
     }

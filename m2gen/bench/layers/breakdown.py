@@ -13,7 +13,7 @@ INDUCTOR = re.compile(r"triton_(poi|red|per|for|split_scan)_")
 RULES: tuple[tuple[Part, re.Pattern[str]], ...] = (
     (Part.REST, INDUCTOR),
     # m2gen's, and the published ones
-    (Part.RECURRENCE, re.compile(r"^_?m2rnn_(forward|backward|step|sum|segment)\w*", re.ASCII)),
+    (Part.RECURRENCE, re.compile(r"^_?m2rnn_(forward|backward|step|decode|sum|segment)\w*", re.ASCII)),
     # of torch: FlashAttention, cuDNN's and the memory-efficient one; some have cutlass in their names
     (
         Part.RECURRENCE,
