@@ -17,8 +17,8 @@ INTERVAL = SCHEDULES["one_level_atomic"].interval
 def test_what_a_package_exports(package) -> None:
     """The names that the documentation imports, and no others."""
     assert sorted(package.__all__) == [
-        "Initialisation", "M2RNN", "M2RNNCache", "VariantNotBuiltError", "layers", "m2rnn", "m2rnn_step",
-        "parameter_groups",
+        "Initialisation", "M2RNN", "M2RNNCache", "M2RNNPool", "VariantNotBuiltError", "layers", "m2rnn", "m2rnn_step",
+        "m2rnn_steps", "parameter_groups", "warm_up",
     ]  # fmt: skip
     assert all(getattr(package, name).__doc__ for name in package.__all__)
     assert issubclass(package.VariantNotBuiltError, ValueError)
