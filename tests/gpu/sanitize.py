@@ -94,7 +94,6 @@ def calls(name: str, folder: Path, device: torch.device) -> Iterator[tuple[str, 
         yield f"{name} {problem} without gradients", partial(package.m2rnn, **arguments(inputs))
     for dtype in (torch.float32, torch.bfloat16):
         yield f"{name} step on {dtype}", _decoding(package, variant, device, dtype)
-
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield f"{name} pool of {dtype}", _serving(package, variant, device, dtype)
 
@@ -106,11 +105,10 @@ def _serving(package: ModuleType, variant: Variant, device: torch.device, dtype:
     table = torch.tensor([[8, 0, 1, 2], [-1] * 4, [3, -1, 99, 4]], device=device)
     seed = None if dtype == torch.float32 else torch.tensor(7, device=device)
 
-    def call() -> None:
-        package.m2rnn(**operands, pool=pool, indices=table[:, 0], rounding_seed=seed)
-        package.m2rnn_steps(
-            **operands, pool=pool, indices=table, accepted=torch.ones_like(table[:, 0]), rounding_seed=seed
-        )
+    def call() -> tuple[torch.Tensor, ...]:
+        y, _ = package.m2rnn(**operands, pool=pool, indices=table[:, 0], rounding_seed=seed)
+        accepted = torch.ones_like(table[:, 0])
+        return y, *package.m2rnn_steps(**operands, pool=pool, indices=table, accepted=accepted, rounding_seed=seed)
 
     return call
 

@@ -31,7 +31,8 @@ def test_the_calls_run(tmp_path: Path, device: torch.device, monkeypatch, name: 
         labels.append(label)
     kinds = ("deterministic", "default", "without gradients")
     expected = [f"{name} {problem} {kind}" for problem in short for kind in kinds]
-    assert labels == [*expected, f"{name} step on torch.float32", f"{name} step on torch.bfloat16"]
+    expected += [f"{name} step on {dtype}" for dtype in (torch.float32, torch.bfloat16)]
+    assert labels == expected + [f"{name} pool of {dtype}" for dtype in (torch.float32, torch.bfloat16, torch.float16)]
 
 
 def test_calls_without_gradients_save_nothing(tmp_path: Path, device: torch.device, monkeypatch) -> None:
