@@ -11,7 +11,7 @@ from torch import Tensor
 
 from m2gen.bench.entries import Entry, Implementation
 from m2gen.bench.kinds import Kind
-from m2gen.bench.operators import Stepper, sequence_operator, stepper
+from m2gen.bench.operators import Stepper, pooled, sequence_operator, stepper
 from m2gen.db import Failure
 from m2gen.measure.checks import STEPS, SeededCase, check, seeded_cases
 from m2gen.problem import Inputs, Problem
@@ -28,7 +28,7 @@ SEED = 200
 
 def failure_of(entry: Entry, device: torch.device) -> Failure | None:
     """Return why an entry must not be timed, or None; computed once for all workloads with the same question."""
-    return _failure(entry.implementation, entry.workload.variant, _cases(entry), device)
+    return _failure(entry.implementation, entry.workload.variant, _cases(entry), device, entry.workload.call.pooled)
 
 
 def _cases(entry: Entry) -> tuple[SeededCase, ...]:
@@ -50,31 +50,41 @@ def _cases(entry: Entry) -> tuple[SeededCase, ...]:
 
 @lru_cache(maxsize=256)
 def _failure(
-    implementation: Implementation, variant: Variant, asked: tuple[SeededCase, ...], device: torch.device
+    implementation: Implementation,
+    variant: Variant,
+    asked: tuple[SeededCase, ...],
+    device: torch.device,
+    in_slots: bool = False,
 ) -> Failure | None:
     def judged(case: Case, inputs: Inputs, known: Oracle) -> tuple[TensorResult, ...]:
         with poisoned() if implementation.kind.generated else nullcontext():
-            given = _results(implementation, variant, case, inputs)
+            given = _results(implementation, variant, case, inputs, in_slots)
         return judge(given, known)
 
     return check(variant, asked, judged, device).failure
 
 
-def _results(implementation: Implementation, variant: Variant, case: Case, inputs: Inputs) -> Mapping[str, Tensor]:
+def _results(
+    implementation: Implementation, variant: Variant, case: Case, inputs: Inputs, in_slots: bool
+) -> Mapping[str, Tensor]:
     if case.name == DECODING:
-        return _decoded(stepper(implementation, variant), inputs, case)
+        return _decoded(stepper(implementation, variant), inputs, case, in_slots)
     return differentiate(sequence_operator(implementation, variant), inputs, case)
 
 
-def _decoded(step: Stepper, inputs: Inputs, case: Case) -> Mapping[str, Tensor]:
+def _decoded(step: Stepper, inputs: Inputs, case: Case, in_slots: bool) -> Mapping[str, Tensor]:
     """Return y of every token, one step after the other, and the state after the last."""
-    gate = gate_of(inputs)
+    options: dict[str, Tensor] = dict(gate_of(inputs))
     assert inputs.initial_state is not None
     state = inputs.initial_state.to(torch.bfloat16 if case.narrow_state else torch.float32, copy=True)
+    if in_slots:
+        state, options["indices"] = pooled(state)
     outputs = []
     with torch.no_grad():
         for t in range(inputs.q.shape[1]):
             token = [x[:, t] for x in (inputs.q, inputs.k, inputs.v)]
-            y, state = step(*token, inputs.weight, inputs.forget[:, t], state, **gate)
+            y, state = step(*token, inputs.weight, inputs.forget[:, t], state, **options)
             outputs.append(y)
+    if in_slots:
+        state = state[options["indices"].long()]
     return {"y": torch.stack(outputs, 1), "state": state}

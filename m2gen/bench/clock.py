@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from m2gen.bench.entries import BenchWorkload, Entry, TimerResult
-from m2gen.bench.operators import Stepper, sequence_operator, stepper
+from m2gen.bench.kinds import Call
+from m2gen.bench.operators import Stepper, pooled, sequence_operator, stepper
 from m2gen.measure.clock import Clock, Replay, aside, peak_bytes
 from m2gen.problem import Inputs, Problem, make_inputs, packed_problem
 from m2gen.verify import Case, Operator
@@ -32,7 +33,7 @@ def captured(entry: Entry, device: torch.device) -> Clock:
     workload, implementation = entry.timed, entry.implementation
     inputs = _inputs(workload, device)
     if workload.call.decodes:
-        step = _decoding(stepper(implementation, workload.variant), inputs)
+        step = _decoding(stepper(implementation, workload.variant), inputs, workload.call)
         for _ in range(WARM_UPS):
             aside(step)
         extra_bytes = peak_bytes(step)
@@ -85,10 +86,15 @@ class _Training:
         return [forward, saving, Replay(partial(self.backward, y))]
 
 
-def _decoding(step: Stepper, inputs: Inputs) -> Callable[[], Any]:
+def _decoding(step: Stepper, inputs: Inputs, token_call: Call) -> Callable[[], Any]:
     """Return a decoding step of one token, which advances the state in place."""
     token = [x[:, 0] for x in (inputs.q, inputs.k, inputs.v)]
-    return partial(step, *token, inputs.weight, inputs.forget[:, 0], inputs.initial_state, **gate_of(inputs))
+    options: dict[str, Tensor] = dict(gate_of(inputs))
+    state = inputs.initial_state
+    assert state is not None
+    if token_call.pooled:
+        state, options["indices"] = pooled(state)
+    return partial(step, *token, inputs.weight, inputs.forget[:, 0], state, **options)
 
 
 @lru_cache(maxsize=1)
@@ -119,7 +125,7 @@ def host_us(entry: Entry, device: torch.device) -> float | None:
         return None
     inputs = _drawn(workload, device)
     if workload.call.decodes:
-        run = _decoding(stepper(implementation, workload.variant), inputs)
+        run = _decoding(stepper(implementation, workload.variant), inputs, workload.call)
     else:
         operands = (getattr(inputs, name) for name in OPERANDS)
         run = partial(sequence_operator(implementation, workload.variant), *operands, **gate_of(inputs))

@@ -19,7 +19,7 @@ def sized(call: Call, batch: int, seq: int, packed: bool = False) -> str:
         return f"{batch} packed, S1 to {seq}"
     if not call.decodes:
         return f"B{batch} S{seq}"
-    return f"B{batch} token" + (", bf16 state" if call.narrow_state else "")
+    return f"B{batch} token" + (", bf16 state" if call.narrow_state else ", pool" if call.pooled else "")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class Call(StrEnum):
     """Decode one token for each of B sequences, with float32 states updated in place."""
     DECODE_BF16 = "decode_bf16"
     """Decode with states in bf16, which are half the traffic."""
+    DECODE_POOL = "decode_pool"
+    """Decode with float32 states in slots of a pool, in another order than their sequences and with gaps."""
 
     @property
     def decodes(self) -> bool:
@@ -50,6 +52,11 @@ class Call(StrEnum):
     def narrow_state(self) -> bool:
         """Whether states are kept in bf16 between calls."""
         return self is Call.DECODE_BF16
+
+    @property
+    def pooled(self) -> bool:
+        """Whether states are found by slots, which generated operators alone do."""
+        return self is Call.DECODE_POOL
 
 
 class TimerStep(StrEnum):

@@ -80,7 +80,7 @@ class _Implementations:
         base, *others = (self._generated(kind, workload) for kind in self.plans)
         loops = [Implementation(kind, default(variant, self.context.device)) for kind in (Kind.EAGER, Kind.COMPILED)]
         found = [base, *(other for other in others if _adds(other, base))]
-        found += [] if workload.packed else loops  # which have no offsets
+        found += [] if workload.packed or workload.call.pooled else loops  # which have no offsets, and no slots
         if workload.call is Call.SEQUENCE:
             named = peers(self.request.peers).items()
             peer = Implementation(Kind.PEER, base.schedule, timing_only=self.request.timing_only)
@@ -138,7 +138,7 @@ def workloads(planned: Plan, request: BenchRequest) -> list[BenchWorkload]:
         BenchWorkload(name, variant, batch, 1, call)
         for name, variant in named
         for batch in request.decode
-        for call in (Call.DECODE, Call.DECODE_BF16)
+        for call in (Call.DECODE, Call.DECODE_BF16, Call.DECODE_POOL)
     ]
     if not sequences:
         raise UsageError(f"{', '.join(request.layers) or 'the spec'} must have workloads to be timed, got none")

@@ -79,7 +79,8 @@ def test_everyone_side_by_side(spec: str, script: Script) -> None:
     found = rows(bench())
     kinds = ["default", "tuned", "eager", "compiled"]
     calls = ["sequence", "decode", "decode_bf16"]
-    assert list(found) == [(call, kind) for call in calls for kind in kinds]
+    pooled = [("decode_pool", kind) for kind in ("default", "tuned")]  # loops have no slots
+    assert list(found) == [*((call, kind) for call in calls for kind in kinds), *pooled]
     tuned = found["sequence", "tuned"]
     assert (tuned["schedule"], tuned["source"]) == (RECORD.schedule.slug, f"exact {RECORD.id}")
     assert found["sequence", "default"]["schedule"] == default(VARIANT, TARGETS["sm_90"], Bucket.ONE).slug
@@ -122,7 +123,7 @@ def test_no_speed_up_of_what_failed(spec: str, script: Script, when: str) -> Non
     tuned = found["sequence", "tuned"]
     assert (tuned["forward"], tuned["step"], tuned["speed_up"]) == (None, None, None)
     assert tuned["failure"] == f"wrong: {WRONG.message}"
-    assert script.sampled().count("tuned") == (0 if when == "broken" else 3), "once on each workload"
+    assert script.sampled().count("tuned") == (0 if when == "broken" else 4), "once on each workload"
     shown = run("bench", "--spec", spec, "--db", "db", "--quiet")
     assert shown.exit_code == 1
     assert f"wrong: {WRONG.message}" in " ".join(shown.stdout.split())
@@ -148,6 +149,7 @@ def test_only_decode_and_peer(spec: str, script: Script) -> None:
         ("other.kernels:adapter", "sequence", 66),
         ("default", "decode", 8),
         ("default", "decode_bf16", 8),
+        ("default", "decode_pool", 8),
     ]
     assert rows(found)["sequence", "other.kernels:adapter"]["source"] == "other.kernels:adapter"
     assert [row["call"] for row in bench("--only", "default", "--decode", "0")["rows"]] == ["sequence"]
@@ -265,7 +267,7 @@ def against(path: object, status: int, *more: str) -> Any:
 def test_against_an_earlier_run(spec: str, script: Script) -> None:
     """The same speed passes; each binary is timed twice in the same rounds, and loops are not timed."""
     found = against(recorded(script), 0)
-    assert len(found) == 2 * (2 + 2), "two implementations: forward and both of the workload, a token on either state"
+    assert len(found) == 2 * (2 + 3), "two implementations: forward and both of the workload, a token on three states"
     assert {c["place"]["implementation"] for c in found} == {"default", "tuned"}
     assert all(0.01 <= c["noise"] < 0.02 for c in found)
     arms = [task.entry.arm for task in script.asked]

@@ -29,6 +29,7 @@ SCHEDULE = make_schedule("atomic", interval=4)
 SEQUENCE = BenchWorkload("base", VARIANT, 2, 6)
 TOKEN = BenchWorkload("base", VARIANT, 3, 1, Call.DECODE)
 NARROW = replace(TOKEN, call=Call.DECODE_BF16)
+POOLED = replace(TOKEN, call=Call.DECODE_POOL)
 LOOPS = {Kind.EAGER: Implementation(Kind.EAGER, SCHEDULE), Kind.COMPILED: Implementation(Kind.COMPILED, SCHEDULE)}
 
 
@@ -61,7 +62,7 @@ def served(
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["given", "softplus"])
-@pytest.mark.parametrize("workload", [SEQUENCE, TOKEN, NARROW], ids=lambda w: str(w.call))
+@pytest.mark.parametrize("workload", [SEQUENCE, TOKEN, NARROW, POOLED], ids=lambda w: str(w.call))
 def test_a_generated_operator(generated: Implementation, workload: BenchWorkload, gated: bool) -> None:
     """Admitted with its memory and its host's time, then sampled; of a token there is no backward."""
     workload = BenchWorkload("base", GATED if gated else VARIANT, workload.batch, workload.seq, workload.call)
