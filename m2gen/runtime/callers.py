@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ HIDDEN = 64
 BATCH = 2
 
 
-class Caller:
+class Caller(ABC):
     """Calls of one kind of a scene's variant."""
 
     def __init__(self, key: VariantKey, scene: Scene) -> None:
@@ -41,21 +42,21 @@ class Caller:
         else:
             yield self.decode
 
+    @abstractmethod
     def train(self, steps: int, begins: bool = False, ends: bool = False, given: bool = False) -> None:
         """Run forward and backward.
 
         ``begins`` with an initial state that has a gradient, ``ends`` with a gradient of the final state; ``given``
         with an initial state that has none.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def infer(self, steps: int, begins: bool) -> None:
         """Run the forward, from an initial state or not."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self) -> None:
         """Run a step."""
-        raise NotImplementedError
 
     def tensor(self, *shape: int, dtype: torch.dtype | None = None, gradient: bool = False) -> Tensor:
         """Return a contiguous tensor without memory."""
