@@ -25,8 +25,9 @@ from types import ModuleType
 import torch
 from calls import arguments, differentiate
 from support import GATED_HEADS, as_mma, build_package, import_package, make_schedule, make_variant
+from torch import nn
 
-from m2gen.problem import Inputs, Problem, make_inputs
+from m2gen.problem import TORCH_DTYPE, Inputs, Problem, make_inputs
 from m2gen.schedule import Family, Reduction, Scratch, Tanh, Warpgroup, Wgmma
 from m2gen.schedule.knobs import SHORTEST_SEGMENT
 from m2gen.variant import Variant
@@ -74,6 +75,8 @@ PROBLEMS = {
     "long": Problem(2, 35),  # more tokens than those up to which y is summed without atomics
     "packed": Problem(0, 0, lengths=(0, 5, 0, 1, 8, 0), initial_state=True),
 }
+LAYERED = ("masked", "mma", "softplus")
+"""Entries on which a layer runs, too: dims without a power of two, a gate that is given, and one that is computed."""
 CUT = {"segments": Problem(2, SHORTEST_SEGMENT + 3, initial_state=True)}
 
 
@@ -96,6 +99,45 @@ def calls(name: str, folder: Path, device: torch.device) -> Iterator[tuple[str, 
         yield f"{name} step on {dtype}", _decoding(package, variant, device, dtype)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         yield f"{name} pool of {dtype}", _serving(package, variant, device, dtype)
+    if name in LAYERED:
+        for width in (4, None):
+            layer = _layer(package, variant, device, width)
+            for lengths in ((), (0, 5, 0, 1, 8, 0)):
+                yield f"{name} layer {width} {'packed' if lengths else 'dense'}", _layer_training(layer, lengths)
+            for dtype in (torch.float32, torch.bfloat16):
+                yield f"{name} layer {width} on a pool of {dtype}", _layer_serving(package, layer, dtype)
+
+
+def _layer(package: ModuleType, variant: Variant, device: torch.device, width: int | None) -> nn.Module:
+    heads = {**dict(zip("qkvfw", variant.heads.counts, strict=True)), "g": variant.heads.total}
+    options = {"state_expansion": variant.state_expansion, "head_dim": variant.head_dim, "conv_width": width}
+    torch.manual_seed(0)
+    return package.M2RNN(40, **options, heads=heads).to(device, TORCH_DTYPE[variant.dtype])
+
+
+def _layer_training(layer: nn.Module, lengths: tuple[int, ...]) -> Callable[[], object]:
+    weight = layer.state_weight
+    shape = (sum(lengths), 40) if lengths else (2, 35, 40)
+    x = torch.randn(shape, device=weight.device, dtype=weight.dtype, requires_grad=True)
+    offsets = torch.tensor((0, *lengths), device=x.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    parts = [x, *layer.parameters()]
+    packed = {"cu_seqlens": offsets} if lengths else {}
+    return lambda: torch.autograd.grad(layer(x, **packed).float().square().sum(), parts)
+
+
+def _layer_serving(package: ModuleType, layer: nn.Module, dtype: torch.dtype) -> Callable[[], object]:
+    """Return prompts, tokens and drafts on slots; some requests have none, and one a slot that is not there."""
+    pool = package.M2RNNPool.allocate(layer, 9, state_dtype=dtype)
+    table = torch.tensor([[8, 0, 1], [-1] * 3, [3, -1, 99]], device=pool.state.device)
+    x = torch.randn(3, 3, 40, device=pool.conv.device, dtype=pool.conv.dtype)
+
+    @torch.no_grad()
+    def call() -> object:
+        pool.prefill(x, table[:, 0])
+        pool.step(x[:, 0], table[:, 0], table[:, 1])
+        return pool.steps(x, table, torch.ones_like(table[:, 0]))
+
+    return call
 
 
 def _serving(package: ModuleType, variant: Variant, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
