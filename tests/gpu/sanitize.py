@@ -23,14 +23,17 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from calls import arguments, differentiate
-from support import GATED_HEADS, as_mma, build_package, import_package, make_schedule, make_variant
 from torch import nn
 
 from m2gen.problem import TORCH_DTYPE, Inputs, Problem, make_inputs
 from m2gen.schedule import Family, Reduction, Scratch, Tanh, Warpgroup, Wgmma
 from m2gen.schedule.knobs import SHORTEST_SEGMENT
 from m2gen.variant import Variant
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fakes"))
+
+from calls import arguments, differentiate
+from support import GATED_HEADS, as_mma, build_package, import_package, make_schedule, make_variant
 
 TOOLS = {
     "memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},  # an allocation each, so that each has its own bounds
@@ -77,6 +80,7 @@ PROBLEMS = {
 }
 LAYERED = ("masked", "mma", "softplus")
 """Entries on which a layer runs, too: dims without a power of two, a gate that is given, and one that is computed."""
+LAYER_PROBLEMS = {"dense": Problem(2, 35), "packed": Problem(0, 0, lengths=(0, 5, 0, 1, 8, 0))}
 CUT = {"segments": Problem(2, SHORTEST_SEGMENT + 3, initial_state=True)}
 
 
@@ -102,8 +106,8 @@ def calls(name: str, folder: Path, device: torch.device) -> Iterator[tuple[str, 
     if name in LAYERED:
         for width in (4, None):
             layer = _layer(package, variant, device, width)
-            for lengths in ((), (0, 5, 0, 1, 8, 0)):
-                yield f"{name} layer {width} {'packed' if lengths else 'dense'}", _layer_training(layer, lengths)
+            for kind, problem in LAYER_PROBLEMS.items():
+                yield f"{name} layer {width} {kind}", _layer_training(layer, problem)
             for dtype in (torch.float32, torch.bfloat16):
                 yield f"{name} layer {width} on a pool of {dtype}", _layer_serving(package, layer, dtype)
 
@@ -115,14 +119,13 @@ def _layer(package: ModuleType, variant: Variant, device: torch.device, width: i
     return package.M2RNN(40, **options, heads=heads).to(device, TORCH_DTYPE[variant.dtype])
 
 
-def _layer_training(layer: nn.Module, lengths: tuple[int, ...]) -> Callable[[], object]:
-    weight = layer.state_weight
-    shape = (sum(lengths), 40) if lengths else (2, 35, 40)
+def _layer_training(layer: nn.Module, problem: Problem) -> Callable[[], object]:
+    weight, lengths = layer.state_weight, problem.lengths or ()
+    shape = (*problem.lead, 40)
     x = torch.randn(shape, device=weight.device, dtype=weight.dtype, requires_grad=True)
     offsets = torch.tensor((0, *lengths), device=x.device, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    parts = [x, *layer.parameters()]
     packed = {"cu_seqlens": offsets} if lengths else {}
-    return lambda: torch.autograd.grad(layer(x, **packed).float().square().sum(), parts)
+    return lambda: torch.autograd.grad(layer(x, **packed).float().square().sum(), [x, *layer.parameters()])
 
 
 def _layer_serving(package: ModuleType, layer: nn.Module, dtype: torch.dtype) -> Callable[[], object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ def test_the_calls_run(tmp_path: Path, device: torch.device, monkeypatch, name: 
     """Every call of an entry runs, here on shorter sequences, and gives finite results."""
     short = {"padded": Problem(1, 1, initial_state=True), "packed": Problem(0, 0, lengths=(0, 1), initial_state=True)}
     monkeypatch.setattr(sanitize, "PROBLEMS", short)
+    whole = {"dense": Problem(1, 2), "packed": Problem(0, 0, lengths=(0, 1))}
+    monkeypatch.setattr(sanitize, "LAYER_PROBLEMS", whole)
     labels = []
     for label, call in sanitize.calls(name, tmp_path, device):
         results = call()
@@ -32,7 +35,18 @@ def test_the_calls_run(tmp_path: Path, device: torch.device, monkeypatch, name: 
     kinds = ("deterministic", "default", "without gradients")
     expected = [f"{name} {problem} {kind}" for problem in short for kind in kinds]
     expected += [f"{name} step on {dtype}" for dtype in (torch.float32, torch.bfloat16)]
-    assert labels == expected + [f"{name} pool of {dtype}" for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    expected += [f"{name} pool of {dtype}" for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+    pools = [f"on a pool of {dtype}" for dtype in (torch.float32, torch.bfloat16)]
+    layers = [f"{name} layer {width} {kind}" for width in (4, None) for kind in (*whole, *pools)]
+    assert labels == expected + layers * (name in sanitize.LAYERED)
+
+
+def test_the_script_starts_as_one_types_it(tmp_path: Path) -> None:
+    """It finds what it imports without pytest's paths."""
+    command = [sys.executable, sanitize.__file__, "--calls", "nothing"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "")
+    assert "entries of the matrix" in done.stdout
 
 
 def test_calls_without_gradients_save_nothing(tmp_path: Path, device: torch.device, monkeypatch) -> None:
