@@ -13,7 +13,7 @@ from torch import Tensor
 from m2gen.bench.entries import Entry, Implementation
 from m2gen.bench.kinds import Call, Kind
 from m2gen.bench.operators import Stepper, sequence_operator, stepper
-from m2gen.bench.serving import Drafting, Place, drafting, pooled, prompts
+from m2gen.bench.serving import Drafting, DraftSlots, drafting, pooled, prompts
 from m2gen.db import Failure
 from m2gen.measure.checks import STEPS, SeededCase, check, seeded_cases
 from m2gen.problem import Inputs, Problem, packed_problem
@@ -108,7 +108,7 @@ def _decoded(step: Stepper, inputs: Inputs, case: Case, in_slots: bool) -> Mappi
     return {"y": torch.stack(outputs, 1), "state": state}
 
 
-def _speculated(made: Callable[[Inputs, Place], Drafting], inputs: Inputs) -> Mapping[str, Tensor]:
+def _speculated(made: Callable[[Inputs, DraftSlots], Drafting], inputs: Inputs) -> Mapping[str, Tensor]:
     """Return y of every token and the last states, of requests that accept other numbers of drafts in every call.
 
     Half as many tokens as there are make one call. A request that is through is skipped until all are.
@@ -126,7 +126,7 @@ def _speculated(made: Callable[[Inputs, Place], Drafting], inputs: Inputs) -> Ma
         there, rows = places < seq, places.clamp(max=seq - 1)
         own = {name: getattr(inputs, name)[requests, rows] for name in ("q", "k", "v", "forget")}
         with torch.no_grad():
-            found = torch.stack([*made(replace(inputs, **own), Place(pool, table, accepted.int()))()], 1)
+            found = torch.stack([*made(replace(inputs, **own), DraftSlots(pool, table, accepted.int()))()], 1)
         y[requests.expand_as(rows)[there], rows[there]] = found[there]
         drawn = torch.randint(1, seq // 2 + 1, (batch,), generator=generator).to(device)
         counted = torch.minimum(drawn, seq - at)

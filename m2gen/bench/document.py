@@ -164,13 +164,15 @@ def _speed_up(row: Row, base: Row | None) -> float | None:
 def dump(document: Document) -> dict[str, Any]:
     """Return the document as JSON values.
 
-    Each row also has its speed-up, its achieved fractions of the floors, and its time over those of calls beside it.
+    Each row also has its speed-up and its achieved fractions of the floors, and its time over those that it stands
+    beside.
     """
     rows = []
     for row, speed, beside in zip(document.rows, speed_ups(document.rows), besides(document.rows), strict=True):
         parts = {name: times.parts for name in ("forward", "step") if (times := getattr(row, name)) is not None}
         values = {name: value for name, value in asdict(row).items() if name != "packed" or row.packed}
-        rows.append({**values, "speed_up": speed, "parts_of_floors": parts, "beside": beside})
+        values |= {"beside": beside} if row.call.beside else {}
+        rows.append({**values, "speed_up": speed, "parts_of_floors": parts})
     return {**asdict(document), "rows": rows}
 
 

@@ -33,7 +33,7 @@ def pooled(state: Tensor, each: int = 1) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Place:
+class DraftSlots:
     """The slots of requests that decode several tokens a call."""
 
     pool: Tensor
@@ -55,19 +55,19 @@ Drafting = Callable[[], Sequence[Tensor]]
 """Advances requests by T tokens and returns y (B, N, V) of each."""
 
 
-def at_once(steps: Stepper, tokens: Inputs, place: Place) -> Drafting:
+def at_once(steps: Stepper, tokens: Inputs, slots: DraftSlots) -> Drafting:
     """Return one call for all tokens (B, T, ...)."""
-    operands = (tokens.q, tokens.k, tokens.v, tokens.weight, tokens.forget, place.pool)
-    call = partial(steps, *operands, indices=place.table, accepted=place.accepted, **gate_of(tokens))
+    operands = (tokens.q, tokens.k, tokens.v, tokens.weight, tokens.forget, slots.pool)
+    call = partial(steps, *operands, indices=slots.table, accepted=slots.accepted, **gate_of(tokens))
     return lambda: call()[0].unbind(1)
 
 
-def one_by_one(step: Stepper, tokens: Inputs, place: Place) -> Drafting:
+def one_by_one(step: Stepper, tokens: Inputs, slots: DraftSlots) -> Drafting:
     """Return a call for each token, which starts from where the one before left its state."""
-    gate, path = gate_of(tokens), place.path
+    gate, path = gate_of(tokens), slots.path
     calls = [
         partial(
-            step, *(x[:, t] for x in (tokens.q, tokens.k, tokens.v)), tokens.weight, tokens.forget[:, t], place.pool,
+            step, *(x[:, t] for x in (tokens.q, tokens.k, tokens.v)), tokens.weight, tokens.forget[:, t], slots.pool,
             indices=path[t], out_indices=path[t + 1], **gate,
         )
         for t in range(tokens.q.shape[1])
@@ -75,7 +75,7 @@ def one_by_one(step: Stepper, tokens: Inputs, place: Place) -> Drafting:
     return lambda: [call()[0] for call in calls]
 
 
-def drafting(implementation: Implementation, variant: Variant, call: Call) -> Callable[[Inputs, Place], Drafting]:
+def drafting(implementation: Implementation, variant: Variant, call: Call) -> Callable[[Inputs, DraftSlots], Drafting]:
     """Return what makes calls of several tokens; raises whatever a package raises."""
     if call is Call.STEPS:
         return partial(at_once, stepper_of_several(implementation))
@@ -112,7 +112,7 @@ def served(implementation: Implementation, workload: BenchWorkload, inputs: Inpu
     if call.drafts:
         pool, table = pooled(state, inputs.q.shape[1])
         after_a_prompt = torch.ones_like(table[:, 0])
-        return drafting(implementation, workload.variant, call)(inputs, Place(pool, table, after_a_prompt))
+        return drafting(implementation, workload.variant, call)(inputs, DraftSlots(pool, table, after_a_prompt))
     token = [x[:, 0] for x in (inputs.q, inputs.k, inputs.v)]
     options: dict[str, Tensor] = dict(gate_of(inputs))
     if call.pooled:

@@ -168,7 +168,7 @@ def test_slots_beside_contiguous_states(spec: str, script: Script) -> None:
     """Each call has its time over those beside it, of its own kernels and batch, in JSON and in a table."""
     script.ms = lambda entry: SLOWER.get(entry.workload.call, 1.0) * scripted.FASTER.get(entry.implementation.name, 1.0)
     chosen = ("--only", "default", "--only", "tuned", "--decode", "8", "--decode", "16")
-    found = {(row["call"], row["batch"], row["implementation"]): row["beside"] for row in bench(*chosen)["rows"]}
+    found = {(row["call"], row["batch"], row["implementation"]): row.get("beside") for row in bench(*chosen)["rows"]}
     for batch in (8, 16):
         for kind in ("default", "tuned"):
             of_call = {call: beside for (call, b, name), beside in found.items() if (b, name) == (batch, kind)}
