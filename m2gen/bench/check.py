@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from m2gen.bench.entries import Entry, Implementation
-from m2gen.bench.kinds import Kind
-from m2gen.bench.operators import Stepper, pooled, sequence_operator, stepper
+from m2gen.bench.kinds import Call, Kind
+from m2gen.bench.operators import Stepper, sequence_operator, stepper
+from m2gen.bench.serving import Drafting, DraftSlots, drafting, pooled, prompts
 from m2gen.db import Failure
 from m2gen.measure.checks import STEPS, SeededCase, check, seeded_cases
-from m2gen.problem import Inputs, Problem
+from m2gen.problem import Inputs, Problem, packed_problem
 from m2gen.variant import Variant
 from m2gen.verify import Case, Loss, Oracle, TensorResult, differentiate, judge
 from m2gen.verify.oracle import gate_of
@@ -22,24 +24,25 @@ from m2gen.verify.subject import poisoned
 
 TOKENS = 4
 """Number of tokens, one after the other, on which decoding is judged."""
-DECODING = "decoding"
 SEED = 200
 
 
 def failure_of(entry: Entry, device: torch.device) -> Failure | None:
     """Return why an entry must not be timed, or None; computed once for all workloads with the same question."""
-    return _failure(entry.implementation, entry.workload.variant, _cases(entry), device, entry.workload.call.pooled)
+    return _failure(entry.implementation, entry.workload.variant, _cases(entry), device, entry.workload.call)
 
 
 def _cases(entry: Entry) -> tuple[SeededCase, ...]:
     """Return the cases of an entry: those of tuning, packed ones only for generated operators.
 
-    ``torch.compile`` unrolls a sequence, so its case has the size that is timed; decoding has its own batch.
+    ``torch.compile`` unrolls a sequence, so its case has the size that is timed; calls of engines have their own batch.
     """
     workload = entry.timed
+    if workload.call.prefills:
+        return _prompt_cases(workload.batch)
     if workload.call.decodes:
-        problem = Problem(workload.batch, TOKENS, initial_state=True)
-        case = Case(DECODING, problem, Loss.Y, narrow_state=workload.call.narrow_state)
+        problem = Problem(workload.batch, 2 * workload.seq if workload.call.drafts else TOKENS, initial_state=True)
+        case = Case("decoding", problem, Loss.Y, narrow_state=workload.call.narrow_state)
         return (SeededCase(case, SEED),)
     if entry.implementation.kind is Kind.COMPILED:
         problem = Problem(workload.batch, workload.seq)
@@ -48,27 +51,41 @@ def _cases(entry: Entry) -> tuple[SeededCase, ...]:
     return asked if entry.implementation.kind.generated else tuple(a for a in asked if a.case.problem.lengths is None)
 
 
+def _prompt_cases(batch: int) -> tuple[SeededCase, ...]:
+    """Return short prompts of the batch that is timed, from states, and prompts of any length from zeros."""
+    short = replace(packed_problem(batch, 2 * TOKENS), initial_state=True)
+    fresh = Problem(0, 0, lengths=(0, 5, STEPS - 1, 1))
+    return (SeededCase(Case("prompts", short, Loss.Y), SEED), SeededCase(Case("new_prompts", fresh, Loss.Y), SEED + 1))
+
+
 @lru_cache(maxsize=256)
 def _failure(
     implementation: Implementation,
     variant: Variant,
     asked: tuple[SeededCase, ...],
     device: torch.device,
-    in_slots: bool = False,
+    call: Call,
 ) -> Failure | None:
     def judged(case: Case, inputs: Inputs, known: Oracle) -> tuple[TensorResult, ...]:
         with poisoned() if implementation.kind.generated else nullcontext():
-            given = _results(implementation, variant, case, inputs, in_slots)
+            given = _results(implementation, variant, case, inputs, call)
         return judge(given, known)
 
     return check(variant, asked, judged, device).failure
 
 
 def _results(
-    implementation: Implementation, variant: Variant, case: Case, inputs: Inputs, in_slots: bool
+    implementation: Implementation, variant: Variant, case: Case, inputs: Inputs, call: Call
 ) -> Mapping[str, Tensor]:
-    if case.name == DECODING:
-        return _decoded(stepper(implementation, variant), inputs, case, in_slots)
+    if call.prefills:
+        run, where = prompts(sequence_operator(implementation, variant), inputs, call)
+        with torch.no_grad():
+            y, states = run()
+        return {"y": y, "state": states[where]}
+    if call.drafts:
+        return _speculated(drafting(implementation, variant, call), inputs)
+    if call.decodes:
+        return _decoded(stepper(implementation, variant), inputs, case, call.pooled)
     return differentiate(sequence_operator(implementation, variant), inputs, case)
 
 
@@ -78,7 +95,8 @@ def _decoded(step: Stepper, inputs: Inputs, case: Case, in_slots: bool) -> Mappi
     assert inputs.initial_state is not None
     state = inputs.initial_state.to(torch.bfloat16 if case.narrow_state else torch.float32, copy=True)
     if in_slots:
-        state, options["indices"] = pooled(state)
+        state, table = pooled(state)
+        options["indices"] = table[:, 0]
     outputs = []
     with torch.no_grad():
         for t in range(inputs.q.shape[1]):
@@ -88,3 +106,31 @@ def _decoded(step: Stepper, inputs: Inputs, case: Case, in_slots: bool) -> Mappi
     if in_slots:
         state = state[options["indices"].long()]
     return {"y": torch.stack(outputs, 1), "state": state}
+
+
+def _speculated(made: Callable[[Inputs, DraftSlots], Drafting], inputs: Inputs) -> Mapping[str, Tensor]:
+    """Return y of every token and the last states, of requests that accept other numbers of drafts in every call.
+
+    Half as many tokens as there are make one call. A request that is through is skipped until all are.
+    """
+    assert inputs.initial_state is not None
+    batch, seq = inputs.q.shape[:2]
+    device, generator = inputs.q.device, torch.Generator().manual_seed(0)
+    pool, table = pooled(inputs.initial_state, seq // 2)
+    requests, ahead = torch.arange(batch, device=device)[:, None], torch.arange(seq // 2, device=device)
+    at = torch.zeros(batch, dtype=torch.int64, device=device)
+    accepted = last = torch.ones_like(at)
+    y = inputs.v.new_full((batch, seq, *inputs.dy.shape[-2:]), torch.nan)
+    while bool((at < seq).any()):
+        places = at[:, None] + ahead
+        there, rows = places < seq, places.clamp(max=seq - 1)
+        own = {name: getattr(inputs, name)[requests, rows] for name in ("q", "k", "v", "forget")}
+        with torch.no_grad():
+            found = torch.stack([*made(replace(inputs, **own), DraftSlots(pool, table, accepted.int()))()], 1)
+        y[requests.expand_as(rows)[there], rows[there]] = found[there]
+        drawn = torch.randint(1, seq // 2 + 1, (batch,), generator=generator).to(device)
+        counted = torch.minimum(drawn, seq - at)
+        at = at + counted
+        last = torch.where(counted > 0, counted, last)
+        accepted = counted.masked_fill(at == seq, 0)
+    return {"y": y, "state": pool[table.gather(1, last[:, None] - 1)[:, 0].long()]}

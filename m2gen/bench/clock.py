@@ -13,7 +13,8 @@ from torch import Tensor
 
 from m2gen.bench.entries import BenchWorkload, Entry, TimerResult
 from m2gen.bench.kinds import Call
-from m2gen.bench.operators import Stepper, pooled, sequence_operator, stepper
+from m2gen.bench.operators import sequence_operator
+from m2gen.bench.serving import served
 from m2gen.measure.clock import Clock, Replay, aside, peak_bytes
 from m2gen.problem import Inputs, Problem, make_inputs, packed_problem
 from m2gen.verify import Case, Operator
@@ -29,15 +30,15 @@ WARM_UPS = 2
 
 
 def captured(entry: Entry, device: torch.device) -> Clock:
-    """Capture an entry's calls: forward, and for sequences a forward that saves and its backward."""
+    """Capture an entry's calls: forward, and for sequences of training a forward that saves and its backward."""
     workload, implementation = entry.timed, entry.implementation
     inputs = _inputs(workload, device)
-    if workload.call.decodes:
-        step = _decoding(stepper(implementation, workload.variant), inputs, workload.call)
+    if workload.call is not Call.SEQUENCE:
+        run = served(implementation, workload, inputs)
         for _ in range(WARM_UPS):
-            aside(step)
-        extra_bytes = peak_bytes(step)
-        return Clock([Replay(step)], extra_bytes)
+            aside(run)
+        extra_bytes = peak_bytes(run)
+        return Clock([Replay(run)], extra_bytes)
     training = _Training(sequence_operator(implementation, workload.variant), inputs)
     for _ in range(WARM_UPS):
         aside(training.forward)
@@ -86,28 +87,18 @@ class _Training:
         return [forward, saving, Replay(partial(self.backward, y))]
 
 
-def _decoding(step: Stepper, inputs: Inputs, token_call: Call) -> Callable[[], Any]:
-    """Return a decoding step of one token, which advances the state in place."""
-    token = [x[:, 0] for x in (inputs.q, inputs.k, inputs.v)]
-    options: dict[str, Tensor] = dict(gate_of(inputs))
-    state = inputs.initial_state
-    assert state is not None
-    if token_call.pooled:
-        state, options["indices"] = pooled(state)
-    return partial(step, *token, inputs.weight, inputs.forget[:, 0], state, **options)
-
-
 @lru_cache(maxsize=1)
 def _inputs(workload: BenchWorkload, device: torch.device) -> Inputs:
-    seq = 1 if workload.call.decodes else workload.seq
-    return _drawn(replace(workload, seq=seq), device)
+    return _drawn(workload, device)
 
 
 def _drawn(workload: BenchWorkload, device: torch.device) -> Inputs:
     """Return inputs of the workload's size, for decoding with states of its dtype."""
-    problem = Problem(workload.batch, workload.seq, initial_state=workload.call.decodes)
+    from_states = workload.call is not Call.SEQUENCE
+    problem = Problem(workload.batch, workload.seq)
     if workload.packed:
         problem = packed_problem(workload.batch, workload.seq)
+    problem = replace(problem, initial_state=from_states)
     inputs = make_inputs(workload.variant, problem, seed=0).to(device)
     if not workload.call.narrow_state or inputs.initial_state is None:
         return inputs
@@ -115,26 +106,30 @@ def _drawn(workload: BenchWorkload, device: torch.device) -> Inputs:
 
 
 def host_us(entry: Entry, device: torch.device) -> float | None:
-    """Return the host's microseconds for a call with one step of one sequence, without gradients.
+    """Return the host's microseconds for a call with one step, or a token and its drafts, of one sequence.
 
     It is the least of ``TIMINGS``, as timeit advises: whatever else the host does only adds to it. None if the
     implementation is not generated.
     """
-    workload, implementation = replace(entry.workload, batch=1, seq=1, packed=False), entry.implementation
+    asked, implementation = entry.workload, entry.implementation
+    call = asked.call
+    workload = replace(asked, batch=1, seq=asked.seq if call.drafts else 1, packed=call.prefills)
     if not implementation.kind.generated:
         return None
     inputs = _drawn(workload, device)
-    if workload.call.decodes:
-        run = _decoding(stepper(implementation, workload.variant), inputs, workload.call)
+    run: Callable[[], Any]
+    if call is not Call.SEQUENCE:
+        run = served(implementation, workload, inputs)
     else:
         operands = (getattr(inputs, name) for name in OPERANDS)
         run = partial(sequence_operator(implementation, workload.variant), *operands, **gate_of(inputs))
+    count = -(-CALLS // 4) if call.prefills or call.drafts else CALLS  # these launch several kernels each
     times = []
     for _ in range(TIMINGS):
         torch.cuda.synchronize()
         start = time.perf_counter()
         with torch.no_grad():
-            for _ in range(CALLS):
+            for _ in range(count):
                 run()
-        times.append((time.perf_counter() - start) / CALLS * 1e6)
+        times.append((time.perf_counter() - start) / count * 1e6)
     return min(times)

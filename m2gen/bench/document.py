@@ -127,6 +127,27 @@ def speed_ups(rows: Sequence[Row]) -> list[float | None]:
     return [_speed_up(row, base.get(_place(row))) for row in rows]
 
 
+def besides(rows: Sequence[Row]) -> list[dict[str, float]]:
+    """Return each row's time over those of the calls beside which it stands (``Call.beside``), by their names.
+
+    They are of the same implementation on the same batch; calls without a time are left out.
+    """
+    times = {_beside(row, row.call): row.forward for row in rows if row.forward is not None and not row.failure}
+    found = []
+    for row in rows:
+        mine, others = (
+            times.get(_beside(row, row.call)),
+            {call: times.get(_beside(row, call)) for call in row.call.beside},
+        )
+        found.append({str(call): mine.median_ms / other.median_ms for call, other in others.items() if mine and other})
+    return found
+
+
+def _beside(row: Row, call: Call) -> tuple[object, ...]:
+    length = row.seq if call is Call.SEQUENCE else 0  # a call that has a partner has one length
+    return (row.layer, row.variant, row.batch, row.packed, row.implementation, row.arm, call, length)
+
+
 def _place(row: Row) -> tuple[object, ...]:
     return (row.layer, row.variant, row.call, row.batch, row.seq, row.packed)
 
@@ -141,11 +162,16 @@ def _speed_up(row: Row, base: Row | None) -> float | None:
 
 
 def dump(document: Document) -> dict[str, Any]:
-    """Return the document as JSON values; each row also has its speed-up and its achieved fractions of the floors."""
+    """Return the document as JSON values.
+
+    Each row also has its speed-up and its achieved fractions of the floors, and its time over those that it stands
+    beside.
+    """
     rows = []
-    for row, speed in zip(document.rows, speed_ups(document.rows), strict=True):
+    for row, speed, beside in zip(document.rows, speed_ups(document.rows), besides(document.rows), strict=True):
         parts = {name: times.parts for name in ("forward", "step") if (times := getattr(row, name)) is not None}
         values = {name: value for name, value in asdict(row).items() if name != "packed" or row.packed}
+        values |= {"beside": beside} if row.call.beside else {}
         rows.append({**values, "speed_up": speed, "parts_of_floors": parts})
     return {**asdict(document), "rows": rows}
 

@@ -12,9 +12,18 @@ from m2gen.measure.context import Context
 from m2gen.schedule import Schedule
 from m2gen.variant import Variant
 
+DRAFTS = 3
+"""Number of drafts that speculative decoding has beside each token."""
+PROMPT = 256
+"""Longest prompt, in tokens: packed, they are what engines give one call, thousands of tokens for 64 requests."""
+
 
 def sized(call: Call, batch: int, seq: int, packed: bool = False) -> str:
     """Return the size of a call as tables and progress show it."""
+    if call.prefills:
+        return f"{batch} prompts, S1 to {seq}" + (", pool" if call.pooled else "")
+    if call.drafts:
+        return f"B{batch} {seq} tokens {'at once' if call is Call.STEPS else 'one by one'}, pool"
     if packed:
         return f"{batch} packed, S1 to {seq}"
     if not call.decodes:
@@ -37,6 +46,18 @@ class BenchWorkload:
     @property
     def name(self) -> str:
         return f"{self.layer} {self.variant.dtype} {sized(self.call, self.batch, self.seq, self.packed)}"
+
+
+def serving_workloads(layer: str, variant: Variant, batch: int) -> list[BenchWorkload]:
+    """Return the calls of an engine that serves ``batch`` requests: tokens, prompts, and tokens with drafts."""
+    token = BenchWorkload(layer, variant, batch, 1, Call.DECODE)
+    prompts = BenchWorkload(layer, variant, batch, PROMPT, Call.PREFILL, packed=True)
+    drafts = BenchWorkload(layer, variant, batch, 1 + DRAFTS, Call.SINGLES)
+    return [
+        *(replace(token, call=call) for call in (Call.DECODE, Call.DECODE_BF16, Call.DECODE_POOL)),
+        *(replace(prompts, call=call) for call in (Call.PREFILL, Call.PREFILL_POOL)),
+        *(replace(drafts, call=call) for call in (Call.SINGLES, Call.STEPS)),
+    ]
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,28 @@ class Call(StrEnum):
     """Decode with states in bf16, which are half the traffic."""
     DECODE_POOL = "decode_pool"
     """Decode with float32 states in slots of a pool, in another order than their sequences and with gaps."""
+    PREFILL = "prefill"
+    """Run B packed prompts from initial states to final states, without gradients."""
+    PREFILL_POOL = "prefill_pool"
+    """Run the same prompts from slots of a pool into others of its slots."""
+    SINGLES = "singles"
+    """Decode a token and its drafts one step after the other, each of which leaves its state in a slot."""
+    STEPS = "steps"
+    """Decode the same tokens in one call, which leaves the same states in the same slots."""
 
     @property
     def decodes(self) -> bool:
-        return self is not Call.SEQUENCE
+        return self is not Call.SEQUENCE and not self.prefills
+
+    @property
+    def prefills(self) -> bool:
+        """Whether prompts are run, packed and without gradients."""
+        return self in (Call.PREFILL, Call.PREFILL_POOL)
+
+    @property
+    def drafts(self) -> bool:
+        """Whether each sequence has several tokens, of which the next call may take back all but the first."""
+        return self in (Call.SINGLES, Call.STEPS)
 
     @property
     def narrow_state(self) -> bool:
@@ -56,7 +74,17 @@ class Call(StrEnum):
     @property
     def pooled(self) -> bool:
         """Whether states are found by slots, which generated operators alone do."""
-        return self is Call.DECODE_POOL
+        return self in (Call.DECODE_POOL, Call.PREFILL_POOL) or self.drafts
+
+    @property
+    def beside(self) -> tuple[Call, ...]:
+        """The calls beside whose times this one's says something."""
+        partners: dict[Call, tuple[Call, ...]] = {
+            Call.DECODE_POOL: (Call.DECODE,),
+            Call.PREFILL_POOL: (Call.PREFILL,),
+            Call.STEPS: (Call.SINGLES, Call.DECODE_POOL),
+        }
+        return partners.get(self, ())
 
 
 class TimerStep(StrEnum):

@@ -58,13 +58,9 @@ def stepper(implementation: Implementation, variant: Variant) -> Stepper:
     return _maybe_compiled(implementation, step)
 
 
-def pooled(state: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a pool of twice as many slots with the states (B, N, K, V) in it, and their slots (B,), shuffled."""
-    batch = state.shape[0]
-    slots = torch.randperm(2 * batch, generator=torch.Generator().manual_seed(0))[:batch].to(state.device, torch.int32)
-    pool = state.new_full((2 * batch, *state.shape[1:]), torch.nan)
-    pool[slots.long()] = state
-    return pool, slots
+def stepper_of_several(implementation: Implementation) -> Stepper:
+    """Return the function that advances states in slots by several tokens; raises whatever a package raises."""
+    return package_at(implementation.package).m2rnn_steps  # type: ignore[no-any-return]
 
 
 def package_at(folder: Path | None) -> ModuleType:

@@ -12,7 +12,7 @@ from m2gen.bench.entries import BenchContext, BenchWorkload, Entry, Implementati
 from m2gen.bench.kinds import TimerStep
 from m2gen.db import Estimate, Failure
 from m2gen.device import Device
-from m2gen.measure.roofline import decoding_work, floors_ms, peaks_of, work_of
+from m2gen.measure.roofline import decoding_work, floors_ms, peaks_of, with_states, work_of
 from m2gen.measure.rounds import in_rounds
 from m2gen.measure.statistics import estimate
 
@@ -104,10 +104,13 @@ def floors(entry: Entry, device: Device, *, training: bool) -> dict[str, float]:
         return {}
     workload = entry.timed
     if workload.call.decodes:
-        work = decoding_work(workload.variant, workload.batch, 2 if workload.call.narrow_state else 4)
+        width = 2 if workload.call.narrow_state else 4
+        work = decoding_work(workload.variant, workload.batch, width, workload.seq)
     else:
         sizes = (1, _tokens(workload)) if workload.packed else (workload.batch, workload.seq)
         work = work_of(workload.variant, entry.implementation.schedule, sizes, training=training)
+        if workload.call.prefills:
+            work = with_states(work, workload.variant, workload.batch)
     return floors_ms(work, peaks, device.sm_count, workload.variant)
 
 

@@ -27,7 +27,7 @@ DecodeOption = Annotated[
     typer.Option(
         "--decode",
         min=0,
-        help="Batch size of decoding, one token a sequence; may be repeated; 64 if not given, 0 for none.",
+        help="Requests of which tokens, drafts and prompts are timed; may be repeated; 64 if not given, 0 for none.",
         rich_help_panel=SIZES,
     ),
 ]

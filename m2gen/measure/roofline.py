@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from m2gen.schedule import Schedule
 from m2gen.spec import Dtype, Fp32Products
@@ -83,18 +83,25 @@ def work_of(variant: Variant, schedule: Schedule, sizes: tuple[int, int], *, tra
     return Work((1 + passes) * elements, flops * elements, products * 2 * cols * elements, traffic)
 
 
-def decoding_work(variant: Variant, batch: int, state_bytes: int) -> Work:
-    """Return the least work of one decoding step for ``batch`` sequences.
+def with_states(work: Work, variant: Variant, batch: int) -> Work:
+    """Return the work of a forward that also reads and writes a float32 state of each of ``batch`` sequences."""
+    elements = batch * variant.total_heads * variant.state_expansion * variant.head_dim
+    return replace(work, traffic=work.traffic + 2 * BYTES[Dtype.FP32] * elements)
 
-    It is a forward of one step that reads and writes states of ``state_bytes`` per element.
+
+def decoding_work(variant: Variant, batch: int, state_bytes: int, tokens: int = 1) -> Work:
+    """Return the least work of decoding ``tokens`` for each of ``batch`` sequences.
+
+    It is a forward that reads states of ``state_bytes`` per element, and writes them after each token.
     """
     rows, cols, heads = variant.state_expansion, variant.head_dim, variant.heads
     elements = batch * variant.total_heads * rows * cols
     element = BYTES[variant.dtype]
     operands = batch * (heads.q * rows + heads.k * rows + heads.v * cols + heads.f + variant.total_heads * cols)
     weight = heads.w * cols * cols
-    traffic = 2 * state_bytes * elements + (operands + weight) * element
-    return Work(elements, FORWARD_FLOPS * elements, 2 * cols * elements, traffic)
+    traffic = (1 + tokens) * state_bytes * elements + (tokens * operands + weight) * element
+    steps = tokens * elements
+    return Work(steps, FORWARD_FLOPS * steps, 2 * cols * steps, traffic)
 
 
 def _product_flops(variant: Variant, peaks: Peaks) -> float:

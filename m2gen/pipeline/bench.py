@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from m2gen.bench.against import Baseline, Comparison, compare
-from m2gen.bench.entries import BenchContext, BenchWorkload, Implementation
+from m2gen.bench.entries import BenchContext, BenchWorkload, Implementation, serving_workloads
 from m2gen.bench.kinds import Axis, Call, Kind
 from m2gen.bench.peers import peers
 from m2gen.bench.side_by_side import Result, side_by_side
@@ -39,7 +39,7 @@ class BenchRequest:
     timing_only: bool = False
     """Whether peers are timed although their results fail the check."""
     decode: tuple[int, ...] = ()
-    """Batch sizes for which one token is decoded."""
+    """Numbers of requests for which the calls of an engine are timed (``serving_workloads``)."""
     seed: int = 0
     """Seed of the order of rounds and of resampling."""
 
@@ -121,7 +121,7 @@ def _implementations(planned: Plan, context: BenchContext, request: BenchRequest
 
 
 def workloads(planned: Plan, request: BenchRequest) -> list[BenchWorkload]:
-    """Return all variants on their layers' workloads, then their decoding; raises UsageError for an unknown layer."""
+    """Return all variants on their layers' workloads, then serving; raises UsageError for an unknown layer."""
     layers = planned.layers(request.layers)
     named = [
         (name, built.variant)
@@ -134,15 +134,15 @@ def workloads(planned: Plan, request: BenchRequest) -> list[BenchWorkload]:
         for name, variant in named
         for w in layers[name].workloads
     ]
-    decoding = [
-        BenchWorkload(name, variant, batch, 1, call)
+    serving = [
+        workload
         for name, variant in named
         for batch in request.decode
-        for call in (Call.DECODE, Call.DECODE_BF16, Call.DECODE_POOL)
+        for workload in serving_workloads(name, variant, batch)
     ]
     if not sequences:
         raise UsageError(f"{', '.join(request.layers) or 'the spec'} must have workloads to be timed, got none")
-    return sequences + decoding
+    return sequences + serving
 
 
 def bench(

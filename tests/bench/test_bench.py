@@ -25,7 +25,7 @@ from m2gen.bucket import Bucket
 from m2gen.db import Database, Failure, Reason
 from m2gen.device import TARGETS
 from m2gen.errors import UsageError
-from m2gen.measure.roofline import decoding_work, floors_ms, peaks_of, work_of
+from m2gen.measure.roofline import decoding_work, floors_ms, peaks_of, with_states, work_of
 from m2gen.problem import packed_problem
 from m2gen.schedule import Family, default, parse
 from m2gen.spec import Fp32Products
@@ -79,7 +79,8 @@ def test_everyone_side_by_side(spec: str, script: Script) -> None:
     found = rows(bench())
     kinds = ["default", "tuned", "eager", "compiled"]
     calls = ["sequence", "decode", "decode_bf16"]
-    pooled = [("decode_pool", kind) for kind in ("default", "tuned")]  # loops have no slots
+    engines = ["decode_pool", "prefill", "prefill_pool", "singles", "steps"]
+    pooled = [(call, kind) for call in engines for kind in ("default", "tuned")]  # loops have no slots and offsets
     assert list(found) == [*((call, kind) for call in calls for kind in kinds), *pooled]
     tuned = found["sequence", "tuned"]
     assert (tuned["schedule"], tuned["source"]) == (RECORD.schedule.slug, f"exact {RECORD.id}")
@@ -123,7 +124,7 @@ def test_no_speed_up_of_what_failed(spec: str, script: Script, when: str) -> Non
     tuned = found["sequence", "tuned"]
     assert (tuned["forward"], tuned["step"], tuned["speed_up"]) == (None, None, None)
     assert tuned["failure"] == f"wrong: {WRONG.message}"
-    assert script.sampled().count("tuned") == (0 if when == "broken" else 4), "once on each workload"
+    assert script.sampled().count("tuned") == (0 if when == "broken" else 8), "once on each workload"
     shown = run("bench", "--spec", spec, "--db", "db", "--quiet")
     assert shown.exit_code == 1
     assert f"wrong: {WRONG.message}" in " ".join(shown.stdout.split())
@@ -150,9 +151,53 @@ def test_only_decode_and_peer(spec: str, script: Script) -> None:
         ("default", "decode", 8),
         ("default", "decode_bf16", 8),
         ("default", "decode_pool", 8),
+        ("default", "prefill", 8),
+        ("default", "prefill_pool", 8),
+        ("default", "singles", 8),
+        ("default", "steps", 8),
     ]
     assert rows(found)["sequence", "other.kernels:adapter"]["source"] == "other.kernels:adapter"
     assert [row["call"] for row in bench("--only", "default", "--decode", "0")["rows"]] == ["sequence"]
+
+
+SLOWER = {Call.DECODE_POOL: 1.03, Call.PREFILL_POOL: 1.08, Call.SINGLES: 4.0, Call.STEPS: 1.5}
+"""Times of calls over those of a token, or of prompts from states that are not in slots."""
+
+
+def test_slots_beside_contiguous_states(spec: str, script: Script) -> None:
+    """Each call has its time over those beside it, of its own kernels and batch, in JSON and in a table."""
+    script.ms = lambda entry: SLOWER.get(entry.workload.call, 1.0) * scripted.FASTER.get(entry.implementation.name, 1.0)
+    chosen = ("--only", "default", "--only", "tuned", "--decode", "8", "--decode", "16")
+    found = {(row["call"], row["batch"], row["implementation"]): row.get("beside") for row in bench(*chosen)["rows"]}
+    for batch in (8, 16):
+        for kind in ("default", "tuned"):
+            of_call = {call: beside for (call, b, name), beside in found.items() if (b, name) == (batch, kind)}
+            assert of_call["decode_pool"] == {"decode": pytest.approx(1.03, rel=5e-3)}
+            assert of_call["prefill_pool"] == {"prefill": pytest.approx(1.08, rel=5e-3)}
+            beside = {"singles": pytest.approx(1.5 / 4, rel=5e-3), "decode_pool": pytest.approx(1.5 / 1.03, rel=5e-3)}
+            assert of_call["steps"] == beside
+            assert not any(of_call[call] for call in ("decode", "decode_bf16", "prefill", "singles"))
+    text = run("bench", "--spec", spec, "--db", "db", "--quiet", *chosen).stdout
+    table = text.split("Slots of pools, and drafts")[1].split("Schedules")[0]
+    for size in ("B8 token, pool", "B16 4 tokens at once, pool", "8 prompts, S1 to 256, pool"):
+        assert size in table
+    shown = [line.split() for line in table.splitlines()]
+    assert ["B16", "token"] in [words[1:3] for words in shown if words[:1] == ["tuned"]]
+    assert all(0.3 < float(words[-1].removesuffix("x")) < 1.6 for words in shown if words[:1] == ["default"])
+
+
+def test_nothing_stands_beside_what_failed(spec: str, script: Script) -> None:
+    """A call whose partner has no time has no ratio; the others keep theirs."""
+    right = script.ask
+
+    def ask(task: Any) -> Any:
+        script.broken = {"default": WRONG} if task.entry.workload.call is Call.SINGLES else {}
+        return right(task)
+
+    script.ask = ask  # type: ignore[method-assign]
+    found = rows(bench("--only", "default", status=1))
+    assert list(found["steps", "default"]["beside"]) == ["decode_pool"]
+    assert list(found["decode_pool", "default"]["beside"]) == ["decode"]
 
 
 def test_timing_only(spec: str, script: Script) -> None:
@@ -240,6 +285,14 @@ def test_the_floor_of_decoding_is_the_states_there_and_back(width: int) -> None:
     assert floors_ms(work, peaks, 132, LAYER_7B)["memory traffic"] == pytest.approx(2e3 * states / 4.8e12, rel=0.04)
     forward = work_of(LAYER_7B, default(LAYER_7B, TARGETS["sm_90"]), (64, 1), training=False)
     assert work.tanh == forward.tanh
+    several = decoding_work(LAYER_7B, 64, width, 4)
+    assert 5 * states < several.traffic < 5.2 * states, "read once, written after each of four tokens"
+    assert (several.tanh, several.flops, several.product_flops) == (
+        4 * work.tanh,
+        4 * work.flops,
+        4 * work.product_flops,
+    )
+    assert with_states(forward, LAYER_7B, 64).traffic == forward.traffic + 2 * 64 * 132 * 64 * 16 * 4
 
 
 # ------------------------------------------------------------------------------------------------ against records
@@ -267,7 +320,7 @@ def against(path: object, status: int, *more: str) -> Any:
 def test_against_an_earlier_run(spec: str, script: Script) -> None:
     """The same speed passes; each binary is timed twice in the same rounds, and loops are not timed."""
     found = against(recorded(script), 0)
-    assert len(found) == 2 * (2 + 3), "two implementations: forward and both of the workload, a token on three states"
+    assert len(found) == 2 * (2 + 7), "two implementations: forward and both of the workload, seven calls of engines"
     assert {c["place"]["implementation"] for c in found} == {"default", "tuned"}
     assert all(0.01 <= c["noise"] < 0.02 for c in found)
     arms = [task.entry.arm for task in script.asked]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import count, repeat
+from itertools import count, pairwise, repeat
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from stand_in import REPLAY_MS, stand_in_gpu
 from support import build_package, make_schedule, make_variant
 
-from m2gen.bench import check, clock, operators, worker
-from m2gen.bench.entries import BenchWorkload, Entry, Implementation, TimerResult, TimerTask
+from m2gen.bench import check, clock, operators, serving, worker
+from m2gen.bench.entries import BenchWorkload, Entry, Implementation, TimerResult, TimerTask, serving_workloads
 from m2gen.bench.kinds import Call, Kind, TimerStep
 from m2gen.cache import materialise
 from m2gen.db import Failure, Reason
@@ -30,6 +31,8 @@ SEQUENCE = BenchWorkload("base", VARIANT, 2, 6)
 TOKEN = BenchWorkload("base", VARIANT, 3, 1, Call.DECODE)
 NARROW = replace(TOKEN, call=Call.DECODE_BF16)
 POOLED = replace(TOKEN, call=Call.DECODE_POOL)
+PROMPTS = [BenchWorkload("base", VARIANT, 3, 6, call, packed=True) for call in (Call.PREFILL, Call.PREFILL_POOL)]
+DRAFTS = [BenchWorkload("base", VARIANT, 3, 2, call) for call in (Call.SINGLES, Call.STEPS)]
 LOOPS = {Kind.EAGER: Implementation(Kind.EAGER, SCHEDULE), Kind.COMPILED: Implementation(Kind.COMPILED, SCHEDULE)}
 
 
@@ -62,10 +65,10 @@ def served(
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["given", "softplus"])
-@pytest.mark.parametrize("workload", [SEQUENCE, TOKEN, NARROW, POOLED], ids=lambda w: str(w.call))
+@pytest.mark.parametrize("workload", [SEQUENCE, TOKEN, NARROW, POOLED, *PROMPTS, *DRAFTS], ids=lambda w: str(w.call))
 def test_a_generated_operator(generated: Implementation, workload: BenchWorkload, gated: bool) -> None:
-    """Admitted with its memory and its host's time, then sampled; of a token there is no backward."""
-    workload = BenchWorkload("base", GATED if gated else VARIANT, workload.batch, workload.seq, workload.call)
+    """Admitted with its memory and its host's time, then sampled; where engines serve there is no backward."""
+    workload = replace(workload, variant=GATED if gated else VARIANT)
     admitted = served(generated, workload)
     assert admitted.failure is None
     assert admitted.extra_bytes == 1000
@@ -113,6 +116,68 @@ def test_state_of_decoding_is_judged(generated: Implementation, monkeypatch: pyt
     assert failure is not None
     assert failure.reason is Reason.WRONG
     assert failure.message.startswith("y of decoding must be within")
+
+
+def without(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], Any]:
+    """Return what makes an operator see another value of an argument."""
+
+    def made(right: Any) -> Any:
+        return lambda *operands, **given: right(*operands, **{**given, name: value(given[name])})
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("workload", "function", "wrong", "message"),
+    [
+        (DRAFTS[1], "m2rnn_steps", without("accepted", torch.ones_like), "y of decoding"),
+        (DRAFTS[1], "m2rnn_steps", without("indices", lambda table: table.flip(1)), "y of decoding"),
+        (DRAFTS[0], "m2rnn_step", without("out_indices", torch.zeros_like), "y of decoding"),
+        (PROMPTS[1], "m2rnn", without("has_initial_state", torch.zeros_like), "y of prompts"),
+        (PROMPTS[1], "m2rnn", without("has_initial_state", torch.ones_like), "y of new_prompts"),
+        (PROMPTS[1], "m2rnn", without("out_indices", lambda slots: slots.roll(1)), "state of prompts"),
+        (PROMPTS[0], "m2rnn", without("initial_state", lambda state: None), "y of prompts"),
+    ],
+)
+def test_slots_of_engines_are_judged(
+    generated: Implementation, workload, function, wrong, message, monkeypatch
+) -> None:
+    """A call that starts from another state than it should, or leaves one elsewhere, is wrong."""
+    module = operators.package_at(generated.package)
+    check._failure.cache_clear()
+    monkeypatch.setattr(module, function, wrong(getattr(module, function)))
+    failure = served(generated, workload).failure
+    check._failure.cache_clear()
+    assert failure is not None
+    assert failure.reason is Reason.WRONG
+    assert failure.message.startswith(f"{message} must be within")
+
+
+@pytest.mark.parametrize("call", [Call.SINGLES, Call.STEPS])
+def test_drafts_of_a_call(generated: Implementation, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four tokens at once are one call of the package; one by one they are four, through the same slots."""
+    module = operators.package_at(generated.package)
+    calls: list[dict[str, torch.Tensor]] = []
+
+    def noted(right: Any) -> Any:
+        return lambda *operands, **given: calls.append(given) or right(*operands, **given)
+
+    for name in ("m2rnn_step", "m2rnn_steps"):
+        monkeypatch.setattr(module, name, noted(getattr(module, name)))
+    _, workload = serving_workloads("base", VARIANT, 3)[-2:]
+    workload = replace(workload, call=call)
+    run = serving.served(generated, workload, clock._drawn(workload, torch.device("cpu")))
+    y = torch.stack([*run()], 1)
+    assert y.shape == (3, 4, 2, VARIANT.head_dim)
+    assert bool(y.isfinite().all())
+    if call is Call.STEPS:
+        (given,) = calls
+        assert given["indices"].unique().numel() == 3 * 4
+        assert given["accepted"].tolist() == [1, 1, 1]
+    else:
+        assert len(calls) == 4
+        for before, after in pairwise(calls):
+            assert torch.equal(after["indices"], before["out_indices"])
 
 
 PEERS = """

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from support import default_package, make_variant
 
-from m2gen.bench.entries import BenchContext, BenchWorkload, Implementation
+from m2gen.bench.entries import BenchContext, BenchWorkload, Implementation, serving_workloads
 from m2gen.bench.kinds import Call, Kind
 from m2gen.bench.side_by_side import side_by_side
 from m2gen.bench.sweep import fit
@@ -51,11 +51,15 @@ def _peer(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "workload", [BenchWorkload("base", VARIANT, 8, 64), BenchWorkload("base", VARIANT, 8, 1, Call.DECODE)]
+    "workload",
+    [BenchWorkload("base", VARIANT, 8, 64), *serving_workloads("base", VARIANT, 8)],
+    ids=lambda w: str(w.call),
 )
 def test_every_kind_is_timed(context, implementations, workload) -> None:
     """Times are there, positive, within their intervals, and no faster than any floor."""
-    kinds = [kind for kind in implementations if workload.call is Call.SEQUENCE or kind is not Kind.PEER]
+    loops = not workload.packed and not workload.call.pooled
+    kinds = [kind for kind in implementations if workload.call is Call.SEQUENCE or (loops and kind is not Kind.PEER)]
+    kinds = kinds or [Kind.DEFAULT]
     results = side_by_side(workload, [implementations[kind] for kind in kinds], context)
     for result in results:
         assert result.failure is None, result.entry.implementation.name
@@ -63,7 +67,7 @@ def test_every_kind_is_timed(context, implementations, workload) -> None:
             estimate = timing.estimate
             assert 0 < estimate.low_ms <= estimate.median_ms <= estimate.high_ms
             assert all(part < 1.2 for part in timing.parts.values())
-        assert (result.step is None) == (workload.call is Call.DECODE)
+        assert (result.step is None) == (workload.call is not Call.SEQUENCE)
     assert results[0].found.host_us is not None
 
 

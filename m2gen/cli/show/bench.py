@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from m2gen.bench.against import Baseline, Comparison
-from m2gen.bench.document import Document, Row, dump, row_of, speed_ups
+from m2gen.bench.document import Document, Row, besides, dump, row_of, speed_ups
 from m2gen.bench.entries import sized
 from m2gen.bench.kinds import Call, Kind
 from m2gen.bench.side_by_side import Result, Times
@@ -26,6 +26,7 @@ SCHEDULE_COLUMNS = ("kernels", "schedule", "from")
 MORE_COLUMNS = ("variant", "slug")
 """Columns that --verbose adds to schedules."""
 LIMIT_COLUMNS = ("kernels", "call", "ms", "µs/step", "floor ms")
+BESIDE_COLUMNS = ("kernels", "beside", "time")
 AGAINST_COLUMNS = ("kernels", "call", "then ms", "now ms", "change", "noise", "verdict")
 WorkloadKey = tuple[str, str, Call, int, int, bool]
 """Layer, variant, call, batch and length of a workload, and whether it is packed."""
@@ -71,6 +72,7 @@ def bench_tables(document: Document, *, verbose: bool) -> Iterator[Table]:
     notes = ["both: forward and backward; 95 %: how far the interval that holds the median reaches; L2 cold"]
     notes += ["speed-up: default = 1, by time a step"] if any(speed for _, speed in passed) else []
     yield Table(f"Medians on {document.environment.device}", TIME_COLUMNS, times, notes)
+    yield from _beside_tables(document.rows, names)
     if generated := [row for row in document.rows if row.schedule]:
         columns = (*SCHEDULE_COLUMNS, *MORE_COLUMNS) if verbose else SCHEDULE_COLUMNS
         usual = {workload_of(row): row.schedule for row in generated if row.implementation == Kind.DEFAULT}
@@ -141,6 +143,21 @@ def median_cells(times: Times | Estimate | None) -> tuple[str, str]:
 def ms_text(value: float) -> str:
     """Return milliseconds with the digits that are significant."""
     return f"{value:.3f}" if value >= 0.1 else f"{value:.4f}"
+
+
+def _beside_tables(rows: Sequence[Row], names: Mapping[str, str]) -> Iterator[Table]:
+    """Yield the table of calls beside others that do the same in another way, if there are any."""
+    found = [
+        (
+            workload_of(row),
+            (names[row.implementation], sized(Call(call), row.batch, row.seq, row.packed), f"{ratio:.3f}x"),
+        )
+        for row, ratios in zip(rows, besides(rows), strict=True)
+        for call, ratio in ratios.items()
+    ]
+    if found:
+        note = "time: that of the call, over that of the same kernels on what it is beside; 1.05x takes 5 % longer"
+        yield Table("Slots of pools, and drafts", BESIDE_COLUMNS, sections(found), [note])
 
 
 def _schedule_cells(row: Row, usual: str | None, *, verbose: bool) -> tuple[str, ...]:

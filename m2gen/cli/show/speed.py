@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from m2gen.bench.document import Document, Row
-from m2gen.bench.kinds import Kind
+from m2gen.bench.kinds import Call, Kind
 from m2gen.bench.side_by_side import Times
 from m2gen.cli.show.bench import WorkloadKey, workload_names, workload_of
 from m2gen.cli.show.figure import THEMES, Style, Theme, new_figure, write_figure
@@ -50,7 +50,7 @@ def speed_groups(document: Document) -> list[Group]:
     """
     timed: dict[WorkloadKey, dict[str, Row]] = {}
     for row in document.rows:
-        if not row.call.decodes:
+        if row.call is Call.SEQUENCE:
             having = timed.setdefault(workload_of(row), {})
             having |= {} if row.failure or row.step is None or row.forward is None else {row.implementation: row}
     peers = dict.fromkeys(name for rows in timed.values() for name in rows if name not in set(Kind))
