@@ -6,7 +6,7 @@ import functools
 import os
 import warnings
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import TypeAlias
 
@@ -15,38 +15,44 @@ from torch import Tensor
 
 from . import built, compiled, launch_plan, launchers
 from .facts import VariantKey
-from .snapshot import load
+from .snapshot import Deferred, deferred
 
 SPACE = built.SPACE
 Kernels: TypeAlias = tuple[ModuleType, ...]
 """Modules that serve a variant: one for all calls, or one for each bucket."""
 
 
-def _loaded(tables: Mapping[str, Mapping[str, tuple[str, ...]]]) -> Mapping[str, Mapping[str, Kernels]]:
+def _modules(tables: Mapping[str, Mapping[str, tuple[str, ...]]]) -> Mapping[str, Mapping[str, Kernels]]:
     """Put kernels in place of their modules' names; a content's are loaded once a process, for whoever has it."""
-    module = functools.cache(lambda name: load(f"{__package__}.kernels.{name}"))
+    source = functools.cache(lambda name: deferred(f"{__package__}.kernels.{name}"))
+
+    def together(names: tuple[str, ...]) -> Callable[[], Kernels]:
+        modules = tuple(map(source, names))
+        return lambda: tuple(module() for module in modules)
+
     if not hasattr(SPACE, "kernels"):
         SPACE.kernels = {
-            arch: {variant: tuple(map(module, names)) for variant, names in table.items()}
+            arch: Deferred({variant: together(names) for variant, names in table.items()})
             for arch, table in tables.items()
         }
     kernels: Mapping[str, Mapping[str, Kernels]] = SPACE.kernels
     return kernels
 
 
-KERNELS = _loaded(built.KERNELS)
+KERNELS = _modules(built.KERNELS)
 
 
-def _loaded_by_dims(kind: str, table: Mapping[tuple[int, ...], str]) -> Mapping[tuple[int, ...], ModuleType]:
-    """Do for kernels that depend on dims and heads alone what ``_loaded`` does."""
+def _by_dims(kind: str, table: Mapping[tuple[int, ...], str]) -> Mapping[tuple[int, ...], ModuleType]:
+    """Do for kernels that depend on dims and heads alone what ``_modules`` does."""
     if not hasattr(SPACE, kind):
-        setattr(SPACE, kind, {key: load(f"{__package__}.kernels.{name}") for key, name in table.items()})
+        sources = {key: deferred(f"{__package__}.kernels.{name}") for key, name in table.items()}
+        setattr(SPACE, kind, Deferred(sources))
     kernels: Mapping[tuple[int, ...], ModuleType] = getattr(SPACE, kind)
     return kernels
 
 
-LAYER_KERNELS = _loaded_by_dims("layer_kernels", built.LAYER_KERNELS)
-POOL_KERNELS = _loaded_by_dims("pool_kernels", built.POOL_KERNELS)
+LAYER_KERNELS = _by_dims("layer_kernels", built.LAYER_KERNELS)
+POOL_KERNELS = _by_dims("pool_kernels", built.POOL_KERNELS)
 
 
 @functools.cache
@@ -93,13 +99,6 @@ def table_of(variant: VariantKey, device: torch.device) -> tuple[Kernels, tuple[
     if arch != "portable":
         compiled.provide(kernels, arch)
     return kernels, tuple(halves * sms // (2 * heads) for halves in built.HALVES)
-
-
-def read_source(kernels: ModuleType) -> None:
-    """Have Triton's interpreter read now what it would read when a function first runs: files may be others by then."""
-    for function in list(vars(kernels).values()):
-        if hasattr(function, "rewrite") and not isinstance(function, type):
-            function.rewrite()
 
 
 def kernels_for(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from .mixer import Mixer
 
@@ -87,9 +88,8 @@ def draw_gate(A_log: Tensor, dt_bias: Tensor, init: Initialisation) -> None:
 
 def _assign(parameter: Tensor, value: Tensor) -> None:
     """Copy ``value``, the same on every rank, to a parameter that may be sharded over ranks."""
-    if distributed.is_available():
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        if isinstance(parameter, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    tensor = sys.modules.get("torch.distributed.tensor")  # importing it takes seconds; who shards has done so
+    if tensor is not None and isinstance(parameter, tensor.DTensor):
+        placed = parameter.device_mesh, parameter.placements
+        value = tensor.distribute_tensor(value, *placed, src_data_rank=None)
     parameter.copy_(value)

@@ -40,8 +40,6 @@ def forward(
     if cu_seqlens is not None:
         offsets.check_offsets(cu_seqlens if cu_seqlens_cpu is None else cu_seqlens_cpu, q.shape[0])
     kernels, known = _kernels(call, operands, cu_seqlens)
-    if save and q.device.type == "cpu":  # the backward may run when files are others
-        dispatch.read_source(kernels)
     results: tuple[Tensor, Tensor, Tensor | None] = on_device(
         launchers.forward, q.get_device(),
         (kernels, operands, initial_state, cu_seqlens, save, deterministic, known),

@@ -105,8 +105,6 @@ def forward(
     """Return the output projection's input (..., N V), the final state, y, and checkpoints (none unless ``save``)."""
     call = call_like((*p, cu_seqlens), ("forward", settings, save, deterministic))
     kernels = LayerKernels(dispatch.layer_kernels(settings.dims, p.projected.device), call.launches)
-    if save and p.projected.device.type == "cpu":  # the backward may run when files are others
-        dispatch.read_source(kernels.module)
     flat = p.projected.flatten(0, -2)
     rows, tokens = _rows(flat, kernels, settings), around.tokens_of(p.projected, cu_seqlens)
     qkv = around.convolve(kernels, rows.a, _convolution(p, settings), p.conv, tokens)

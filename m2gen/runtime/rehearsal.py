@@ -80,7 +80,7 @@ def forget_paths() -> None:
     """
     function = importlib.import_module("triton.runtime.jit").JITCallable
     root = Path(importlib.import_module("triton.runtime").__path__[0]).parent
-    for jitted in [x for x in gc.get_objects() if isinstance(x, function)]:
+    for jitted in [x for x in gc.get_objects() if issubclass(type(x), function)]:
         code = jitted.fn.__code__
         path = Path(code.co_filename)
         place = f"triton/{path.relative_to(root)}" if path.is_relative_to(root) else f"{built.NAME}/kernels/{path.name}"

@@ -8,27 +8,86 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import linecache
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.abc import InspectLoader
+from importlib.machinery import ModuleSpec
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, TypeVar, cast
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
-def load(name: str) -> ModuleType:
-    """Execute the module ``name`` for the caller alone: it stays in no table from which a reload could take it."""
+class Deferred(Mapping[K, V]):
+    """A mapping whose values are made when they are first looked up, by functions that remember them."""
+
+    def __init__(self, makers: Mapping[K, Callable[[], V]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, key: K) -> V:
+        return self._makers[key]()
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def deferred(name: str) -> Callable[[], ModuleType]:
+    """Read the source of the module ``name`` now, and return what executes it once, when it is first needed.
+
+    The module is the caller's alone: it stays in no table from which a reload could take it.
+    """
     spec = importlib.util.find_spec(name)
-    if spec is None or spec.loader is None:
+    if spec is None or spec.loader is None or spec.origin is None:
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-    module = importlib.util.module_from_spec(spec)
-    known = sys.modules.get(name)
-    sys.modules[name] = module  # where Triton looks for the source, if that is in an archive
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del sys.modules[name]
-        if known is not None:
-            sys.modules[name] = known
+    text = cast(InspectLoader, spec.loader).get_source(name) or ""
+    made: list[ModuleType] = []
+
+    def module() -> ModuleType:
+        with _LOCK:  # or two threads would have two of it
+            if not made:
+                made.append(_executed(spec, text))
+        return made[0]
+
     return module
+
+
+_LOCK = threading.RLock()
+
+
+def _executed(spec: ModuleSpec, text: str) -> ModuleType:
+    """Return a module of this source, which Triton reads while that is executed, whatever the file is by now."""
+    module, path = importlib.util.module_from_spec(spec), str(spec.origin)
+    with _entry(sys.modules, spec.name, module), _entry(linecache.cache, path, _lines(text, path)):
+        exec(compile(text, path, "exec", dont_inherit=True), vars(module))
+        for function in list(vars(module).values()):
+            if hasattr(function, "rewrite") and not isinstance(function, type):
+                function.rewrite()  # Triton's interpreter would read the source when a function first runs
+    return module
+
+
+def _lines(text: str, path: str) -> tuple[int, None, list[str], str]:
+    """Return what ``linecache`` keeps of a file that it does not look for on disk."""
+    return len(text), None, text.splitlines(keepends=True), path
+
+
+@contextmanager
+def _entry(table: dict[str, Any], key: str, value: object) -> Iterator[None]:
+    """Have a table hold a value for a while."""
+    known = table.get(key, table)
+    table[key] = value
+    try:
+        yield
+    finally:
+        del table[key]
+        if known is not table:
+            table[key] = known
 
 
 def snapshot(names: Mapping[str, Any], taken: dict[str, ModuleType] | None = None) -> ModuleType:

@@ -41,6 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / f"m2gen_{tmp_path.name}"
     yield folder
     purge(folder.name)
+    purge(f"{folder.name}_twin")
 
 
 def write(folder: Path, schedule: Schedule, variants: tuple[Variant, ...], name: str | None = None) -> None:
@@ -58,6 +59,13 @@ def imported(folder: Path, schedule: Schedule = BEFORE, name: str | None = None)
     """Build and import a package, whose content is that of any other of this ``name``, by default the folder's."""
     write(folder, schedule, (VARIANT,), name)
     return importlib.import_module(folder.name)
+
+
+def imported_twin(folder: Path) -> ModuleType:
+    """Build and import a package of the same kernels under another name."""
+    twin = folder.with_name(f"{folder.name}_twin")
+    write(twin, BEFORE, (VARIANT,))
+    return importlib.import_module(twin.name)
 
 
 def modules_of(name: str) -> list[ModuleType]:
@@ -168,6 +176,22 @@ def refuse(patch: pytest.MonkeyPatch, operators: ModuleType, direction: str, mes
         for kernels in table.values():
             patch.setattr(kernels[0], f"m2rnn_{direction}_kernel", Kernel())
     patch.setattr(operators.launches.launchers, direction, lambda *_: pytest.fail(message))
+
+
+def test_kernels_are_read_with_the_package_and_executed_when_needed(folder: Path, inputs: Inputs) -> None:
+    """A variant that no call needs costs nothing, and one that is needed late is as it was when it was imported."""
+    write(folder, BEFORE, (VARIANT, make_variant(8, 8)))
+    kernels = folder / "kernels"
+    for path in kernels.glob("*k8_v8*.py"):
+        path.write_text("raise RuntimeError('executed')", encoding="utf-8")
+    package = importlib.import_module(folder.name)
+    expected = differentiate(imported_twin(folder).m2rnn, inputs)
+    for path in kernels.glob("*.py"):
+        path.write_text("raise RuntimeError('of another build')", encoding="utf-8")
+    assert_same(differentiate(package.m2rnn, inputs), expected)
+    other = make_inputs(make_variant(8, 8), Problem(1, 2), seed=1)
+    with pytest.raises(RuntimeError, match="executed"):
+        package.m2rnn(**arguments(other))
 
 
 @pytest.mark.parametrize("way", RELOADS)
