@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from m2gen.kernels import layouts
 from m2gen.kernels.literals import literal
-from m2gen.kernels.render import render_template
+from m2gen.kernels.render import TRITON, render_template
 from m2gen.runtime.pool_plan import PoolPlan
-from m2gen.spec import Fp32Products, Heads
+from m2gen.schedule import Family, ForwardTile, Reduction
+from m2gen.spec import Dtype, Fp32Products, Heads
 from m2gen.variant import MIN_TILE, Variant, padded
 
 Dims = tuple[int, ...]
@@ -30,10 +32,17 @@ class PoolLowering:
     products: Fp32Products = Fp32Products.IEEE
     """How float32 operands are multiplied."""
 
-    jit = "triton.jit"
+    explicit: bool = False
+    """Whether layouts are written down: of tokens alone, with operands of 16 bits, on tensor cores of NVIDIA's."""
+
     tanh_ptx = False  # pools promise the same bits wherever a request is computed
     forward_only = True
     """Whether nothing is differentiated: ``gate`` comes without its slopes."""
+
+    @property
+    def jit(self) -> str:
+        """What makes a function a kernel."""
+        return "gluon.jit" if self.explicit else "triton.jit"
 
     @property
     def dims(self) -> Dims:
@@ -44,7 +53,8 @@ class PoolLowering:
     def name(self) -> str:
         """The module's name: dims, heads and products, which are all that it depends on."""
         heads = "_".join(f"{role}{count}" for role, count in zip("qkvfw", self.heads.counts, strict=True))
-        return f"pool_k{self.state_expansion}_v{self.head_dim}_{heads}{'_tf32' if self.tf32 else ''}"
+        kind = "pool_explicit" if self.explicit else "pool"
+        return f"{kind}_k{self.state_expansion}_v{self.head_dim}_{heads}{'_tf32' if self.tf32 else ''}"
 
     @property
     def tf32(self) -> bool:
@@ -62,8 +72,20 @@ class PoolLowering:
         return {
             "K": self.state_expansion, "V": self.head_dim, "V_PAD": padded(self.head_dim),
             "N": heads.total, "NQ": heads.q, "NK": heads.k, "NV": heads.v, "NF": heads.f, "NW": heads.w,
-            "ROWS": self.rows, "PARTS": padded(self.state_expansion) // self.rows,
+            "ROWS": self.rows, **({} if self.explicit else {"PARTS": self.parts}),
         }  # fmt: skip
+
+    @property
+    def parts(self) -> int:
+        """How often a program takes rows of a state."""
+        return padded(self.state_expansion) // self.rows
+
+    @property
+    def layouts(self) -> dict[str, str]:
+        """The layouts that an explicit kernel names, and how many warps share the rows of a tile."""
+        tile = ForwardTile(self.rows, self.plan.warps, 1, Reduction.PARTIAL)
+        found = {"TILE": layouts.tile(tile), "VECTOR": layouts.vector(tile), "WARPS": str(layouts.warps_down(tile))}
+        return found if self.explicit else {}
 
     @property
     def plan(self) -> PoolPlan:
@@ -86,10 +108,16 @@ def pools_of(variants: Iterable[Variant]) -> dict[Dims, PoolLowering]:
     return found
 
 
+def explicit_pools_of(pairs: Iterable[tuple[Variant, Family]]) -> dict[Dims, PoolLowering]:
+    """Return the modules with explicit layouts, for variants whose schedules are explicit as well."""
+    narrow = {v: pool_of(v) for v, family in pairs if family is not Family.PORTABLE and v.dtype is not Dtype.FP32}
+    return {k.dims: replace(k, explicit=True, products=Fp32Products.IEEE) for k in narrow.values() if k.parts == 1}
+
+
 def render_pool(k: PoolLowering, provenance: str = "") -> str:
     """Return the module of the kernels on pools of states."""
     heads = " ".join(f"{role}{count}" for role, count in zip("qkvfw", k.heads.counts, strict=True))
     title = f"Kernels on pools of states of K{k.state_expansion} V{k.head_dim}, heads {heads}."
-    return render_template(
-        "kernels/pool/module.py.j2", k=k, title=title, provenance=provenance, launch=literal(k.plan._asdict())
-    )
+    template = "kernels/pool/explicit.py.j2" if k.explicit else "kernels/pool/module.py.j2"
+    text = render_template(template, k=k, title=title, provenance=provenance, launch=literal(k.plan._asdict()))
+    return TRITON.sub("gl.", text) if k.explicit else text

@@ -17,10 +17,11 @@ from m2gen.errors import EmitError
 from m2gen.kernels.layer import layer_of, layers_of, render_layer
 from m2gen.kernels.literals import Code
 from m2gen.kernels.lowering import Lowering
-from m2gen.kernels.pool import pools_of, render_pool
+from m2gen.kernels.pool import PoolLowering, explicit_pools_of, pools_of, render_pool
 from m2gen.kernels.render import render_kernel, render_template, template_hash
 from m2gen.package.copies import BUILT, built, copied, runtime_hash, sources
 from m2gen.package.owned import hashes
+from m2gen.schedule import Family
 from m2gen.spec import ClipMode, Dtype, TanhMode
 from m2gen.variant import BuiltVariant, Variant
 
@@ -130,9 +131,19 @@ def _kernel_files(origin: Origin, choices: Iterable[Choice]) -> dict[str, str]:
         files[f"kernels/{module}.py"] = render_kernel(Lowering(users[0].variant, users[0].schedule), provenance)
     for name, k in layers_of(choice.variant for choice in choices).items():
         files[f"kernels/{name}.py"] = render_layer(k, origin.header())
-    for pool in pools_of(choice.variant for choice in choices).values():
+    pools = [pools_of(choice.variant for choice in choices), *_explicit_pools(choices).values()]
+    for pool in [pool for table in pools for pool in table.values()]:
         files[f"kernels/{pool.name}.py"] = render_pool(pool, origin.header())
     return files
+
+
+def _explicit_pools(choices: Iterable[Choice]) -> dict[str, dict[tuple[int, ...], PoolLowering]]:
+    """Return by arch the modules of kernels on pools whose layouts are written down, by what they are looked up by."""
+    by_arch: dict[str, list[tuple[Variant, Family]]] = {}
+    for choice in choices:
+        by_arch.setdefault(choice.device.arch, []).append((choice.variant, choice.schedule.family))
+    found = {arch: explicit_pools_of(pairs) for arch, pairs in by_arch.items()}
+    return {arch: table for arch, table in found.items() if table}
 
 
 def _layer_kernels(variants: Iterable[BuiltVariant]) -> dict[tuple[int, ...], str]:
@@ -161,6 +172,9 @@ def _facts(origin: Origin, namespace: str, variants: list[BuiltVariant], choices
         },
         "LAYER_KERNELS": _layer_kernels(variants),
         "POOL_KERNELS": {dims: k.name for dims, k in pools_of(having.variant for having in variants).items()},
+        "POOL_EXPLICIT": {
+            arch: {dims: k.name for dims, k in table.items()} for arch, table in _explicit_pools(choices).items()
+        },
         "HALVES": HALVES,
         "PORTABLE_SMS": PORTABLE.sm_count,
     }

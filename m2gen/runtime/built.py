@@ -36,6 +36,8 @@ LAYER_KERNELS: Mapping[tuple[int, ...], str] = {}
 """Modules of the kernels around the recurrence, by K, V and the heads of q, k, v and f."""
 POOL_KERNELS: Mapping[tuple[int, ...], str] = {}
 """Modules of the kernels on pools of states, by K, V and the heads of q, k, v, f and w."""
+POOL_EXPLICIT: Mapping[str, Mapping[tuple[int, ...], str]] = {}
+"""Modules of the kernel of tokens on pools with operands of 16 bits, by arch and the same."""
 HALVES: tuple[int, ...] = ()
 """The most programs of each bucket but the last, in halves of a program an SM."""
 PORTABLE_SMS: int = 1

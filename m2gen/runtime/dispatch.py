@@ -53,6 +53,7 @@ def _by_dims(kind: str, table: Mapping[tuple[int, ...], str]) -> Mapping[tuple[i
 
 LAYER_KERNELS = _by_dims("layer_kernels", built.LAYER_KERNELS)
 POOL_KERNELS = _by_dims("pool_kernels", built.POOL_KERNELS)
+POOL_EXPLICIT = {arch: _by_dims(f"pool_explicit_{arch}", table) for arch, table in built.POOL_EXPLICIT.items()}
 
 
 @functools.cache
@@ -122,6 +123,19 @@ def layer_kernels(dims: Sequence[int], device: torch.device) -> ModuleType:
 def pool_kernels(dims: Sequence[int], device: torch.device) -> ModuleType:
     """Return the kernels on pools of K, V and heads; they are the same for every arch and dtype."""
     return _ready(POOL_KERNELS[tuple(dims)], device)
+
+
+def pool_steps_kernels(dims: Sequence[int], q: Tensor, seeded: bool) -> ModuleType:
+    """Return the kernel of tokens on pools for operands as q is, whose states are rounded at random if ``seeded``."""
+    explicit = POOL_EXPLICIT.get(device_of(q.device)[0], {})
+    if q.dtype.itemsize == 2 and not seeded and tuple(dims) in explicit:
+        return _ready(explicit[tuple(dims)], q.device)
+    return pool_kernels(dims, q.device)
+
+
+def approximates(device: torch.device) -> bool:
+    """Whether tanh is the one that NVIDIA's GPUs have, where the spec allows it."""
+    return built.APPROXIMATE and device.type == "cuda" and torch.version.hip is None
 
 
 @functools.cache

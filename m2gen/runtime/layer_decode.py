@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import built, dispatch, launches, layer_op, transforms
+from . import dispatch, launches, layer_op, transforms
 from .layer_launches import LayerKernels
 from .memory import check_written
 from .room import widened
@@ -86,14 +86,9 @@ def decode(p: StepParameters, settings: StepSettings) -> Tensor:
         (settings.eps, forget, forget + settings.dims[5], rows.stride(0), *p.conv.stride(), *p.state.stride(),
          p.state.shape[0]),
         WIDTH=width, SILU=settings.silu, ROUNDS=settings.rounds, NORM=settings.norm, NW=settings.dims[6],
-        APPROXIMATE=approximates(rows.device),
+        APPROXIMATE=dispatch.approximates(rows.device),
     )  # fmt: skip
     return out
-
-
-def approximates(device: torch.device) -> bool:
-    """Whether tanh is the one that NVIDIA's GPUs have, where the spec allows it."""
-    return built.APPROXIMATE and device.type == "cuda" and torch.version.hip is None
 
 
 def projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

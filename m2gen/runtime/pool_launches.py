@@ -30,8 +30,14 @@ class Slots(NamedTuple):
 
 def steps(operands: Operands, pool: Tensor, slots: Slots, call: KnownCall | None = None) -> Tensor:
     """Advance states of the pool by the operands' tokens (B, T, ...), or (B, ...) of one; return y (B, T, N, V)."""
-    dims = dims_of(*operands[:5])
-    y: Tensor = launches.on_device(_steps, pool.get_device(), (_kernels(dims, pool, call), operands, pool, slots))
+    known = None if call is None else call.launches
+    module = None if call is None else call.kernels
+    if module is None:
+        module = dispatch.pool_steps_kernels(dims_of(*operands[:5]), operands[0], slots.seed is not None)
+    if call is not None:
+        call.kernels = module
+    kernels = _Kernels(LayerKernels(module, known), pool_plan_of(module))
+    y: Tensor = launches.on_device(_steps, pool.get_device(), (kernels, operands, pool, slots))
     return y
 
 
@@ -116,6 +122,7 @@ def _steps(kernels: _Kernels, operands: Operands, pool: Tensor, slots: Slots) ->
         "steps", q.shape[0] * plan.heads if count else 0, plan.warps,
         (q, k, v, weight, forget, A_log, dt_bias, y, *slots, pool), numbers,
         STEPS=count, STEPS_PAD=1 << (count - 1).bit_length(), EVERY=slots.out_indices.dim() == 2,
+        APPROXIMATE=dispatch.approximates(pool.device),
     )  # fmt: skip
     return y
 

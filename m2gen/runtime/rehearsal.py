@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import absent, built, compiled, dispatch, fused, launch_plan, layer_decode, layer_op, library
+from . import absent, built, compiled, dispatch, fused, launch_plan, layer_op, library
 from .callers import BATCH, Caller, LayerCaller, OperatorCaller
 from .scenes import Kernel, Scene
 from .stubs import build_stub
@@ -94,7 +94,7 @@ class Launching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._launched = library.launched()
         vars(dispatch)["kernels_for"] = lambda *operands: dispatch.named(kernels)
-        vars(layer_decode)["approximates"] = lambda device: built.APPROXIMATE and arch.startswith("sm_")
+        vars(dispatch)["approximates"] = lambda device: built.APPROXIMATE and arch.startswith("sm_")
         layer_op.forget_calls()  # which may be of another module
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -48,7 +48,7 @@ def opened(folder: str, name: str) -> Any:
     served = importlib.import_module(f"{name}.library").OPERATORS
     vars(served.launches.dispatch)["device_of"] = lambda device: (ARCH, SMS)
     approximates = importlib.import_module(f"{name}.built").APPROXIMATE
-    vars(served.layer_library.layer_decode)["approximates"] = lambda device: approximates
+    vars(served.launches.dispatch)["approximates"] = lambda device: approximates
     triton.runtime.driver.set_active(Driver())
     return package
 
