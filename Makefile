@@ -4,7 +4,7 @@ PYTHON ?= python3
 SPEC ?= h100.yaml
 BIN := .venv/bin
 
-.PHONY: build test lint types tests verify docs golden gpu sanitize clean
+.PHONY: build test lint types tests verify docs figures golden gpu sanitize clean
 
 build: .venv/installed
 	$(BIN)/m2gen build --spec $(SPEC)
@@ -28,6 +28,10 @@ verify: .venv/installed
 # The site, into site/; a broken link ends it.
 docs: .venv/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# Every picture of the README and the site, from docs/data.
+figures: .venv/installed
+	$(BIN)/python -m tools.figures
 
 golden: .venv/installed
 	$(BIN)/pytest -q tests/package/test_golden.py --update-golden

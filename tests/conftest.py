@@ -25,13 +25,14 @@ if not HAS_GPU:
     torch.set_num_threads(1)
 
 from command_line import SPEC  # noqa: E402  (imports torch's users)
-from interpreter import quicken  # noqa: E402
+from interpreter import quicken, refuse_mixed_masks  # noqa: E402
 from support import OPERANDS, STEPS, build_modules, make_variant  # noqa: E402  (imports triton's users)
 
 from m2gen.problem import Problem, make_inputs  # noqa: E402
 
 if not HAS_GPU:
     quicken()
+    refuse_mixed_masks()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

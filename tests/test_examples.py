@@ -126,6 +126,12 @@ def test_state_tracking_smoke(example, monkeypatch, tmp_path, capsys) -> None:
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == table
     assert is_figure(tmp_path / "curves.png")
     outcome = json.loads((tmp_path / "S3_m2rnn_0.json").read_text(encoding="utf-8"))
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    kept = json.loads((ROOT / "docs" / "data" / "state_tracking_h200.json").read_text(encoding="utf-8"))
+    assert (summary.keys(), summary["runs"][0].keys()) == (kept.keys(), kept["runs"][0].keys())
+    assert [(x["model"], x["seed"]) for x in summary["runs"]] == [
+        (m, 0) for m in ("m2rnn", "attention", "linear", "gru")
+    ]
     assert (outcome["steps"], outcome["words"], len(outcome["errors"])) == (2, 2, 5)
     (tmp_path / "S3_gru_0.json").unlink()
     command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "budget=-1")

@@ -4,7 +4,7 @@
     python examples/state_tracking/run.py
 
 Finished runs lie in --out and are not run again: interrupted, the same command goes on. It prints the table, and writes
-table.md and curves.png (with matplotlib) beside the runs.
+table.md, its numbers as summary.json, and curves.png (with matplotlib) beside the runs.
 """
 
 from __future__ import annotations
@@ -120,6 +120,30 @@ def table(config: Config, outcomes: list[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(config: Config, outcomes: list[Outcome]) -> dict[str, object]:
+    """Return what the table says of each run, as docs/data/ keeps it for the picture of the README."""
+    seen, asked = config.lengths[-1], config.evaluate.length
+    runs = [
+        {
+            "group": x.group,
+            "model": x.model,
+            "seed": x.seed,
+            "accuracy_seen": round(x.accuracy(0, seen), 4),
+            "accuracy_asked": round(x.accuracy(0, asked), 4),
+            "right_to": x.perfect_to,
+        }
+        for x in outcomes
+    ]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {
+        "command": "python examples/state_tracking/run.py",
+        "device": device,
+        "seen": seen,
+        "asked": asked,
+        "runs": runs,
+    }
+
+
 def windows(positions: int, each: float = 1.15) -> list[int]:
     """Return the edges of windows of positions that grow with the position: a point of a curve each."""
     edges = [0]
@@ -178,6 +202,7 @@ def main() -> None:
     outcomes = found(config, arguments.out)
     text = table(config, outcomes)
     (arguments.out / "table.md").write_text(text, encoding="utf-8")
+    store(arguments.out / "summary.json", summary(config, outcomes))
     draw(config, outcomes, arguments.out / "curves.png")
     print(text, end="")
 

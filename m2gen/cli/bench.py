@@ -31,6 +31,7 @@ from m2gen.cli.bench_options import (
     OnlyOption,
     PeerOption,
     PlotOption,
+    QuantityOption,
     SeedOption,
     SizeOption,
     StyleOption,
@@ -51,7 +52,7 @@ from m2gen.cli.options import (
     reporting,
     terminal_progress,
 )
-from m2gen.cli.show.figure import Style, check_figure
+from m2gen.cli.show.figure import Plot, Quantity, Style, check_figure
 from m2gen.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def bench(
     against: AgainstOption = None,
     plot: PlotOption = None,
     style: StyleOption = Style.LIGHT,
+    quantity: QuantityOption = Quantity.TIME,
     gpus: GpusOption = None,
     size: SizeOption = None,
     form: FormOption = None,
@@ -123,7 +125,8 @@ def bench(
             {"--size": size, "--form": form},
             [*(name for name, given in timed.items() if given), *(["--plot"] if plot else [])],
         )
-        display, picture = Display(json, quiet, verbose, debug), Picture(plot, style, out)
+        display = Display(json, quiet, verbose, debug)
+        picture = Picture(Plot(plot, style, quantity, (earlier,) if earlier else ()) if plot else None, out)
         batches = tuple(batch for batch in ([TOKENS_OF] if decode is None else decode) if batch)
         if layers and spec is not None:
             asked = LayersRequest(
@@ -145,7 +148,7 @@ def bench(
             seed=seed,
         )
         if earlier is not None:
-            if show_earlier_layers(earlier, request.layers, display, plot):
+            if show_earlier_layers(earlier, request.layers, display, picture.plot):
                 return
             _show_earlier(earlier, request.layers, display, picture)
         elif spec is not None and gpus is not None:
@@ -157,10 +160,9 @@ def bench(
 
 @dataclass(frozen=True)
 class Picture:
-    """The files of ``--plot`` and ``--out``, each of which may be none, and the picture's style."""
+    """The figure of ``--plot`` and the file of ``--out``, each of which may be none."""
 
-    file: Path | None
-    style: Style
+    plot: Plot | None
     out: Path | None = None
 
     def workloads(self, document: Document) -> None:
@@ -170,10 +172,10 @@ class Picture:
             from m2gen.cli.show.report import write_json
 
             write_json(dump(document), self.out)
-        if self.file is not None:
+        if self.plot is not None:
             from m2gen.cli.show.speed import draw_speed
 
-            draw_speed(document, self.file, self.style)
+            draw_speed(document, self.plot)
 
     def sweeps(self, document: SweepDocument) -> None:
         """Write and draw a run's sweeps."""
@@ -181,10 +183,10 @@ class Picture:
             from m2gen.cli.show.report import write_json
 
             write_json(asdict(document), self.out)
-        if self.file is not None:
+        if self.plot is not None:
             from m2gen.cli.show.plot import draw_sweeps
 
-            draw_sweeps(document, self.file, self.style)
+            draw_sweeps(document, self.plot)
 
 
 def _check(spec: str | None, earlier: Path | None, plot: Path | None, timed: list[str]) -> None:
@@ -246,7 +248,7 @@ def _show_earlier(path: Path, layers: tuple[str, ...], display: Display, picture
 
     over_ranks = ranks_of(path)
     if over_ranks is not None:
-        if picture.file is not None:
+        if picture.plot is not None:
             raise UsageError(f"--plot must be of workloads or sweeps, got {path}, which is of layers over ranks")
         show_ranks(over_ranks, display)
         return
@@ -277,7 +279,7 @@ def _time(
 
     planned = pipeline.plan(spec, None, records)
     found = peers(request.peers)
-    if picture.file is not None and not axes:
+    if picture.plot is not None and not axes:
         check_comparable(request.kinds, found)
     pipeline.workloads(planned, request)  # raises errors of the request before a GPU is looked for
     progress = terminal_progress(display.quiet)

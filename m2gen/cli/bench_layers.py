@@ -9,10 +9,10 @@ import typer
 
 from m2gen.bench.layers.kinds import LayerKind
 from m2gen.cli.options import terminal_progress
-from m2gen.errors import UsageError
 
 if TYPE_CHECKING:
     from m2gen.bench.layers.document import LayerDocument
+    from m2gen.cli.show.figure import Plot
     from m2gen.cli.show.report import Display
     from m2gen.db import Record
     from m2gen.pipeline import LayersRequest
@@ -62,15 +62,17 @@ def time_layers(
         )
 
 
-def show_earlier_layers(path: Path, layers: tuple[str, ...], display: Display, plot: Path | None) -> bool:
-    """Show an earlier run of layers, and return whether it is one; raises UsageError for a picture of it."""
+def show_earlier_layers(path: Path, layers: tuple[str, ...], display: Display, plot: Plot | None) -> bool:
+    """Show and draw an earlier run of layers, and return whether it is one."""
     from m2gen.bench.layers.document import load_layers, rows_of
+    from m2gen.cli.show.layer_plot import draw_layers
     from m2gen.cli.show.layers import show_layers
 
     document = load_layers(path)
     if document is None:
         return False
+    found = rows_of(document, layers)
+    show_layers(found, display)
     if plot is not None:
-        raise UsageError("--plot must be given with a run of operators, not of layers")
-    show_layers(rows_of(document, layers), display)
+        draw_layers(found, plot)
     return True

@@ -9,7 +9,7 @@ import typer
 
 from m2gen.bench.kinds import Axis, Kind
 from m2gen.bench.ranks.kinds import Form
-from m2gen.cli.show.figure import Style
+from m2gen.cli.show.figure import Quantity, Style
 
 TOKENS_OF = 64
 """The default of ``--decode``."""
@@ -60,10 +60,15 @@ AgainstOption = Annotated[
 ]
 PlotOption = Annotated[
     Path | None,
-    typer.Option("--plot", help="Draw workloads or sweeps into this .svg or .png.", rich_help_panel=PICTURE),
+    typer.Option(
+        "--plot", help="Draw workloads, sweeps or, with --from, layers into this .svg or .png.", rich_help_panel=PICTURE
+    ),
 ]
 StyleOption = Annotated[
     Style, typer.Option("--style", help="What --plot's picture is to be seen on.", rich_help_panel=PICTURE)
+]
+QuantityOption = Annotated[
+    Quantity, typer.Option("--quantity", help="What of workloads --plot draws.", rich_help_panel=PICTURE)
 ]
 GpusOption = Annotated[
     int | None,

@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt, TypeAdapter
 
 from m2gen.bucket import Bucket, bucket_of
 from m2gen.device import Device, limits
-from m2gen.errors import ScheduleError, TuneError, os_errors_as
+from m2gen.errors import ScheduleError, TuneError, UsageError, os_errors_as
 from m2gen.schedule import Schedule, parse, problems
 from m2gen.schedule.learned import Kernels, features, kernels_of
 from m2gen.schedule.recipes import Recipe
@@ -152,7 +152,8 @@ def read(paths: Iterable[Path]) -> tuple[Lesson, ...]:
     """Return the lessons of journals and compact files, of each workload one, in order of names.
 
     Trials that failed, searches for inference, journals that do not say on what GPU they were made, and fewer than
-    ``FEWEST`` trials teach nothing. Of a schedule's times in several files the shortest counts. Raises TuneError.
+    ``FEWEST`` trials teach nothing. Of a schedule's times in several files the shortest counts. Raises TuneError, and
+    UsageError for a file that cannot be read.
     """
     found: dict[Workplace, dict[Schedule, TrialTimes]] = {}
     for path in paths:
@@ -167,7 +168,7 @@ def read(paths: Iterable[Path]) -> tuple[Lesson, ...]:
 
 def _read_one(path: Path) -> dict[Workplace, dict[Schedule, TrialTimes]]:
     """Return the trials of one file: the last of each schedule, as in a search; a torn last line is none."""
-    with os_errors_as(TuneError, f"{path} must be readable"):
+    with os_errors_as(UsageError, f"{path} must be readable"):
         *lines, _torn = path.read_bytes().split(b"\n")
     found: dict[Workplace, dict[Schedule, TrialTimes]] = {}
     trials: dict[Schedule, TrialTimes] | None = None

@@ -140,7 +140,11 @@ def test_out_and_from(script: Script) -> None:
     assert document("bench", "--from", "run.json")["layer_rows"] == rows
     assert "What a step is made of" in run("bench", "--from", "run.json", "--layer", "wide").stdout
     assert "--layer must be among wide" in fails(2, "bench", "--from", "run.json", "--layer", "other")
-    assert "--plot must be given with a run of operators" in fails(2, "bench", "--from", "run.json", "--plot", "a.svg")
+    message = "--plot must have times of m2gen's layer beside those of another, got none"
+    assert message in fails(2, "bench", "--from", "run.json", "--plot", "a.svg")
+    bench("--layer-kind", "eager", "--layer-kind", "attention", "--decode", "0", "--out", "two.json")
+    assert run("bench", "--from", "two.json", "--plot", "a.svg").exit_code == 0
+    assert b"m2gen" in Path("a.svg").read_bytes()
 
 
 def test_what_is_refused(script: Script) -> None:

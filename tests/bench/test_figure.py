@@ -15,8 +15,8 @@ from support import ROOT
 
 from m2gen.bench.document import Document, load
 from m2gen.bench.kinds import Axis, Kind
-from m2gen.cli.show import plot, speed, sweep
-from m2gen.cli.show.figure import THEMES, Style
+from m2gen.cli.show import bars, plot, speed, sweep
+from m2gen.cli.show.figure import THEMES, Quantity, Style
 from m2gen.errors import UsageError
 
 NUMBERS = ROOT / "docs" / "data" / "speed_h200.json"
@@ -59,9 +59,9 @@ def tuned_rows(rows: list[Any]) -> list[Any]:
     return [row for row in rows if row["implementation"] != "default" or (row["layer"], row["seq"]) not in tuned]
 
 
-def drawn(groups: list[speed.Group]) -> Any:
+def drawn(groups: list[bars.Group], title: str = "a title") -> Any:
     """Return the figure of groups."""
-    return speed.speed_figure(groups, "a title", THEMES[Style.LIGHT])
+    return bars.bars_figure(groups, speed.PANELS[Quantity.TIME], title, THEMES[Style.LIGHT])
 
 
 def test_the_bars_are_the_committed_numbers() -> None:
@@ -119,7 +119,7 @@ def test_text_stays_within_the_picture() -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     title = speed.speed_title(load(NUMBERS), groups := speed.speed_groups(load(NUMBERS)))
-    figure = speed.speed_figure(groups, title, THEMES[Style.LIGHT])
+    figure = drawn(groups, title)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     page = figure.bbox
@@ -142,14 +142,14 @@ def test_default_kernels_where_they_are_what_is_tuned(edited: Any) -> None:
         ]
     )
     groups = speed.speed_groups(load(path))
-    assert [group.ms["m2gen, tuned"] for group in groups] == [tuple(both["tuned"]) for both in medians().values()]
+    assert [group.values["m2gen, tuned"] for group in groups] == [tuple(both["tuned"]) for both in medians().values()]
 
 
 def test_tuned_beside_default_without_a_peer(edited: Any) -> None:
     """A run of m2gen's own kernels shows what tuning gains."""
     path = edited(lambda rows: [row for row in rows if row["implementation"] != PEER])
     groups = speed.speed_groups(load(path))
-    assert all(list(group.ms) == ["m2gen, tuned", "m2gen, default schedule"] for group in groups)
+    assert all(list(group.values) == ["m2gen, tuned", "m2gen, default schedule"] for group in groups)
     assert [group.name.split()[0] for group in groups] == ["m2rnn_7b", "m2rnn_410m", "square"]
 
 
@@ -162,8 +162,8 @@ def test_several_peers_are_bars_of_their_own(edited: Any) -> None:
         return [*rows, *others, {**rows[0], "call": "decode", "seq": 1, "steps": 1, "step": None}]
 
     first, *others = speed.speed_groups(load(edited(change)))
-    assert list(first.ms) == ["m2gen, tuned", "published kernel", "scan kernel"]
-    assert all(list(group.ms) == ["m2gen, tuned", "published kernel"] for group in others)
+    assert list(first.values) == ["m2gen, tuned", "published kernel", "scan kernel"]
+    assert all(list(group.values) == ["m2gen, tuned", "published kernel"] for group in others)
     (axes, _) = drawn([first, *others]).axes
     assert len(axes.containers) == 3
     assert "other implementations" in speed.speed_title(load(NUMBERS), [first, *others])
@@ -266,10 +266,30 @@ def test_sweeps_of_an_earlier_run(tmp_path: Path) -> None:
     assert "sweeps.json: $.sweeps[0].points[0].x must" in fails(2, "bench", "--from", str(path))
 
 
+def test_memory_in_place_of_time(tmp_path: Path) -> None:
+    """``--quantity memory`` draws gigabytes and m2gen's part of them; what has no such picture says so."""
+    groups = speed.speed_groups(load(NUMBERS), Quantity.MEMORY)
+    rows = json.loads(NUMBERS.read_text(encoding="utf-8"))["rows"]
+    first = {
+        row["implementation"]: row["extra_bytes"] for row in rows if row["layer"] == "m2rnn_7b" and row["batch"] == 4
+    }
+    assert groups[0].values == {"m2gen, tuned": (first["default"] / 1e9,), "published kernel": (first[PEER] / 1e9,)}
+    assert groups[0].compared(0, bars.MEMORY) == f"{first['default'] / first[PEER]:.0%} as much"
+    arguments = ("--plot", str(tmp_path / "a.svg"), "--quantity", "memory")
+    assert run("bench", "--from", str(NUMBERS), *arguments).exit_code == 0
+    (tmp_path / "sweeps.json").write_text(json.dumps(sweep.sweeps_document(sweeps())), encoding="utf-8")
+    line = fails(2, "bench", "--from", str(tmp_path / "sweeps.json"), *arguments)
+    assert "--quantity must be time for sweeps, got memory" in line
+    layers = NUMBERS.with_name("layers_h200.json")
+    assert "--quantity must be time for a run of layers" in fails(2, "bench", "--from", str(layers), *arguments)
+
+
 def test_curves_are_the_times() -> None:
     """Each curve goes through the medians of its implementation, at each place of the axis."""
-    (axes,) = plot.sweeps_figure(sweeps().sweeps, "NVIDIA H200", THEMES[Style.LIGHT]).axes
-    found = {container.get_label(): list(container.lines[0].get_ydata()) for container in axes.containers}
+    (axes,) = plot.sweeps_figure(sweeps().sweeps, "a title", THEMES[Style.LIGHT]).axes
+    found = {
+        container.get_label().partition("; ")[0]: list(container.lines[0].get_ydata()) for container in axes.containers
+    }
     both = next(both for (layer, _, seq), both in medians().items() if (layer, seq) == ("m2rnn_7b", 4096))
     assert found["default, forward"] == [both["tuned"][0]] * 3
     assert found["published, forward+backward"] == [both[PEER][1]] * 3

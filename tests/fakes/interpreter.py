@@ -1,4 +1,4 @@
-"""A quicker Triton interpreter: it patches triton.language anew for every call of every helper, a third of its time."""
+"""Triton's interpreter for tests: it patches triton.language once a launch, and is as strict as that of 3.9."""
 
 from __future__ import annotations
 
@@ -41,3 +41,23 @@ def quicken() -> None:
 
     once.once = True  # type: ignore[attr-defined]
     interpreter._patch_lang = once
+
+
+def refuse_mixed_masks() -> None:
+    """Make the interpreter refuse the conjunction of a scalar and a block mask, as that of Triton 3.9 does."""
+    from triton.language import core
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    conjunction: Callable[[Any, Any, Any], Any] = TritonSemantic.and_
+    if getattr(conjunction, "strict", False):
+        return
+
+    def strict(self: Any, one: Any, other: Any) -> Any:
+        masks = [x for x in (one, other) if isinstance(x, core.tensor) and x.type.scalar.is_int1()]
+        if isinstance(self.builder, InterpreterBuilder) and len({mask.type.is_block() for mask in masks}) == 2:
+            raise TypeError("masks must both be scalars or both be blocks; write tl.where(scalar, block, False)")
+        return conjunction(self, one, other)
+
+    strict.strict = True  # type: ignore[attr-defined]
+    TritonSemantic.and_ = strict

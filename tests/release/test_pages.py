@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -105,3 +106,26 @@ def test_every_reason_against_a_record_is_on_the_page(records: list[Any]) -> Non
     for found in rejected:
         begin = re.split(r"\d|\bother\b", found.reason)[0]
         assert any(row.startswith(begin) or found.reason.startswith(row) for row in rows), found.reason
+
+
+def test_the_space_on_the_page_is_what_the_command_prints() -> None:
+    """The example of ``m2gen tune --dry-run`` is of the space as it is; candidates, which follow it, are left out."""
+    text = (DOCS / "tuning.md").read_text(encoding="utf-8")
+    shown = re.search(
+        r"^\$ m2gen (tune --spec h200.yaml --layer .* --target sm_90)\n(m2rnn_410m[^`]*)```", text, re.MULTILINE
+    )
+    assert shown is not None
+    printed = run(*shlex.split(shown[1])).stdout
+    assert printed.startswith(shown[2]), printed
+
+
+@pytest.mark.parametrize("page", ["database.md", "build.md"])
+def test_records_that_examples_name_are_shipped(page: str) -> None:
+    """Whoever types an example's id finds that record in the shipped database."""
+    files = (ROOT / "tuning_db").rglob("*.jsonl")
+    shipped = [json.loads(line)["id"] for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    text = "".join(block.text for block in blocks(DOCS / page))
+    named = re.findall(r"(?:db (?:show|replay)|exact|nearest) ([0-9a-f]{6,12})\b", text)
+    assert named
+    for begin in named:
+        assert sum(each.startswith(begin) for each in shipped) == 1, begin

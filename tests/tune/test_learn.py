@@ -189,4 +189,4 @@ def test_the_command(tmp_path: Path) -> None:
     assert rule.read_bytes() == FILE.read_bytes()
     assert trials.read_bytes() == TRIALS.read_bytes()
     assert len(document("db", "learn", str(TRIALS))) == 25
-    assert "must be readable" in fails(1, "db", "learn", str(tmp_path / "none.jsonl"))
+    assert "must be readable" in fails(2, "db", "learn", str(tmp_path / "none.jsonl"))

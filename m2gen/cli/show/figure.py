@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -21,6 +22,13 @@ class Style(StrEnum):
 
     LIGHT = "light"
     DARK = "dark"
+
+
+class Quantity(StrEnum):
+    """What the bars of a run are."""
+
+    TIME = "time"
+    MEMORY = "memory"
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,26 @@ THEMES = {
 }
 
 
+@dataclass(frozen=True)
+class Plot:
+    """A figure to be written: its file, its style, what it is of, and the files that its numbers are from."""
+
+    path: Path
+    style: Style = Style.LIGHT
+    quantity: Quantity = Quantity.TIME
+    sources: tuple[Path, ...] = ()
+
+    @property
+    def theme(self) -> Theme:
+        """The colours of the style."""
+        return THEMES[self.style]
+
+
+def source_of(paths: Iterable[Path]) -> str:
+    """Return what a figure says of the files that its numbers are from: names and the first digits of SHA-256."""
+    return ", ".join(f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in paths)
+
+
 def check_figure(path: Path) -> None:
     """Raise UsageError if no figure can be written to ``path``, before anything is timed."""
     if path.suffix not in FORMATS:
@@ -65,15 +93,19 @@ def check_figure(path: Path) -> None:
         raise UsageError("--plot must have matplotlib to draw with, got none: pip install 'm2gen[plot]'")
 
 
-def write_figure(path: Path, theme: Theme, title: str, draw: Callable[[], Any]) -> None:
+def write_figure(plot: Plot, title: str, draw: Callable[[Theme], Any]) -> None:
     """Write the figure that ``draw`` returns; raises UsageError if the file cannot be written."""
     import matplotlib.style
 
-    metadata = {"Title": title, "Date": None} if path.suffix == ".svg" else {"Title": title}
-    with matplotlib.style.context(["default", _settings(theme)]):
-        figure = draw()
-        with os_errors_as(UsageError, f"--plot {path} must be writable"):
-            figure.savefig(path, metadata=metadata)
+    metadata: dict[str, str | None] = {"Title": title}
+    if plot.path.suffix == ".svg":
+        metadata["Date"] = None
+    if plot.sources:
+        metadata["Source"] = source_of(plot.sources)
+    with matplotlib.style.context(["default", _settings(plot.theme)]):
+        figure = draw(plot.theme)
+        with os_errors_as(UsageError, f"--plot {plot.path} must be writable"):
+            figure.savefig(plot.path, metadata=metadata)
 
 
 def new_figure(inches_high: float, width: float = 1.0) -> Any:
