@@ -350,7 +350,7 @@ def test_a_full_disk_is_no_candidates_failure(error: Exception, monkeypatch: pyt
 def test_failures_can_be_recorded_whatever_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record's text is ASCII, and a message may have a user's name in it."""
     from m2gen.tune import gpu
-    from m2gen.tune.journal import decode_trial, encode_trial
+    from m2gen.tune.study import decode_trial, encode_trial
     from m2gen.tune.trial import Step, Task, Trial
 
     def broken(*_: object) -> None:

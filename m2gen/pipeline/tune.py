@@ -21,8 +21,8 @@ from m2gen.pipeline.plan import Plan
 from m2gen.schedule import Schedule, defaults
 from m2gen.spec import Objective
 from m2gen.tune.gpu import GPU
-from m2gen.tune.journal import Journal
-from m2gen.tune.log import Ledger, Limits, Outcome, TrialLog, Watcher
+from m2gen.tune.ledger import Ledger, open_ledger
+from m2gen.tune.log import Limits, Outcome, TrialLog, Watcher
 from m2gen.tune.loop import Search
 from m2gen.tune.memory import USUAL, MemoryBound
 from m2gen.tune.precompile import PRECOMPILE
@@ -206,18 +206,14 @@ def study_name(subject: Subject, context: TuningContext) -> str:
 
 
 def _ledger(subject: Subject, request: TuneRequest, context: TuningContext) -> AbstractContextManager[Ledger]:
-    """Return the ledger of trials: a study that several workers share, or a journal in the user's cache."""
-    name = study_name(subject, context)
-    if request.storage is not None:
-        from m2gen.tune.shared import open_study
-
-        return closing(open_study(request.storage, name, context.worker, fresh=request.fresh))
-    path = cache_dir() / "tune" / f"{subject.variant.key}-{name[:12]}.jsonl"
-    return closing(Journal(path, header_of(subject, context), fresh=request.fresh))
+    """Return the ledger of trials: in the database that several workers share, or a journal in the user's cache."""
+    search = header_of(subject, context)
+    journal = cache_dir() / "tune" / f"{subject.variant.key}-{str(search['study'])[:12]}.log"
+    return closing(open_ledger(request.storage or journal, search, context.worker, fresh=request.fresh))
 
 
 def header_of(subject: Subject, context: TuningContext) -> dict[str, object]:
-    """Return the first line of a search's journal: its problem and GPU, which is all that learning asks of it."""
+    """Return what a ledger says of a search: its problem and GPU, which is all that learning asks, and its name."""
     problem = {"variant": subject.variant.key, "batch": subject.batch, "seq": subject.seq}
     here = context.environment
     return {

@@ -137,7 +137,7 @@ def _no_winner(tuned: Tuned) -> str:
     default = next((t for t in tuned.outcome.trials if t.schedule == tuned.outcome.default), None)
     if default is not None and default.failure is not None:
         return f"the default schedule failed ({default.failure.reason}: {default.failure.message}): nothing to compare"
-    return "interrupted or out of time before the default schedule was measured; the journal keeps the trials so far"
+    return "interrupted or out of time before the default schedule was measured; the trials so far are kept"
 
 
 def _tuned_json(tuned: Tuned) -> dict[str, Any]:
