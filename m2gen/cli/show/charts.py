@@ -38,7 +38,7 @@ def history(study: Study, tuned: Tuned) -> str:
         return ""
     figure = plot_optimization_history(study, target_name="milliseconds")
     words = [_words(number, trial, tuned) for number, trial in passed]
-    figure.update_traces(text=words, hovertemplate="%{text}<extra></extra>", selector={"mode": "markers"})
+    figure.update_traces(text=words, hovertemplate="%{text}<extra></extra>", selector={"name": "milliseconds"})
     times = [trial.median_ms or 0.0 for _, trial in passed]
     default = next((t.median_ms for _, t in passed if t.schedule == outcome.default and t.median_ms), None)
     figure.update_yaxes(range=[0.95 * min(times), max(1.5 * (default or max(times)), 1.05 * min(times))])
