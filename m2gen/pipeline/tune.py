@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from m2gen.cache import cache_dir, key_of
@@ -16,6 +16,7 @@ from m2gen.kernels.compile import toolchain
 from m2gen.kernels.render import template_hash
 from m2gen.measure import lock
 from m2gen.measure.context import environment, this_context
+from m2gen.measure.nvml import ClockWatch
 from m2gen.measure.workers import cpus
 from m2gen.pipeline.plan import Plan
 from m2gen.schedule import Schedule, defaults
@@ -187,7 +188,9 @@ def _tune_one(
     with _ledger(subject, request, context) as ledger:
         log = TrialLog(subject, proposer.default, limits, ledger, watcher)
         search = Search(log, proposer, processes, context.worker)
-        outcome = search.run(request.seed, known_failures(subject, here, every))
+        with ClockWatch(context.gpu) as watch:
+            outcome = search.run(request.seed, known_failures(subject, here, every))
+    outcome = replace(outcome, clocks=watch.clocks)
     found = records_of(outcome, context, request.seed, study_name(subject, context))
     return Tuned(goal, outcome, tuple(found), request.database.add(found))
 

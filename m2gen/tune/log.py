@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from m2gen.db import Clocks
 from m2gen.schedule import Schedule
 from m2gen.tune.ledger import Ledger
 from m2gen.tune.select import Selection
@@ -69,6 +70,8 @@ class Outcome:
     compile_seconds: float
     """Time of all compilers together."""
     interrupted: bool = False
+    clocks: Clocks | None = None
+    """The GPU's clocks in the meantime; None if they are not known."""
 
     @property
     def gpu_seconds(self) -> float:

@@ -13,10 +13,11 @@ import pytest
 import simulated
 import torch
 from command_line import document, fails, run
+from scripted_nvml import Script, install
 from searches import DEFAULT, NEIGHBOUR, SPEC
 
 from m2gen.cli.show import charts
-from m2gen.db import Database
+from m2gen.db import Clocks, Database, Throttled, ThrottleReason, encode
 from m2gen.db.choice import module_name
 from m2gen.schedule import parse
 from m2gen.tune.services import TuningContext
@@ -211,6 +212,40 @@ def test_json_is_one_document(context: TuningContext) -> None:
     assert found["schedule"] == record.schedule.slug
     assert found["trials"] == 20
     assert found["tuned_ms"][1] <= found["default_ms"][1]
+
+
+def test_a_throttled_search_says_so(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the summary, in the document, in the winner's record alone, in `db show`, and on the report's page."""
+    install(monkeypatch, Script([(1410, "SwPowerCap")]))
+    simulated.script(Path("script.json"), wrong=[NEIGHBOUR])
+    done = run(*TUNE, *DB, "--trials", "30", "--budget", "60s", "--report", "out.html")
+    warning = "the GPU was throttled, 100% of the time by power (1410 of 1980 MHz): times may not repeat"
+    assert f"m2gen: base fp16: {warning}" in done.stderr
+    (winner,) = (r for r in Database(Path("db")).records() if not r.failure)
+    assert all(r.clocks is None for r in Database(Path("db")).records() if r.failure)
+    assert winner.clocks == Clocks(1410, 1980, 2619, (Throttled(ThrottleReason.POWER, 1.0),))
+    shown = run("db", "show", winner.id, *DB).output
+    assert warning in shown
+    assert "clocks.throttled[0].reason" in shown
+    assert document("db", "show", winner.id, *DB)["clocks"]["sm_mhz"] == 1410
+    assert f"In this search {warning}" in " ".join(Page(Path("out.html").read_text(encoding="utf-8")).words)
+    (found,) = document(*TUNE, *DB, "--trials", "30", "--budget", "60s")
+    assert found["clocks"]["throttled"] == [{"reason": "power", "part": 1.0}]
+
+
+def test_a_search_at_full_clocks_warns_of_nothing(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clocks are in the record all the same; where they are not known, the record has no such field."""
+    install(monkeypatch, Script([(1980, "")]))
+    done = run(*TUNE, *DB, "--trials", "5", "--budget", "60s")
+    assert "throttled" not in done.output + done.stderr
+    (record,) = Database(Path("db")).records()
+    assert record.clocks == Clocks(1980, 1980, 2619)
+    assert "throttled, " not in run("db", "show", record.id, *DB).output
+    install(monkeypatch, Script(missing=frozenset({"nvmlInit"})))
+    run(*TUNE, "--db", "other", "--trials", "5", "--budget", "60s")
+    (other,) = Database(Path("other")).records()
+    assert other.clocks is None
+    assert '"clocks"' not in encode(other)
 
 
 def test_the_report_is_one_page(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:

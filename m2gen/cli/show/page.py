@@ -52,6 +52,7 @@ def _search(tuned: Tuned, environment: Environment, name: str) -> dict[str, Any]
         "title": f"{name}, batch {subject.batch}, {subject.seq} steps, {subject.objective}",
         "cost": f"{len(outcome.trials)} of {outcome.points} points in {outcome.seconds:.0f} s: "
         f"{outcome.gpu_seconds:.0f} s of the GPU, {outcome.compile_seconds:.0f} s of compilers",
+        "warning": outcome.clocks.warning if outcome.clocks else "",
         "finalists": _finalists(tuned),
         "history": charts.history(study, tuned) if drawn else "",
         "importance": charts.importance(study) if drawn else "",
