@@ -32,6 +32,7 @@ from m2gen.tune.sampler import Sampler
 from m2gen.tune.search import Proposer, neighbours, tiles
 from m2gen.tune.services import Processes, Services, TuningContext, processes_of
 from m2gen.tune.space import Space, Subject, enumerate_space, space_hash
+from m2gen.tune.study import FORM
 
 GPU_SECONDS_EACH = 1.0
 """Typical GPU time of a trial (docs/tuning.md)."""
@@ -205,7 +206,7 @@ def _exhaustive(space: Space, limits: Limits, context: TuningContext) -> bool:
 def study_name(subject: Subject, context: TuningContext) -> str:
     """Return a name for a search, made of everything that its trials depend on."""
     facts = (repr(key_of_subject(subject)), repr(asdict(context.environment)), f"{subject.batch} {subject.seq}")
-    return key_of(*facts, template_hash(), space_hash(), toolchain())
+    return key_of(*facts, template_hash(), space_hash(), toolchain(), FORM)
 
 
 def _ledger(subject: Subject, request: TuneRequest, context: TuningContext) -> AbstractContextManager[Ledger]:

@@ -168,12 +168,12 @@ class Ledger:
         """Keep the claim of a running trial if no other of its candidate is before it."""
         from optuna.trial import TrialState
 
+        with self._place.errors():
+            self._place.beat(number)
         first = next(iter(self._of(schedule)), None)
         if first is None or first._trial_id != number:
             self._ended(number, TrialState.FAIL)
             return False
-        with self._place.errors():
-            self._place.beat(number)
         self._claims[schedule] = number
         return True
 
@@ -204,8 +204,10 @@ class Ledger:
             self._place.fail_stale(self._study)
         mine = set(self._claims.values())
         for frozen in self._frozen():
+            if frozen.state is not TrialState.RUNNING or frozen._trial_id in mine:
+                continue
             claim = _CLAIM.validate_python(frozen.user_attrs[CLAIM])
-            if frozen.state is not TrialState.RUNNING or frozen._trial_id in mine or not claim.gone(self._here):
+            if not claim.gone(self._here):
                 continue
             if RESULT in frozen.user_attrs:
                 self._ended(frozen._trial_id, *state_of(self._decoded(frozen)))

@@ -114,12 +114,12 @@ def _no_journal(where: str, what: str, got: str) -> TuneError:
 class _JournalLock:
     """Optuna's lock of a journal: gone with its process, and no part of a line is there when it is taken or left.
 
-    Optuna's own locks are files, for whose removal others wait half a minute after a kill, and its backend appends to
-    whatever a kill or a full disk left.
+    Optuna's own locks are files (of the journal's name and ``.lock``), for whose removal others wait half a minute
+    after a kill, and its backend appends to whatever a kill or a full disk left.
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, FileLock(f"{path}.lock")
+        self._path, self._lock = path, FileLock(f"{path}.flock")
 
     def acquire(self) -> bool:
         self._lock.acquire()

@@ -15,6 +15,8 @@ from m2gen.tune.trial import Trial
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
+FORM = "labels"
+"""The form of trials; those of another form, as 0.2.0 had in databases, must not be in one study with them."""
 SEARCH = "search"
 """Attribute of Optuna's studies that says what is tuned on what."""
 SCHEDULE, RESULT = "schedule", "m2gen"

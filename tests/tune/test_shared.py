@@ -31,6 +31,7 @@ from m2gen.tune.ledger import USUAL, Ledger, Pace, open_ledger
 from m2gen.tune.memory import MemoryBound
 from m2gen.tune.space import Subject
 from m2gen.tune.storage import open_database
+from m2gen.tune.study import read_journal
 from m2gen.tune.trial import Samples, Trial
 from m2gen.variant import parse_variant
 
@@ -89,9 +90,12 @@ def _age(url: str, worker: str) -> None:
     engine.dispose()
 
 
-@needs_server
-def test_two_workers_one_killed_nothing_lost_or_repeated(folder: Path, url: str) -> None:
+@pytest.mark.parametrize("storage", ["journal", pytest.param("database", marks=needs_server)])
+def test_two_workers_one_killed_nothing_lost_or_repeated(
+    folder: Path, storage: str, request: pytest.FixtureRequest
+) -> None:
     """The other finishes the study, takes over what the dead one was at, and no trial was made twice."""
+    url = request.getfixturevalue("url") if storage == "database" else ""
     log = simulated.script(folder / "script.json")
     one, two = _worker(folder, url, "one", trials=40, last=8), _worker(folder, url, "two", trials=40)
     said = [_until_met(worker) for worker in (one, two)]
@@ -100,12 +104,13 @@ def test_two_workers_one_killed_nothing_lost_or_repeated(folder: Path, url: str)
         worker.stdin.write("\n")
         worker.stdin.flush()
     assert one.wait() == -signal.SIGKILL
-    _age(url, "one")
+    if url:
+        _age(url, "one")
     assert two.stdout is not None
     output = said[1] + two.stdout.read()
     assert two.wait() == 0, output
     assert "winner mma_f" in output
-    study = _study(url)
+    study = _study(url) if url else _in_journal(folder)
     counts = Counter(trial.schedule for trial in study)
     assert set(counts.values()) == {1}
     assert len(counts) >= 40
@@ -127,6 +132,12 @@ def _study(url: str) -> list[Trial]:
     storage = RDBStorage(url.replace("postgresql", "postgresql+psycopg"))
     (name,) = [summary.study_name for summary in optuna.get_all_study_summaries(storage)]
     return open_ledger(url, {"study": name}, "reader").trials()
+
+
+def _in_journal(folder: Path) -> list[Trial]:
+    (path,) = (folder / "cache" / "tune").glob("*.log")
+    ((_, trials),) = read_journal(path)
+    return trials
 
 
 FACTS = {
