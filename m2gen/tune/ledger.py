@@ -20,7 +20,7 @@ from m2gen.db import Failure, Reason
 from m2gen.errors import TuneError
 from m2gen.schedule import Schedule, parse
 from m2gen.tune.claim import Claim
-from m2gen.tune.storage import HEARTBEAT_SECONDS, Place, open_database, open_journal, raced, retry
+from m2gen.tune.storage import HEARTBEAT_SECONDS, SearchStorage, open_database, open_journal, raced, retry
 from m2gen.tune.study import RESULT, SCHEDULE, SEARCH, created, decode_trial, encode_trial, in_order, state_of
 from m2gen.tune.trial import Trial
 
@@ -58,7 +58,7 @@ class Ledger:
     """A search's trials; each is on disk before ``record`` returns."""
 
     def __init__(
-        self, place: Place, search: Mapping[str, Any], worker: str, *, fresh: bool = False, pace: Pace = USUAL
+        self, place: SearchStorage, search: Mapping[str, Any], worker: str, *, fresh: bool = False, pace: Pace = USUAL
     ) -> None:
         import optuna
 

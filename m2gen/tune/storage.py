@@ -38,7 +38,7 @@ Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
-class Place:
+class SearchStorage:
     """One of Optuna's storages."""
 
     storage: BaseStorage
@@ -73,7 +73,7 @@ def retry(study: Study, failed: FrozenTrial) -> None:
             RetryHeartbeatStaleTrialCallback()(study, failed)
 
 
-def open_journal(path: Path, *, fresh: bool = False) -> Place:
+def open_journal(path: Path, *, fresh: bool = False) -> SearchStorage:
     """Open or create a journal; ``fresh`` replaces one that cannot be read. Raises TuneError."""
     with os_errors_as(TuneError, f"{path} must be writable", f"; {ELSEWHERE}"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def open_journal(path: Path, *, fresh: bool = False) -> Place:
             path.unlink()
             storage = _journal(path)
     nothing: Callable[[Any], None] = lambda _: None  # noqa: E731
-    return Place(storage, str(path), f"; trials so far are kept; {ELSEWHERE}", nothing, nothing, lambda: None)
+    return SearchStorage(storage, str(path), f"; trials so far are kept; {ELSEWHERE}", nothing, nothing, lambda: None)
 
 
 def _journal(path: Path) -> BaseStorage:
@@ -142,7 +142,7 @@ class _JournalLock:
                 stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
-def open_database(url: str) -> Place:
+def open_database(url: str) -> SearchStorage:
     """Open a database, and create its tables; raises UsageError for a bad URL, TuneError if it cannot be used."""
     try:
         parsed = sql.make_url(url)
@@ -158,7 +158,7 @@ def open_database(url: str) -> Place:
         storage = raced(lambda: _database(parsed.render_as_string(hide_password=False)))
     except SQLAlchemyError as error:
         raise _unusable(shown, error) from error
-    return Place(storage, shown, "", storage.record_heartbeat, _fail_stale, storage.engine.dispose)
+    return SearchStorage(storage, shown, "", storage.record_heartbeat, _fail_stale, storage.engine.dispose)
 
 
 def _database(url: str) -> Any:

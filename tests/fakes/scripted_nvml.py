@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, repeat
+from threading import Semaphore
 from types import ModuleType
 
 import pytest
@@ -32,6 +33,8 @@ class Script:
     open: int = 0
     """How often the library was initialised and not shut down."""
     asked: list[str] = field(default_factory=list)
+    read: Semaphore = field(default_factory=lambda: Semaphore(0))
+    """Released for every reading."""
 
 
 def install(patch: pytest.MonkeyPatch, script: Script) -> Script:
@@ -53,6 +56,7 @@ def install(patch: pytest.MonkeyPatch, script: Script) -> Script:
 
     def reasons(handle: str) -> int:
         sm[0], names = next(readings)
+        script.read.release()
         return sum(BITS[name] for name in names.split())
 
     functions = {

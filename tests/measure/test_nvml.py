@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 
 import pytest
 from scripted_nvml import BITS, MEMORY_MHZ, MOST_MHZ, Script, install
@@ -16,21 +15,21 @@ UUID = "GPU-8f2a0a3e-0000-1111-2222-333344445555"
 NAME = UUID.replace("GPU-", "gpu-")
 
 
-def watched(readings: int) -> Clocks | None:
+def watched(script: Script, readings: int) -> Clocks | None:
     """Return what a watch found that was let read so often."""
     with ClockWatch(NAME, 0.0) as watch:
-        while len(watch._readings) < readings and watch._thread.is_alive():
-            time.sleep(0.001)
+        for _ in range(readings):
+            script.read.acquire()
     return watch.clocks
 
 
 def test_clocks_are_medians_and_reasons_parts_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of readings at which the GPU was at work; it is asked for by its UUID, and the library is let go of."""
+    """Idle readings do not count; the GPU is asked for by its UUID, and the library is let go of."""
     readings = [(345, "GpuIdle"), *[(1980, "")] * 2, (1500, "SwPowerCap"), (1200, "HwSlowdown HwThermalSlowdown")]
     script = install(monkeypatch, Script([*readings, (345, "GpuIdle")], UUID))
     reasons = (ThrottleReason.HARDWARE, ThrottleReason.HEAT, ThrottleReason.POWER)
     expected = Clocks(1500, MOST_MHZ, MEMORY_MHZ, tuple(Throttled(reason, 0.25) for reason in sorted(reasons)))
-    assert watched(4) == expected
+    assert watched(script, 5) == expected
     assert expected.warning == (
         "the GPU was throttled, 25% of the time by hardware, 25% of the time by heat, 25% of the time by power "
         "(1500 of 1980 MHz): times may not repeat"
@@ -41,8 +40,7 @@ def test_clocks_are_medians_and_reasons_parts_of_the_time(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("reason", ["", "ApplicationsClocksSetting"])
 def test_clocks_that_somebody_set_are_no_throttling(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Locked clocks are what was asked for."""
-    install(monkeypatch, Script([(1200, reason)]))
-    found = watched(2)
+    found = watched(install(monkeypatch, Script([(1200, reason)])), 2)
     assert found == Clocks(1200, MOST_MHZ, MEMORY_MHZ)
     assert found.warning == ""
 
@@ -50,8 +48,7 @@ def test_clocks_that_somebody_set_are_no_throttling(reason: str, monkeypatch: py
 @pytest.mark.parametrize("name", [name for name in BITS if name not in ("GpuIdle", "ApplicationsClocksSetting")])
 def test_every_reason_is_throttling(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever slows a GPU down is said."""
-    install(monkeypatch, Script([(1200, name)]))
-    found = watched(1)
+    found = watched(install(monkeypatch, Script([(1200, name)])), 1)
     assert found is not None
     assert "100% of the time" in found.warning
 
