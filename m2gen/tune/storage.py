@@ -62,6 +62,8 @@ class SearchStorage:
                 yield
         except (SQLAlchemyError, StorageInternalError) as error:
             raise _unusable(self.shown, error) from error
+        except KeyError as error:  # Optuna's for a study that is gone
+            raise TuneError(f"{self.shown} must keep the search while it goes on: another tuner began anew") from error
 
 
 def retry(study: Study, failed: FrozenTrial) -> None:

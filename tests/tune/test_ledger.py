@@ -295,6 +295,18 @@ def test_a_claim_that_was_taken_back_loses_no_result(tmp_path: Path) -> None:
     assert Counter(t.schedule for t in ledger(path).trials()) == {POINTS[0]: 2}
 
 
+def test_a_search_that_another_tuner_began_anew_ends(tmp_path: Path) -> None:
+    """Its trials are gone, and what it goes on to do must not be taken for the new one's."""
+    path = tmp_path / "j.log"
+    one = ledger(path, "one")
+    assert one.claim(POINTS[0])
+    two = ledger(path, "two", fresh=True)
+    with pytest.raises(TuneError, match=r"j\.log must keep the search while it goes on: another tuner began anew"):
+        one.claim(POINTS[1])
+    one.close()
+    assert (two.trials(), two.pending()) == ([], 0)
+
+
 def test_of_two_claims_the_first_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that ask at the same time, when neither sees the other's claim."""
     path = tmp_path / "j.log"
