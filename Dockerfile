@@ -20,7 +20,7 @@ COPY m2gen ./m2gen
 COPY templates ./templates
 COPY specs ./specs
 COPY tuning_db ./tuning_db
-RUN pip install --no-cache-dir -c constraints.txt '.[plot,hf]'
+RUN pip install --no-cache-dir -c constraints.txt '.[plot,report,hf]'
 
 RUN useradd --create-home m2gen && mkdir /work && chown m2gen /work
 USER m2gen

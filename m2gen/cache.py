@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from platformdirs import user_cache_path
 from pydantic import TypeAdapter
 
 from m2gen.errors import CacheError, os_errors_as
@@ -28,7 +29,7 @@ _DISK_ERRORS = {
 
 
 def cache_dir() -> Path:
-    """Return ``$M2GEN_CACHE_DIR``, else ``m2gen`` below ``$XDG_CACHE_HOME`` or ``~/.cache``.
+    """Return ``$M2GEN_CACHE_DIR``, else ``m2gen`` where the system keeps caches: ``~/.cache/m2gen`` on Linux.
 
     If that cannot be written, or the user has no home, return a folder among the temporary files that only this user
     can write, since generated modules are imported from it. Raises CacheError if there is no such folder either.
@@ -51,10 +52,11 @@ def shortcoming() -> str:
 
 def _usual() -> Path | None:
     """Return the cache in the user's home, or None if that cannot be written."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))  # ignored unless absolute, as the XDG specification asks
-    home = _home()
-    root = named if named.is_absolute() else home and home / ".cache"
-    return root / "m2gen" if root is not None and _writable(root / "m2gen") else None
+    try:
+        folder = user_cache_path("m2gen", appauthor=False)
+    except RuntimeError:  # there is no home
+        return None
+    return folder if folder.is_absolute() and _writable(folder) else None
 
 
 def _home() -> Path | None:

@@ -1,8 +1,9 @@
 """Replay random search against TPE on recorded trials: ``tools/compare_samplers.py JOURNAL... [--seeds N]``.
 
-Each journal of ``m2gen tune`` (below ``~/.cache/m2gen/tune``; or one compressed as ``.gz``) is a table of candidates
-and their times. Both samplers search that table as ``m2gen tune`` would search the space, from the default schedule
-on, and nothing runs: a proposal's result is looked up. The trials of a long random search are the most even sample:
+Each journal of ``m2gen tune`` (below ``~/.cache/m2gen/tune``; or one of m2gen 0.2.0 or before, compressed as ``.gz``)
+is a table of candidates and their times. Both samplers search that table as ``m2gen tune`` would search the space,
+from the default schedule on, and nothing runs: a proposal's result is looked up. The trials of a long random search are
+the most even sample:
 
     m2gen tune --spec h200.yaml --layer m2rnn_7b --sampler random --budget 10m --fresh
 
@@ -22,9 +23,9 @@ from statistics import median
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.errors import M2genError, UsageError
 from m2gen.schedule import Schedule
-from m2gen.tune.journal import decode_trial
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.search import Proposer, neighbours, tiles
+from m2gen.tune.study import decode_trial, read_journal
 from m2gen.tune.trial import Trial
 
 AFTER = (5, 10, 20, 40, 80, 160)
@@ -33,14 +34,12 @@ CLOSE = 1.01
 
 def recorded(path: Path) -> list[Trial]:
     """Return the trials of a journal in order, the last one of each candidate."""
-    trials = {}
-    data = path.read_bytes()
-    for line in (gzip.decompress(data) if path.suffix == ".gz" else data).split(b"\n")[:-1]:
-        value = json.loads(line)
-        if "trial" in value:
-            trial = decode_trial(value["trial"])
-            trials[trial.schedule] = trial
-    return list(trials.values())
+    if path.suffix == ".gz":
+        values = map(json.loads, gzip.decompress(path.read_bytes()).split(b"\n")[:-1])
+        found = [decode_trial(value["trial"]) for value in values if "trial" in value]
+    else:
+        found = [trial for _, trials in read_journal(path) for trial in trials]
+    return list({trial.schedule: trial for trial in found}.values())
 
 
 def default_of(trials: Sequence[Trial]) -> Schedule:

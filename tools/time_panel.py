@@ -29,8 +29,8 @@ from m2gen.pipeline.tune import TuneRequest, goals, header_of, this_tuning_conte
 from m2gen.schedule import Schedule, default, problems
 from m2gen.schedule.recipes import Recipe
 from m2gen.tune import lessons
-from m2gen.tune.journal import Journal
 from m2gen.tune.learn import left_out
+from m2gen.tune.ledger import open_ledger
 from m2gen.tune.lessons import Lesson, Workplace
 from m2gen.tune.search import best_combination
 from m2gen.tune.services import Processes, TuningContext, processes_of
@@ -83,7 +83,7 @@ class Panel:
         self._trials: dict[Subject, list[Trial]] = {s: [] for s in subjects}
         self._deadline = time.monotonic() + seconds
         self._journals = {
-            s: Journal(folder / f"{number:02}-{s.variant.key}.jsonl", header_of(s, context))
+            s: open_ledger(folder / f"{number:02}-{s.variant.key}.log", header_of(s, context), context.worker)
             for number, s in enumerate(subjects)
         }
         print(len(self._waiting), "candidates", flush=True)
@@ -161,7 +161,7 @@ class _Untried:
 def main() -> None:
     """Time the panel on the workloads of the given specs."""
     folder, seconds, names = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
-    known = lessons.read(Path(name) for name in names if name.endswith(".jsonl"))
+    known = lessons.read(Path(name) for name in names if name.endswith((".jsonl", ".log")))
     context = this_tuning_context("tools.time_panel")
     request = TuneRequest(pipeline.open_database(None))
     subjects: dict[Subject, None] = {}

@@ -10,8 +10,8 @@ import typer
 from m2gen.cli.options import DebugOption, JsonOption, reporting
 
 EPILOG = (
-    "Journals of searches are in the user's cache, below tune/. The shipped rule is of docs/data/trials.jsonl, which "
-    "with --trials takes in further journals."
+    "Journals of searches are Optuna's, *.log in the user's cache below tune/. The shipped rule is of "
+    "docs/data/trials.jsonl, which with --trials takes in further journals."
 )
 
 

@@ -4,6 +4,7 @@ from m2gen.db.database import Change, Database, merged
 from m2gen.db.exchange import export_text, read_export, read_other, write_export
 from m2gen.db.fields import (
     POLICY,
+    Clocks,
     Environment,
     Estimate,
     Failure,
@@ -13,6 +14,8 @@ from m2gen.db.fields import (
     Sizes,
     Status,
     TensorError,
+    Throttled,
+    ThrottleReason,
     Timing,
 )
 from m2gen.db.files import Contents, Fault, slug
@@ -24,6 +27,7 @@ __all__ = [
     "POLICY",
     "SCHEMA",
     "Change",
+    "Clocks",
     "Contents",
     "Database",
     "Environment",
@@ -40,6 +44,8 @@ __all__ = [
     "Sizes",
     "Status",
     "TensorError",
+    "ThrottleReason",
+    "Throttled",
     "Tier",
     "Timing",
     "decode",

@@ -111,6 +111,43 @@ class Timing:
         return self.tuned.high_ms / self.default.median_ms
 
 
+class ThrottleReason(StrEnum):
+    """Why a GPU's clocks were below what was asked for."""
+
+    POWER = "power"
+    HEAT = "heat"
+    HARDWARE = "hardware"
+    """The hardware slowed itself down; where it says so, power or heat stand beside this."""
+    OTHER_GPUS = "other_gpus"
+    """GPUs whose clocks are kept together follow the slowest."""
+
+
+@dataclass(frozen=True)
+class Throttled:
+    """A reason, and the part of a search's readings that had it."""
+
+    reason: ThrottleReason
+    part: Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """A GPU's clocks while a search ran: medians over the readings at which it was at work."""
+
+    sm_mhz: _Count
+    sm_max_mhz: _Count
+    """The highest that the GPU can have."""
+    memory_mhz: _Count
+    throttled: tuple[Throttled, ...] = ()
+
+    @property
+    def warning(self) -> str:
+        """What a reader of times should know; empty if the GPU was not throttled."""
+        parts = ", ".join(f"{each.part:.0%} of the time by {each.reason}" for each in self.throttled)
+        usual = f"{self.sm_mhz} of {self.sm_max_mhz} MHz"
+        return f"the GPU was throttled, {parts} ({usual}): times may not repeat" if parts else ""
+
+
 @dataclass(frozen=True)
 class TensorError:
     """The worst error of one tensor over the whole check, and its budget in that case."""

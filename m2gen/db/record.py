@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from m2gen.bucket import bucket_of
-from m2gen.db.fields import Environment, Estimate, Failure, Key, Provenance, Sizes, Status, TensorError, Timing
+from m2gen.db.fields import Clocks, Environment, Estimate, Failure, Key, Provenance, Sizes, Status, TensorError, Timing
 from m2gen.device import limits
 from m2gen.errors import DatabaseError
 from m2gen.schedule import Family, Schedule, problems
@@ -51,6 +51,8 @@ class Record:
     """Times of a winner; None for a failure."""
     errors: tuple[TensorError, ...] = ()
     failure: Failure | None = None
+    clocks: Clocks | None = None
+    """Clocks of the winner's search; None where they are not known, which is then not in the line."""
 
     @property
     def status(self) -> Status:
@@ -80,6 +82,8 @@ def _checked(record: Record) -> Record:
 def _line(record: Record) -> tuple[str, str]:
     """Return the id and the line of a record that was read."""
     content = {**asdict(record), "schema": SCHEMA}
+    if record.clocks is None:
+        del content["clocks"]  # records from before there were any have no such key
     identity = hashlib.sha256(_dump(content).encode()).hexdigest()[:12]
     return identity, _dump({**content, "id": identity})
 
@@ -120,6 +124,8 @@ def _contradictions(record: Record) -> Iterator[str]:
         yield f"$.key.bucket must be {bucket} for the problem and the GPU, got {record.key.bucket}"
     if (record.timing is None) != (record.failure is not None):
         yield "$ must have either timing or failure, got " + ("none" if record.failure is None else "both")
+    if record.clocks is not None and record.timing is None:
+        yield "$.clocks must be of a record with timing, got a failure"
     if record.timing is not None:
         yield from _impossible(record.timing.tuned, "tuned")
         yield from _impossible(record.timing.default, "default")

@@ -13,8 +13,7 @@ from pathlib import Path
 from m2gen.db import Environment
 from m2gen.device import Device, detect
 from m2gen.errors import UsageError
-
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+from m2gen.measure import nvml
 
 
 @dataclass(frozen=True)
@@ -60,11 +59,7 @@ def driver() -> str:
 
     if torch.version.hip:
         return str(torch.version.hip)[:100]
-    try:
-        found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", NVIDIA_DRIVER.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return ""
-    return found[1] if found else ""
+    return nvml.driver()
 
 
 def _ptxas(device: Device) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,24 +15,20 @@ NOISE = 0.005
 """Fraction of a median that is noise for any number of samples: sessions differ by as much (docs/performance.md)."""
 
 
-def _medians(samples: Sequence[float], seed: int) -> Any:
-    """Return the medians of bootstrap resamples."""
-    values = np.asarray(samples, dtype=np.float64)
-    generator = np.random.default_rng(seed)
-    return np.median(values[generator.integers(0, len(values), (RESAMPLES, len(values)))], axis=1)
-
-
 def estimate(samples: Sequence[float], seed: int) -> Estimate:
     """Return the median of samples in milliseconds and its bootstrapped 95 % interval."""
-    low, high = np.quantile(_medians(samples, seed), ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     median = float(np.median(np.asarray(samples)))
-    return Estimate(median, min(float(low), median), max(float(high), median))
+    low, high = _interval((samples,), _median, seed)
+    return Estimate(median, min(low, median), max(high, median))
 
 
 def difference(one: Sequence[float], other: Sequence[float], seed: int) -> float:
     """Return the upper end of the 95 % interval of the difference of two medians, as a fraction of the first."""
-    apart = np.abs(_medians(other, seed + 1) / _medians(one, seed) - 1)
-    return float(np.quantile(apart, LEVEL))
+
+    def apart(first: Any, second: Any, axis: int = -1) -> Any:
+        return np.abs(np.median(second, axis=axis) / np.median(first, axis=axis) - 1)
+
+    return _interval((one, other), apart, seed, "less")[1]
 
 
 def as_fast(one: Sequence[float], fastest: Sequence[float], seed: int) -> bool:
@@ -42,4 +38,39 @@ def as_fast(one: Sequence[float], fastest: Sequence[float], seed: int) -> bool:
     """
     if float(np.median(np.asarray(one))) <= float(np.median(np.asarray(fastest))) * (1 + NOISE):
         return True
-    return bool(np.quantile(_medians(one, seed + 1) - _medians(fastest, seed), (1 - LEVEL) / 2) <= 0)
+
+    def slower(first: Any, second: Any, axis: int = -1) -> Any:
+        return np.median(first, axis=axis) - np.median(second, axis=axis)
+
+    return _interval((one, fastest), slower, seed)[0] <= 0
+
+
+def _median(samples: Any, axis: int = -1) -> Any:
+    return np.median(samples, axis=axis)
+
+
+def _interval(
+    samples: Sequence[Sequence[float]], statistic: Callable[..., Any], seed: int, alternative: str = "two-sided"
+) -> tuple[float, float]:
+    """Return the ends of the percentile bootstrap's interval of a statistic.
+
+    Samples of as many calls are paired: rounds alternate, so that the calls of one place ran under the same clocks.
+    """
+    from scipy.stats import bootstrap
+
+    data = [np.asarray(values, dtype=np.float64) for values in samples]
+    if min(map(len, data)) < 2:  # nothing to draw from
+        value = float(statistic(*data))
+        return value, value
+    paired = len(data) > 1 and len({len(values) for values in data}) == 1
+    options: dict[str, Any] = {"paired": paired, "method": "percentile", "alternative": alternative}
+    found = bootstrap(
+        data,
+        statistic,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        vectorized=True,
+        rng=np.random.default_rng(seed),
+        **options,
+    ).confidence_interval
+    return float(found.low), float(found.high)

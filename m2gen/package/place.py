@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from m2gen.errors import PlaceError
 
@@ -44,10 +45,9 @@ def locked(folder: Path) -> Iterator[bool]:
 
 def _flocked(handle: int) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        return lock_descriptor(handle)
     except OSError:
         return False
-    return True
 
 
 def write_file(path: Path, data: bytes) -> None:

@@ -112,6 +112,7 @@ def _failure(record: Record, found: Measurement, context: TuningContext) -> Reco
         timing=None,
         errors=(),
         failure=found.failure,
+        clocks=None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from m2gen.cache import cache_dir, key_of
@@ -16,13 +16,14 @@ from m2gen.kernels.compile import toolchain
 from m2gen.kernels.render import template_hash
 from m2gen.measure import lock
 from m2gen.measure.context import environment, this_context
+from m2gen.measure.nvml import ClockWatch
 from m2gen.measure.workers import cpus
 from m2gen.pipeline.plan import Plan
 from m2gen.schedule import Schedule, defaults
 from m2gen.spec import Objective
 from m2gen.tune.gpu import GPU
-from m2gen.tune.journal import Journal
-from m2gen.tune.log import Ledger, Limits, Outcome, TrialLog, Watcher
+from m2gen.tune.ledger import Ledger, open_ledger
+from m2gen.tune.log import Limits, Outcome, TrialLog, Watcher
 from m2gen.tune.loop import Search
 from m2gen.tune.memory import USUAL, MemoryBound
 from m2gen.tune.precompile import PRECOMPILE
@@ -31,6 +32,7 @@ from m2gen.tune.sampler import Sampler
 from m2gen.tune.search import Proposer, neighbours, tiles
 from m2gen.tune.services import Processes, Services, TuningContext, processes_of
 from m2gen.tune.space import Space, Subject, enumerate_space, space_hash
+from m2gen.tune.study import FORM
 
 GPU_SECONDS_EACH = 1.0
 """Typical GPU time of a trial (docs/tuning.md)."""
@@ -187,7 +189,9 @@ def _tune_one(
     with _ledger(subject, request, context) as ledger:
         log = TrialLog(subject, proposer.default, limits, ledger, watcher)
         search = Search(log, proposer, processes, context.worker)
-        outcome = search.run(request.seed, known_failures(subject, here, every))
+        with ClockWatch(context.gpu) as watch:
+            outcome = search.run(request.seed, known_failures(subject, here, every))
+    outcome = replace(outcome, clocks=watch.clocks)
     found = records_of(outcome, context, request.seed, study_name(subject, context))
     return Tuned(goal, outcome, tuple(found), request.database.add(found))
 
@@ -202,22 +206,18 @@ def _exhaustive(space: Space, limits: Limits, context: TuningContext) -> bool:
 def study_name(subject: Subject, context: TuningContext) -> str:
     """Return a name for a search, made of everything that its trials depend on."""
     facts = (repr(key_of_subject(subject)), repr(asdict(context.environment)), f"{subject.batch} {subject.seq}")
-    return key_of(*facts, template_hash(), space_hash(), toolchain())
+    return key_of(*facts, template_hash(), space_hash(), toolchain(), FORM)
 
 
 def _ledger(subject: Subject, request: TuneRequest, context: TuningContext) -> AbstractContextManager[Ledger]:
-    """Return the ledger of trials: a study that several workers share, or a journal in the user's cache."""
-    name = study_name(subject, context)
-    if request.storage is not None:
-        from m2gen.tune.shared import open_study
-
-        return closing(open_study(request.storage, name, context.worker, fresh=request.fresh))
-    path = cache_dir() / "tune" / f"{subject.variant.key}-{name[:12]}.jsonl"
-    return closing(Journal(path, header_of(subject, context), fresh=request.fresh))
+    """Return the ledger of trials: in the database that several workers share, or a journal in the user's cache."""
+    search = header_of(subject, context)
+    journal = cache_dir() / "tune" / f"{subject.variant.key}-{str(search['study'])[:12]}.log"
+    return closing(open_ledger(request.storage or journal, search, context.worker, fresh=request.fresh))
 
 
 def header_of(subject: Subject, context: TuningContext) -> dict[str, object]:
-    """Return the first line of a search's journal: its problem and GPU, which is all that learning asks of it."""
+    """Return what a ledger says of a search: its problem and GPU, which is all that learning asks, and its name."""
     problem = {"variant": subject.variant.key, "batch": subject.batch, "seq": subject.seq}
     here = context.environment
     return {

@@ -61,6 +61,22 @@ def distributions(axes: Iterable[str] = AXES) -> dict[str, BaseDistribution]:
     return {name: IntDistribution(0, len(AXES[name]) - 1) for name in axes}
 
 
+def labels(schedule: Schedule) -> dict[str, int | str]:
+    """Return a schedule as people read it: the value on each axis that is its own or next to it."""
+    return {name: _label(AXES[name][index]) for name, index in indices(schedule).items()}
+
+
+def choices() -> dict[str, BaseDistribution]:
+    """Return what Optuna is told of ``labels``."""
+    from optuna.distributions import CategoricalDistribution
+
+    return {name: CategoricalDistribution([_label(value) for value in values]) for name, values in AXES.items()}
+
+
+def _label(value: Coordinate) -> int | str:
+    return value if isinstance(value, int) else str(value)
+
+
 def moved(schedule: Schedule, knobs: Mapping[str, Any]) -> Schedule:
     """Return the schedule of the same family with other values of some of its knobs."""
     return type(schedule).of({**values_of(schedule), **knobs})

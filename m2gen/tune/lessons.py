@@ -1,7 +1,7 @@
 """Lessons: the times of all trials of one workload, from journals of searches or from the compact file of a repository.
 
 A compact file has a line for each workload, then one for each of its trials: the schedule's slug and the medians of
-its forward and backward in milliseconds.
+its forward and backward in milliseconds. Journals of m2gen 0.2.0, whose lines are trials, are read as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from m2gen.schedule import Schedule, parse, problems
 from m2gen.schedule.learned import Kernels, features, kernels_of
 from m2gen.schedule.recipes import Recipe
 from m2gen.spec import Objective
-from m2gen.tune.journal import decode_trial
+from m2gen.tune.study import decode_trial, read_journal
+from m2gen.tune.trial import Trial
 from m2gen.variant import Variant, parse_variant
 
 FEWEST = 4
@@ -140,6 +141,7 @@ class _Header:
 
 
 _HEADER = TypeAdapter(_Header)
+_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError, ScheduleError)
 _TIMED: TypeAdapter[tuple[str, float, float]] = TypeAdapter(tuple[str, Milliseconds, Milliseconds])
 
 
@@ -170,6 +172,23 @@ def _read_one(path: Path) -> dict[Workplace, dict[Schedule, TrialTimes]]:
     """Return the trials of one file: the last of each schedule, as in a search; a torn last line is none."""
     with os_errors_as(UsageError, f"{path} must be readable"):
         *lines, _torn = path.read_bytes().split(b"\n")
+    return _of_journal(path) if lines and b'"op_code"' in lines[0] else _of_lines(path, lines)
+
+
+def _of_journal(path: Path) -> dict[Workplace, dict[Schedule, TrialTimes]]:
+    found: dict[Workplace, dict[Schedule, TrialTimes]] = {}
+    try:
+        for header, trials in read_journal(path):
+            at = _workplace(header)
+            if at is not None:
+                _put(found.setdefault(at, {}), map(_times_of, trials))
+    except _UNREADABLE as error:
+        what = f"got {type(error).__name__}: {error}"
+        raise TuneError(f"{path} must be a journal of searches of this m2gen, {what[:200]}") from error
+    return found
+
+
+def _of_lines(path: Path, lines: Iterable[bytes]) -> dict[Workplace, dict[Schedule, TrialTimes]]:
     found: dict[Workplace, dict[Schedule, TrialTimes]] = {}
     trials: dict[Schedule, TrialTimes] | None = None
     for number, line in enumerate(lines, 1):
@@ -181,13 +200,17 @@ def _read_one(path: Path) -> dict[Workplace, dict[Schedule, TrialTimes]]:
             elif trials is None:
                 raise ValueError("no workload before it")
             elif "begun" not in value:
-                schedule, timed = _timed(value)
-                trials.pop(schedule, None)
-                trials |= {} if timed is None else {schedule: timed}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, ScheduleError) as error:
+                _put(trials, [_timed(value)])
+        except _UNREADABLE as error:
             what = "a line of a journal or of a file of --trials"
             raise TuneError(f"{path}:{number} must be {what}, got {line[:40].decode(errors='replace')!r}") from error
     return found
+
+
+def _put(into: dict[Schedule, TrialTimes], trials: Iterable[tuple[Schedule, TrialTimes | None]]) -> None:
+    for schedule, timed in trials:
+        into.pop(schedule, None)
+        into |= {} if timed is None else {schedule: timed}
 
 
 def _workplace(given: Any) -> Workplace | None:
@@ -205,7 +228,10 @@ def _timed(value: Mapping[str, Any]) -> tuple[Schedule, TrialTimes | None]:
     if "timed" in value:
         slug, forward, backward = _TIMED.validate_python(value["timed"])
         return parse(slug), TrialTimes(parse(slug), forward, backward)
-    trial = decode_trial(value["trial"])
+    return _times_of(decode_trial(value["trial"]))
+
+
+def _times_of(trial: Trial) -> tuple[Schedule, TrialTimes | None]:
     if trial.failure or trial.samples is None or not trial.samples.backward_ms:
         return trial.schedule, None
     forward, backward = median(trial.samples.forward_ms), median(trial.samples.backward_ms)

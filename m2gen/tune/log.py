@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from m2gen.db import Clocks
 from m2gen.schedule import Schedule
+from m2gen.tune.ledger import Ledger
 from m2gen.tune.select import Selection
 from m2gen.tune.space import Subject, fits
 from m2gen.tune.trial import Measurement, Samples, Trial
@@ -16,19 +18,6 @@ from m2gen.tune.trial import Measurement, Samples, Trial
 FINALS_SECONDS = 25.0
 """Seconds of the budget that the final gets, or ``FINALS_PART`` of it if that is less."""
 FINALS_PART = 0.3
-
-
-class Ledger(Protocol):
-    """Keeps a search's trials: a journal of one worker, or a study that several share."""
-
-    def trials(self) -> list[Trial]: ...
-    def news(self) -> list[Trial]: ...
-    def adopt(self) -> list[Schedule]: ...
-    def pending(self) -> int: ...
-    def claim(self, schedule: Schedule) -> bool: ...
-    def begin(self, schedule: Schedule) -> None: ...
-    def record(self, trial: Trial) -> None: ...
-    def release(self, schedule: Schedule) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -81,6 +70,8 @@ class Outcome:
     compile_seconds: float
     """Time of all compilers together."""
     interrupted: bool = False
+    clocks: Clocks | None = None
+    """The GPU's clocks in the meantime; None if they are not known."""
 
     @property
     def gpu_seconds(self) -> float:
@@ -138,7 +129,7 @@ class TrialLog:
     def may_win(self, trial: Trial) -> bool:
         """Return whether a trial's memory is within the subject's bound, both estimated and measured.
 
-        The default is tried even if it is not, as may be trials of a journal or of other workers.
+        The default is tried even if it is not, as may be trials of earlier runs or of other workers.
         """
         if trial.schedule not in self._fitting or trial.samples is None:
             return False

@@ -125,10 +125,10 @@ class Search:
         for schedule in self._log.ledger.adopt():
             self._proposer.skip(schedule)
             self._adopted.append(Proposal(schedule, "adopted"))
-        if self._adopted:
-            return self._adopted.pop()
         most = self._log.limits.trials
         while most is None or len(self._log.trials) + self._underway < most:
+            if self._adopted:
+                return self._adopted.pop()
             proposal = self._proposer.ask()
             if proposal is None or self._log.ledger.claim(proposal.schedule):
                 return proposal

@@ -92,6 +92,7 @@ def records_of(outcome: Outcome, context: Context, seed: int, study: str) -> lis
             timing,
             trial.errors if timing else (),
             None if timing else trial.failure,
+            outcome.clocks if timing else None,
         )
 
     winner = outcome.choice and outcome.choice.winner

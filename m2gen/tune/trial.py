@@ -113,7 +113,7 @@ def go_on(found: Compiled | Measurement) -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate with all its results: a line of the journal."""
+    """One candidate with all its results, as the ledger keeps it."""
 
     schedule: Schedule
     origin: str

@@ -13,9 +13,11 @@ import pytest
 import simulated
 import torch
 from command_line import document, fails, run
+from scripted_nvml import Script, install
 from searches import DEFAULT, NEIGHBOUR, SPEC
 
-from m2gen.db import Database
+from m2gen.cli.show import charts
+from m2gen.db import Clocks, Database, Throttled, ThrottleReason, encode
 from m2gen.db.choice import module_name
 from m2gen.schedule import parse
 from m2gen.tune.services import TuningContext
@@ -50,7 +52,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.outside += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
-        if tag in ("link", "script", "iframe", "img"):
+        if tag in ("link", "iframe", "img"):  # a script without a source is in the page
             self.outside.append(tag)
 
     def handle_data(self, data: str) -> None:
@@ -212,8 +214,43 @@ def test_json_is_one_document(context: TuningContext) -> None:
     assert found["tuned_ms"][1] <= found["default_ms"][1]
 
 
-def test_the_report_is_one_page(context: TuningContext) -> None:
-    """It refers to nothing outside itself, and has the history, the knobs, the failures and the limits of the GPU."""
+def test_a_throttled_search_says_so(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the summary, in the document, in the winner's record alone, in `db show`, and on the report's page."""
+    install(monkeypatch, Script([(1410, "SwPowerCap")]))
+    simulated.script(Path("script.json"), wrong=[NEIGHBOUR])
+    done = run(*TUNE, *DB, "--trials", "30", "--budget", "60s", "--report", "out.html")
+    warning = "the GPU was throttled, 100% of the time by power (1410 of 1980 MHz): times may not repeat"
+    assert f"m2gen: base fp16: {warning}" in done.stderr
+    (winner,) = (r for r in Database(Path("db")).records() if not r.failure)
+    assert all(r.clocks is None for r in Database(Path("db")).records() if r.failure)
+    assert winner.clocks == Clocks(1410, 1980, 2619, (Throttled(ThrottleReason.POWER, 1.0),))
+    shown = run("db", "show", winner.id, *DB).output
+    assert warning in shown
+    assert "clocks.throttled[0].reason" in shown
+    assert document("db", "show", winner.id, *DB)["clocks"]["sm_mhz"] == 1410
+    assert f"In this search {warning}" in " ".join(Page(Path("out.html").read_text(encoding="utf-8")).words)
+    (found,) = document(*TUNE, *DB, "--trials", "30", "--budget", "60s")
+    assert found["clocks"]["throttled"] == [{"reason": "power", "part": 1.0}]
+
+
+def test_a_search_at_full_clocks_warns_of_nothing(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clocks are in the record all the same; where they are not known, the record has no such field."""
+    install(monkeypatch, Script([(1980, "")]))
+    done = run(*TUNE, *DB, "--trials", "5", "--budget", "60s")
+    assert "throttled" not in done.output + done.stderr
+    (record,) = Database(Path("db")).records()
+    assert record.clocks == Clocks(1980, 1980, 2619)
+    assert "throttled, " not in run("db", "show", record.id, *DB).output
+    install(monkeypatch, Script(missing=frozenset({"nvmlInit"})))
+    run(*TUNE, "--db", "other", "--trials", "5", "--budget", "60s")
+    (other,) = Database(Path("other")).records()
+    assert other.clocks is None
+    assert '"clocks"' not in encode(other)
+
+
+def test_the_report_is_one_page(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refers to nothing outside itself, and has knobs, failures and limits of the GPU, without plotly, too."""
+    monkeypatch.setattr(charts, "available", lambda: False)
     simulated.script(Path("script.json"), wrong=[NEIGHBOUR])
     assert run(*TUNE, *DB, "--trials", "30", "--budget", "60s", "--report", "out.html").exit_code == 0
     text = Path("out.html").read_text(encoding="utf-8")
@@ -221,7 +258,7 @@ def test_the_report_is_one_page(context: TuningContext) -> None:
     assert page.outside == []
     assert "http" not in text
     words = " ".join(page.words)
-    assert text.count("<circle") == 30
+    assert "pip install 'm2gen[report]'" in words
     wrong = parse(NEIGHBOUR).describe(parse(DEFAULT))
     for expected in ("Finalists", "History", "Importance of each knob", "forward.rows", "wrong", wrong, "Roofline"):
         assert expected in words
@@ -229,6 +266,21 @@ def test_the_report_is_one_page(context: TuningContext) -> None:
     (record,) = (r for r in Database(Path("db")).records() if not r.failure)
     assert record.schedule.describe() in words
     assert f'title="{record.schedule.slug}"' in text
+
+
+def test_the_report_has_interactive_figures(context: TuningContext) -> None:
+    """The history and the importances are Optuna's figures, whose points say which trial each is."""
+    pytest.importorskip("plotly", reason="needs plotly (pip install 'm2gen[report]')")
+    simulated.script(Path("script.json"), wrong=[NEIGHBOUR])
+    assert run(*TUNE, *DB, "--trials", "30", "--budget", "60s", "--report", "out.html").exit_code == 0
+    text = Path("out.html").read_text(encoding="utf-8")
+    assert Page(text).outside == []
+    history, importance = (part.split("</script>")[0] for part in text.split("Plotly.newPlot(")[-2:])
+    assert "Best Value" in history
+    assert history.count(' ms"') == 29, "of 30 trials one failed"
+    assert "(default), 3.7" in history
+    assert "forward.rows" in importance
+    assert "m2gen[report]" not in text
 
 
 def test_the_report_of_a_known_gpu_has_its_limits(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,22 @@ from records import H200, VARIANT, environment, failed, timing, winner
 from support import make_schedule, make_variant, variants
 
 from m2gen.bucket import BUCKETS, Bucket, bucket_of, most_sequences
-from m2gen.db import POLICY, SCHEMA, Estimate, Failure, NotARecord, Reason, Sizes, Status, TensorError, decode, encode
+from m2gen.db import (
+    POLICY,
+    SCHEMA,
+    Clocks,
+    Estimate,
+    Failure,
+    NotARecord,
+    Reason,
+    Sizes,
+    Status,
+    TensorError,
+    Throttled,
+    ThrottleReason,
+    decode,
+    encode,
+)
 from m2gen.device import TARGETS
 from m2gen.errors import DatabaseError
 from m2gen.schedule import defaults
@@ -45,6 +60,21 @@ def test_a_line_is_read_back_as_it_was_written(record) -> None:
     assert again == record
     assert again.id == record.id == json.loads(encode(record))["id"]
     assert encode(again) == encode(record)
+
+
+def test_clocks_are_in_the_line_where_they_are_known() -> None:
+    """A record without them has the line and the id that it had before there were any; failures have none."""
+    bare = winner()
+    assert "clocks" not in json.loads(encode(bare))
+    throttled = Clocks(1410, 1980, 2619, (Throttled(ThrottleReason.POWER, 0.5),))
+    full = replace(bare, clocks=throttled)
+    assert decode(encode(full)) == full
+    assert full.id != bare.id
+    assert json.loads(encode(full))["clocks"]["throttled"] == [{"part": 0.5, "reason": "power"}]
+    with pytest.raises(NotARecord, match="canonical"):
+        decode(json.dumps({**json.loads(LINE), "clocks": None}, sort_keys=True))
+    with pytest.raises(DatabaseError, match=r"\$\.clocks must be of a record with timing"):
+        encode(replace(failed(), clocks=throttled))
 
 
 @pytest.mark.parametrize("family", ["portable", "mma", "wgmma"])

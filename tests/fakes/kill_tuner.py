@@ -25,9 +25,9 @@ from m2gen.cache import cache_dir
 from m2gen.db import Database
 from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, tune
-from m2gen.tune.journal import decode_trial
 from m2gen.tune.log import SearchProgress
 from m2gen.tune.sampler import Sampler
+from m2gen.tune.study import decode_trial
 from m2gen.tune.trial import Trial
 
 TRIALS = 40
@@ -57,13 +57,13 @@ def run(watcher: Silent | None = None) -> None:
 
 
 def recorded() -> list[str]:
-    """Return the candidates whose trials are whole lines of the journal."""
+    """Return the candidates whose results are in whole lines of the journal, in their order, as Optuna writes it."""
     found = []
-    for path in (cache_dir() / "tune").glob("*.jsonl"):
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            trial = json.loads(line).get("trial")
-            if trial is not None:
-                found.append(decode_trial(trial).schedule.slug)
+    for path in (cache_dir() / "tune").glob("*.log"):
+        for line in map(json.loads, path.read_bytes().split(b"\n")[:-1]):
+            result = {**line.get("user_attrs", {}), **line.get("user_attr", {})}.get("m2gen")
+            if result is not None:
+                found.append(decode_trial(result).schedule.slug)
     return found
 
 

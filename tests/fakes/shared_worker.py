@@ -1,5 +1,8 @@
 """One worker of a shared study, as a process: ``shared_worker.py URL WORKER TRIALS LAST``; prints trials.
 
+Without a URL it shares the journal in the cache, as tuners on two GPUs of one host do; workers of a database are each
+on a host of its own.
+
 After ``MEET`` trials of its own it says so and waits for a line, so that who is slow to start is waited for. It dies
 right after its ``LAST`` one, with the claims that it has then.
 """
@@ -7,6 +10,7 @@ right after its ``LAST`` one, with the claims that it has then.
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import sys
 from dataclasses import replace
@@ -49,12 +53,14 @@ class Printing:
 def main() -> None:
     """Search until the study has its trials."""
     url, worker, trials, last = sys.argv[1:5]
+    if url:
+        platform.node = lambda: f"host of {worker}"
     context = replace(simulated.context(), worker=worker)
     request = TuneRequest(
         Database(Path(f"db-{worker}")),
         seconds=60,
         trials=int(trials),
-        storage=url,
+        storage=url or None,
         sampler=Sampler.RANDOM,
     )
     for tuned in tune(plan("one.yaml"), request, context, Printing(worker, int(last))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from m2gen.errors import TuneError
 from m2gen.schedule import parse
 from m2gen.schedule.learned import FILE
 from m2gen.schedule.recipes import Recipe
-from m2gen.tune.journal import encode_trial
 from m2gen.tune.learn import fit, judged, left_out, rules_of, text_of
+from m2gen.tune.ledger import open_ledger
 from m2gen.tune.lessons import UNKNOWN, Lesson, read, written
+from m2gen.tune.study import encode_trial
 from m2gen.tune.trial import Samples, Trial
 
 TRIALS = ROOT / "docs" / "data" / "trials.jsonl"
@@ -39,17 +41,28 @@ def lessons() -> tuple[Lesson, ...]:
     return read([TRIALS])
 
 
-def journal(path: Path, **header: object) -> Path:
-    """Write a journal of four trials that passed and one that failed, and return its path."""
+def _trials() -> list[Trial]:
+    """Return four trials that passed and one that failed."""
     trials = [
         Trial(parse(slug), "panel", samples=Samples((1.0 + i,) * 3, (4.0 - i,) * 3, 0)) for i, slug in enumerate(SLUGS)
     ]
     trials.append(Trial(parse("mma_f64x4u8a_b64x4c8at_i8_ptx"), "panel", samples=Samples((9.0,), (9.0,), 0)))
     wrong = Failure(Reason.WRONG, "y of plain")
-    trials.append(
-        Trial(parse("mma_f32x2u8a_b64x2c8at_i8_ptx"), "panel", samples=Samples((0.1,), (0.1,), 0), failure=wrong)
-    )
-    lines = [{"search": {**HEADER, **header}}, *({"trial": encode_trial(trial)} for trial in trials)]
+    slug = "mma_f32x2u8a_b64x2c8at_i8_ptx"
+    return [*trials, Trial(parse(slug), "panel", samples=Samples((0.1,), (0.1,), 0), failure=wrong)]
+
+
+def journal(path: Path, **header: object) -> Path:
+    """Write the journal of a search, and return its path."""
+    with closing(open_ledger(path, {**HEADER, **header}, "host:0")) as ledger:
+        for trial in _trials():
+            ledger.record(trial)
+    return path
+
+
+def old_journal(path: Path, **header: object) -> Path:
+    """Write a journal as m2gen 0.2.0 did."""
+    lines = [{"search": {**HEADER, **header}}, *({"trial": encode_trial(trial)} for trial in _trials())]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
 
@@ -77,7 +90,7 @@ def test_what_is_left_out_teaches_nothing(lessons: tuple[Lesson, ...]) -> None:
 
 def test_archs_do_not_learn_from_each_other(lessons: tuple[Lesson, ...], tmp_path: Path) -> None:
     """What is fast on one arch says nothing about another, whose rule is judged by its own trials alone."""
-    another = read([journal(tmp_path / "a.jsonl", arch="sm_100", device="NVIDIA B200")])
+    another = read([journal(tmp_path / "a.log", arch="sm_100", device="NVIDIA B200")])
     both = [*lessons, *another]
     assert rules_of(both)["sm_90"] == rules_of(lessons)["sm_90"]
     assert judged(both) == [*judged(lessons), *judged(another)]
@@ -86,12 +99,12 @@ def test_archs_do_not_learn_from_each_other(lessons: tuple[Lesson, ...], tmp_pat
 
 def test_the_shortest_time_counts(tmp_path: Path) -> None:
     """A schedule may be in several files, which may come in any order; in one file its last trial counts."""
-    slow, fast, failed = (journal(tmp_path / f"{name}.jsonl") for name in ("slow", "fast", "failed"))
+    slow, fast, failed = (journal(tmp_path / f"{name}.log") for name in ("slow", "fast", "failed"))
     again = Trial(parse(SLUGS[0]), "panel", samples=Samples((0.5,), (0.5,), 0))
     wrong = Trial(parse(SLUGS[0]), "panel", failure=Failure(Reason.WRONG, "dq of packed"))
     for path, trial in ((fast, again), (failed, wrong)):
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"trial": encode_trial(trial)}) + "\n")
+        with closing(open_ledger(path, HEADER, "host:0")) as ledger:
+            ledger.record(trial)
     (lesson,) = read([slow, fast])
     assert read([fast, slow]) == (lesson,)
     assert lesson.ms(parse(SLUGS[0])) == 1.0
@@ -113,7 +126,7 @@ def test_most_workloads_are_close_without_their_trials(lessons: tuple[Lesson, ..
 
 def test_parts_of_two_trials_are_a_time(tmp_path: Path) -> None:
     """A forward and a backward that were timed in two trials add up; failures and unknown parts have no time."""
-    (lesson,) = read([journal(tmp_path / "a.jsonl")])
+    (lesson,) = read([journal(tmp_path / "a.log")])
     assert len(lesson.trials) == 4
     assert lesson.ms(parse("mma_f64x2u8a_b64x4c8at_i8_ptx")) == lesson.best_ms == 1.0 + 2.0
     assert lesson.ms(parse("mma_f32x2u8a_b64x2c8at_i8_ptx")) is None
@@ -125,7 +138,7 @@ def test_parts_of_two_trials_are_a_time(tmp_path: Path) -> None:
 
 def test_a_leaf_has_the_fastest_trial(tmp_path: Path) -> None:
     """The rule of one workload is the fastest of its trials."""
-    (lesson,) = found = read([journal(tmp_path / "a.jsonl")])
+    (lesson,) = found = read([journal(tmp_path / "a.log")])
     tree = fit(found)["slots"]
     (recipe,) = map(Recipe.read, tree["recipes"])
     assert lesson.ms(recipe.at(lesson.at.variant, lesson.at.device)) == min(trial.ms for trial in lesson.trials)
@@ -133,7 +146,7 @@ def test_a_leaf_has_the_fastest_trial(tmp_path: Path) -> None:
 
 def test_searches_for_inference_are_no_lessons(tmp_path: Path) -> None:
     """Their schedules were not made for training."""
-    assert read([journal(tmp_path / "a.jsonl", objective="infer")]) == ()
+    assert read([journal(tmp_path / "a.log", objective="infer")]) == ()
 
 
 WORKLOAD = json.dumps({"workload": {name: value for name, value in HEADER.items() if name != "study"}})
@@ -161,14 +174,37 @@ def test_what_is_no_journal_is_refused(tmp_path: Path, text: str, line: int) -> 
 
 
 def test_what_a_killed_search_left_is_read(tmp_path: Path) -> None:
-    """A torn last line is no trial, a candidate that was begun has none, and some journals do not name their GPU."""
-    path = journal(tmp_path / "a.jsonl")
+    """A torn last line is no trial, and a candidate that was begun has none; the file stays as it is."""
+    path = journal(tmp_path / "a.log")
     (lesson,) = read([path])
+    ledger = open_ledger(path, HEADER, "host:0")
+    begun = parse("mma_f16x1u8a_b16x1c2a_i8_ptx")
+    assert ledger.claim(begun)
+    ledger.begin(begun)
     with path.open("a", encoding="utf-8") as stream:
+        stream.write('{"op_code":8,"worker_id":"w","trial_id":5,"user_attr":{"m2gen":{"sche')
+    before = path.read_bytes()
+    assert read([path]) == (lesson,)
+    assert path.read_bytes() == before
+
+
+def test_old_journals_are_read(tmp_path: Path) -> None:
+    """Those of m2gen 0.2.0 have the same lessons; some do not name their GPU, and teach nothing."""
+    path = journal(tmp_path / "a.log")
+    old = old_journal(tmp_path / "a.jsonl")
+    with old.open("a", encoding="utf-8") as stream:
         stream.write(json.dumps({"begun": SLUGS[0], "machine": ["host", "boot"]}) + '\n{"trial": {"sche')
-    old = tmp_path / "old.jsonl"
-    old.write_text(path.read_text(encoding="utf-8").replace('"arch"', '"architecture"'), encoding="utf-8")
-    assert read([old, path]) == (lesson,)
+    older = tmp_path / "old.jsonl"
+    older.write_text(old.read_text(encoding="utf-8").replace('"arch"', '"architecture"'), encoding="utf-8")
+    assert read([path]) == read([old]) == read([older, old])
+
+
+def test_a_journal_that_is_another_s_is_refused(tmp_path: Path) -> None:
+    """A journal of Optuna's that is not whole is named."""
+    lines = journal(tmp_path / "a.log").read_bytes().split(b"\n")
+    (tmp_path / "a.log").write_bytes(b"\n".join([lines[0], b"[7]", *lines[1:]]))
+    with pytest.raises(TuneError, match=r"a\.log must be a journal of searches of this m2gen, got TypeError"):
+        read([tmp_path / "a.log"])
 
 
 def test_nothing_is_written_where_nothing_is_learned(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_the_same_machine_code_is_timed_once(spec: Path) -> None:
 
 
 def test_a_killed_search_goes_on_without_repeating_a_trial(spec: Path) -> None:
-    """More trials of the same search begin with those of the journal."""
+    """More trials of the same search begin with those of the ledger."""
     log = simulated.script(spec.parent / "script.json")
     first = search(spec, trials=10)
     second = search(spec, trials=25)
@@ -265,7 +265,7 @@ def test_two_tuners_exclude_each_other(spec: Path) -> None:
 
 
 def test_a_read_only_database_loses_nothing(spec: Path) -> None:
-    """One that turns read-only during the search: the journal keeps the trials, so that the next run only writes."""
+    """One that turns read-only during the search: the ledger keeps the trials, so that the next run only writes."""
 
     class Blocking(Silent):
         def stage(self, text: str) -> None:
@@ -298,10 +298,10 @@ def test_a_full_disk_ends_the_search_and_keeps_its_trials(spec: Path, monkeypatc
     def fsync(handle: int) -> None:
         nonlocal writes
         writes += 1
-        if writes == 9:
+        if writes == 25:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("m2gen.tune.journal.os.fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(TuneError, match="must be writable: No space left on device; trials so far are kept"):
         search(spec)
     before = len(lines(log))

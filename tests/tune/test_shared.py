@@ -27,10 +27,11 @@ from m2gen.pipeline import plan
 from m2gen.pipeline.tune import TuneRequest, study_name, tune
 from m2gen.schedule import default
 from m2gen.spec import Objective
-from m2gen.tune import shared
+from m2gen.tune.ledger import USUAL, Ledger, Pace, open_ledger
 from m2gen.tune.memory import MemoryBound
-from m2gen.tune.shared import USUAL, Pace, SharedStudy, open_study
 from m2gen.tune.space import Subject
+from m2gen.tune.storage import open_database
+from m2gen.tune.study import read_journal
 from m2gen.tune.trial import Samples, Trial
 from m2gen.variant import parse_variant
 
@@ -75,18 +76,26 @@ def _until_met(worker: subprocess.Popen[str]) -> str:
 
 
 def _age(url: str, worker: str) -> None:
-    """Make a worker's claims as old as if it had not renewed them for a day, by the database's clock."""
+    """Make a worker's heartbeats as old as if it had been silent for two days, by the database's clock."""
     engine = sql.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
-    claims = shared._CLAIMS
     with engine.begin() as connection:
-        yesterday = datetime.now(UTC) - timedelta(days=1)
-        connection.execute(sql.update(claims).where(claims.c.worker == worker).values(seen=yesterday))
+        silent = {"at": datetime.now(UTC).replace(tzinfo=None) - timedelta(days=2), "worker": f'%"worker": "{worker}"%'}
+        connection.execute(
+            sql.text(
+                "UPDATE trial_heartbeats SET heartbeat = :at WHERE trial_id IN (SELECT trial_id FROM "
+                "trial_user_attributes WHERE key = 'claim' AND value_json LIKE :worker)"
+            ),
+            silent,
+        )
     engine.dispose()
 
 
-@needs_server
-def test_two_workers_one_killed_nothing_lost_or_repeated(folder: Path, url: str) -> None:
+@pytest.mark.parametrize("storage", ["journal", pytest.param("database", marks=needs_server)])
+def test_two_workers_one_killed_nothing_lost_or_repeated(
+    folder: Path, storage: str, request: pytest.FixtureRequest
+) -> None:
     """The other finishes the study, takes over what the dead one was at, and no trial was made twice."""
+    url = request.getfixturevalue("url") if storage == "database" else ""
     log = simulated.script(folder / "script.json")
     one, two = _worker(folder, url, "one", trials=40, last=8), _worker(folder, url, "two", trials=40)
     said = [_until_met(worker) for worker in (one, two)]
@@ -95,12 +104,13 @@ def test_two_workers_one_killed_nothing_lost_or_repeated(folder: Path, url: str)
         worker.stdin.write("\n")
         worker.stdin.flush()
     assert one.wait() == -signal.SIGKILL
-    _age(url, "one")
+    if url:
+        _age(url, "one")
     assert two.stdout is not None
     output = said[1] + two.stdout.read()
     assert two.wait() == 0, output
     assert "winner mma_f" in output
-    study = _study(url)
+    study = _study(url) if url else _in_journal(folder)
     counts = Counter(trial.schedule for trial in study)
     assert set(counts.values()) == {1}
     assert len(counts) >= 40
@@ -121,7 +131,13 @@ def _study(url: str) -> list[Trial]:
 
     storage = RDBStorage(url.replace("postgresql", "postgresql+psycopg"))
     (name,) = [summary.study_name for summary in optuna.get_all_study_summaries(storage)]
-    return open_study(url, name, "reader").trials()
+    return open_ledger(url, {"study": name}, "reader").trials()
+
+
+def _in_journal(folder: Path) -> list[Trial]:
+    (path,) = (folder / "cache" / "tune").glob("*.log")
+    ((_, trials),) = read_journal(path)
+    return trials
 
 
 FACTS = {
@@ -154,8 +170,11 @@ def _url(path: Path) -> str:
     return f"sqlite:///{path}/study.db"
 
 
-def _open(path: Path, worker: str, pace: Pace = USUAL) -> SharedStudy:
-    return open_study(_url(path), "study", worker, pace=pace)
+SEARCH = {"study": "study"}
+
+
+def _open(path: Path, worker: str, pace: Pace = USUAL) -> Ledger:
+    return Ledger(open_database(_url(path)), SEARCH, worker, pace=pace)
 
 
 def test_a_candidate_is_claimed_once(tmp_path: Path) -> None:
@@ -217,27 +236,16 @@ def test_a_claim_that_is_renewed_is_nobody_elses(tmp_path: Path) -> None:
     assert two.adopt() == [SCHEDULE]
 
 
-def test_a_trial_whose_worker_died_before_it_gave_up_the_claim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is in the study, so that nobody makes it again."""
+def test_a_trial_whose_worker_died_before_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result is in the study, so that nobody makes it again."""
     dead, two = _open(tmp_path, "dead"), _open(tmp_path, "two")
     dead.claim(SCHEDULE)
-    with monkeypatch.context() as patch:
-        patch.setattr(dead, "_update", lambda *_, **__: None)
-        dead.record(TRIAL)
+    monkeypatch.setattr(dead, "_ended", lambda *_: True)
+    dead.record(TRIAL)
     assert two.pending() == 1
     _age(_url(tmp_path), "dead")
     assert two.adopt() == []
     assert (two.pending(), two.trials()) == (0, [TRIAL])
-
-
-def test_a_trial_of_another_shape_is_named(tmp_path: Path) -> None:
-    """A trial that cannot be read, such as one of another m2gen, is an error that says what to do."""
-    one = _open(tmp_path, "one")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared, "encode_trial", lambda trial: {"schedule": 5})
-        one.record(TRIAL)
-    with pytest.raises(TuneError, match=r"trial 0 of study study must be one that this m2gen reads; --fresh starts"):
-        _open(tmp_path, "two").trials()
 
 
 def test_fresh_forgets_a_study(tmp_path: Path) -> None:
@@ -245,7 +253,7 @@ def test_fresh_forgets_a_study(tmp_path: Path) -> None:
     one = _open(tmp_path, "one")
     one.claim(SCHEDULE)
     one.record(TRIAL)
-    again = open_study(f"sqlite:///{tmp_path}/study.db", "study", "one", fresh=True)
+    again = open_ledger(_url(tmp_path), SEARCH, "one", fresh=True)
     assert again.trials() == []
     assert again.claim(SCHEDULE)
 
@@ -261,7 +269,7 @@ def test_fresh_forgets_a_study(tmp_path: Path) -> None:
 def test_a_url_that_cannot_be_used(url: str, message: str) -> None:
     """The error is one line and the user's status."""
     with pytest.raises(UsageError, match=message):
-        open_study(url, "study", "one")
+        open_ledger(url, SEARCH, "one")
 
 
 def test_a_database_that_cannot_be_reached_does_not_show_the_password(folder: Path) -> None:

@@ -34,7 +34,7 @@ from m2gen.schedule import (
 from m2gen.schedule.knobs import SHORTEST_SEGMENT
 from m2gen.spec import Objective
 from m2gen.tune.coordinates import AXES, indices, moved, values_of
-from m2gen.tune.knobs import importances
+from m2gen.tune.knobs import importances, study_of
 from m2gen.tune.memory import MemoryBound, extra_bytes
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.search import Proposer, best_combination, neighbours, tiles
@@ -339,12 +339,18 @@ def test_the_winner_is_never_slower_than_the_default(times: list[float], spread:
 
 
 def test_importance_finds_the_knob_that_matters() -> None:
-    """Where one knob decides everything, it explains everything, and another nothing of its own."""
+    """Where one knob decides everything, it is by far the most important; knobs that do not differ are not listed."""
     chosen = POINTS[:: len(POINTS) // 200]
-    found = importances([_trial(point, 1.0 + (point.tanh is Tanh.EXP)) for point in chosen])
-    assert found["tanh"] == pytest.approx(1.0)
-    assert all(0 <= part <= 0.2 for name, part in found.items() if name != "tanh")
-    assert importances([_trial(point) for point in chosen[:3]]) == {}
+    found = importances(study_of([_trial(point, 1.0 + (point.tanh is Tanh.EXP)) for point in chosen]))
+    assert next(iter(found)) == "tanh"
+    assert found["tanh"] > 0.5
+    assert sum(found.values()) == pytest.approx(1.0)
+    same = [point for point in chosen if point.tanh is Tanh.PTX]
+    others = importances(study_of([_trial(point, 1.0 + point.forward.rows) for point in same]))
+    assert "tanh" not in others
+    assert next(iter(others)) == "forward.rows"
+    assert importances(study_of([_trial(point) for point in chosen[:3]])) == {}
+    assert importances(study_of([])) == {}
 
 
 def test_the_usual_bound_leaves_out_what_saves_many_times_the_states() -> None:

@@ -89,7 +89,8 @@ def show_record(record: Record, *, as_json: bool) -> None:
     if as_json:
         print_json(_document(record))
     else:
-        print_tables([Table(f"Record {record.id}", ("what", "value"), [*_flat(_document(record))])])
+        notes = [record.clocks.warning] if record.clocks and record.clocks.warning else []
+        print_tables([Table(f"Record {record.id}", ("what", "value"), [*_flat(_document(record))], notes)])
 
 
 def show_why(answers: Sequence[Answer], spec: str | None, batch: int | None, seq: int | None, *, as_json: bool) -> None:

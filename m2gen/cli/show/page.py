@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from m2gen.cli.show import charts
 from m2gen.db import Environment
 from m2gen.measure.roofline import Work, floors_ms, peaks_of, work_of
 from m2gen.pipeline import Plan, Tuned
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective
-from m2gen.tune.knobs import importances
+from m2gen.tune.knobs import importances, study_of
 from m2gen.tune.trial import Trial
-
-WIDTH, HEIGHT, MARGIN = 860, 260, 46
 
 
 @cache
@@ -41,18 +39,24 @@ def tuning_page(planned: Plan, environment: Environment, results: Sequence[Tuned
     names = planned.names
     searches = [_search(tuned, environment, names[tuned.goal.subject.variant]) for tuned in results]
     spec = planned.origin.spec_file
-    return _template().render(spec=spec, facts=facts, searches=searches, width=WIDTH, height=HEIGHT)
+    drawn = (
+        {"script": charts.script(), "missing": ""} if charts.available() else {"script": "", "missing": charts.MISSING}
+    )
+    return _template().render(spec=spec, facts=facts, searches=searches, **drawn)
 
 
 def _search(tuned: Tuned, environment: Environment, name: str) -> dict[str, Any]:
     outcome, subject = tuned.outcome, tuned.goal.subject
+    study, drawn = study_of(outcome.trials), charts.available()
     return {
         "title": f"{name}, batch {subject.batch}, {subject.seq} steps, {subject.objective}",
         "cost": f"{len(outcome.trials)} of {outcome.points} points in {outcome.seconds:.0f} s: "
         f"{outcome.gpu_seconds:.0f} s of the GPU, {outcome.compile_seconds:.0f} s of compilers",
+        "warning": outcome.clocks.warning if outcome.clocks else "",
         "finalists": _finalists(tuned),
-        "history": _history(tuned),
-        "knobs": _bars(importances(outcome.trials)),
+        "history": charts.history(study, tuned) if drawn else "",
+        "importance": charts.importance(study) if drawn else "",
+        "knobs": _bars(importances(study)),
         "failures": _failures(outcome.trials, outcome.default),
         "floors": _floors(tuned, environment),
     }
@@ -83,59 +87,6 @@ def _finalists(tuned: Tuned) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """Maps trials and milliseconds to coordinates; times far above the default are drawn at the top."""
-
-    count: int
-    low: float
-    high: float
-
-    def x(self, index: int) -> float:
-        return round(MARGIN + (WIDTH - 2 * MARGIN) * index / max(1, self.count - 1), 1)
-
-    def y(self, ms: float) -> float:
-        part = (min(ms, self.high) - self.low) / (self.high - self.low)
-        return round(HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * part, 1)
-
-
-def _history(tuned: Tuned) -> dict[str, Any] | None:
-    """Return the coordinates of every trial, of the best so far and of the default."""
-    trials = tuned.outcome.trials
-    times = [trial.median_ms for trial in trials if trial.median_ms is not None]
-    if not times:
-        return None
-    default = next((t.median_ms for t in trials if t.schedule == tuned.outcome.default and t.median_ms), max(times))
-    scale = _Scale(len(trials), 0.95 * min(times), max(1.5 * default, 1.05 * min(times)))
-    points, path, best = [], [], float("inf")
-    for index, trial in enumerate(trials):
-        ms = trial.median_ms
-        best = min(best, ms or best)
-        words = trial.schedule.describe(tuned.outcome.default)
-        what = f"{ms:.3f} ms" if ms else str(trial.failure.reason) if trial.failure else "none"
-        points.append(
-            {
-                "x": scale.x(index),
-                "y": scale.y(ms) if ms else HEIGHT - MARGIN + 12,
-                "kind": "passed" if ms else "failed",
-                "text": f"{index + 1}: {words} ({trial.origin}), {what}",
-            }
-        )
-        if best < float("inf"):
-            path.append(f"{scale.x(index)},{scale.y(best)}")
-    ticks = [scale.low + (scale.high - scale.low) * i / 4 for i in range(5)]
-    return {
-        "points": points,
-        "best": " ".join(path),
-        "default": scale.y(default),
-        "left": MARGIN,
-        "right": WIDTH - MARGIN,
-        "ticks": [{"y": scale.y(ms), "text": f"{ms:.2f}"} for ms in ticks],
-        "count": len(trials),
-        "bottom": HEIGHT - 8,
-    }
 
 
 def _bars(values: dict[str, float]) -> list[dict[str, Any]]:

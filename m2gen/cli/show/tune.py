@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +113,11 @@ def show_tuned(results: Sequence[Tuned], names: Mapping[Variant, str], display: 
     else:
         print_tables(tuned_tables(results, names, verbose=display.verbose))
     for tuned in results:
+        name = names[tuned.goal.subject.variant]
         if tuned.outcome.choice is None:
-            print(f"m2gen: {names[tuned.goal.subject.variant]}: {_no_winner(tuned)}", file=sys.stderr)
+            print(f"m2gen: {name}: {_no_winner(tuned)}", file=sys.stderr)
+        if tuned.outcome.clocks is not None and tuned.outcome.clocks.warning:
+            print(f"m2gen: {name}: {tuned.outcome.clocks.warning}", file=sys.stderr)
 
 
 def tuned_tables(results: Sequence[Tuned], names: Mapping[Variant, str], *, verbose: bool) -> list[Table]:
@@ -137,7 +141,7 @@ def _no_winner(tuned: Tuned) -> str:
     default = next((t for t in tuned.outcome.trials if t.schedule == tuned.outcome.default), None)
     if default is not None and default.failure is not None:
         return f"the default schedule failed ({default.failure.reason}: {default.failure.message}): nothing to compare"
-    return "interrupted or out of time before the default schedule was measured; the journal keeps the trials so far"
+    return "interrupted or out of time before the default schedule was measured; the trials so far are kept"
 
 
 def _tuned_json(tuned: Tuned) -> dict[str, Any]:
@@ -154,6 +158,7 @@ def _tuned_json(tuned: Tuned) -> dict[str, Any]:
         "gpu_seconds": round(outcome.gpu_seconds, 2),
         "compile_seconds": round(outcome.compile_seconds, 2),
         "interrupted": outcome.interrupted,
+        "clocks": asdict(outcome.clocks) if outcome.clocks else None,
         "records": [record.id for record in tuned.records],
     }
     for trial in outcome.trials:
