@@ -33,13 +33,15 @@ from plan import Plan, check_equal, load_plan  # noqa: E402
 from runs import Clock, Runner  # noqa: E402
 
 SMOKE = {
-    "package": "generated.tiny", "dtype": "fp32", "seq": 16, "batch": 2, "steps": 4, "warmup": 1, "evaluate_every": 2,
+    "package": "generated.tiny", "dtype": "fp32", "seq": 4, "batch": 1, "steps": 4, "warmup": 1, "evaluate_every": 2,
     "save_every": 2, "text": {"limit": 60000, "validation": 4, "roots": [str(HERE)]},
-    "validation": {"curve": 32, "final": 64},
+    "validation": {"curve": 4, "final": 8},
+    "variants": {"with M²RNN": ["m2rnn", "attention"], "with Gated DeltaNet": ["gated_deltanet", "attention"]},
+    "compare": [["with M²RNN", "with Gated DeltaNet"]],
     "sizes": {
         "tiny": {
-            "layer": "base", "width": 64, "layers": 3, "heads": 2, "delta": {"heads": 1, "rows": 8, "columns": 64},
-            "seeds": [0, 1],
+            "layer": "base", "width": 64, "layers": 2, "heads": 2, "block": 50000, "seeds": [0, 1],
+            "delta": {"heads": 1, "rows": 8, "columns": 64},
         },
     },
 }  # fmt: skip

@@ -32,11 +32,15 @@ class Delta:
 
 @dataclass(frozen=True)
 class Size:
-    """Models of a size, of which ``variants`` are trained from each of ``seeds``; all variants if there are none."""
+    """Models of a size, of which ``variants`` are trained from each of ``seeds``; all variants if there are none.
+
+    ``block`` is how many parameters a mixer and the MLP beside it have together.
+    """
 
     layer: str
     width: int
     layers: int
+    block: int
     heads: int
     delta: Delta
     seeds: tuple[int, ...]
@@ -149,14 +153,13 @@ def parameters_of(module: nn.Module) -> int:
 
 
 def hidden_of(run: Run) -> dict[str, int]:
-    """Return the width of the MLP beside each kind of mixer, with which every block has as many parameters.
-
-    The largest mixer's is four times the model's width; all are multiples of 8.
-    """
+    """Return the width, a multiple of 8, of the MLP beside each kind of mixer, with which blocks are equally large."""
     with torch.device("meta"):
         counts = {kind: parameters_of(mixer_of(kind, run)) for kind in KINDS}
-    largest, width = max(counts.values()), run.size.width
-    return {kind: 4 * width + 8 * round((largest - count) / (2 * width) / 8) for kind, count in counts.items()}
+    hidden = {kind: 8 * round((run.size.block - count) / (16 * run.size.width)) for kind, count in counts.items()}
+    if min(hidden.values()) < 1:
+        raise SystemExit(f"{run.size_name}: block must be more than its mixers' parameters, got {run.size.block}")
+    return hidden
 
 
 def state_of(kind: str, run: Run) -> int:

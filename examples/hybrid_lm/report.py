@@ -84,7 +84,7 @@ def table(data: dict[str, Any]) -> str:
     text = data["text"]
     lines = [
         f"{data['device']}, torch {data['torch']}, {data['plan']['dtype']}; {steps} steps of {tokens:,} bytes "
-        f"({steps * tokens / 1e6:.1f} million), sequences of {data['plan']['seq']}. Text: {text['train_files']:,} files "
+        f"({steps * tokens / 1e6:.1f} MB), sequences of {data['plan']['seq']}. Text: {text['train_files']:,} files "
         f"of {text['train_bytes'] / 1e6:.1f} MB to train on, {text['validation_files']:,} others of "
         f"{text['validation_bytes'] / 1e6:.1f} MB to judge by (SHA-256 {text['digest']}). ± is the standard deviation "
         "over seeds.",
