@@ -41,7 +41,7 @@ SMOKE = {
     "sizes": {
         "tiny": {
             "layer": "base", "width": 64, "layers": 2, "heads": 2, "block": 50000, "seeds": [0, 1],
-            "delta": {"heads": 1, "rows": 8, "columns": 64},
+            "delta": {"gated_deltanet": {"heads": 1, "rows": 8, "columns": 64}},
         },
     },
 }  # fmt: skip

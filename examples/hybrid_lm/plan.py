@@ -16,7 +16,6 @@ from gated_delta import GatedDelta
 from model import Config, load
 from torch import nn
 
-KINDS = ("attention", "m2rnn", "gated_deltanet")
 TOLERANCE = 0.01
 """Part by which parameters of two models of a size may differ."""
 
@@ -34,7 +33,7 @@ class Delta:
 class Size:
     """Models of a size, of which ``variants`` are trained from each of ``seeds``; all variants if there are none.
 
-    ``block`` is how many parameters a mixer and the MLP beside it have together.
+    ``block`` is how many parameters a mixer and its MLP have together; ``delta`` names kinds of Gated DeltaNet.
     """
 
     layer: str
@@ -42,9 +41,14 @@ class Size:
     layers: int
     block: int
     heads: int
-    delta: Delta
+    delta: Mapping[str, Delta]
     seeds: tuple[int, ...]
     variants: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Every kind of mixer."""
+        return ("attention", "m2rnn", *self.delta)
 
 
 @dataclass(frozen=True)
@@ -135,16 +139,14 @@ class Run:
 
 
 def mixer_of(kind: str, run: Run) -> nn.Module:
-    """Return a mixer of one of ``KINDS``."""
+    """Return a mixer of one of the size's kinds."""
     size = run.size
     if kind == "attention":
         return Attention(size.width, size.heads)
-    if kind == "gated_deltanet":
-        return GatedDelta(size.width, size.delta.heads, size.delta.rows, size.delta.columns)
-    if kind == "m2rnn":
-        layer: nn.Module = package_of(run.plan.package).M2RNN.from_variant(size.layer, size.width)
-        return layer
-    raise SystemExit(f"variants must be of {', '.join(KINDS)}, got {kind!r}")
+    if delta := size.delta.get(kind):
+        return GatedDelta(size.width, delta.heads, delta.rows, delta.columns)
+    layer: nn.Module = package_of(run.plan.package).M2RNN.from_variant(size.layer, size.width)
+    return layer
 
 
 def parameters_of(module: nn.Module) -> int:
@@ -155,7 +157,7 @@ def parameters_of(module: nn.Module) -> int:
 def hidden_of(run: Run) -> dict[str, int]:
     """Return the width, a multiple of 8, of the MLP beside each kind of mixer, with which blocks are equally large."""
     with torch.device("meta"):
-        counts = {kind: parameters_of(mixer_of(kind, run)) for kind in KINDS}
+        counts = {kind: parameters_of(mixer_of(kind, run)) for kind in run.size.kinds}
     hidden = {kind: 8 * round((run.size.block - count) / (16 * run.size.width)) for kind, count in counts.items()}
     if min(hidden.values()) < 1:
         raise SystemExit(f"{run.size_name}: block must be more than its mixers' parameters, got {run.size.block}")
@@ -169,7 +171,7 @@ def state_of(kind: str, run: Run) -> int:
     with torch.device("meta"):
         layer: Any = mixer_of(kind, run)
     return int(
-        layer.state_size if kind == "gated_deltanet" else layer.total_heads * layer.state_expansion * layer.head_dim
+        layer.state_size if kind in run.size.delta else layer.total_heads * layer.state_expansion * layer.head_dim
     )
 
 
@@ -191,9 +193,6 @@ def load_plan(path: Path, changes: Mapping[str, Any]) -> Plan:
         raise SystemExit(f"{path} and --set must give {', '.join(sorted(known))}; see {', '.join(wrong)}")
     values |= changes
     variants = {name: tuple(mixers) for name, mixers in values["variants"].items()}
-    for name, mixers in variants.items():
-        if not mixers or set(mixers) - set(KINDS):
-            raise SystemExit(f"{path}: $.variants.{name} must be of {', '.join(KINDS)}, got {list(mixers)}")
     sizes = {name: _size(size) for name, size in values["sizes"].items()}
     unknown = {name for size in sizes.values() for name in size.variants} | {
         x for pair in values["compare"] for x in pair
@@ -202,6 +201,11 @@ def load_plan(path: Path, changes: Mapping[str, Any]) -> Plan:
         raise SystemExit(
             f"{path}: sizes and compare must name variants, got {', '.join(sorted(unknown - variants.keys()))}"
         )
+    for name, size in sizes.items():
+        for variant in size.variants or variants:
+            if not variants[variant] or set(variants[variant]) - set(size.kinds):
+                kinds, got = ", ".join(size.kinds), list(variants[variant])
+                raise SystemExit(f"{path}: $.variants.{variant} must be of {kinds} at {name}, got {got}")
     return Plan(**values | {
         "compile": tuple(values["compile"]), "text": Choice(**_tuples(values["text"])), "variants": variants,
         "validation": Validation(**values["validation"]), "compare": tuple(map(tuple, values["compare"])),
@@ -210,7 +214,7 @@ def load_plan(path: Path, changes: Mapping[str, Any]) -> Plan:
 
 
 def _size(values: dict[str, Any]) -> Size:
-    return Size(**_tuples(values) | {"delta": Delta(**values["delta"])})
+    return Size(**_tuples(values) | {"delta": {kind: Delta(**delta) for kind, delta in values["delta"].items()}})
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from loop import store
 
 BEGIN, END = "<!-- hybrids: begin -->", "<!-- hybrids: end -->"
-COLOURS = ("#7f7f7f", "#d95f02", "#1f78b4", "#7570b3", "#e7298a", "#1b9e77")
+COLOURS = ("#7f7f7f", "#d95f02", "#1f78b4", "#74a9cf", "#8b6fc6", "#e7298a", "#1b9e77")
 INK = {"hybrids.svg": ("#1f2328", "#d0d7de"), "hybrids-dark.svg": ("#e6edf3", "#3d444d")}
 """Colours of text and of lines, for light and dark pages."""
 
@@ -108,7 +108,7 @@ def table(data: dict[str, Any]) -> str:
 
 
 def _row(data: dict[str, Any], size: str, variant: str, runs: list[dict[str, Any]]) -> str:
-    states = ", ".join(f"{NAMES[kind]} {count:,}" for kind, count in runs[0]["states"].items())
+    states = ", ".join(f"{NAMES.get(kind, kind)} {count:,}" for kind, count in runs[0]["states"].items())
     seeds = ", ".join(str(run["seed"]) for run in runs)
     total = data["plan"]["steps"] * runs[0]["tokens_a_step"]
     finals = [run["final"] for run in runs]
@@ -121,7 +121,9 @@ def _row(data: dict[str, Any], size: str, variant: str, runs: list[dict[str, Any
     )
 
 
-NAMES = {"attention": "cache", "m2rnn": "M²RNN", "gated_deltanet": "Gated DeltaNet"}
+NAMES = {"attention": "cache", "m2rnn": "M²RNN"} | dict.fromkeys(
+    ("gated_deltanet", "gated_deltanet_small"), "Gated DeltaNet"
+)
 """Names of what layers keep."""
 
 
@@ -178,8 +180,7 @@ def draw(data: dict[str, Any], folder: Path) -> bool:
 def _draw(data: dict[str, Any], place: Path, ink: str, faint: str) -> None:
     from matplotlib import pyplot, ticker
 
-    sizes = [size for size in data["sizes"] if len({run["variant"] for run in data["runs"] if run["size"] == size}) > 1]
-    sizes = sizes or list(data["sizes"])
+    sizes = list(data["sizes"])
     colours = {
         "text.color": ink,
         "axes.labelcolor": ink,
@@ -195,6 +196,7 @@ def _draw(data: dict[str, Any], place: Path, ink: str, faint: str) -> None:
                     if runs := runs_of(data, size, variant):
                         _curve(axes, runs, variant, colour, label == "million bytes")
                 axes.set(xlabel=label, yscale="log")
+                axes.set_ylim(top=_top(data, size))
                 axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%.2f"))
                 axes.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%.2f"))
                 axes.grid(color=faint, linewidth=0.4, which="both")
@@ -204,6 +206,12 @@ def _draw(data: dict[str, Any], place: Path, ink: str, faint: str) -> None:
         figure.tight_layout()
         store(place, lambda path: figure.savefig(path, format="svg", transparent=True, metadata={"Date": None}))
         pyplot.close(figure)
+
+
+def _top(data: dict[str, Any], size: str) -> float:
+    """Return the worst perplexity after a quarter of the steps: what comes before would hide how models differ."""
+    curves = [run["curve"] for run in data["runs"] if run["size"] == size]
+    return max(words(curve[(len(curve) - 1) // 4][3]) for curve in curves)
 
 
 def _curve(axes: Any, runs: list[dict[str, Any]], variant: str, colour: str, by_tokens: bool) -> None:
