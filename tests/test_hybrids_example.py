@@ -274,6 +274,10 @@ def test_smoke_on_kernels_and_the_readme(example, monkeypatch, tmp_path, capsys)
     assert page.endswith("<!-- hybrids: end -->\nafter\n")
     assert page.count("| tiny | with M²RNN | 0, 1 |") == 1
     assert page.count("with M²RNN less with Gated DeltaNet | 2 |") == 1
+    for run in data["runs"]:  # diverged
+        run["final"], run["curve"][0][3] = math.nan, math.nan
+    sys.modules["report"].write(data, tmp_path / "page")
+    assert "| tiny | with M²RNN less with Gated DeltaNet | 2 | +nan | nan | no |" in capsys.readouterr().out
     for name in ("hybrids.svg", "hybrids-dark.svg"):
         assert (readme.parent / name).read_text(encoding="utf-8").startswith("<?xml")
     readme.write_text("nothing", encoding="utf-8")

@@ -37,9 +37,14 @@ def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
     differences = [a - b for a, b in zip(one, other, strict=True)]
     if len(differences) < 2:
         return Difference(mean(differences), math.inf, 1.0)
-    degrees, error = len(differences) - 1, stdev(differences) / math.sqrt(len(differences))
+    degrees, error = len(differences) - 1, deviation(differences) / math.sqrt(len(differences))
     t = abs(mean(differences)) / error if error else math.inf
     return Difference(mean(differences), quantile(degrees) * error, 2 * tail(t, degrees))
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Return the standard deviation; NaN where a run has diverged, which ``stdev`` does not take."""
+    return stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def tail(t: float, degrees: int) -> float:
@@ -70,7 +75,7 @@ def runs_of(data: dict[str, Any], size: str, variant: str) -> list[dict[str, Any
 def spread(values: Sequence[float], digits: int) -> str:
     """Write a mean and the standard deviation over seeds."""
     text = f"{mean(values):.{digits}f}"
-    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+    return f"{text} ± {deviation(values):.{digits}f}" if len(values) > 1 else text
 
 
 def words(nats: float) -> float:
@@ -181,13 +186,8 @@ def _draw(data: dict[str, Any], place: Path, ink: str, faint: str) -> None:
     from matplotlib import pyplot, ticker
 
     sizes = list(data["sizes"])
-    colours = {
-        "text.color": ink,
-        "axes.labelcolor": ink,
-        "xtick.color": ink,
-        "ytick.color": ink,
-        "axes.edgecolor": faint,
-    }
+    inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
+    colours = {**dict.fromkeys(inked, ink), "axes.edgecolor": faint}
     with pyplot.rc_context(colours):
         figure, grid = pyplot.subplots(len(sizes), 2, figsize=(9, 3.2 * len(sizes)), squeeze=False, sharey="row")
         for row, size in zip(grid, sizes, strict=True):
@@ -202,16 +202,20 @@ def _draw(data: dict[str, Any], place: Path, ink: str, faint: str) -> None:
                 axes.grid(color=faint, linewidth=0.4, which="both")
                 axes.set_facecolor("none")
             row[0].set_ylabel(f"perplexity of a byte, {size}")
-        grid[0][1].legend(fontsize=8, frameon=False)
-        figure.tight_layout()
+        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=8, frameon=False)
+        figure.tight_layout(rect=(0, 0.6 / figure.get_figheight(), 1, 1))
         store(place, lambda path: figure.savefig(path, format="svg", transparent=True, metadata={"Date": None}))
         pyplot.close(figure)
 
 
-def _top(data: dict[str, Any], size: str) -> float:
-    """Return the worst perplexity after a quarter of the steps: what comes before would hide how models differ."""
+def _top(data: dict[str, Any], size: str) -> float | None:
+    """Return the worst perplexity after a quarter of the steps: what comes before would hide how models differ.
+
+    Runs that have diverged do not count; None where all have.
+    """
     curves = [run["curve"] for run in data["runs"] if run["size"] == size]
-    return max(words(curve[(len(curve) - 1) // 4][3]) for curve in curves)
+    found = [curve[(len(curve) - 1) // 4][3] for curve in curves]
+    return max((words(nats) for nats in found if math.isfinite(nats)), default=None)
 
 
 def _curve(axes: Any, runs: list[dict[str, Any]], variant: str, colour: str, by_tokens: bool) -> None:
