@@ -271,6 +271,7 @@ def test_smoke_on_kernels_and_the_readme(example, monkeypatch, tmp_path, capsys)
         example.main()
     page = readme.read_text(encoding="utf-8")
     assert "old" not in page
+    assert '<img alt="validation' in page  # as the site looks for pictures
     assert page.endswith("<!-- hybrids: end -->\nafter\n")
     assert page.count("| tiny | with M²RNN | 0, 1 |") == 1
     assert page.count("with M²RNN less with Gated DeltaNet | 2 |") == 1

@@ -160,7 +160,7 @@ def write(data: dict[str, Any], out: Path, readme: Path | None = None) -> None:
         raise SystemExit(f"{readme} must have {BEGIN} and, below it, {END}, got none")
     picture = (
         '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="hybrids-dark.svg">\n'
-        '  <img src="hybrids.svg" alt="validation perplexity against tokens and against seconds of training">\n'
+        '  <img alt="validation perplexity against tokens and against seconds of training" src="hybrids.svg">\n'
         "</picture>"
     )
     drawn = draw(data, readme.parent)
