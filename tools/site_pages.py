@@ -61,8 +61,12 @@ def rewritten(page: str, text: str) -> str:
             return shown.strip("[]")
         return f"{shown}({posixpath.relpath(place(path), posixpath.dirname(place(page)) or '.')}{fragment})"
 
-    text = PICTURE.sub(r"![\2](\3#only-light)\n![\2](\1#only-dark)", text)
-    return LINK.sub(link, text)
+    return LINK.sub(link, with_images(text))
+
+
+def with_images(text: str) -> str:
+    """Return text whose pictures are two images, of which the site shows one."""
+    return PICTURE.sub(r"![\2](\3#only-light)\n![\2](\1#only-dark)", text)
 
 
 def files_linked(pages: dict[str, str]) -> set[str]:
@@ -70,7 +74,7 @@ def files_linked(pages: dict[str, str]) -> set[str]:
     found = {
         linked(page, target)
         for page, text in pages.items()
-        for _, target, _ in LINK.findall(text)
+        for _, target, _ in LINK.findall(with_images(text))
         if "://" not in target
     }
     return {path for path in found if not path.startswith("docs/") and path not in OUTSIDE and (ROOT / path).is_file()}

@@ -97,6 +97,13 @@ def test_pictures_follow_the_readers_choice(site_pages) -> None:
     )
 
 
+def test_pictures_come_along(site_pages) -> None:
+    """Both files of a picture outside docs/ are on the site."""
+    text = '<picture>\n  <source media="x" srcset="../char_lm.png">\n  <img alt="a" src="compare.png">\n</picture>'
+    found = site_pages.files_linked({"examples/hybrid_lm/README.md": text})
+    assert found == {"examples/char_lm.png", "examples/hybrid_lm/compare.png"}
+
+
 def test_every_page_is_in_the_navigation() -> None:
     """Each page of docs/ is named once in mkdocs.yml."""
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
