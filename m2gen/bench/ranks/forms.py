@@ -20,7 +20,7 @@ from m2gen.bench.ranks.kinds import Form
 
 
 @dataclass(frozen=True)
-class Package:
+class ForRanks:
     """What a generated package has for several ranks."""
 
     parallel: ModuleType
@@ -81,7 +81,7 @@ class OverRanks:
         return {name: x.detach().clone() * self.averaged for name, x in self.whole().items()}
 
 
-def over_ranks(form: Form, layer: Any, package: Package) -> OverRanks:
+def over_ranks(form: Form, layer: Any, package: ForRanks) -> OverRanks:
     """Put a layer over all ranks; raises ValueError, the same on every rank, for one that does not fit them."""
     world, rank, ranks = distributed.group.WORLD, distributed.get_rank(), distributed.get_world_size()
     kind = next(layer.parameters()).device.type

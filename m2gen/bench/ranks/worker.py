@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 
 from m2gen.bench.ranks.check import DTYPES, Expected, checked_size, expected, make_model
 from m2gen.bench.ranks.entries import Link, RankCase, RankDocument, RankJob, RankRow, Shape, read, write
-from m2gen.bench.ranks.forms import OverRanks, Package, over_ranks
+from m2gen.bench.ranks.forms import ForRanks, OverRanks, over_ranks
 from m2gen.bench.ranks.kinds import Form
 from m2gen.bench.ranks.launch import error_file
 from m2gen.bench.ranks.pulse import Pulse
@@ -76,13 +76,14 @@ class _Rank:
         name = f"m2gen_package_{path.name}"
         self.package: Any = load_module(path / "__init__.py", name)
         parallel = load_module(path / "parallel" / "__init__.py", f"{name}.parallel")
-        self.for_ranks = Package(parallel, importlib.import_module(f"{name}.sharding"))
+        self.for_ranks = ForRanks(parallel, importlib.import_module(f"{name}.sharding"))
         fused: Any = importlib.import_module(f"{name}.fused")
         fused.LEAST_TOKENS = 1  # so that checks lay rows out as steps of more tokens do
         self.known: dict[tuple[str, int, int, bool], Expected] = {}
 
     def serve(self) -> None:
         """Do every case."""
+        self.for_ranks.parallel.check_ranks_agree(distributed.group.WORLD)
         backend = "nccl" if self.job.cuda else "gloo"
         document = RankDocument(_environment(self.device), backend, Link(*link(self.device, 10)), self.job.cases)
         for case in self.job.cases:
