@@ -73,7 +73,7 @@ def ranks_job(planned: Plan, request: RanksRequest, records: Sequence[Record], *
     """Return what ranks are to do, with the package of the layers and of their shares; raises UsageError."""
     variants = [
         BuiltVariant(each, (name,))
-        for name, (variant, _) in _chosen(planned, request).items()
+        for name, (variant, _) in fitted_layers(planned, request).items()
         for each in dict.fromkeys(_shares(variant, request.ranks))
     ]
     known = (*relevant(records, variants),)
@@ -91,7 +91,7 @@ def ranks_cases(planned: Plan, request: RanksRequest, *, cuda: bool) -> tuple[Ra
         raise UsageError(f"--gpus must be at least 2, got {request.ranks}")
     shapes = [
         _shape(name, variant, width if cuda else NARROW, variant.dtype if cuda else Dtype.FP32)
-        for name, (variant, width) in _chosen(planned, request).items()
+        for name, (variant, width) in fitted_layers(planned, request).items()
     ]
     cases = [case for shape in shapes for case in _cases(shape, request, cuda=cuda)]
     if shapes and Form.FSDP in request.forms and (request.sizes or not request.lengths):
@@ -130,7 +130,7 @@ def _results(folder: Path) -> RankDocument | None:
     return read(path, RankDocument) if path.is_file() else None
 
 
-def _chosen(planned: Plan, request: RanksRequest) -> dict[str, tuple[Variant, int]]:
+def fitted_layers(planned: Plan, request: RanksRequest) -> dict[str, tuple[Variant, int]]:
     """Return one variant of each layer, whose heads fit the ranks, and its model's width.
 
     The variant is the first in bf16, or of any dtype where there is none; its width is N V where the spec has none.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,14 +18,15 @@ from command_line import TINY, document, fails, run
 from support import make_variant
 
 from m2gen import pipeline
-from m2gen.bench.ranks.entries import Link, RankCase, RankJob, RankRow, Shape
+from m2gen.bench.ranks.entries import Link, RankCase, RankJob, RankRow, Shape, write
 from m2gen.bench.ranks.kinds import Form
-from m2gen.bench.ranks.launch import run_ranks
+from m2gen.bench.ranks.launch import CPU, run_ranks, worker_command
 from m2gen.bench.ranks.model import predicted_ms, traffic
+from m2gen.bench.ranks.pulse import pid_of
 from m2gen.cli.show.report import TerminalProgress
 from m2gen.errors import RanksError, UsageError
 from m2gen.pipeline import RanksRequest
-from m2gen.pipeline.ranks import fitting
+from m2gen.pipeline.ranks import LOOPBACK, fitting
 
 QUIET = TerminalProgress(quiet=True)
 SEVEN = Shape("m2rnn_7b", 1536, 64, 16, {"q": 1, "k": 1, "v": 132, "f": 132, "w": 132, "g": 132}, "bf16")
@@ -167,6 +169,35 @@ def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
     with pytest.raises(RanksError, match=r"within 0\.5 s, got none of rank 0, 1"):
         list(run_ranks(ranks(tmp_path, FOREVER, FOREVER), tmp_path, {}, quiet_seconds=0.5))
     assert all(gone(tmp_path, rank) for rank in range(2) if (tmp_path / f"pid.{rank}").exists())
+
+
+def test_what_hanging_ranks_do_is_said(tmp_path: Path) -> None:
+    """Of ranks that wait for each other, each says where it is, and one that is stopped is told from those that wait."""
+    for rank in range(4):
+        (tmp_path / f"pulse{rank}.json").write_text(json.dumps({"pid": 1, "doing": f"times {rank == 1}"}))
+    os.utime(tmp_path / "pulse3.json", (0, 0))
+    with pytest.raises(RanksError) as raised:
+        list(run_ranks(ranks(tmp_path, *[FOREVER] * 4), tmp_path, {}, quiet_seconds=0.5))
+    said = "got none of rank 0, 1, 2, 3; rank 0, 2: times False; rank 1: times True; rank 3: does not run, after: times"
+    assert said in str(raised.value)
+
+
+def test_a_killed_rank_among_collectives_ends_the_others(tmp_path: Path) -> None:
+    """A rank that is killed while others wait for it over gloo is the one error, and nothing is left running."""
+    job = planned(4, cuda=False)
+    job = replace(job, cases=job.cases[:1] * 1000)  # so that it does not end by itself
+    write(tmp_path / "job.json", job)
+    commands = [worker_command(tmp_path, rank) for rank in range(4)]
+    killed = False
+    with pytest.raises(RanksError) as raised:
+        for _ in run_ranks(commands, tmp_path, {**LOOPBACK, **CPU}, job.quiet_seconds):
+            if not killed and (tmp_path / "results.json").is_file():
+                os.kill(pid_of(tmp_path, 2), signal.SIGKILL)
+                killed = True
+    assert str(raised.value).startswith("rank 2 of 4 ended with SIGKILL")
+    for rank in range(4):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid_of(tmp_path, rank), 0)
 
 
 def test_what_ends_a_run_ends_its_ranks(tmp_path: Path) -> None:
