@@ -19,9 +19,10 @@ from support import make_variant
 
 from m2gen import pipeline
 from m2gen.bench.ranks.entries import Link, RankCase, RankJob, RankRow, Shape, write
-from m2gen.bench.ranks.kinds import Form
+from m2gen.bench.ranks.forecast import LayerTimes, OneGpu, forecast, token_us
+from m2gen.bench.ranks.kinds import Form, Mixing
 from m2gen.bench.ranks.launch import CPU, run_ranks, worker_command
-from m2gen.bench.ranks.model import predicted_ms, traffic
+from m2gen.bench.ranks.model import model_bytes, predicted_ms, traffic
 from m2gen.bench.ranks.pulse import pid_of
 from m2gen.cli.show.report import TerminalProgress
 from m2gen.errors import RanksError, UsageError
@@ -172,7 +173,7 @@ def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
 
 
 def test_what_hanging_ranks_do_is_said(tmp_path: Path) -> None:
-    """Of ranks that wait for each other, each says where it is, and one that is stopped is told from those that wait."""
+    """Of ranks that wait for each other, each says where it is, and one that is stopped is told from the others."""
     for rank in range(4):
         (tmp_path / f"pulse{rank}.json").write_text(json.dumps({"pid": 1, "doing": f"times {rank == 1}"}))
     os.utime(tmp_path / "pulse3.json", (0, 0))
@@ -188,12 +189,12 @@ def test_a_killed_rank_among_collectives_ends_the_others(tmp_path: Path) -> None
     job = replace(job, cases=job.cases[:1] * 1000)  # so that it does not end by itself
     write(tmp_path / "job.json", job)
     commands = [worker_command(tmp_path, rank) for rank in range(4)]
-    killed = False
+    running = run_ranks(commands, tmp_path, {**LOOPBACK, **CPU}, job.quiet_seconds)
+    while not (tmp_path / "results.json").is_file():
+        next(running)
+    os.kill(pid_of(tmp_path, 2), signal.SIGKILL)
     with pytest.raises(RanksError) as raised:
-        for _ in run_ranks(commands, tmp_path, {**LOOPBACK, **CPU}, job.quiet_seconds):
-            if not killed and (tmp_path / "results.json").is_file():
-                os.kill(pid_of(tmp_path, 2), signal.SIGKILL)
-                killed = True
+        list(running)
     assert str(raised.value).startswith("rank 2 of 4 ended with SIGKILL")
     for rank in range(4):
         with pytest.raises(ProcessLookupError):
@@ -299,6 +300,35 @@ def test_forms_that_do_not_fit() -> None:
 def row_of(form: Form, ranks: int, **times: float) -> RankRow:
     """Return a row of the 7B layer."""
     return RankRow("m2rnn_7b", form, 8, 4096, ranks, **times)
+
+
+def test_forecasts_by_hand() -> None:
+    """A forecast has the recurrence of the heads of an SM, a measured layer's rest, and what the form sends."""
+    points = ((1.0, 0.4), (4.0, 0.8), (5.0, 1.0))
+    assert [token_us(x, points) for x in (0.1, 1.0, 2.5, 5.0, 10.0)] == pytest.approx([0.4, 0.4, 0.6, 1.0, 2.0])
+    layer = LayerTimes(132, 1536, 4, 4096, 2.0, 5.0, 0.8 * 4.096, 1.0, 1 << 30)
+    attention = LayerTimes(0, 1536, 4, 4096, 1.0, 3.0, 1.0, 1.0, 1 << 29)
+    known = OneGpu({"m2rnn_7b": layer}, {"m2rnn_7b": attention}, points, 132)
+    link = Link(100.0, 0.0)
+    case = RankCase(SEVEN, Form.EXCHANGE, 4, 8192)
+    found = forecast(case, 2, known, link)
+    assert found.one_ms == pytest.approx(10.0)
+    sends = traffic(case, 2, fused=True).sent / 100e9 * 1e3
+    assert found.step_ms == pytest.approx(8192 * token_us(2.0, points) / 1e3 + (10.0 - 0.8 * 8.192) / 2 + sends)
+    assert found.efficiency == pytest.approx(10.0 / 2 / found.step_ms)
+    assert found.communication_ms == pytest.approx(sends)
+    hybrid = replace(SEVEN, name="m2rnn_7b_hybrid", blocks=(Mixing.M2RNN, Mixing.ATTENTION))
+    columns = 2 * 64 + 3 * 132 * 16 + 132  # of the layer's projections, which take 1 ms
+    mlp = 2 * 4 * 1536 / columns
+    alone = forecast(RankCase(hybrid, Form.FSDP, 32, 4096), 8, known, Link(1e9, 0.0))
+    assert alone.one_ms == pytest.approx(5.0 + 3.0 + 2 * mlp)
+    assert alone.step_ms == pytest.approx(alone.one_ms, rel=1e-6)
+    assert alone.efficiency == pytest.approx(1.0, rel=1e-6)
+    slow = forecast(RankCase(hybrid, Form.FSDP, 32, 4096), 8, known, Link(1e-3, 0.0))
+    each = 7 / 8 * model_bytes(hybrid) / 2 / 1e6  # of a block, in milliseconds: 10^6 bytes a second
+    forward = (2.0 + 1.0 + 2 * mlp / 3) / 2
+    assert slow.step_ms == pytest.approx(alone.one_ms + 2 * each + 3 * each - alone.one_ms / 2, rel=1e-3)
+    assert forward < each
 
 
 def test_the_model_by_hand() -> None:

@@ -14,7 +14,7 @@ from m2gen.package.directory import write
 SCRIPT = ROOT / "tests" / "fakes" / "checkpoint_on_ranks.py"
 
 
-@pytest.mark.parametrize("ranks", [(4, 2, 1), (8, 4, 1)], ids=str)
+@pytest.mark.parametrize("ranks", [(4, 2, 1), pytest.param((8, 4, 1), marks=pytest.mark.slow)], ids=str)
 def test_fewer_ranks_read_what_more_wrote(tmp_path: Path, ranks: tuple[int, ...]) -> None:
     """Parameters and the optimiser's state are those that were written, and the next step is the same."""
     package = build_package("on_ranks", [make_variant(9, 9, (1, 1, 4, 4, 4))], SCHEDULES["two_level_partial"])

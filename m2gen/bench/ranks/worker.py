@@ -22,7 +22,7 @@ from m2gen.bench.ranks.forms import ForRanks, OverRanks, over_ranks
 from m2gen.bench.ranks.kinds import Form
 from m2gen.bench.ranks.launch import error_file
 from m2gen.bench.ranks.pulse import Pulse
-from m2gen.bench.ranks.timing import link, peak_bytes, recorded, recurrence_of, repeat, slowest_ms, together
+from m2gen.bench.ranks.timing import Collective, link, peak_bytes, recorded, recurrence_of, repeat, slowest_ms, together
 from m2gen.db import Environment
 from m2gen.kernels.compile import load_module
 from m2gen.measure.workers import end_with_parent
@@ -143,11 +143,12 @@ class _Rank:
         made: dict[str, Any] = {"device": self.device, "dtype": DTYPES[case.shape.dtype]}
         x, weights = (torch.randn(size, **made) for _ in range(2))
         step, repeats = _step(over, x.requires_grad_(), weights), self.job.repeats
+        if not repeats:
+            return _counted(row, step)[0]
         forward_ms = slowest_ms(lambda: _forward(over, x), self.device, repeats)
         step_ms = slowest_ms(step, self.device, repeats)
         peak = peak_bytes(step, self.device)
-        with recorded() as calls:
-            step()
+        row, calls = _counted(row, step)
         alone = None
         if case.form is not Form.PIPELINE:
             alone = slowest_ms(partial(repeat, calls), self.device, repeats) if calls else 0.0
@@ -158,8 +159,6 @@ class _Rank:
             step_ms=step_ms,
             recurrence_ms=slowest_ms(recurrence, self.device, repeats),
             communication_ms=alone,
-            collectives=len(calls),
-            sent_bytes=sum(call.sent_bytes for call in calls),
             peak_bytes=peak,
         )
 
@@ -171,6 +170,13 @@ def _title(case: RankCase) -> str:
 def _forward(over: OverRanks, x: Tensor) -> Tensor:
     with torch.no_grad():
         return over.call(x)
+
+
+def _counted(row: RankRow, step: Callable[[], None]) -> tuple[RankRow, list[Collective]]:
+    """Return a row with what a step sends, and its collectives."""
+    with recorded() as calls:
+        step()
+    return replace(row, collectives=len(calls), sent_bytes=sum(call.sent_bytes for call in calls)), calls
 
 
 def _step(over: OverRanks, x: Tensor, weights: Tensor) -> Callable[[], None]:
