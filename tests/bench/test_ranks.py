@@ -325,7 +325,7 @@ def test_forecasts_by_hand() -> None:
     assert alone.step_ms == pytest.approx(alone.one_ms, rel=1e-6)
     assert alone.efficiency == pytest.approx(1.0, rel=1e-6)
     slow = forecast(RankCase(hybrid, Form.FSDP, 32, 4096), 8, known, Link(1e-3, 0.0))
-    each = 7 / 8 * model_bytes(hybrid) / 2 / 1e6  # of a block, in milliseconds: 10^6 bytes a second
+    each = 7 / 8 * model_bytes(hybrid) / 2 / 1e3  # of a block, at 10^3 bytes a millisecond
     forward = (2.0 + 1.0 + 2 * mlp / 3) / 2
     assert slow.step_ms == pytest.approx(alone.one_ms + 2 * each + 3 * each - alone.one_ms / 2, rel=1e-3)
     assert forward < each
