@@ -18,7 +18,7 @@ from m2gen.bench.document import Document, load_run, ranks_of
 from m2gen.bench.layers.document import LayerRow, load_layers
 from m2gen.bench.layers.kinds import LayerKind, Part
 from m2gen.bench.ranks.entries import Link, RankDocument, RankRow
-from m2gen.bench.ranks.forecast import Forecast, LayerTimes, OneGpu, forecast
+from m2gen.bench.ranks.forecast import Forecast, MeasuredLayer, OneGpu, forecast
 from m2gen.bench.ranks.kinds import Form
 from m2gen.cli.show.bench import ms_text
 from m2gen.cli.show.ranks import NAMES, compared
@@ -58,11 +58,11 @@ def one_gpu() -> OneGpu:
     return OneGpu(ours, others, sorted(points), sms)
 
 
-def _times(row: LayerRow, heads: int) -> LayerTimes:
+def _times(row: LayerRow, heads: int) -> MeasuredLayer:
     assert row.forward is not None
     assert row.step is not None
     times = (row.forward.median_ms, row.step.median_ms, row.parts[Part.RECURRENCE], row.parts[Part.PROJECTIONS])
-    return LayerTimes(heads, row.hidden, row.batch, row.seq, *times, row.extra_bytes)
+    return MeasuredLayer(heads, row.hidden, row.batch, row.seq, *times, row.extra_bytes)
 
 
 def forecasts(ranks: int, known: OneGpu) -> list[Forecast]:

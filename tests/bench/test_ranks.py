@@ -19,7 +19,7 @@ from support import make_variant
 
 from m2gen import pipeline
 from m2gen.bench.ranks.entries import Link, RankCase, RankJob, RankRow, Shape, write
-from m2gen.bench.ranks.forecast import LayerTimes, OneGpu, forecast, token_us
+from m2gen.bench.ranks.forecast import MeasuredLayer, OneGpu, forecast, token_us
 from m2gen.bench.ranks.kinds import Form, Mixing
 from m2gen.bench.ranks.launch import CPU, run_ranks, worker_command
 from m2gen.bench.ranks.model import model_bytes, predicted_ms, traffic
@@ -173,7 +173,7 @@ def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
 
 
 def test_what_hanging_ranks_do_is_said(tmp_path: Path) -> None:
-    """Of ranks that wait for each other, each says where it is, and one that is stopped is told from the others."""
+    """Ranks that wait for each other say where they are, and one that is stopped is told from the others."""
     for rank in range(4):
         (tmp_path / f"pulse{rank}.json").write_text(json.dumps({"pid": 1, "doing": f"times {rank == 1}"}))
     os.utime(tmp_path / "pulse3.json", (0, 0))
@@ -306,8 +306,8 @@ def test_forecasts_by_hand() -> None:
     """A forecast has the recurrence of the heads of an SM, a measured layer's rest, and what the form sends."""
     points = ((1.0, 0.4), (4.0, 0.8), (5.0, 1.0))
     assert [token_us(x, points) for x in (0.1, 1.0, 2.5, 5.0, 10.0)] == pytest.approx([0.4, 0.4, 0.6, 1.0, 2.0])
-    layer = LayerTimes(132, 1536, 4, 4096, 2.0, 5.0, 0.8 * 4.096, 1.0, 1 << 30)
-    attention = LayerTimes(0, 1536, 4, 4096, 1.0, 3.0, 1.0, 1.0, 1 << 29)
+    layer = MeasuredLayer(132, 1536, 4, 4096, 2.0, 5.0, 0.8 * 4.096, 1.0, 1 << 30)
+    attention = MeasuredLayer(0, 1536, 4, 4096, 1.0, 3.0, 1.0, 1.0, 1 << 29)
     known = OneGpu({"m2rnn_7b": layer}, {"m2rnn_7b": attention}, points, 132)
     link = Link(100.0, 0.0)
     case = RankCase(SEVEN, Form.EXCHANGE, 4, 8192)

@@ -87,7 +87,7 @@ class RankJob:
     cuda: bool
     """Whether ranks are GPUs over NCCL, or CPUs over gloo with the reference backend."""
     repeats: int
-    """Of each measurement; 0 to check results and count collectives alone."""
+    """How often each measurement is repeated; 0 to check results and count collectives alone."""
     seed: int = 0
     quiet_seconds: float = QUIET_SECONDS
     """Longest that ranks may take between two results, and a collective may wait for a rank."""

@@ -12,7 +12,7 @@ from m2gen.bench.ranks.model import BYTES, model_bytes, parameter_bytes, predict
 
 
 @dataclass(frozen=True)
-class LayerTimes:
+class MeasuredLayer:
     """What one GPU was measured to take for a layer: times of a call, and of a step by its parts."""
 
     heads: int
@@ -36,9 +36,9 @@ class LayerTimes:
 class OneGpu:
     """The measurements that predictions are made of."""
 
-    layers: Mapping[str, LayerTimes]
+    layers: Mapping[str, MeasuredLayer]
     """Layers of M2RNN by their names in the spec."""
-    attention: Mapping[str, LayerTimes]
+    attention: Mapping[str, MeasuredLayer]
     """Attention of the same width, by the name of that layer."""
     points: Sequence[tuple[float, float]]
     """Heads of all sequences for each SM, rising, and the microseconds of a token of a step's recurrence."""
