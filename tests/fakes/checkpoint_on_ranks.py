@@ -51,9 +51,17 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-2, eps=1e-2)  # less would blow up rounding
 
     def step(self) -> None:
-        """Train on this rank's part of the batch."""
+        """Train on this rank's part of the batch.
+
+        Losses are parts of the whole batch's mean, and not means of parts: what the recurrence carries back is clamped,
+        so its gradients depend on the loss's scale.
+        """
         self.optimizer.zero_grad()
-        (self.model(tokens(EXACT.dtype, SEQUENCES, 3).chunk(self.parts)[self.part]) ** 2).mean().backward()
+        batch = tokens(EXACT.dtype, SEQUENCES, 3)
+        ((self.model(batch.chunk(self.parts)[self.part]) ** 2).sum() / batch.numel()).backward()
+        for parameter in self.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad.mul_(self.parts)  # FSDP's are means over ranks
         self.optimizer.step()
 
     def state(self) -> dict[str, Any]:
