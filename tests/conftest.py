@@ -38,11 +38,14 @@ if not HAS_GPU:
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Declare the switch that rewrites golden files."""
     parser.addoption("--update-golden", action="store_true", help="Rewrite tests/golden from what the sources render.")
+    parser.addoption("--slow", action="store_true", help="Also run what takes minutes.")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where torch sees none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where torch sees none, and what takes minutes unless it is asked for."""
     for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes on two cores: --slow runs it"))
         if item.get_closest_marker("gpu") and not HAS_GPU:
             item.add_marker(pytest.mark.skip(reason="needs a GPU that torch can use"))
 

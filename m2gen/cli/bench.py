@@ -28,6 +28,7 @@ from m2gen.cli.bench_options import (
     EarlierOption,
     FormOption,
     GpusOption,
+    LengthOption,
     OnlyOption,
     PeerOption,
     PlotOption,
@@ -68,8 +69,8 @@ EXAMPLES = examples(
     "m2gen bench --spec h200.yaml --sweep seq --plot cost.svg",
     "m2gen bench --spec h200.yaml --layers --out layers.json",
     "m2gen bench --from run.json --plot speed.svg",
-    "m2gen bench --spec h200.yaml --gpus 2 --json > two.json",
-    "m2gen bench --spec h200.yaml --gpus 2 --layer m2rnn_7b --form heads_tokens --form exchange",
+    "m2gen bench --spec h200.yaml --gpus 2 --out two.json",
+    "m2gen bench --spec h200.yaml --gpus 4 --layer m2rnn_7b --form exchange --form mesh --tokens 65536",
 )
 
 
@@ -88,6 +89,7 @@ def bench(
     quantity: QuantityOption = Quantity.TIME,
     gpus: GpusOption = None,
     size: SizeOption = None,
+    tokens: LengthOption = None,
     form: FormOption = None,
     seed: SeedOption = 0,
     layers: LayersFlag = False,
@@ -122,8 +124,8 @@ def bench(
         _check(spec, earlier, plot, [name for name, given in timed.items() if given])
         _check_ranks(
             gpus,
-            {"--size": size, "--form": form},
-            [*(name for name, given in timed.items() if given), *(["--plot"] if plot else [])],
+            {"--size": size, "--tokens": tokens, "--form": form},
+            [*(name for name, given in timed.items() if given and name != "--out"), *(["--plot"] if plot else [])],
         )
         display = Display(json, quiet, verbose, debug)
         picture = Picture(Plot(plot, style, quantity, (earlier,) if earlier else ()) if plot else None, out)
@@ -152,8 +154,9 @@ def bench(
                 return
             _show_earlier(earlier, request.layers, display, picture)
         elif spec is not None and gpus is not None:
-            ranked = RanksRequest(gpus, request.layers, tuple(map(_sized, size or ())), seed, tuple(form or Form))
-            raise typer.Exit(_over_ranks(spec, records_of(db, no_db), ranked, display))
+            sizes = tuple(map(_sized, size or ()))
+            ranked = RanksRequest(gpus, request.layers, sizes, tuple(tokens or ()), seed, tuple(form or Form))
+            raise typer.Exit(_over_ranks(spec, records_of(db, no_db), ranked, display, out))
         elif spec is not None:
             raise typer.Exit(_time(spec, records_of(db, no_db), request, axes, against, display, picture))
 
@@ -229,14 +232,16 @@ def _sized(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _over_ranks(spec: str, records: tuple[Record, ...], request: RanksRequest, display: Display) -> int:
+def _over_ranks(
+    spec: str, records: tuple[Record, ...], request: RanksRequest, display: Display, out: Path | None
+) -> int:
     """Check and time layers over ranks, show the results, and return the exit status."""
     from m2gen import pipeline
     from m2gen.cli.show.ranks import run_ranks
 
     planned = pipeline.plan(spec, None, records)
     job = pipeline.ranks_job(planned, request, records, cuda=pipeline.has_gpus(request.ranks))
-    return run_ranks(pipeline.over_ranks(job, terminal_progress(display.quiet)), display)
+    return run_ranks(pipeline.over_ranks(job, terminal_progress(display.quiet)), display, out)
 
 
 def _show_earlier(path: Path, layers: tuple[str, ...], display: Display, picture: Picture) -> None:

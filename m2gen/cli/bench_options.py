@@ -87,6 +87,15 @@ SizeOption = Annotated[
         rich_help_panel=RANKS,
     ),
 ]
+LengthOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--tokens",
+        min=1,
+        help="One sequence of so many tokens for --gpus, exchanged for heads; may be repeated.",
+        rich_help_panel=RANKS,
+    ),
+]
 FormOption = Annotated[
     list[Form] | None,
     typer.Option(

@@ -5,22 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from command_line import TINY, document, fails, run
+from support import make_variant
 
 from m2gen import pipeline
-from m2gen.bench.ranks.entries import Link, RankCase, RankJob, RankRow, Shape
-from m2gen.bench.ranks.kinds import Form
-from m2gen.bench.ranks.launch import run_ranks
-from m2gen.bench.ranks.model import predicted_ms, traffic
+from m2gen.bench.ranks.entries import Link, RankCase, RankJob, RankRow, Shape, write
+from m2gen.bench.ranks.forecast import MeasuredLayer, OneGpu, forecast, token_us
+from m2gen.bench.ranks.kinds import Form, Mixing
+from m2gen.bench.ranks.launch import CPU, run_ranks, worker_command
+from m2gen.bench.ranks.model import model_bytes, predicted_ms, traffic
+from m2gen.bench.ranks.pulse import pid_of
 from m2gen.cli.show.report import TerminalProgress
 from m2gen.errors import RanksError, UsageError
 from m2gen.pipeline import RanksRequest
+from m2gen.pipeline.ranks import LOOPBACK, fitting
 
 QUIET = TerminalProgress(quiet=True)
 SEVEN = Shape("m2rnn_7b", 1536, 64, 16, {"q": 1, "k": 1, "v": 132, "f": 132, "w": 132, "g": 132}, "bf16")
@@ -28,8 +35,18 @@ SEVEN = Shape("m2rnn_7b", 1536, 64, 16, {"q": 1, "k": 1, "v": 132, "f": 132, "w"
 
 def planned(ranks: int, *, cuda: bool, spec: str = TINY, layer: str | None = "base") -> RankJob:
     """Return the job of one layer, or of those that are chosen without one."""
-    request = RanksRequest(ranks, () if layer is None else (layer,))
-    return pipeline.ranks_job(pipeline.plan(spec, None, ()), request, (), cuda=cuda)
+    return pipeline.ranks_job(pipeline.plan(spec, None, ()), requested(ranks, layer), (), cuda=cuda)
+
+
+def requested(ranks: int, layer: str | None, **options: Any) -> RanksRequest:
+    """Return a request of one layer, or of those that are chosen without one."""
+    return RanksRequest(ranks, () if layer is None else (layer,), **options)
+
+
+def cases_of(spec: str, request: RanksRequest) -> list[tuple[str, str, int, int]]:
+    """Return what GPUs are to do: layers, forms, sequences and tokens."""
+    cases = pipeline.ranks_cases(pipeline.plan(spec, None, ()), request, cuda=True)
+    return [(case.shape.name, str(case.form), case.batch, case.seq) for case in cases]
 
 
 def test_a_job_has_the_layers_of_models_and_their_shares() -> None:
@@ -38,10 +55,48 @@ def test_a_job_has_the_layers_of_models_and_their_shares() -> None:
     sizes = {(c.shape.name, c.shape.hidden_size, c.form, c.batch, c.seq) for c in job.cases}
     assert ("m2rnn_7b", 1536, Form.HEADS_TOKENS, 8, 4096) in sizes
     assert ("m2rnn_410m", 1024, Form.EXCHANGE, 8, 8192) in sizes
-    assert {name for name, *_ in sizes} == {"m2rnn_7b", "m2rnn_410m"}
+    assert ("m2rnn_7b", 1536, Form.MESH, 1, 262144) in sizes
+    assert ("m2rnn_410m_hybrid", 1024, Form.FSDP, 32, 4096) in sizes
+    assert {name for name, *_ in sizes} == {"m2rnn_7b", "m2rnn_410m", "m2rnn_410m_hybrid"}
     built = (Path(job.package) / "built.py").read_text(encoding="utf-8")
     for heads in (132, 66, 33, 84, 42, 21):
         assert f"k64_v16_q1_k1_v{heads}_f{heads}_w{heads}_bf16" in built
+
+
+def test_lengths_are_of_forms_that_exchange_tokens() -> None:
+    """Lengths are of one sequence each, in the forms that exchange its tokens, beside one rank; sizes are of all."""
+    assert cases_of("h200.yaml", requested(4, "m2rnn_7b", lengths=(64, 128))) == [
+        ("m2rnn_7b", form, 1, seq) for seq in (64, 128) for form in ("one", "exchange", "mesh")
+    ]
+    only = requested(2, "m2rnn_7b", lengths=(64,), sizes=((3, 32),), forms=(Form.EXCHANGE, Form.FSDP))
+    assert cases_of("h200.yaml", only) == [
+        ("m2rnn_7b", "one", 3, 32),
+        ("m2rnn_7b", "exchange", 3, 32),
+        ("m2rnn_7b", "one", 1, 64),
+        ("m2rnn_7b", "exchange", 1, 64),
+        ("m2rnn_7b_hybrid", "one", 3, 32),
+        ("m2rnn_7b_hybrid", "fsdp", 6, 32),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("counts", "ranks", "fitted"),
+    [
+        ((1, 1, 132, 132, 132), 4, (1, 1, 132, 132, 132)),
+        ((1, 1, 132, 132, 132), 8, (1, 1, 136, 136, 136)),
+        ((2, 1, 4, 4, 2), 8, (2, 1, 8, 8, 2)),
+        ((3, 1, 6, 6, 2), 4, (4, 1, 8, 8, 2)),
+        ((6, 1, 18, 18, 18), 4, (6, 1, 18, 18, 18)),  # 8 would not divide 20
+    ],
+)
+def test_heads_are_rounded_up_to_what_ranks_share(counts: tuple[int, ...], ranks: int, fitted: tuple[int, ...]) -> None:
+    """Layers get the fewest heads more with which ranks can share them out, where there are such."""
+    found = fitting(make_variant(heads=counts), ranks)
+    assert found.heads.counts == fitted
+    assert {name for name, *_ in cases_of("h200.yaml", requested(8, "m2rnn_7b"))} == {
+        "m2rnn_7b_136_heads",
+        "m2rnn_7b_136_heads_hybrid",
+    }
 
 
 def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +114,7 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("--size", "8x4096"), "--size must be given with --gpus"),
         (("--form", "heads"), "--form must be given with --gpus"),
+        (("--tokens", "64"), "--tokens must be given with --gpus"),
         (("--gpus", "2", "--size", "8"), "--size must be sequences x tokens, as 8x4096, got '8'"),
         (("--gpus", "2", "--sweep", "seq"), "--gpus must be given without --sweep"),
         (("--gpus", "2", "--plot", "a.svg"), "--gpus must be given without --plot"),
@@ -116,6 +172,35 @@ def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
     assert all(gone(tmp_path, rank) for rank in range(2) if (tmp_path / f"pid.{rank}").exists())
 
 
+def test_what_hanging_ranks_do_is_said(tmp_path: Path) -> None:
+    """Ranks that wait for each other say where they are, and one that is stopped is told from the others."""
+    for rank in range(4):
+        (tmp_path / f"pulse{rank}.json").write_text(json.dumps({"pid": 1, "doing": f"times {rank == 1}"}))
+    os.utime(tmp_path / "pulse3.json", (0, 0))
+    with pytest.raises(RanksError) as raised:
+        list(run_ranks(ranks(tmp_path, *[FOREVER] * 4), tmp_path, {}, quiet_seconds=0.5))
+    said = "got none of rank 0, 1, 2, 3; rank 0, 2: times False; rank 1: times True; rank 3: does not run, after: times"
+    assert said in str(raised.value)
+
+
+def test_a_killed_rank_among_collectives_ends_the_others(tmp_path: Path) -> None:
+    """A rank that is killed while others wait for it over gloo is the one error, and nothing is left running."""
+    job = planned(4, cuda=False)
+    job = replace(job, cases=job.cases[:1] * 1000)  # so that it does not end by itself
+    write(tmp_path / "job.json", job)
+    commands = [worker_command(tmp_path, rank) for rank in range(4)]
+    running = run_ranks(commands, tmp_path, {**LOOPBACK, **CPU}, job.quiet_seconds)
+    while not (tmp_path / "results.json").is_file():
+        next(running)
+    os.kill(pid_of(tmp_path, 2), signal.SIGKILL)
+    with pytest.raises(RanksError) as raised:
+        list(running)
+    assert str(raised.value).startswith("rank 2 of 4 ended with SIGKILL")
+    for rank in range(4):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid_of(tmp_path, rank), 0)
+
+
 def test_what_ends_a_run_ends_its_ranks(tmp_path: Path) -> None:
     """An interruption of the run ends every rank."""
     running = run_ranks(ranks(tmp_path, FOREVER, FOREVER), tmp_path, {})
@@ -128,28 +213,49 @@ def test_what_ends_a_run_ends_its_ranks(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ whole runs
 
 
-def test_the_command_on_cpus(tmp_path: Path) -> None:
-    """Every form agrees with one rank, and sends what the model says; the document is shown again as a table."""
-    found = document("bench", "--spec", TINY, "--layer", "grouped", "--gpus", "2", "--quiet")
+def check_rows(found: dict[str, Any], cases: Sequence[RankCase], ranks: int) -> None:
+    """Every row agrees with one rank, has times, and sends what the model says."""
     assert found["backend"] == "gloo"
-    job = planned(2, cuda=False, layer="grouped")
-    assert [row["form"] for row in found["rows"]] == [case.form for case in job.cases]
-    for row, case in zip(found["rows"], job.cases, strict=True):
+    assert [row["form"] for row in found["rows"]] == [case.form for case in cases]
+    for row, case in zip(found["rows"], cases, strict=True):
         assert (row["failure"], row["unfit"]) == ("", "")
         assert 0 < row["worst"] <= 1
         assert row["step_ms"] > 0
+        assert (row["efficiency"] is None) == (case.form is Form.ONE)
         if case.form is Form.PIPELINE:
             continue
-        expected = traffic(case, 2, fused=False)
+        expected = traffic(case, ranks, fused=False)
         assert row["collectives"] == expected.collectives, case.form
         assert row["sent_bytes"] == pytest.approx(expected.sent, abs=expected.collectives), case.form
         assert (row["predicted_ms"] is None) == (case.form is Form.ONE)
+
+
+def test_the_command_on_cpus(tmp_path: Path) -> None:
+    """Every form agrees with one rank, and sends what the model says; the document is shown again as a table."""
+    found = document("bench", "--spec", TINY, "--layer", "grouped", "--gpus", "2", "--form", "heads", "--form",
+                     "heads_tokens", "--form", "exchange", "--form", "pipeline", "--quiet")  # fmt: skip
+    check_rows(found, [case for case in planned(2, cuda=False, layer="grouped").cases if not case.shape.blocks], 2)
     path = tmp_path / "two.json"
     path.write_text(json.dumps(found), encoding="utf-8")
     shown = run("bench", "--from", str(path)).stdout
     assert "2 ranks over gloo on CPU" in shown
     assert "tokens, exchanged" in shown
     assert "--plot must be of workloads or sweeps" in fails(2, "bench", "--from", str(path), "--plot", "a.svg")
+
+
+def test_four_ranks_on_cpus(tmp_path: Path) -> None:
+    """A mesh of two dims and FSDP agree with one rank, and send what the model says; the file has what is printed."""
+    path = tmp_path / "four.json"
+    shown = run("bench", "--spec", TINY, "--layer", "base", "--gpus", "4", "--form", "mesh", "--form", "fsdp",
+                "--out", str(path), "--quiet").stdout  # fmt: skip
+    cases = [case for case in planned(4, cuda=False).cases if case.form in (Form.MESH, Form.FSDP) or case.seq == 8]
+    found = json.loads(path.read_text(encoding="utf-8"))
+    forms = ("one", "mesh", "one", "fsdp")
+    check_rows(found, [next(c for c in cases if (c.form, bool(c.shape.blocks)) == (form, i > 1))
+                       for i, form in enumerate(forms)], 4)  # fmt: skip
+    assert [row["layer"] for row in found["rows"]] == ["base_4_heads"] * 2 + ["base_4_heads_hybrid"] * 2
+    assert "mesh 2 x 2" in shown
+    assert "B1 a rank S8" in shown
 
 
 WRONG = {
@@ -179,9 +285,11 @@ def test_wrong_results_are_not_timed(tmp_path: Path, module: str) -> None:
 def test_forms_that_do_not_fit() -> None:
     """Heads that three ranks cannot share, and tokens that they cannot, are results that say so."""
     job = planned(3, cuda=False)
-    cases = (replace(job.cases[1], seq=6), replace(job.cases[3], seq=7))
+    two = replace(job.cases[1].shape, heads=dict.fromkeys("vfwg", 2) | {"q": 1, "k": 1})
+    cases = (replace(job.cases[1], shape=two, seq=6), replace(job.cases[3], seq=7), replace(job.cases[-1], batch=4))
     (*_, last) = pipeline.over_ranks(replace(job, cases=cases), QUIET)
-    heads, tokens = (row.unfit for row in last.rows)
+    heads, tokens, sequences = (row.unfit for row in last.rows)
+    assert sequences == "4 sequences must be divided by 3 ranks"
     assert heads == "M2RNN: heads of v must divide, or be divided by, 3 ranks, got 2"
     assert tokens == "7 tokens of a sequence must be divided by 3 ranks"
 
@@ -192,6 +300,35 @@ def test_forms_that_do_not_fit() -> None:
 def row_of(form: Form, ranks: int, **times: float) -> RankRow:
     """Return a row of the 7B layer."""
     return RankRow("m2rnn_7b", form, 8, 4096, ranks, **times)
+
+
+def test_forecasts_by_hand() -> None:
+    """A forecast has the recurrence of the heads of an SM, a measured layer's rest, and what the form sends."""
+    points = ((1.0, 0.4), (4.0, 0.8), (5.0, 1.0))
+    assert [token_us(x, points) for x in (0.1, 1.0, 2.5, 5.0, 10.0)] == pytest.approx([0.4, 0.4, 0.6, 1.0, 2.0])
+    layer = MeasuredLayer(132, 1536, 4, 4096, 2.0, 5.0, 0.8 * 4.096, 1.0, 1 << 30)
+    attention = MeasuredLayer(0, 1536, 4, 4096, 1.0, 3.0, 1.0, 1.0, 1 << 29)
+    known = OneGpu({"m2rnn_7b": layer}, {"m2rnn_7b": attention}, points, 132)
+    link = Link(100.0, 0.0)
+    case = RankCase(SEVEN, Form.EXCHANGE, 4, 8192)
+    found = forecast(case, 2, known, link)
+    assert found.one_ms == pytest.approx(10.0)
+    sends = traffic(case, 2, fused=True).sent / 100e9 * 1e3
+    assert found.step_ms == pytest.approx(8192 * token_us(2.0, points) / 1e3 + (10.0 - 0.8 * 8.192) / 2 + sends)
+    assert found.efficiency == pytest.approx(10.0 / 2 / found.step_ms)
+    assert found.communication_ms == pytest.approx(sends)
+    hybrid = replace(SEVEN, name="m2rnn_7b_hybrid", blocks=(Mixing.M2RNN, Mixing.ATTENTION))
+    columns = 2 * 64 + 3 * 132 * 16 + 132  # of the layer's projections, which take 1 ms
+    mlp = 2 * 4 * 1536 / columns
+    alone = forecast(RankCase(hybrid, Form.FSDP, 32, 4096), 8, known, Link(1e9, 0.0))
+    assert alone.one_ms == pytest.approx(5.0 + 3.0 + 2 * mlp)
+    assert alone.step_ms == pytest.approx(alone.one_ms, rel=1e-6)
+    assert alone.efficiency == pytest.approx(1.0, rel=1e-6)
+    slow = forecast(RankCase(hybrid, Form.FSDP, 32, 4096), 8, known, Link(1e-3, 0.0))
+    each = 7 / 8 * model_bytes(hybrid) / 2 / 1e3  # of a block, at 10^3 bytes a millisecond
+    forward = (2.0 + 1.0 + 2 * mlp / 3) / 2
+    assert slow.step_ms == pytest.approx(alone.one_ms + 2 * each + 3 * each - alone.one_ms / 2, rel=1e-3)
+    assert forward < each
 
 
 def test_the_model_by_hand() -> None:

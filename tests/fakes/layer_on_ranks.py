@@ -251,6 +251,35 @@ def sequence_schedules(subject: Subject) -> None:
     assert more != one
 
 
+def ranks_differ(subject: Subject) -> None:
+    """Ranks that would choose other schedules, for their GPUs or packages, are named on every rank, again and again."""
+    layer = make_layer(subject, HEADS["shared_q_k"], KERNELS)
+    mesh = init_device_mesh("cpu", (subject.ranks,))
+    dispatch = importlib.import_module(f"{subject.package.__name__}.dispatch")
+    last, name = subject.ranks - 1, dispatch.built.SPACE.name
+    for made in (
+        lambda: subject.parallel.HeadParallelM2RNN(layer, mesh),
+        lambda: subject.parallel.HeadExchange(layer, mesh.get_group()),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            if subject.rank == last:
+                patch.setattr(dispatch, "device_of", lambda _: ("portable", 7))
+            with pytest.raises(subject.parallel.RanksDifferError) as raised:
+                made()
+        sms = dispatch.device_of(torch.device("cpu"))[1]
+        message = f"the same schedules: SMs must be {sms} as on rank 0, got 7 on rank {last}"
+        assert str(raised.value) == f"M2RNN: ranks must choose {message}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch.built, "SPACE", ModuleType(f"{name}{subject.rank}"))
+        vars(dispatch.built.SPACE)["name"] = f"{name}{subject.rank}"
+        with pytest.raises(subject.parallel.RanksDifferError, match=f"got {name}{last} on rank {last}"):
+            subject.parallel.check_ranks_agree(mesh.get_group())
+    subject.parallel.HeadParallelM2RNN(layer, mesh)
+    with pytest.MonkeyPatch.context() as patch:  # those that agreed are not asked again
+        patch.setattr(distributed, "all_reduce", None)
+        subject.parallel.check_ranks_agree(mesh.get_group())
+
+
 def heads_errors(subject: Subject) -> None:
     """Heads that do not fit the ranks, shares that were not built, and children that are no longer plain, are named."""
     mesh = init_device_mesh("cpu", (subject.ranks,))
@@ -429,6 +458,7 @@ def fsdp_from_meta(subject: Subject) -> None:
 
 
 CHECKS = {
+    "ranks_differ": ranks_differ,
     **{f"heads_{name}": lambda s, heads=heads: heads_match(s, heads, EXACT) for name, heads in HEADS.items()},
     "heads_packed": lambda s: heads_match(s, HEADS["sharded_q"], EXACT, "packed"),
     "heads_padded": lambda s: heads_match(s, HEADS["sharded_q"], EXACT, "padded"),

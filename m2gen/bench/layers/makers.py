@@ -117,14 +117,14 @@ def _scan_around(layer: Any, operator: Callable[..., Any]) -> Callable[..., tupl
 class Attention(nn.Module):
     """Causal attention as wide as the model, heads of 128 columns, without positions."""
 
-    def __init__(self, shape: LayerShape) -> None:
+    def __init__(self, hidden: int, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        made: Any = {"device": shape.device, "dtype": shape.dtype}
-        self.columns = min(HEAD_DIM, shape.hidden)
-        if shape.hidden % self.columns:
-            raise CannotServe(f"attention has heads of {HEAD_DIM} columns, which must divide {shape.hidden}")
-        self.qkv = nn.Linear(shape.hidden, 3 * shape.hidden, bias=False, **made)
-        self.out = nn.Linear(shape.hidden, shape.hidden, bias=False, **made)
+        made: Any = {"device": device, "dtype": dtype}
+        self.columns = min(HEAD_DIM, hidden)
+        if hidden % self.columns:
+            raise CannotServe(f"attention has heads of {HEAD_DIM} columns, which must divide {hidden}")
+        self.qkv = nn.Linear(hidden, 3 * hidden, bias=False, **made)
+        self.out = nn.Linear(hidden, hidden, bias=False, **made)
 
     def operands(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q, k and v (B, heads, S, columns) of x (B, S, hidden)."""
@@ -144,7 +144,7 @@ class Attention(nn.Module):
 
 def attention(shape: LayerShape) -> LayerSubject:
     """Return torch's attention; a token attends to all that were before it."""
-    layer = Attention(shape)
+    layer = Attention(shape.hidden, shape.device, shape.dtype)
 
     def decoder(batch: int, before: int) -> Decoder:
         heads = shape.hidden // layer.columns

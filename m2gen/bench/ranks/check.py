@@ -1,4 +1,4 @@
-"""Hold a layer over ranks against one rank's in float64, within budgets that come from one rank's own rounding."""
+"""Hold a layer or model over ranks against one rank's in float64, within budgets of one rank's own rounding."""
 
 from __future__ import annotations
 
@@ -13,31 +13,41 @@ from torch import Tensor, distributed
 
 from m2gen.bench.ranks.entries import RankCase, Shape
 from m2gen.bench.ranks.forms import OverRanks
+from m2gen.bench.ranks.hybrid import hybrid, reordered
+from m2gen.bench.ranks.kinds import Form
 
 MOST_SEQUENCES = 8
 """Sequences that are checked of larger batches; of smaller ones all, so that schedules are those that are timed."""
-TOKENS = 8
-"""Tokens of a sequence on a rank: the oracle is a loop in PyTorch."""
+TOKENS, TOKENS_OF_MANY = 8, 2
+"""Tokens of a sequence on a rank, and on one of ``MANY`` or more: the oracle is a loop in PyTorch."""
+MANY = 16
 DRAWS = 4
+ENDS = ("y", "dx")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def make_layer(package: Any, shape: Shape, cuda: bool, seed: int) -> Any:
-    """Return the same layer on every rank, no parameter of which hides in a one or a zero."""
-    device = torch.device("cuda" if cuda else "cpu")
+def make_model(package: Any, shape: Shape, cuda: bool, seed: int) -> Any:
+    """Return the same layer or hybrid on every rank, no parameter of which hides in a one or a zero."""
+    device, host = torch.device("cuda" if cuda else "cpu"), torch.device("cpu")
     torch.manual_seed(seed)
-    layer = package.M2RNN(
-        shape.hidden_size,
-        shape.state_expansion,
-        shape.head_dim,
-        shape.heads,
-        backend="kernels" if cuda else "reference",
-        dtype=DTYPES[shape.dtype],
-    )
-    with torch.no_grad():
-        for parameter in (layer.D, layer.g_norm.weight, layer.state_weight):
-            parameter.add_(0.1 * torch.randn(parameter.shape))
-    return layer.to(device)
+
+    def layer() -> Any:
+        made = package.M2RNN(
+            shape.hidden_size,
+            shape.state_expansion,
+            shape.head_dim,
+            shape.heads,
+            backend="kernels" if cuda else "reference",
+            dtype=DTYPES[shape.dtype],
+        )
+        with torch.no_grad():
+            for parameter in (made.D, made.g_norm.weight, made.state_weight):
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+        return made
+
+    if not shape.blocks:
+        return layer().to(device)
+    return hybrid(shape.blocks, layer, shape.hidden_size, host, DTYPES[shape.dtype]).to(device)
 
 
 @dataclass(frozen=True)
@@ -71,29 +81,38 @@ class Expected:
         return {"y": found.joined(y.detach()), "dx": found.joined(leaf.grad), **found.gradients()}
 
 
+def checked_size(case: RankCase, ranks: int) -> tuple[int, int]:
+    """Return the sequences, as many as a rank has when it is timed up to ``MOST_SEQUENCES``, and all their tokens."""
+    if case.form is Form.FSDP:
+        return min(case.batch, MOST_SEQUENCES * ranks), TOKENS
+    return min(case.batch, MOST_SEQUENCES), (TOKENS if ranks < MANY else TOKENS_OF_MANY) * ranks
+
+
 def expected(make: Callable[[], Any], case: RankCase, ranks: int, *, packed: bool) -> Expected:
-    """Return what one rank gives, whose own errors on shuffled inputs are the budgets: twice the largest, and a bit."""
-    layer, shape, batch = make(), case.shape, min(case.batch, MOST_SEQUENCES)
-    device, dtype = layer.state_weight.device, DTYPES[shape.dtype]
-    total = TOKENS * ranks
+    """Return what one rank gives, whose own errors on shuffled widths are the budgets: twice the largest, and a bit."""
+    model, shape = make(), case.shape
+    device, dtype = next(model.parameters()).device, DTYPES[shape.dtype]
+    batch, total = checked_size(case, ranks)
     lead = (batch * total,) if packed else (batch, total)
     generator = torch.Generator().manual_seed(1)
     x, weights = (torch.randn(*lead, shape.hidden_size, generator=generator).to(device, dtype) for _ in range(2))
     middle = batch * total // 2 + 1  # within a rank's tokens
     offsets = torch.tensor([0, middle, middle, batch * total], dtype=torch.int32, device=device)
     call = {"cu_seqlens": offsets} if packed else {}
-    twin = copy.deepcopy(layer)
-    twin.backend = "reference"
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if hasattr(module, "backend"):
+            module.backend = "reference"
     exact = _trained(twin.double(), x.double(), weights.double(), call)
     worst = dict.fromkeys(exact, 0.0)
     for seed in range(DRAWS):
         order = torch.randperm(shape.hidden_size, generator=torch.Generator().manual_seed(seed)).to(device)
-        back, other = order.argsort(), copy.deepcopy(layer)
+        back, other = order.argsort(), copy.deepcopy(model)
         with torch.no_grad():
-            other.input_projection.weight.copy_(layer.input_projection.weight[:, order])
-        results = _trained(other, x[..., order], weights, call)
-        for name in ("dx", "input_projection.weight"):
-            results[name] = results[name][..., back]
+            for name, parameter in other.named_parameters():
+                parameter.copy_(reordered(name, parameter, order))
+        results = _trained(other, x[..., order], weights[..., order], call)
+        results = {name: x[..., back] if name in ENDS else reordered(name, x, back) for name, x in results.items()}
         worst = {name: max(worst[name], _distance(results[name], exact[name])) for name in exact}
     budgets = {name: 2 * error + torch.finfo(dtype).eps / 2 for name, error in worst.items()}
     return Expected(x, weights, call, exact, budgets)

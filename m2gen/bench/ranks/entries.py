@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter
 
-from m2gen.bench.ranks.kinds import Form
+from m2gen.bench.ranks.kinds import Form, Mixing
 from m2gen.db import Environment
 
 SCHEMA = 1
@@ -17,6 +18,12 @@ MICRO_BATCHES = 2
 """Parts of a batch that states are handed on for: more would leave a GPU with too few sequences each."""
 PAIR = 2
 """Ranks that share heads where tokens lie over ranks, too."""
+HYBRID = (Mixing.M2RNN, Mixing.M2RNN, Mixing.M2RNN, Mixing.ATTENTION)
+"""Blocks of the hybrid model."""
+WIDER = 4
+"""Columns of an MLP of a hybrid for each of the model's."""
+QUIET_SECONDS = 300.0
+"""Longest that ranks may take between two results; the first call of a kernel compiles it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,8 @@ class Shape:
     heads: dict[str, int]
     """Heads of q, k, v, f, w and g by role."""
     dtype: str
+    blocks: tuple[Mixing, ...] = ()
+    """Mixers of the blocks of a hybrid model with such layers; none for a layer by itself."""
 
     @property
     def total_heads(self) -> int:
@@ -43,12 +52,18 @@ class Shape:
 
 @dataclass(frozen=True)
 class RankCase:
-    """One form of a layer, with the size that is timed."""
+    """One form of a layer or a hybrid model, with the size that is timed."""
 
     shape: Shape
     form: Form
     batch: int
+    """Sequences on all ranks."""
     seq: int
+
+    @property
+    def packs(self) -> bool:
+        """Whether sequences may be packed."""
+        return self.form is not Form.PIPELINE and not self.shape.blocks
 
     def recurrence(self, ranks: int) -> tuple[Shape, int, int]:
         """Return the heads, the sequences and their tokens of one recurrence on one of ``ranks``."""
@@ -56,6 +71,8 @@ class RankCase:
             return self.shape, self.batch, self.seq
         if self.form is Form.PIPELINE:
             return self.shape, max(self.batch // MICRO_BATCHES, 1), self.seq // ranks
+        if self.form is Form.FSDP:
+            return self.shape, self.batch // ranks, self.seq
         return self.shape.share(ranks), self.batch, self.seq
 
 
@@ -70,7 +87,10 @@ class RankJob:
     cuda: bool
     """Whether ranks are GPUs over NCCL, or CPUs over gloo with the reference backend."""
     repeats: int
+    """How often each measurement is repeated; 0 to check results and count collectives alone."""
     seed: int = 0
+    quiet_seconds: float = QUIET_SECONDS
+    """Longest that ranks may take between two results, and a collective may wait for a rank."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +149,12 @@ class RankDocument:
     rows: tuple[RankRow, ...] = ()
     """Results of the first of these cases, or of all."""
     schema: Annotated[int, Field(ge=SCHEMA, le=SCHEMA)] = SCHEMA
+
+
+def one_of(row: RankRow, rows: Sequence[RankRow]) -> RankRow | None:
+    """Return the row of one rank beside which a row is; of FSDP one rank has fewer sequences. None without one."""
+    found = [r for r in rows if r.form is Form.ONE and (r.layer, r.seq) == (row.layer, row.seq)]
+    return next((r for r in found if r.batch == (row.batch // row.ranks if row.form is Form.FSDP else row.batch)), None)
 
 
 Value = TypeVar("Value")

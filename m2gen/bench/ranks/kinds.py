@@ -18,15 +18,19 @@ class Form(StrEnum):
     """Tokens over ranks, exchanged for heads and back."""
     PIPELINE = "pipeline"
     """Tokens over ranks, which hand states on."""
-    BOTH = "both"
-    """Heads over pairs of ranks, and tokens over the others, exchanged for heads."""
+    MESH = "mesh"
+    """A mesh of two dims: heads over pairs of ranks, and tokens over the others, exchanged for heads."""
+    FSDP = "fsdp"
+    """Sequences over ranks, each with a shard of every parameter, of a hybrid of M2RNN and attention."""
 
     @property
     def shares_tokens(self) -> bool:
         """Whether each rank has its part of the tokens outside the layer."""
-        return self in (Form.HEADS_TOKENS, Form.EXCHANGE, Form.PIPELINE, Form.BOTH)
+        return self in (Form.HEADS_TOKENS, Form.EXCHANGE, Form.PIPELINE, Form.MESH)
 
-    @property
-    def packs(self) -> bool:
-        """Whether sequences may be packed."""
-        return self is not Form.PIPELINE
+
+class Mixing(StrEnum):
+    """What mixes the tokens of a block."""
+
+    M2RNN = "m2rnn"
+    ATTENTION = "attention"

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from m2gen.bench.ranks.entries import QUIET_SECONDS
+from m2gen.bench.ranks.pulse import state_of
 from m2gen.errors import RanksError
 
 POLL_SECONDS = 0.1
-QUIET_SECONDS = 300.0
-"""Longest that ranks may take between two results; the first call of a kernel compiles it."""
 CPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 """Environment of ranks that are CPUs."""
 
@@ -48,8 +48,10 @@ def run_ranks(
             if (now := _state(folder)) != seen:
                 changed, seen = time.monotonic(), now
             if time.monotonic() - changed > quiet_seconds:
-                waiting = ", ".join(str(rank) for rank, state in enumerate(states) if state is None)
-                raise RanksError(f"ranks must make progress within {quiet_seconds:g} s, got none of rank {waiting}")
+                waiting = [rank for rank, state in enumerate(states) if state is None]
+                none = f"got none of rank {', '.join(map(str, waiting))}"
+                doing = _doing(folder, waiting)
+                raise RanksError(f"ranks must make progress within {quiet_seconds:g} s, {none}{doing}")
             yield
             time.sleep(POLL_SECONDS)
 
@@ -76,6 +78,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _doing(folder: Path, ranks: Sequence[int]) -> str:
+    """Return what ranks do, those that do the same together: what one alone does, the others may wait for."""
+    states = {rank: state for rank in ranks if (state := state_of(folder, rank))}
+    alike = {state: [str(rank) for rank, other in states.items() if other == state] for state in states.values()}
+    return "".join(f"; rank {', '.join(of)}: {state}" for state, of in alike.items())
 
 
 def _state(folder: Path) -> tuple[float, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from m2gen.bench.ranks.entries import MICRO_BATCHES, Link, RankCase, RankRow, Shape
-from m2gen.bench.ranks.kinds import Form
+from m2gen.bench.ranks.entries import MICRO_BATCHES, PAIR, WIDER, Link, RankCase, RankRow, Shape
+from m2gen.bench.ranks.kinds import Form, Mixing
 
 CONV_WIDTH, WIDE = 4, 4
 ROW = 16
@@ -35,10 +35,41 @@ def traffic(case: RankCase, ranks: int, *, fused: bool) -> Traffic:
     if case.form is Form.EXCHANGE:
         sums = 1 if width == WIDE else 2  # A_log and dt_bias are float32
         return Traffic(_exchanged(shape, tokens, ranks, fused) + 2 * part * parameter_bytes(shape), 4 + sums)
+    if case.form is Form.MESH:
+        return _meshed(shape, tokens, ranks // PAIR, fused)
+    if case.form is Form.FSDP:
+        return _gathered(shape, ranks)
     if case.form is Form.PIPELINE:
         states = case.batch * shape.total_heads * shape.state_expansion * shape.head_dim * 4
         return Traffic(2 * states + 2 * part * parameter_bytes(shape), 4)
     return Traffic(0.0, 0)
+
+
+def _meshed(shape: Shape, tokens: int, parts: int, fused: bool) -> Traffic:
+    """Return what pairs send that share heads, of their part of the tokens, and what they exchange with others."""
+    width, part = BYTES[shape.dtype], (PAIR - 1) / PAIR
+    own, here = shape.share(PAIR), tokens / parts
+    shared = _shared(shape, PAIR)
+    sums = 2 * part * (here * (2 * shape.hidden_size * width + WIDE) + sum(shared))  # of y, of dx and of squares
+    gradients = 2 * (parts - 1) / parts * parameter_bytes(own)
+    dtypes = 1 if width == WIDE else 2  # A_log and dt_bias are float32
+    return Traffic(_exchanged(own, tokens, parts, fused) + sums + gradients, 4 + 3 + len(shared) + dtypes)
+
+
+def _gathered(shape: Shape, ranks: int) -> Traffic:
+    """Return what FSDP sends: blocks gathered twice and their gradients scattered, decay parameters gathered once."""
+    part = (ranks - 1) / ranks
+    decay = shape.blocks.count(Mixing.M2RNN)
+    of_decay = decay * 4 * 2 * shape.heads["f"]
+    others = model_bytes(shape) - of_decay
+    return Traffic(part * (3 * others + 2 * of_decay), 3 * len(shape.blocks) + 2 * decay)
+
+
+def model_bytes(shape: Shape) -> int:
+    """Return the bytes of the parameters of a hybrid model."""
+    hidden, width = shape.hidden_size, BYTES[shape.dtype]
+    mixers = {Mixing.M2RNN: parameter_bytes(shape), Mixing.ATTENTION: 4 * hidden * hidden * width}
+    return sum(mixers[mixing] + (2 * WIDER * hidden + 2) * hidden * width for mixing in shape.blocks)
 
 
 def _exchanged(shape: Shape, tokens: int, ranks: int, fused: bool) -> float:
@@ -78,14 +109,33 @@ def parameter_bytes(shape: Shape) -> int:
 def predicted_ms(case: RankCase, row: RankRow, one: RankRow, link: Link, *, fused: bool) -> float | None:
     """Return the milliseconds that a step should take, from ``one`` rank's step and both rows' recurrences alone.
 
-    What is not the recurrence is shared out evenly. None for forms that the model does not know, and without times.
+    What is not the recurrence is shared out evenly. None for one rank, and without times.
     """
-    if case.form in (Form.ONE, Form.BOTH) or None in (row.recurrence_ms, one.recurrence_ms, one.step_ms):
+    if case.form is Form.ONE or one.step_ms is None:
         return None
-    rest = (one.step_ms or 0.0) - (one.recurrence_ms or 0.0)
+    if case.form is Form.FSDP:
+        return _sharded_ms(case.shape, row.ranks, one, link)
+    if row.recurrence_ms is None or one.recurrence_ms is None:
+        return None
+    rest = one.step_ms - one.recurrence_ms
     sent = traffic(case, row.ranks, fused=fused)
     communication = sent.sent / link.gb_per_s / 1e6 + sent.collectives * link.latency_ms
     if case.form is not Form.PIPELINE:
-        return rest / row.ranks + (row.recurrence_ms or 0.0) + communication
+        return rest / row.ranks + row.recurrence_ms + communication
     parts = min(MICRO_BATCHES, case.batch)
-    return (parts + row.ranks - 1) * (rest / row.ranks / parts + (row.recurrence_ms or 0.0)) + communication
+    return (parts + row.ranks - 1) * (rest / row.ranks / parts + row.recurrence_ms) + communication
+
+
+def _sharded_ms(shape: Shape, ranks: int, one: RankRow, link: Link) -> float | None:
+    """Return the milliseconds of one rank's step and of what FSDP sends beyond what it hides behind blocks.
+
+    The first block is gathered, and the last one's gradients are scattered, while nothing runs. Between these a block
+    is gathered, and in the backward another one's gradients are scattered as well, while one runs.
+    """
+    if one.step_ms is None or one.forward_ms is None:
+        return None
+    blocks = len(shape.blocks)
+    each = (ranks - 1) / ranks * model_bytes(shape) / blocks / link.gb_per_s / 1e6 + link.latency_ms
+    forward, backward = (ms / blocks for ms in (one.forward_ms, one.step_ms - one.forward_ms))
+    beyond = max(0.0, each - forward) + max(0.0, 2 * each - backward)
+    return one.step_ms + 2 * each + (blocks - 1) * beyond

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
@@ -16,9 +16,12 @@ from torch import Tensor, distributed
 from m2gen.bench.ranks.check import DTYPES
 from m2gen.bench.ranks.entries import Shape
 
-WARM_UPS = 3
+WARM_UPS = 2
 IN_A_ROW = 4
 """Calls of a sample on a GPU, so that the host is ahead of it as in training."""
+SECONDS = 4.0
+"""Longest that repeats of one measurement take, if more than ``FEWEST`` of them do."""
+FEWEST = 5
 PROBE_BYTES = 1 << 26
 """Bytes that a GPU sends to measure the link; a CPU sends a thousandth."""
 COLLECTIVES = tuple(
@@ -40,19 +43,19 @@ class Collective:
     """One call of a collective, with tensors of the sizes that it had."""
 
     name: str
-    tensors: tuple[Tensor, ...]
-    rest: tuple[Any, ...]
-    group: Any
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
 
     def call(self) -> None:
         """Do it again, on whatever the tensors hold."""
-        getattr(distributed, self.name)(*self.tensors, *self.rest, group=self.group)
+        getattr(distributed, self.name)(*self.arguments, **self.options)
 
     @property
     def sent_bytes(self) -> int:
         """Bytes that a rank sends, at the least."""
-        ranks = distributed.get_world_size(self.group)
-        most = max(x.numel() * x.element_size() for x in self.tensors)
+        ranks = distributed.get_world_size(self.options["group"])
+        tensors = (x for x in (*self.arguments, *self.options.values()) if isinstance(x, Tensor))
+        most = max(x.numel() * x.element_size() for x in tensors)
         rounds = 2 if self.name == "all_reduce" else 1
         return rounds * most * (ranks - 1) // ranks
 
@@ -71,8 +74,8 @@ def recorded() -> Iterator[list[Collective]]:
 
     def noting(name: str) -> Callable[..., Any]:
         def call(*args: Any, group: Any = None, **options: Any) -> Any:
-            tensors = tuple(torch.empty_like(x) for x in args if isinstance(x, Tensor))
-            calls.append(Collective(name, tensors, tuple(x for x in args if not isinstance(x, Tensor)), group))
+            again = {key: _apart(x) for key, x in options.items() if key != "async_op"}
+            calls.append(Collective(name, tuple(map(_apart, args)), {**again, "group": group}))
             return plain[name](*args, group=group, **options)
 
         return call
@@ -86,6 +89,11 @@ def recorded() -> Iterator[list[Collective]]:
             setattr(distributed, name, call)
 
 
+def _apart(x: Any) -> Any:
+    """Return room of a tensor's size, and anything else as it is."""
+    return torch.empty_like(x) if isinstance(x, Tensor) else x
+
+
 def together(device: torch.device) -> None:
     """Wait until every rank is here, and its GPU has nothing to do."""
     distributed.all_reduce(torch.zeros(1, device=device))
@@ -94,12 +102,24 @@ def together(device: torch.device) -> None:
 
 
 def slowest_ms(run: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Return the median of the milliseconds of a call, of each repeat the slowest rank's."""
+    """Return the median of the milliseconds of a call, of each repeat the slowest rank's.
+
+    Long calls are repeated less often, at least ``FEWEST`` times or what is asked for.
+    """
     for _ in range(WARM_UPS):
         run()
-    samples = torch.tensor([_once(run, device) for _ in range(repeats)], dtype=torch.float64, device=device)
+    first = _slowest([_once(run, device)], device)[0]
+    enough = int(SECONDS * 1e3 / max(first, 1e-3) / IN_A_ROW)
+    fewer = min(repeats, max(FEWEST, enough))
+    return float(median(_slowest([_once(run, device) for _ in range(fewer)], device)))
+
+
+def _slowest(milliseconds: list[float], device: torch.device) -> list[float]:
+    """Return the largest of the ranks' numbers, place by place: the same on every rank."""
+    samples = torch.tensor(milliseconds, dtype=torch.float64, device=device)
     distributed.all_reduce(samples, op=distributed.ReduceOp.MAX)
-    return float(median(samples.tolist()))
+    found: list[float] = samples.tolist()
+    return found
 
 
 def _once(run: Callable[[], object], device: torch.device) -> float:

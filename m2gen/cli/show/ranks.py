@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from m2gen.bench.ranks.entries import RankCase, RankDocument, RankRow
+from m2gen.bench.ranks.entries import PAIR, RankCase, RankDocument, RankRow, one_of
 from m2gen.bench.ranks.kinds import Form
 from m2gen.bench.ranks.model import predicted_ms
 from m2gen.cli.show.bench import ms_text
-from m2gen.cli.show.report import Display, print_json
+from m2gen.cli.show.report import Display, print_json, write_json
 from m2gen.cli.show.table import Table, print_tables
 
-COLUMNS = ("layer", "forward ms", "step ms", "of one", "recurrence ms", "communication", "sent GB", "predicted ms",
+COLUMNS = ("layer", "forward ms", "step ms", "efficiency", "recurrence ms", "communication", "sent GB", "predicted ms",
            "off", "peak GB", "worst error")  # fmt: skip
 NAMES = {
     Form.ONE: "one rank",
@@ -21,16 +22,21 @@ NAMES = {
     Form.HEADS_TOKENS: "heads, tokens outside",
     Form.EXCHANGE: "tokens, exchanged",
     Form.PIPELINE: "tokens, handed on",
-    Form.BOTH: "heads and tokens",
+    Form.MESH: "mesh",
+    Form.FSDP: "FSDP",
 }
 
 
-def run_ranks(documents: Iterable[RankDocument], display: Display) -> int:
-    """Show the last document, also after an interruption; return 1 if any result is wrong."""
+def run_ranks(documents: Iterable[RankDocument], display: Display, out: Path | None = None) -> int:
+    """Show the last document, also after an interruption; return 1 if any result is wrong.
+
+    ``out`` has what is known whenever there is more of it.
+    """
     document: RankDocument | None = None
     try:
-        for document in documents:  # noqa: B007  (the last one is shown)
-            pass
+        for document in documents:
+            if out is not None:
+                write_json(dumped(document), out)
     finally:
         if document is not None:
             show_ranks(document, display)
@@ -40,36 +46,49 @@ def run_ranks(documents: Iterable[RankDocument], display: Display) -> int:
 def show_ranks(document: RankDocument, display: Display) -> None:
     """Print every form beside one rank doing the same work."""
     if display.as_json:
-        rows = [{**asdict(row), **compared(row, case, document)} for row, case in _cases(document)]
-        print_json({**asdict(document), "rows": rows})
+        print_json(dumped(document))
     else:
         print_tables(tables(document))
 
 
+def dumped(document: RankDocument) -> dict[str, Any]:
+    """Return the values of a document, and beside each row's what they say of one rank and of the model."""
+    rows = [{**asdict(row), **compared(row, case, document)} for row, case in _cases(document)]
+    return {**asdict(document), "rows": rows}
+
+
 def compared(row: RankRow, case: RankCase, document: RankDocument) -> dict[str, float | None]:
-    """Return a step's part of one rank's time, its communication's part of a step, and what the model predicts."""
-    alike = (r for r in document.rows if (r.layer, r.batch, r.seq) == (row.layer, row.batch, row.seq))
-    one = next((r for r in alike if r.form is Form.ONE and r.step_ms is not None), None)
-    known = row.step_ms is not None and one is not None and one.step_ms is not None and row.form is not Form.ONE
+    """Return a step's efficiency against one rank, its communication's part, and what the model predicts.
+
+    Efficiency is what each of the ranks does in a second as a part of what one rank by itself does.
+    """
+    one = one_of(row, document.rows)
+    here, alone = _rate(row), None if one is None else _rate(one)
     fused = document.environment is not None  # CPUs run the reference
     predicted = predicted_ms(case, row, one, document.link, fused=fused) if one is not None else None
     return {
-        "of_one_rank": row.step_ms / one.step_ms if known and row.step_ms and one and one.step_ms else None,
+        "efficiency": here / alone if here and alone and row.form is not Form.ONE else None,
         "communication": row.communication_ms / row.step_ms if row.communication_ms and row.step_ms else None,
         "predicted_ms": predicted,
         "predicted_off": predicted / row.step_ms - 1 if predicted and row.step_ms else None,
     }
 
 
+def _rate(row: RankRow) -> float | None:
+    """Return the tokens that a rank takes through a step in a millisecond."""
+    return row.batch * row.seq / row.ranks / row.step_ms if row.step_ms else None
+
+
 def tables(document: RankDocument) -> Iterator[Table]:
     """Yield the table of times, and that of forms that have none."""
     there = document.environment.device if document.environment is not None else "CPU"
     rows: list[Any] = []
-    before = None
+    before, ranks = None, max(row.ranks for row in document.rows)
     for row, case in _cases(document):
         if row.failure or row.unfit:
             continue
-        size = f"{row.layer} {case.shape.dtype}, hidden {case.shape.hidden_size}, B{row.batch} S{row.seq}"
+        batch = f"B{row.batch // row.ranks} a rank" if case.shape.blocks else f"B{row.batch}"
+        size = f"{row.layer} {case.shape.dtype}, hidden {case.shape.hidden_size}, {batch} S{row.seq}"
         rows += [size] if size != before else []
         rows.append(_cells(row, compared(row, case, document)))
         before = size
@@ -80,20 +99,19 @@ def tables(document: RankDocument) -> Iterator[Table]:
         f"link: {link.gb_per_s:.3g} GB/s a rank, {1e3 * link.latency_ms:.3g} µs a collective",
         "worst error: of outputs and gradients against float64, as a part of its budget",
     ]
-    yield Table(
-        f"{max(row.ranks for row in document.rows)} ranks over {document.backend} on {there}", COLUMNS, rows, notes
-    )
+    yield Table(f"{ranks} ranks over {document.backend} on {there}", COLUMNS, rows, notes)
     if failed := [row for row in document.rows if row.failure or row.unfit]:
         cells = [(row.layer, NAMES[row.form], f"B{row.batch} S{row.seq}", row.failure or row.unfit) for row in failed]
         yield Table("Without times", ("layer", "form", "size", "why"), cells)
 
 
 def _cells(row: RankRow, found: dict[str, float | None]) -> tuple[str, ...]:
+    mesh = f" {row.ranks // PAIR} x {PAIR}" if row.form is Form.MESH else ""
     return (
-        NAMES[row.form],
+        NAMES[row.form] + mesh,
         _ms(row.forward_ms),
         _ms(row.step_ms),
-        _part(found["of_one_rank"], ".2f"),
+        _part(found["efficiency"], ".0%"),
         _ms(row.recurrence_ms),
         _part(found["communication"], ".0%"),
         f"{row.sent_bytes / 1e9:.3f}" if row.sent_bytes else "",

@@ -5,9 +5,11 @@ its part of the sequences, ``exchange_over_ranks`` gives each its share of the h
 ``scan_over_ranks`` hands states from rank to rank. ``M2RNNHeads`` and ``M2RNNContext`` are the same as styles of
 ``torch.distributed.tensor.parallel.parallelize_module``.
 
-Every rank picks the same schedules: they depend on the number of sequences, the heads and the device alone.
+Every rank picks the same schedules: they depend on the number of sequences, the heads and the device alone. Ranks whose
+packages or GPUs differ would not, which is RanksDifferError when a layer is put over them.
 """
 
+from .agreement import RanksDifferError, check_ranks_agree
 from .exchange import HeadExchange, exchange_over_ranks
 from .heads import HeadParallelM2RNN
 from .sequence import scan_over_ranks
@@ -18,6 +20,8 @@ __all__ = [
     "HeadParallelM2RNN",
     "M2RNNContext",
     "M2RNNHeads",
+    "RanksDifferError",
+    "check_ranks_agree",
     "exchange_over_ranks",
     "scan_over_ranks",
 ]

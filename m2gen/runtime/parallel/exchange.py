@@ -17,6 +17,7 @@ from ..mixer import Mixer, operand_sizes, split_sizes
 from ..norm import RMSNorm
 from ..not_built import check_built
 from ..scan import epilogue, recur
+from .agreement import check_ranks_agree
 from .normed import scaled, squared
 from .share import HeadShare, RankOf
 from .transposes import to_heads, to_tokens
@@ -47,7 +48,10 @@ def exchange_over_ranks(
 
 
 class HeadExchange:
-    """``exchange_over_ranks`` of one layer and group; VariantNotBuiltError where its share of heads was not built."""
+    """``exchange_over_ranks`` of one layer and group.
+
+    Raises VariantNotBuiltError where its share of heads was not built, and RanksDifferError.
+    """
 
     def __init__(self, layer: Mixer, group: distributed.ProcessGroup | None = None) -> None:
         found = group or distributed.group.WORLD
@@ -58,6 +62,7 @@ class HeadExchange:
         self.share = HeadShare(layer, self.place)
         if layer.backend == "kernels":
             check_built(layer.state_expansion, layer.head_dim, self.share.heads, layer.state_weight.dtype)
+            check_ranks_agree(found)
 
     def __call__(
         self,

@@ -20,6 +20,7 @@ from ..mixer import Device, operand_sizes
 from ..norm import RMSNorm
 from ..not_built import check_built
 from ..optimizer import mark_no_weight_decay
+from .agreement import check_ranks_agree
 from .children import OwnConvolution, OwnGate, OwnLinear, OwnNorm, OwnOutput, OwnWeight
 from .shards import local, sharded, whole
 from .share import share
@@ -38,7 +39,7 @@ class HeadParallelM2RNN(nn.Module):
     the layer's own again.
 
     The values are those of the first rank's ``layer``. Raises ValueError for heads that do not fit the ranks,
-    VariantNotBuiltError where a rank's share of the heads was not built, and TypeError for a layer with a child of
+    VariantNotBuiltError where a rank's share was not built, RanksDifferError, and TypeError for a layer with a child of
     another class, whose parameters may not be all that it computes with: adapters must be merged first.
     """
 
@@ -57,6 +58,7 @@ class HeadParallelM2RNN(nn.Module):
         self.heads, self.total_heads = HeadCounts(**own), layer.total_heads // ranks
         if layer.backend == "kernels":
             check_built(layer.state_expansion, layer.head_dim, self.heads, layer.state_weight.dtype)
+            check_ranks_agree(mesh.get_group())
         self.hidden_size, self.state_expansion, self.head_dim = layer.hidden_size, layer.state_expansion, layer.head_dim
         self.forget_inputs = max(layer.forget_inputs // ranks, 1)
         self.conv_width, self.clip = layer.conv_width, layer.clip

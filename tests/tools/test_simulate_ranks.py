@@ -1,0 +1,44 @@
+"""Many ranks as forks of one process: their results, and what is said of one that fails or is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from support import ROOT
+
+TOOL = [sys.executable, str(ROOT / "tools" / "simulate_ranks.py"), "--ranks", "4"]
+
+
+def simulated(*arguments: str, start: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the tool, after some code in its process, in an environment that has not imported triton."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    code = f"import runpy, sys; sys.argv = sys.argv[1:]; {start}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, *TOOL[1:], *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_forks_agree_with_one_rank(tmp_path: Path) -> None:
+    """The document of a run has every form, within its budget."""
+    path = tmp_path / "four.json"
+    done = simulated("--form", "exchange", "--form", "heads", "--out", str(path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    assert [row["form"] for row in rows] == ["heads", "exchange"]
+    assert all(0 < row["worst"] <= 1 for row in rows)
+
+
+def test_a_fork_that_is_killed_is_named() -> None:
+    """A rank that dies ends the run with its number, whatever the others do."""
+    start = """
+import os, signal
+from m2gen.bench.ranks import worker
+whole = worker.main
+worker.main = lambda folder, rank: os.kill(os.getpid(), signal.SIGKILL) if rank == 2 else whole(folder, rank)
+"""
+    done = simulated("--form", "exchange", start=start)
+    assert done.returncode != 0
+    assert "RanksError: rank 2 of 4 ended with SIGKILL" in done.stderr

@@ -1,0 +1,170 @@
+"""Write the tables of docs/scale.md between its marks: what is predicted of several GPUs, and what was measured.
+
+python tools/scale_tables.py docs/scale.md --cpus docs/data/ranks_16_cpus.json --cpus docs/data/ranks_64_cpus.json
+python tools/scale_tables.py docs/scale.md ... --from docs/data/ranks_4_h200.json --from docs/data/ranks_8_h200.json
+
+``--from`` takes what ``m2gen bench --gpus N --out FILE`` wrote. Predictions are of the cases that this command runs by
+default, from docs/data/layers_h200.json and docs/data/speed_h200.json, which one GPU measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from m2gen import pipeline
+from m2gen.bench.document import Document, load_run, ranks_of
+from m2gen.bench.layers.document import LayerRow, load_layers
+from m2gen.bench.layers.kinds import LayerKind, Part
+from m2gen.bench.ranks.entries import Link, RankDocument, RankRow
+from m2gen.bench.ranks.forecast import Forecast, MeasuredLayer, OneGpu, forecast
+from m2gen.bench.ranks.kinds import Form
+from m2gen.cli.show.bench import ms_text
+from m2gen.cli.show.ranks import NAMES, compared
+from m2gen.errors import UsageError
+from m2gen.pipeline import RanksRequest
+from m2gen.pipeline.ranks import fitted_layers
+
+BEGIN, END = "<!-- tables of tools/scale_tables.py -->", "<!-- end of tables -->"
+DATA = Path(__file__).resolve().parents[1] / "docs" / "data"
+SPEC = "h200.yaml"
+GPUS = (2, 4, 8)
+LINK = Link(gb_per_s=370.0, latency_ms=0.03)
+"""What NCCL's maintainers say of NVLink 4 (NVIDIA/nccl-tests#212), and an assumption: docs/scale.md."""
+COLUMNS = (
+    "form", "size", "one GPU ms", "step ms", "efficiency", "communication", "GB a GPU",
+    "measured ms", "efficiency", "communication", "GB a GPU", "prediction off",
+)  # fmt: skip
+
+
+def one_gpu() -> OneGpu:
+    """Return what docs/data has of one GPU: layers of the width of models, and the recurrence of one long sequence."""
+    document, speed = load_layers(DATA / "layers_h200.json"), load_run(DATA / "speed_h200.json")
+    assert document is not None
+    assert isinstance(speed, Document)
+    sms = document.environment.sm_count
+    rows = [row for row in document.layer_rows if not row.call.decodes]
+    layers = fitted_layers(pipeline.plan(SPEC, None, ()), RanksRequest(2))
+    heads = {name: variant.total_heads for name, (variant, _) in layers.items()}
+    ours = {row.layer: _times(row, heads[row.layer]) for row in rows if row.kind is LayerKind.EAGER}
+    others = {row.layer: _times(row, 0) for row in rows if row.kind is LayerKind.ATTENTION}
+    points = [
+        (row.batch * heads[row.layer] / sms, 1e3 * row.step.median_ms / row.seq)
+        for row in speed.rows
+        if row.layer in heads and row.batch == 1 and row.implementation == "tuned" and row.step is not None
+    ]
+    points += [(t.batch * t.heads / sms, 1e3 * t.recurrence_ms / t.seq) for t in ours.values()]
+    return OneGpu(ours, others, sorted(points), sms)
+
+
+def _times(row: LayerRow, heads: int) -> MeasuredLayer:
+    assert row.forward is not None
+    assert row.step is not None
+    times = (row.forward.median_ms, row.step.median_ms, row.parts[Part.RECURRENCE], row.parts[Part.PROJECTIONS])
+    return MeasuredLayer(heads, row.hidden, row.batch, row.seq, *times, row.extra_bytes)
+
+
+def forecasts(ranks: int, known: OneGpu) -> list[Forecast]:
+    """Return predictions of what the command runs over so many GPUs by default."""
+    planned = pipeline.plan(SPEC, None, ())
+    cases = pipeline.ranks_cases(planned, RanksRequest(ranks), cuda=True)
+    return [forecast(case, ranks, known, LINK) for case in cases if case.form is not Form.ONE]
+
+
+def over_gpus(ranks: int, known: OneGpu, measured: Sequence[RankDocument]) -> Iterator[str]:
+    """Yield the lines of the table of a number of GPUs."""
+    document = next((d for d in measured if d.environment and ranks in (row.ranks for row in d.rows)), None)
+    yield from ("", f"### {ranks} GPUs", "")
+    if document is None or document.environment is None:
+        yield "Predictions; not measured."
+    else:
+        here, link = document.environment, document.link
+        yield f"Predictions, and measurements on {ranks} x {here.device}, driver {here.driver}, torch {here.torch},"
+        yield f"triton {here.triton}: {link.gb_per_s:.3g} GB/s a rank, {1e3 * link.latency_ms:.3g} us a collective."
+    predicted = forecasts(ranks, known)
+    for layer in dict.fromkeys(each.case.shape.name for each in predicted):
+        yield from ("", f"**{layer}**", "", f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|")
+        for each in predicted:
+            if each.case.shape.name == layer:
+                yield f"| {' | '.join((*_predicted(each), *_measured(each, document)))} |"
+
+
+def _predicted(found: Forecast) -> Iterator[str]:
+    case = found.case
+    yield NAMES[case.form]
+    yield f"B{case.batch // found.ranks} a rank S{case.seq}" if case.shape.blocks else f"B{case.batch} S{case.seq}"
+    yield ms_text(found.one_ms)
+    yield ms_text(found.step_ms)
+    yield f"{found.efficiency:.0%}"
+    yield f"{found.communication_ms / found.step_ms:.0%}"
+    yield f"{found.memory / 1e9:.2f}"
+
+
+def _measured(found: Forecast, document: RankDocument | None) -> list[str]:
+    """Return what a run has of a predicted case: empty cells where it was not measured, or why it has no times."""
+    case = found.case
+    key = (case.shape.name, case.form, case.batch, case.seq, found.ranks)
+    for row in document.rows if document is not None else ():
+        if (row.layer, row.form, row.batch, row.seq, row.ranks) == key:
+            return _cells(row, found, document)
+    return [""] * 5
+
+
+def _cells(row: RankRow, found: Forecast, document: RankDocument) -> list[str]:
+    if row.step_ms is None:
+        return [row.failure or row.unfit, *[""] * 4]
+    values = compared(row, found.case, document)
+    efficiency, communication = values["efficiency"], values["communication"]
+    return [
+        ms_text(row.step_ms),
+        "" if efficiency is None else f"{efficiency:.0%}",
+        "" if communication is None else f"{communication:.0%}",
+        f"{row.peak_bytes / 1e9:.2f}",
+        f"{found.step_ms / row.step_ms - 1:+.0%}",
+    ]
+
+
+def over_cpus(document: RankDocument) -> Iterator[str]:
+    """Yield the lines of the table of a run on CPUs, which is about results alone."""
+    ranks = max(row.ranks for row in document.rows)
+    yield from ("", f"### {ranks} ranks on CPUs", "")
+    yield "| of | form | size | collectives of a step | sent by a rank | largest error, part of its budget |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for row in document.rows:
+        if row.form is not Form.ONE:
+            worst = row.failure or row.unfit or f"{row.worst:.2f} ({row.worst_tensor})"
+            sent = f"{row.sent_bytes / 1e3:.0f} kB"
+            size = f"B{row.batch} S{row.seq}"
+            yield f"| {row.layer} | {NAMES[row.form]} | {size} | {row.collectives} | {sent} | {worst} |"
+
+
+def written(page: str, measured: Sequence[RankDocument]) -> str:
+    """Return a page with the tables of predictions, beside those of runs on GPUs and before those on CPUs."""
+    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    known = one_gpu()
+    lines = [line for ranks in GPUS for line in over_gpus(ranks, known, measured)]
+    lines += [line for document in measured if document.environment is None for line in over_cpus(document)]
+    return f"{page[:start]}\n{chr(10).join(lines).lstrip()}\n\n{page[end:]}"
+
+
+def _read(path: Path) -> RankDocument:
+    document = ranks_of(path)
+    if document is None:
+        raise UsageError(f"{path}: $ must be what `m2gen bench --gpus N --out FILE` writes")
+    return document
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", type=Path)
+    parser.add_argument("--from", dest="runs", type=Path, action="append", default=[], help="a run over GPUs")
+    parser.add_argument("--cpus", type=Path, action="append", default=[], help="a run of tools/simulate_ranks.py")
+    given = parser.parse_args(arguments)
+    documents = [_read(path) for path in (*given.runs, *given.cpus)]
+    given.page.write_text(written(given.page.read_text(encoding="utf-8"), documents), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
