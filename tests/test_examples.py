@@ -24,7 +24,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from m2gen.kernels.compile import load_module
 
 EXAMPLES = ROOT / "examples"
-LOCAL = ("decoder", "words", "step", "train", "data", "model", "loop", "compare")
+LOCAL = (
+    "decoder", "words", "step", "train", "data", "model", "loop", "compare", "stack", "many", "report", "construct",
+)  # fmt: skip
 """Modules that the examples find beside them."""
 
 
@@ -72,6 +74,49 @@ def test_products_of_words(example, name, order) -> None:
         for letter, product in zip(row, products, strict=True):
             so_far = tuple(elements[letter][i] for i in so_far)
             assert elements[product] == so_far
+
+
+@pytest.mark.parametrize("name", ["S3", "A5", "S5"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"conv_width": None, "activation": None}])
+def test_a_layer_of_written_weights_tracks_a_group(example, name, dtype, options) -> None:
+    """One layer, as published or without convolution and SiLU, is right at every position of words of 600."""
+    construct = example("state_tracking", "construct")
+    tiny = load_module(EXAMPLES / "decoder.py", "example_decoder").package_of("generated.tiny")
+    problem, (rows, columns, heads) = construct.group(name), construct.dims_of(name)
+    layer = tiny.M2RNN(problem.order, rows, columns, dict.fromkeys("qkvfw", heads), backend="reference", **options)
+    construct.construct(layer, name).to(dtype)
+    letters, answers = problem.words(3, 600, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = layer(nn.functional.one_hot(letters, problem.order).to(dtype))
+    assert torch.equal(found.argmax(-1), answers)
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": None, "norm": None, "residual": False}])
+def test_a_stack_is_its_models(example, options) -> None:
+    """Every model of a stack gives the logits and the gradients that it gives alone."""
+    stacks = example("state_tracking", "stack")
+    decoder = load_module(EXAMPLES / "decoder.py", "example_decoder")
+    tiny = decoder.package_of("generated.tiny")
+    torch.manual_seed(0)
+    heads = dict.fromkeys("qkvfw", 2)
+    models = [
+        decoder.Decoder(
+            [tiny.M2RNN(8, 3, 5, heads, conv_width=None, backend="reference", **options) for _ in range(2)], 8, 6, 6
+        )
+        for _ in range(3)
+    ]
+    stack = stacks.Stack(models, tiny.m2rnn, "reference", torch.device("cpu"))
+    letters = torch.randint(6, (3, 2, 4))
+    logits = stack(letters)
+    found = torch.autograd.grad(logits.square().sum(), list(stack.parameters.values()))
+    for i, model in enumerate(models):
+        alone = model(letters[i])
+        alone.square().sum().backward()
+        assert torch.allclose(logits[i], alone, atol=1e-5)
+        for (name, parameter), gradient in zip(model.named_parameters(), found, strict=True):
+            assert torch.allclose(gradient[i], parameter.grad, atol=1e-3, rtol=1e-3), name
+        assert all(torch.equal(value, model.get_parameter(name)) for name, value in stack.state_of(i).items())
 
 
 def test_unknown_groups_and_settings_end_the_program(example, monkeypatch, tmp_path) -> None:

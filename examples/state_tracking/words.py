@@ -46,12 +46,17 @@ def _even(p: tuple[int, ...]) -> bool:
     return sum(p[i] > p[j] for i in range(len(p)) for j in range(i + 1, len(p))) % 2 == 0
 
 
-def group(name: str) -> Group:
-    """Return a symmetric group S<n>, or an alternating group A<n>, by name."""
+def elements_of(name: str) -> list[tuple[int, ...]]:
+    """Return the permutations of a symmetric group S<n>, or an alternating group A<n>; the identity is the first."""
     kind, size = name[:1], name[1:]
     if kind not in ("S", "A") or not size.isdecimal() or not 1 <= int(size) <= 6:
         raise SystemExit(f"groups must be S1 to S6 or A1 to A6, got {name!r}")
-    elements = [p for p in permutations(range(int(size))) if kind == "S" or _even(p)]
+    return [p for p in permutations(range(int(size))) if kind == "S" or _even(p)]
+
+
+def group(name: str) -> Group:
+    """Return a symmetric or alternating group by name."""
+    elements = elements_of(name)
     index = {p: i for i, p in enumerate(elements)}
     table = [[index[tuple(b[i] for i in a)] for b in elements] for a in elements]
     return Group(name, torch.tensor(table))

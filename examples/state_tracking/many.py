@@ -1,0 +1,202 @@
+"""Train a stack of models at once, each with a learning rate, a curriculum and a seed of its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from stack import Stack
+from step import WARM, Words
+from torch import Tensor
+from torch.nn import functional as F
+from words import Group, products
+
+READ_EVERY = 10
+"""Steps between looks at the accuracy, which wait for the GPU."""
+KNOWN, SETTLED = 0.97, 0.999
+"""Accuracy at the longest words so far at which longer ones come, and at the longest of all at which a run settles."""
+BETAS, EPS = (0.9, 0.99), 1e-8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is trained: what a stack's models may differ in."""
+
+    lengths: tuple[int, ...]
+    learning_rate: float
+    weight_decay: float
+    clip: float
+    noise: float
+    steps: int
+    settle: int
+    caution: float
+    """Power of (first length / length) that the learning rate is multiplied by."""
+
+
+@dataclass
+class Progress:
+    """Where a model is in its curriculum."""
+
+    plan: Plan
+    seed: int
+    known_at: list[int] = field(default_factory=list)
+    last: float = 0.0
+    """Accuracy at the longest words so far, when it was looked at last."""
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        self.end = self.plan.steps
+
+    @property
+    def stage(self) -> int:
+        """Index of the longest length so far."""
+        return min(len(self.known_at), len(self.plan.lengths) - 1)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last length has been known once; what remains is to settle."""
+        return len(self.known_at) == len(self.plan.lengths)
+
+    @property
+    def longest(self) -> int:
+        """The longest length so far."""
+        return self.plan.lengths[self.stage]
+
+    def draw(self) -> int:
+        """Return the next step's length: the longest in six of ten, else any so far."""
+        often = self.random.random() < 0.6
+        return self.plan.lengths[self.stage if often else self.random.randint(0, self.stage)]
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate at a step: up over 50, level, down over the last ``settle``, and nothing after."""
+        plan = self.plan
+        if step >= self.end:
+            return 0.0
+        part = min(1.0, (step + 1) / 50, max(0.02, (self.end - step) / max(1, plan.settle)))
+        return plan.learning_rate * part * (plan.lengths[0] / self.longest) ** plan.caution
+
+    def see(self, step: int, accuracy: float) -> None:
+        """Take the accuracy of the last steps at the longest length; go on to the next if it is known."""
+        self.last = accuracy
+        last = self.stage + 1 == len(self.plan.lengths)
+        if not self.finished and accuracy >= (SETTLED if last else KNOWN):
+            self.known_at.append(step)
+            if self.finished:
+                self.end = min(self.end, step + self.plan.settle)
+
+
+class Many:
+    """Trains a stack a step at a time. A step's words are as long as the longest that any model draws.
+
+    A model whose words are shorter learns from their beginning, which is a word, and from nothing behind it.
+    """
+
+    def __init__(self, stack: Stack, problem: Group, progress: Sequence[Progress], batch: int, tokens: int) -> None:
+        self.stack, self.problem, self.progress = stack, problem, progress
+        self.batch, self.tokens, self.done = batch, tokens, 0
+        device = problem.table.device
+        self.cuda = device.type == "cuda"
+        self.facts = torch.zeros(3, stack.models, device=device)  # learning rate, length, whether that is the longest
+        self.sums = torch.zeros(2, stack.models, device=device)  # accuracies at the longest length, and how many
+        self.moments = torch.zeros(2, *stack.flat.shape, device=device)
+        self.count = torch.zeros((), device=device)
+        plans = [one.plan for one in progress]
+        self.noise = torch.tensor([plan.noise for plan in plans], device=device)[:, None]
+        self.clip = torch.tensor([plan.clip for plan in plans], device=device)[:, None]
+        decayed = torch.tensor(
+            [
+                float(value[0].dim() > 1 and "norm" not in name and not name.endswith(".D"))
+                for name, value in stack.parameters.items()
+                for _ in range(value[0].numel())
+            ]
+        )
+        decay = torch.tensor([plan.weight_decay for plan in plans])[:, None]
+        self.decay = (decay * decayed).to(device)
+        self.noisy = any(plan.noise for plan in plans)
+        self.words: dict[int, Words] = {}
+
+    def round(self) -> None:
+        """Train every model that has steps left, ``READ_EVERY`` steps, then look at how well each does."""
+        drawn = [self._draw(self.done + i) for i in range(READ_EVERY)]
+        facts = torch.tensor([fact for _, fact in drawn]).to(self.facts.device)  # one copy, since the host waits for it
+        for (length, _), fact in zip(drawn, facts, strict=True):
+            self.facts.copy_(fact)
+            self._step(length)
+        self.done += READ_EVERY
+        hits, seen = self.sums.tolist()
+        self.sums.zero_()
+        for one, hit, count in zip(self.progress, hits, seen, strict=True):
+            if count:
+                one.see(self.done, hit / count)
+
+    def _draw(self, step: int) -> tuple[int, list[list[float]]]:
+        """Return the length of a step's words, and its ``facts``."""
+        drawn, rates = [one.draw() for one in self.progress], [one.rate(step) for one in self.progress]
+        length = max((n for n, rate in zip(drawn, rates, strict=True) if rate), default=min(drawn))
+        longest = [
+            float(rate > 0 and n == one.longest) for n, rate, one in zip(drawn, rates, self.progress, strict=True)
+        ]
+        return length, [rates, [float(min(n, length)) for n in drawn], longest]
+
+    def _step(self, length: int) -> None:
+        if length not in self.words:
+            count = max(1, min(self.batch, self.tokens // length))
+            letters = torch.zeros(self.stack.models, count, length, dtype=torch.long, device=self.facts.device)
+            self.words[length] = Words(letters)
+        words = self.words[length]
+        words.letters.random_(self.problem.order)
+        if self.cuda and words.graph is None and words.uses >= WARM:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                self._train(words.letters)
+            words.graph = graph
+        if words.graph is None:
+            self._train(words.letters)
+        else:
+            words.graph.replay()
+        words.uses += 1
+
+    def _train(self, letters: Tensor) -> None:
+        """Do one step on the words in ``letters``: what runs eagerly, and what is captured."""
+        count, length = letters.shape[1:]
+        answers = products(letters.flatten(0, 1), self.problem.table).view_as(letters)
+        parameters = list(self.stack.parameters.values())
+        with torch.enable_grad():
+            logits = self.stack(letters)
+            losses = F.cross_entropy(logits.flatten(0, 2), answers.flatten(), reduction="none").view_as(letters)
+            lengths = self.facts[1][:, None]
+            inside = (torch.arange(length, device=letters.device) < lengths) / (lengths * count)
+            loss = (losses * inside[:, None]).sum()
+        gradients = torch.autograd.grad(loss, parameters)
+        self._update(torch.cat([gradient.flatten(1) for gradient in gradients], 1))
+        right = (logits.detach().argmax(-1) == answers).float()
+        self.sums[0] += (right * inside[:, None]).sum((1, 2)) * self.facts[2]
+        self.sums[1] += self.facts[2]
+
+    def _update(self, gradient: Tensor) -> None:
+        """Do a step of AdamW with gradients (models, numbers), each model's clipped by its own norm."""
+        norm = gradient.norm(dim=1, keepdim=True)
+        gradient = gradient * (self.clip / (norm + 1e-6)).clamp(max=1)
+        if self.noisy:
+            gradient = gradient + torch.randn_like(gradient) * self.noise
+        self.count += 1
+        first, second = self.moments
+        first.lerp_(gradient, 1 - BETAS[0])
+        second.lerp_(gradient.square(), 1 - BETAS[1])
+        wide = (second / (1 - BETAS[1] ** self.count)).sqrt_().add_(EPS)
+        change = first / (1 - BETAS[0] ** self.count) / wide + self.decay * self.stack.flat
+        self.stack.flat -= self.facts[0][:, None] * change
+
+
+@torch.no_grad()
+def judge(stack: Stack, problem: Group, length: int, words: int, at_once: int) -> Tensor:
+    """Return how many words each model answers wrong at each position (models, length); all are asked the same."""
+    device = problem.table.device
+    generator = torch.Generator(device).manual_seed(987654321)
+    wrong = torch.zeros(stack.models, length, dtype=torch.long, device=device)
+    for first in range(0, words, at_once):
+        letters, answers = problem.words(min(at_once, words - first), length, generator)
+        wrong += (stack(letters.expand(stack.models, -1, -1)).argmax(-1) != answers).sum(1)
+    return wrong
