@@ -16,7 +16,9 @@ from words import Group, products
 READ_EVERY = 10
 """Steps between looks at the accuracy, which wait for the GPU."""
 KNOWN, SETTLED = 0.97, 0.999
-"""Accuracy at the longest words so far at which longer ones come, and at the longest of all at which a run settles."""
+"""Accuracy at a stage with which the next comes, and at the last at which a run settles."""
+SHORT = 8
+"""Length up to which words have the whole learning rate."""
 BETAS, EPS = (0.9, 0.99), 1e-8
 
 
@@ -24,7 +26,8 @@ BETAS, EPS = (0.9, 0.99), 1e-8
 class Plan:
     """How a model is trained: what a stack's models may differ in."""
 
-    lengths: tuple[int, ...]
+    stages: tuple[tuple[int, int], ...]
+    """Curriculum: how many letters there are, and the length of words."""
     learning_rate: float
     weight_decay: float
     clip: float
@@ -32,7 +35,7 @@ class Plan:
     steps: int
     settle: int
     caution: float
-    """Power of (first length / length) that the learning rate is multiplied by."""
+    """Power of (``SHORT`` / length) that the learning rate of longer words is multiplied by."""
 
 
 @dataclass
@@ -43,31 +46,31 @@ class Progress:
     seed: int
     known_at: list[int] = field(default_factory=list)
     last: float = 0.0
-    """Accuracy at the longest words so far, when it was looked at last."""
+    """Accuracy at the stage that it is in, when it was looked at last."""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         self.end = self.plan.steps
 
     @property
-    def stage(self) -> int:
-        """Index of the longest length so far."""
-        return min(len(self.known_at), len(self.plan.lengths) - 1)
-
-    @property
     def finished(self) -> bool:
-        """Whether the last length has been known once; what remains is to settle."""
-        return len(self.known_at) == len(self.plan.lengths)
+        """Whether the last stage has been known once; what remains is to settle."""
+        return len(self.known_at) == len(self.plan.stages)
 
     @property
-    def longest(self) -> int:
-        """The longest length so far."""
-        return self.plan.lengths[self.stage]
+    def index(self) -> int:
+        """Index of the stage that it is in."""
+        return min(len(self.known_at), len(self.plan.stages) - 1)
 
-    def draw(self) -> int:
-        """Return the next step's length: the longest in six of ten, else any so far."""
+    @property
+    def stage(self) -> tuple[int, int]:
+        """Letters and length of the stage that it is in."""
+        return self.plan.stages[self.index]
+
+    def draw(self) -> tuple[int, int]:
+        """Return the next step's stage: the last so far in six of ten, else any so far."""
         often = self.random.random() < 0.6
-        return self.plan.lengths[self.stage if often else self.random.randint(0, self.stage)]
+        return self.plan.stages[self.index if often else self.random.randint(0, self.index)]
 
     def rate(self, step: int) -> float:
         """Return the learning rate at a step: up over 50, level, down over the last ``settle``, and nothing after."""
@@ -75,16 +78,26 @@ class Progress:
         if step >= self.end:
             return 0.0
         part = min(1.0, (step + 1) / 50, max(0.02, (self.end - step) / max(1, plan.settle)))
-        return plan.learning_rate * part * (plan.lengths[0] / self.longest) ** plan.caution
+        return plan.learning_rate * part * min(1.0, SHORT / self.stage[1]) ** plan.caution
 
     def see(self, step: int, accuracy: float) -> None:
-        """Take the accuracy of the last steps at the longest length; go on to the next if it is known."""
+        """Take the accuracy of the last steps of this stage; go on to the next if it is known."""
         self.last = accuracy
-        last = self.stage + 1 == len(self.plan.lengths)
+        last = self.index + 1 == len(self.plan.stages)
         if not self.finished and accuracy >= (SETTLED if last else KNOWN):
             self.known_at.append(step)
             if self.finished:
                 self.end = min(self.end, step + self.plan.settle)
+
+
+def alphabet(problem: Group, seed: int) -> Tensor:
+    """Return the elements in an order whose first two generate the group, where any two do."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(100):
+        order = torch.randperm(problem.order, generator=generator)
+        if problem.generated(order[:2].tolist()) == problem.order:
+            break
+    return order
 
 
 class Many:
@@ -98,8 +111,10 @@ class Many:
         self.batch, self.tokens, self.done = batch, tokens, 0
         device = problem.table.device
         self.cuda = device.type == "cuda"
-        self.facts = torch.zeros(3, stack.models, device=device)  # learning rate, length, whether that is the longest
-        self.sums = torch.zeros(2, stack.models, device=device)  # accuracies at the longest length, and how many
+        self.facts = torch.zeros(
+            4, stack.models, device=device
+        )  # learning rate, letters, length, whether they are its stage's
+        self.sums = torch.zeros(2, stack.models, device=device)  # accuracies at the last stage, and how many
         self.moments = torch.zeros(2, *stack.flat.shape, device=device)
         self.count = torch.zeros((), device=device)
         plans = [one.plan for one in progress]
@@ -115,6 +130,7 @@ class Many:
         decay = torch.tensor([plan.weight_decay for plan in plans])[:, None]
         self.decay = (decay * decayed).to(device)
         self.noisy = any(plan.noise for plan in plans)
+        self.alphabets = torch.stack([alphabet(problem, one.seed) for one in progress]).to(device)
         self.words: dict[int, Words] = {}
 
     def round(self) -> None:
@@ -134,11 +150,11 @@ class Many:
     def _draw(self, step: int) -> tuple[int, list[list[float]]]:
         """Return the length of a step's words, and its ``facts``."""
         drawn, rates = [one.draw() for one in self.progress], [one.rate(step) for one in self.progress]
-        length = max((n for n, rate in zip(drawn, rates, strict=True) if rate), default=min(drawn))
-        longest = [
-            float(rate > 0 and n == one.longest) for n, rate, one in zip(drawn, rates, self.progress, strict=True)
-        ]
-        return length, [rates, [float(min(n, length)) for n in drawn], longest]
+        longest = max((n for (_, n), rate in zip(drawn, rates, strict=True) if rate), default=min(n for _, n in drawn))
+        letters = [float(count or self.problem.order) for count, _ in drawn]
+        lengths = [float(min(n, longest)) for _, n in drawn]
+        last = [float(rate > 0 and x == one.stage) for x, rate, one in zip(drawn, rates, self.progress, strict=True)]
+        return longest, [rates, letters, lengths, last]
 
     def _step(self, length: int) -> None:
         if length not in self.words:
@@ -146,7 +162,6 @@ class Many:
             letters = torch.zeros(self.stack.models, count, length, dtype=torch.long, device=self.facts.device)
             self.words[length] = Words(letters)
         words = self.words[length]
-        words.letters.random_(self.problem.order)
         if self.cuda and words.graph is None and words.uses >= WARM:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
@@ -159,21 +174,23 @@ class Many:
         words.uses += 1
 
     def _train(self, letters: Tensor) -> None:
-        """Do one step on the words in ``letters``: what runs eagerly, and what is captured."""
+        """Do one step on fresh words, drawn into ``letters``: what runs eagerly, and what is captured."""
         count, length = letters.shape[1:]
+        drawn = torch.rand(letters.shape, device=letters.device) * self.facts[1][:, None, None]
+        letters.copy_(self.alphabets.gather(1, drawn.long().flatten(1)).view_as(letters))
         answers = products(letters.flatten(0, 1), self.problem.table).view_as(letters)
         parameters = list(self.stack.parameters.values())
         with torch.enable_grad():
             logits = self.stack(letters)
             losses = F.cross_entropy(logits.flatten(0, 2), answers.flatten(), reduction="none").view_as(letters)
-            lengths = self.facts[1][:, None]
+            lengths = self.facts[2][:, None]
             inside = (torch.arange(length, device=letters.device) < lengths) / (lengths * count)
             loss = (losses * inside[:, None]).sum()
         gradients = torch.autograd.grad(loss, parameters)
         self._update(torch.cat([gradient.flatten(1) for gradient in gradients], 1))
         right = (logits.detach().argmax(-1) == answers).float()
-        self.sums[0] += (right * inside[:, None]).sum((1, 2)) * self.facts[2]
-        self.sums[1] += self.facts[2]
+        self.sums[0] += (right * inside[:, None]).sum((1, 2)) * self.facts[3]
+        self.sums[1] += self.facts[3]
 
     def _update(self, gradient: Tensor) -> None:
         """Do a step of AdamW with gradients (models, numbers), each model's clipped by its own norm."""

@@ -11,7 +11,12 @@ Row = dict[str, Any]
 
 def recipe_of(row: Row) -> str:
     """Say what a variant changes."""
-    return ", ".join(f"{name} {value}" for name, value in row["changes"].items()) or "defaults"
+    return ", ".join(f"{name} {said(value)}" for name, value in row["changes"].items()) or "defaults"
+
+
+def said(value: Any) -> str:
+    """Say a value: a curriculum by its ends, anything else as it is."""
+    return f"{value[0]} to {value[-1]}" if isinstance(value, list) else str(value)
 
 
 def kinds_of(rows: list[Row]) -> list[list[Row]]:
@@ -25,7 +30,7 @@ def kinds_of(rows: list[Row]) -> list[list[Row]]:
 def table(rows: list[Row]) -> str:
     """Return the results as Markdown: a line for each variant, a number for each seed."""
     names = (
-        "group", "stack", "variant", "steps", "seconds of the stack", "trained to", "accuracy to 64",
+        "group", "stack", "variant", "steps", "seconds of the stack", "letters and length", "accuracy to 64",
         "accuracy to the end", "right to position",
     )  # fmt: skip
     lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
@@ -37,7 +42,7 @@ def table(rows: list[Row]) -> str:
             recipe_of(one),
             f"{max(row['steps'] for row in kind):,}",
             f"{one['seconds']:.0f} for {one['models']}",
-            *(", ".join(str(row[name]) for row in kind) for name in ("trained_to",)),
+            ", ".join(f"{row['stage'][0] or 'all'}:{row['stage'][1]}" for row in kind),
             *(", ".join(f"{100 * list(row['accuracy'].values())[i]:.1f}" for row in kind) for i in (0, -1)),
             ", ".join(str(row["perfect_to"]) for row in kind),
         ]
@@ -46,7 +51,7 @@ def table(rows: list[Row]) -> str:
 
 
 def draw(rows: list[Row], place: Path) -> None:
-    """Draw when each model knew each length: a panel for each stack, a color for each variant."""
+    """Draw when each model knew each stage: a panel for each stack, a color for each variant."""
     try:
         import matplotlib
     except ImportError:
@@ -60,16 +65,16 @@ def draw(rows: list[Row], place: Path) -> None:
         return
     columns = min(3, len(stacks))
     lines = -(-len(stacks) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(5 * columns, 3.2 * lines), squeeze=False, sharey=True)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(5 * columns, 3.2 * lines), squeeze=False)
     for name, panel in zip(stacks, axes.flat, strict=False):
         for i, kind in enumerate(kinds_of([row for row in rows if row["stack"] == name])):
             for j, row in enumerate(kind):
-                known = {int(length): step for length, step in row["known_at"].items()}
+                steps = [step for *_, step in row["known_at"]]
                 label = recipe_of(row) if j == 0 else None
-                panel.plot([1, *known.values()], [1, *known], color=f"C{i}", marker=".", linewidth=1, label=label)
-        panel.set(title=name, xlabel="step", yscale="log", xscale="log")
+                panel.plot([0, *steps], range(len(steps) + 1), color=f"C{i}", marker=".", linewidth=1, label=label)
+        panel.set(title=name, xlabel="step")
         panel.legend(fontsize=7)
     for panel in axes[:, 0]:
-        panel.set_ylabel("longest length known")
+        panel.set_ylabel("stages known")
     figure.tight_layout()
     figure.savefig(place, dpi=120)

@@ -56,7 +56,7 @@ class Member:
     def plan(self) -> Plan:
         """How it is trained."""
         values = {name: self.settings[name] for name in PLAN}
-        return Plan(**values | {"lengths": tuple(values["lengths"])})
+        return Plan(**values | {"stages": tuple((letters, length) for letters, length in values["stages"])})
 
 
 def members_of(config: dict[str, Any], asked: dict[str, Any]) -> list[Member]:
@@ -149,7 +149,7 @@ class Running:
             self.seconds += time.monotonic() - began
             if self.seconds - said > 15:
                 said = self.seconds
-                where = ", ".join(f"{one.longest}:{one.last:.2f}" for one in self.many.progress)
+                where = ", ".join(f"{one.stage[0] or ''}x{one.stage[1]}:{one.last:.2f}" for one in self.many.progress)
                 print(f"{self.asked['name']} {self.seconds:.0f} s, step {self.many.done}: {where}", file=sys.stderr)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -167,8 +167,8 @@ class Running:
                 "steps": min(self.many.done, one.end),
                 "seconds": round(self.seconds, 1),
                 "models": len(self.members),
-                "known_at": dict(zip(one.plan.lengths, one.known_at, strict=False)),
-                "trained_to": one.longest,
+                "known_at": [[*stage, step] for stage, step in zip(one.plan.stages, one.known_at, strict=False)],
+                "stage": one.stage,
                 "last": round(one.last, 4),
                 "accuracy": {
                     n: 1 - sum(errors[:n]) / (asked["words"] * n)
@@ -205,7 +205,7 @@ def search(config: dict[str, Any], out: Path, minutes: float, only: list[str]) -
                 staging = place.with_suffix(".part")
                 staging.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
                 os.replace(staging, place)
-                best = max(rows, key=lambda row: (row["perfect_to"], row["trained_to"], row["last"]))
+                best = max(rows, key=lambda row: (row["perfect_to"], len(row["known_at"]), row["last"]))
                 print(f"{asked['name']}: best {best}", file=sys.stderr)
         del running
         if device.type == "cuda":

@@ -32,6 +32,14 @@ class Group:
         letters = torch.randint(self.order, (batch, length), device=generator.device, generator=generator)
         return letters, products(letters, self.table)
 
+    def generated(self, letters: list[int]) -> int:
+        """Return how many elements are products of these."""
+        found, new = {0}, [0]
+        while new:
+            new = [x for x in {int(self.table[a, b]) for a in new for b in letters} if x not in found]
+            found.update(new)
+        return len(found)
+
 
 def products(letters: Tensor, table: Tensor) -> Tensor:
     """Return the product of every prefix, in as many gathers as the length has bits."""
