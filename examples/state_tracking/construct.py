@@ -12,6 +12,7 @@ V = n^2 columns. Before the first letter the state is 0, so thresholds are such 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from itertools import product
@@ -77,10 +78,11 @@ def pairs(degree: int) -> list[tuple[int, int]]:
     return list(product(range(degree), repeat=2))
 
 
-def state_weight(point: int, degree: int) -> Tensor:
+def state_weight(point: int, degree: int, margin: float = MARGIN) -> Tensor:
     """Return W (V, V): whether the point is where the column's pair begins, as 0 or -2 margins.
 
     For pairs that begin elsewhere than the head's point, whom a state of 0 must read as absent, as 2 margins or 0.
+    Whatever letters do to ``degree`` states, this is the weight: letters choose among the pairs.
     """
     units = pairs(degree)
     weight = torch.zeros(len(units), len(units))
@@ -89,7 +91,7 @@ def state_weight(point: int, degree: int) -> Tensor:
         weight[:, column] = -level / (len(units) - 2)  # all units together are 2 - V, which makes that constant
         for row, (_, end) in enumerate(units):
             weight[row, column] += end == start
-    return MARGIN * weight
+    return margin * weight
 
 
 def letter_levels(elements: list[tuple[int, ...]], point: int, degree: int) -> Tensor:
@@ -99,6 +101,29 @@ def letter_levels(elements: list[tuple[int, ...]], point: int, degree: int) -> T
         for p in elements
     ]
     return MARGIN * torch.tensor(levels, dtype=torch.float32)
+
+
+@torch.no_grad()
+def begin_automaton(layer: nn.Module, margin: float, spread: float) -> None:
+    """Write the weights of an automaton of isqrt(V) states whose letters do random things, for training to choose.
+
+    The layer has biases and no activation. v is its thresholds and ``spread`` margins times a normal number; q and k
+    are about 1. Columns over the square of the states are as they were.
+    """
+    states = math.isqrt(layer.head_dim)
+    used, heads = states**2, layer.total_heads
+    layer.state_weight[:, :used, :used] = state_weight(0, states, margin)
+    rows, cols = heads * layer.state_expansion, heads * layer.head_dim
+    q, k, v, _, g = layer.input_projection.weight.split([rows, rows, cols, heads, cols])
+    for part in (q, k):
+        part *= 0.1
+    v *= spread * margin
+    g *= 0.1
+    thresholds = torch.zeros(heads, layer.head_dim)
+    thresholds[:, :used] = margin * torch.tensor([-1.0 if start else 0.0 for start, _ in pairs(states)]) * 2
+    ones = torch.ones(2 * rows)
+    parts = [ones, thresholds.flatten(), torch.zeros(heads), inverse_silu(torch.ones(cols))]
+    layer.input_projection.bias.copy_(torch.cat(parts))
 
 
 def inverse_silu(y: Tensor) -> Tensor:

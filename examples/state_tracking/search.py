@@ -28,6 +28,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+from construct import begin_automaton  # noqa: E402
 from decoder import Decoder, package_of  # noqa: E402
 from many import Many, Plan, Progress, judge  # noqa: E402
 from report import draw, table  # noqa: E402
@@ -37,9 +38,9 @@ from words import group  # noqa: E402
 
 SAID = (64, 128, 256, 512, 1024, 2048)
 """Lengths whose accuracy is recorded."""
-SHAPE = ("rows", "columns", "heads", "width", "layers", "activation", "batch", "tokens")
+SHAPE = ("rows", "columns", "heads", "width", "layers", "activation", "bias", "batch", "tokens")
 """What all models of a stack have in common."""
-START = ("forget", "spin", "scale", "embed")
+START = ("forget", "weights", "spin", "scale", "embed")
 """What a model begins with."""
 PLAN = tuple(field.name for field in fields(Plan))
 
@@ -82,13 +83,16 @@ def model_of(member: Member, order: int, package: ModuleType) -> Decoder:
     mixers = [
         package.M2RNN(
             settings["width"], settings["rows"], settings["columns"], heads, conv_width=None,
-            activation=settings["activation"], backend="reference",
+            activation=settings["activation"], bias=settings["bias"], backend="reference",
         )
         for _ in range(settings["layers"])
     ]  # fmt: skip
     for mixer in mixers:
         mixer.decay_gate.A_log.zero_()
         mixer.decay_gate.dt_bias.fill_(math.log(math.expm1(-math.log(settings["forget"]))))
+        if settings["weights"] == "automaton":
+            begin_automaton(mixer, settings["spin"], settings["scale"])
+            continue
         for weight in mixer.state_weight:
             torch.nn.init.orthogonal_(weight, gain=settings["spin"])
         operands = settings["heads"] * (2 * settings["rows"] + settings["columns"])
@@ -162,7 +166,7 @@ class Running:
                 "group": self.problem.name,
                 "changes": member.changes,
                 "seed": member.seed,
-                **{name: member.settings[name] for name in SHAPE[:6]},
+                **{name: member.settings[name] for name in SHAPE[:7]},
                 "parameters": self.stack.flat.shape[1],
                 "steps": min(self.many.done, one.end),
                 "seconds": round(self.seconds, 1),

@@ -55,7 +55,9 @@ class Stack:
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         weight = self.parameters[f"{name}.weight"]
-        return torch.bmm(x.flatten(1, 2), weight.mT).unflatten(1, x.shape[1:3])
+        y = torch.bmm(x.flatten(1, 2), weight.mT).unflatten(1, x.shape[1:3])
+        bias = self.parameters.get(f"{name}.bias")
+        return y if bias is None else y + bias[:, None, None]
 
     def _normed(self, name: str, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:]) * self.parameters[f"{name}.weight"][:, None, None]
