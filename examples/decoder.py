@@ -9,14 +9,15 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from gated_delta import GatedDelta
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the generated packages lie there
 
-KINDS = ("m2rnn", "attention", "linear", "gru", "gated_deltanet")
-UNCOMPILED = ("gru", "gated_deltanet")
+KINDS = ("m2rnn", "attention", "linear", "gru", "gated_deltanet", "gated_deltanet_fla")
+UNCOMPILED = ("gru", "gated_deltanet_fla")
 """Kinds that torch does not compile to one graph."""
 DELTA_ROWS = 128
 """Rows of a Gated DeltaNet head, which has twice the columns: those of all heads are as many as the model's."""
@@ -98,7 +99,7 @@ class Gru(nn.Module):
         return self.gru(x)[0]
 
 
-class GatedDeltaNet(nn.Module):
+class FlaGatedDeltaNet(nn.Module):
     """flash-linear-attention's layer, where that package is installed."""
 
     def __init__(self, width: int) -> None:
@@ -108,10 +109,20 @@ class GatedDeltaNet(nn.Module):
         try:
             self.layer = layer(width, DELTA_ROWS)
         except ImportError as error:
-            raise SystemExit(f"gated_deltanet must have flash-linear-attention installed, got none ({error})") from None
+            raise SystemExit(
+                f"gated_deltanet_fla must have flash-linear-attention installed, got none ({error})"
+            ) from None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)[0]
+
+
+def gated_delta(width: int) -> GatedDelta:
+    """Return Gated DeltaNet in plain PyTorch, with the heads that flash-linear-attention's has here."""
+    heads, rest = divmod(width, 2 * DELTA_ROWS)
+    if rest or not heads:
+        raise ValueError(f"width must be a multiple of {2 * DELTA_ROWS} for gated_deltanet, got {width}")
+    return GatedDelta(width, heads, DELTA_ROWS, 2 * DELTA_ROWS)
 
 
 def mixer(kind: str, width: int, heads: int, package: ModuleType, layer: str, **options: object) -> nn.Module:
@@ -123,7 +134,9 @@ def mixer(kind: str, width: int, heads: int, package: ModuleType, layer: str, **
     if kind == "gru":
         return Gru(width)
     if kind == "gated_deltanet":
-        return GatedDeltaNet(width)
+        return gated_delta(width)
+    if kind == "gated_deltanet_fla":
+        return FlaGatedDeltaNet(width)
     if kind == "attention":
         return Attention(width, heads)
     raise SystemExit(f"mixers must be of {', '.join(KINDS)}, got {kind!r}")
@@ -132,11 +145,11 @@ def mixer(kind: str, width: int, heads: int, package: ModuleType, layer: str, **
 class Block(nn.Module):
     """A mixer and an MLP, each on a normalised input and added to it."""
 
-    def __init__(self, mixer: nn.Module, width: int) -> None:
+    def __init__(self, mixer: nn.Module, width: int, hidden: int) -> None:
         super().__init__()
         self.before_mixer, self.before_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
         self.mixer = mixer
-        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+        self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.mixer(self.before_mixer(x))
@@ -144,13 +157,17 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens (B, S) to logits (B, S, classes)."""
+    """Tokens (B, S) to logits (B, S, classes); ``hidden`` has the width of each MLP, four times the model's if None."""
 
-    def __init__(self, mixers: Sequence[nn.Module], width: int, tokens: int, classes: int) -> None:
+    def __init__(
+        self, mixers: Sequence[nn.Module], width: int, tokens: int, classes: int, hidden: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(tokens, width)
         nn.init.normal_(self.embed.weight, std=0.5)
-        self.blocks = nn.ModuleList(Block(one, width) for one in mixers)
+        self.blocks = nn.ModuleList(
+            Block(mixer, width, inner) for mixer, inner in zip(mixers, hidden or [4 * width] * len(mixers), strict=True)
+        )
         self.norm = nn.RMSNorm(width)
         self.head = nn.Linear(width, classes, bias=False)
 

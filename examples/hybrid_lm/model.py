@@ -83,16 +83,23 @@ def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
 
 
-class Trainer:
-    """A model, its optimizer and its step; two trainers of one config and state do the same."""
+def decoder_of(config: Config) -> Decoder:
+    """Return the model of a config."""
+    package, sizes = package_of(config.package), (config.width, config.heads)
+    mixers = [mixer(kind, *sizes, package, config.layer, backend=config.backend) for kind in config.mixers]
+    return Decoder(mixers, config.width, TOKENS, TOKENS)
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+
+class Trainer:
+    """A model, its optimizer and its step; two trainers of one config and state do the same.
+
+    ``make`` makes the model of the config, after the seed was set.
+    """
+
+    def __init__(self, config: Config, device: torch.device, make: Callable[[Config], Decoder] | None = None) -> None:
         torch.manual_seed(config.seed)
-        package = package_of(config.package)
-        sizes = (config.width, config.heads)
-        mixers = [mixer(kind, *sizes, package, config.layer, backend=config.backend) for kind in config.mixers]
         self.config, self.device = config, device
-        self.model = Decoder(mixers, config.width, TOKENS, TOKENS).to(device)
+        self.model = (make or decoder_of)(config).to(device)
         self.called = self._compiled()
         self.optimizer = torch.optim.AdamW(
             groups_of(self.model, config.weight_decay),

@@ -30,8 +30,8 @@ if not torch.cuda.is_available():
 
 from construct import begin_automaton  # noqa: E402
 from decoder import Decoder, package_of  # noqa: E402
+from findings import draw, table  # noqa: E402
 from many import Many, Plan, Progress, judge  # noqa: E402
-from report import draw, table  # noqa: E402
 from stack import Stack  # noqa: E402
 from step import own_stream  # noqa: E402
 from words import group  # noqa: E402

@@ -1,0 +1,174 @@
+"""The gated delta rule of arXiv 2412.06464 in chunks, in plain PyTorch, and the layer around it.
+
+With a_t = exp(log_decay_t), the state of a head is S_t = a_t (I - beta_t k_t k_t^T) S_(t-1) + beta_t k_t v_t^T, and
+y_t = S_t^T q_t. Within a chunk, with g the running sum of log_decay, S_t is e^(g_t) S_0 plus the sum of
+e^(g_t - g_s) k_s u_s^T over s <= t, where (I + A) U = beta (V - e^g K S_0) and A holds
+beta_t e^(g_t - g_s) k_t . k_s below its diagonal. All of that is products of matrices for every chunk at once; only
+the states at the chunks' beginnings come one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CHUNK = 64
+"""Tokens of a chunk."""
+
+
+class UnitLowerInverse(torch.autograd.Function):
+    """(I + A)^-1 of matrices A (..., C, C) that are 0 on and above the diagonal; C is a power of 2.
+
+    Blocks twice the size come from their two halves, whose inverses are entries of products of Householder-like
+    contractions and so stay small; a series in powers of A would not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor) -> Tensor:
+        """Return the inverses."""
+        rows = torch.arange(a.shape[-1], device=a.device)
+        inverse = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device).expand_as(a)
+        size = 1
+        while size < a.shape[-1]:
+            lower = (rows[:, None] // size == rows // size + 1) & (rows // size % 2 == 0)
+            part = a * lower
+            inverse = inverse - (part if size == 1 else inverse @ part @ inverse)
+            size *= 2
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, given: Tensor) -> Tensor:
+        """Return the gradient of A; what is on and above its diagonal is the caller's to drop."""
+        (inverse,) = ctx.saved_tensors
+        return -(inverse.mT @ given @ inverse.mT)
+
+
+class ChunkScan(torch.autograd.Function):
+    """The walk over chunks: what each writes, and the state that each begins with.
+
+    For each chunk, first U = U0 - W S, then S = decay S + K^T U. u0 is (n, B, C, V), w and k are (n, B, C, K) and decay
+    (n, B) for n chunks; S begins as 0 and is kept in decay's dtype, while products have those of their operands.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u0: Tensor, w: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
+        """Return every chunk's U (n, B, C, V) and S before it (n, B, K, V), both in u0's dtype."""
+        state = decay.new_zeros(w.shape[1], w.shape[-1], u0.shape[-1])
+        factors = decay[..., None, None].unbind()
+        writes, before = [], []
+        for start, read, key, factor in zip(u0.unbind(), w.unbind(), k.mT.unbind(), factors, strict=True):
+            before.append(state.to(u0.dtype))
+            writes.append(torch.baddbmm(start, read, before[-1], alpha=-1))
+            state = torch.addcmul(torch.bmm(key, writes[-1]).to(decay.dtype), state, factor)
+        u, states = torch.stack(writes), torch.stack(before)
+        ctx.save_for_backward(u, states, w, k, decay)
+        return u, states
+
+    @staticmethod
+    def backward(ctx: Any, du: Tensor, dstates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the gradients of the arguments."""
+        u, states, w, k, decay = ctx.saved_tensors
+        carried = decay.new_zeros(states.shape[1:])
+        factors = decay[..., None, None].unbind()
+        writes, after = [], []
+        for i in range(len(factors) - 1, -1, -1):
+            after.append(carried.to(u.dtype))
+            writes.append(torch.baddbmm(du[i], k[i], after[-1]))
+            from_u = torch.baddbmm(dstates[i], w[i].mT, writes[-1], alpha=-1)
+            carried = torch.addcmul(from_u.to(decay.dtype), carried, factors[i])
+        dwrites, dafter = torch.stack(writes[::-1]), torch.stack(after[::-1])
+        ddecay = (dafter.to(decay.dtype) * states.to(decay.dtype)).sum((-2, -1))
+        return dwrites, -(dwrites @ states.mT), u @ dafter.mT, ddecay
+
+
+def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Return y (B, S, N, V) of q and k (B, S, N, K), v (B, S, N, V), log_decay <= 0 and beta (B, S, N).
+
+    Products have the dtype of v. Decays, their sums and the carried state have log_decay's, which is float32 or
+    float64; the inverse of a chunk is computed in that, too. ``chunk`` is a power of 2, and S is any number.
+    """
+    batch, length, heads = beta.shape
+    narrow, wide = v.dtype, log_decay.dtype
+    end = -length % chunk
+
+    def chunks(x: Tensor) -> Tensor:  # (n, B N, C, ...)
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, end)).unflatten(1, (-1, chunk))
+        return x.movedim(3, 1).movedim(2, 0).flatten(1, 2)
+
+    with torch.autocast(v.device.type, enabled=False):
+        q, k, v = chunks(q.to(narrow)), chunks(k.to(narrow)), chunks(v)
+        g, beta = chunks(log_decay).cumsum(-1), chunks(beta.to(wide))[..., None]
+        lower = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).tril()
+        between = (g[..., :, None] - g[..., None, :]).masked_fill(~lower, float("-inf")).exp()
+        from_start, to_end = g.exp()[..., None], (g[..., -1:] - g).exp()[..., None]
+        a = (beta * between * (k.to(wide) @ k.to(wide).mT)).tril(-1)
+        inverse = UnitLowerInverse.apply(a).to(narrow)
+        u0 = inverse @ (beta * v).to(narrow)
+        w = inverse @ (beta * from_start * k).to(narrow)
+        u, states = ChunkScan.apply(u0, w, (to_end * k).to(narrow), g[..., -1].exp())
+        scores = ((q @ k.mT).to(wide) * between).to(narrow)
+        y = scores @ u + (from_start * q).to(narrow) @ states
+    y = y.unflatten(1, (batch, heads)).movedim(0, 2).movedim(1, 3).flatten(1, 2)
+    return y[:, :length]
+
+
+class GatedDelta(nn.Module):
+    """The layer of flash-linear-attention's GatedDeltaNet, with its parameters' names and their initial values.
+
+    Projections give q, k (``heads`` times ``rows``), v and the output gate (``heads`` times ``columns``). q, k and v
+    pass a short depthwise convolution and SiLU; q and k are normalised, q is divided by sqrt(rows). The decay of a head
+    is exp(-exp(A_log) softplus(a + dt_bias)), beta a sigmoid. The result is RMSNorm(y) silu(gate), projected.
+    """
+
+    def __init__(self, width: int, heads: int, rows: int, columns: int, taps: int = 4, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.heads, self.rows, self.columns, self.eps = heads, rows, columns, eps
+        self.sizes = (heads * rows, heads * rows, heads * columns)
+        for name, size in zip("qkv", self.sizes, strict=True):
+            self.add_module(f"{name}_proj", nn.Linear(width, size, bias=False))
+            self.add_module(f"{name}_conv1d", nn.Conv1d(size, size, taps, groups=size, bias=False))
+        self.a_proj, self.b_proj = nn.Linear(width, heads, bias=False), nn.Linear(width, heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(0, 16).log())
+        step = torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)).exp().clamp(min=1e-4)
+        self.dt_bias = nn.Parameter(step + (-(-step).expm1()).log())  # softplus takes it back to the step
+        self.g_proj, self.o_proj = (
+            nn.Linear(width, self.sizes[2], bias=False), nn.Linear(self.sizes[2], width, bias=False),
+        )  # fmt: skip
+        self.o_norm = nn.RMSNorm(columns, eps=eps)
+
+    @property
+    def state_size(self) -> int:
+        """Elements of the state of a sequence."""
+        return self.heads * self.rows * self.columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix x (B, S, width) to the same shape."""
+        q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self._convolved(x))
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            q, k = (part.to(wide) * (part.to(wide).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for part in (q, k))
+            q = q * self.rows**-0.5
+        log_decay = -self.A_log.to(wide).exp() * F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide))
+        y = gated_delta_rule(q, k, v, log_decay, self.b_proj(x).to(wide).sigmoid())
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.rms_norm(y.to(wide), (self.columns,), self.o_norm.weight.to(wide), self.eps)
+        gate = F.silu(self.g_proj(x)).unflatten(-1, (self.heads, -1))
+        return self.o_proj((y.to(gate.dtype) * gate).flatten(-2))
+
+    def _convolved(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return q, k and v after their convolutions, which are one."""
+        projected = F.linear(x, torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]))
+        taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
+        return F.silu(convolved(projected, taps.to(projected.dtype))).split(self.sizes, -1)
+
+
+def convolved(x: Tensor, taps: Tensor) -> Tensor:
+    """Return the causal convolution of each channel of x (B, S, C) with its taps (C, width)."""
+    width = taps.shape[-1]
+    padded = F.pad(x, (0, 0, width - 1, 0))
+    return sum(padded[:, i : i + x.shape[1]] * taps[:, i] for i in range(width))

@@ -1,0 +1,104 @@
+"""Train hybrids of attention, M2RNN and Gated DeltaNet on the same bytes, and show what each makes of held-out files.
+
+    m2gen build --spec hybrids.yaml
+    python examples/hybrid_lm/hybrids.py --out OUT --minutes 9     # again and again, until nothing is left to run
+    python examples/hybrid_lm/hybrids.py --report OUT/hybrids.json --readme examples/hybrid_lm/README.md
+
+Finished runs lie in --out and are not run again; a run that the time, or a signal, has ended goes on from its
+checkpoint. After each run, hybrids.json, hybrids.md and the figures (with matplotlib) are those of all runs so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+import corpus  # noqa: E402
+import report  # noqa: E402
+from loop import write_json  # noqa: E402
+from plan import Plan, check_equal, load_plan  # noqa: E402
+from runs import Clock, Runner  # noqa: E402
+
+SMOKE = {
+    "package": "generated.tiny", "dtype": "fp32", "seq": 4, "batch": 1, "steps": 4, "warmup": 1, "evaluate_every": 2,
+    "save_every": 2, "text": {"limit": 60000, "validation": 4, "roots": [str(HERE)]},
+    "validation": {"curve": 4, "final": 8},
+    "variants": {"with M²RNN": ["m2rnn", "attention"], "with Gated DeltaNet": ["gated_deltanet", "attention"]},
+    "compare": [["with M²RNN", "with Gated DeltaNet"]],
+    "sizes": {
+        "tiny": {
+            "layer": "base", "width": 64, "layers": 2, "heads": 2, "block": 50000, "seeds": [0, 1],
+            "delta": {"heads": 1, "rows": 8, "columns": 64},
+        },
+    },
+}  # fmt: skip
+"""Runs of seconds on a CPU, which show that everything works and nothing else."""
+
+
+def run_all(plan: Plan, out: Path, clock: Clock) -> int:
+    """Do the runs that are not finished, while the time lasts; return how many are left."""
+    for name in ("runs", "checkpoints"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    check_equal(plan)
+    text = corpus.kept(plan.text, out / "text.pt")
+    print(f"text: {text.facts}", file=sys.stderr)
+    runner, results = Runner(text, out, clock), []
+    wanted = plan.runs()
+    for run in wanted:
+        result = runner.finished(run) or (None if clock.over else runner.train(run))
+        if result is not None:
+            results.append(result)
+            write_json(collected(plan, results), out / "hybrids.json")
+    return len(wanted) - len(results)
+
+
+def collected(plan: Plan, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return all results, with what they have in common once."""
+    common = {name: results[0]["facts"][name] for name in ("device", "torch", "kernels", "text", "plan")}
+    runs = [{name: x for name, x in result.items() if name != "facts"} for result in results]
+    sizes = {result["size"]: result["facts"]["size"] for result in results}
+    compare = [list(pair) for pair in plan.compare]
+    return {**common, "sizes": sizes, "variants": list(plan.variants), "compare": compare, "runs": runs}
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "hybrids.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value; YAML")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of runs, checkpoints and results")
+    parser.add_argument("--minutes", type=float, help="stop after so long, in the middle of a run if need be")
+    parser.add_argument("--smoke", action="store_true", help="sizes of seconds on a CPU, in Triton's interpreter")
+    parser.add_argument("--report", type=Path, metavar="JSON", help="only write table and figures of finished runs")
+    parser.add_argument("--readme", type=Path, help="with --report: put the table there, and the figures beside it")
+    arguments = parser.parse_args()
+    if arguments.report:
+        report.write(json.loads(arguments.report.read_text(encoding="utf-8")), arguments.out, arguments.readme)
+        return
+    changes = dict(SMOKE) if arguments.smoke else {}
+    changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
+    clock = Clock(arguments.minutes)
+    signal.signal(signal.SIGTERM, clock.stop)
+    left = run_all(load_plan(arguments.config, changes), arguments.out, clock)
+    place = arguments.out / "hybrids.json"
+    if place.is_file():
+        report.write(json.loads(place.read_text(encoding="utf-8")), arguments.out)
+    if left:
+        print(f"{left} runs are left; the same command goes on", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

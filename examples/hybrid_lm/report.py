@@ -1,0 +1,222 @@
+"""The table and the figures of finished runs, and whether differences are more than seeds make."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from loop import store
+
+BEGIN, END = "<!-- hybrids: begin -->", "<!-- hybrids: end -->"
+COLOURS = ("#7f7f7f", "#d95f02", "#1f78b4", "#7570b3", "#e7298a", "#1b9e77")
+INK = {"hybrids.svg": ("#1f2328", "#d0d7de"), "hybrids-dark.svg": ("#e6edf3", "#3d444d")}
+"""Colours of text and of lines, for light and dark pages."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean difference of pairs, its 95 % interval to both sides, and the probability of one as large by chance."""
+
+    mean: float
+    half: float
+    chance: float
+
+    @property
+    def beyond_seeds(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return abs(self.mean) > self.half
+
+
+def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
+    """Return the difference of two models over the seeds that both have, by Student's t for pairs."""
+    differences = [a - b for a, b in zip(one, other, strict=True)]
+    if len(differences) < 2:
+        return Difference(mean(differences), math.inf, 1.0)
+    degrees, error = len(differences) - 1, stdev(differences) / math.sqrt(len(differences))
+    t = abs(mean(differences)) / error if error else math.inf
+    return Difference(mean(differences), quantile(degrees) * error, 2 * tail(t, degrees))
+
+
+def tail(t: float, degrees: int) -> float:
+    """Return the probability that Student's t of some degrees of freedom is above t >= 0."""
+    # The density in the angle of t = sqrt(degrees) tan(angle) is a power of its cosine.
+    begin, steps = math.atan(t / math.sqrt(degrees)), 2000
+    width = (math.pi / 2 - begin) / steps
+    middle = sum(math.cos(begin + (i + 0.5) * width) ** (degrees - 1) for i in range(steps)) * width
+    logarithm = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
+    return math.exp(logarithm) / math.sqrt(math.pi) * middle
+
+
+def quantile(degrees: int, beyond: float = 0.025) -> float:
+    """Return the t that is exceeded with a probability, by bisection."""
+    low, high = 0.0, 1e4
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if tail(middle, degrees) > beyond else (low, middle)
+    return high
+
+
+def runs_of(data: dict[str, Any], size: str, variant: str) -> list[dict[str, Any]]:
+    """Return the runs of a model, by seed."""
+    found = [run for run in data["runs"] if (run["size"], run["variant"]) == (size, variant)]
+    return sorted(found, key=lambda run: run["seed"])
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Write a mean and the standard deviation over seeds."""
+    text = f"{mean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
+
+
+def words(nats: float) -> float:
+    """Return the perplexity of a byte."""
+    return math.exp(nats)
+
+
+def table(data: dict[str, Any]) -> str:
+    """Return the tables: a row for each model, and one for each difference."""
+    steps, tokens = data["plan"]["steps"], data["runs"][0]["tokens_a_step"]
+    text = data["text"]
+    lines = [
+        f"{data['device']}, torch {data['torch']}, {data['plan']['dtype']}; {steps} steps of {tokens:,} bytes "
+        f"({steps * tokens / 1e6:.1f} MB), sequences of {data['plan']['seq']}. Text: {text['train_files']:,} files "
+        f"of {text['train_bytes'] / 1e6:.1f} MB to train on, {text['validation_files']:,} others of "
+        f"{text['validation_bytes'] / 1e6:.1f} MB to judge by (SHA-256 {text['digest']}). ± is the standard deviation "
+        "over seeds.",
+        "",
+        "| size | mixers | seeds | parameters | state of a layer | bits a byte | perplexity of a byte "
+        "| training, s | tokens/s |",
+        "| --- " * 9 + "|",
+    ]
+    for size in data["sizes"]:
+        for variant in data["variants"]:
+            runs = runs_of(data, size, variant)
+            lines += [_row(data, size, variant, runs)] if runs else []
+    lines += ["", "| size | difference of the perplexity of a byte | seeds | mean, 95 % interval | p "
+              "| more than seeds make |", "| --- " * 6 + "|"]  # fmt: skip
+    for size in data["sizes"]:
+        for one, other in data["compare"]:
+            lines += _difference(data, size, one, other)
+    seconds = sum(run["seconds"] for run in data["runs"])
+    lines += ["", f"{len(data['runs'])} runs, {seconds:,.0f} s of training."]
+    return "\n".join(lines) + "\n"
+
+
+def _row(data: dict[str, Any], size: str, variant: str, runs: list[dict[str, Any]]) -> str:
+    states = ", ".join(f"{NAMES[kind]} {count:,}" for kind, count in runs[0]["states"].items())
+    seeds = ", ".join(str(run["seed"]) for run in runs)
+    total = data["plan"]["steps"] * runs[0]["tokens_a_step"]
+    finals = [run["final"] for run in runs]
+    bits = spread([nats / math.log(2) for nats in finals], 4)
+    perplexity = spread([words(nats) for nats in finals], 4)
+    seconds = [run["seconds"] for run in runs]
+    return (
+        f"| {size} | {variant} | {seeds} | {runs[0]['parameters']:,} | {states} | {bits} | {perplexity} "
+        f"| {mean(seconds):.0f} | {total / mean(seconds):,.0f} |"
+    )
+
+
+NAMES = {"attention": "cache", "m2rnn": "M²RNN", "gated_deltanet": "Gated DeltaNet"}
+"""Names of what layers keep."""
+
+
+def _difference(data: dict[str, Any], size: str, one: str, other: str) -> list[str]:
+    """Return the row of a difference, if both models were trained from some seed."""
+    finals = [{run["seed"]: words(run["final"]) for run in runs_of(data, size, name)} for name in (one, other)]
+    seeds = sorted(finals[0].keys() & finals[1].keys())
+    if not seeds:
+        return []
+    found = paired([finals[0][seed] for seed in seeds], [finals[1][seed] for seed in seeds])
+    interval = f"{found.mean:+.4f}" + (f" ± {found.half:.4f}" if math.isfinite(found.half) else "")
+    verdict = "one seed" if len(seeds) < 2 else "yes" if found.beyond_seeds else "no"
+    chance = f"{found.chance:.3f}" if len(seeds) > 1 else ""
+    return [f"| {size} | {one} less {other} | {len(seeds)} | {interval} | {chance} | {verdict} |"]
+
+
+def write(data: dict[str, Any], out: Path, readme: Path | None = None) -> None:
+    """Write and print the table, and draw the figures; in a readme, between the marks that it has for that."""
+    text = table(data)
+    print(text, end="")
+    if readme is None:
+        store(out / "hybrids.md", lambda path: path.write_text(text, encoding="utf-8"))
+        draw(data, out)
+        return
+    page = readme.read_text(encoding="utf-8")
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise SystemExit(f"{readme} must have {BEGIN} and, below it, {END}, got none")
+    picture = (
+        '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="hybrids-dark.svg">\n'
+        '  <img src="hybrids.svg" alt="validation perplexity against tokens and against seconds of training">\n'
+        "</picture>"
+    )
+    drawn = draw(data, readme.parent)
+    page = f"{before}{BEGIN}\n\n{picture if drawn else ''}\n\n{text}\n{END}{after}"
+    store(readme, lambda path: path.write_text(page, encoding="utf-8"))
+
+
+def draw(data: dict[str, Any], folder: Path) -> bool:
+    """Draw validation perplexity against tokens and seconds, for light and for dark pages; return whether it could."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: matplotlib is missing (pip install -e '.[examples]')", file=sys.stderr)
+        return False
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "hybrids"  # the same file every time
+    for name, (ink, faint) in INK.items():
+        _draw(data, folder / name, ink, faint)
+    return True
+
+
+def _draw(data: dict[str, Any], place: Path, ink: str, faint: str) -> None:
+    from matplotlib import pyplot, ticker
+
+    sizes = [size for size in data["sizes"] if len({run["variant"] for run in data["runs"] if run["size"] == size}) > 1]
+    sizes = sizes or list(data["sizes"])
+    colours = {
+        "text.color": ink,
+        "axes.labelcolor": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "axes.edgecolor": faint,
+    }
+    with pyplot.rc_context(colours):
+        figure, grid = pyplot.subplots(len(sizes), 2, figsize=(9, 3.2 * len(sizes)), squeeze=False, sharey="row")
+        for row, size in zip(grid, sizes, strict=True):
+            for axes, label in zip(row, ("million bytes", "seconds of training"), strict=True):
+                for variant, colour in zip(data["variants"], COLOURS * len(data["variants"]), strict=False):
+                    if runs := runs_of(data, size, variant):
+                        _curve(axes, runs, variant, colour, label == "million bytes")
+                axes.set(xlabel=label, yscale="log")
+                axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%.2f"))
+                axes.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%.2f"))
+                axes.grid(color=faint, linewidth=0.4, which="both")
+                axes.set_facecolor("none")
+            row[0].set_ylabel(f"perplexity of a byte, {size}")
+        grid[0][1].legend(fontsize=8, frameon=False)
+        figure.tight_layout()
+        store(place, lambda path: figure.savefig(path, format="svg", transparent=True, metadata={"Date": None}))
+        pyplot.close(figure)
+
+
+def _curve(axes: Any, runs: list[dict[str, Any]], variant: str, colour: str, by_tokens: bool) -> None:
+    """Draw the mean over seeds, and the range of the seeds around it."""
+    curves = [[words(nats) for *_, nats in run["curve"]] for run in runs]
+    points = range(len(curves[0]))
+    middle = [mean(curve[i] for curve in curves) for i in points]
+    if by_tokens:
+        x = [step * runs[0]["tokens_a_step"] / 1e6 for step, *_ in runs[0]["curve"]]
+    else:
+        x = [mean(run["curve"][i][1] for run in runs) for i in points]
+    axes.plot(x, middle, color=colour, linewidth=1.3, label=variant)
+    axes.fill_between(
+        x, [min(c[i] for c in curves) for i in points], [max(c[i] for c in curves) for i in points], color=colour,
+        alpha=0.25, linewidth=0,
+    )  # fmt: skip
