@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -100,14 +100,45 @@ def alphabet(problem: Group, seed: int) -> Tensor:
     return order
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a model says: which element the product is; or, with ``points``, where it takes each point."""
+
+    problem: Group
+    points: bool
+
+    @property
+    def classes(self) -> int:
+        """How many logits that takes."""
+        return self.problem.images.shape[1] ** 2 if self.points else self.problem.order
+
+    def losses(self, logits: Tensor, answers: Tensor) -> Tensor:
+        """Return the cross entropy of each answer (...), of logits (..., classes)."""
+        logits, wanted = self._split(logits, answers)
+        losses = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none")
+        return losses.view(*answers.shape, -1).sum(-1)
+
+    def right(self, logits: Tensor, answers: Tensor) -> Tensor:
+        """Return whether each answer is right, in all of its parts."""
+        logits, wanted = self._split(logits, answers)
+        return (logits.argmax(-1) == wanted).all(-1)
+
+    def _split(self, logits: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.points:
+            return logits[..., None, :], answers[..., None]
+        degree = self.problem.images.shape[1]
+        return logits.unflatten(-1, (degree, degree)), self.problem.images[answers]
+
+
 class Many:
     """Trains a stack a step at a time. A step's words are as long as the longest that any model draws.
 
     A model whose words are shorter learns from their beginning, which is a word, and from nothing behind it.
     """
 
-    def __init__(self, stack: Stack, problem: Group, progress: Sequence[Progress], batch: int, tokens: int) -> None:
-        self.stack, self.problem, self.progress = stack, problem, progress
+    def __init__(self, stack: Stack, said: Answers, progress: Sequence[Progress], batch: int, tokens: int) -> None:
+        problem = said.problem
+        self.stack, self.said, self.problem, self.progress = stack, said, problem, progress
         self.batch, self.tokens, self.done = batch, tokens, 0
         device = problem.table.device
         self.cuda = device.type == "cuda"
@@ -182,13 +213,13 @@ class Many:
         parameters = list(self.stack.parameters.values())
         with torch.enable_grad():
             logits = self.stack(letters)
-            losses = F.cross_entropy(logits.flatten(0, 2), answers.flatten(), reduction="none").view_as(letters)
+            losses = self.said.losses(logits, answers)
             lengths = self.facts[2][:, None]
             inside = (torch.arange(length, device=letters.device) < lengths) / (lengths * count)
             loss = (losses * inside[:, None]).sum()
         gradients = torch.autograd.grad(loss, parameters)
         self._update(torch.cat([gradient.flatten(1) for gradient in gradients], 1))
-        right = (logits.detach().argmax(-1) == answers).float()
+        right = self.said.right(logits.detach(), answers).float()
         self.sums[0] += (right * inside[:, None]).sum((1, 2)) * self.facts[3]
         self.sums[1] += self.facts[3]
 
@@ -208,12 +239,15 @@ class Many:
 
 
 @torch.no_grad()
-def judge(stack: Stack, problem: Group, length: int, words: int, at_once: int) -> Tensor:
-    """Return how many words each model answers wrong at each position (models, length); all are asked the same."""
-    device = problem.table.device
-    generator = torch.Generator(device).manual_seed(987654321)
-    wrong = torch.zeros(stack.models, length, dtype=torch.long, device=device)
-    for first in range(0, words, at_once):
-        letters, answers = problem.words(min(at_once, words - first), length, generator)
-        wrong += (stack(letters.expand(stack.models, -1, -1)).argmax(-1) != answers).sum(1)
+def judge(model: Callable[[Tensor], Tensor], models: int, said: Answers, asked: Mapping[str, int]) -> Tensor:
+    """Return how many words each of ``models`` answers wrong at each position (models, length); all have the same.
+
+    ``asked`` has how many ``words`` of which ``length``, and how many ``at_once``.
+    """
+    problem, words = said.problem, asked["words"]
+    generator = torch.Generator(problem.table.device).manual_seed(987654321)
+    wrong = torch.zeros(models, asked["length"], dtype=torch.long, device=problem.table.device)
+    for first in range(0, words, asked["at_once"]):
+        letters, answers = problem.words(min(asked["at_once"], words - first), asked["length"], generator)
+        wrong += (~said.right(model(letters.expand(models, -1, -1)), answers.expand(models, -1, -1))).sum(1)
     return wrong

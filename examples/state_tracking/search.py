@@ -31,14 +31,14 @@ if not torch.cuda.is_available():
 from construct import begin_automaton  # noqa: E402
 from decoder import Decoder, package_of  # noqa: E402
 from findings import draw, table  # noqa: E402
-from many import Many, Plan, Progress, judge  # noqa: E402
+from many import Answers, Many, Plan, Progress, judge  # noqa: E402
 from stack import Stack  # noqa: E402
 from step import own_stream  # noqa: E402
 from words import group  # noqa: E402
 
 SAID = (64, 128, 256, 512, 1024, 2048)
 """Lengths whose accuracy is recorded."""
-SHAPE = ("rows", "columns", "heads", "width", "layers", "activation", "bias", "batch", "tokens")
+SHAPE = ("rows", "columns", "heads", "width", "layers", "activation", "bias", "answers", "batch", "tokens")
 """What all models of a stack have in common."""
 START = ("forget", "weights", "spin", "scale", "embed")
 """What a model begins with."""
@@ -62,7 +62,9 @@ class Member:
 
 def members_of(config: dict[str, Any], asked: dict[str, Any]) -> list[Member]:
     """Return a stack's models: every variant with as many seeds as there is room for."""
-    common = {name: value for name, value in asked.items() if name not in ("name", "seconds", "variants", "group")}
+    common = {
+        name: value for name, value in asked.items() if name not in ("name", "seconds", "variants", "group", "total")
+    }
     settings = config["defaults"] | common
     unknown = sorted(set().union(settings, *asked["variants"]) - {*SHAPE, *START, *PLAN})
     fixed = sorted(set().union(*asked["variants"]) & {*SHAPE})
@@ -70,20 +72,20 @@ def members_of(config: dict[str, Any], asked: dict[str, Any]) -> list[Member]:
         raise SystemExit(
             f"stack {asked['name']}: settings must be known, and one shape's; see {', '.join(unknown + fixed)}"
         )
-    seeds = config["heads"] // settings["heads"] // len(asked["variants"])
+    seeds = asked.get("total", config["total"]) // settings["heads"] // len(asked["variants"])
     return [Member(changes, settings | changes, seed) for changes in asked["variants"] for seed in range(seeds)]
 
 
 @torch.no_grad()
-def model_of(member: Member, order: int, package: ModuleType) -> Decoder:
+def model_of(member: Member, said: Answers, package: ModuleType, backend: str = "reference") -> Decoder:
     """Return an untrained model; its layers are the package's, which the reference backend runs with any dims."""
     torch.manual_seed(member.seed)
-    settings = member.settings
+    settings, order = member.settings, said.problem.order
     heads = dict.fromkeys("qkvfw", settings["heads"])
     mixers = [
         package.M2RNN(
             settings["width"], settings["rows"], settings["columns"], heads, conv_width=None,
-            activation=settings["activation"], bias=settings["bias"], backend="reference",
+            activation=settings["activation"], bias=settings["bias"], backend=backend,
         )
         for _ in range(settings["layers"])
     ]  # fmt: skip
@@ -97,7 +99,7 @@ def model_of(member: Member, order: int, package: ModuleType) -> Decoder:
             torch.nn.init.orthogonal_(weight, gain=settings["spin"])
         operands = settings["heads"] * (2 * settings["rows"] + settings["columns"])
         mixer.input_projection.weight[:operands] *= settings["scale"]
-    model = Decoder(mixers, settings["width"], order, order)
+    model = Decoder(mixers, settings["width"], order, said.classes)
     model.embed.weight.normal_(std=settings["embed"])
     return model
 
@@ -111,13 +113,15 @@ class Running:
         self.config, self.asked, self.seconds = config, asked, 0.0
         self.members = members_of(config, asked)
         self.problem = group(asked.get("group", config["group"])).to(device)
-        models = [model_of(member, self.problem.order, package) for member in self.members]
+        self.package = package
+        self.said = Answers(self.problem, self.members[0].settings["answers"] == "points")
+        models = [model_of(member, self.said, package) for member in self.members]
         backend = "kernels" if device.type == "cuda" else "reference"
         self.stack = Stack(models, package.m2rnn, backend, device)
         progress = [Progress(member.plan, member.seed) for member in self.members]
         settings = self.members[0].settings
         torch.manual_seed(1000)
-        self.many = Many(self.stack, self.problem, progress, settings["batch"], settings["tokens"])
+        self.many = Many(self.stack, self.said, progress, settings["batch"], settings["tokens"])
 
     def save(self, place: Path) -> None:
         """Write all that training goes on from."""
@@ -159,14 +163,14 @@ class Running:
     def rows(self) -> list[dict[str, Any]]:
         """Judge every model, and return what is recorded of it."""
         asked = self.config["evaluate"]
-        wrong = judge(self.stack, self.problem, asked["length"], asked["words"], asked["at_once"]).tolist()
+        wrong = judge(self.stack, len(self.members), self.said, asked).tolist()
         return [
             {
                 "stack": self.asked["name"],
                 "group": self.problem.name,
                 "changes": member.changes,
                 "seed": member.seed,
-                **{name: member.settings[name] for name in SHAPE[:7]},
+                **{name: member.settings[name] for name in SHAPE[:8]},
                 "parameters": self.stack.flat.shape[1],
                 "steps": min(self.many.done, one.end),
                 "seconds": round(self.seconds, 1),
@@ -179,10 +183,31 @@ class Running:
                     for n in sorted({*SAID, asked["length"]})
                     if n <= asked["length"]
                 },
-                "perfect_to": next((i for i, count in enumerate(errors) if count), len(errors)),
+                "perfect_to": perfect_to(errors),
+                "layer": None if any(errors) else self.by_layer(i),
             }
-            for member, one, errors in zip(self.members, self.many.progress, wrong, strict=True)
+            for i, (member, one, errors) in enumerate(zip(self.members, self.many.progress, wrong, strict=True))
         ]
+
+    @torch.no_grad()
+    def by_layer(self, i: int) -> dict[str, Any]:
+        """Judge a model by itself, of the package's own layers: on kernels, where its heads are built."""
+        device = self.problem.table.device
+        try:
+            backend = "kernels" if device.type == "cuda" else "reference"
+            model = model_of(self.members[i], self.said, self.package, backend)
+        except ValueError:
+            backend = "reference"
+            model = model_of(self.members[i], self.said, self.package)
+        model.load_state_dict(self.stack.state_of(i))
+        model.to(device)
+        errors = judge(lambda letters: model(letters[0])[None], 1, self.said, self.config["evaluate"])[0].tolist()
+        return {"backend": backend, "perfect_to": perfect_to(errors)}
+
+
+def perfect_to(errors: list[int]) -> int:
+    """Return how many positions are before the first wrong answer to any word."""
+    return next((i for i, count in enumerate(errors) if count), len(errors))
 
 
 def search(config: dict[str, Any], out: Path, minutes: float, only: list[str]) -> None:

@@ -13,10 +13,14 @@ NAMES = ("S3", "A5", "S5")
 
 @dataclass(frozen=True)
 class Group:
-    """A group by its multiplication table: table[a, b] is a followed by b; element 0 is the identity."""
+    """A group by its multiplication table: table[a, b] is a followed by b; element 0 is the identity.
+
+    ``images`` (elements, points) says where each element takes each point.
+    """
 
     name: str
     table: Tensor
+    images: Tensor
 
     @property
     def order(self) -> int:
@@ -24,8 +28,8 @@ class Group:
         return self.table.shape[0]
 
     def to(self, device: torch.device) -> Group:
-        """Return the group with its table on a device."""
-        return replace(self, table=self.table.to(device))
+        """Return the group with its tables on a device."""
+        return replace(self, table=self.table.to(device), images=self.images.to(device))
 
     def words(self, batch: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw words (batch, length) and their products at every position; the generator is on the table's device."""
@@ -67,4 +71,4 @@ def group(name: str) -> Group:
     elements = elements_of(name)
     index = {p: i for i, p in enumerate(elements)}
     table = [[index[tuple(b[i] for i in a)] for b in elements] for a in elements]
-    return Group(name, torch.tensor(table))
+    return Group(name, torch.tensor(table), torch.tensor(elements))
