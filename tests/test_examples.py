@@ -122,6 +122,100 @@ def test_a_stack_is_its_models(example, options) -> None:
         assert all(torch.equal(value, model.get_parameter(name)) for name, value in stack.state_of(i).items())
 
 
+def test_models_of_a_stack_train_as_they_would_alone(example, monkeypatch) -> None:
+    """Each goes where torch's AdamW takes it, with its own settings and the beginnings of rows that are its words."""
+    many = example("state_tracking", "many")
+    decoder = load_module(EXAMPLES / "decoder.py", "example_decoder")
+    tiny = decoder.package_of("generated.tiny")
+    torch.manual_seed(0)
+    options = {"conv_width": None, "bias": True, "backend": "reference"}
+    models = [decoder.Decoder([tiny.M2RNN(8, 1, 4, dict.fromkeys("qkvfw", 2), **options)], 8, 6, 6) for _ in range(2)]
+    stack = many.Stack(models, tiny.m2rnn, "reference", torch.device("cpu"))
+    words = example("state_tracking", "words")
+    said = many.Answers(words.group("S3"), points=False)
+    stages, shared = ((2, 2), (0, 5)), {"noise": 0.0, "steps": 100, "settle": 10, "caution": 0.5}
+    plans = [
+        many.Plan(stages, learning_rate=1e-2, weight_decay=0.1, clip=0.3, **shared),
+        many.Plan(stages, learning_rate=3e-3, weight_decay=1.0, clip=100.0, **shared),
+    ]
+    progress = [many.Progress(plan, seed, known_at=[1]) for seed, plan in enumerate(plans)]
+    trainer, steps = many.Many(stack, said, progress, batch=3, tokens=100), []
+    train = many.Many._train
+
+    def noted(self: Any, letters: torch.Tensor) -> None:
+        train(self, letters)
+        steps.append((self.facts.clone(), letters.clone()))
+
+    monkeypatch.setattr(many.Many, "_train", noted)
+    trainer.round()
+    assert len(steps) == 10
+    assert len({tuple(facts[2].tolist()) for facts, _ in steps}) > 2
+    for i, (model, plan) in enumerate(zip(models, plans, strict=True)):
+        groups = decoder.groups_of(model, plan.weight_decay)
+        optimizer = torch.optim.AdamW(groups, betas=many.BETAS, eps=many.EPS)
+        for facts, letters in steps:
+            own = letters[i, :, : int(facts[2, i])]
+            assert len(own.unique()) <= facts[1, i]
+            answers = words.products(own, said.problem.table)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(own).flatten(0, 1), answers.flatten()).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
+            for part in optimizer.param_groups:
+                part["lr"] = float(facts[0, i])
+            optimizer.step()
+        for name, value in stack.state_of(i).items():
+            assert torch.allclose(value, model.get_parameter(name), atol=2e-4), name
+
+
+def test_answers_by_points(example) -> None:
+    """The right permutation written out has no loss and is right; with one point elsewhere it is neither."""
+    many = example("state_tracking", "many")
+    said = many.Answers(example("state_tracking", "words").group("A4"), points=True)
+    answers = torch.arange(12)
+    logits = 50.0 * nn.functional.one_hot(said.problem.images, 4).flatten(1)
+    assert logits.shape[1] == said.classes
+    assert said.losses(logits, answers).max() < 1e-6
+    assert said.right(logits, answers).all()
+    assert not said.right(logits.roll(1, -1), answers).any()
+    assert not said.right(logits, answers.roll(1)).any()
+
+
+def test_search_goes_on_and_shows_what_it_found(example, monkeypatch, tmp_path, capsys) -> None:
+    """An interrupted stack goes on from its checkpoint; every model of it has a row, and the table a line a variant."""
+    search = example("state_tracking", "search")
+    config = search.yaml.safe_load((EXAMPLES / "state_tracking" / "search.yaml").read_text(encoding="utf-8"))
+    small = {
+        "rows": 1, "columns": 4, "heads": 2, "width": 8, "stages": [[2, 2], [0, 3]], "steps": 20, "settle": 1,
+        "batch": 2, "evaluate": {"length": 5, "words": 2, "at_once": 1},
+    }  # fmt: skip
+    config["evaluate"] = small.pop("evaluate")
+    config |= {"package": "generated.tiny", "total": 8, "group": "S3", "defaults": config["defaults"] | small}
+    variants = [{}, {"weights": "automaton", "learning_rate": 1e-3}]
+    config["stacks"] = [{"name": "small", "seconds": 1e6, "activation": None, "bias": True, "variants": variants}]
+    place = tmp_path / "search.yaml"
+    place.write_text(search.yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path), "--minutes", "-1")
+    assert not (tmp_path / "small.json").exists()
+    began = search.Many.round
+
+    def once(many: Any) -> None:
+        began(many)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search.Many, "round", once)
+    with pytest.raises(KeyboardInterrupt):
+        command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path))
+    monkeypatch.setattr(search.Many, "round", began)
+    command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[2] for line in lines[-2:]] == ["defaults", "weights automaton, learning_rate 0.001"]
+    rows = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))
+    assert [(row["seed"], row["steps"]) for row in rows] == [(0, 20), (1, 20), (0, 20), (1, 20)]
+    assert set(rows[0]["accuracy"]) == {"5"}
+    assert is_figure(tmp_path / "search.png")
+
+
 def test_unknown_groups_and_settings_end_the_program(example, monkeypatch, tmp_path) -> None:
     """A name that is none is answered in one line."""
     run = example("state_tracking")
