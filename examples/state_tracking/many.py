@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from stack import Stack
@@ -163,6 +164,7 @@ class Many:
         self.noisy = any(plan.noise for plan in plans)
         self.alphabets = torch.stack([alphabet(problem, one.seed) for one in progress]).to(device)
         self.words: dict[int, Words] = {}
+        self.pool: Any = None
 
     def round(self) -> None:
         """Train every model that has steps left, ``READ_EVERY`` steps, then look at how well each does."""
@@ -195,7 +197,9 @@ class Many:
         words = self.words[length]
         if self.cuda and words.graph is None and words.uses >= WARM:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            if self.pool is None:
+                self.pool = torch.cuda.graph_pool_handle()  # of all lengths, since nothing outlives a replay
+            with torch.cuda.graph(graph, pool=self.pool, stream=torch.cuda.current_stream()):
                 self._train(words.letters)
             words.graph = graph
         if words.graph is None:
