@@ -86,6 +86,36 @@ class ChunkScan(torch.autograd.Function):
         return dwrites, -(dwrites @ states.mT), u @ dafter.mT, ddecay
 
 
+class ShortConvolution(torch.autograd.Function):
+    """The causal convolution of each channel of x (B, S, C) with its taps (C, width), summed in the taps' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, taps: Tensor) -> Tensor:
+        """Return y (B, S, C) in x's dtype."""
+        ctx.save_for_backward(x, taps)
+        return _weighted(F.pad(x, (0, 0, taps.shape[-1] - 1, 0)), taps).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients of x and of the taps."""
+        x, taps = ctx.saved_tensors
+        width, length = taps.shape[-1], x.shape[1]
+        dx = _weighted(F.pad(dy, (0, 0, 0, width - 1)), taps.flip(-1)).to(x.dtype)
+        padded = F.pad(x, (0, 0, width - 1, 0))
+        dtaps = [(padded[:, i : i + length] * dy).sum((0, 1), dtype=taps.dtype) for i in range(width)]
+        return dx, torch.stack(dtaps, -1)
+
+
+def _weighted(padded: Tensor, taps: Tensor) -> Tensor:
+    """Return the sum of what is i tokens later, times tap i."""
+    width = taps.shape[-1]
+    length = padded.shape[1] - width + 1
+    total = padded[:, :length] * taps[:, 0]
+    for i in range(1, width):
+        total = torch.addcmul(total, padded[:, i : i + length], taps[:, i])
+    return total
+
+
 def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, chunk: int = CHUNK) -> Tensor:
     """Return y (B, S, N, V) of q and k (B, S, N, K), v (B, S, N, V), log_decay <= 0 and beta (B, S, N).
 
@@ -97,8 +127,8 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: T
     end = -length % chunk
 
     def chunks(x: Tensor) -> Tensor:  # (n, B N, C, ...)
-        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, end)).unflatten(1, (-1, chunk))
-        return x.movedim(3, 1).movedim(2, 0).flatten(1, 2)
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, end)) if end else x
+        return x.unflatten(1, (-1, chunk)).movedim(3, 1).movedim(2, 0).flatten(1, 2)
 
     with torch.autocast(v.device.type, enabled=False):
         q, k, v = chunks(q.to(narrow)), chunks(k.to(narrow)), chunks(v)
@@ -164,11 +194,4 @@ class GatedDelta(nn.Module):
         """Return q, k and v after their convolutions, which are one."""
         projected = F.linear(x, torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]))
         taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight]).squeeze(1)
-        return F.silu(convolved(projected, taps.to(projected.dtype))).split(self.sizes, -1)
-
-
-def convolved(x: Tensor, taps: Tensor) -> Tensor:
-    """Return the causal convolution of each channel of x (B, S, C) with its taps (C, width)."""
-    width = taps.shape[-1]
-    padded = F.pad(x, (0, 0, width - 1, 0))
-    return sum(padded[:, i : i + x.shape[1]] * taps[:, i] for i in range(width))
+        return F.silu(ShortConvolution.apply(projected, taps)).split(self.sizes, -1)

@@ -296,3 +296,22 @@ def test_models_of_a_size_are_equally_large(example, tmp_path) -> None:
         plan.load_plan(place, {**example.SMOKE, "compare": [["with M²RNN", "b"]]})
     with pytest.raises(SystemExit, match="see widht"):
         plan.load_plan(place, {"widht": 3})
+
+
+@pytest.mark.gpu
+def test_gated_deltanet_on_a_gpu(example, device) -> None:
+    """Under autocast, at the comparison's sizes, results and gradients are those of float64 up to bfloat16."""
+    torch.manual_seed(0)
+    layer = delta().GatedDelta(384, 1, 256, 384).to(device)
+    x = torch.randn(2, 1000, 384, device=device, requires_grad=True)
+    dy = torch.randn_like(x)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = layer(x)
+    gates = (layer.A_log, layer.dt_bias)  # whose gradients are one sum over all tokens, in which most cancels
+    wanted = [p for p in layer.parameters() if not any(p is gate for gate in gates)]
+    found = [y, *torch.autograd.grad(y, [x, *wanted], dy.to(y.dtype))]
+    layer, x = layer.double(), x.detach().double().requires_grad_()
+    y = layer(x)
+    exact = [y, *torch.autograd.grad(y, [x, *wanted], dy.double())]
+    for ours, expected in zip(found, exact, strict=True):
+        assert (ours.double() - expected).norm() < 2**-4 * expected.norm()

@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path, metavar="JSON", help="only write table and figures of finished runs")
     parser.add_argument("--readme", type=Path, help="with --report: put the table there, and the figures beside it")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.report:
         report.write(json.loads(arguments.report.read_text(encoding="utf-8")), arguments.out, arguments.readme)
         return
