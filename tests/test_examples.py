@@ -276,6 +276,31 @@ def test_state_tracking_smoke(example, monkeypatch, tmp_path, capsys) -> None:
         command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "steps=3")
 
 
+def test_state_tracking_smoke_with_letters(example, monkeypatch, tmp_path, capsys) -> None:
+    """The curriculum over letters, and state weights that begin as an automaton's, train every model."""
+    run = example("state_tracking")
+    place = str(EXAMPLES / "state_tracking" / "letters.yaml")
+    command(run, monkeypatch, "--config", place, "--smoke", "--out", str(tmp_path), "--set", "stages=[[2, 2], [0, 3]]")
+    table = capsys.readouterr().out
+    assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == ["m2rnn", "attention", "linear", "gru"]
+
+
+def test_letters_of_a_stage_generate_the_group(example) -> None:
+    """A step of two letters has words of two elements, of which every element is a product."""
+    words, step = example("state_tracking", "words"), example("state_tracking", "step")
+    problem = words.group("A5")
+    recipe = step.Recipe(64, 8192, 1e-3, 0.0, 1.0, graphs=False)
+    model = nn.Sequential(nn.Embedding(60, 4), nn.Linear(4, 60))
+    for seed in range(5):
+        stepper = step.Stepper(model, problem, recipe, torch.Generator().manual_seed(seed))
+        stepper.step(6, 1.0, 2)
+        letters = stepper.words[6].letters.unique()
+        assert len(letters) == 2
+        assert problem.generated(letters.tolist()) == 60
+        stepper.step(6, 1.0, 96)
+        assert len(stepper.words[6].letters.unique()) > 50
+
+
 def test_generate_smoke(example, monkeypatch, tmp_path, capfd) -> None:
     """A spec, a package, a checkpoint and text come out, greedily the same text from what is there already."""
     run = example("generate")
@@ -320,7 +345,8 @@ def test_a_run_ends_after_the_last_length_has_settled(example) -> None:
             self.loss = self.accuracy = torch.ones(())
             self.steps: list[tuple[int, float]] = []
 
-        def step(self, length: int, rate: float) -> None:
+        def step(self, length: int, rate: float, letters: int) -> None:
+            assert letters == 0
             self.steps.append((length, rate))
 
     known, losses = Known(), []

@@ -110,19 +110,16 @@ def begin_automaton(layer: nn.Module, margin: float, spread: float) -> None:
     The layer has biases and no activation. v is its thresholds and ``spread`` margins times a normal number; q and k
     are about 1. Columns over the square of the states are as they were.
     """
-    states = math.isqrt(layer.head_dim)
-    used, heads = states**2, layer.total_heads
+    states, counts = math.isqrt(layer.head_dim), layer.heads
+    used = states**2
     layer.state_weight[:, :used, :used] = state_weight(0, states, margin)
-    rows, cols = heads * layer.state_expansion, heads * layer.head_dim
-    q, k, v, _, g = layer.input_projection.weight.split([rows, rows, cols, heads, cols])
-    for part in (q, k):
-        part *= 0.1
-    v *= spread * margin
-    g *= 0.1
-    thresholds = torch.zeros(heads, layer.head_dim)
-    thresholds[:, :used] = margin * torch.tensor([-1.0 if start else 0.0 for start, _ in pairs(states)]) * 2
-    ones = torch.ones(2 * rows)
-    parts = [ones, thresholds.flatten(), torch.zeros(heads), inverse_silu(torch.ones(cols))]
+    keys, gates = (counts.q + counts.k) * layer.state_expansion, layer.gate_heads * layer.head_dim
+    sizes = keys, counts.v * layer.head_dim, layer.forget_inputs, gates
+    for part, factor in zip(layer.input_projection.weight.split(sizes), (0.1, spread * margin, 1.0, 0.1), strict=True):
+        part *= factor
+    thresholds = torch.zeros(counts.v, layer.head_dim)
+    thresholds[:, :used] = torch.tensor([-2 * margin if start else 0.0 for start, _ in pairs(states)])
+    parts = [torch.ones(keys), thresholds.flatten(), torch.zeros(layer.forget_inputs), inverse_silu(torch.ones(gates))]
     layer.input_projection.bias.copy_(torch.cat(parts))
 
 

@@ -12,7 +12,7 @@ from stack import Stack
 from step import WARM, Words
 from torch import Tensor
 from torch.nn import functional as F
-from words import Group, products
+from words import Group, alphabet, products
 
 READ_EVERY = 10
 """Steps between looks at the accuracy, which wait for the GPU."""
@@ -89,16 +89,6 @@ class Progress:
             self.known_at.append(step)
             if self.finished:
                 self.end = min(self.end, step + self.plan.settle)
-
-
-def alphabet(problem: Group, seed: int) -> Tensor:
-    """Return the elements in an order whose first two generate the group, where any two do."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(100):
-        order = torch.randperm(problem.order, generator=generator)
-        if problem.generated(order[:2].tolist()) == problem.order:
-            break
-    return order
 
 
 @dataclass(frozen=True)
@@ -184,7 +174,7 @@ class Many:
         """Return the length of a step's words, and its ``facts``."""
         drawn, rates = [one.draw() for one in self.progress], [one.rate(step) for one in self.progress]
         longest = max((n for (_, n), rate in zip(drawn, rates, strict=True) if rate), default=min(n for _, n in drawn))
-        letters = [float(count or self.problem.order) for count, _ in drawn]
+        letters = [float(min(count, self.problem.order) or self.problem.order) for count, _ in drawn]
         lengths = [float(min(n, longest)) for _, n in drawn]
         last = [float(rate > 0 and x == one.stage) for x, rate, one in zip(drawn, rates, self.progress, strict=True)]
         return longest, [rates, letters, lengths, last]

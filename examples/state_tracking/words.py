@@ -72,3 +72,13 @@ def group(name: str) -> Group:
     index = {p: i for i, p in enumerate(elements)}
     table = [[index[tuple(b[i] for i in a)] for b in elements] for a in elements]
     return Group(name, torch.tensor(table), torch.tensor(elements))
+
+
+def alphabet(problem: Group, seed: int) -> Tensor:
+    """Return the elements in an order whose first two generate the group, where any two do."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(100):
+        order = torch.randperm(problem.order, generator=generator)
+        if problem.generated(order[:2].tolist()) == problem.order:
+            break
+    return order
