@@ -195,7 +195,7 @@ def test_search_goes_on_and_shows_what_it_found(example, monkeypatch, tmp_path, 
     place = tmp_path / "search.yaml"
     place.write_text(search.yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path), "--minutes", "-1")
+    command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path), "--minutes", "0")
     assert not (tmp_path / "small.json").exists()
     began = search.Many.round
 

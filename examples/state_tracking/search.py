@@ -248,7 +248,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=HERE / "results" / "search", help="folder of rows, table and figure"
     )
-    parser.add_argument("--minutes", type=float, default=8.0, help="what has not begun by then waits for the next call")
+    parser.add_argument("--minutes", type=float, default=8.0, help="training ends by then; 0: only the table")
     parser.add_argument("--stacks", default="", help="names, with commas; all if none")
     return parser.parse_args()
 
@@ -258,7 +258,8 @@ def main() -> None:
     arguments = parsed()
     config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    search(config, arguments.out, arguments.minutes, [name for name in arguments.stacks.split(",") if name])
+    if arguments.minutes > 0:
+        search(config, arguments.out, arguments.minutes, [name for name in arguments.stacks.split(",") if name])
     places = [arguments.out / f"{asked['name']}.json" for asked in config["stacks"]]
     rows = [row for place in places if place.is_file() for row in json.loads(place.read_text(encoding="utf-8"))]
     text = table(rows)
