@@ -71,8 +71,10 @@ class Linear(nn.Module):
         rows, cols = layer.state_expansion, layer.head_dim
         sizes = [heads.q * rows, heads.k * rows, heads.v * cols]
         mixed, f, g = layer.input_projection(x).split([sum(sizes), heads.f, layer.gate_heads * cols], -1)
-        taps = F.pad(mixed.mT, (layer.conv_width - 1, 0))
-        mixed = F.silu(layer.conv1d(taps)).mT
+        if layer.conv1d is not None:
+            mixed = layer.conv1d(F.pad(mixed.mT, (layer.conv_width - 1, 0))).mT
+        if layer.activation == "silu":
+            mixed = F.silu(mixed)
         q, k, v = (
             part.unflatten(-1, (count, -1)).repeat_interleave(layer.total_heads // count, -2).transpose(1, 2)
             for part, count in zip(mixed.split(sizes, -1), heads, strict=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import yaml
+from construct import begin_automaton
 from decoder import Decoder, mixer
 from step import Recipe, Stepper, own_stream
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from words import Group, group
 
 READ_EVERY = 10
 """Steps between looks at the accuracy, each of which waits for the GPU."""
+SHORT = 8
+"""Length up to which words have the whole learning rate where stages are of few letters."""
 KNOWN, SETTLED = 0.97, 0.999
 """Accuracy at the longest words so far at which longer ones come, and at the longest of all at which a run settles."""
 
@@ -46,6 +49,7 @@ class Config:
     layers: int
     heads: int
     lengths: tuple[int, ...]
+    stages: tuple[tuple[int, int], ...] | None
     steps: int
     settle: int
     batch: int
@@ -56,10 +60,18 @@ class Config:
     graphs: bool
     forget: float | None
     orthogonal: bool
-    conv_width: int
+    automaton: float | None
+    conv_width: int | None
+    activation: str | None
+    bias: bool
     scale: float
     evaluate: Evaluation
     budget: float
+
+    @property
+    def curriculum(self) -> tuple[tuple[int, int], ...]:
+        """Letters (0: all) and length of each stage of training."""
+        return self.stages or tuple((0, length) for length in self.lengths)
 
     @property
     def recipe(self) -> Recipe:
@@ -75,6 +87,7 @@ def load(path: Path, changes: dict[str, Any]) -> Config:
     if wrong:
         raise SystemExit(f"{path} and --set must give {', '.join(sorted(known))}; see {', '.join(wrong)}")
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in (found | changes).items()}
+    values["stages"] = values["stages"] and tuple((letters, length) for letters, length in values["stages"])
     return replace(Config(**values), evaluate=Evaluation(**values["evaluate"]))
 
 
@@ -109,7 +122,7 @@ class Outcome:
 
 def make_model(config: Config, kind: str, problem: Group, package: ModuleType) -> Decoder:
     """Return an untrained model; kinds differ in nothing but the mixer."""
-    options = {"backend": config.backend, "conv_width": config.conv_width}
+    options = {name: getattr(config, name) for name in ("backend", "conv_width", "activation", "bias")}
     mixers = [mixer(kind, config.width, config.heads, package, config.layer, **options) for _ in range(config.layers)]
     for part in (part for one in mixers for part in one.modules()):
         begin(part, config)
@@ -125,46 +138,54 @@ def begin(part: nn.Module, config: Config) -> None:
     if hasattr(part, "state_weight") and config.orthogonal:
         for weight in part.state_weight:
             nn.init.orthogonal_(weight)
-    if hasattr(part, "conv1d") and config.conv_width == 1:
+    if hasattr(part, "state_weight") and config.automaton is not None:
+        begin_automaton(part, config.automaton, config.scale)
+    if getattr(part, "conv1d", None) is not None and config.conv_width == 1:
         part.conv1d.weight.fill_(config.scale)  # no convolution
 
 
 class Curriculum:
-    """The lengths to train on: the longest so far more than half of the time, and the shorter ones."""
+    """The stages to train on: the last so far more than half of the time, and those before."""
 
     def __init__(self, config: Config, seed: int) -> None:
-        self.lengths = config.lengths
+        self.stages = config.curriculum
         self.known_at: list[int] = []
         self.random = random.Random(seed)
+        self.short = SHORT if config.stages else 0
 
     @property
     def finished(self) -> bool:
-        """Whether the last length has been known once; what remains is to settle."""
-        return len(self.known_at) == len(self.lengths)
+        """Whether the last stage has been known once; what remains is to settle."""
+        return len(self.known_at) == len(self.stages)
 
     @property
-    def stage(self) -> int:
-        """Index of the longest length so far."""
-        return min(len(self.known_at), len(self.lengths) - 1)
+    def index(self) -> int:
+        """Index of the last stage so far."""
+        return min(len(self.known_at), len(self.stages) - 1)
+
+    @property
+    def stage(self) -> tuple[int, int]:
+        """Letters and length of the last stage so far."""
+        return self.stages[self.index]
 
     @property
     def longest(self) -> int:
-        """The longest length so far."""
-        return self.lengths[self.stage]
+        """The length of the last stage so far."""
+        return self.stage[1]
 
     @property
     def caution(self) -> float:
         """The part of the learning rate that is left at these lengths: gradients of longer words vary more."""
-        return math.sqrt(self.lengths[0] / self.longest)
+        return math.sqrt(min(1.0, max(self.stages[0][1], self.short) / self.longest))
 
-    def draw(self) -> int:
-        """Return the next step's length."""
-        longest = self.random.random() < 0.6
-        return self.lengths[self.stage if longest else self.random.randint(0, self.stage)]
+    def draw(self) -> tuple[int, int]:
+        """Return the next step's stage."""
+        last = self.random.random() < 0.6
+        return self.stages[self.index if last else self.random.randint(0, self.index)]
 
     def see(self, step: int, accuracies: list[float]) -> None:
-        """Take the accuracies of the last steps at the longest length; go on to the next if it is known."""
-        wanted = SETTLED if self.stage + 1 == len(self.lengths) else KNOWN
+        """Take the accuracies of the last steps of this stage; go on to the next if it is known."""
+        wanted = SETTLED if self.index + 1 == len(self.stages) else KNOWN
         if accuracies and sum(accuracies) / len(accuracies) >= wanted:
             self.known_at.append(step)
 
@@ -190,10 +211,10 @@ def fit(stepper: Stepper, curriculum: Curriculum, config: Config, losses: list[f
     seen: list[Tensor] = []
     step, end = 0, config.steps
     while step < end:
-        length = curriculum.draw()
-        stepper.step(length, rate(step, end, config) * curriculum.caution)
+        letters, length = drawn = curriculum.draw()
+        stepper.step(length, rate(step, end, config) * curriculum.caution, letters)
         step += 1
-        if length == curriculum.longest:
+        if drawn == curriculum.stage:
             seen.append(stepper.accuracy.clone())
         if step % READ_EVERY == 0 or step == end:
             losses.append(round(stepper.loss.item(), 5))

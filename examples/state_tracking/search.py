@@ -1,0 +1,272 @@
+"""Train many small M2RNNs on the words of a group, and say which recipes track it at lengths never seen.
+
+    m2gen build --spec examples/state_tracking/spec.yaml
+    python examples/state_tracking/search.py --minutes 8 --out OUT
+
+Models of one shape train at once. A finished stack has a file in --out and is not trained again; an interrupted one
+goes on from its checkpoint. It prints the table of everything there, and writes table.md and search.png beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import yaml
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+from construct import begin_automaton  # noqa: E402
+from decoder import Decoder, package_of  # noqa: E402
+from findings import draw, table  # noqa: E402
+from many import Answers, Many, Plan, Progress, judge  # noqa: E402
+from stack import Stack  # noqa: E402
+from step import own_stream  # noqa: E402
+from words import group  # noqa: E402
+
+SAID = (64, 128, 256, 512, 1024, 2048)
+"""Lengths whose accuracy is recorded."""
+SHAPE = ("rows", "columns", "heads", "width", "layers", "activation", "bias", "answers", "batch", "tokens")
+"""What all models of a stack have in common."""
+START = ("forget", "weights", "spin", "scale", "embed")
+"""What a model begins with."""
+PLAN = tuple(field.name for field in fields(Plan))
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a stack: what its variant changes, all its settings, and its seed."""
+
+    changes: dict[str, Any]
+    settings: dict[str, Any]
+    seed: int
+
+    @property
+    def plan(self) -> Plan:
+        """How it is trained."""
+        values = {name: self.settings[name] for name in PLAN}
+        return Plan(**values | {"stages": tuple((letters, length) for letters, length in values["stages"])})
+
+
+def members_of(config: dict[str, Any], asked: dict[str, Any]) -> list[Member]:
+    """Return a stack's models: every variant with as many seeds as there is room for."""
+    common = {
+        name: value for name, value in asked.items() if name not in ("name", "seconds", "variants", "group", "total")
+    }
+    settings = config["defaults"] | common
+    unknown = sorted(set().union(settings, *asked["variants"]) - {*SHAPE, *START, *PLAN})
+    fixed = sorted(set().union(*asked["variants"]) & {*SHAPE})
+    if unknown or fixed:
+        raise SystemExit(
+            f"stack {asked['name']}: settings must be known, and one shape's; see {', '.join(unknown + fixed)}"
+        )
+    seeds = asked.get("total", config["total"]) // settings["heads"] // len(asked["variants"])
+    return [Member(changes, settings | changes, seed) for changes in asked["variants"] for seed in range(seeds)]
+
+
+@torch.no_grad()
+def model_of(member: Member, said: Answers, package: ModuleType, backend: str = "reference") -> Decoder:
+    """Return an untrained model; its layers are the package's, which the reference backend runs with any dims."""
+    torch.manual_seed(member.seed)
+    settings, order = member.settings, said.problem.order
+    heads = dict.fromkeys("qkvfw", settings["heads"])
+    mixers = [
+        package.M2RNN(
+            settings["width"], settings["rows"], settings["columns"], heads, conv_width=None,
+            activation=settings["activation"], bias=settings["bias"], backend=backend,
+        )
+        for _ in range(settings["layers"])
+    ]  # fmt: skip
+    for mixer in mixers:
+        mixer.decay_gate.A_log.zero_()
+        mixer.decay_gate.dt_bias.fill_(math.log(math.expm1(-math.log(settings["forget"]))))
+        if settings["weights"] == "automaton":
+            begin_automaton(mixer, settings["spin"], settings["scale"])
+            continue
+        for weight in mixer.state_weight:
+            torch.nn.init.orthogonal_(weight, gain=settings["spin"])
+        operands = settings["heads"] * (2 * settings["rows"] + settings["columns"])
+        mixer.input_projection.weight[:operands] *= settings["scale"]
+    model = Decoder(mixers, settings["width"], order, said.classes)
+    model.embed.weight.normal_(std=settings["embed"])
+    return model
+
+
+class Running:
+    """A stack in training, which can be left and taken up again."""
+
+    def __init__(
+        self, config: dict[str, Any], asked: dict[str, Any], package: ModuleType, device: torch.device
+    ) -> None:
+        self.config, self.asked, self.seconds = config, asked, 0.0
+        self.members = members_of(config, asked)
+        self.problem = group(asked.get("group", config["group"])).to(device)
+        self.package = package
+        self.said = Answers(self.problem, self.members[0].settings["answers"] == "points")
+        models = [model_of(member, self.said, package) for member in self.members]
+        backend = "kernels" if device.type == "cuda" else "reference"
+        self.stack = Stack(models, package.m2rnn, backend, device)
+        progress = [Progress(member.plan, member.seed) for member in self.members]
+        settings = self.members[0].settings
+        torch.manual_seed(1000)
+        self.many = Many(self.stack, self.said, progress, settings["batch"], settings["tokens"])
+
+    def save(self, place: Path) -> None:
+        """Write all that training goes on from."""
+        many = self.many
+        tensors = {"flat": self.stack.flat, "moments": many.moments, "count": many.count}
+        facts = [(one.known_at, one.end, one.last, one.random.getstate()) for one in many.progress]
+        staging = place.with_suffix(".new")
+        torch.save({**tensors, "progress": facts, "done": many.done, "seconds": self.seconds}, staging)
+        os.replace(staging, place)
+
+    def load(self, place: Path) -> None:
+        """Go on from what ``save`` wrote."""
+        found, many = torch.load(place, map_location="cpu", weights_only=False), self.many
+        for name, tensor in (("flat", self.stack.flat), ("moments", many.moments), ("count", many.count)):
+            tensor.copy_(found[name])
+        for one, (known_at, end, last, state) in zip(many.progress, found["progress"], strict=True):
+            one.known_at, one.end, one.last = known_at, end, last
+            one.random.setstate(state)
+        many.done, self.seconds = found["done"], found["seconds"]
+        torch.manual_seed(1000 + many.done)
+
+    @property
+    def finished(self) -> bool:
+        """Whether its time is over, or no model has steps left."""
+        return self.seconds >= self.asked["seconds"] or all(self.many.done >= one.end for one in self.many.progress)
+
+    def train(self, until: float) -> None:
+        """Train until it is finished or a time of ``time.monotonic``."""
+        said = 0.0
+        while not self.finished and time.monotonic() < until:
+            began = time.monotonic()
+            self.many.round()
+            self.seconds += time.monotonic() - began
+            if self.seconds - said > 15:
+                said = self.seconds
+                where = ", ".join(f"{one.stage[0] or ''}x{one.stage[1]}:{one.last:.2f}" for one in self.many.progress)
+                print(f"{self.asked['name']} {self.seconds:.0f} s, step {self.many.done}: {where}", file=sys.stderr)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Judge every model, and return what is recorded of it."""
+        asked = self.config["evaluate"]
+        wrong = judge(self.stack, len(self.members), self.said, asked).tolist()
+        return [
+            {
+                "stack": self.asked["name"],
+                "group": self.problem.name,
+                "changes": member.changes,
+                "seed": member.seed,
+                **{name: member.settings[name] for name in SHAPE[:8]},
+                "parameters": self.stack.flat.shape[1],
+                "steps": min(self.many.done, one.end),
+                "seconds": round(self.seconds, 1),
+                "models": len(self.members),
+                "known_at": [[*stage, step] for stage, step in zip(one.plan.stages, one.known_at, strict=False)],
+                "stage": one.stage,
+                "last": round(one.last, 4),
+                "accuracy": {
+                    n: 1 - sum(errors[:n]) / (asked["words"] * n)
+                    for n in sorted({*SAID, asked["length"]})
+                    if n <= asked["length"]
+                },
+                "perfect_to": perfect_to(errors),
+                "layer": None if any(errors) else self.by_layer(i),
+            }
+            for i, (member, one, errors) in enumerate(zip(self.members, self.many.progress, wrong, strict=True))
+        ]
+
+    @torch.no_grad()
+    def by_layer(self, i: int) -> dict[str, Any]:
+        """Judge a model by itself, of the package's own layers: on kernels, where its heads are built."""
+        device = self.problem.table.device
+        try:
+            backend = "kernels" if device.type == "cuda" else "reference"
+            model = model_of(self.members[i], self.said, self.package, backend)
+        except ValueError:
+            backend = "reference"
+            model = model_of(self.members[i], self.said, self.package)
+        model.load_state_dict(self.stack.state_of(i))
+        model.to(device)
+        errors = judge(lambda letters: model(letters[0])[None], 1, self.said, self.config["evaluate"])[0].tolist()
+        return {"backend": backend, "perfect_to": perfect_to(errors)}
+
+
+def perfect_to(errors: list[int]) -> int:
+    """Return how many positions are before the first wrong answer to any word."""
+    return next((i for i, count in enumerate(errors) if count), len(errors))
+
+
+def search(config: dict[str, Any], out: Path, minutes: float, only: list[str]) -> None:
+    """Train what is not finished, in the config's order, while the minutes last."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    package, until = package_of(config["package"]), time.monotonic() + 60 * minutes
+    for asked in config["stacks"]:
+        place, checkpoint = out / f"{asked['name']}.json", out / f"{asked['name']}.pt"
+        if place.is_file() or (only and asked["name"] not in only):
+            continue
+        if time.monotonic() >= until:
+            print("the minutes are over; run the same command again for what is missing", file=sys.stderr)
+            return
+        with own_stream(device):
+            running = Running(config, asked, package, device)
+            if checkpoint.is_file():
+                running.load(checkpoint)
+            try:
+                running.train(until)
+            finally:
+                running.save(checkpoint)
+            if running.finished:
+                rows = running.rows()
+                staging = place.with_suffix(".part")
+                staging.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+                os.replace(staging, place)
+                best = max(rows, key=lambda row: (row["perfect_to"], len(row["known_at"]), row["last"]))
+                print(f"{asked['name']}: best {best}", file=sys.stderr)
+        del running
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def parsed() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=HERE / "search.yaml")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "results" / "search", help="folder of rows, table and figure"
+    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="training ends by then; 0: only the table")
+    parser.add_argument("--stacks", default="", help="names, with commas; all if none")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train what is missing, then print the table and draw the figure."""
+    arguments = parsed()
+    config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.minutes > 0:
+        search(config, arguments.out, arguments.minutes, [name for name in arguments.stacks.split(",") if name])
+    places = [arguments.out / f"{asked['name']}.json" for asked in config["stacks"]]
+    rows = [row for place in places if place.is_file() for row in json.loads(place.read_text(encoding="utf-8"))]
+    text = table(rows)
+    (arguments.out / "table.md").write_text(text, encoding="utf-8")
+    draw(rows, arguments.out / "search.png")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
