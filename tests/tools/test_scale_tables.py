@@ -15,6 +15,7 @@ from m2gen.bench.ranks.kinds import Form
 from m2gen.db import Environment
 
 PAGE = ROOT / "docs" / "scale.md"
+GPUS = sorted((ROOT / "docs" / "data").glob("ranks_*_h200.json"))
 CPUS = sorted((ROOT / "docs" / "data").glob("ranks_*_cpus.json"), key=lambda path: int(path.stem.split("_")[1]))
 
 
@@ -33,7 +34,8 @@ def test_the_page_is_what_the_tool_writes(tool: ModuleType, tmp_path: Path) -> N
     """Predictions and results on CPUs in docs are those of what is committed."""
     copy = tmp_path / "scale.md"
     copy.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    tool.main([str(copy), *(argument for path in CPUS for argument in ("--cpus", str(path)))])
+    measured = [*(("--from", path) for path in GPUS), *(("--cpus", path) for path in CPUS)]
+    tool.main([str(copy), *(str(argument) for pair in measured for argument in pair)])
     assert copy.read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
 
 
