@@ -23,7 +23,7 @@ from tools.gated_deltanet import Plain
 
 EXAMPLES = ROOT / "examples"
 LOCAL = (
-    "example_hybrids", "decoder", "gated_delta", "data", "model", "loop", "compare", "corpus", "plan", "runs", "report",
+    "example_hybrids", "decoder", "gated_delta", "data", "model", "loop", "compare", "corpus", "plan", "runs", "report", "captured",
 )  # fmt: skip
 """The command, and the modules that it finds beside it."""
 
@@ -204,7 +204,7 @@ def test_killed_runs_go_on(example, monkeypatch, tmp_path, capsys) -> None:
     faster = ("--set", "variants={with Gated DeltaNet: [gated_deltanet], with M²RNN: [attention]}")
     smoke(example, monkeypatch, tmp_path / "whole", *faster)
     table = capsys.readouterr().out
-    trainer, parts = sys.modules["model"].Trainer, tmp_path / "parts"
+    trainer, parts = sys.modules["captured"].CapturedTrainer, tmp_path / "parts"
     step, places = trainer.step, []
 
     def dies(self: Any, *rows: Any) -> Any:
@@ -303,6 +303,26 @@ def test_models_of_a_size_are_equally_large(example, tmp_path) -> None:
         plan.load_plan(place, {**example.SMOKE, "compare": [["with M²RNN", "b"]]})
     with pytest.raises(SystemExit, match="see widht"):
         plan.load_plan(place, {"widht": 3})
+
+
+def test_steps_that_are_captured_train_as_others_do(example, device) -> None:
+    """A tensor of the learning rate, batches at one place and, on a GPU, replays give an eager trainer's losses.
+
+    That holds as well for one that goes on from another's state.
+    """
+    plan, captured = sys.modules["plan"], sys.modules["captured"]
+    changes = {**example.SMOKE, "variants": {"both": ["gated_deltanet", "attention"]}, "compare": [], "steps": 12}
+    run = next(iter(plan.load_plan(EXAMPLES / "hybrid_lm" / "hybrids.yaml", changes).runs()))
+    batches = torch.randint(256, (8, 2, run.plan.batch, run.plan.seq), generator=torch.Generator().manual_seed(0))
+    eager = sys.modules["model"].Trainer(run.config, device, run.model)
+    expected = [eager.step(*rows).item() for rows in batches]
+    with captured.own_stream(device):
+        first, other = (captured.CapturedTrainer(run.config, device, run.model) for _ in range(2))
+        found = [first.step(*rows).item() for rows in batches[:2]]
+        other.restore(first.state())
+        found += [other.step(*rows).item() for rows in batches[2:]]
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert (other._graph is not None) == (device.type == "cuda")
 
 
 @pytest.mark.gpu

@@ -103,11 +103,15 @@ class Trainer:
         self.called = self._compiled()
         self.optimizer = torch.optim.AdamW(
             groups_of(self.model, config.weight_decay),
-            lr=config.learning_rate,
             betas=(0.9, 0.95),
             fused=device.type == "cuda",
+            **self.optimizer_options(),
         )
         self.done = 0
+
+    def optimizer_options(self) -> dict[str, Any]:
+        """Return what the optimizer is told of its learning rate."""
+        return {"lr": self.config.learning_rate}
 
     def _compiled(self) -> Callable[[Tensor], Tensor]:
         """Return the model as steps call it; blocks of one kind share what is compiled of one of them."""
@@ -127,18 +131,23 @@ class Trainer:
     def step(self, tokens: Tensor, following: Tensor) -> Tensor:
         """Train on one batch and return its loss."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * self._rate()
+            group["lr"] = self.config.learning_rate * self.rate()
+        loss = self.train(tokens.to(self.device), following.to(self.device))
+        self.done += 1
+        return loss
+
+    def train(self, tokens: Tensor, following: Tensor) -> Tensor:
+        """Do what a step does on the device, and return its loss."""
         with self.autocast():
-            logits = self.called(tokens.to(self.device))
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), following.to(self.device).flatten())
+            logits = self.called(tokens)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.done += 1
         return loss.detach()
 
-    def _rate(self) -> float:
+    def rate(self) -> float:
         """Return the part of the learning rate at this step: a linear rise, and half a cosine down to a tenth."""
         config = self.config
         if self.done < config.warmup:

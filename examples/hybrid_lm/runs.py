@@ -13,6 +13,7 @@ from typing import Any
 
 import corpus
 import torch
+from captured import CapturedTrainer, own_stream
 from compare import device_name, kernels_of
 from corpus import Text
 from loop import device_at_hand, store, write_json
@@ -91,8 +92,12 @@ class Runner:
 
     def train(self, run: Run) -> dict[str, Any] | None:
         """Train a run to its end, from its checkpoint where there is one; None where the clock ended it before."""
+        with own_stream(self.device):
+            return self._train(run)
+
+    def _train(self, run: Run) -> dict[str, Any] | None:
         self._warm_up(run)
-        trainer, progress = Trainer(run.config, self.device, run.model), Progress()
+        trainer, progress = CapturedTrainer(run.config, self.device, run.model), Progress()
         place = self.out / "checkpoints" / f"{run.file_name}.pt"
         if place.is_file():
             saved = torch.load(place, map_location=self.device, weights_only=True)
@@ -147,7 +152,7 @@ class Runner:
         if kind in self._warm or self.device.type == "cpu":
             return
         self._warm.add(kind)
-        trainer = Trainer(run.config, self.device, run.model)
+        trainer = CapturedTrainer(run.config, self.device, run.model)
         for step in range(WARM_UP):
             trainer.step(*corpus.batch(self.text.train, run.plan.batch, run.plan.seq, run.seed, step))
         self.evaluate(run, trainer, run.plan.batch * run.plan.seq)
