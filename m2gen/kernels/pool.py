@@ -9,7 +9,7 @@ from m2gen.kernels import layouts
 from m2gen.kernels.literals import literal
 from m2gen.kernels.render import TRITON, render_template
 from m2gen.runtime.pool_plan import PoolPlan
-from m2gen.schedule import Family, ForwardTile, Reduction
+from m2gen.schedule import Family, ForwardTile, Reduction, Schedule
 from m2gen.spec import Dtype, Fp32Products, Heads
 from m2gen.variant import MIN_TILE, Variant, padded
 
@@ -108,9 +108,10 @@ def pools_of(variants: Iterable[Variant]) -> dict[Dims, PoolLowering]:
     return found
 
 
-def explicit_pools_of(pairs: Iterable[tuple[Variant, Family]]) -> dict[Dims, PoolLowering]:
+def explicit_pools_of(scheduled: Iterable[tuple[Variant, Schedule]]) -> dict[Dims, PoolLowering]:
     """Return the modules with explicit layouts, for variants whose schedules are explicit as well."""
-    narrow = {v: pool_of(v) for v, family in pairs if family is not Family.PORTABLE and v.dtype is not Dtype.FP32}
+    explicit = (variant for variant, schedule in scheduled if schedule.family is not Family.PORTABLE)
+    narrow = {variant: pool_of(variant) for variant in explicit if variant.dtype is not Dtype.FP32}
     return {k.dims: replace(k, explicit=True, products=Fp32Products.IEEE) for k in narrow.values() if k.parts == 1}
 
 

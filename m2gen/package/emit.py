@@ -21,7 +21,6 @@ from m2gen.kernels.pool import PoolLowering, explicit_pools_of, pools_of, render
 from m2gen.kernels.render import render_kernel, render_template, template_hash
 from m2gen.package.copies import BUILT, built, copied, runtime_hash, sources
 from m2gen.package.owned import hashes
-from m2gen.schedule import Family
 from m2gen.spec import ClipMode, Dtype, TanhMode
 from m2gen.variant import BuiltVariant, Variant
 
@@ -139,10 +138,13 @@ def _kernel_files(origin: Origin, choices: Iterable[Choice]) -> dict[str, str]:
 
 def _explicit_pools(choices: Iterable[Choice]) -> dict[str, dict[tuple[int, ...], PoolLowering]]:
     """Return by arch the modules of kernels on pools whose layouts are written down, by what they are looked up by."""
-    by_arch: dict[str, list[tuple[Variant, Family]]] = {}
+    by_arch: dict[str, list[Choice]] = {}
     for choice in choices:
-        by_arch.setdefault(choice.device.arch, []).append((choice.variant, choice.schedule.family))
-    found = {arch: explicit_pools_of(pairs) for arch, pairs in by_arch.items()}
+        by_arch.setdefault(choice.device.arch, []).append(choice)
+    found = {
+        arch: explicit_pools_of((choice.variant, choice.schedule) for choice in having)
+        for arch, having in by_arch.items()
+    }
     return {arch: table for arch, table in found.items() if table}
 
 

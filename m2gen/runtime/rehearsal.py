@@ -71,6 +71,7 @@ def loaded() -> Iterator[ModuleType]:
     for table in dispatch.KERNELS.values():
         for modules in table.values():
             yield from modules
+    yield from dispatch.LAYER_KERNELS.values()
 
 
 def forget_paths() -> None:
@@ -80,6 +81,7 @@ def forget_paths() -> None:
     """
     function = importlib.import_module("triton.runtime.jit").JITCallable
     root = Path(importlib.import_module("triton.runtime").__path__[0]).parent
+    list(loaded())  # executes them, so that their functions are there
     for jitted in [x for x in gc.get_objects() if issubclass(type(x), function)]:
         code = jitted.fn.__code__
         path = Path(code.co_filename)
