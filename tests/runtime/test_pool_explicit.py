@@ -1,4 +1,4 @@
-"""Which kernels take tokens on pools: those with explicit layouts where a GPU, a dtype and a rounding allow it."""
+"""The choice of kernels for tokens on pools: explicit layouts where a GPU, a dtype and a rounding allow them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_tokens_go_to_explicit_layouts_where_they_can(dispatch, monkeypatch) -> 
 
 @pytest.mark.parametrize("arch", ["gfx942", "portable"])
 def test_other_archs_have_none(dispatch, monkeypatch, arch: str) -> None:
-    """What no tensor cores of NVIDIA's serve is the module of every arch."""
+    """They take the module of every arch."""
     monkeypatch.setattr(dispatch, "device_of", lambda device: (arch, 132))
     assert chosen(dispatch, NARROW, torch.bfloat16).startswith("pool_k64_v16")
 
