@@ -23,7 +23,8 @@ from tools.gated_deltanet import Plain
 
 EXAMPLES = ROOT / "examples"
 LOCAL = (
-    "example_hybrids", "decoder", "gated_delta", "data", "model", "loop", "compare", "corpus", "plan", "runs", "report", "captured",
+    "example_hybrids", "decoder", "gated_delta", "data", "model", "loop", "compare", "corpus", "plan", "runs", "report",
+    "captured",
 )  # fmt: skip
 """The command, and the modules that it finds beside it."""
 
