@@ -35,7 +35,7 @@ class PoolLowering:
     explicit: bool = False
     """Whether layouts are written down: of tokens alone, with operands of 16 bits, on tensor cores of NVIDIA's."""
 
-    tanh_ptx = False  # pools promise the same bits wherever a request is computed
+    tanh_ptx = False  # calls say whether they may take it, since one module serves GPUs of every kind
     forward_only = True
     """Whether nothing is differentiated: ``gate`` comes without its slopes."""
 

@@ -31,7 +31,7 @@ def compile_scene(scene: Scene, arch: str) -> list[Kernel]:
     It is for a process of its own, which has no GPU thereafter.
     """
     kernels: dict[str, Kernel] = {}
-    module = next(module for module in loaded() if compiled.name_of(module) == scene.module)
+    module = _module(scene.module)
 
     def seen(kernel: Any) -> None:
         build_stub(kernel)
@@ -50,6 +50,13 @@ def compile_scene(scene: Scene, arch: str) -> list[Kernel]:
             with Launching(module, arch):
                 call()
     return list(kernels.values())
+
+
+def _module(name: str) -> ModuleType:
+    """Return a module by its name within ``kernels``, and execute no other than those of its variant."""
+    tables = built.KERNELS.items()
+    arch, variant = next((arch, key) for arch, table in tables for key, names in table.items() if name in names)
+    return next(module for module in dispatch.KERNELS[arch][variant] if compiled.name_of(module) == name)
 
 
 def _module_of(function: Any) -> str:
