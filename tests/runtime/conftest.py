@@ -10,9 +10,16 @@ from checkpoints import hf_of, models_package, write_checkpoint
 
 
 @pytest.fixture(scope="session")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return the module for transformers of a package that runs the checkpoints."""
+def hf_built(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return the module for transformers of a package that runs the checkpoints, built once."""
     return hf_of(models_package(tmp_path_factory.mktemp("transformers")))
+
+
+@pytest.fixture
+def hf(hf_built: Any) -> Any:
+    """Return that module, of which Auto classes make models, whichever package a test before has imported."""
+    hf_built.register()
+    return hf_built
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,9 @@ SMALL = {"model_type": "flame_m2rnn", "hidden_size": 32, "num_hidden_layers": 2,
 
 def module_of(package: str) -> Any:
     """Return a package's module for flame, whose classes are the Auto classes' from now on."""
-    return importlib.reload(importlib.import_module(f"{package}.integrations.flame"))
+    module = importlib.import_module(f"{package}.integrations.flame")
+    module.register()
+    return module
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ PROMPT, AFTER = slice(0, 4), slice(4, 7)
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def model(hf: Any, request: pytest.FixtureRequest) -> Any:
+def model(hf_built: Any, request: pytest.FixtureRequest) -> Any:
     """Return a small model on the reference backend."""
-    return small_model(hf, request.param)
+    return small_model(hf_built, request.param)
 
 
 def ids(batch: int = 3, seed: int = 1) -> Tensor:

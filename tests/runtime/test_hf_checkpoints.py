@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from calls import distance
-from checkpoints import MODEL_NAMES, arrays_of, config_of, hf_of
+from checkpoints import MODEL_NAMES, arrays_of, config_of, hf_of, models_package
 from support import ROOT, SCHEDULES, build_package, import_package, make_variant
 
 from m2gen.package.directory import write
@@ -108,6 +108,16 @@ def test_a_saved_model_is_the_same(hf: Any, folders: Any, name: str, tmp_path: P
     trunk = AutoModel.from_pretrained(folders(name), backend="reference")
     with torch.no_grad():
         assert distance(trunk(facts["input_ids"]).last_hidden_state, facts["hidden.final"]) < LOGITS
+
+
+def test_auto_classes_are_those_of_the_package_registered_last(hf: Any, folders: Any, tmp_path: Path) -> None:
+    """A second package's import takes the Auto classes over, and ``register`` has the first answer again."""
+    from transformers import AutoConfig
+
+    other = hf_of(models_package(tmp_path))
+    assert type(AutoConfig.from_pretrained(folders("hybrid_nope"))) is other.M2RNNConfig
+    hf.register()
+    assert type(AutoConfig.from_pretrained(folders("hybrid_nope"))) is hf.M2RNNConfig
 
 
 @every_backend

@@ -3,7 +3,8 @@
     from PACKAGE.hf import M2RNNForCausalLM
     model = M2RNNForCausalLM.from_pretrained(FOLDER)  # of the published implementation, or of ``save_pretrained``
 
-Folders' ``model_type`` is ``gpt_base``; importing this has transformers' Auto classes make these classes of it.
+Folders' ``model_type`` is ``gpt_base``; importing this has transformers' Auto classes make these classes of it. Of
+several packages in a process the one imported last answers; ``register`` has this one answer again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
 from .configuration import M2RNNConfig  # noqa: E402  (older versions have no such modules)
 from .modeling import M2RNNForCausalLM, M2RNNModel  # noqa: E402
 
-__all__ = ["M2RNNConfig", "M2RNNForCausalLM", "M2RNNModel"]
+__all__ = ["M2RNNConfig", "M2RNNForCausalLM", "M2RNNModel", "register"]
 
-AutoConfig.register(M2RNNConfig.model_type, M2RNNConfig, exist_ok=True)
-AutoModel.register(M2RNNConfig, M2RNNModel, exist_ok=True)
-AutoModelForCausalLM.register(M2RNNConfig, M2RNNForCausalLM, exist_ok=True)
+
+def register() -> None:
+    """Have transformers' Auto classes make this package's classes of the published ``model_type``."""
+    AutoConfig.register(M2RNNConfig.model_type, M2RNNConfig, exist_ok=True)
+    AutoModel.register(M2RNNConfig, M2RNNModel, exist_ok=True)
+    AutoModelForCausalLM.register(M2RNNConfig, M2RNNForCausalLM, exist_ok=True)
+
+
+register()
