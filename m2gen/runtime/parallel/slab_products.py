@@ -53,7 +53,7 @@ class _ProductToHeads(torch.autograd.Function):
             if dbiases is not None:
                 torch.sum(slab, 0, out=dbiases[rank])
 
-        to_tokens(take, gradient.contiguous(), route)
+        to_tokens(take, gradient, route)
         found = (dx, x.shape), (drows, weight.shape), (dbiases, weight.shape[:1])
         return *(None if y is None else y.view(shape) for y, shape in found), None
 

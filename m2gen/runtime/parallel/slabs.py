@@ -117,6 +117,7 @@ def to_heads(
 
 def to_tokens(take: Callable[[Tensor, int], object], whole: Tensor, route: Route) -> Tensor:
     """Return the slabs (R, B, S_r, C) of the whole (B, S, C); ``take`` takes each as it arrives, this rank's first."""
+    whole = whole.contiguous()
     batch, _, channels = whole.shape
     slabs = whole.new_empty(route.ranks, batch, route.counts[route.rank], channels)
     exchange = _Exchange(slabs, whole, route)
