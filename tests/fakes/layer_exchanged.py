@@ -38,6 +38,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from m2gen.bench.ranks.entries import RankCase, Shape
+from m2gen.bench.ranks.kinds import Form
+from m2gen.bench.ranks.model import parameter_bytes, traffic
+from m2gen.bench.ranks.timing import recorded, repeat
+
 BATCH = 2
 EACH = 3
 """Tokens of a sequence, or of a packed batch, on each rank."""
@@ -260,6 +265,22 @@ def slabs_under_way(subject: Subject) -> None:
     assert watch.copied == 4 * kept
 
 
+def messages(subject: Subject) -> None:
+    """A step of the layer's kernels sends in messages what the model of ``m2gen bench`` says."""
+    heads = heads_of(subject.ranks, "kernels")
+    layer, ranks = any_layer(subject, heads, KERNELS), subject.ranks
+    case = RankCase(Shape("kernels", HIDDEN, 9, 9, {**heads, "g": 4}, "fp32"), Form.EXCHANGE, BATCH, EACH * ranks)
+    expected = traffic(case, ranks, fused=True)
+    sums = 2 * (ranks - 1) / ranks * parameter_bytes(case.shape)  # of gradients, by whoever calls
+    x, call = any_tokens(torch.float32, BATCH, EACH).requires_grad_(), subject.parallel.HeadExchange(layer)
+    with recorded() as calls:
+        through_kernels(subject, KERNELS, partial(call, x)).sum().backward()
+    assert {call.name for call in calls} == {"batch_isend_irecv"}
+    assert len(calls) == expected.collectives - 1
+    assert sum(call.sent_bytes for call in calls) == expected.sent - sums
+    repeat(calls)
+
+
 def both(subject: Subject) -> None:
     """Heads over pairs of ranks, and tokens over the others, give what one rank does."""
     mesh = init_device_mesh("cpu", (2, subject.ranks // 2), mesh_dim_names=("tokens", "heads"))
@@ -428,7 +449,7 @@ def checks(ranks: int) -> dict[str, Any]:
         (slabs, {}),
     ]
     if ranks == 2:
-        cases += [(slabs_under_way, {})]
+        cases += [(slabs_under_way, {}), (messages, {})]
         kernels = {"kind": "kernels", "numerics": KERNELS}
         cases += [
             *((call, {**kernels, "how": how}) for call in (heads, exchange) for how in hows),
@@ -446,7 +467,13 @@ def checks(ranks: int) -> dict[str, Any]:
             *((compiled, {"style": style, **how}) for style in ("M2RNNHeads", "M2RNNContext") for how in ({}, kernels)),
         ]
     if ranks == 4:
-        cases += [(both, {}), (heads_with_fsdp, {})]
+        kernels = {"kind": "kernels", "numerics": KERNELS}
+        cases += [
+            (both, {}),
+            (heads_with_fsdp, {}),
+            (messages, {}),
+            *((exchange, {**kernels, "how": how}) for how in hows),
+        ]
     return {f"{i} {call.__name__} {options}": partial(call, **options) for i, (call, options) in enumerate(cases)}
 
 
