@@ -25,14 +25,14 @@ class _ProductToHeads(torch.autograd.Function):
         biases = None if bias is None else bias.unflatten(0, (route.ranks, -1))
 
         def fill(slab: Tensor, rank: int, piece: slice) -> None:
-            tokens, out = x[piece].flatten(0, 1), slab.flatten(0, 1)
             if biases is None:
-                torch.mm(tokens, rows[rank].T, out=out)
+                _multiply(x[piece], rows[rank].T, slab)
             else:
-                torch.addmm(biases[rank], tokens, rows[rank].T, out=out)
+                slab.copy_(biases[rank])
+                _add_product(slab, x[piece], rows[rank].T)
 
-        slabs = x.new_empty(route.ranks, *x.shape[:-1], rows.shape[1])
-        return to_heads(fill, slabs, route, None)
+        whole = x.new_empty(x.shape[0], sum(route.counts), rows.shape[1])
+        return to_heads(fill, whole, route)
 
     @staticmethod
     @once_differentiable
@@ -87,19 +87,36 @@ class _NormedFromHeads(torch.autograd.Function):
         own = even_widths(weight.shape[1], route.ranks)
         dmixed, dsquares = scaled_backward(gradient.flatten(0, 1), mixed, scale, norm.size)
         twice = (2 * dsquares).to(slabs.dtype).view(*gradient.shape[:-1], 1)
-        by_sequence, dslabs = dmixed.view(gradient.shape), torch.empty_like(slabs)
+        by_sequence, (_, batch, _, channels) = dmixed.view(gradient.shape), slabs.shape
         dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
         def fill(slab: Tensor, rank: int, piece: slice) -> None:
-            torch.mm(by_sequence[piece].flatten(0, 1), weight[:, own[rank]], out=slab.flatten(0, 1))
-            slab.addcmul_(slabs[rank, piece], twice[piece])
+            torch.mul(slabs[rank, piece], twice[piece], out=slab)
+            _add_product(slab, by_sequence[piece], weight[:, own[rank]])
 
         def products() -> None:
             if dweight is not None:
                 for rank in range(route.ranks):
                     torch.mm(dmixed.T, slabs[rank].flatten(0, 1), out=dweight[:, own[rank]])
 
-        return to_heads(fill, dslabs, route, products), dweight, None, None
+        dy = slabs.new_empty(batch, sum(route.counts), channels)
+        return to_heads(fill, dy, route, products), dweight, None, None
+
+
+def _multiply(x: Tensor, y: Tensor, out: Tensor) -> None:
+    """Put products of x (B, S, H) by one matrix into rows (B, S, C), which may lie apart from sequence to sequence."""
+    if out.is_contiguous():
+        torch.mm(x.flatten(0, 1), y, out=out.flatten(0, 1))
+    else:
+        torch.bmm(x, y.expand(len(x), *y.shape), out=out)
+
+
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Add them."""
+    if total.is_contiguous():
+        total.flatten(0, 1).addmm_(x.flatten(0, 1), y)
+    else:
+        total.baddbmm_(x, y.expand(len(x), *y.shape))
 
 
 def _accumulate(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
@@ -120,5 +137,5 @@ def product_to_heads(x: Tensor, weight: Tensor, bias: Tensor | None, route: Rout
 
 
 def normed_from_heads(y: Tensor, weight: Tensor, norm: Normed, route: Route) -> Tensor:
-    """Return this rank's tokens of all heads by a weight (H, R C), normalised: of y (B, S, C), all tokens of its own."""
+    """Return this rank's tokens by a weight (H, R C), normalised: of y (B, S, C), all tokens of its heads."""
     return _normed(y, weight, norm, route)

@@ -2,13 +2,14 @@
 
 Slabs (R, B, S_r, C) are this rank's tokens of every rank's columns, and the whole (B, S, C) is all tokens of its own.
 Products write slabs and read them; sequences are sent from and into where they lie, so nothing is permuted. What a rank
-keeps is copied while the rest is under way.
+keeps is written where it belongs, or copied while the rest is under way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, distributed
@@ -17,7 +18,7 @@ from torch.distributed import ProcessGroup
 from .collectives import copy, dense
 
 MESSAGES = 16
-"""Messages that a rank sends at most, one for each sequence and rank; of more the host would take longer than a copy."""
+"""Messages that a rank sends at most, one for each sequence and rank; more would take the host longer than a copy."""
 HALVES = 2
 """Parts in which sequences are sent that are computed: one is under way while the other is computed."""
 
@@ -41,10 +42,10 @@ class Route:
 class _Exchange:
     """One exchange, of which each step is with the ranks that are so many places away."""
 
-    def __init__(self, slabs: Tensor, whole: Tensor, route: Route) -> None:
-        self.slabs, self.route = slabs, route
+    def __init__(self, whole: Tensor, route: Route) -> None:
+        self.route, self.batch = route, whole.shape[0]
         self.parts = whole.split(list(route.counts), 1)
-        self.joins = not 1 < whole.shape[0] <= MESSAGES // max(route.ranks - 1, 1)
+        self.joins = not 1 < self.batch <= MESSAGES // max(route.ranks - 1, 1)
         """Whether a rank's sequences are one message, which are copied unless they are one."""
 
     def at(self, step: int) -> int:
@@ -53,19 +54,11 @@ class _Exchange:
 
     def pieces(self) -> list[slice]:
         """Return the sequences that are sent at once."""
-        batch = self.slabs.shape[1]
-        cuts = [0, batch] if self.joins else [batch * i // HALVES for i in range(HALVES + 1)]
-        return [slice(first, last) for first, last in zip(cuts, cuts[1:], strict=False)]
+        cuts = [0, self.batch] if self.joins else [self.batch * i // HALVES for i in range(HALVES + 1)]
+        return [slice(first, last) for first, last in pairwise(cuts)]
 
-    def to_head(self, step: int, piece: slice) -> Callable[[], None]:
-        """Begin to send a slab's sequences, and to receive as many; return what waits for these."""
-        return self._begin(step, self.slabs[self.at(step), piece], self.parts[self.at(-step)][piece])
-
-    def to_token(self, step: int) -> Callable[[], None]:
-        """Begin to send a part of the tokens, and to receive a slab; return what waits for it."""
-        return self._begin(step, self.parts[self.at(step)], self.slabs[self.at(-step)])
-
-    def _begin(self, step: int, sent: Tensor, received: Tensor) -> Callable[[], None]:
+    def begin(self, step: int, sent: Tensor, received: Tensor) -> Callable[[], None]:
+        """Begin to send to the rank at a step and to receive from that as far before; return what waits for this."""
         there, here = (dense(sent), _room(received)) if self.joins else (sent, received)
         group = self.route.group
 
@@ -92,24 +85,25 @@ def _room(x: Tensor) -> Tensor:
 
 
 def to_heads(
-    fill: Callable[[Tensor, int, slice], object], slabs: Tensor, route: Route, meanwhile: Callable[[], object] | None
+    fill: Callable[[Tensor, int, slice], object],
+    whole: Tensor,
+    route: Route,
+    meanwhile: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Return the whole (B, S, C) of slabs (R, B, S_r, C) that are still to be filled, other ranks' first.
+    """Fill the whole (B, S, C) with slabs (B, S_r, C): this rank's goes where it belongs, others' are sent before.
 
-    ``fill`` takes a slab's sequences, whose slab it is, and which sequences these are; ``meanwhile`` is called when all
-    slabs are under way.
+    ``fill`` takes room for a slab's sequences, whose slab it is, and which sequences these are; ``meanwhile`` is called
+    when all slabs are under way.
     """
-    whole = slabs.new_empty(slabs.shape[1], sum(route.counts), slabs.shape[-1])
-    exchange = _Exchange(slabs, whole, route)
+    exchange, (batch, _, channels) = _Exchange(whole, route), whole.shape
+    slabs = whole.new_empty(route.ranks - 1, batch, route.counts[route.rank], channels)
     waits: list[Callable[[], None]] = []
-    for step in range(1, route.ranks):
+    for step, slab in enumerate(slabs, 1):
         for piece in exchange.pieces():
-            fill(slabs[exchange.at(step), piece], exchange.at(step), piece)
-            waits.append(exchange.to_head(step, piece))
-    fill(slabs[route.rank], route.rank, slice(None))
-    copy(exchange.parts[route.rank], slabs[route.rank])
-    if meanwhile is not None:
-        meanwhile()
+            fill(slab[piece], exchange.at(step), piece)
+            waits.append(exchange.begin(step, slab[piece], exchange.parts[exchange.at(-step)][piece]))
+    fill(exchange.parts[route.rank], route.rank, slice(None))
+    meanwhile()
     for wait in waits:
         wait()
     return whole
@@ -118,13 +112,13 @@ def to_heads(
 def to_tokens(take: Callable[[Tensor, int], object], whole: Tensor, route: Route) -> Tensor:
     """Return the slabs (R, B, S_r, C) of the whole (B, S, C); ``take`` takes each as it arrives, this rank's first."""
     whole = whole.contiguous()
-    batch, _, channels = whole.shape
+    exchange, (batch, _, channels) = _Exchange(whole, route), whole.shape
     slabs = whole.new_empty(route.ranks, batch, route.counts[route.rank], channels)
-    exchange = _Exchange(slabs, whole, route)
-    waits = [exchange.to_token(step) for step in range(1, route.ranks)]
+    steps = range(1, route.ranks)
+    waits = [exchange.begin(step, exchange.parts[exchange.at(step)], slabs[exchange.at(-step)]) for step in steps]
     copy(slabs[route.rank], exchange.parts[route.rank])
     take(slabs[route.rank], route.rank)
-    for step, wait in enumerate(waits, 1):
+    for step, wait in zip(steps, waits, strict=True):
         wait()
         take(slabs[exchange.at(-step)], exchange.at(-step))
     return slabs
