@@ -147,7 +147,7 @@ def dense_copies(subject: Subject) -> None:
             assert torch.equal(found, view)
 
 
-class Watch(TorchDispatchMode):
+class Order(TorchDispatchMode):
     """Notes products and copies in their order, and when messages begin to be sent and are waited for."""
 
     PRODUCTS = ("mm", "bmm", "addmm_", "baddbmm_")
@@ -253,16 +253,16 @@ def slabs_under_way(subject: Subject) -> None:
     heads = columns.y[..., columns.own].clone().requires_grad_()
     weights = [x.clone().requires_grad_() for x in (columns.weight, columns.back)]
     draws = columns.draws[0][..., columns.own].clone(), columns.here(columns.draws[1]).clone()
-    with pytest.MonkeyPatch.context() as patch, Watch(patch) as watch:
+    with pytest.MonkeyPatch.context() as patch, Order(patch) as order:
         rows = columns.products.product_to_heads(tokens, weights[0], None, columns.route)
-        assert watch.taken() == "product send product send product wait wait"
+        assert order.taken() == "product send product send product wait wait"
         torch.autograd.grad(rows, (tokens, weights[0]), draws[0])
-        assert watch.taken() == "send copy product product wait product product"
+        assert order.taken() == "send copy product product wait product product"
         y = columns.products.normed_from_heads(heads, weights[1], columns.norm, columns.route)
-        assert watch.taken() == "send copy product wait product"
+        assert order.taken() == "send copy product wait product"
         torch.autograd.grad(y, (heads, weights[1]), draws[1])
-        assert watch.taken() == "product send product send product product product wait wait"
-    assert watch.copied == 2 * kept
+        assert order.taken() == "product send product send product product product wait wait"
+    assert order.copied == 2 * kept
 
 
 def messages(subject: Subject) -> None:

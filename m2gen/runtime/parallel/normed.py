@@ -59,7 +59,8 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *scaled_backward(gradient, *ctx.saved_tensors, ctx.size), None
+        x, scale = ctx.saved_tensors
+        return *scaled_backward(gradient, x, scale, ctx.size), None
 
 
 def scaled_backward(gradient: Tensor, x: Tensor, scale: Tensor, size: int) -> tuple[Tensor, Tensor]:

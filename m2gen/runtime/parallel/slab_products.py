@@ -21,8 +21,8 @@ class _ProductToHeads(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, route: Route) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.route = route
-        rows = weight.unflatten(0, (route.ranks, -1))
-        biases = None if bias is None else bias.unflatten(0, (route.ranks, -1))
+        rows = torch.unflatten(weight, 0, (route.ranks, -1))
+        biases = None if bias is None else torch.unflatten(bias, 0, (route.ranks, -1))
 
         def fill(slab: Tensor, rank: int, piece: slice) -> None:
             if biases is None:
@@ -39,7 +39,7 @@ class _ProductToHeads(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         route, (of_x, of_weight, of_bias, _) = ctx.route, ctx.needs_input_grad
-        tokens, rows = x.flatten(0, 1), weight.unflatten(0, (ctx.route.ranks, -1))
+        tokens, rows = x.flatten(0, 1), torch.unflatten(weight, 0, (ctx.route.ranks, -1))
         dx = tokens.new_empty(tokens.shape) if of_x else None
         drows = torch.empty_like(rows) if of_weight else None
         dbiases = rows.new_empty(rows.shape[:2]) if of_bias else None

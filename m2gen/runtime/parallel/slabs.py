@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 
@@ -44,7 +45,7 @@ class _Exchange:
 
     def __init__(self, whole: Tensor, route: Route) -> None:
         self.route, self.batch = route, whole.shape[0]
-        self.parts = whole.split(list(route.counts), 1)
+        self.parts = torch.split(whole, list(route.counts), 1)
         self.joins = not 1 < self.batch <= MESSAGES // max(route.ranks - 1, 1)
         """Whether a rank's sequences are one message, which are copied unless they are one."""
 
