@@ -314,7 +314,13 @@ def test_forecasts_by_hand() -> None:
     found = forecast(case, 2, known, link)
     assert found.one_ms == pytest.approx(10.0)
     sends = traffic(case, 2, fused=True).sent / 100e9 * 1e3
-    assert found.step_ms == pytest.approx(8192 * token_us(2.0, points) / 1e3 + (10.0 - 0.8 * 8.192) / 2 + sends)
+    rest = (10.0 - 0.8 * 8.192) / 2
+    there, back = 2320, 66 * 16  # columns of a rank's heads, and those of a forward product whose time they take
+    products = [2 / 3 * rest / 3 * columns / (there + back) for columns in (there, back)]
+    each = [columns * 4 * 8192 * 2 / 2 / 100e6 for columns in (there, back)]  # of an exchange, at 10^8 bytes a ms
+    behind = [0.75 * products[0], 0.5 * products[1], 1.75 * products[1], 1.0 * products[0]]
+    assert all(time > product for time, product in zip(each[:1] + each[1:] * 2 + each[:1], behind, strict=True))
+    assert found.step_ms == pytest.approx(8192 * token_us(2.0, points) / 1e3 + rest + sends - sum(behind))
     assert found.efficiency == pytest.approx(10.0 / 2 / found.step_ms)
     assert found.communication_ms == pytest.approx(sends)
     hybrid = replace(SEVEN, name="m2rnn_7b_hybrid", blocks=(Mixing.M2RNN, Mixing.ATTENTION))
@@ -342,6 +348,8 @@ def test_the_model_by_hand() -> None:
     assert traffic(exchange, 2, fused=False).sent == pytest.approx(sent)
     gates = 66 * 16 + 14  # and zeros up to 2320 columns
     assert traffic(exchange, 2, fused=True).sent == pytest.approx(sent + 2 * gates * 8 * 4096 * 2 / 2)
+    assert [traffic(replace(exchange, batch=batch), 2, fused=True).collectives for batch in (1, 8, 17)] == [6, 8, 6]
+    assert traffic(exchange, 2, fused=False).collectives == 6
     expected = 4.0 / 2 + 3.2 + sent / 100e9 * 1e3
     assert predicted_ms(exchange, row_of(Form.EXCHANGE, 2, recurrence_ms=3.2), one, link, fused=False) == pytest.approx(
         expected

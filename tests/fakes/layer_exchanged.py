@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from m2gen.bench.ranks.entries import RankCase, Shape
+from m2gen.bench.ranks.kinds import Form
+from m2gen.bench.ranks.model import parameter_bytes, traffic
+from m2gen.bench.ranks.timing import recorded, repeat
 
 BATCH = 2
 EACH = 3
@@ -138,6 +145,140 @@ def dense_copies(subject: Subject) -> None:
             found = collectives.dense(view)
             assert found.is_contiguous()
             assert torch.equal(found, view)
+
+
+class Order(TorchDispatchMode):
+    """Notes products and copies in their order, and when messages begin to be sent and are waited for."""
+
+    PRODUCTS = ("mm", "bmm", "addmm_", "baddbmm_")
+    COPIES = ("copy_", "clone", "cat", "_to_copy", "stack")
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self.copied = 0
+        begin = distributed.batch_isend_irecv
+
+        def begun(messages: list[Any]) -> list[Any]:
+            self.events.append("send")
+            return [self, *begin(messages)]
+
+        patch.setattr(distributed, "batch_isend_irecv", begun)
+
+    def wait(self) -> None:
+        """Stand among works as one more."""
+        self.events.append("wait")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in self.PRODUCTS:
+            self.events.append("product")
+        elif name in self.COPIES:
+            self.events.append("copy")
+            self.copied += args[0].numel() if isinstance(args[0], Tensor) else sum(x.numel() for x in args[0])
+        return function(*args, **(kwargs or {}))
+
+    def taken(self) -> str:
+        """Return the events since the last call."""
+        found = " ".join(self.events)
+        self.events.clear()
+        return found
+
+
+class Columns:
+    """Tokens of all ranks, weights of all ranks' columns, and what one rank makes of them."""
+
+    def __init__(self, subject: Subject, batch: int, counts: list[int], columns: int = 5) -> None:
+        self.rank, self.counts = subject.rank, counts
+        module = f"{subject.parallel.__name__}."
+        self.slabs, self.products = sys.modules[f"{module}slabs"], sys.modules[f"{module}slab_products"]
+        self.norm = sys.modules[f"{module}normed"].Normed(subject.ranks * columns, 1e-5)
+        self.route = self.slabs.Route(distributed.group.WORLD, tuple(counts))
+        self.own = slice(columns * self.rank, columns * (self.rank + 1))
+        made = {"dtype": torch.float64, "generator": torch.Generator().manual_seed(2)}
+        shape, every = (batch, sum(counts)), subject.ranks * columns
+        sizes = ((*shape, HIDDEN), (every, HIDDEN), (every,), (*shape, every), (HIDDEN, every))
+        self.x, self.weight, self.bias, self.y, self.back = (torch.randn(*size, **made) for size in sizes)
+        self.draws = [torch.randn(*shape, width, **made) for width in (every, HIDDEN)]
+
+    def here(self, x: Tensor) -> Tensor:
+        """Return this rank's tokens of x."""
+        return x.split(self.counts, 1)[self.rank]
+
+    def compare(self, there: bool, bias: bool = True) -> None:
+        """Compare results and gradients of rows that go to heads, or of heads that come back."""
+        inputs = [self.x, self.weight, *([self.bias] if bias else [])] if there else [self.y, self.back]
+        whole, leaves = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
+        draw = self.draws[0 if there else 1]
+        own: Callable[[Tensor], Tensor] = self.here if there else (lambda x: x[..., self.own])
+        other: Callable[[Tensor], Tensor] = (lambda x: x[..., self.own]) if there else self.here
+        expected = nn.functional.linear(*whole) if there else self.normed(*whole)
+        first, *rest = leaves
+        if there:
+            given = self.products.product_to_heads(own(first), *rest, *([] if bias else [None]), self.route)
+        else:
+            given = self.products.normed_from_heads(own(first), *rest, self.norm, self.route)
+        close(given, other(expected), "result")
+        expected.backward(draw)
+        given.backward(other(draw))
+        close(own(leaves[0].grad), own(whole[0].grad), "dx")
+        for leaf, full in zip(leaves[1:], whole[1:], strict=True):
+            distributed.all_reduce(leaf.grad)
+            close(leaf.grad, full.grad, "gradient of a parameter")
+
+    def normed(self, y: Tensor, weight: Tensor) -> Tensor:
+        """Return the output projection of the norm."""
+        return nn.functional.linear(y * (y.square().mean(-1, keepdim=True) + self.norm.eps).rsqrt(), weight)
+
+
+def slabs(subject: Subject) -> None:
+    """Products that write and read slabs give what one rank does, however many messages there are."""
+    even, uneven = [EACH] * subject.ranks, [0, EACH + 1, *[EACH] * (subject.ranks - 2)]
+    for batch, counts in ((1, even), (3, even), (3, uneven)):
+        for most in (None, 1):
+            with pytest.MonkeyPatch.context() as patch:
+                columns = Columns(subject, batch, counts)
+                if most is not None:
+                    patch.setattr(columns.slabs, "MESSAGES", most)
+                columns.compare(there=True)
+                columns.compare(there=True, bias=False)
+                columns.compare(there=False)
+
+
+def slabs_under_way(subject: Subject) -> None:
+    """Products run between the beginning of messages and their arrival, and nothing is copied but what a rank keeps."""
+    columns = Columns(subject, 4, [EACH] * subject.ranks)
+    kept = columns.here(columns.y)[..., columns.own].numel()
+    tokens = columns.here(columns.x).clone().requires_grad_()
+    heads = columns.y[..., columns.own].clone().requires_grad_()
+    weights = [x.clone().requires_grad_() for x in (columns.weight, columns.back)]
+    draws = columns.draws[0][..., columns.own].clone(), columns.here(columns.draws[1]).clone()
+    with pytest.MonkeyPatch.context() as patch, Order(patch) as order:
+        rows = columns.products.product_to_heads(tokens, weights[0], None, columns.route)
+        assert order.taken() == "product send product send product wait wait"
+        torch.autograd.grad(rows, (tokens, weights[0]), draws[0])
+        assert order.taken() == "send copy product product wait product product"
+        y = columns.products.normed_from_heads(heads, weights[1], columns.norm, columns.route)
+        assert order.taken() == "send copy product wait product"
+        torch.autograd.grad(y, (heads, weights[1]), draws[1])
+        assert order.taken() == "product send product send product product product wait wait"
+    assert order.copied == 2 * kept
+
+
+def messages(subject: Subject) -> None:
+    """A step of the layer's kernels sends in messages what the model of ``m2gen bench`` says."""
+    heads = heads_of(subject.ranks, "kernels")
+    layer, ranks = any_layer(subject, heads, KERNELS), subject.ranks
+    case = RankCase(Shape("kernels", HIDDEN, 9, 9, {**heads, "g": 4}, "fp32"), Form.EXCHANGE, BATCH, EACH * ranks)
+    expected = traffic(case, ranks, fused=True)
+    sums = 2 * (ranks - 1) / ranks * parameter_bytes(case.shape)  # of gradients, by whoever calls
+    x, call = any_tokens(torch.float32, BATCH, EACH).requires_grad_(), subject.parallel.HeadExchange(layer)
+    with recorded() as calls:
+        through_kernels(subject, KERNELS, partial(call, x)).sum().backward()
+    assert {call.name for call in calls} == {"batch_isend_irecv"}
+    assert len(calls) == expected.collectives - 1
+    assert sum(call.sent_bytes for call in calls) == expected.sent - sums
+    repeat(calls)
 
 
 def both(subject: Subject) -> None:
@@ -305,8 +446,10 @@ def checks(ranks: int) -> dict[str, Any]:
         *((uneven, {"how": how}) for how in hows),
         (errors, {}),
         (dense_copies, {}),
+        (slabs, {}),
     ]
     if ranks == 2:
+        cases += [(slabs_under_way, {}), (messages, {})]
         kernels = {"kind": "kernels", "numerics": KERNELS}
         cases += [
             *((call, {**kernels, "how": how}) for call in (heads, exchange) for how in hows),
@@ -324,7 +467,13 @@ def checks(ranks: int) -> dict[str, Any]:
             *((compiled, {"style": style, **how}) for style in ("M2RNNHeads", "M2RNNContext") for how in ({}, kernels)),
         ]
     if ranks == 4:
-        cases += [(both, {}), (heads_with_fsdp, {})]
+        kernels = {"kind": "kernels", "numerics": KERNELS}
+        cases += [
+            (both, {}),
+            (heads_with_fsdp, {}),
+            (messages, {}),
+            *((exchange, {**kernels, "how": how}) for how in hows),
+        ]
     return {f"{i} {call.__name__} {options}": partial(call, **options) for i, (call, options) in enumerate(cases)}
 
 

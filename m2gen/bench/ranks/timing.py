@@ -31,16 +31,17 @@ COLLECTIVES = tuple(
         ("all_gather_single", "all_gather_into_tensor"),
         ("reduce_scatter_single", "reduce_scatter_tensor"),
         ("all_to_all_single",),
+        ("batch_isend_irecv",),
     )
     for name in names
     if hasattr(distributed, name)
 )
-"""Collectives of which packages call one each, by the names that versions of torch have for them."""
+"""What packages call, collectives and batches of messages, by the names that versions of torch have for them."""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One call of a collective, with tensors of the sizes that it had."""
+    """One call of a collective, or of messages, with tensors of the sizes that it had."""
 
     name: str
     arguments: tuple[Any, ...]
@@ -48,14 +49,23 @@ class Collective:
 
     def call(self) -> None:
         """Do it again, on whatever the tensors hold."""
-        getattr(distributed, self.name)(*self.arguments, **self.options)
+        works = getattr(distributed, self.name)(*self.arguments, **self.options)
+        for work in works or ():
+            work.wait()
+
+    @property
+    def messages(self) -> list[distributed.P2POp]:
+        """Messages to and from single ranks; none of a collective."""
+        return [x for given in self.arguments if isinstance(given, list) for x in given]
 
     @property
     def sent_bytes(self) -> int:
         """Bytes that a rank sends, at the least."""
-        ranks = distributed.get_world_size(self.options["group"])
+        if self.messages:
+            return sum(_size(x.tensor) for x in self.messages if x.op is distributed.isend)
+        ranks = distributed.get_world_size(self.options.get("group"))
         tensors = (x for x in (*self.arguments, *self.options.values()) if isinstance(x, Tensor))
-        most = max(x.numel() * x.element_size() for x in tensors)
+        most = max(map(_size, tensors))
         rounds = 2 if self.name == "all_reduce" else 1
         return rounds * most * (ranks - 1) // ranks
 
@@ -73,10 +83,10 @@ def recorded() -> Iterator[list[Collective]]:
     plain = {name: getattr(distributed, name) for name in COLLECTIVES}
 
     def noting(name: str) -> Callable[..., Any]:
-        def call(*args: Any, group: Any = None, **options: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             again = {key: _apart(x) for key, x in options.items() if key != "async_op"}
-            calls.append(Collective(name, tuple(map(_apart, args)), {**again, "group": group}))
-            return plain[name](*args, group=group, **options)
+            calls.append(Collective(name, tuple(map(_apart, args)), again))
+            return plain[name](*args, **options)
 
         return call
 
@@ -90,8 +100,15 @@ def recorded() -> Iterator[list[Collective]]:
 
 
 def _apart(x: Any) -> Any:
-    """Return room of a tensor's size, and anything else as it is."""
+    """Return room of a tensor's size, or messages of as much, and anything else as it is."""
+    if isinstance(x, list):
+        return [distributed.P2POp(y.op, _apart(y.tensor), group=y.group, group_peer=y.group_peer) for y in x]
     return torch.empty_like(x) if isinstance(x, Tensor) else x
+
+
+def _size(x: Tensor) -> int:
+    """Return a tensor's bytes."""
+    return x.numel() * x.element_size()
 
 
 def together(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from ..fused import compute_dtype, laid_out
 from ..gate import DecayGate, forget_gate
 from ..norm import RMSNorm
 from .collectives import scattered, summed
-from .normed import scaled, squared
+from .normed import Normed, scaled, squared
 from .products import by_columns, by_rows
 from .shards import local, own, placement, sharded, whole
 
@@ -173,4 +173,4 @@ class OwnOutput(nn.Module):
         x, squares = squared(x)
         mixed = by_columns(x, self.norm(weight).to(x.dtype), self.scatters, group)
         total = scattered(squares, -2, group) if self.scatters else summed(squares, group)
-        return scaled(mixed, total, self.norm.size, self.norm.eps)
+        return scaled(mixed, total, Normed(self.norm.size, self.norm.eps))

@@ -15,12 +15,22 @@ WIDE = torch.complex128
 
 def dense(x: Tensor) -> Tensor:
     """Return x, or a copy whose elements lie in order."""
-    if torch.compiler.is_compiling() or x.is_contiguous() or x.stride(-1) != 1:
-        return x.contiguous()
-    each = WIDE.itemsize // x.element_size()
-    if any(n % each for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1])):
+    if torch.compiler.is_compiling() or x.is_contiguous() or not _may_widen(x):
         return x.contiguous()
     return x.view(WIDE).contiguous().view(x.dtype)
+
+
+def copy(into: Tensor, x: Tensor) -> None:
+    """Copy x, of the same shape and dtype, into a tensor."""
+    if _may_widen(into) and _may_widen(x):
+        into, x = into.view(WIDE), x.view(WIDE)
+    into.copy_(x)
+
+
+def _may_widen(x: Tensor) -> bool:
+    """Whether rows of x are of elements of 16 bytes, and lie at multiples of them."""
+    each = WIDE.itemsize // x.element_size()
+    return x.stride(-1) == 1 and not any(n % each for n in (x.shape[-1], x.storage_offset(), *x.stride()[:-1]))
 
 
 def _named(name: str, before: str) -> Callable[..., Any]:

@@ -18,8 +18,10 @@ from ..norm import RMSNorm
 from ..not_built import check_built
 from ..scan import epilogue, recur
 from .agreement import check_ranks_agree
-from .normed import scaled, squared
+from .normed import Normed, scaled, squared
 from .share import HeadShare, RankOf
+from .slab_products import normed_from_heads, product_to_heads
+from .slabs import Route
 from .transposes import to_heads, to_tokens
 
 
@@ -99,23 +101,24 @@ class HeadExchange:
         self, x: Tensor, counts: tuple[int, ...], cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None
     ) -> Tensor:
         """Return the same; rows go to heads whole, output gates too, so that all up to the norm is theirs."""
-        rows = to_heads(self._rows(x), counts, self.group)
+        rows = self._rows(x, counts)
         own, _, gates = split_sizes(self.share)
         packed = cu_seqlens is not None
         theirs = Projected(rows[0] if packed else rows, own + gates, own)
         y, _, _ = fused.between(self.share, theirs, States(None, None), cu_seqlens, cu_seqlens_cpu)
-        return self._normed(to_tokens(y[None] if packed else y, counts, self.group))
+        return self._normed(y[None] if packed else y, counts)
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """Return of x (B, S_r, hidden_size) the rows that each rank's heads read, (B, S_r, columns of all ranks).
+    def _rows(self, x: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """Return of x (B, S_r, hidden_size) the rows that this rank's heads read, of all tokens, (B, S, columns).
 
-        They are products with rows of the weight in this order, where it may be read, and else put in it.
+        They are products with rows of the weight, one rank's after the other's, where it may be read.
         """
         layer, ranks = self.layer, self.place.ranks
         groups = (*layer.heads[:3], layer.gate_heads, layer.forget_inputs)
         if not fused.reads_projection(layer, x):
             mixed, f, g = fused.project(layer, x).parts(layer)
-            return _by_reader((*torch.split(mixed, list(operand_sizes(layer)), -1), g, f), groups, ranks, x.dim() - 1)
+            operands = (*torch.split(mixed, list(operand_sizes(layer)), -1), g, f)
+            return to_heads(_by_reader(operands, groups, ranks, x.dim() - 1), counts, self.group)
         module, dtype = cast(nn.Linear, layer.input_projection), fused.compute_dtype(x)
         _, forget, gates = split_sizes(layer)
 
@@ -123,17 +126,23 @@ class HeadExchange:
             *mixed, f, g = torch.split(p, [*operand_sizes(layer), forget, gates])
             return _by_reader((*mixed, g, f), groups, ranks, 0).to(dtype)
 
-        return F.linear(x, laid_out(module.weight), None if module.bias is None else laid_out(module.bias))
+        weight, bias = laid_out(module.weight), None if module.bias is None else laid_out(module.bias)
+        if torch.compiler.is_compiling():
+            return to_heads(F.linear(x, weight, bias), counts, self.group)
+        return product_to_heads(x.to(dtype), weight, bias, Route(self.group, counts))
 
-    def _normed(self, y: Tensor) -> Tensor:
-        """Return the output projection of the norm of y (B, S_r, N V)."""
+    def _normed(self, y: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """Return the output projection of the norm, of this rank's tokens, of y (B, S, C), all tokens of its heads."""
         norm, out = self.layer.g_norm, self.layer.output_projection
         if not (fused.plain(norm, RMSNorm) and fused.plain(out, nn.Linear)) or isinstance(norm.weight, DTensor):
-            mixed: Tensor = out(norm(y))
+            mixed: Tensor = out(norm(to_tokens(y, counts, self.group)))
             return mixed
-        y, squares = squared(y)
         weight = (out.weight * norm.weight).to(y.dtype)
-        return scaled(F.linear(y, weight), squares, y.shape[-1], norm.eps)
+        normed = Normed(norm.weight.numel(), norm.eps)
+        if not torch.compiler.is_compiling():
+            return normed_from_heads(y, weight, normed, Route(self.group, counts))
+        y, squares = squared(to_tokens(y, counts, self.group))
+        return scaled(F.linear(y, weight), squares, normed)
 
     def _counts(self, x: Tensor, tokens: Sequence[int] | None) -> tuple[int, ...]:
         if tokens is None:

@@ -6,6 +6,7 @@ So heads on other ranks are missed by one number a token alone, which sums over 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,14 +15,31 @@ from torch import Tensor
 from ..mixer import wide_dtype
 
 
+@dataclass(frozen=True)
+class Normed:
+    """A norm of so many inputs a token."""
+
+    size: int
+    eps: float
+
+    @staticmethod
+    def squares(x: Tensor) -> Tensor:
+        """Return the sums of the squares of x (..., C), (..., 1) in float32 or wider."""
+        norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x))
+        return norms.square()
+
+    def scale(self, squares: Tensor) -> Tensor:
+        """Return the number that a token is multiplied by."""
+        return torch.rsqrt(squares / self.size + self.eps)
+
+
 class _Squared(torch.autograd.Function):
     """x as it is, and the sums of its squares, whose gradients meet in one pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x)
-        norms: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide_dtype(x))
-        return x.view_as(x), norms.square()
+        return x.view_as(x), Normed.squares(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, of_squares: Tensor) -> Tensor:
@@ -30,23 +48,28 @@ class _Squared(torch.autograd.Function):
 
 
 class _Scaled(torch.autograd.Function):
-    """x times one number a token: rsqrt(squares / size + eps)."""
+    """x times one number a token."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, squares: Tensor, size: int, eps: float) -> Tensor:
-        scale = torch.rsqrt(squares / size + eps)
+    def forward(ctx: Any, x: Tensor, squares: Tensor, norm: Normed) -> Tensor:
+        scale = norm.scale(squares)
         ctx.save_for_backward(x, scale)
-        ctx.size = size
-        return _times(x, scale)
+        ctx.size = norm.size
+        return scaled_by(x, scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale = ctx.saved_tensors
-        of_scale = (gradient * x).sum(-1, keepdim=True, dtype=scale.dtype)
-        return _times(gradient, scale), of_scale * scale**3 * (-0.5 / ctx.size), None, None
+        return *scaled_backward(gradient, x, scale, ctx.size), None
 
 
-def _times(x: Tensor, scale: Tensor) -> Tensor:
+def scaled_backward(gradient: Tensor, x: Tensor, scale: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x, of which ``gradient`` is that of ``scaled_by``, and of the squares."""
+    of_scale = (gradient * x).sum(-1, keepdim=True, dtype=scale.dtype)
+    return scaled_by(gradient, scale), of_scale * scale**3 * (-0.5 / size)
+
+
+def scaled_by(x: Tensor, scale: Tensor) -> Tensor:
     """Return x times a wider ``scale``, rounded once to x's dtype, in one pass."""
     if torch.compiler.is_compiling():  # which makes one pass of this
         return (x * scale).to(x.dtype)
@@ -54,7 +77,7 @@ def _times(x: Tensor, scale: Tensor) -> Tensor:
 
 
 _squared: Callable[[Tensor], tuple[Tensor, Tensor]] = _Squared.apply
-_scaled: Callable[[Tensor, Tensor, int, float], Tensor] = _Scaled.apply
+_scaled: Callable[[Tensor, Tensor, Normed], Tensor] = _Scaled.apply
 
 
 def squared(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,6 +85,6 @@ def squared(x: Tensor) -> tuple[Tensor, Tensor]:
     return _squared(x)
 
 
-def scaled(x: Tensor, squares: Tensor, size: int, eps: float) -> Tensor:
-    """Return a projection's result x (..., H) normalised by the squares (..., 1) of its ``size`` inputs a token."""
-    return _scaled(x, squares, size, eps)
+def scaled(x: Tensor, squares: Tensor, norm: Normed) -> Tensor:
+    """Return a projection's result x (..., H) normalised by the squares (..., 1) of the norm's inputs."""
+    return _scaled(x, squares, norm)
