@@ -72,7 +72,7 @@ def decode(p: StepParameters, settings: StepSettings) -> Tensor:
     addresses = (p.conv.data_ptr(), p.state.data_ptr())
     if not p.state.is_meta and (call.places is None or call.places.meet(addresses)):
         call.places = check_written("M2RNN", "cache.state", p.state, {"cache.conv": p.conv}, call.places)
-    kernels = LayerKernels(dispatch.layer_kernels(settings.dims, rows.device), call.launches)
+    kernels = LayerKernels(dispatch.layer_kernels(settings.dims, rows), call.launches)
     plan, batch = kernels.plan, rows.shape[0]
     (parts, warps, size), width = plan.decode, 0 if p.conv_weight is None else p.conv_weight.shape[-1]
     forget = plan.channels
