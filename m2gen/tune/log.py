@@ -12,7 +12,8 @@ from m2gen.db import Clocks
 from m2gen.schedule import AnySchedule
 from m2gen.tune.ledger import Ledger
 from m2gen.tune.select import Selection
-from m2gen.tune.space import Subject, fits
+from m2gen.tune.space import fits
+from m2gen.tune.subject import Subject
 from m2gen.tune.trial import Measurement, Samples, Trial
 
 FINALS_SECONDS = 25.0

@@ -9,7 +9,7 @@ from statistics import median
 from m2gen.db import Failure, TensorError
 from m2gen.errors import TuneError
 from m2gen.schedule import AnySchedule
-from m2gen.tune.space import Subject
+from m2gen.tune.subject import Subject
 
 KNOWN = "known"
 """Origin of a candidate that is not tried, since a record says that it fails."""

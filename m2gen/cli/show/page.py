@@ -14,7 +14,8 @@ from m2gen.cli.show import charts
 from m2gen.db import Environment
 from m2gen.measure.roofline import Work, floors_ms, peaks_of, work_of
 from m2gen.pipeline import Plan, Tuned
-from m2gen.schedule import Schedule
+from m2gen.schedule import AnySchedule
+from m2gen.schedule.layer import Tiles
 from m2gen.spec import Objective
 from m2gen.tune.knobs import importances, study_of
 from m2gen.tune.trial import Trial
@@ -37,7 +38,7 @@ def tuning_page(planned: Plan, environment: Environment, results: Sequence[Tuned
     facts = [("GPU", f"{environment.device} ({environment.arch}, {environment.sm_count} SMs)")]
     facts += [(name, getattr(environment, name) or "unknown") for name in ("driver", "torch", "triton", "ptxas")]
     names = planned.names
-    searches = [_search(tuned, environment, names[tuned.goal.subject.variant]) for tuned in results]
+    searches = [_search(tuned, environment, names[tuned.goal.variant]) for tuned in results]
     spec = planned.origin.spec_file
     drawn = (
         {"script": charts.script(), "missing": ""} if charts.available() else {"script": "", "missing": charts.MISSING}
@@ -48,8 +49,9 @@ def tuning_page(planned: Plan, environment: Environment, results: Sequence[Tuned
 def _search(tuned: Tuned, environment: Environment, name: str) -> dict[str, Any]:
     outcome, subject = tuned.outcome, tuned.goal.subject
     study, drawn = study_of(outcome.trials), charts.available()
+    kernel = f"{subject.kernel.replace('_', ' ')}, " if subject.kernel else ""
     return {
-        "title": f"{name}, batch {subject.batch}, {subject.seq} steps, {subject.objective}",
+        "title": f"{name}, {kernel}batch {subject.batch}, {subject.seq} steps, {subject.objective}",
         "cost": f"{len(outcome.trials)} of {outcome.points} points in {outcome.seconds:.0f} s: "
         f"{outcome.gpu_seconds:.0f} s of the GPU, {outcome.compile_seconds:.0f} s of compilers",
         "warning": outcome.clocks.warning if outcome.clocks else "",
@@ -95,7 +97,7 @@ def _bars(values: dict[str, float]) -> list[dict[str, Any]]:
     return [{"name": name, "part": f"{value:.0%}", "width": round(300 * value / most)} for name, value in ordered]
 
 
-def _failures(trials: Sequence[Trial], default: Schedule) -> list[dict[str, Any]]:
+def _failures(trials: Sequence[Trial], default: AnySchedule) -> list[dict[str, Any]]:
     """Return every kind of failure with its count and most frequent messages."""
     kinds: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -112,7 +114,7 @@ def _failures(trials: Sequence[Trial], default: Schedule) -> list[dict[str, Any]
 def _floors(tuned: Tuned, environment: Environment) -> dict[str, Any] | None:
     """Return the time that each limit alone makes the winner's call take, and its fraction of the measured time."""
     outcome, subject = tuned.outcome, tuned.goal.subject
-    if outcome.choice is None:
+    if outcome.choice is None or isinstance(outcome.choice.winner, Tiles):
         return None
     winner = outcome.choice.winner
     measured = outcome.choice.estimates[winner].median_ms
