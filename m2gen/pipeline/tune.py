@@ -208,7 +208,8 @@ def tune(planned: Plan, request: TuneRequest, context: TuningContext, watcher: W
     with lock.exclusive(context.gpu), processes_of(context.services) as processes:
         for index, goal in enumerate(chosen):
             left = (budget - (context.now() - start)) / (len(chosen) - index)
-            name = f"{names[goal.variant]} {goal.subject.name}"
+            kernel = f"{goal.subject.kernel.replace('_', ' ')} " if goal.subject.kernel else ""
+            name = f"{names[goal.variant]} {kernel}{goal.subject.size}"
             watcher.stage(f"{name}, {index + 1} of {len(chosen)}")
             limits = Limits(max(left, 1.0), request.trials, context.now)
             tuned = _tune_one(goal, request, context, limits, (processes, watcher))

@@ -59,9 +59,9 @@ class Tiles:
         return "_".join((self.family, *(f"{name[0]}{getattr(self, name)}" for name in self.AXES)))
 
     def describe(self, beside: object = None) -> str:
-        """Say every knob: ``32 rows, 128 cols, 4 warps``."""
+        """Say every knob: ``1 row, block 1024, 4 warps``."""
         return ", ".join(
-            f"{name} {value}" if name == "unroll" else f"{value} {name.removesuffix('s') if value == 1 else name}"
+            f"{name} {value}" if name[-1] != "s" else f"{value} {name[:-1] if value == 1 else name}"
             for name in self.AXES
             for value in [getattr(self, name)]
         )

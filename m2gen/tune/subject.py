@@ -34,9 +34,9 @@ class Subject:
         return Tunable(self.variant, self.kernel)
 
     @property
-    def name(self) -> str:
-        """The kernel and the problem, for tables."""
-        return f"{self.kernel.replace('_', ' ') + ', ' if self.kernel else ''}B{self.batch} S{self.seq}"
+    def size(self) -> str:
+        """The problem, for tables."""
+        return f"B{self.batch} S{self.seq}"
 
     @property
     def times(self) -> float | None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from m2gen.bucket import BUCKETS, Bucket
 from m2gen.db import Record, Tier
 from m2gen.errors import SpecError
-from m2gen.pipeline import open_spec, shipped_specs, state
+from m2gen.pipeline import Goal, open_spec, shipped_specs, state
 from m2gen.pipeline.verify import MATRIX
+from m2gen.schedule.layer import LayerKernel
 from m2gen.schedule.tunable import Tunable, keys_of
-from m2gen.variant import BuiltVariant, expand, layer_names
+from m2gen.variant import BuiltVariant, Variant, expand, layer_names
 
 
 def known_names(keys: Iterable[str], spec: str | None = None) -> dict[str, str]:
@@ -27,9 +28,17 @@ def known_names(keys: Iterable[str], spec: str | None = None) -> dict[str, str]:
     around = {key: each for key, each in asked.items() if each.kernel is not None}
     same = {each.variant: layers.get(key, ()) for key, each in around.items()}
     plain = layer_names(BuiltVariant(variant, having) for variant, having in same.items())
-    return named | {
-        key: f"{plain[x.variant]} {x.kernel}".replace("_backward", " backward") for key, x in around.items()
-    }
+    return named | {key: f"{plain[each.variant]} {kernel_name(each.kernel)}" for key, each in around.items()}
+
+
+def kernel_name(kernel: LayerKernel | None) -> str:
+    """Return the name of a kernel around a recurrence in tables; empty for the recurrence."""
+    return "" if kernel is None else kernel.replace("_", " ")
+
+
+def goal_name(goal: Goal, names: Mapping[Variant, str]) -> str:
+    """Return the name of a search: the variant's, and the kernel around it."""
+    return f"{names[goal.variant]} {kernel_name(goal.subject.kernel)}".strip()
 
 
 def variants_of(spec: str) -> tuple[str, ...]:

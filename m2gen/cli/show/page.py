@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from m2gen.cli.show import charts
+from m2gen.cli.show.names import goal_name
 from m2gen.db import Environment
 from m2gen.measure.roofline import Work, floors_ms, peaks_of, work_of
 from m2gen.pipeline import Plan, Tuned
@@ -38,7 +39,7 @@ def tuning_page(planned: Plan, environment: Environment, results: Sequence[Tuned
     facts = [("GPU", f"{environment.device} ({environment.arch}, {environment.sm_count} SMs)")]
     facts += [(name, getattr(environment, name) or "unknown") for name in ("driver", "torch", "triton", "ptxas")]
     names = planned.names
-    searches = [_search(tuned, environment, names[tuned.goal.variant]) for tuned in results]
+    searches = [_search(tuned, environment, goal_name(tuned.goal, names)) for tuned in results]
     spec = planned.origin.spec_file
     drawn = (
         {"script": charts.script(), "missing": ""} if charts.available() else {"script": "", "missing": charts.MISSING}
@@ -49,9 +50,8 @@ def tuning_page(planned: Plan, environment: Environment, results: Sequence[Tuned
 def _search(tuned: Tuned, environment: Environment, name: str) -> dict[str, Any]:
     outcome, subject = tuned.outcome, tuned.goal.subject
     study, drawn = study_of(outcome.trials), charts.available()
-    kernel = f"{subject.kernel.replace('_', ' ')}, " if subject.kernel else ""
     return {
-        "title": f"{name}, {kernel}batch {subject.batch}, {subject.seq} steps, {subject.objective}",
+        "title": f"{name}, batch {subject.batch}, {subject.seq} steps, {subject.objective}",
         "cost": f"{len(outcome.trials)} of {outcome.points} points in {outcome.seconds:.0f} s: "
         f"{outcome.gpu_seconds:.0f} s of the GPU, {outcome.compile_seconds:.0f} s of compilers",
         "warning": outcome.clocks.warning if outcome.clocks else "",
