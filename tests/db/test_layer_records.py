@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from command_line import invoke
+from command_line import run
 from records import H100, H200, environment, failed, timing, winner
 from support import ROOT, import_package, make_variant
 
@@ -170,18 +170,18 @@ def test_commands_name_kernels_by_their_layers(tmp_path: Path) -> None:
     outdated = replace(old, provenance=replace(old.provenance, kernel="0" * 12))
     Database(tmp_path / "db").add([record, outdated, winner(variant=VARIANT)])
     db = ["--db", str(tmp_path / "db")]
-    shown = invoke("db", "list", "--spec", TINY, *db)
+    shown = run("db", "list", "--spec", TINY, *db)
     assert "base bf16 finish" in shown.stdout
     assert "4 rows, block 1024, 4 warps" in shown.stdout
     assert FINISH.slug not in shown.stdout
-    assert json.loads(invoke("db", "show", record.id, "--json", *db).stdout)["schedule"]["family"] == "finish"
-    answers = json.loads(invoke("db", "why", "base", "--spec", TINY, "--device", H200, "--json", *db).stdout)
+    assert json.loads(run("db", "show", record.id, "--json", *db).stdout)["schedule"]["family"] == "finish"
+    answers = json.loads(run("db", "why", "base", "--spec", TINY, "--device", H200, "--json", *db).stdout)
     served = {answer["variant"]: answer["record"] for answer in answers if answer["bucket"] == ">8"}
     assert served[record.key.variant] == record.id
     assert served[outdated.key.variant] is None
-    (alone,) = json.loads(invoke("db", "why", record.key.variant, "--device", H200, "--json", *db).stdout)
+    (alone,) = json.loads(run("db", "why", record.key.variant, "--device", H200, "--json", *db).stdout)
     assert (alone["record"], alone["tier"]) == (record.id, "exact")
-    pruned = invoke("db", "prune", "--dry-run", *db)
+    pruned = run("db", "prune", "--dry-run", *db)
     assert outdated.id in pruned.stdout
     assert record.id not in pruned.stdout
 
