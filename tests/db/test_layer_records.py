@@ -88,17 +88,16 @@ def test_contradictions_are_said(message: str) -> None:
 def test_a_record_is_stale_by_its_own_kernel_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another text of another kernel changes nothing; of this one, or of what it calls, it does."""
     records, render = (tiled(FINISH), tiled(ConvolveTiles(rows=16))), identity.render_layer
-    changes = {
-        "tl.rsqrt(total / INNER + eps) if NORM else 1.0": (True, False),
-        "FINISH_ROWS: tl.constexpr = tl.constexpr(4)": (True, False),
-        "DECODE_HEADS: tl.constexpr": (False, False),
-        "e = tl.exp2(-1.4426950408889634 * tl.abs(x))": (True, True),
-    }
-    for old, expected in changes.items():
+    scale, wrong = ("tl.rsqrt(total / INNER + eps) if NORM else 1.0", "tl.rsqrt(total / INNER + eps) if NORM else 2.0")
+    changes = (
+        (scale, wrong, (True, False)),
+        ("FINISH_ROWS: tl.constexpr = tl.constexpr(4)", "FINISH_ROWS: tl.constexpr = tl.constexpr(5)", (True, False)),
+        ("DECODE_HEADS: tl.constexpr = tl.constexpr(", "DECODE_HEADS: tl.constexpr = tl.constexpr(1", (False, False)),
+        ("e = tl.exp2(-1.4426950408889634 * tl.abs(x))", "e = tl.exp2(-1.5 * tl.abs(x))", (True, True)),
+    )
+    for old, new, expected in changes:
         identity.layer_kernel_hash.cache_clear()
-        monkeypatch.setattr(
-            identity, "render_layer", lambda k, old=old: render(k).replace(old, f"{old[:-1]} {old[-1]}")
-        )
+        monkeypatch.setattr(identity, "render_layer", lambda k, old=old, new=new: render(k).replace(old, new))
         assert tuple(bool(stale(record)) for record in records) == expected, old
     identity.layer_kernel_hash.cache_clear()
     monkeypatch.undo()
