@@ -48,11 +48,16 @@ class LayerLowering:
     tanh_ptx = False  # decoding asks for the instruction where it is launched
 
     @property
+    def usual(self) -> bool:
+        """Whether the tiles are those that serve without a record."""
+        return self.tiles == USUAL
+
+    @property
     def name(self) -> str:
         """The module's name: dims and heads, and of other tiles than the defaults their digits."""
         heads = self.heads
         name = f"layer_k{self.state_expansion}_v{self.head_dim}_q{heads.q}_k{heads.k}_v{heads.v}_f{heads.f}"
-        if self.tiles == USUAL:
+        if self.usual:
             return name
         return f"{name}_{hashlib.sha256(self.tiles.slug.encode()).hexdigest()[:12]}"
 

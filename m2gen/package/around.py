@@ -8,7 +8,6 @@ from typing import Any
 from m2gen.db.choice import Choice
 from m2gen.kernels.layer import LayerLowering, layer_of, render_layer
 from m2gen.kernels.literals import Code
-from m2gen.schedule.layer import USUAL
 
 
 def layer_files(header: Callable[..., str], choices: Iterable[Choice]) -> dict[str, str]:
@@ -62,8 +61,8 @@ def _usual(choices: Iterable[Choice]) -> list[tuple[LayerLowering, Choice]]:
 
 
 def _tuned(choices: Iterable[Choice]) -> list[tuple[LayerLowering, Choice]]:
-    found = [(layer_of(choice.variant, choice.tiles), choice) for choice in choices if choice.tiles != USUAL]
-    return [(k, choice) for k, choice in found if k is not None]
+    found = [(layer_of(choice.variant, choice.tiles), choice) for choice in choices]
+    return [(k, choice) for k, choice in found if k is not None and not k.usual]
 
 
 def _path(k: LayerLowering) -> str:

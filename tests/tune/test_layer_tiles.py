@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import simulated
+from command_line import run
 from searches import Silent
 from simulated import lines
 
@@ -167,6 +169,44 @@ def test_a_wrong_candidate_is_never_timed(spec: Path) -> None:
     assert {t.schedule: t.origin for t in again.outcome.trials}[wrong] == "known"
     first = {t.schedule: t.origin for t in again.outcome.trials}
     assert "record" in first.values(), "the winner of before is a seed"
+
+
+class Unseen:
+    """Progress that nobody watches."""
+
+    def start(self, stage: str, total: int) -> None: ...
+    def advance(self, item: str) -> None: ...
+    def finish(self) -> None: ...
+
+
+def test_records_are_verified_and_measured_again(spec: Path) -> None:
+    """A winner that no longer passes gets a failure, and its kernel the usual tiles; others stay, and are replayed."""
+    simulated.script(spec.parent / "script.json")
+    search(spec)
+    database = Database(spec.parent / "db")
+    by_kernel = {record.schedule.family: record for record in database.records()}
+    broken = by_kernel[LayerKernel.CONVOLVE]
+    simulated.script(spec.parent / "script.json", wrong=[broken.schedule.slug])
+    checked = pipeline.verify_records(database, [], simulated.context(), Unseen())
+    assert [item.record for item in checked if item.failed] == [broken]
+    planned = pipeline.plan(str(spec), records=database.records())
+    (choice, *_) = planned.serving(VARIANT, "sm_90")
+    assert choice.tiles.convolve == USUAL.convolve
+    assert choice.tiles.finish == by_kernel[LayerKernel.FINISH].schedule
+    again = pipeline.replay(by_kernel[LayerKernel.DECAY], simulated.context(), Unseen())
+    assert again.faster
+
+
+def test_the_command_asks_for_kernels(spec: Path) -> None:
+    """Without the option spaces are those of recurrences; with it each is named by its kernel."""
+    asked = ("tune", "--spec", str(spec), "--layer", "base", "--dry-run", "--target", "sm_90")
+    usual, layer, every = (run(*asked, *more) for more in ((), ("--kernels", "layer"), ("--kernels", "all")))
+    assert "decode, B64 S1, sm_90" in layer.stdout
+    assert "finish backward" not in usual.stdout
+    assert every.exit_code == 0
+    found = json.loads(run(*asked, "--kernels", "layer", "--json").stdout)
+    assert [size["variant"] for size in found] == list(keys_of(VARIANT)[1:])
+    assert run(*asked, "--kernels", "none").exit_code == 2
 
 
 def test_the_rule_for_defaults_learns_nothing_of_tiles(spec: Path) -> None:
