@@ -47,7 +47,7 @@ OTHERS: dict[LayerKernel, AnyTiles] = {
 """Tiles of other sizes than the usual, which cut steps, channels and heads elsewhere."""
 MUTATIONS = {
     LayerKernel.CONVOLVE: ("total *= sigmoid(total)", "total *= sigmoid(total + 0.05)"),
-    LayerKernel.CONVOLVE_BACKWARD: ("dw_0 += d_0 * tap_0", "dw_0 += d_0 * tap_0 * (s > first)"),
+    LayerKernel.CONVOLVE_BACKWARD: ("dw_0 += d_0 * tap_0", "dw_0 += d_0 * tap_0 * (s > first + 3)"),
     LayerKernel.DECAY: ("tl.where(mask, dx_t, 0.0)", "tl.where(mask & (t > 0)[:, None], dx_t, 0.0)"),
     LayerKernel.FINISH: ("scale = tl.rsqrt(total / INNER + eps)", "scale = tl.rsqrt(total / (INNER - 1) + eps)"),
     LayerKernel.FINISH_BACKWARD: ("dnorm_0 += d_0 * r_0 * scale", "dnorm_0 += d_0 * r_0 * scale * (t > 0)"),
