@@ -176,10 +176,12 @@ def _weight(variant: Variant, weights: Weights, generator: torch.Generator) -> T
 
 
 def _gate_parameters(variant: Variant, generator: torch.Generator) -> dict[str, Tensor]:
+    return gate_parameters(variant.heads.f, generator) if variant.computes_gate else {}
+
+
+def gate_parameters(heads: int, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw A_log and dt_bias as published layers do: A uniform below 16, softplus(dt_bias) log-uniform below 0.1."""
-    if not variant.computes_gate:
-        return {}
-    scale, step = torch.rand(2, variant.heads.f, generator=generator)
+    scale, step = torch.rand(2, heads, generator=generator)
     dt = 1e-3 * 100**step
     return {"A_log": (16 * scale).clamp_min(0.01).log(), "dt_bias": dt + torch.log(-torch.expm1(-dt))}
 

@@ -22,7 +22,8 @@ from statistics import median
 
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.errors import M2genError, UsageError
-from m2gen.schedule import Schedule
+from m2gen.schedule import AnySchedule
+from m2gen.schedule.layer import Tiles
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.search import Proposer, neighbours, tiles
 from m2gen.tune.study import decode_trial, read_journal
@@ -42,7 +43,7 @@ def recorded(path: Path) -> list[Trial]:
     return list({trial.schedule: trial for trial in found}.values())
 
 
-def default_of(trials: Sequence[Trial]) -> Schedule:
+def default_of(trials: Sequence[Trial]) -> AnySchedule:
     """Return the journal's default schedule; raises UsageError if it has none."""
     found = next((trial.schedule for trial in trials if trial.origin == "default"), None)
     if found is None:
@@ -56,7 +57,8 @@ def replay(trials: Sequence[Trial], sampler: Sampler, seed: int) -> list[float]:
     points, start = list(table), default_of(trials)
     first = [(start, "default")]
     if sampler is Sampler.TPE:
-        first += [(point, "tile") for point in tiles((start,), points)]
+        if not isinstance(start, Tiles):
+            first += [(point, "tile") for point in tiles((start,), points)]
         first += [(point, "neighbour") for point in neighbours(start, points)]
     proposer = Proposer(points, first, sampler, seed)
     best, curve = float("inf"), []

@@ -102,7 +102,7 @@ def _of_database(database: Database, here: Environment) -> Baseline:
     toolchains: dict[str, None] = {}
     for record in database.contents().records:
         sizes, timing, environment = record.problem, record.timing, record.environment
-        if timing is None or environment.device != here.device or sizes.lengths:
+        if timing is None or environment.device != here.device or sizes.lengths or record.tunable.kernel is not None:
             continue
         # a search for inference times what a forward without gradients takes
         what = "forward" if record.key.objective is Objective.INFER else "forward+backward"

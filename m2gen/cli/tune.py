@@ -24,6 +24,7 @@ from m2gen.cli.options import (
 )
 from m2gen.errors import UsageError
 from m2gen.spec import Objective
+from m2gen.tune.kernels import Kernels
 from m2gen.tune.memory import MemoryBound
 from m2gen.tune.sampler import Sampler
 
@@ -36,10 +37,15 @@ SEARCH = "Search"
 EXAMPLES = examples(
     "m2gen tune --spec h200.yaml --layer m2rnn_410m --dry-run",
     "m2gen tune --spec h200.yaml --budget 10m --report out.html",
+    "m2gen tune --spec h200.yaml --layer m2rnn_7b --kernels layer",
 )
 
 ObjectiveOption = Annotated[
     Objective | None, typer.Option("--objective", help="What to make fast, in place of the spec's.")
+]
+KernelsOption = Annotated[
+    Kernels,
+    typer.Option("--kernels", help="Schedules of recurrences, tiles of the kernels around them in layers, or all."),
 ]
 DryRunOption = Annotated[
     bool,
@@ -107,6 +113,7 @@ ReportOption = Annotated[
 def tune(
     spec: SpecOption,
     layer: LayersOption = None,
+    kernels: KernelsOption = Kernels.RECURRENCE,
     objective: ObjectiveOption = None,
     dry_run: DryRunOption = False,
     target: TargetOption = None,
@@ -140,6 +147,7 @@ def tune(
             seed=seed,
             sampler=sampler,
             objective=objective,
+            kernels=kernels,
             memory=_read("--max-memory", "a size such as 2GB, a multiple such as 1.5x, or any", memory, max_memory),
             storage=storage,
             fresh=fresh,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from m2gen.bucket import BUCKETS, Bucket
 from m2gen.db.lookup import Query, Tier, look_up, usual_device
 from m2gen.db.record import Record
 from m2gen.device import PORTABLE, Device
 from m2gen.schedule import Schedule, default
+from m2gen.schedule.layer import USUAL, AnyTiles, LayerTiles, Tiles
+from m2gen.schedule.tunable import Tunable, kernels_of
 from m2gen.spec import Objective
 from m2gen.variant import BuiltVariant, Variant
 
@@ -41,6 +43,10 @@ class Choice:
     """How close the record is to the calls that it serves."""
     record: Record | None = None
     buckets: tuple[Bucket, ...] = BUCKETS
+    tiles: LayerTiles = USUAL
+    """Tiles of the kernels around the recurrence, the same for all buckets."""
+    tile_records: tuple[Record, ...] = ()
+    """Where those come from that are no defaults, or that a record says are the best."""
 
     @property
     def variant(self) -> Variant:
@@ -72,17 +78,36 @@ def choose(built: BuiltVariant, device: Device, objective: Objective, records: I
         return (Choice(built, device, default(built.variant, device)),)
     records = tuple(records)
     product = usual_device(records, device.arch)
+    tuned = _tile_records(built.variant, Query("", objective, device.arch, product, BUCKETS[-1]), records)
+    tiles = LayerTiles.of(_tiles_of(record) for record in tuned)
     same = [record for record in records if record.key.variant == built.variant.key]
     buckets: dict[tuple[Schedule, Tier, Record | None], list[Bucket]] = {}
     for bucket in BUCKETS:
         served = look_up(same, Query(built.variant.key, objective, device.arch, product, bucket))
         record = served.record
-        schedule = default(built.variant, device, bucket) if record is None else record.schedule
+        schedule = default(built.variant, device, bucket) if record is None else _schedule_of(record)
         buckets.setdefault((schedule, served.tier, record), []).append(bucket)
     return tuple(
-        Choice(built, device, schedule, tier, record, tuple(having))
+        Choice(built, device, schedule, tier, record, tuple(having), tiles, tuned)
         for (schedule, tier, record), having in buckets.items()
     )
+
+
+def _tile_records(variant: Variant, query: Query, records: tuple[Record, ...]) -> tuple[Record, ...]:
+    """Return the records that serve the kernels around a recurrence, for a query but for its key."""
+    keys = [Tunable.around(variant, kernel).key for kernel in kernels_of(query.objective, variant)]
+    found = [look_up(records, replace(query, variant=key)).record for key in keys]
+    return tuple(record for record in found if record is not None)
+
+
+def _schedule_of(record: Record) -> Schedule:
+    assert not isinstance(record.schedule, Tiles)
+    return record.schedule
+
+
+def _tiles_of(record: Record) -> AnyTiles:
+    assert isinstance(record.schedule, Tiles)
+    return record.schedule
 
 
 def modules_by_bucket(choices: Iterable[Choice]) -> tuple[str, ...]:

@@ -31,7 +31,7 @@ class Key:
     """The calls that a record's schedule serves."""
 
     variant: Annotated[str, Field(pattern=r"^[a-z0-9_]{1,120}$")]
-    """``Variant.key`` of the variant."""
+    """``Tunable.key``: that of the variant, or of a kernel around its recurrence."""
     objective: Objective
     bucket: Bucket
     policy: Annotated[str, Field(pattern=r"^[a-z0-9_.]{1,60}$")]
@@ -94,14 +94,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Timing:
-    """Time and memory of one call: forward and backward, or as ``Key.objective`` says forward alone."""
+    """Time and memory of one call: forward and backward, or as ``Key.objective`` says forward alone.
+
+    A kernel around a recurrence is one call, whose time is ``forward_ms``; only the gate's has a backward beside it.
+    """
 
     tuned: Estimate
     default: Estimate
     """Time of the default schedule, measured alternately with the tuned one."""
     forward_ms: _Ms
     backward_ms: _Ms | None
-    """None for ``Objective.INFER``."""
+    """None where nothing else is timed, as for ``Objective.INFER``."""
     peak_bytes: _Bytes
     """Peak allocation beyond the inputs."""
 

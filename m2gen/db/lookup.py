@@ -59,10 +59,12 @@ class Served:
 def usual_device(records: Iterable[Record], arch: str) -> str:
     """Return the device of ``arch`` that packages are built for: the one with most usable winners, the first by name.
 
-    A package must be the same on every machine, so the GPU at hand plays no part.
+    A package must be the same on every machine, so the GPU at hand plays no part. Records of kernels around a
+    recurrence count where there are no others.
     """
     usable = [r for r in records if r.environment.arch == arch and r.failure is None and not stale(r)]
-    counts = Counter(record.environment.device for record in usable)
+    recurrences = [record for record in usable if record.tunable.kernel is None]
+    counts = Counter(record.environment.device for record in recurrences or usable)
     return min(counts, key=lambda device: (-counts[device], device), default=arch)
 
 

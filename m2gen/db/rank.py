@@ -10,10 +10,9 @@ from m2gen.bucket import Bucket
 from m2gen.db.fields import POLICY
 from m2gen.db.record import Record
 from m2gen.device import limits
-from m2gen.kernels.identity import kernel_hash
-from m2gen.kernels.lowering import Lowering
-from m2gen.schedule import Schedule, default
-from m2gen.variant import parse_variant
+from m2gen.kernels.identity import identity_of
+from m2gen.schedule import AnySchedule
+from m2gen.schedule.tunable import Tunable
 
 
 def slot(record: Record) -> Hashable:
@@ -26,7 +25,7 @@ def stale(record: Record) -> str:
     """Return why this m2gen cannot use a record on any GPU, or an empty string if it can."""
     if record.key.policy != POLICY:
         return f"stale: passed numerics policy {record.key.policy}, which is {POLICY} now"
-    now = kernel_hash(Lowering(parse_variant(record.key.variant), record.schedule))
+    now = identity_of(record.tunable.variant, record.schedule)
     if record.provenance.kernel != now:
         return f"stale: measured kernels {record.provenance.kernel}, which are {now} now"
     return ""
@@ -39,8 +38,8 @@ def flag(record: Record, triton: str) -> str:
 
 
 @cache
-def _default(variant: str, arch: str, bucket: Bucket) -> Schedule:
-    return default(parse_variant(variant), limits(arch), bucket)
+def _default(key: str, arch: str, bucket: Bucket) -> AnySchedule:
+    return Tunable.parse(key).default(limits(arch), bucket)
 
 
 def is_default(record: Record) -> bool:

@@ -1,5 +1,7 @@
 """A record of the tuning database: one schedule for one key on one GPU, measured and verified, or known to fail.
 
+The key is of a recurrence, or of one of the kernels around it, whose schedule is its tiles.
+
 Records are canonical lines of JSON: a record has exactly one text, and its id is the hash of that.
 """
 
@@ -15,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from m2gen.bucket import bucket_of
 from m2gen.db.fields import Clocks, Environment, Estimate, Failure, Key, Provenance, Sizes, Status, TensorError, Timing
 from m2gen.device import limits
 from m2gen.errors import DatabaseError
-from m2gen.schedule import Family, Schedule, problems
-from m2gen.spec import Objective
-from m2gen.variant import parse_variant
+from m2gen.schedule import AnySchedule, Family
+from m2gen.schedule.layer import LayerKernel
+from m2gen.schedule.tunable import Tunable
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -46,13 +47,18 @@ class Record:
     environment: Environment
     provenance: Provenance
     problem: Sizes
-    schedule: Schedule
+    schedule: AnySchedule
     timing: Timing | None = None
     """Times of a winner; None for a failure."""
     errors: tuple[TensorError, ...] = ()
     failure: Failure | None = None
     clocks: Clocks | None = None
     """Clocks of the winner's search; None where they are not known, which is then not in the line."""
+
+    @property
+    def tunable(self) -> Tunable:
+        """What the schedule runs; raises ValueError if the key is not that of anything."""
+        return Tunable.parse(self.key.variant)
 
     @property
     def status(self) -> Status:
@@ -101,11 +107,12 @@ def _parse(text: str) -> Record:
 
 def message_of(error: ErrorDetails) -> str:
     """Return an error of pydantic as ``$.place must ..., got ...``."""
-    place = (part for part in error["loc"] if part not in tuple(Family))  # pydantic names the family, which is no key
+    families = (*Family, *LayerKernel)
+    place = (part for part in error["loc"] if part not in families)  # pydantic names the family, which is no key
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     must = re.sub(r"^(Input|String|Value) should", "must", error["msg"])
     if error["type"].startswith("union_tag"):
-        must = f"must have the family {', '.join(Family)}"
+        must = f"must have the family {', '.join(families)}"
     given = repr(error["input"])
     return f"${''.join(parts)} {must}, got {given if len(given) <= 60 else given[:57] + '...'}"
 
@@ -113,13 +120,13 @@ def message_of(error: ErrorDetails) -> str:
 def _contradictions(record: Record) -> Iterator[str]:
     """Yield the contradictions between values each of which is valid by itself."""
     try:
-        variant = parse_variant(record.key.variant)
+        tunable = record.tunable
     except ValueError as error:
         yield f"$.key.variant {error}"
         return
-    for reason in problems(variant, record.schedule, limits(record.environment.arch)):
+    for reason in tunable.problems(record.schedule, limits(record.environment.arch)):
         yield f"$.schedule.{reason}"
-    bucket = bucket_of(record.problem.sequences, variant.total_heads, record.environment.sm_count)
+    bucket = tunable.bucket(record.problem.sequences, record.environment.sm_count)
     if bucket != record.key.bucket:
         yield f"$.key.bucket must be {bucket} for the problem and the GPU, got {record.key.bucket}"
     if (record.timing is None) != (record.failure is not None):
@@ -129,7 +136,7 @@ def _contradictions(record: Record) -> Iterator[str]:
     if record.timing is not None:
         yield from _impossible(record.timing.tuned, "tuned")
         yield from _impossible(record.timing.default, "default")
-        if (record.timing.backward_ms is None) != (record.key.objective is Objective.INFER):
+        if (record.timing.backward_ms is None) is tunable.times_backward(record.key.objective):
             yield f"$.timing.backward_ms must fit objective {record.key.objective}, got {record.timing.backward_ms}"
         for found in record.errors:
             if found.error > found.budget:

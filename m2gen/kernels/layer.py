@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import hashlib
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 from m2gen.kernels.literals import literal
 from m2gen.kernels.render import render_template
 from m2gen.runtime.layer_plan import LayerPlan
-from m2gen.schedule.layer import LayerTiles
+from m2gen.schedule.layer import USUAL, LayerTiles
 from m2gen.spec import Heads
 from m2gen.variant import Variant, padded
 
@@ -42,21 +42,29 @@ class LayerLowering:
     state_expansion: int
     head_dim: int
     heads: Heads
-    tiles: LayerTiles = field(default_factory=LayerTiles)
+    tiles: LayerTiles = USUAL
 
     jit = "triton.jit"
     tanh_ptx = False  # decoding asks for the instruction where it is launched
 
     @property
+    def usual(self) -> bool:
+        """Whether the tiles are those that serve without a record."""
+        return self.tiles == USUAL
+
+    @property
     def name(self) -> str:
-        """The module's name: dims and heads, which are all that it depends on."""
+        """The module's name: dims and heads, and of other tiles than the defaults their digits."""
         heads = self.heads
-        return f"layer_k{self.state_expansion}_v{self.head_dim}_q{heads.q}_k{heads.k}_v{heads.v}_f{heads.f}"
+        name = f"layer_k{self.state_expansion}_v{self.head_dim}_q{heads.q}_k{heads.k}_v{heads.v}_f{heads.f}"
+        if self.usual:
+            return name
+        return f"{name}_{hashlib.sha256(self.tiles.slug.encode()).hexdigest()[:12]}"
 
     @cached_property
     def constants(self) -> dict[str, int]:
         """Numbers that the kernels name."""
-        tiles, inner = self.tiles, self.heads.v * self.head_dim
+        tiles, back, inner = self.tiles, self.tiles.convolve_backward, self.heads.v * self.head_dim
         q_end = self.heads.q * self.state_expansion
         k_end = q_end + self.heads.k * self.state_expansion
         return {
@@ -64,35 +72,35 @@ class LayerLowering:
             "K": self.state_expansion, "V": self.head_dim, "V_PAD": padded(self.head_dim),
             "N": self.heads.v, "NQ": self.heads.q, "NK": self.heads.k,
             "NF": self.heads.f, "NF_PAD": padded(self.heads.f),
-            "CONV_ROWS": tiles.conv_rows, "CONV_COLS": tiles.conv_cols,
-            "CONV_PARTS": -(-(k_end + inner) // tiles.conv_cols),
-            "UNCONV_STEPS": tiles.unconv_steps, "UNCONV_COLS": tiles.unconv_cols,
-            "UNCONV_PARTS": -(-(k_end + inner) // tiles.unconv_cols),
-            "DECAY_ROWS": tiles.decay_rows, "FINISH_ROWS": tiles.finish_rows, "UNFINISH_ROWS": tiles.unfinish_rows,
-            "DECODE_HEADS": tiles.decode_heads, "DECODE_PARTS": -(-self.heads.v // tiles.decode_heads),
-            "DECODE_ROWS": self.decode_rows, "DECODE_HEADS_PAD": padded(tiles.decode_heads),
-            "DECODE_Q": self._read_by(tiles.decode_heads, self.heads.q) * self.state_expansion,
-            "DECODE_K": self._read_by(tiles.decode_heads, self.heads.k) * self.state_expansion,
-            "DECODE_V": tiles.decode_heads * self.head_dim, "DECODE_V_PAD": padded(tiles.decode_heads * self.head_dim),
+            "CONV_ROWS": tiles.convolve.rows, "CONV_COLS": tiles.convolve.cols,
+            "CONV_PARTS": -(-(k_end + inner) // tiles.convolve.cols),
+            "UNCONV_STEPS": back.steps, "UNCONV_COLS": back.cols, "UNCONV_PARTS": -(-(k_end + inner) // back.cols),
+            "DECAY_ROWS": tiles.decay.rows, "FINISH_ROWS": tiles.finish.rows,
+            "UNFINISH_ROWS": tiles.finish_backward.rows,
+            "DECODE_HEADS": tiles.decode.heads, "DECODE_PARTS": -(-self.heads.v // tiles.decode.heads),
+            "DECODE_ROWS": self.decode_rows, "DECODE_HEADS_PAD": padded(tiles.decode.heads),
+            "DECODE_Q": self._read_by(tiles.decode.heads, self.heads.q) * self.state_expansion,
+            "DECODE_K": self._read_by(tiles.decode.heads, self.heads.k) * self.state_expansion,
+            "DECODE_V": tiles.decode.heads * self.head_dim, "DECODE_V_PAD": padded(tiles.decode.heads * self.head_dim),
             "DECODE_SCRATCH": self.decode_scratch,
         }  # fmt: skip
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """All channels of a token: blocks, and a rest that wastes less than a block would."""
-        return _pieces(self.constants["INNER"], self.tiles.finish_block)
+        return _pieces(self.constants["INNER"], self.tiles.finish.block)
 
     @property
     def back_pieces(self) -> tuple[Piece, ...]:
         """The same for the backward."""
-        return _pieces(self.constants["INNER"], self.tiles.unfinish_block)
+        return _pieces(self.constants["INNER"], self.tiles.finish_backward.block)
 
     # Decoding.
 
     @property
     def decode_rows(self) -> int:
         """Rows of a state that are advanced at once."""
-        return min(self.tiles.decode_rows, padded(self.state_expansion))
+        return min(self.tiles.decode.rows, padded(self.state_expansion))
 
     @property
     def decode_warps(self) -> int:
@@ -109,8 +117,8 @@ class LayerLowering:
     def decode_scratch(self) -> int:
         """Numbers of a program of the decode kernel: q, k and v of its heads, f and 1 - f."""
         heads, tiles = self.heads, self.tiles
-        shared = self._read_by(tiles.decode_heads, heads.q) + self._read_by(tiles.decode_heads, heads.k)
-        return shared * self.state_expansion + tiles.decode_heads * (self.head_dim + 2)
+        shared = self._read_by(tiles.decode.heads, heads.q) + self._read_by(tiles.decode.heads, heads.k)
+        return shared * self.state_expansion + tiles.decode.heads * (self.head_dim + 2)
 
     @property
     def decode_reads(self) -> tuple[tuple[str, str, str, str, tuple[Piece, ...]], ...]:
@@ -119,19 +127,19 @@ class LayerLowering:
         starts = ("first_q * K", "Q_END + first_k * K", "K_END + first * V")
         ends = ("Q_END", "K_END", "CHANNELS")
         return tuple(
-            (x, size, start, end, _pieces(self.constants[size], self.tiles.decode_block))
+            (x, size, start, end, _pieces(self.constants[size], self.tiles.decode.block))
             for (x, size), start, end in zip(counts, starts, ends, strict=True)
         )
 
     @property
     def decode_shared(self) -> tuple[Piece, ...]:
         """Channels of q and k, which several programs may read."""
-        return _pieces(self.constants["K_END"], self.tiles.decode_block)
+        return _pieces(self.constants["K_END"], self.tiles.decode.block)
 
     @property
     def decode_pieces(self) -> tuple[Piece, ...]:
         """All heads' channels, as the last program of a token has them."""
-        return _pieces(self.constants["INNER"], self.tiles.decode_block)
+        return _pieces(self.constants["INNER"], self.tiles.decode.block)
 
     # The convolution's backward.
 
@@ -151,7 +159,7 @@ class LayerLowering:
 
     @property
     def unroll(self) -> int:
-        return self.tiles.unconv_unroll
+        return self.tiles.convolve_backward.unroll
 
     @property
     def owes(self) -> tuple[tuple[int, int], ...]:
@@ -167,20 +175,18 @@ class LayerLowering:
 
     @property
     def pulls(self) -> tuple[Pull, ...]:
-        return tuple(
-            Pull(u, u + TAPS - 1, tuple((j, u + j) for j in range(TAPS))) for u in range(self.tiles.unconv_unroll)
-        )
+        return tuple(Pull(u, u + TAPS - 1, tuple((j, u + j) for j in range(TAPS))) for u in range(self.unroll))
 
     @property
     def plan(self) -> LayerPlan:
         """All that launchers must know of these kernels."""
-        tiles, numbers = self.tiles, self.constants
+        tiles, back, numbers = self.tiles, self.tiles.convolve_backward, self.constants
         return LayerPlan(
             q_end=numbers["Q_END"], k_end=numbers["K_END"], channels=numbers["CHANNELS"], inner=numbers["INNER"],
-            conv=(tiles.conv_rows, tiles.conv_cols, tiles.conv_warps),
-            unconv=(tiles.unconv_steps, tiles.unconv_cols, tiles.unconv_warps),
-            decay=(tiles.decay_rows, tiles.decay_warps), finish=(tiles.finish_rows, tiles.finish_warps),
-            unfinish=(tiles.unfinish_rows, tiles.unfinish_warps),
+            conv=(tiles.convolve.rows, tiles.convolve.cols, tiles.convolve.warps),
+            unconv=(back.steps, back.cols, back.warps),
+            decay=(tiles.decay.rows, tiles.decay.warps), finish=(tiles.finish.rows, tiles.finish.warps),
+            unfinish=(tiles.finish_backward.rows, tiles.finish_backward.warps),
             decode=(numbers["DECODE_PARTS"], self.decode_warps, self.decode_scratch),
         )  # fmt: skip
 
@@ -190,18 +196,12 @@ def _pieces(inner: int, block: int) -> tuple[Piece, ...]:
     return tuple(Piece(i, first, min(block, padded(inner - first))) for i, first in enumerate(firsts))
 
 
-def layer_of(variant: Variant) -> LayerLowering | None:
+def layer_of(variant: Variant, tiles: LayerTiles = USUAL) -> LayerLowering | None:
     """Return how the layer's kernels are made for a variant; None where they serve no layer of its heads."""
     heads = variant.heads
     if heads.v != heads.total:
         return None
-    return LayerLowering(variant.state_expansion, variant.head_dim, heads)
-
-
-def layers_of(variants: Iterable[Variant]) -> dict[str, LayerLowering]:
-    """Return every module of layer kernels that variants need, once, by name."""
-    found = (layer_of(variant) for variant in variants)
-    return {k.name: k for k in found if k is not None}
+    return LayerLowering(variant.state_expansion, variant.head_dim, heads, tiles)
 
 
 def render_layer(k: LayerLowering, provenance: str = "") -> str:

@@ -74,14 +74,20 @@ Judge = Callable[[Case, Inputs, Oracle], Iterable[TensorResult]]
 
 def check(variant: Variant, asked: Iterable[SeededCase], judged: Judge, device: torch.device) -> Verdict:
     """Judge every case; the first failure ends the check."""
+    return verdict_of(
+        (each.case.name, result) for each in asked for result in judged(each.case, *answered(variant, each, device))
+    )
+
+
+def verdict_of(results: Iterable[tuple[str, TensorResult]]) -> Verdict:
+    """Return the verdict on results with the names of their cases, up to the first that failed."""
     worst: dict[str, TensorResult] = {}
-    for each in asked:
-        for result in judged(each.case, *answered(variant, each, device)):
-            if not result.passed:
-                message = f"{result.tensor} of {each.case.name} {result.verdict}"
-                return Verdict(_errors(worst), Failure.of(Reason.WRONG, message))
-            if result.budget and (result.tensor not in worst or result.part > worst[result.tensor].part):
-                worst[result.tensor] = result
+    for case, result in results:
+        if not result.passed:
+            message = f"{result.tensor} of {case} {result.verdict}"
+            return Verdict(_errors(worst), Failure.of(Reason.WRONG, message))
+        if result.budget and (result.tensor not in worst or result.part > worst[result.tensor].part):
+            worst[result.tensor] = result
     return Verdict(_errors(worst))
 
 

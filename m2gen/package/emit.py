@@ -14,11 +14,11 @@ from m2gen.bucket import BUCKETS, HALVES
 from m2gen.db.choice import Choice, modules_by_bucket
 from m2gen.device import PORTABLE
 from m2gen.errors import EmitError
-from m2gen.kernels.layer import layer_of, layers_of, render_layer
 from m2gen.kernels.literals import Code
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.pool import PoolLowering, explicit_pools_of, pools_of, render_pool
 from m2gen.kernels.render import render_kernel, render_template, template_hash
+from m2gen.package.around import layer_files, layer_kernels, layer_tuned, tiles_facts
 from m2gen.package.copies import BUILT, built, copied, runtime_hash, sources
 from m2gen.package.owned import hashes
 from m2gen.spec import ClipMode, Dtype, TanhMode
@@ -128,8 +128,7 @@ def _kernel_files(origin: Origin, choices: Iterable[Choice]) -> dict[str, str]:
         served = ", ".join(map(_served, users))
         provenance = origin.header(f"Layers {', '.join(users[0].built.layers)}. Schedule serves {served}.")
         files[f"kernels/{module}.py"] = render_kernel(Lowering(users[0].variant, users[0].schedule), provenance)
-    for name, k in layers_of(choice.variant for choice in choices).items():
-        files[f"kernels/{name}.py"] = render_layer(k, origin.header())
+    files |= layer_files(origin.header, choices)
     pools = [pools_of(choice.variant for choice in choices), *_explicit_pools(choices).values()]
     for pool in [pool for table in pools for pool in table.values()]:
         files[f"kernels/{pool.name}.py"] = render_pool(pool, origin.header())
@@ -146,12 +145,6 @@ def _explicit_pools(choices: Iterable[Choice]) -> dict[str, dict[tuple[int, ...]
         for arch, having in by_arch.items()
     }
     return {arch: table for arch, table in found.items() if table}
-
-
-def _layer_kernels(variants: Iterable[BuiltVariant]) -> dict[tuple[int, ...], str]:
-    """Return the modules of the kernels around the recurrence, by what they depend on."""
-    found = (layer_of(having.variant) for having in variants)
-    return {(k.state_expansion, k.head_dim, *k.heads.counts[:4]): k.name for k in found if k is not None}
 
 
 def _facts(origin: Origin, namespace: str, variants: list[BuiltVariant], choices: list[Choice]) -> dict[str, object]:
@@ -172,7 +165,8 @@ def _facts(origin: Origin, namespace: str, variants: list[BuiltVariant], choices
             arch: {key: tuple(modules_by_bucket(having)) for key, having in table.items()}
             for arch, table in tables.items()
         },
-        "LAYER_KERNELS": _layer_kernels(variants),
+        "LAYER_KERNELS": layer_kernels(choices),
+        "LAYER_TUNED": layer_tuned(choices, TORCH_DTYPE),
         "POOL_KERNELS": {dims: k.name for dims, k in pools_of(having.variant for having in variants).items()},
         "POOL_EXPLICIT": {
             arch: {dims: k.name for dims, k in table.items()} for arch, table in _explicit_pools(choices).items()
@@ -192,6 +186,7 @@ def _manifest(origin: Origin, namespace: str, variants: list[BuiltVariant], choi
         "namespace": namespace,
         "variants": {having.variant.key: {"layers": list(having.layers)} for having in variants},
         "schedules": [_schedule_facts(choice) for choice in choices],
+        **({"tiles": tiles} if (tiles := tiles_facts(choices)) else {}),
     }
 
 

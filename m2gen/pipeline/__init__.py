@@ -20,7 +20,7 @@ from m2gen.pipeline.layers import LayersRequest, bench_layers, layer_workloads, 
 from m2gen.pipeline.plan import Plan, open_spec, plan, render, shipped_database, shipped_specs
 from m2gen.pipeline.ranks import RanksRequest, has_gpus, over_ranks, ranks_cases, ranks_job
 from m2gen.pipeline.recheck import Recheck, Replayed, replay, verify_records
-from m2gen.pipeline.tune import Size, Tuned, TuneRequest, dry_run, dry_run_device, this_tuning_context, tune
+from m2gen.pipeline.tune import Goal, Size, Tuned, TuneRequest, dry_run, dry_run_device, this_tuning_context, tune
 from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_lines, reproduce, verify, verify_full
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "CheckRow",
     "CheckpointRequest",
     "Contribution",
+    "Goal",
     "LayersRequest",
     "Plan",
     "Question",

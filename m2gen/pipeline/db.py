@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from m2gen.bucket import BUCKETS, Bucket, bucket_of
+from m2gen.bucket import BUCKETS, Bucket
 from m2gen.db import (
     Database,
     Query,
@@ -25,8 +25,9 @@ from m2gen.device import detect, target
 from m2gen.errors import UsageError, among
 from m2gen.kernels.compile import triton_version
 from m2gen.pipeline.plan import open_spec, relevant, shipped_database
+from m2gen.schedule.tunable import Tunable, keys_of
 from m2gen.spec import Objective
-from m2gen.variant import BuiltVariant, Variant, expand, parse_variant
+from m2gen.variant import BuiltVariant, expand
 
 
 def open_database(folder: Path | None, *, new: bool = False) -> Database:
@@ -73,40 +74,52 @@ class Answer:
 def why(database: Database, question: Question) -> list[Answer]:
     """Return the record that serves each bucket in question, and the reasons against every other record."""
     everything = database.records()
-    variants, objective, records = _asked(question, everything)
+    asked, objective, records = _asked(question, everything)
     arch, device, sm_count = _device(question, everything, records)
     return [
         Answer(query, sm_count, look_up(records, query))
-        for variant in variants
-        for bucket in _buckets(question, variant, sm_count)
-        for query in [Query(variant.key, objective, arch, device, bucket)]
+        for tunable in asked
+        for bucket in _buckets(question, tunable, sm_count)
+        for query in [Query(tunable.key, objective, arch, device, bucket)]
     ]
 
 
-_Asked = tuple[list[Variant], Objective, tuple[Record, ...]]
+_Asked = tuple[list[Tunable], Objective, tuple[Record, ...]]
 
 
 def _asked(question: Question, records: tuple[Record, ...]) -> _Asked:
-    """Return the variants of the name in question, the objective, and the records that a build would use."""
+    """Return what the name in question is of, the objective, and the records that a build would use.
+
+    A layer's name is of its recurrences, and of the kernels around them that have records.
+    """
     if question.spec is None:
         try:
-            variant = parse_variant(question.name)
+            tunable = Tunable.parse(question.name)
         except ValueError as error:
             raise UsageError(f"a layer must come with the --spec that has it; a variant {error}") from error
-        only = relevant(records, [BuiltVariant(variant, ())])
-        return [variant], question.objective or Objective.TRAIN, only
+        only = relevant(records, [BuiltVariant(tunable.variant, ())])
+        return [tunable], question.objective or Objective.TRAIN, only
     spec, _ = open_spec(question.spec)
     built = expand(spec)
-    found = [b.variant for b in built if question.name in (*b.layers, b.variant.key)]
+    having = {record.key.variant for record in records}
+    found = [Tunable.parse(key) for each in built for key in _keys(question.name, each, having)]
     if not found:
         raise UsageError(f"LAYER must be {among(spec.layers)}, or a variant, got {question.name!r}")
-    return found, question.objective or spec.tuning.objective, relevant(records, built)
+    return list(dict.fromkeys(found)), question.objective or spec.tuning.objective, relevant(records, built)
 
 
-def _buckets(question: Question, variant: Variant, sm_count: int) -> tuple[Bucket, ...]:
-    if question.batch is None:
+def _keys(name: str, built: BuiltVariant, having: Container[str]) -> list[str]:
+    """Return the keys that a name stands for: itself, or a layer's recurrence and what has records around it."""
+    every = keys_of(built.variant)
+    if name in built.layers:
+        return [key for key in every if key == built.variant.key or key in having]
+    return [key for key in every if key == name]
+
+
+def _buckets(question: Question, tunable: Tunable, sm_count: int) -> tuple[Bucket, ...]:
+    if question.batch is None and tunable.kernel is None:
         return BUCKETS
-    return (bucket_of(question.batch, variant.total_heads, sm_count),)
+    return (tunable.bucket(question.batch or 1, sm_count),)
 
 
 def _device(question: Question, everything: Iterable[Record], same: Iterable[Record]) -> tuple[str, str, int]:

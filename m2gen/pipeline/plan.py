@@ -15,6 +15,7 @@ from m2gen.errors import UsageError, among
 from m2gen.package import emit
 from m2gen.package.emit import Origin, Package
 from m2gen.schedule import Portable, Schedule
+from m2gen.schedule.tunable import keys_of
 from m2gen.shipped import shipped
 from m2gen.spec import Layer, Spec, find_spec, load_spec, spec_hash
 from m2gen.variant import BuiltVariant, Variant, expand, layer_names
@@ -105,8 +106,8 @@ def shipped_database() -> Database:
 
 
 def relevant(records: Iterable[Record], variants: Iterable[BuiltVariant]) -> tuple[Record, ...]:
-    """Return the records of ``variants``."""
-    keys = {built.variant.key for built in variants}
+    """Return the records of ``variants`` and of the kernels around their recurrences."""
+    keys = {key for built in variants for key in keys_of(built.variant)}
     return tuple(record for record in records if record.key.variant in keys)
 
 

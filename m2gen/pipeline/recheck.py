@@ -11,13 +11,12 @@ from m2gen.measure import lock
 from m2gen.measure.rounds import in_rounds
 from m2gen.measure.workers import run_isolated
 from m2gen.pipeline.plan import Progress
-from m2gen.schedule import Schedule, default
+from m2gen.schedule import AnySchedule
 from m2gen.tune.final import ROUNDS
 from m2gen.tune.select import select
 from m2gen.tune.services import TuningContext
-from m2gen.tune.space import Subject
+from m2gen.tune.subject import Subject
 from m2gen.tune.trial import CompileTask, Measurement, Samples, Step, Task, go_on
-from m2gen.variant import parse_variant
 
 SEED = 0
 """Seed of the order of rounds and of resampling."""
@@ -50,8 +49,8 @@ class Replayed:
 def _subject(record: Record, context: TuningContext) -> Subject:
     if record.problem.lengths:
         raise UsageError(f"record {record.id} must be of equal sequences to be measured, got a packed batch")
-    variant = parse_variant(record.key.variant)
-    return Subject(variant, context.device, record.key.objective, record.problem.batch, record.problem.seq)
+    tunable, sizes = record.tunable, (record.problem.batch, record.problem.seq)
+    return Subject(tunable.variant, context.device, record.key.objective, *sizes, kernel=tunable.kernel)
 
 
 def _elsewhere(record: Record, context: TuningContext) -> str:
@@ -126,7 +125,7 @@ def replay(record: Record, context: TuningContext, progress: Progress) -> Replay
     if reason:
         raise UsageError(f"record {record.id} must be one that can be measured here, got: {reason}")
     subject = _subject(record, context)
-    base = default(subject.variant, context.device, subject.bucket)
+    base = subject.tunable.default(context.device, subject.bucket)
     schedules = list(dict.fromkeys((record.schedule, base)))
     with lock.exclusive(context.gpu):
         samples = _timed(subject, schedules, context, progress)
@@ -135,14 +134,14 @@ def replay(record: Record, context: TuningContext, progress: Progress) -> Replay
 
 
 def _timed(
-    subject: Subject, schedules: list[Schedule], context: TuningContext, progress: Progress
-) -> dict[Schedule, Samples]:
+    subject: Subject, schedules: list[AnySchedule], context: TuningContext, progress: Progress
+) -> dict[AnySchedule, Samples]:
     services = context.services
     tasks = [CompileTask(subject, schedule) for schedule in schedules]
     list(run_isolated([[task] for task in tasks], services.compile, services.compilers))
     gpu = services.start(services.measure)
 
-    def ask(schedule: Schedule, step: Step) -> Measurement:
+    def ask(schedule: AnySchedule, step: Step) -> Measurement:
         found: Measurement = gpu.ask(Task(subject, schedule, step))
         progress.advance(f"{step} {schedule.describe()}")
         go_on(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,9 +19,12 @@ from m2gen.measure.context import environment, this_context
 from m2gen.measure.nvml import ClockWatch
 from m2gen.measure.workers import cpus
 from m2gen.pipeline.plan import Plan
-from m2gen.schedule import Schedule, defaults
-from m2gen.spec import Objective
+from m2gen.schedule import AnySchedule, defaults
+from m2gen.schedule.layer import LayerKernel
+from m2gen.schedule.tunable import Tunable, kernels_of
+from m2gen.spec import Objective, Workload
 from m2gen.tune.gpu import GPU
+from m2gen.tune.kernels import Kernels
 from m2gen.tune.ledger import Ledger, open_ledger
 from m2gen.tune.log import Limits, Outcome, TrialLog, Watcher
 from m2gen.tune.loop import Search
@@ -31,11 +34,15 @@ from m2gen.tune.records import key_of_subject, known_failures, records_of, seeds
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.search import Proposer, neighbours, tiles
 from m2gen.tune.services import Processes, Services, TuningContext, processes_of
-from m2gen.tune.space import Space, Subject, enumerate_space, space_hash
+from m2gen.tune.space import enumerate_space, space_hash
 from m2gen.tune.study import FORM
+from m2gen.tune.subject import Space, Subject
+from m2gen.variant import Variant
 
 GPU_SECONDS_EACH = 1.0
 """Typical GPU time of a trial (docs/tuning.md)."""
+DECODED = 64
+"""Sequences of which a token each is decoded where the decode kernel is timed."""
 COMPILE_SECONDS_EACH = 8.0
 """Typical time to compile a candidate on one CPU."""
 
@@ -55,6 +62,7 @@ class TuneRequest:
     sampler: Sampler = Sampler.TPE
     objective: Objective | None = None
     memory: MemoryBound = USUAL
+    kernels: Kernels = Kernels.RECURRENCE
     storage: str | None = None
     fresh: bool = False
 
@@ -65,6 +73,8 @@ class Goal:
 
     layer: str
     subject: Subject
+    variant: Variant
+    """The variant of the plan, whose numerics the subject of a kernel has not."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +90,59 @@ class Tuned:
 def goals(planned: Plan, request: TuneRequest, device: Device) -> list[Goal]:
     """Return a search for every variant and bucket of the plan's workloads, with the first workload of the bucket.
 
-    Raises UsageError for an unknown layer, and if no layer has a workload.
+    Of the kernels around recurrences there is one for each kernel and variant, with the workload of most tokens. Raises
+    UsageError for an unknown layer, and if no layer has a workload.
     """
-    layers = planned.layers(request.layers)
+    objective = request.objective or planned.spec.tuning.objective
+    every = list(_workloads(planned, request))
+    if not every:
+        raise UsageError(f"{planned.origin.spec_file} must have a layer with workloads to tune for, got none")
     found: dict[object, Goal] = {}
+    if request.kernels is not Kernels.LAYER:
+        for name, variant, workload in every:
+            subject = Subject(variant, device, objective, workload.batch, workload.seq, request.memory)
+            found.setdefault(key_of_subject(subject), Goal(name, subject, variant))
+    if request.kernels is not Kernels.RECURRENCE:
+        usual = Subject(every[0][1], device, objective, 1, 1, request.memory)
+        for goal in _layer_goals(every, usual):
+            found.setdefault(key_of_subject(goal.subject), goal)
+    if not found:
+        what = "a layer whose v has as many heads as its state, which others have no kernels around"
+        raise UsageError(f"{planned.origin.spec_file} must have {what}, got none")
+    return list(found.values())
+
+
+_Asked = tuple[str, Variant, Workload]
+
+
+def _workloads(planned: Plan, request: TuneRequest) -> Iterator[_Asked]:
+    """Yield the workloads of equal sequences of the layers in question, with the names of layers, and variants."""
+    layers = planned.layers(request.layers)
     for built in planned.variants:
         for name in built.layers:
             for workload in layers[name].workloads if name in layers else ():
-                if workload.packed:
-                    continue
-                objective = request.objective or planned.spec.tuning.objective
-                sizes = (workload.batch, workload.seq, request.memory)
-                subject = Subject(built.variant, device, objective, *sizes)
-                found.setdefault(key_of_subject(subject), Goal(name, subject))
-    if not found:
-        raise UsageError(f"{planned.origin.spec_file} must have a layer with workloads to tune for, got none")
-    return list(found.values())
+                if not workload.packed:
+                    yield name, built.variant, workload
+
+
+def _layer_goals(asked: Iterable[_Asked], usual: Subject) -> Iterator[Goal]:
+    """Yield the searches of the kernels around each recurrence; of a gate that this computes, there is no kernel."""
+    largest: dict[Variant, _Asked] = {}
+    for each in asked:
+        _, variant, workload = each
+        if variant not in largest or workload.batch * workload.seq > _tokens(largest[variant]):
+            largest[variant] = each
+    for name, variant, workload in largest.values():
+        for kernel in kernels_of(usual.objective, variant):
+            if kernel is LayerKernel.DECAY and variant.computes_gate:
+                continue
+            batch, seq = (DECODED, 1) if kernel is LayerKernel.DECODE else (workload.batch, workload.seq)
+            plain = Tunable.around(variant, kernel).variant
+            yield Goal(name, replace(usual, variant=plain, batch=batch, seq=seq, kernel=kernel), variant)
+
+
+def _tokens(asked: _Asked) -> int:
+    return asked[2].batch * asked[2].seq
 
 
 @dataclass(frozen=True)
@@ -106,7 +153,7 @@ class Size:
     space: Space
     seconds: float
     """Expected time to try every point."""
-    first: tuple[tuple[Schedule, str], ...]
+    first: tuple[tuple[AnySchedule, str], ...]
     """The candidates that would be tried before any sampler proposes one, and their origins."""
 
 
@@ -126,15 +173,16 @@ def dry_run(planned: Plan, request: TuneRequest, device: Device, compilers: int)
 
 def first_candidates(
     subject: Subject, environment: Environment, records: Sequence[Record], space: Space, sampler: Sampler | None
-) -> list[tuple[Schedule, str]]:
+) -> list[tuple[AnySchedule, str]]:
     """Return what a search tries first, with each candidate's origin: seeds of the database, then the default's kin.
 
     A schedule that has several origins is there for each of them. Without TPE only seeds come first.
     """
     first = seeds(subject, environment, records)
     if sampler is Sampler.TPE:
-        starts = defaults(subject.variant, subject.device, subject.bucket)
-        first += [(point, "tile") for point in tiles(starts, space.points)]
+        if subject.kernel is None:
+            starts = defaults(subject.variant, subject.device, subject.bucket)
+            first += [(point, "tile") for point in tiles(starts, space.points)]
         first += [(point, "neighbour") for point in neighbours(first[0][0], space.points)]
     return first
 
@@ -160,7 +208,8 @@ def tune(planned: Plan, request: TuneRequest, context: TuningContext, watcher: W
     with lock.exclusive(context.gpu), processes_of(context.services) as processes:
         for index, goal in enumerate(chosen):
             left = (budget - (context.now() - start)) / (len(chosen) - index)
-            name = f"{names[goal.subject.variant]} B{goal.subject.batch} S{goal.subject.seq}"
+            kernel = f"{goal.subject.kernel.replace('_', ' ')} " if goal.subject.kernel else ""
+            name = f"{names[goal.variant]} {kernel}{goal.subject.size}"
             watcher.stage(f"{name}, {index + 1} of {len(chosen)}")
             limits = Limits(max(left, 1.0), request.trials, context.now)
             tuned = _tune_one(goal, request, context, limits, (processes, watcher))
@@ -206,22 +255,24 @@ def _exhaustive(space: Space, limits: Limits, context: TuningContext) -> bool:
 def study_name(subject: Subject, context: TuningContext) -> str:
     """Return a name for a search, made of everything that its trials depend on."""
     facts = (repr(key_of_subject(subject)), repr(asdict(context.environment)), f"{subject.batch} {subject.seq}")
-    return key_of(*facts, template_hash(), space_hash(), toolchain(), FORM)
+    return key_of(*facts, template_hash(), space_hash(subject.kernel), toolchain(), FORM)
 
 
 def _ledger(subject: Subject, request: TuneRequest, context: TuningContext) -> AbstractContextManager[Ledger]:
     """Return the ledger of trials: in the database that several workers share, or a journal in the user's cache."""
     search = header_of(subject, context)
-    journal = cache_dir() / "tune" / f"{subject.variant.key}-{str(search['study'])[:12]}.log"
+    journal = cache_dir() / "tune" / f"{subject.tunable.key}-{str(search['study'])[:12]}.log"
     return closing(open_ledger(request.storage or journal, search, context.worker, fresh=request.fresh))
 
 
 def header_of(subject: Subject, context: TuningContext) -> dict[str, object]:
     """Return what a ledger says of a search: its problem and GPU, which is all that learning asks, and its name."""
     problem = {"variant": subject.variant.key, "batch": subject.batch, "seq": subject.seq}
+    kernel = {"kernel": subject.kernel} if subject.kernel else {}
     here = context.environment
     return {
         **problem,
+        **kernel,
         "objective": subject.objective,
         "arch": here.arch,
         "device": here.device,

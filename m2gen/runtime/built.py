@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .facts import Point, VariantKey
+from .facts import LayerKey, Point, VariantKey
 from .snapshot import reload_older
 
 NAME: str = "runtime"
@@ -34,6 +34,8 @@ every arch that is not listed.
 """
 LAYER_KERNELS: Mapping[tuple[int, ...], str] = {}
 """Modules of the kernels around the recurrence, by K, V and the heads of q, k, v and f."""
+LAYER_TUNED: Mapping[str, Mapping[LayerKey, str]] = {}
+"""The same with tiles that were searched for an arch, by that, then by dims, heads and dtype."""
 POOL_KERNELS: Mapping[tuple[int, ...], str] = {}
 """Modules of the kernels on pools of states, by K, V and the heads of q, k, v, f and w."""
 POOL_EXPLICIT: Mapping[str, Mapping[tuple[int, ...], str]] = {}

@@ -8,16 +8,17 @@ import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import built, compiled, launch_plan, launchers
-from .facts import VariantKey
+from .facts import LayerKey, VariantKey
 from .snapshot import Deferred, deferred
 
 SPACE = built.SPACE
+Dims = TypeVar("Dims", tuple[int, ...], LayerKey)
 Kernels: TypeAlias = tuple[ModuleType, ...]
 """Modules that serve a variant: one for all calls, or one for each bucket."""
 
@@ -42,16 +43,17 @@ def _modules(tables: Mapping[str, Mapping[str, tuple[str, ...]]]) -> Mapping[str
 KERNELS = _modules(built.KERNELS)
 
 
-def _by_dims(kind: str, table: Mapping[tuple[int, ...], str]) -> Mapping[tuple[int, ...], ModuleType]:
-    """Do for kernels that depend on dims and heads alone what ``_modules`` does."""
+def _by_dims(kind: str, table: Mapping[Dims, str]) -> Mapping[Dims, ModuleType]:
+    """Do for kernels that depend on dims and heads, and perhaps a dtype, what ``_modules`` does."""
     if not hasattr(SPACE, kind):
         sources = {key: deferred(f"{__package__}.kernels.{name}") for key, name in table.items()}
         setattr(SPACE, kind, Deferred(sources))
-    kernels: Mapping[tuple[int, ...], ModuleType] = getattr(SPACE, kind)
+    kernels: Mapping[Dims, ModuleType] = getattr(SPACE, kind)
     return kernels
 
 
 LAYER_KERNELS = _by_dims("layer_kernels", built.LAYER_KERNELS)
+LAYER_TUNED = {arch: _by_dims(f"layer_tuned_{arch}", table) for arch, table in built.LAYER_TUNED.items()}
 POOL_KERNELS = _by_dims("pool_kernels", built.POOL_KERNELS)
 POOL_EXPLICIT = {arch: _by_dims(f"pool_explicit_{arch}", table) for arch, table in built.POOL_EXPLICIT.items()}
 
@@ -115,9 +117,16 @@ def kernels_for(
     return named(_of_bucket(*table_of(variant_of(q, k, v, weight, forget, A_log), q.device), q, cu_seqlens))
 
 
-def layer_kernels(dims: Sequence[int], device: torch.device) -> ModuleType:
-    """Return the kernels around the recurrence of K, V and heads; they are the same for every arch."""
-    return _ready(LAYER_KERNELS[tuple(dims[:6])], device)
+def layer_kernels(dims: Sequence[int], rows: Tensor) -> ModuleType:
+    """Return the kernels around the recurrence of K, V and heads, for rows of an input projection."""
+    return _ready(around(dims, rows.dtype, device_of(rows.device)[0]), rows.device)
+
+
+def around(dims: Sequence[int], dtype: torch.dtype, arch: str) -> ModuleType:
+    """Return the kernels around a recurrence on an arch: with tiles searched for it, else those for every arch."""
+    tuned = LAYER_TUNED.get(arch, {})
+    key = (dims[0], dims[1], tuple(dims[2:]), dtype)
+    return tuned[key] if key in tuned else LAYER_KERNELS[tuple(dims[:6])]
 
 
 def pool_kernels(dims: Sequence[int], device: torch.device) -> ModuleType:

@@ -11,6 +11,9 @@ Backend: TypeAlias = Literal["kernels", "reference"]
 VariantKey: TypeAlias = tuple[int, int, tuple[int, ...], torch.dtype, bool]
 """K, V, the heads of q, k, v, f and w, the dtype of q, k and v, and whether the kernel computes the gate."""
 
+LayerKey: TypeAlias = tuple[int, int, tuple[int, ...], torch.dtype]
+"""K, V, the heads of q, k, v, f and w, and the dtype of the input projection's rows."""
+
 
 class HeadCounts(NamedTuple):
     """How many heads q, k, v, the forget gate f and the state weight w have; each divides the most of them."""

@@ -3,56 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import dispatch, launches, layer_op, transforms
 from .layer_launches import LayerKernels
+from .layer_step import StepParameters, StepSettings, advance
 from .memory import check_written
 from .room import widened
 from .transforms import Rules
-
-
-class StepParameters(NamedTuple):
-    """Tensors that the operator takes, in their order; None where a layer has none."""
-
-    x: Tensor
-    """A token of each sequence, (B, hidden)."""
-    weight: Tensor
-    """The input projection's, (P, hidden)."""
-    bias: Tensor | None
-    conv_weight: Tensor | None
-    conv_bias: Tensor | None
-    state_weight: Tensor
-    A_log: Tensor
-    dt_bias: Tensor
-    skip: Tensor | None
-    """D of the layer, (N, V)."""
-    norm_weight: Tensor | None
-    conv: Tensor
-    """Inputs of the convolution, (slots, width - 1, channels), written in place."""
-    state: Tensor
-    """States of the recurrence, (slots, N, K, V), written in place."""
-    indices: Tensor | None
-    """Slots of the sequences, (B,), negative for those that are left out; 0, 1, ... if None."""
-    out_indices: Tensor | None
-    """Slots that are written, (B,); those that are read if None."""
-
-
-class StepSettings(NamedTuple):
-    """Numbers that the operator takes, in their order."""
-
-    dims: Sequence[int]
-    """K and V, then the heads of q, k, v, f and w."""
-    silu: bool
-    rounds: bool
-    """Whether the gate is rounded to the projection's dtype."""
-    norm: bool
-    eps: float
-
 
 COUNT = len(StepParameters._fields)
 WRITTEN, AFTER = StepParameters._fields.index("conv"), StepParameters._fields.index("indices")
@@ -72,23 +33,8 @@ def decode(p: StepParameters, settings: StepSettings) -> Tensor:
     addresses = (p.conv.data_ptr(), p.state.data_ptr())
     if not p.state.is_meta and (call.places is None or call.places.meet(addresses)):
         call.places = check_written("M2RNN", "cache.state", p.state, {"cache.conv": p.conv}, call.places)
-    kernels = LayerKernels(dispatch.layer_kernels(settings.dims, rows.device), call.launches)
-    plan, batch = kernels.plan, rows.shape[0]
-    (parts, warps, size), width = plan.decode, 0 if p.conv_weight is None else p.conv_weight.shape[-1]
-    forget = plan.channels
-    scratch = rows.new_empty(batch * parts, size, dtype=torch.float32)
-    r = rows.new_empty(batch, plan.inner, dtype=torch.float32)
-    ended, out = rows.new_zeros(batch, dtype=torch.int32), rows.new_empty(batch, plan.inner)
-    kernels.launch(
-        "decode", batch * parts, warps,
-        (rows, p.conv_weight, p.conv_bias, p.state_weight, p.A_log, p.dt_bias, p.skip, p.norm_weight, p.conv, p.state,
-         p.indices, p.out_indices, ended, scratch, r, out),
-        (settings.eps, forget, forget + settings.dims[5], rows.stride(0), *p.conv.stride(), *p.state.stride(),
-         p.state.shape[0]),
-        WIDTH=width, SILU=settings.silu, ROUNDS=settings.rounds, NORM=settings.norm, NW=settings.dims[6],
-        APPROXIMATE=dispatch.approximates(rows.device),
-    )  # fmt: skip
-    return out
+    kernels = LayerKernels(dispatch.layer_kernels(settings.dims, rows), call.launches)
+    return advance(kernels, rows, p[3:], settings, dispatch.approximates(rows.device))
 
 
 def projected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -104,7 +104,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the output projection's input (..., N V), the final state, y, and checkpoints (none unless ``save``)."""
     call = call_like((*p, cu_seqlens), ("forward", settings, save, deterministic))
-    kernels = LayerKernels(dispatch.layer_kernels(settings.dims, p.projected.device), call.launches)
+    kernels = LayerKernels(dispatch.layer_kernels(settings.dims, p.projected), call.launches)
     flat = p.projected.flatten(0, -2)
     rows, tokens = _rows(flat, kernels, settings), around.tokens_of(p.projected, cu_seqlens)
     qkv = around.convolve(kernels, rows.a, _convolution(p, settings), p.conv, tokens)
@@ -132,7 +132,7 @@ def backward(
     call = call_like(
         (dout, dstate, *p, y, checkpoints, cu_seqlens), ("backward", settings, tuple(wanted), deterministic)
     )
-    kernels = LayerKernels(dispatch.layer_kernels(settings.dims, p.projected.device), call.launches)
+    kernels = LayerKernels(dispatch.layer_kernels(settings.dims, p.projected), call.launches)
     plan, lead = kernels.plan, p.projected.shape[:-1]
     flat = p.projected.flatten(0, -2)
     dflat = flat.new_empty(flat.shape)

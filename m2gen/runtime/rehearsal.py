@@ -21,6 +21,8 @@ LONG = 4096
 """Steps of a sequence that is no short one for any kernel."""
 LENGTHS_AROUND = (fused.LEAST_TOKENS, fused.LEAST_TOKENS // (2 * BATCH))
 """Steps of sequences with whose tokens the layer lays its projection out, and with whose it does not."""
+AROUND = {*built.LAYER_KERNELS.values(), *(name for table in built.LAYER_TUNED.values() for name in table.values())}
+"""Modules of the kernels around recurrences."""
 DIVISORS = (16, 8, 4, 2, 1)
 """Powers of two that a length is a multiple of, which decide which strides are multiples of 16."""
 
@@ -39,7 +41,7 @@ def compile_scene(scene: Scene, arch: str) -> list[Kernel]:
         kernels.setdefault(kernel.hash, Kernel(owner, kernel.metadata.name, kernel.hash, kernel.hash in _FOUND))
 
     def wanted(function: Any) -> bool:
-        around = _module_of(function) in built.LAYER_KERNELS.values()
+        around = _module_of(function) in AROUND
         side = {"m2rnn_forward_kernel": "forward", "m2rnn_backward_kernel": "backward"}.get(function.__name__)
         return scene.side == "around" if around else side in (None, scene.side) and scene.side != "around"
 
@@ -79,6 +81,8 @@ def loaded() -> Iterator[ModuleType]:
         for modules in table.values():
             yield from modules
     yield from dispatch.LAYER_KERNELS.values()
+    for tuned in dispatch.LAYER_TUNED.values():
+        yield from tuned.values()
 
 
 def forget_paths() -> None:
@@ -103,6 +107,7 @@ class Launching(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._launched = library.launched()
         vars(dispatch)["kernels_for"] = lambda *operands: dispatch.named(kernels)
+        vars(dispatch)["layer_kernels"] = lambda dims, rows: dispatch.named(dispatch.around(dims, rows.dtype, arch))
         vars(dispatch)["approximates"] = lambda device: built.APPROXIMATE and arch.startswith("sm_")
         layer_op.forget_calls()  # which may be of another module
 

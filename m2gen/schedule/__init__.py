@@ -1,7 +1,7 @@
 """Schedules: how a kernel may run. Each family of kernels has its knobs, default, axes and check.
 
-``Schedule`` is the union of them. ``problems`` is the one predicate of what is valid; ``default`` is what serves until
-a search has found better.
+``Schedule`` is the union of them; ``AnySchedule`` has the tiles of the kernels around a layer's recurrence, too.
+``problems`` is the one predicate of what is valid; ``default`` is what serves until a search has found better.
 """
 
 from __future__ import annotations
@@ -14,6 +14,15 @@ from m2gen.bucket import Bucket
 from m2gen.device import Device
 from m2gen.errors import ScheduleError
 from m2gen.schedule.knobs import Axes, Family, Knobs, Reduction, Scratch, Tanh, Value
+from m2gen.schedule.layer import (
+    ConvolveBackwardTiles,
+    ConvolveTiles,
+    DecayTiles,
+    DecodeTiles,
+    FinishBackwardTiles,
+    FinishTiles,
+    parse_tiles,
+)
 from m2gen.schedule.learned import learned_schedule
 from m2gen.schedule.mma import Mma, MmaBackward
 from m2gen.schedule.portable import Portable, PortableBackward
@@ -24,6 +33,7 @@ from m2gen.variant import Variant
 
 __all__ = [
     "FAMILIES",
+    "AnySchedule",
     "Axes",
     "Family",
     "ForwardTile",
@@ -44,15 +54,34 @@ __all__ = [
     "default",
     "defaults",
     "parse",
+    "parse_any",
     "problems",
 ]
 
 Schedule = Annotated[Wgmma | Mma | Portable, Field(discriminator="family")]
+AnySchedule = Annotated[
+    Wgmma
+    | Mma
+    | Portable
+    | ConvolveTiles
+    | ConvolveBackwardTiles
+    | DecayTiles
+    | FinishTiles
+    | FinishBackwardTiles
+    | DecodeTiles,
+    Field(discriminator="family"),
+]
+"""The schedule of a recurrence, or the tiles of one of the kernels around it: what searches try and records hold."""
 Part = ForwardTile | PortableBackward | MmaBackward | Warpgroup
 """How one of a schedule's two kernels runs."""
 
 FAMILIES: tuple[type[Wgmma] | type[Mma] | type[Portable], ...] = (Wgmma, Mma, Portable)
 """The families, those first whose defaults are preferred where they can serve."""
+
+
+def parse_any(slug: str) -> AnySchedule:
+    """Return the schedule or the tiles that a slug names; raises ``ScheduleError`` for any other text."""
+    return parse(slug) if slug.startswith(tuple(Family)) else parse_tiles(slug)
 
 
 def defaults(variant: Variant, device: Device, bucket: Bucket | None = None) -> tuple[Schedule, ...]:

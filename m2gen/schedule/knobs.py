@@ -153,7 +153,7 @@ class Knobs:
         segments = f"_s{self.segments}" if self.segments > 1 else ""
         return f"{self.family}_{self.forward.slug}_{self.backward.slug}_i{self.interval}{segments}_{self.tanh}"
 
-    def describe(self, beside: Knobs | None = None) -> str:
+    def describe(self, beside: object = None) -> str:
         """Say family, rows of the state a program, warps and segments: ``mma, 64/32 rows, 2/1 warps, 7 segments``.
 
         Two numbers are of the forward and of the backward. ``beside`` another schedule, the other knobs in which they
@@ -162,7 +162,7 @@ class Knobs:
         rows, warps = _both(self.forward.rows, self.backward.rows), _both(self.forward.warps, self.backward.warps)
         words = [str(self.family), f"{rows} rows", f"{warps} warp" if warps == "1" else f"{warps} warps"]
         words += [f"{self.segments} segments"] if self.segments > 1 else []
-        knobs = self._differing(beside) if beside is not None else []
+        knobs = self._differing(beside) if isinstance(beside, Knobs) else []
         return "; ".join([", ".join(words), *([", ".join(knobs)] if knobs else [])])
 
     def _differing(self, other: Knobs) -> list[str]:

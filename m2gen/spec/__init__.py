@@ -20,6 +20,7 @@ from m2gen.spec.model import (
     Layer,
     Point,
     Spec,
+    Workload,
 )
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Spec",
     "StateDtype",
     "TanhMode",
+    "Workload",
     "find_spec",
     "json_schema",
     "load_spec",

@@ -41,6 +41,11 @@ class KernelCall:
     """Whether the backward gets a gradient of the final state."""
 
     @property
+    def trains(self) -> bool:
+        """Whether there is a backward."""
+        return self.objective is Objective.TRAIN
+
+    @property
     def _operands(self) -> Operands:
         given = self.inputs
         return given.q, given.k, given.v, given.weight, given.forget, given.A_log, given.dt_bias
@@ -59,6 +64,10 @@ class KernelCall:
         return launchers.backward(
             self.module, inputs.dy, dstate, self._operands, saved, inputs.cu_seqlens, bound, wanted, False
         )
+
+    def backward_of(self, results: tuple[Tensor, Tensor, Tensor | None]) -> list[Tensor]:
+        """Return the gradients after a forward that gave ``results``."""
+        return self.backward(results[2])
 
     def results(self) -> dict[str, Tensor]:
         """Return y, the state and every gradient by name, for ``m2gen.verify.judge``."""

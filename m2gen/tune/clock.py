@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from m2gen.measure.clock import Clock, Replay, peak_bytes
-from m2gen.spec import Objective
-from m2gen.tune.candidate import KernelCall
 from m2gen.tune.trial import Samples
 
 FEWEST, MOST = 5, 30
@@ -17,13 +15,25 @@ FAR_SLOWER = 1.4
 """Multiple of the best median beyond which a candidate gets only a few samples."""
 
 
-def captured(call: KernelCall) -> Clock:
+class TimedCall(Protocol):
+    """A call whose forward and backward are timed."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward."""
+
+    def forward(self) -> Any: ...
+    def backward_of(self, results: Any) -> object:
+        """Return the gradients, after a forward that gave ``results``."""
+
+
+def captured(call: TimedCall) -> Clock:
     """Capture a candidate's forward and backward on the problem of the search."""
     extra_bytes = peak_bytes(lambda: _run(call))
     forward = Replay(call.forward)
     replays: list[Replay[Any]] = [forward]
-    if call.objective is Objective.TRAIN:
-        replays.append(Replay(lambda: call.backward(forward.results[2])))
+    if call.trains:
+        replays.append(Replay(lambda: call.backward_of(forward.results)))
     return Clock(replays, extra_bytes)
 
 
@@ -42,6 +52,6 @@ def _samples(calls: list[tuple[float, ...]], clock: Clock) -> Samples:
     return Samples(tuple(call[0] for call in calls), tuple(call[1] for call in calls if call[1:]), clock.extra_bytes)
 
 
-def _run(call: KernelCall) -> object:
+def _run(call: TimedCall) -> object:
     results = call.forward()
-    return results, call.backward(results[2]) if call.objective is Objective.TRAIN else None
+    return results, call.backward_of(results) if call.trains else None

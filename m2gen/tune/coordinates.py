@@ -1,4 +1,4 @@
-"""Schedules as places on axes, for samplers and statistics of every family."""
+"""Schedules as places on axes, for samplers and statistics of every family, and tiles of kernels likewise."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from m2gen.schedule import FAMILIES, Family, Schedule, Value
+from m2gen.schedule import FAMILIES, AnySchedule, Family, Value
+from m2gen.schedule.layer import LayerKernel, Tiles
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-Coordinate = Value | Family
+Coordinate = Value | Family | LayerKernel
+Axes = Mapping[str, tuple[Coordinate, ...]]
 
 
 def _axes() -> dict[str, tuple[Coordinate, ...]]:
@@ -29,9 +31,14 @@ AXES: dict[str, tuple[Coordinate, ...]] = _axes()
 family lacks a knob, its place on that axis is a constant."""
 
 
-def values_of(schedule: Schedule) -> dict[str, Coordinate]:
+def axes_of(schedule: AnySchedule) -> Axes:
+    """Return the axes of what a schedule runs: a recurrence's, or those of one kernel around it."""
+    return {**schedule.AXES, "family": (schedule.family,)} if isinstance(schedule, Tiles) else AXES
+
+
+def values_of(schedule: AnySchedule) -> dict[str, Coordinate]:
     """Return a schedule as a value for each axis."""
-    return {name: attrgetter(name)(schedule) for name in AXES}
+    return {name: attrgetter(name)(schedule) for name in axes_of(schedule)}
 
 
 def place(values: Sequence[Coordinate], value: Coordinate) -> int:
@@ -41,42 +48,44 @@ def place(values: Sequence[Coordinate], value: Coordinate) -> int:
     return sum(isinstance(other, int) and isinstance(value, int) and other < value for other in values) - 1
 
 
-def indices(schedule: Schedule) -> dict[str, int]:
+def indices(schedule: AnySchedule) -> dict[str, int]:
     """Return a schedule as places on the axes."""
-    return {name: place(AXES[name], value) for name, value in values_of(schedule).items()}
+    axes = axes_of(schedule)
+    return {name: place(axes[name], value) for name, value in values_of(schedule).items()}
 
 
-def columns(points: Sequence[Schedule]) -> Iterable[list[int]]:
-    """Yield the places of points on each axis: there may be many points."""
-    for name, values in AXES.items():
+def columns(points: Sequence[AnySchedule]) -> Iterable[list[int]]:
+    """Yield the places of points on each of their axes: there may be many points."""
+    for name, values in axes_of(points[0]).items():
         known = {value: index for index, value in enumerate(values)}
         value_of = attrgetter(name)
         yield [known[v] if (v := value_of(point)) in known else place(values, v) for point in points]
 
 
-def distributions(axes: Iterable[str] = AXES) -> dict[str, BaseDistribution]:
+def distributions(axes: Axes = AXES) -> dict[str, BaseDistribution]:
     """Return what Optuna is told of axes: that their places are numbers in order."""
     from optuna.distributions import IntDistribution
 
-    return {name: IntDistribution(0, len(AXES[name]) - 1) for name in axes}
+    return {name: IntDistribution(0, len(values) - 1) for name, values in axes.items()}
 
 
-def labels(schedule: Schedule) -> dict[str, int | str]:
+def labels(schedule: AnySchedule) -> dict[str, int | str]:
     """Return a schedule as people read it: the value on each axis that is its own or next to it."""
-    return {name: _label(AXES[name][index]) for name, index in indices(schedule).items()}
+    axes = axes_of(schedule)
+    return {name: _label(axes[name][index]) for name, index in indices(schedule).items()}
 
 
-def choices() -> dict[str, BaseDistribution]:
+def choices(axes: Axes = AXES) -> dict[str, BaseDistribution]:
     """Return what Optuna is told of ``labels``."""
     from optuna.distributions import CategoricalDistribution
 
-    return {name: CategoricalDistribution([_label(value) for value in values]) for name, values in AXES.items()}
+    return {name: CategoricalDistribution([_label(value) for value in values]) for name, values in axes.items()}
 
 
 def _label(value: Coordinate) -> int | str:
     return value if isinstance(value, int) else str(value)
 
 
-def moved(schedule: Schedule, knobs: Mapping[str, Any]) -> Schedule:
+def moved(schedule: AnySchedule, knobs: Mapping[str, Any]) -> AnySchedule:
     """Return the schedule of the same family with other values of some of its knobs."""
     return type(schedule).of({**values_of(schedule), **knobs})

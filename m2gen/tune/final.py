@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import takewhile
 
 from m2gen.measure.rounds import in_rounds
-from m2gen.schedule import Schedule
+from m2gen.schedule import AnySchedule
 from m2gen.tune.log import TrialLog
 from m2gen.tune.trial import Measurement, Samples, Step, Task, Trial
 
@@ -18,7 +18,7 @@ FEWEST_ROUNDS = 3
 Ask = Callable[[Task], Measurement]
 
 
-def run_final(log: TrialLog, ask: Ask, seed: int) -> dict[Schedule, Samples]:
+def run_final(log: TrialLog, ask: Ask, seed: int) -> dict[AnySchedule, Samples]:
     """Return the samples of the default and of the best that pass the held-out check; empty if the default failed.
 
     Rounds end with the budget, but not before ``FEWEST_ROUNDS``; the order within a round is drawn from ``seed``.
@@ -26,7 +26,7 @@ def run_final(log: TrialLog, ask: Ask, seed: int) -> dict[Schedule, Samples]:
     finalists = _finalists(log, ask)
     log.watcher.stage(f"final of {len(finalists)}")
 
-    def sample(schedule: Schedule) -> Samples | None:
+    def sample(schedule: AnySchedule) -> Samples | None:
         found = ask(Task(log.subject, schedule, Step.TIME))
         return None if log.amend(log.trials[schedule], found).failure else found.samples
 

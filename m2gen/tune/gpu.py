@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 
 from m2gen.cache import is_of_a_disk
 from m2gen.measure.gpu import Captures, gpu_service, raised, torch_device
-from m2gen.tune.space import Subject
+from m2gen.schedule import Schedule
+from m2gen.schedule.layer import Tiles
+from m2gen.tune.subject import Subject
 from m2gen.tune.trial import Measurement, Step, Task
 
 if TYPE_CHECKING:  # these import torch, and a worker must set its environment first
+    from m2gen.measure.checks import SeededCase, Verdict
     from m2gen.measure.clock import Clock
     from m2gen.problem import Inputs
     from m2gen.tune.check import Candidate
@@ -39,21 +42,15 @@ def serve(task: Task) -> Measurement:
 
 
 def _serve(task: Task) -> Measurement:
-    from m2gen.measure.checks import STEPS, prepare, seeded_cases
-    from m2gen.tune.check import check_candidate
     from m2gen.tune.clock import sampled, screened
 
-    subject, device = task.subject, torch_device()
-    _CLOCKS.enter(subject)
+    _CLOCKS.enter(task.subject)
     if task.step is Step.TIME:
         return Measurement(samples=sampled(_clock(task)))
-    asked = seeded_cases(subject.variant, STEPS, held_out=task.step is Step.HELD_OUT)
-    if task.step is Step.VERIFY:
-        asked += seeded_cases(subject.variant, STEPS, held_out=True)
     if task.step is Step.PREPARE:
-        prepare(subject.variant, asked, device)
+        _prepare(task)
         return Measurement()
-    verdict = check_candidate(_candidate(task), asked, device)
+    verdict = _checked(task)
     if verdict.failure or task.step is not Step.SCREEN:
         return Measurement(verdict.errors, failure=verdict.failure)
     try:
@@ -62,21 +59,53 @@ def _serve(task: Task) -> Measurement:
         _CLOCKS.clear()
 
 
-def _candidate(task: Task) -> Candidate:
+def _prepare(task: Task) -> None:
+    from m2gen.measure.checks import prepare
+    from m2gen.tune.layer import worker
+
+    if task.subject.kernel is not None:
+        worker.prepare(task.subject, torch_device())
+    else:
+        prepare(task.subject.variant, _asked(task), torch_device())
+
+
+def _checked(task: Task) -> Verdict:
+    from m2gen.tune.check import check_candidate
+    from m2gen.tune.layer import worker
+
+    subject, schedule, device = task.subject, task.schedule, torch_device()
+    if isinstance(schedule, Tiles):
+        return worker.check_tiles(subject, schedule, worker.asked_of(subject, task.step), device)
+    return check_candidate(_candidate(subject, schedule), _asked(task), device)
+
+
+def _asked(task: Task) -> tuple[SeededCase, ...]:
+    from m2gen.measure.checks import STEPS, seeded_cases
+
+    variant = task.subject.variant
+    asked = seeded_cases(variant, STEPS, held_out=task.step is Step.HELD_OUT)
+    return asked + seeded_cases(variant, STEPS, held_out=True) if task.step is Step.VERIFY else asked
+
+
+def _candidate(subject: Subject, schedule: Schedule) -> Candidate:
     from m2gen.tune.candidate import load
     from m2gen.tune.check import Candidate
 
-    subject = task.subject
-    return Candidate(load(subject.variant, task.schedule), subject.variant, task.schedule, subject.objective)
+    return Candidate(load(subject.variant, schedule), subject.variant, schedule, subject.objective)
 
 
 def _clock(task: Task) -> Clock:
     """Return the candidate's captured calls, kept from its last round or captured now."""
     from m2gen.tune.candidate import KernelCall
     from m2gen.tune.clock import captured
+    from m2gen.tune.layer import worker
+
+    subject, schedule, seed = task.subject, task.schedule, task.seed
 
     def capture() -> Clock:
-        return captured(KernelCall(_candidate(task).module, _inputs(task.subject, task.seed), task.subject.objective))
+        if isinstance(schedule, Tiles):
+            return worker.capture(subject, schedule, seed, torch_device())
+        return captured(KernelCall(_candidate(subject, schedule).module, _inputs(subject, seed), subject.objective))
 
     return _CLOCKS.get(task.schedule, capture)
 

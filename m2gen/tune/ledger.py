@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from m2gen.db import Failure, Reason
 from m2gen.errors import TuneError
-from m2gen.schedule import Schedule, parse
+from m2gen.schedule import AnySchedule, parse_any
 from m2gen.tune.claim import Claim
 from m2gen.tune.storage import HEARTBEAT_SECONDS, SearchStorage, open_database, open_journal, raced, retry
 from m2gen.tune.study import RESULT, SCHEDULE, SEARCH, created, decode_trial, encode_trial, in_order, state_of
@@ -64,9 +64,9 @@ class Ledger:
 
         self._place, self._storage, self._pace = place, place.storage, pace
         self._here = Claim.of(worker)
-        self._claims: dict[Schedule, int] = {}
+        self._claims: dict[AnySchedule, int] = {}
         self._known: set[int] = set()
-        self._recorded: set[Schedule] = set()
+        self._recorded: set[AnySchedule] = set()
         self._polled = self._renewed = -math.inf
         name = str(search["study"])
         optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -98,11 +98,11 @@ class Ledger:
         self._polled = now
         return self._unseen()
 
-    def adopt(self) -> list[Schedule]:
+    def adopt(self) -> list[AnySchedule]:
         """Claim and return the candidates that nobody has any more."""
         self._take_back()
         waiting = [frozen for frozen in self._frozen() if frozen.state.name == "WAITING"]
-        having = [(frozen, parse(frozen.user_attrs[SCHEDULE])) for frozen in waiting]
+        having = [(frozen, parse_any(frozen.user_attrs[SCHEDULE])) for frozen in waiting]
         return [schedule for frozen, schedule in having if self._resume(frozen, schedule)]
 
     def pending(self) -> int:
@@ -110,7 +110,7 @@ class Ledger:
         mine = set(self._claims.values())
         return sum(frozen.state.name == "RUNNING" and frozen._trial_id not in mine for frozen in self._frozen())
 
-    def claim(self, schedule: Schedule) -> bool:
+    def claim(self, schedule: AnySchedule) -> bool:
         """Claim a candidate; return False if another worker has it, or it was tried."""
         from optuna.trial import TrialState
 
@@ -122,7 +122,7 @@ class Ledger:
             number = self._storage.create_new_trial(self._number, template)
         return self._settle(number, schedule)
 
-    def begin(self, schedule: Schedule) -> None:
+    def begin(self, schedule: AnySchedule) -> None:
         """Note that a candidate is about to run on the GPU, in case the machine goes down."""
         from optuna.exceptions import UpdateFinishedTrialError
 
@@ -131,7 +131,7 @@ class Ledger:
             self._place.beat(number)
             self._storage.set_trial_user_attr(number, CLAIM, asdict(replace(self._here, begun=True)))
 
-    def release(self, schedule: Schedule) -> None:
+    def release(self, schedule: AnySchedule) -> None:
         """Give up a claim, so that any worker may take it."""
         from optuna.trial import TrialState
 
@@ -159,12 +159,12 @@ class Ledger:
         with self._place.errors():
             return [t for t in self._study.get_trials(deepcopy=False) if SCHEDULE in t.user_attrs]
 
-    def _of(self, schedule: Schedule) -> list[FrozenTrial]:
+    def _of(self, schedule: AnySchedule) -> list[FrozenTrial]:
         """Return the trials that have a candidate or its result, in the study's order."""
         same = [frozen for frozen in self._frozen() if frozen.user_attrs[SCHEDULE] == schedule.slug]
         return [frozen for frozen in same if RESULT in frozen.user_attrs or not frozen.state.is_finished()]
 
-    def _settle(self, number: int, schedule: Schedule) -> bool:
+    def _settle(self, number: int, schedule: AnySchedule) -> bool:
         """Keep the claim of a running trial if no other of its candidate is before it."""
         from optuna.trial import TrialState
 
@@ -177,7 +177,7 @@ class Ledger:
         self._claims[schedule] = number
         return True
 
-    def _resume(self, waiting: FrozenTrial, schedule: Schedule) -> bool:
+    def _resume(self, waiting: FrozenTrial, schedule: AnySchedule) -> bool:
         """Claim the candidate of a waiting trial; return False if another worker was quicker."""
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
@@ -213,7 +213,9 @@ class Ledger:
                 self._ended(frozen._trial_id, *state_of(self._decoded(frozen)))
             elif claim.begun and claim.rebooted(self._here):
                 failure = Failure(Reason.CRASH, "the machine went down while this candidate ran")
-                self._finish(frozen._trial_id, Trial(parse(frozen.user_attrs[SCHEDULE]), "resumed", failure=failure))
+                self._finish(
+                    frozen._trial_id, Trial(parse_any(frozen.user_attrs[SCHEDULE]), "resumed", failure=failure)
+                )
             elif self._ended(frozen._trial_id, TrialState.FAIL):
                 with self._place.errors():
                     retry(self._study, frozen)

@@ -21,6 +21,7 @@ from m2gen.bucket import Bucket, bucket_of
 from m2gen.device import Device, limits
 from m2gen.errors import ScheduleError, TuneError, UsageError, os_errors_as
 from m2gen.schedule import Schedule, parse, problems
+from m2gen.schedule.layer import Tiles
 from m2gen.schedule.learned import Kernels, features, kernels_of
 from m2gen.schedule.recipes import Recipe
 from m2gen.spec import Objective
@@ -214,7 +215,7 @@ def _put(into: dict[Schedule, TrialTimes], trials: Iterable[tuple[Schedule, Tria
 
 
 def _workplace(given: Any) -> Workplace | None:
-    if "arch" not in given:
+    if "arch" not in given or "kernel" in given:  # a kernel around a recurrence has defaults of its own
         return None
     header = _HEADER.validate_python(given)
     if header.objective is not Objective.TRAIN:
@@ -232,10 +233,13 @@ def _timed(value: Mapping[str, Any]) -> tuple[Schedule, TrialTimes | None]:
 
 
 def _times_of(trial: Trial) -> tuple[Schedule, TrialTimes | None]:
+    schedule = trial.schedule
+    if isinstance(schedule, Tiles):
+        raise ValueError(f"{schedule.slug} must be a schedule of a recurrence")
     if trial.failure or trial.samples is None or not trial.samples.backward_ms:
-        return trial.schedule, None
+        return schedule, None
     forward, backward = median(trial.samples.forward_ms), median(trial.samples.backward_ms)
-    return trial.schedule, TrialTimes(trial.schedule, round(forward, DIGITS), round(backward, DIGITS))
+    return schedule, TrialTimes(schedule, round(forward, DIGITS), round(backward, DIGITS))
 
 
 def written(lessons: Iterable[Lesson]) -> str:

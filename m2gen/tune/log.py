@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from m2gen.db import Clocks
-from m2gen.schedule import Schedule
+from m2gen.schedule import AnySchedule
 from m2gen.tune.ledger import Ledger
 from m2gen.tune.select import Selection
-from m2gen.tune.space import Subject, fits
+from m2gen.tune.space import fits
+from m2gen.tune.subject import Subject
 from m2gen.tune.trial import Measurement, Samples, Trial
 
 FINALS_SECONDS = 25.0
@@ -60,9 +61,9 @@ class Outcome:
     """The result of a search, and its cost."""
 
     subject: Subject
-    default: Schedule
+    default: AnySchedule
     trials: tuple[Trial, ...]
-    finals: Mapping[Schedule, Samples]
+    finals: Mapping[AnySchedule, Samples]
     choice: Selection | None
     """The winner; None if the default failed or nothing may win."""
     points: int
@@ -81,11 +82,13 @@ class Outcome:
 class TrialLog:
     """The trials of one search, with the ledger that keeps them and the watcher that shows them."""
 
-    def __init__(self, subject: Subject, default: Schedule, limits: Limits, ledger: Ledger, watcher: Watcher) -> None:
+    def __init__(
+        self, subject: Subject, default: AnySchedule, limits: Limits, ledger: Ledger, watcher: Watcher
+    ) -> None:
         self.subject, self.default, self.limits = subject, default, limits
         self.ledger, self.watcher = ledger, watcher
-        self.trials: dict[Schedule, Trial] = {}
-        self._fitting: set[Schedule] = set()
+        self.trials: dict[AnySchedule, Trial] = {}
+        self._fitting: set[AnySchedule] = set()
         self.most = 0
         """Number of trials that the search will have."""
         self._start = limits.now()

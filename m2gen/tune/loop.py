@@ -10,7 +10,7 @@ from itertools import chain
 
 from m2gen.errors import TuneError
 from m2gen.measure.workers import finished
-from m2gen.schedule import Schedule
+from m2gen.schedule import AnySchedule
 from m2gen.tune.final import FINALISTS, run_final
 from m2gen.tune.log import Outcome, TrialLog
 from m2gen.tune.search import EVERY, SEARCHED, Proposal, Proposer
@@ -38,7 +38,7 @@ class Search:
 
     def __init__(self, log: TrialLog, proposer: Proposer, processes: Processes, worker: str) -> None:
         self._log, self._proposer, self._processes, self._worker = log, proposer, processes, worker
-        self._compiling: dict[Schedule, Proposal] = {}
+        self._compiling: dict[AnySchedule, Proposal] = {}
         self._ready: list[_Ready] = []
         self._running: _Ready | None = None
         self._copies: dict[str, list[_Ready]] = {}
@@ -52,7 +52,7 @@ class Search:
         ``known`` are failures from the database, which are neither tried again nor written to the ledger.
         """
         points, interrupted = self._proposer.left, False
-        finals: dict[Schedule, Samples] = {}
+        finals: dict[AnySchedule, Samples] = {}
         try:
             for trial in (*known, *self._log.ledger.trials()):
                 self._learn(None, trial)
@@ -152,7 +152,7 @@ class Search:
             self._log.watcher.details(found.details)
             raise TuneError(f"the GPU worker cannot begin: {found.failure.message}")
 
-    def _on_compiled(self, schedule: Schedule, compiled: Compiled) -> None:
+    def _on_compiled(self, schedule: AnySchedule, compiled: Compiled) -> None:
         proposal = self._compiling.pop(schedule)
         self._compile_seconds += compiled.seconds
         self._compiled += 1
@@ -205,7 +205,7 @@ class Search:
         return found
 
 
-def _outcome(log: TrialLog, finals: dict[Schedule, Samples], seed: int, cost: tuple[int, float, bool]) -> Outcome:
+def _outcome(log: TrialLog, finals: dict[AnySchedule, Samples], seed: int, cost: tuple[int, float, bool]) -> Outcome:
     """Choose the winner among finalists, or without a final among the fastest of the screening."""
     samples = finals
     if log.default not in samples:

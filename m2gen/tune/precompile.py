@@ -24,8 +24,9 @@ from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, binary_of, resources_of
 from m2gen.measure.workers import Lost, Service, without_interpreter
 from m2gen.runtime import absent
+from m2gen.schedule.layer import Tiles
 from m2gen.spec import Objective
-from m2gen.tune.space import Subject
+from m2gen.tune.subject import Subject
 from m2gen.tune.trial import Compiled, CompileTask
 from m2gen.variant import Variant
 
@@ -45,11 +46,11 @@ def prepare() -> None:
 
 def precompile(task: CompileTask) -> Compiled:
     """Compile a candidate, or return the cached result for the same source and toolchain."""
-    subject, schedule = task.subject, task.schedule
-    source = render_kernel(Lowering(subject.variant, schedule))
+    subject, source = task.subject, _source(task)
     device = replace(subject.device, name="", sm_count=0)  # no kernel depends on these
     sizes = f"{subject.batch} {subject.seq} {subject.objective}"
-    key = key_of(VERSION, toolchain(), repr(device), sizes, _launchers(), source)
+    sizes += f" {subject.kernel}" if subject.kernel else ""
+    key = key_of(VERSION, toolchain(), repr(device), sizes, _launchers(subject), source)
     known = load_result("precompiled", key, Compiled)
     if known is not None:
         return known
@@ -71,28 +72,32 @@ def precompile(task: CompileTask) -> Compiled:
     return found
 
 
-def _launchers() -> str:
+def _launchers(subject: Subject) -> str:
     """Return the text of what decides the arguments' types, and so the binaries."""
-    from m2gen.runtime import launchers
+    from m2gen.runtime import launchers, layer_launches, layer_step
 
-    return inspect.getsource(launchers)
+    return "".join(map(inspect.getsource, (layer_launches, layer_step) if subject.kernel else (launchers,)))
+
+
+def _source(task: CompileTask) -> str:
+    """Return the text of a candidate's module."""
+    from m2gen.tune.layer.calls import source_of
+
+    variant, schedule = task.subject.variant, task.schedule
+    return source_of(variant, schedule) if isinstance(schedule, Tiles) else render_kernel(Lowering(variant, schedule))
 
 
 def _compile(task: CompileTask) -> Compiled:
-    from m2gen.tune.candidate import load
-
-    subject, schedule = task.subject, task.schedule
+    subject = task.subject
     start = time.monotonic()
-    module = load(subject.variant, schedule)
     kernels: list[Any] = []
     with absent.compiling(absent.Target(*backend_of(subject.device)), lambda kernel: _once(kernels, kernel)):
-        for call in _calls(subject, module):
+        for call in _calls(task):
             call.results()
     every = [(resources_of(kernel, subject.device), kernel.metadata.num_warps) for kernel in kernels]
     reasons = [reason for resources, warps in every for reason in resources.limits(subject.device, warps)]
     failure = Failure.of(Reason.LAUNCH, reasons[0]) if reasons else None
-    sides = ("forward", "backward") if subject.objective is Objective.TRAIN else ("forward",)
-    resources = [_first(every, kernels, side) for side in sides]
+    resources = [_first(every, kernels, side) for side in _sides(subject)]
     name = _binary(task, kernels, every)
     return Compiled(*_worst(resources), binary=name, failure=failure, seconds=time.monotonic() - start)
 
@@ -103,9 +108,16 @@ def _once(kernels: list[Any], kernel: Any) -> None:
         kernels.append(kernel)
 
 
+def _sides(subject: Subject) -> tuple[str, ...]:
+    """Return what the names of the kernels that are timed hold: directions, or the kernel around a recurrence."""
+    if subject.kernel is not None:
+        return (f"m2rnn_{subject.kernel}_kernel",)
+    return ("_forward_", "_backward_") if subject.objective is Objective.TRAIN else ("_forward_",)
+
+
 def _first(every: list[tuple[Resources, int]], kernels: list[Any], side: str) -> Resources:
     """Return the resources of the kernel that is timed, the first one compiled for its direction."""
-    return next(one for (one, _), kernel in zip(every, kernels, strict=True) if f"_{side}_" in kernel.metadata.name)
+    return next(one for (one, _), kernel in zip(every, kernels, strict=True) if side in kernel.metadata.name)
 
 
 def _worst(resources: list[Resources]) -> tuple[int, int, int]:
@@ -118,8 +130,20 @@ def _worst(resources: list[Resources]) -> tuple[int, int, int]:
 
 def _binary(task: CompileTask, kernels: list[Any], every: list[tuple[Resources, int]]) -> str:
     """Return a name for the machine code and its launch: grids, buffers and checkpoints."""
+    launched = _launched(task)
+    code = [binary_of(kernel, task.subject.device).hex() for kernel in kernels]
+    taken = [f"{warps} {resources.shared_bytes}" for resources, warps in every]
+    return key_of(repr(launched), *code, *taken)
+
+
+def _launched(task: CompileTask) -> Any:
+    """Return what a launch depends on beside machine code."""
+    from m2gen.tune.layer import worker
+
     schedule, variant = task.schedule, task.subject.variant
-    launched = (
+    if isinstance(schedule, Tiles):
+        return worker.launched(task.subject, schedule)
+    return (
         schedule.interval,
         schedule.forward.parts(variant),
         schedule.backward.parts(variant),
@@ -127,17 +151,20 @@ def _binary(task: CompileTask, kernels: list[Any], every: list[tuple[Resources, 
         schedule.forward.reduction,
         schedule.backward.reduction,
     )
-    code = [binary_of(kernel, task.subject.device).hex() for kernel in kernels]
-    taken = [f"{warps} {resources.shared_bytes}" for resources, warps in every]
-    return key_of(repr(launched), *code, *taken)
 
 
-def _calls(subject: Subject, module: Any) -> Iterator[Any]:
+def _calls(task: CompileTask) -> Iterator[Any]:
     """Yield the call that is timed, then those of the check, on meta tensors."""
     from m2gen.problem import Problem
-    from m2gen.tune.candidate import KernelCall, blank
+    from m2gen.tune.candidate import KernelCall, blank, load
     from m2gen.tune.check import call_of
+    from m2gen.tune.layer import worker
 
+    subject, schedule = task.subject, task.schedule
+    if isinstance(schedule, Tiles):
+        yield from worker.calls_of(subject, schedule)
+        return
+    module = load(subject.variant, schedule)
     asked = _checked_inputs(subject.variant)
     timed = blank(asked[0][1], Problem(subject.batch, subject.seq))
     yield KernelCall(module, timed, subject.objective)

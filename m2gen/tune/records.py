@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from m2gen import __version__
 from m2gen.db import POLICY, Environment, Key, Provenance, Reason, Record, Sizes, Timing
 from m2gen.db.rank import failures, preference, stale
-from m2gen.kernels.identity import kernel_hash
-from m2gen.kernels.lowering import Lowering
+from m2gen.kernels.identity import identity_of
 from m2gen.measure.context import Context
 from m2gen.measure.statistics import estimate
-from m2gen.schedule import Schedule, default, problems
+from m2gen.schedule import AnySchedule
 from m2gen.tune.log import Outcome
-from m2gen.tune.space import Subject, fits, space_hash
+from m2gen.tune.space import fits, space_hash
+from m2gen.tune.subject import Subject
 from m2gen.tune.trial import KNOWN, Trial
 
 LASTING = (Reason.HANG, Reason.CRASH, Reason.WRONG, Reason.LAUNCH)
@@ -24,17 +24,17 @@ NEIGHBOURS = 6
 
 def key_of_subject(subject: Subject) -> Key:
     """Return the key that a subject's records answer."""
-    return Key(subject.variant.key, subject.objective, subject.bucket, POLICY)
+    return Key(subject.tunable.key, subject.objective, subject.bucket, POLICY)
 
 
-def seeds(subject: Subject, environment: Environment, records: Iterable[Record]) -> list[tuple[Schedule, str]]:
+def seeds(subject: Subject, environment: Environment, records: Iterable[Record]) -> list[tuple[AnySchedule, str]]:
     """Return the seeds of a search: schedules to try first, the default before all others.
 
     Then what the database has for this key and device, the records of the same arch nearest first (the same variant,
     then those of the same dims), and winners of other GPUs, as far as they are valid here and within the memory bound.
     Stale records count, too: kernels change more often than what makes a schedule fast, and a seed is tried, not used.
     """
-    key, variant = key_of_subject(subject), subject.variant
+    key, tunable = key_of_subject(subject), subject.tunable
     winners = [r for r in records if r.failure is None and r.key.objective is subject.objective]
 
     def distance(record: Record) -> tuple[object, ...]:
@@ -42,16 +42,15 @@ def seeds(subject: Subject, environment: Environment, records: Iterable[Record])
         return (not same, abs(record.key.bucket.place - key.bucket.place), *preference(record))
 
     def usable(record: Record) -> bool:
-        return not problems(variant, record.schedule, subject.device) and fits(subject, record.schedule)
+        return not tunable.problems(record.schedule, subject.device) and fits(subject, record.schedule)
 
-    dims = f"k{variant.state_expansion}_v{variant.head_dim}_"
-    alike = sorted((r for r in winners if r.key.variant.startswith(dims) and usable(r)), key=distance)
+    alike = sorted((r for r in winners if r.key.variant.startswith(tunable.kin) and usable(r)), key=distance)
     here = [r for r in alike if r.environment.arch == environment.arch]
     exact = [r for r in here if r.key == key and r.environment.device == environment.device]
     near = [r for r in here if r not in exact][:NEIGHBOURS]
     far = [r for r in alike if r not in here][:NEIGHBOURS]
     groups = (("record", exact), ("similar", near), ("elsewhere", far))
-    found = {default(variant, subject.device, key.bucket): "default"}
+    found = {tunable.default(subject.device, key.bucket): "default"}
     for origin, group in groups:
         for record in group:
             found.setdefault(record.schedule, origin)
@@ -66,7 +65,7 @@ def known_failures(subject: Subject, environment: Environment, records: Iterable
     found = []
     for record in failures(records).values():
         same = (record.key.variant, record.environment.device, record.environment.triton) == (
-            subject.variant.key,
+            subject.tunable.key,
             environment.device,
             environment.triton,
         )
@@ -82,11 +81,11 @@ def records_of(outcome: Outcome, context: Context, seed: int, study: str) -> lis
 
     def record(trial: Trial, worker: str, timing: Timing | None = None) -> Record:
         trials = max(1, len(outcome.trials))
-        kernel = kernel_hash(Lowering(subject.variant, trial.schedule))
+        kernel = identity_of(subject.variant, trial.schedule)
         return Record(
             key_of_subject(subject),
             context.environment,
-            Provenance(kernel, space_hash(), __version__, seed, trials, worker, study),
+            Provenance(kernel, space_hash(subject.kernel), __version__, seed, trials, worker, study),
             Sizes(subject.batch, subject.seq),
             trial.schedule,
             timing,

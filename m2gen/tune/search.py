@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from m2gen.schedule import Schedule
-from m2gen.tune.coordinates import AXES, columns, distributions, indices, moved, place, values_of
+from m2gen.schedule import AnySchedule, Schedule
+from m2gen.schedule.layer import Tiles
+from m2gen.tune.coordinates import Axes, axes_of, columns, distributions, indices, moved, place, values_of
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
@@ -30,13 +31,13 @@ SEARCHED, EVERY = "search", "every"
 class Proposal:
     """A candidate to try, and why."""
 
-    schedule: Schedule
+    schedule: AnySchedule
     origin: str
     asked: Asked | None = None
     """Optuna's trial, which proposed this candidate or one nearby."""
 
 
-def neighbours(schedule: Schedule, points: Sequence[Schedule]) -> list[Schedule]:
+def neighbours(schedule: AnySchedule, points: Sequence[AnySchedule]) -> list[AnySchedule]:
     """Return the points that are one step of one axis of the family away, or the next that there is, in their order.
 
     They say which knob matters, and most share interval, tanh and segments, so that their parts can be combined.
@@ -55,14 +56,15 @@ MANY_SEGMENTS = 7
 """Segments that let a wave that is a quarter full take little more than a quarter of its time."""
 
 
-def tiles(starts: Sequence[Schedule], points: Sequence[Schedule]) -> list[Schedule]:
+def tiles(starts: Sequence[Schedule], points: Sequence[AnySchedule]) -> list[AnySchedule]:
     """Return the points whose kernels both have half, as many, or twice the rows of a start, the first being tried.
 
     Rows trade programs for the work of each, in both kernels alike, and which family is faster depends on them: a step
     of one axis from the default misses what two of them gain together. So do forwards of two warps, which sum y in
     shared memory, and segments, which are worth most where both kernels have tiles that suit them.
     """
-    found, first = [], starts[0]
+    found: list[AnySchedule] = []
+    first = starts[0]
     for start in starts:
         rows = {name: getattr(start, side).rows for side in SIDES if (name := f"{side}.rows") in start.AXES}
         scaled = ({name: int(count * scale) for name, count in rows.items()} for scale in (2, 0.5, 1))
@@ -78,7 +80,11 @@ class Proposer:
     """Proposes points of a space, each at most once."""
 
     def __init__(
-        self, points: Sequence[Schedule], seeds: Sequence[tuple[Schedule, str]], sampler: Sampler | None, seed: int
+        self,
+        points: Sequence[AnySchedule],
+        seeds: Sequence[tuple[AnySchedule, str]],
+        sampler: Sampler | None,
+        seed: int,
     ) -> None:
         """``seeds`` are tried first, the default before all others, whether they are points of the space or not.
 
@@ -101,7 +107,7 @@ class Proposer:
         """Points that were not proposed."""
         return len(self._left)
 
-    def skip(self, schedule: Schedule) -> None:
+    def skip(self, schedule: AnySchedule) -> None:
         """Never propose a candidate that is known, or that somebody else has."""
         self._left.pop(schedule, None)
 
@@ -160,7 +166,7 @@ class Proposer:
         asked = self._study.ask(distributions(self._axes))
         return Proposal(self._nearest(asked.params), SEARCHED, asked)
 
-    def _nearest(self, params: dict[str, int]) -> Schedule:
+    def _nearest(self, params: dict[str, int]) -> AnySchedule:
         """Return the point not yet proposed that is fewest steps of the axes away; the first of several."""
         wanted = np.array([params[name] for name in self._axes], dtype=np.int16)
         distance = np.abs(self._vectors - wanted).sum(1)
@@ -170,13 +176,14 @@ class Proposer:
         raise AssertionError("a point must be left")
 
     @cached_property
-    def _axes(self) -> tuple[str, ...]:
+    def _axes(self) -> Axes:
         """The axes along which there is a choice: a sampler learns nothing of others, and spends trials on it."""
-        return tuple(name for name, places in zip(AXES, self._places.T, strict=True) if np.ptp(places))
+        every = axes_of(self.default)
+        return {name: every[name] for name, places in zip(every, self._places.T, strict=True) if np.ptp(places)}
 
     @cached_property
     def _vectors(self) -> Any:
-        return self._places[:, [name in self._axes for name in AXES]]
+        return self._places[:, [name in self._axes for name in axes_of(self.default)]]
 
     @cached_property
     def _places(self) -> Any:
@@ -187,12 +194,12 @@ _LARGE = 20.0
 """Logarithm of a time in milliseconds that no candidate takes: what the sampler is told of those that failed."""
 
 
-def best_combination(trials: Iterable[Trial], left: Container[Schedule]) -> Schedule | None:
+def best_combination(trials: Iterable[Trial], left: Container[AnySchedule]) -> Schedule | None:
     """Return the point of ``left`` whose forward and backward were timed in two trials and add up to the least.
 
     A call's time is the sum of both kernels' times, and each depends on its own knobs, family and tanh, and a little on
-    the interval, which is that of either trial. None before ``COMBINED_AFTER`` trials have passed, and where no sum
-    promises more than the best trial.
+    the interval, which is that of either trial. None before ``COMBINED_AFTER`` trials have passed, where no sum
+    promises more than the best trial, and of tiles, which a kernel has alone.
     """
     passed = [trial for trial in trials if trial.samples and not trial.failure and trial.samples.backward_ms]
     if len(passed) < COMBINED_AFTER:
@@ -201,7 +208,8 @@ def best_combination(trials: Iterable[Trial], left: Container[Schedule]) -> Sche
     backwards: dict[Any, tuple[float, Schedule]] = {}
     for trial in passed:
         schedule, samples = trial.schedule, trial.samples
-        assert samples is not None
+        if isinstance(schedule, Tiles) or samples is None:
+            continue
         both = (schedule.family, schedule.tanh, schedule.segments)
         for table, part, times in (
             (forwards, schedule.forward, samples.forward_ms),

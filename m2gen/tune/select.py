@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from m2gen.db import Estimate
 from m2gen.measure.statistics import as_fast, estimate
-from m2gen.schedule import Schedule
+from m2gen.schedule import AnySchedule
 from m2gen.tune.coordinates import values_of
 from m2gen.tune.trial import Samples
 
@@ -16,14 +16,14 @@ from m2gen.tune.trial import Samples
 class Selection:
     """The winner among finalists, with their medians."""
 
-    winner: Schedule
-    estimates: Mapping[Schedule, Estimate]
-    ties: tuple[Schedule, ...]
+    winner: AnySchedule
+    estimates: Mapping[AnySchedule, Estimate]
+    ties: tuple[AnySchedule, ...]
     """Finalists within noise of the fastest, including the winner and the fastest."""
 
 
 def select(
-    samples: Mapping[Schedule, Samples], eligible: Collection[Schedule], default: Schedule, seed: int
+    samples: Mapping[AnySchedule, Samples], eligible: Collection[AnySchedule], default: AnySchedule, seed: int
 ) -> Selection:
     """Return, among the eligible finalists within noise of the fastest, the one most like the default.
 
@@ -41,7 +41,7 @@ def select(
     return Selection(winner, estimates, tied)
 
 
-def _distance(schedule: Schedule, default: Schedule) -> int:
+def _distance(schedule: AnySchedule, default: AnySchedule) -> int:
     """Return the number of knobs in which two schedules differ."""
     one, other = values_of(schedule), values_of(default)
     return sum(one[name] != other[name] for name in one)

@@ -11,41 +11,20 @@ from math import prod
 from operator import attrgetter
 from typing import Any
 
-from m2gen.bucket import Bucket, bucket_of
 from m2gen.cache import key_of
-from m2gen.device import Device
 from m2gen.kernels.demand import demand_of
 from m2gen.kernels.lowering import Direction, Lowering
-from m2gen.schedule import FAMILIES, Family, Part, Reduction, Schedule, Value, default, problems
+from m2gen.schedule import FAMILIES, AnySchedule, Part, Reduction, Schedule, Value, default, problems
+from m2gen.schedule.layer import LayerKernel, Tiles
 from m2gen.schedule.mma import RESIDENT_WARPS
 from m2gen.schedule.tiles import most_warps
 from m2gen.spec import Objective
-from m2gen.tune.memory import USUAL, MemoryBound, extra_bytes
-from m2gen.variant import MIN_TILE, Variant
+from m2gen.tune.layer.space import enumerate_tiles, tile_space_hash
+from m2gen.tune.memory import extra_bytes
+from m2gen.tune.subject import Space, Subject
+from m2gen.variant import MIN_TILE
 
 Values = dict[str, tuple[Value, ...]]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Subject of a search: a variant on a device, on one problem, for one objective."""
-
-    variant: Variant
-    device: Device
-    objective: Objective
-    batch: int
-    seq: int
-    memory: MemoryBound = USUAL
-
-    @property
-    def times(self) -> float | None:
-        """How many times the default's memory a call may take; no bound for inference, which keeps nothing after it."""
-        return self.memory.times if self.objective is Objective.TRAIN else None
-
-    @property
-    def bucket(self) -> Bucket:
-        """The calls that the problem stands for."""
-        return bucket_of(self.batch, self.variant.total_heads, self.device.sm_count)
 
 
 @dataclass(frozen=True)
@@ -100,23 +79,10 @@ CONSTRAINTS = (
 MEMORY = "memory over --max-memory"
 
 
-@dataclass(frozen=True)
-class Space:
-    """The points of a subject's space in a fixed order, and how many were excluded for which reason."""
-
-    products: dict[Family, int]
-    """Points of the product of each family's axes, of the families that serve the variant."""
-    points: tuple[Schedule, ...]
-    pruned: dict[str, int]
-    """How many points each reason excludes; a point counts for the first that does."""
-
-    @property
-    def size(self) -> int:
-        return sum(self.products.values())
-
-
-def space_hash() -> str:
-    """Name the declared space: changes with a family, an axis, a value or a constraint."""
+def space_hash(kernel: LayerKernel | None = None) -> str:
+    """Name the declared space of recurrences, or of a kernel: changes with an axis, a value or a constraint."""
+    if kernel is not None:
+        return tile_space_hash(kernel)
     families = {str(family.__name__): dict(family.AXES) for family in FAMILIES}
     return key_of(repr(families), *(constraint.reason for constraint in CONSTRAINTS))[:12]
 
@@ -137,7 +103,9 @@ def _axes(subject: Subject, family: type[Schedule]) -> Values:
 @lru_cache(maxsize=1)
 def enumerate_space(subject: Subject) -> Space:
     """Return every point of a subject's space, and how many each constraint excludes."""
-    products, pruned = dict[Family, int](), Counter[str]()
+    if subject.kernel is not None:
+        return enumerate_tiles(subject, subject.kernel)
+    products, pruned = dict[str, int](), Counter[str]()
     points: list[Schedule] = []
     for family in FAMILIES:
         if not family.unsupported(subject.variant, subject.device):
@@ -191,9 +159,9 @@ def _reason(subject: Subject, schedule: Schedule, side: Direction) -> str | None
     return None
 
 
-def fits(subject: Subject, schedule: Schedule) -> bool:
-    """Whether what a call allocates is within the subject's bound, by arithmetic."""
-    return bool(_within_memory(subject, [schedule]))
+def fits(subject: Subject, schedule: AnySchedule) -> bool:
+    """Whether what a call allocates is within the subject's bound, by arithmetic; tiles decide little of it."""
+    return isinstance(schedule, Tiles) or bool(_within_memory(subject, [schedule]))
 
 
 def _within_memory(subject: Subject, points: Iterable[Schedule]) -> tuple[Schedule, ...]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from m2gen.schedule import Schedule
-from m2gen.tune.coordinates import choices, labels
+from m2gen.schedule import AnySchedule
+from m2gen.tune.coordinates import axes_of, choices, labels
 from m2gen.tune.trial import Trial
 
 if TYPE_CHECKING:
@@ -47,14 +47,14 @@ def state_of(trial: Trial) -> tuple[Any, list[float] | None]:
 
 
 def created(
-    state: Any, schedule: Schedule, attributes: Mapping[str, Any], values: list[float] | None = None
+    state: Any, schedule: AnySchedule, attributes: Mapping[str, Any], values: list[float] | None = None
 ) -> FrozenTrial:
     from optuna.trial import create_trial
 
     return create_trial(
         state=state,
         params=labels(schedule),
-        distributions=choices(),
+        distributions=choices(axes_of(schedule)),
         values=values,
         user_attrs={SCHEDULE: schedule.slug, **attributes},
     )

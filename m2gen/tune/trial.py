@@ -8,8 +8,8 @@ from statistics import median
 
 from m2gen.db import Failure, TensorError
 from m2gen.errors import TuneError
-from m2gen.schedule import Schedule
-from m2gen.tune.space import Subject
+from m2gen.schedule import AnySchedule
+from m2gen.tune.subject import Subject
 
 KNOWN = "known"
 """Origin of a candidate that is not tried, since a record says that it fails."""
@@ -60,7 +60,7 @@ class Task:
     """One step with one candidate, for the GPU worker."""
 
     subject: Subject
-    schedule: Schedule
+    schedule: AnySchedule
     step: Step
     best_ms: float | None = None
     """Median of the best candidate so far, in milliseconds."""
@@ -86,7 +86,7 @@ class CompileTask:
     """One candidate to compile, for all calls that the check and the clock will make."""
 
     subject: Subject
-    schedule: Schedule
+    schedule: AnySchedule
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def go_on(found: Compiled | Measurement) -> None:
 class Trial:
     """One candidate with all its results, as the ledger keeps it."""
 
-    schedule: Schedule
+    schedule: AnySchedule
     origin: str
     """Why the candidate was tried: default, record, similar, elsewhere, tile, neighbour, combined, search or every;
     adopted from a worker that is gone, or resumed after its machine went down. Or ``KNOWN``."""

@@ -122,7 +122,7 @@ def tuned_of(record: Record) -> Tuned:
     finals = {record.schedule: Samples((1.0,), (1.0,), timing.peak_bytes)}
     trials = (Trial(record.schedule, "search", gpu_seconds=1000.0),) * 100
     outcome = Outcome(subject, default, trials, finals, choice, 10**6, 1000.0, 1000.0)
-    return Tuned(Goal("", subject), outcome, (record,), Change((), (), ()))
+    return Tuned(Goal("", subject, subject.variant), outcome, (record,), Change((), (), ()))
 
 
 def test_searches() -> None:

@@ -117,7 +117,7 @@ WRONG = {
     "environment.sm_count": (0, r"\$.environment.sm_count must be greater"),
     "provenance.kernel": ("x", r"\$.provenance.kernel must match"),
     "problem.batch": (True, r"\$.problem.batch must be a valid integer, got True"),
-    "schedule.family": ("fast", r"\$.schedule must have the family portable, mma, wgmma, got"),
+    "schedule.family": ("fast", r"\$.schedule must have the family portable, mma, wgmma, convolve, .*, decode, got"),
     "schedule.forward.rows": (True, r"\$.schedule.forward.rows must be a valid integer, got True"),
     "schedule.interval": (7, r"\$.schedule.interval must be a multiple of forward.unroll = 4, got 7"),
     "schedule.tanh": ("ptx", r"\$.schedule.tanh must be exp where the spec asks for exact, got ptx"),

@@ -26,7 +26,8 @@ from m2gen.db import Environment, Failure, Reason, TensorError
 from m2gen.device import TARGETS, Device
 from m2gen.measure.gpu import raised
 from m2gen.measure.workers import Lost, Service, Worker
-from m2gen.schedule import Family, Schedule, default, learned
+from m2gen.schedule import AnySchedule, Family, learned
+from m2gen.schedule.layer import Tiles
 from m2gen.tune.gpu import GPU
 from m2gen.tune.services import Services, TuningContext
 from m2gen.tune.trial import Compiled, CompileTask, Measurement, Samples, Step, Task
@@ -74,17 +75,24 @@ def _script() -> dict[str, Any]:
     return found
 
 
-def _note(says: dict[str, Any], what: str, schedule: Schedule) -> None:
+def _note(says: dict[str, Any], what: str, schedule: AnySchedule) -> None:
     with open(says["log"], "a", encoding="utf-8") as stream:
         stream.write(f"{what} {schedule.slug}\n")
 
 
-def milliseconds(schedule: Schedule, base: Schedule) -> tuple[float, float]:
-    """Return times of forward and backward that grow with the distance from an optimum that is not the default."""
+def milliseconds(schedule: AnySchedule, base: AnySchedule) -> tuple[float, float]:
+    """Return times of forward and backward that grow with the distance from an optimum that is not the default.
+
+    That of tiles has twice the default's first knob and 2 warps.
+    """
 
     def apart(value: int, best: int) -> int:
         return abs(value.bit_length() - best.bit_length())
 
+    if isinstance(schedule, Tiles) or isinstance(base, Tiles):
+        first, warps = next(iter(base.AXES)), getattr(schedule, "warps", 2)
+        far = apart(getattr(schedule, first), 2 * getattr(base, first)) + apart(warps, 2)
+        return 0.1 + 0.02 * far, 0.1 + 0.01 * far
     forward, backward = schedule.forward, schedule.backward
     family = 0.05 if schedule.family is Family.MMA else 0.0
     one = 1.0 + 0.1 * apart(forward.rows, 16) + 0.15 * apart(forward.warps, 1) + 0.05 * apart(forward.unroll, 8)
@@ -137,7 +145,7 @@ def _samples(says: dict[str, Any], task: Task) -> Samples:
     slug = task.schedule.slug
     seed = int.from_bytes(hashlib.sha256(f"{slug} {task.step}".encode()).digest()[:4], "big")
     draw = random.Random(seed + len(lines(Path(says["log"]))))
-    forward, backward = milliseconds(task.schedule, default(task.subject.variant, task.subject.device))
+    forward, backward = milliseconds(task.schedule, task.subject.tunable.default(task.subject.device))
     if slug in says.get("ms", {}):
         forward = backward = says["ms"][slug] / 2
     if "every" in says:
@@ -147,7 +155,7 @@ def _samples(says: dict[str, Any], task: Task) -> Samples:
     def each(middle: float) -> tuple[float, ...]:
         return tuple(middle * (1 + noise * draw.uniform(-1, 1)) for _ in range(10))
 
-    backwards = each(backward) if task.subject.objective == "train" else ()
+    backwards = each(backward) if task.subject.tunable.times_backward(task.subject.objective) else ()
     return Samples(each(forward), backwards, says.get("peak", {}).get(slug, PEAK))
 
 

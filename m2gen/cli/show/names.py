@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from m2gen.bucket import BUCKETS, Bucket
 from m2gen.db import Record, Tier
 from m2gen.errors import SpecError
-from m2gen.pipeline import open_spec, shipped_specs, state
+from m2gen.pipeline import Goal, open_spec, shipped_specs, state
 from m2gen.pipeline.verify import MATRIX
-from m2gen.variant import BuiltVariant, expand, layer_names, parse_variant
+from m2gen.schedule.layer import LayerKernel
+from m2gen.schedule.tunable import Tunable, keys_of
+from m2gen.variant import BuiltVariant, Variant, expand, layer_names
 
 
 def known_names(keys: Iterable[str], spec: str | None = None) -> dict[str, str]:
     """Return the names of variants by their keys, from layers of ``spec``, local specs, or shipped ones.
 
-    A variant that none of them has is named by its dims.
+    A variant that none of them has is named by its dims, and a kernel around a recurrence by its layers before it.
     """
     layers = _layers_of([*([spec] if spec else []), *_specs()])
-    asked = {key: parse_variant(key) for key in dict.fromkeys(keys)}
-    built = [BuiltVariant(variant, layers.get(key, ())) for key, variant in asked.items()]
-    return {variant.key: name for variant, name in layer_names(built).items()}
+    asked = {key: Tunable.parse(key) for key in dict.fromkeys(keys)}
+    built = [BuiltVariant(each.variant, layers.get(key, ())) for key, each in asked.items() if each.kernel is None]
+    named = {variant.key: name for variant, name in layer_names(built).items()}
+    around = {key: each for key, each in asked.items() if each.kernel is not None}
+    same = {each.variant: layers.get(key, ()) for key, each in around.items()}
+    plain = layer_names(BuiltVariant(variant, having) for variant, having in same.items())
+    return named | {key: f"{plain[each.variant]} {kernel_name(each.kernel)}" for key, each in around.items()}
+
+
+def kernel_name(kernel: LayerKernel | None) -> str:
+    """Return the name of a kernel around a recurrence in tables; empty for the recurrence."""
+    return "" if kernel is None else kernel.replace("_", " ")
+
+
+def goal_name(goal: Goal, names: Mapping[Variant, str]) -> str:
+    """Return the name of a search: the variant's, and the kernel around it."""
+    return f"{names[goal.variant]} {kernel_name(goal.subject.kernel)}".strip()
 
 
 def variants_of(spec: str) -> tuple[str, ...]:
-    """Return the keys of a spec's variants; raises SpecError."""
-    return tuple(built.variant.key for built in expand(open_spec(spec)[0]))
+    """Return the keys of a spec's variants and of the kernels around them; raises SpecError."""
+    return tuple(key for built in expand(open_spec(spec)[0]) for key in keys_of(built.variant))
 
 
 def _specs() -> list[str]:
@@ -37,7 +53,7 @@ def _specs() -> list[str]:
 
 
 def _layers_of(specs: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Return the layers of each variant in the first spec that has it, by key; skip specs that cannot be read."""
+    """Return the layers of each key in the first spec that has it; skip specs that cannot be read."""
     found: dict[str, tuple[str, ...]] = {}
     for name in specs:
         try:
@@ -45,7 +61,8 @@ def _layers_of(specs: Iterable[str]) -> dict[str, tuple[str, ...]]:
         except SpecError:
             continue
         for each in built:
-            found.setdefault(each.variant.key, each.layers)
+            for key in keys_of(each.variant):
+                found.setdefault(key, each.layers)
     return found
 
 

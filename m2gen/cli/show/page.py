@@ -11,10 +11,12 @@ from typing import Any
 import jinja2
 
 from m2gen.cli.show import charts
+from m2gen.cli.show.names import goal_name
 from m2gen.db import Environment
 from m2gen.measure.roofline import Work, floors_ms, peaks_of, work_of
 from m2gen.pipeline import Plan, Tuned
-from m2gen.schedule import Schedule
+from m2gen.schedule import AnySchedule
+from m2gen.schedule.layer import Tiles
 from m2gen.spec import Objective
 from m2gen.tune.knobs import importances, study_of
 from m2gen.tune.trial import Trial
@@ -37,7 +39,7 @@ def tuning_page(planned: Plan, environment: Environment, results: Sequence[Tuned
     facts = [("GPU", f"{environment.device} ({environment.arch}, {environment.sm_count} SMs)")]
     facts += [(name, getattr(environment, name) or "unknown") for name in ("driver", "torch", "triton", "ptxas")]
     names = planned.names
-    searches = [_search(tuned, environment, names[tuned.goal.subject.variant]) for tuned in results]
+    searches = [_search(tuned, environment, goal_name(tuned.goal, names)) for tuned in results]
     spec = planned.origin.spec_file
     drawn = (
         {"script": charts.script(), "missing": ""} if charts.available() else {"script": "", "missing": charts.MISSING}
@@ -95,7 +97,7 @@ def _bars(values: dict[str, float]) -> list[dict[str, Any]]:
     return [{"name": name, "part": f"{value:.0%}", "width": round(300 * value / most)} for name, value in ordered]
 
 
-def _failures(trials: Sequence[Trial], default: Schedule) -> list[dict[str, Any]]:
+def _failures(trials: Sequence[Trial], default: AnySchedule) -> list[dict[str, Any]]:
     """Return every kind of failure with its count and most frequent messages."""
     kinds: dict[str, list[Trial]] = {}
     for trial in trials:
@@ -112,7 +114,7 @@ def _failures(trials: Sequence[Trial], default: Schedule) -> list[dict[str, Any]
 def _floors(tuned: Tuned, environment: Environment) -> dict[str, Any] | None:
     """Return the time that each limit alone makes the winner's call take, and its fraction of the measured time."""
     outcome, subject = tuned.outcome, tuned.goal.subject
-    if outcome.choice is None:
+    if outcome.choice is None or isinstance(outcome.choice.winner, Tiles):
         return None
     winner = outcome.choice.winner
     measured = outcome.choice.estimates[winner].median_ms

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from m2gen.cli.show.names import goal_name
 from m2gen.cli.show.page import tuning_page
 from m2gen.cli.show.report import Display, print_json
 from m2gen.cli.show.table import Table, print_tables
@@ -67,7 +68,7 @@ def show_sizes(sizes: Sequence[Size], names: Mapping[Variant, str], *, as_json: 
     if as_json:
         print_json([_size_json(size) for size in sizes])
     else:
-        titled = [(size, names[size.goal.subject.variant]) for size in sizes]
+        titled = [(size, goal_name(size.goal, names)) for size in sizes]
         print_tables(table for size, name in titled for table in (size_table(size, name), first_table(size, name)))
 
 
@@ -77,22 +78,22 @@ def size_table(size: Size, name: str) -> Table:
     rows = [(f"product of the axes of {family}", count) for family, count in space.products.items()]
     rows += sorted(((why, -count) for why, count in space.pruned.items()), key=lambda row: row[1])
     rows += [("points", len(space.points)), ("seconds to try all, about", round(size.seconds))]
-    title = f"{name}, B{subject.batch} S{subject.seq}, {subject.device.arch}"
+    title = f"{name}, {subject.size}, {subject.device.arch}"
     return Table(title, ("what", "count"), rows)
 
 
 def first_table(size: Size, name: str) -> Table:
     """Return the table of the candidates that would be tried first, in order; knobs are said beside the default."""
-    default = size.first[0][0]
+    default, subject = size.first[0][0], size.goal.subject
     rows = [(schedule.describe(default), ORIGINS[origin]) for schedule, origin in size.first]
-    return Table(f"{name}, first on {size.goal.subject.device.arch}", ("schedule", "why"), rows)
+    return Table(f"{name}, first on {subject.device.arch}", ("schedule", "why"), rows)
 
 
 def _size_json(size: Size) -> dict[str, Any]:
     subject = size.goal.subject
     return {
         "layer": size.goal.layer,
-        "variant": subject.variant.key,
+        "variant": subject.tunable.key,
         "batch": subject.batch,
         "seq": subject.seq,
         "arch": subject.device.arch,
@@ -113,7 +114,7 @@ def show_tuned(results: Sequence[Tuned], names: Mapping[Variant, str], display: 
     else:
         print_tables(tuned_tables(results, names, verbose=display.verbose))
     for tuned in results:
-        name = names[tuned.goal.subject.variant]
+        name = goal_name(tuned.goal, names)
         if tuned.outcome.choice is None:
             print(f"m2gen: {name}: {_no_winner(tuned)}", file=sys.stderr)
         if tuned.outcome.clocks is not None and tuned.outcome.clocks.warning:
@@ -122,11 +123,7 @@ def show_tuned(results: Sequence[Tuned], names: Mapping[Variant, str], display: 
 
 def tuned_tables(results: Sequence[Tuned], names: Mapping[Variant, str], *, verbose: bool) -> list[Table]:
     """Return the table of times, and that of schedules and the cost of finding them."""
-    named = [
-        (tuned, (names[subject.variant], f"B{subject.batch} S{subject.seq}"))
-        for tuned in results
-        for subject in [tuned.goal.subject]
-    ]
+    named = [(tuned, (goal_name(tuned.goal, names), tuned.goal.subject.size)) for tuned in results]
     return [
         Table("Tuned", TIME_COLUMNS, [(*name, *_times(tuned)) for tuned, name in named]),
         Table(
@@ -148,7 +145,7 @@ def _tuned_json(tuned: Tuned) -> dict[str, Any]:
     outcome, subject = tuned.outcome, tuned.goal.subject
     found: dict[str, Any] = {
         "layer": tuned.goal.layer,
-        "variant": subject.variant.key,
+        "variant": subject.tunable.key,
         "batch": subject.batch,
         "seq": subject.seq,
         "objective": str(subject.objective),
@@ -205,4 +202,4 @@ def _costs(tuned: Tuned) -> tuple[Any, ...]:
 
 def _more(tuned: Tuned) -> tuple[str, str]:
     choice = tuned.outcome.choice
-    return tuned.goal.subject.variant.key, choice.winner.slug if choice else ""
+    return tuned.goal.subject.tunable.key, choice.winner.slug if choice else ""

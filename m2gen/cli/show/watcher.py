@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from m2gen.cli.show.report import Display
-from m2gen.schedule import Schedule
+from m2gen.schedule import AnySchedule
 from m2gen.tune.log import SearchProgress
 from m2gen.tune.trial import Trial
 
@@ -24,7 +24,7 @@ class TerminalWatcher:
     def __init__(self, display: Display) -> None:
         self._display, self._quiet = display, display.quiet or display.as_json
         self._console = Console(stderr=True)
-        self._default: Schedule | None = None
+        self._default: AnySchedule | None = None
         self._bar: Bar | None = None
         if self._console.is_terminal and not self._quiet:
             self._bar = bar(self._console)

@@ -1,0 +1,13 @@
+"""Which kernels searches are about. Imports nothing, for the command line."""
+
+from enum import StrEnum
+
+
+class Kernels(StrEnum):
+    """The kernels that a command searches."""
+
+    RECURRENCE = "recurrence"
+    """Schedules of recurrences, which take most of a layer's time."""
+    LAYER = "layer"
+    """Tiles of the kernels around them."""
+    ALL = "all"
