@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from assembler import Endless
 from support import make_variant
 
 from m2gen.device import PORTABLE, TARGETS
@@ -285,6 +286,42 @@ def test_a_kernel_that_cannot_be_compiled_is_named(folder: Path, tmp_path: Path)
     assert done.returncode == 1
     assert f"{NAME}: warm_up: kernels must compile, got\n" in done.stderr
     assert "forward to decode: PTXASError: " in done.stderr
+
+
+OUT_OF_TIME = """
+import sys, threading
+import warmed.crew
+from warmed.__main__ import main
+began = open(sys.argv[1])
+class Timer(threading.Thread):
+    def __init__(self, seconds, function):
+        super().__init__(daemon=True)
+        self.function, self.cancelled = function, threading.Event()
+    def run(self):
+        while not self.cancelled.wait(0.01):
+            if began.readline():
+                return self.function()
+    def cancel(self):
+        self.cancelled.set()
+warmed.crew.threading.Timer = Timer
+sys.exit(main(sys.argv[2:]))
+"""
+"""A warm-up by whose clock the time is over as soon as an assembler has begun."""
+
+
+def test_an_assembler_that_never_ends_is_each_kernels_error(folder: Path, tmp_path: Path) -> None:
+    """It is ended when the time is over; other kernels have their turn, and the exit status is 1."""
+    endless = Endless(tmp_path / "assembler")
+    options = ("warm-up", "--device", "sm_90", "--processes", "1", "--use", "decode")
+    arguments = ("-c", OUT_OF_TIME, str(endless.began), *options)
+    done = python(tmp_path / "triton", *arguments, cwd=folder, **endless.environment)
+    assert done.returncode == 1, done.stderr
+    first, around, forward = done.stderr.splitlines()
+    assert first == f"{NAME}: warm_up: kernels must compile, got"
+    assert around.endswith(" around to decode: took longer than 600 s")
+    assert forward.endswith(" forward to decode: took longer than 600 s")
+    assert endless.calls() == 2
+    endless.wait()
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ import itertools
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from assembler import Endless
 from support import make_schedule, make_variant
 
 from m2gen.db import Failure, Reason
@@ -92,6 +94,18 @@ def test_a_compiler_that_never_ends_costs_its_candidate() -> None:
     assert list(found) == tasks
     for compiles in found.values():
         assert compiles.failure == Failure(Reason.LAUNCH, f"compiling took longer than {SECONDS:g} s")
+
+
+def test_an_assembler_that_never_ends_costs_its_candidate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton waits for it for ever; it ends with the candidate's time."""
+    endless = Endless(tmp_path / "assembler")
+    endless.replace(monkeypatch)
+    task = CompileTask(SUBJECT, BASE)
+    service = replace(PRECOMPILE, seconds=0.5, now=endless.calls)
+    ((_, found),) = run_isolated([[task]], service, 1)
+    assert found.failure == Failure(Reason.LAUNCH, "compiling took longer than 0.5 s")
+    assert endless.calls() == 1
+    endless.wait()
 
 
 def test_whatever_a_compiler_raises_is_the_candidates_failure(monkeypatch: pytest.MonkeyPatch) -> None:
