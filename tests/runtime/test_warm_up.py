@@ -135,6 +135,15 @@ def test_the_order_of_calls_does_not_matter(cache: Path, folder: Path) -> None:
         assert launches(cache, folder, calls)["compiled"] == []
 
 
+def test_every_kernel_has_products_and_sums_fused(folder: Path, tmp_path: Path) -> None:
+    """Those of the layer around the recurrence, too, though Triton fuses none unasked, as from 3.10 on."""
+    done = warm_up(tmp_path / "triton", folder, "--use", "decode", TRITON_DEFAULT_FP_FUSION="0")
+    assert done.returncode == 0, done.stderr
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "triton").glob("*/m2rnn_*.json")}
+    assert {"m2rnn_step_kernel", "m2rnn_decode_kernel"} <= set(found)
+    assert [name for name, facts in found.items() if not facts["enable_fp_fusion"]] == []
+
+
 def test_under_autocast(cache: Path, folder: Path, tmp_path: Path) -> None:
     """Parameters in float32 are other kernels, of the recurrence and around it; a warm-up of these alone finds them."""
     done = warm_up(tmp_path / "triton", folder, "--use", "train", "--operands", "autocast")
