@@ -1,4 +1,4 @@
-"""An assembler in the place of Triton's that begins and never ends."""
+"""Assemblers in the place of Triton's: one begins and never ends, the other takes the compiler down with it."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """#!{python} -S
-import fcntl, sys, time
+import fcntl, os, signal, sys, time
 if "--version" in sys.argv:
     sys.exit(print("Cuda compilation tools, release 12.8, V12.8.93"))
 began = open({began!r}, "a")
 fcntl.flock(began, fcntl.LOCK_SH)
 began.write("began\\n")
 began.flush()
-time.sleep(1e6)
+{then}
 """
+NEVER_ENDS = "time.sleep(1e6)"
+CRASHES = "os.kill(os.getppid(), signal.SIGSEGV)"
 
 
-class Endless:
+class Assembler:
     """The assembler, which writes a line into a file as it begins, and holds a lock on that for as long as it runs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, then: str) -> None:
         folder.mkdir()
         self.began = folder / "began"
         self.began.touch()
         program = folder / "ptxas"
-        program.write_text(SCRIPT.format(python=sys.executable, began=str(self.began)), encoding="utf-8")
+        program.write_text(SCRIPT.format(python=sys.executable, began=str(self.began), then=then), encoding="utf-8")
         program.chmod(0o755)
         self.environment = {
             "TRITON_PTXAS_PATH": str(program),

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from assembler import Endless
+from assembler import NEVER_ENDS, Assembler
 from command_line import run
 from support import make_variant
 
@@ -77,13 +77,13 @@ def test_an_assembler_that_never_ends_is_ended(
     jobs: list[Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Triton waits for the program that it calls for ever; that does not outlive its kernel's time."""
-    endless = Endless(tmp_path / "assembler")
-    endless.replace(monkeypatch)
-    replace_compiler(monkeypatch, replace(COMPILE, seconds=0.5, now=endless.calls))
+    assembler = Assembler(tmp_path / "assembler", NEVER_ENDS)
+    assembler.replace(monkeypatch)
+    replace_compiler(monkeypatch, replace(COMPILE, seconds=0.5, now=assembler.calls))
     found = compile_all(jobs[:1], 1)
     assert str(found[jobs[0]]) == f"{jobs[0].name}: compiling took longer than 0.5 s"
-    assert endless.calls() == 1
-    endless.wait()
+    assert assembler.calls() == 1
+    assembler.wait()
 
 
 def test_a_compiler_that_takes_its_process_down(jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:

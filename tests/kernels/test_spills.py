@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
 
 import pytest
+from assembler import CRASHES, Assembler
 from support import make_variant
 
 from m2gen.db.choice import Choice
@@ -28,6 +30,25 @@ SPILLS = {
     "k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx": 48,
 }
 """Variants of shipped specs whose defaults spill, and how many bytes a thread at most."""
+ELSEWHERE = {
+    "3.8": {
+        "k64_v64_q8_k8_v8_f8_w8_bf16_carry_approx": 16,
+        "k64_v64_q16_k16_v16_f16_w16_bf16_carry_approx": 16,
+        "k9_v9_q7_k7_v7_f7_w7_bf16_carry_approx": 40,
+        "k9_v9_q7_k7_v7_f7_w7_fp16_carry_approx": 64,
+        "k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx": 56,
+        "k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx": 56,
+    },
+    "3.9": {
+        "k64_v64_q8_k8_v8_f8_w8_bf16_carry_approx": 8,
+        "k64_v64_q16_k16_v16_f16_w16_bf16_carry_approx": 8,
+        "k9_v9_q7_k7_v7_f7_w7_fp32_carry_approx": 48,
+        "k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx": 64,
+        "k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx": 64,
+    },
+}
+"""The same where another Triton than the pinned one brings another ptxas, on whose word no default was chosen."""
+MOST = SPILLS | ELSEWHERE.get(".".join(metadata.version("triton").split(".")[:2]), {})
 
 
 class Silent:
@@ -43,7 +64,7 @@ def test_defaults_of_shipped_specs_spill_nothing(spec: str) -> None:
     """On every target of the spec, or what is named spills no more than it did."""
     for row in check(plan(f"{spec}.yaml", records=()), Silent()):
         assert row.resources is not None, row
-        assert row.resources.spill_bytes <= SPILLS.get(row.variant, 0), row
+        assert row.resources.spill_bytes <= MOST.get(row.variant, 0), row
         assert bool(row.notes) == bool(row.resources.spill_bytes)
 
 
@@ -57,7 +78,7 @@ def test_segments_take_no_registers(arch: str) -> None:
     choices = (Choice(BuiltVariant(variant, ("cut",)), device, schedule),)
     for row in check(Plan(spec, Origin("cut", "cut.yaml", "0" * 12), choices), Silent()):
         assert row.resources is not None, row
-        assert row.resources.spill_bytes <= SPILLS.get(row.variant, 0)
+        assert row.resources.spill_bytes <= MOST.get(row.variant, 0)
         assert not row.problems
 
 
@@ -82,15 +103,18 @@ def test_a_weight_of_128_columns_lies_in_shared_memory() -> None:
     assert backward.notes == (note,)
 
 
-def test_a_compiler_that_dies_is_named_and_costs_no_other_kernel() -> None:
-    """The assembler of another vendor takes its process down at PTX; kernels of both targets have a line."""
+def test_a_compiler_that_dies_is_named_and_costs_no_other_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache_dir: Path
+) -> None:
+    """The assembler of one vendor takes its process down; kernels of both vendors' targets have a line."""
+    Assembler(tmp_path / "assembler", CRASHES).replace(monkeypatch)
     variant = make_variant(dtype="bf16", tanh="approx")
-    schedule = parse("portable_f16x1u4a_b16x1c2a_i16_ptx")
+    schedule = parse("portable_f16x1u4a_b16x1c2a_i16_exp")
     spec, _ = open_spec("tiny.yaml")
     built = BuiltVariant(variant, ("broken",))
     choices = tuple(Choice(built, TARGETS[arch], schedule) for arch in ("gfx942", "sm_90"))
     rows = check(Plan(spec, Origin("broken", "broken.yaml", "0" * 12), choices), Silent())
-    assert {row.arch for row in rows if row.resources is None} == {"gfx942"}
+    assert {row.arch for row in rows if row.resources is None} == {"sm_90"}
     problems = {row.problems[0].partition(": ")[2] for row in rows if row.problems}
-    assert all(re.fullmatch(r"its process ended with (SIG\w+|exit status 1) while compiling", one) for one in problems)
+    assert problems == {"its process ended with SIGSEGV while compiling"}
     assert len(rows) == 6

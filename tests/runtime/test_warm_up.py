@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from assembler import Endless
+from assembler import NEVER_ENDS, Assembler
 from support import make_variant
 
 from m2gen.device import PORTABLE, TARGETS
@@ -320,17 +320,17 @@ sys.exit(main(sys.argv[2:]))
 
 def test_an_assembler_that_never_ends_is_each_kernels_error(folder: Path, tmp_path: Path) -> None:
     """It is ended when the time is over; other kernels have their turn, and the exit status is 1."""
-    endless = Endless(tmp_path / "assembler")
+    assembler = Assembler(tmp_path / "assembler", NEVER_ENDS)
     options = ("warm-up", "--device", "sm_90", "--processes", "1", "--use", "decode")
-    arguments = ("-c", OUT_OF_TIME, str(endless.began), *options)
-    done = python(tmp_path / "triton", *arguments, cwd=folder, **endless.environment)
+    arguments = ("-c", OUT_OF_TIME, str(assembler.began), *options)
+    done = python(tmp_path / "triton", *arguments, cwd=folder, **assembler.environment)
     assert done.returncode == 1, done.stderr
     first, around, forward = done.stderr.splitlines()
     assert first == f"{NAME}: warm_up: kernels must compile, got"
     assert around.endswith(" around to decode: took longer than 600 s")
     assert forward.endswith(" forward to decode: took longer than 600 s")
-    assert endless.calls() == 2
-    endless.wait()
+    assert assembler.calls() == 2
+    assembler.wait()
 
 
 @pytest.mark.parametrize(
