@@ -58,7 +58,7 @@ for rows, cols, dtype, pool in ((64, 16, "bf16", "bf16"), (64, 64, "fp16", "fp16
 """
 
 SPILLING = {("3.6", "sm_80"): ["64 16 steps 8"]}
-"""Kernels that spill by the ptxas of a Triton that is not the pinned one."""
+"""Kernels that spill by another ptxas than that of Triton 3.7.1."""
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])

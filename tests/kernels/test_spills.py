@@ -51,7 +51,7 @@ ELSEWHERE = {
         "k64_v16_q1_k1_v48_f48_w48_fp32_carry_exact_softplus": 8,
     },
 }
-"""The same where another Triton than the pinned one brings another ptxas, on whose word no default was chosen."""
+"""The same by the ptxas of other Tritons than 3.7.1, by whose word the defaults were chosen."""
 MOST = SPILLS | ELSEWHERE.get(".".join(metadata.version("triton").split(".")[:2]), {})
 
 
@@ -104,7 +104,8 @@ def test_a_weight_of_128_columns_lies_in_shared_memory() -> None:
     grouped = demand_of(Lowering(square, default(square, device)), Direction.BACKWARD)
     assert (grouped.states, grouped.weights) == (160, 32)  # 5 tiles of 64 x 64 and one sum of it, over 128 threads
     note = "spills: tiles of the state alone take 56 of 255 registers a thread, and state weights 128"
-    assert backward.notes == (note,)
+    assert backward.resources is not None
+    assert backward.notes == ((note,) if backward.resources.spill_bytes else ())  # the ptxas of Triton 3.9 spills none
 
 
 def test_a_compiler_that_dies_is_named_and_costs_no_other_kernel(
