@@ -31,6 +31,11 @@ SPILLS = {
 }
 """Variants of shipped specs whose defaults spill, and how many bytes a thread at most."""
 ELSEWHERE = {
+    "3.6": {
+        "k9_v9_q7_k7_v7_f7_w7_bf16_carry_approx": 48,
+        "k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx": 80,
+        "k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx": 80,
+    },
     "3.8": {
         "k64_v64_q8_k8_v8_f8_w8_bf16_carry_approx": 16,
         "k64_v64_q16_k16_v16_f16_w16_bf16_carry_approx": 16,
