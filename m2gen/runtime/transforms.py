@@ -47,7 +47,7 @@ def differentiable(
     """
     lists = isinstance(operator._schema.returns[0].type, torch.ListType)
 
-    class M2RNNOperator(torch.autograd.Function):
+    class M2RNNOperator(torch.autograd.function._SingleLevelFunction):  # its apply calls no transform again
         @staticmethod
         def forward(*arguments: Any) -> Any:
             with below(recording=torch._C._are_functorch_transforms_active()):
@@ -61,7 +61,7 @@ def differentiable(
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             return backward(ctx, *gradients)
 
-    apply: Operator = super(torch.autograd.Function, M2RNNOperator).apply  # what torch.autograd.Function hands on to
+    apply: Operator = M2RNNOperator.apply
 
     def autograd(*arguments: Any) -> Any:
         refuse_tangents("m2rnn", arguments)
