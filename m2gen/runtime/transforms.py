@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ def differentiable(
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             return backward(ctx, *gradients)
 
-    apply: Operator = M2RNNOperator.apply
+    apply: Operator = cast(Any, M2RNNOperator).apply  # which torch does not declare
 
     def autograd(*arguments: Any) -> Any:
         refuse_tangents("m2rnn", arguments)
