@@ -4,7 +4,7 @@ PYTHON ?= python3
 SPEC ?= h100.yaml
 BIN := .venv/bin
 
-.PHONY: build test lint types tests verify docs figures golden gpu sanitize clean
+.PHONY: build test lint types tests verify tritons docs figures golden gpu sanitize clean
 
 build: .venv/installed
 	$(BIN)/m2gen build --spec $(SPEC)
@@ -24,6 +24,10 @@ tests: .venv/installed
 # On the GPU, else in Triton's interpreter.
 verify: .venv/installed
 	$(BIN)/m2gen verify --spec tiny.yaml --quick --quiet
+
+# What touches Triton, on every version that m2gen supports or on those of TRITONS, each beside what .venv has.
+tritons: .venv/installed
+	$(BIN)/python tools/tritons.py $(TRITONS)
 
 # The site, into site/; a broken link ends it.
 docs: .venv/installed

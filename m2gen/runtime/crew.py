@@ -84,13 +84,15 @@ class _Worker:
         folder = str(Path(__file__).parent)
         self._facts = {"path": sys.path, "folder": folder, "arch": arch, "anywhere": anywhere}
         self._process: subprocess.Popen[str] | None = None
+        self._late = False
 
     def compile(self, group: Group) -> dict[str, Any]:
         """Return what the process says of a group: kernels, or an error."""
         process = self._process = self._process or self._started()
         assert process.stdin is not None
         assert process.stdout is not None
-        timer = threading.Timer(SECONDS, self._kill)
+        self._late = False
+        timer = threading.Timer(SECONDS, self._expire)
         timer.start()
         try:
             process.stdin.write(json.dumps(group) + "\n")
@@ -103,7 +105,8 @@ class _Worker:
         if line:
             answer: dict[str, Any] = json.loads(line)
             return answer
-        return {"error": f"its process ended with status {process.wait()}, after at most {SECONDS:g} s"}
+        status = process.wait()
+        return {"error": f"took longer than {SECONDS:g} s" if self._late else f"its process ended with status {status}"}
 
     def _started(self) -> subprocess.Popen[str]:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
@@ -115,6 +118,11 @@ class _Worker:
         assert process.stdin is not None
         process.stdin.write(json.dumps(self._facts) + "\n")
         return process
+
+    def _expire(self) -> None:
+        """End the process, since its time for a group is over."""
+        self._late = True
+        self._kill()
 
     def _kill(self) -> None:
         """End the process and what it started, such as an assembler."""

@@ -13,6 +13,9 @@ from . import relaunch
 from .layer_plan import LayerPlan, layer_plan_of
 from .relaunch import Known, Launched
 
+OPTIONS = {"enable_fp_fusion": True}
+"""Products and sums are fused to one operation, whatever Triton or its environment does by itself."""
+
 
 class LayerKernels(NamedTuple):
     """A module of the kernels around the recurrence, and what is known of launches of calls alike."""
@@ -39,7 +42,7 @@ class LayerKernels(NamedTuple):
             again.launch(pointers)
         elif programs:
             kernel = getattr(self.module, f"m2rnn_{name}_kernel")
-            compiled = kernel[(programs, 1, 1)](*pointers, *numbers, **flags, num_warps=warps)
+            compiled = kernel[(programs, 1, 1)](*pointers, *numbers, **flags, num_warps=warps, **OPTIONS)
             if self.known is not None:
                 first = next(x for x in pointers if x is not None)
                 launched = Launched(compiled, programs, (*numbers, *flags.values()), first.get_device())

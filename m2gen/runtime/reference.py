@@ -39,7 +39,8 @@ class _ClampGradientAlone(_ClampGradient):
 
 def _clamp_gradient(x: Tensor, bound: float) -> Tensor:
     function = _ClampGradient if torch.compiler.is_compiling() else _ClampGradientAlone
-    return function.apply(x, bound)  # type: ignore[no-any-return, no-untyped-call]
+    apply: Callable[[Tensor, float], Tensor] = function.apply
+    return apply(x, bound)
 
 
 def _kept(x: Tensor, bits: int, grid: float) -> Tensor:

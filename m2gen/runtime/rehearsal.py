@@ -98,6 +98,8 @@ def forget_paths() -> None:
         path = Path(code.co_filename)
         place = f"triton/{path.relative_to(root)}" if path.is_relative_to(root) else f"{built.NAME}/kernels/{path.name}"
         jitted.fn.__code__ = code.replace(co_filename=f"/{place}")
+        if hasattr(jitted, "file_name"):  # from Triton 3.8 on, a function keeps the name that its code had
+            jitted.file_name = f"/{place}"
 
 
 class Launching(TorchDispatchMode):  # type: ignore[no-untyped-call]

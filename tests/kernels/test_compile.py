@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from assembler import NEVER_ENDS, Assembler
 from command_line import run
 from support import make_variant
 
@@ -70,6 +71,19 @@ def test_a_compiler_that_never_ends_is_each_kernels_error(jobs: list[Job], monke
         assert str(found[job]) == f"{job.name}: compiling took longer than {SECONDS:g} s"
     replace_compiler(monkeypatch, replace(COMPILE, serve=_crash_at_backward, now=lambda: 0.0))
     assert compile_all(jobs, 1)[jobs[0]] == FOUND
+
+
+def test_an_assembler_that_never_ends_is_ended(
+    jobs: list[Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Triton waits for the program that it calls for ever; that does not outlive its kernel's time."""
+    assembler = Assembler(tmp_path / "assembler", NEVER_ENDS)
+    assembler.replace(monkeypatch)
+    replace_compiler(monkeypatch, replace(COMPILE, seconds=0.5, now=assembler.calls))
+    found = compile_all(jobs[:1], 1)
+    assert str(found[jobs[0]]) == f"{jobs[0].name}: compiling took longer than 0.5 s"
+    assert assembler.calls() == 1
+    assembler.wait()
 
 
 def test_a_compiler_that_takes_its_process_down(jobs: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:

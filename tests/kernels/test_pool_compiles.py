@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 from support import ROOT
@@ -56,6 +57,9 @@ for rows, cols, dtype, pool in ((64, 16, "bf16", "bf16"), (64, 64, "fp16", "fp16
         print(rows, cols, name, resources_of(compiled, device).spill_bytes)
 """
 
+SPILLING = {("3.6", "sm_80"): ["64 16 steps 8"]}
+"""Kernels that spill by another ptxas than that of Triton 3.7.1."""
+
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 def test_kernels_on_pools_compile(arch: str, tmp_path) -> None:
@@ -74,4 +78,5 @@ def test_kernels_on_pools_compile(arch: str, tmp_path) -> None:
     lines = done.stdout.splitlines()
     spilling = [line for line in lines if not line.endswith(" 0") and TARGETS[arch].is_nvidia]
     explicit = 4 * TARGETS[arch].is_nvidia  # tokens of two states that a program holds whole
-    assert (len(lines), spilling) == (15 + explicit, [])
+    series = ".".join(metadata.version("triton").split(".")[:2])
+    assert (len(lines), spilling) == (15 + explicit, SPILLING.get((series, arch), []))

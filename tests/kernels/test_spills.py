@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
 
 import pytest
+from assembler import CRASHES, Assembler
 from support import make_variant
 
 from m2gen.db.choice import Choice
@@ -28,6 +30,36 @@ SPILLS = {
     "k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx": 48,
 }
 """Variants of shipped specs whose defaults spill, and how many bytes a thread at most."""
+ELSEWHERE = {
+    "3.6": {
+        "k9_v9_q7_k7_v7_f7_w7_bf16_carry_approx": 48,
+        "k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx": 80,
+        "k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx": 80,
+        "k16_v64_q4_k4_v4_f4_w4_fp32_carry_exact_softplus": 168,
+        "k64_v16_q1_k1_v48_f48_w48_bf16_carry_exact_softplus": 88,
+    },
+    "3.8": {
+        "k64_v64_q8_k8_v8_f8_w8_bf16_carry_approx": 16,
+        "k64_v64_q16_k16_v16_f16_w16_bf16_carry_approx": 16,
+        "k9_v9_q7_k7_v7_f7_w7_bf16_carry_approx": 40,
+        "k9_v9_q7_k7_v7_f7_w7_fp16_carry_approx": 64,
+        "k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx": 56,
+        "k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx": 56,
+        "k16_v64_q4_k4_v4_f4_w4_fp32_carry_exact_softplus": 40,
+    },
+    "3.9": {
+        "k64_v64_q8_k8_v8_f8_w8_bf16_carry_approx": 8,
+        "k64_v64_q16_k16_v16_f16_w16_bf16_carry_approx": 8,
+        "k9_v9_q7_k7_v7_f7_w7_fp32_carry_approx": 48,
+        "k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx": 64,
+        "k64_v16_q1_k1_v84_f84_w84_bf16_carry_approx": 64,
+        "k16_v64_q4_k4_v4_f4_w4_fp32_carry_exact_softplus": 48,
+        "k64_v16_q1_k1_v48_f48_w48_bf16_carry_exact_softplus": 64,
+        "k64_v16_q1_k1_v48_f48_w48_fp32_carry_exact_softplus": 8,
+    },
+}
+"""The same by the ptxas of other Tritons than 3.7.1, by whose word the defaults were chosen."""
+MOST = SPILLS | ELSEWHERE.get(".".join(metadata.version("triton").split(".")[:2]), {})
 
 
 class Silent:
@@ -43,7 +75,7 @@ def test_defaults_of_shipped_specs_spill_nothing(spec: str) -> None:
     """On every target of the spec, or what is named spills no more than it did."""
     for row in check(plan(f"{spec}.yaml", records=()), Silent()):
         assert row.resources is not None, row
-        assert row.resources.spill_bytes <= SPILLS.get(row.variant, 0), row
+        assert row.resources.spill_bytes <= MOST.get(row.variant, 0), row
         assert bool(row.notes) == bool(row.resources.spill_bytes)
 
 
@@ -57,7 +89,7 @@ def test_segments_take_no_registers(arch: str) -> None:
     choices = (Choice(BuiltVariant(variant, ("cut",)), device, schedule),)
     for row in check(Plan(spec, Origin("cut", "cut.yaml", "0" * 12), choices), Silent()):
         assert row.resources is not None, row
-        assert row.resources.spill_bytes <= SPILLS.get(row.variant, 0)
+        assert row.resources.spill_bytes <= MOST.get(row.variant, 0)
         assert not row.problems
 
 
@@ -79,18 +111,22 @@ def test_a_weight_of_128_columns_lies_in_shared_memory() -> None:
     grouped = demand_of(Lowering(square, default(square, device)), Direction.BACKWARD)
     assert (grouped.states, grouped.weights) == (160, 32)  # 5 tiles of 64 x 64 and one sum of it, over 128 threads
     note = "spills: tiles of the state alone take 56 of 255 registers a thread, and state weights 128"
-    assert backward.notes == (note,)
+    assert backward.resources is not None
+    assert backward.notes == ((note,) if backward.resources.spill_bytes else ())  # the ptxas of Triton 3.9 spills none
 
 
-def test_a_compiler_that_dies_is_named_and_costs_no_other_kernel() -> None:
-    """The assembler of another vendor takes its process down at PTX; kernels of both targets have a line."""
+def test_a_compiler_that_dies_is_named_and_costs_no_other_kernel(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache_dir: Path
+) -> None:
+    """The assembler of one vendor takes its process down; kernels of both vendors' targets have a line."""
+    Assembler(tmp_path / "assembler", CRASHES).replace(monkeypatch)
     variant = make_variant(dtype="bf16", tanh="approx")
-    schedule = parse("portable_f16x1u4a_b16x1c2a_i16_ptx")
+    schedule = parse("portable_f16x1u4a_b16x1c2a_i16_exp")
     spec, _ = open_spec("tiny.yaml")
     built = BuiltVariant(variant, ("broken",))
     choices = tuple(Choice(built, TARGETS[arch], schedule) for arch in ("gfx942", "sm_90"))
     rows = check(Plan(spec, Origin("broken", "broken.yaml", "0" * 12), choices), Silent())
-    assert {row.arch for row in rows if row.resources is None} == {"gfx942"}
+    assert {row.arch for row in rows if row.resources is None} == {"sm_90"}
     problems = {row.problems[0].partition(": ")[2] for row in rows if row.problems}
-    assert all(re.fullmatch(r"its process ended with (SIG\w+|exit status 1) while compiling", one) for one in problems)
+    assert problems == {"its process ended with SIGSEGV while compiling"}
     assert len(rows) == 6

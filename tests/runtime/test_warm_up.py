@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from assembler import NEVER_ENDS, Assembler
 from support import make_variant
 
 from m2gen.device import PORTABLE, TARGETS
@@ -132,6 +133,15 @@ def test_the_order_of_calls_does_not_matter(cache: Path, folder: Path) -> None:
     decode, infer, train = (next(call for call in CALLS if call[0] == use) for use in ("decode", "infer", "train"))
     for calls in ([decode], [infer, decode], [train, decode, infer]):
         assert launches(cache, folder, calls)["compiled"] == []
+
+
+def test_every_kernel_has_products_and_sums_fused(folder: Path, tmp_path: Path) -> None:
+    """Those of the layer around the recurrence, too, though Triton fuses none unasked, as from 3.10 on."""
+    done = warm_up(tmp_path / "triton", folder, "--use", "decode", TRITON_DEFAULT_FP_FUSION="0")
+    assert done.returncode == 0, done.stderr
+    found = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "triton").glob("*/m2rnn_*.json")}
+    assert {"m2rnn_step_kernel", "m2rnn_decode_kernel"} <= set(found)
+    assert [name for name, facts in found.items() if not facts["enable_fp_fusion"]] == []
 
 
 def test_under_autocast(cache: Path, folder: Path, tmp_path: Path) -> None:
@@ -285,6 +295,42 @@ def test_a_kernel_that_cannot_be_compiled_is_named(folder: Path, tmp_path: Path)
     assert done.returncode == 1
     assert f"{NAME}: warm_up: kernels must compile, got\n" in done.stderr
     assert "forward to decode: PTXASError: " in done.stderr
+
+
+OUT_OF_TIME = """
+import sys, threading
+import warmed.crew
+from warmed.__main__ import main
+began = open(sys.argv[1])
+class Timer(threading.Thread):
+    def __init__(self, seconds, function):
+        super().__init__(daemon=True)
+        self.function, self.cancelled = function, threading.Event()
+    def run(self):
+        while not self.cancelled.wait(0.01):
+            if began.readline():
+                return self.function()
+    def cancel(self):
+        self.cancelled.set()
+warmed.crew.threading.Timer = Timer
+sys.exit(main(sys.argv[2:]))
+"""
+"""A warm-up by whose clock the time is over as soon as an assembler has begun."""
+
+
+def test_an_assembler_that_never_ends_is_each_kernels_error(folder: Path, tmp_path: Path) -> None:
+    """It is ended when the time is over; other kernels have their turn, and the exit status is 1."""
+    assembler = Assembler(tmp_path / "assembler", NEVER_ENDS)
+    options = ("warm-up", "--device", "sm_90", "--processes", "1", "--use", "decode")
+    arguments = ("-c", OUT_OF_TIME, str(assembler.began), *options)
+    done = python(tmp_path / "triton", *arguments, cwd=folder, **assembler.environment)
+    assert done.returncode == 1, done.stderr
+    first, around, forward = done.stderr.splitlines()
+    assert first == f"{NAME}: warm_up: kernels must compile, got"
+    assert around.endswith(" around to decode: took longer than 600 s")
+    assert forward.endswith(" forward to decode: took longer than 600 s")
+    assert assembler.calls() == 2
+    assembler.wait()
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from assembler import CRASHES, NEVER_ENDS, Assembler
 from support import make_schedule, make_variant
 
 from m2gen.db import Failure, Reason
@@ -67,15 +68,13 @@ def test_mma_of_one_warp_fits_where_there_is_no_shared_memory() -> None:
     assert len({found.binary, scratch.binary, other.binary}) == 3
 
 
-def test_a_compiler_that_dies_costs_its_candidate() -> None:
-    """PTX has no place on another vendor's GPU, whose assembler takes its process down; the next one compiles."""
+def test_a_compiler_that_dies_costs_its_candidate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An assembler takes its process down; a candidate for another vendor, which has none, compiles after it."""
+    Assembler(tmp_path / "assembler", CRASHES).replace(monkeypatch)
     amd = replace(SUBJECT, device=TARGETS["gfx942"])
-    assert BASE.tanh is Tanh.PTX
-    found, fine = compiled(CompileTask(amd, BASE), CompileTask(SUBJECT, BASE))
-    assert found.failure is not None
-    assert found.failure.reason is Reason.LAUNCH
-    assert re.fullmatch(r"its process ended with (SIG\w+|exit status 1) while compiling", found.failure.message)
-    assert fine.failure is None
+    found, fine = compiled(CompileTask(SUBJECT, BASE), CompileTask(amd, replace(BASE, tanh=Tanh.EXP)))
+    assert found.failure == Failure(Reason.LAUNCH, "its process ended with SIGSEGV while compiling")
+    assert fine.failure is None, fine.details
 
 
 def _never(task: CompileTask) -> Compiled:
@@ -92,6 +91,18 @@ def test_a_compiler_that_never_ends_costs_its_candidate() -> None:
     assert list(found) == tasks
     for compiles in found.values():
         assert compiles.failure == Failure(Reason.LAUNCH, f"compiling took longer than {SECONDS:g} s")
+
+
+def test_an_assembler_that_never_ends_costs_its_candidate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Triton waits for it for ever; it ends with the candidate's time."""
+    assembler = Assembler(tmp_path / "assembler", NEVER_ENDS)
+    assembler.replace(monkeypatch)
+    task = CompileTask(SUBJECT, BASE)
+    service = replace(PRECOMPILE, seconds=0.5, now=assembler.calls)
+    ((_, found),) = run_isolated([[task]], service, 1)
+    assert found.failure == Failure(Reason.LAUNCH, "compiling took longer than 0.5 s")
+    assert assembler.calls() == 1
+    assembler.wait()
 
 
 def test_whatever_a_compiler_raises_is_the_candidates_failure(monkeypatch: pytest.MonkeyPatch) -> None:
