@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -50,7 +49,9 @@ def tracker_of(learn: ModuleType, **changes: Any) -> tuple[Any, Any, Any]:
     return run, said, learn.Tracker(layer, said.classes)
 
 
-@pytest.mark.parametrize("options", [{}, {"norm": None, "residual": False, "answers": "element", "heads_apart": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": "rmsnorm", "residual": True, "answers": "element", "heads_apart": False}]
+)
 def test_the_recurrence_on_a_cpu_is_the_layers(example, options) -> None:
     """Logits, the state after them and the gradients of both are those of the layer's own scan."""
     _, said, model = tracker_of(example(), **options)
@@ -84,8 +85,10 @@ def test_heads_begin_apart(example, answers) -> None:
             assert not out[~used, head].any()
         else:
             places = said.problem.images[:, head]
-            assert all(torch.equal(out[i, head], out[j, head]) == bool(places[i] == places[j]) for i, j in
-                       torch.cartesian_prod(torch.arange(12), torch.arange(12)).tolist())
+            assert all(
+                torch.equal(out[i, head], out[j, head]) == bool(places[i] == places[j])
+                for i, j in torch.cartesian_prod(torch.arange(12), torch.arange(12)).tolist()
+            )
 
 
 def test_streams_go_on_until_the_model_errs(example) -> None:

@@ -161,7 +161,7 @@ class Progress:
 
 
 def fit(streams: Streams, say: Callable[[str], None]) -> tuple[list[int], int]:
-    """Train until the learning rate has fallen; return the steps at which letters were known, and how many were done."""
+    """Train until the learning rate has fallen; return the steps at which letters were known, and their number."""
     plan = streams.plan
     progress, accuracies = Progress(plan, [], plan.steps + plan.settle), list[Tensor]()
     step, said = 0, time.monotonic()

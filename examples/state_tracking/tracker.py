@@ -58,8 +58,8 @@ def begin(layer: nn.Module, images: Tensor, points: int, start: Start) -> None:
 class Tracker(nn.Module):
     """One M2RNN layer, whose hidden size is how many letters there are; ``classes`` of its outputs are the logits.
 
-    Its state is the layer's, (B, N, 1, V) in float32. On a CPU the recurrence is ``Recurrence``, the layer's own without
-    what its reference does to answer for every dtype and clip, in a small part of the time.
+    Its state is the layer's, (B, N, 1, V) in float32. On a CPU the recurrence is ``Recurrence``, the same without what
+    the layer's reference does to answer for every dtype and clip, in a small part of the time.
     """
 
     def __init__(self, layer: nn.Module, classes: int) -> None:
