@@ -129,6 +129,25 @@ def test_streams_that_the_model_does_not_know_are_lost(example) -> None:
         assert streams.lost.tolist() == 6 * [lost]
 
 
+def test_gates_that_are_kept_stay_as_they_began(example) -> None:
+    """A step changes v, the state weight and the output projection; q, k and both gates only where they are learnt."""
+    learn = example()
+    for kept in (True, False):
+        run, said, model = tracker_of(learn)
+        layer = model.layer
+        if kept:
+            example("tracker").keep_gates(layer)
+        before = {name: value.clone() for name, value in layer.state_dict().items()}
+        streams = learn.Streams(model, said, run.plan, 0)
+        for _ in range(2):  # no state yet has a gradient for f in the first
+            streams.step(1e-2, 0)
+        same = {name for name, value in layer.state_dict().items() if torch.equal(value, before[name])}
+        assert same == ({"decay_gate.A_log", "decay_gate.dt_bias"} if kept else set())
+        rows = (layer.input_projection.weight != before["input_projection.weight"]).any(1)
+        assert rows[4:14].all()
+        assert rows[:4].any() == rows[16:].any() == (not kept)
+
+
 def test_stages_are_known_in_turn(example) -> None:
     """Letters come once the last are known; after all of them, the learning rate falls for ``settle`` steps."""
     learn = example()
@@ -149,7 +168,7 @@ def test_parity_is_learnt_and_kept(example, monkeypatch, tmp_path, capsys) -> No
     learn = example()
     config = yaml.safe_load((EXAMPLE / "learn.yaml").read_text(encoding="utf-8"))
     small = {
-        "group": "S2", "heads": 1, "columns": 16, "letters": [0], "streams": 32, "steps": 200, "settle": 50,
+        "group": "S2", "heads": 1, "columns": 16, "letters": [0], "streams": 32, "steps": 400, "settle": 300,
     }  # fmt: skip
     config |= {
         "package": "generated.tiny", "evaluate": {"words": 4, "length": 40}, "defaults": config["defaults"] | small,

@@ -35,12 +35,12 @@ from many import Answers  # noqa: E402
 from step import own_stream  # noqa: E402
 from streams import Plan, Streams, fit, judge  # noqa: E402
 from torch import nn  # noqa: E402
-from tracker import Start, Tracker, begin  # noqa: E402
+from tracker import Start, Tracker, begin, keep_gates  # noqa: E402
 from words import group  # noqa: E402
 
 SAID = (64, 128, 256, 512, 1024, 2048)
 """Lengths whose accuracy is recorded."""
-SHAPE = ("group", "heads", "columns", "answers", "norm", "residual")
+SHAPE = ("group", "heads", "columns", "answers", "norm", "residual", "keep_gates")
 """Settings of a layer and its answers; all others are a ``Plan``'s or a ``Start``'s."""
 
 
@@ -106,6 +106,8 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
         said = Answers(problem, points_of(problem.name) if run.settings["answers"] == "points" else 0)
         torch.manual_seed(run.seed)
         layer = layer_of(run, said, package, "kernels" if device.type == "cuda" else "reference").to(device)
+        if run.settings["keep_gates"]:
+            keep_gates(layer)
         model = Tracker(layer, said.classes)
         known_at, steps = fit(
             Streams(model, said, run.plan, run.seed), lambda text: print(f"{run.name} {text}", file=sys.stderr)

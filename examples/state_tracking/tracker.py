@@ -55,6 +55,21 @@ def begin(layer: nn.Module, images: Tensor, points: int, start: Start) -> None:
                 out[:, head] = of_places[images[:, head % degree]]
 
 
+def keep_gates(layer: nn.Module) -> None:
+    """Keep q, k and both gates as they began: of the input projection, training changes what letters write alone.
+
+    An output gate that knows the letter lets answers be right where the state is not.
+    """
+    keys, values = (layer.heads.q + layer.heads.k) * layer.state_expansion, layer.heads.v * layer.head_dim
+    projection, gate = layer.input_projection, layer.decay_gate
+    trained = torch.zeros_like(projection.bias)
+    trained[keys : keys + values] = 1
+    projection.weight.register_hook(lambda gradient: gradient * trained[:, None])
+    projection.bias.register_hook(lambda gradient: gradient * trained)
+    for parameter in (gate.A_log, gate.dt_bias):
+        parameter.register_hook(torch.zeros_like)
+
+
 class Tracker(nn.Module):
     """One M2RNN layer, whose hidden size is how many letters there are; ``classes`` of its outputs are the logits.
 
