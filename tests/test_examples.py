@@ -132,7 +132,7 @@ def test_models_of_a_stack_train_as_they_would_alone(example, monkeypatch) -> No
     models = [decoder.Decoder([tiny.M2RNN(8, 1, 4, dict.fromkeys("qkvfw", 2), **options)], 8, 6, 6) for _ in range(2)]
     stack = many.Stack(models, tiny.m2rnn, "reference", torch.device("cpu"))
     words = example("state_tracking", "words")
-    said = many.Answers(words.group("S3"), points=False)
+    said = many.Answers(words.group("S3"), points=0)
     stages, shared = ((2, 2), (0, 5)), {"noise": 0.0, "steps": 100, "settle": 10, "caution": 0.5}
     plans = [
         many.Plan(stages, learning_rate=1e-2, weight_decay=0.1, clip=0.3, **shared),
@@ -170,7 +170,7 @@ def test_models_of_a_stack_train_as_they_would_alone(example, monkeypatch) -> No
 def test_answers_by_points(example) -> None:
     """The right permutation written out has no loss and is right; with one point elsewhere it is neither."""
     many = example("state_tracking", "many")
-    said = many.Answers(example("state_tracking", "words").group("A4"), points=True)
+    said = many.Answers(example("state_tracking", "words").group("A4"), points=4)
     answers = torch.arange(12)
     logits = 50.0 * nn.functional.one_hot(said.problem.images, 4).flatten(1)
     assert logits.shape[1] == said.classes

@@ -93,15 +93,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says: which element the product is; or, with ``points``, where it takes each point."""
+    """What a model says: which element the product is; or, with ``points``, where it takes the first so many points.
+
+    All points but one tell a permutation, and all but two an even one.
+    """
 
     problem: Group
-    points: bool
+    points: int
 
     @property
     def classes(self) -> int:
         """How many logits that takes."""
-        return self.problem.images.shape[1] ** 2 if self.points else self.problem.order
+        return self.points * self.problem.images.shape[1] if self.points else self.problem.order
 
     def losses(self, logits: Tensor, answers: Tensor) -> Tensor:
         """Return the cross entropy of each answer (...), of logits (..., classes)."""
@@ -117,8 +120,7 @@ class Answers:
     def _split(self, logits: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
         if not self.points:
             return logits[..., None, :], answers[..., None]
-        degree = self.problem.images.shape[1]
-        return logits.unflatten(-1, (degree, degree)), self.problem.images[answers]
+        return logits.unflatten(-1, (self.points, -1)), self.problem.images[answers][..., : self.points]
 
 
 class Many:

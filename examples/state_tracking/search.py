@@ -114,7 +114,8 @@ class Running:
         self.members = members_of(config, asked)
         self.problem = group(asked.get("group", config["group"])).to(device)
         self.package = package
-        self.said = Answers(self.problem, self.members[0].settings["answers"] == "points")
+        by_points = self.members[0].settings["answers"] == "points"
+        self.said = Answers(self.problem, self.problem.images.shape[1] if by_points else 0)
         models = [model_of(member, self.said, package) for member in self.members]
         backend = "kernels" if device.type == "cuda" else "reference"
         self.stack = Stack(models, package.m2rnn, backend, device)

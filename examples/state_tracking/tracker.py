@@ -1,0 +1,149 @@
+"""A model that is one M2RNN layer: letters in, logits of their product out, and the state that it goes on from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from construct import inverse_silu
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a layer begins with."""
+
+    gain: float
+    """Size of the random rotations that are its state weights."""
+    spread: float
+    """Standard deviation of what letters write."""
+    forget: float
+    """What the forget gates are: nearly nothing."""
+    heads_apart: bool
+    """Whether each head is read for the place of one point; else every answer is read from all heads."""
+
+
+@torch.no_grad()
+def begin(layer: nn.Module, images: Tensor, points: int, start: Start) -> None:
+    """Write a layer's initial values: q, k and the output gate are 1 whatever the letter, v is random.
+
+    ``images`` are the group's; head n is read for the place of point n. ``points`` is ``Answers.points``.
+    """
+    degree, counts, cols = images.shape[1], layer.heads, layer.head_dim
+    keys, gates = (counts.q + counts.k) * layer.state_expansion, layer.gate_heads * cols
+    sizes = [keys, counts.v * cols, layer.forget_inputs, gates]
+    layer.input_projection.weight.zero_().split(sizes)[1].normal_(std=start.spread)
+    biases = [torch.ones(keys), torch.zeros(sizes[1] + sizes[2]), inverse_silu(torch.ones(gates))]
+    layer.input_projection.bias.copy_(torch.cat(biases))
+    layer.decay_gate.A_log.zero_()
+    layer.decay_gate.dt_bias.fill_(math.log(math.expm1(-math.log(start.forget))))
+    for weight in layer.state_weight:
+        nn.init.orthogonal_(weight, gain=start.gain)
+    if layer.D is not None:
+        layer.D.zero_()
+    out = layer.output_projection.weight.normal_(std=cols**-0.5)
+    if start.heads_apart:
+        read = torch.randn(layer.total_heads, degree, cols) * cols**-0.5  # of each head: where its point is
+        out = out.zero_().unflatten(1, (layer.total_heads, cols))
+        for head, of_places in enumerate(read):
+            if points and head < points:
+                out[head * degree : (head + 1) * degree, head] = of_places
+            elif not points:
+                out[:, head] = of_places[images[:, head % degree]]
+
+
+def keep_gates(layer: nn.Module) -> None:
+    """Keep q, k and both gates as they began: of the input projection, training changes what letters write alone.
+
+    An output gate that knows the letter lets answers be right where the state is not.
+    """
+    keys, values = (layer.heads.q + layer.heads.k) * layer.state_expansion, layer.heads.v * layer.head_dim
+    projection, gate = layer.input_projection, layer.decay_gate
+    trained = torch.zeros_like(projection.bias)
+    trained[keys : keys + values] = 1
+    projection.weight.register_hook(lambda gradient: gradient * trained[:, None])
+    projection.bias.register_hook(lambda gradient: gradient * trained)
+    for parameter in (gate.A_log, gate.dt_bias):
+        parameter.register_hook(torch.zeros_like)
+
+
+class Tracker(nn.Module):
+    """One M2RNN layer, whose hidden size is how many letters there are; ``classes`` of its outputs are the logits.
+
+    Its state is the layer's, (B, N, 1, V) in float32. On a CPU the recurrence is ``Recurrence``, the same without what
+    the layer's reference does to answer for every dtype and clip, in a small part of the time.
+    """
+
+    def __init__(self, layer: nn.Module, classes: int) -> None:
+        super().__init__()
+        if layer.conv1d is not None or layer.activation is not None or layer.state_expansion != 1:
+            raise ValueError("a tracker's layer must have state_expansion=1, conv_width=None and activation=None")
+        self.layer, self.classes = layer, classes
+
+    def first(self, batch: int) -> Tensor:
+        """Return the state before any letter."""
+        layer = self.layer
+        return torch.zeros(batch, layer.total_heads, 1, layer.head_dim, device=layer.state_weight.device)
+
+    def decayed(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the parameters that weight decay is for, and the others."""
+        decayed = [self.layer.state_weight, self.layer.output_projection.weight]
+        return decayed, [p for p in self.parameters() if all(p is not one for one in decayed)]
+
+    def forward(self, letters: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Take letters (B, T) and the state before them to logits (B, T, classes) and the state after them."""
+        if not letters.is_cuda:
+            return self.on_cpu(letters, state)
+        one_hot = torch.eye(self.layer.hidden_size, device=letters.device)
+        y, _, state = self.layer.scan(F.embedding(letters, one_hot), None, state)
+        return y[..., : self.classes], state
+
+    def on_cpu(self, letters: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Do the same without the layer's operator: every letter is projected once, and looked up where it stands."""
+        layer, heads, cols = self.layer, self.layer.total_heads, self.layer.head_dim
+        table = layer.input_projection.weight.mT + layer.input_projection.bias
+        q, k, v, f, g = table.split([heads, heads, heads * cols, heads, heads * cols], -1)
+        v, gate = v.unflatten(-1, (heads, cols)), F.silu(g).unflatten(-1, (heads, cols))
+        writes = of_letters(k[..., None] * v, letters.mT).transpose(1, 2)  # time first, then heads
+        forgets = of_letters(layer.decay_gate(f)[..., None], letters.mT).transpose(1, 2)
+        states = Recurrence.apply(writes, layer.state_weight, forgets, state[:, :, 0].transpose(0, 1))
+        y = states.permute(2, 0, 1, 3) * of_letters(q[..., None] * gate, letters)
+        if layer.D is not None:
+            y = y + of_letters(layer.D * v * gate, letters)
+        logits = layer.output_projection(layer.g_norm(y.flatten(-2)))
+        return logits[..., : self.classes], states[-1].transpose(0, 1)[:, :, None]
+
+
+def of_letters(table: Tensor, letters: Tensor) -> Tensor:
+    """Return what a table (letters, N, V) has of each of these letters (..., N, V)."""
+    return F.embedding(letters, table.flatten(1)).unflatten(-1, table.shape[1:])
+
+
+class Recurrence(torch.autograd.Function):
+    """H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + x_t) for x (T, N, B, V), W (N, V, V) and f (T, N, B, 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, forget: Tensor, state: Tensor) -> Tensor:
+        states, candidates = torch.empty_like(x), torch.empty_like(x)
+        before = state
+        for t in range(len(x)):
+            torch.baddbmm(x[t], before, weight, out=candidates[t]).tanh_()
+            before = torch.lerp(candidates[t], before, forget[t], out=states[t])
+        ctx.save_for_backward(torch.cat((state[None], states[:-1])), candidates, weight, forget)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        before, candidates, weight, forget = ctx.saved_tensors
+        of_x, of_forget = torch.empty_like(before), torch.empty_like(forget)
+        carried = torch.zeros_like(before[0])
+        for t in reversed(range(len(before))):
+            carried = carried + gradients[0][t]
+            of_forget[t] = (carried * (before[t] - candidates[t])).sum(-1, keepdim=True)
+            torch.mul(carried * (1 - forget[t]), 1 - candidates[t].square(), out=of_x[t])
+            carried = torch.baddbmm(carried * forget[t], of_x[t], weight.mT)
+        of_weight = before.transpose(0, 1).flatten(1, 2).mT @ of_x.transpose(0, 1).flatten(1, 2)
+        return of_x, of_weight, of_forget, None  # the first state is data

@@ -1,0 +1,202 @@
+"""Training on words without end: the tracker against the package's layer, streams against the table, the command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support import ROOT
+from torch import nn
+
+from m2gen.kernels.compile import load_module
+
+EXAMPLE = ROOT / "examples" / "state_tracking"
+LOCAL = ("construct", "decoder", "gated_delta", "many", "stack", "step", "streams", "tracker", "words")
+"""Modules that the example finds beside it."""
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that imports the example's command, or one of the modules beside it."""
+    monkeypatch.setattr(sys, "path", [str(EXAMPLE), str(EXAMPLE.parent), *sys.path])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in LOCAL:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    def imported(module: str = "learn") -> ModuleType:
+        return load_module(EXAMPLE / f"{module}.py", f"example_learn_{module}")
+
+    yield imported
+    for name in LOCAL:
+        sys.modules.pop(name, None)
+
+
+def tracker_of(learn: ModuleType, **changes: Any) -> tuple[Any, Any, Any]:
+    """Return the small run of changed settings, its answers and its untrained model."""
+    config = yaml.safe_load((EXAMPLE / "learn.yaml").read_text(encoding="utf-8"))
+    small = {"group": "A4", "heads": 2, "columns": 5, "streams": 6, "segment": 3, "letters": [2, 0]}
+    run = learn.Run("small", {}, config["defaults"] | small | changes, 0)
+    problem = learn.group(run.settings["group"])
+    points = learn.points_of(problem.name) if run.settings["answers"] == "points" else 0
+    said = learn.Answers(problem, points)
+    torch.manual_seed(0)
+    layer = learn.layer_of(run, said, learn.package_of("generated.tiny"), "reference")
+    return run, said, learn.Tracker(layer, said.classes)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"norm": "rmsnorm", "residual": True, "answers": "element", "heads_apart": False}]
+)
+def test_the_recurrence_on_a_cpu_is_the_layers(example, options) -> None:
+    """Logits, the state after them and the gradients of both are those of the layer's own scan."""
+    _, said, model = tracker_of(example(), **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    letters, state = torch.randint(12, (4, 7)), torch.randn(4, 2, 1, 5)
+    model.layer.clip = None
+    y, _, after = model.layer.scan(torch.eye(12)[letters], None, state)
+    expected = y[..., : said.classes], after
+    weights = [torch.randn_like(x) for x in expected]
+
+    def gradients(results: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        total = sum((x * weight).sum() for x, weight in zip(results, weights, strict=True))
+        return torch.autograd.grad(total, list(model.parameters()))
+
+    found = model(letters, state)
+    for one, other in zip((*found, *gradients(found)), (*expected, *gradients(expected)), strict=True):
+        assert torch.allclose(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("answers", ["points", "element"])
+def test_heads_begin_apart(example, answers) -> None:
+    """Each head alone moves logits by where elements take its point, and the first logits are no constant."""
+    _, said, model = tracker_of(example(), answers=answers)
+    out = model.layer.output_projection.weight.detach().unflatten(1, (2, 5))[: said.classes]
+    for head in range(2):
+        if answers == "points":
+            used = torch.arange(said.classes) // 4 == head
+            assert out[used, head].abs().min() > 0
+            assert not out[~used, head].any()
+        else:
+            places = said.problem.images[:, head]
+            assert all(
+                torch.equal(out[i, head], out[j, head]) == bool(places[i] == places[j])
+                for i, j in torch.cartesian_prod(torch.arange(12), torch.arange(12)).tolist()
+            )
+
+
+def test_streams_go_on_until_the_model_errs(example) -> None:
+    """A state is that of all the letters since the stream began, and streams that were lost begin with no state."""
+    learn = example()
+    run, said, model = tracker_of(learn, learning_rate=0.0, restart=0.0, sure=1e-9)
+    streams, words = learn.Streams(model, said, run.plan, 0), list[torch.Tensor]()
+    drawn = streams._draw
+
+    def noted() -> tuple[torch.Tensor, torch.Tensor]:
+        letters, answers = drawn()
+        words.append(letters)
+        return letters, answers
+
+    streams._draw = noted
+    for _ in range(3):
+        streams.step(0.0, 0)
+    word = torch.cat(words, 1)
+    product = said.problem.table.new_zeros(len(word))
+    for letter in word.unbind(1):
+        product = said.problem.table[product, letter]
+    assert torch.equal(streams.product, product)
+    assert torch.allclose(streams.state, model(word, model.first(len(word)))[1], atol=1e-6)
+    streams.lost[:2] = True
+    streams.step(0.0, 0)
+    assert torch.allclose(streams.state[:2], model(words[-1][:2], model.first(2))[1], atol=1e-6)
+    assert streams.ages.tolist() == [3.0, 3.0, 12.0, 12.0, 12.0, 12.0]
+
+
+def test_streams_that_the_model_does_not_know_are_lost(example) -> None:
+    """A model that is sure of a wrong answer loses every stream; one that need not be sure loses none."""
+    learn = example()
+    for sure, lost in ((0.5, True), (0.0, False)):
+        run, said, model = tracker_of(learn, sure=sure, restart=0.0)
+        nn.init.zeros_(model.layer.output_projection.weight)  # all places are as probable
+        streams = learn.Streams(model, said, run.plan, 0)
+        streams.step(0.0, 0)
+        assert streams.lost.tolist() == 6 * [lost]
+
+
+def test_gates_that_are_kept_stay_as_they_began(example) -> None:
+    """A step changes v, the state weight and the output projection; q, k and both gates only where they are learnt."""
+    learn = example()
+    for kept in (True, False):
+        run, said, model = tracker_of(learn)
+        layer = model.layer
+        if kept:
+            example("tracker").keep_gates(layer)
+        before = {name: value.clone() for name, value in layer.state_dict().items()}
+        streams = learn.Streams(model, said, run.plan, 0)
+        for _ in range(2):  # no state yet has a gradient for f in the first
+            streams.step(1e-2, 0)
+        same = {name for name, value in layer.state_dict().items() if torch.equal(value, before[name])}
+        assert same == ({"decay_gate.A_log", "decay_gate.dt_bias"} if kept else set())
+        rows = (layer.input_projection.weight != before["input_projection.weight"]).any(1)
+        assert rows[4:14].all()
+        assert rows[:4].any() == rows[16:].any() == (not kept)
+
+
+def test_stages_are_known_in_turn(example) -> None:
+    """Letters come once the last are known; after all of them, the learning rate falls for ``settle`` steps."""
+    learn = example()
+    run, *_ = tracker_of(learn, letters=[2, 3, 0], known=0.9, settled=0.99, settle=100, learning_rate=1.0)
+    streams = example("streams")
+    progress = streams.Progress(run.plan, [], 1000)
+    seen = []
+    for step, accuracy in ((10, 0.8), (20, 0.95), (30, 0.91), (40, 0.98), (50, 0.995)):
+        progress.see(step, accuracy)
+        seen.append(progress.letters)
+    assert seen == [2, 3, 0, 0, 0]
+    assert (progress.known_at, progress.end) == ([20, 30, 50], 150)
+    assert [progress.rate(step) for step in (49, 100, 149)] == [1.0, 0.5, 0.02]
+
+
+def test_parity_is_learnt_and_kept(example, monkeypatch, tmp_path, capsys) -> None:
+    """The command trains until words of 40 are right, keeps the weights, and trains nothing again."""
+    learn = example()
+    config = yaml.safe_load((EXAMPLE / "learn.yaml").read_text(encoding="utf-8"))
+    small = {
+        "group": "S2", "heads": 1, "columns": 16, "letters": [0], "streams": 32, "steps": 400, "settle": 300,
+    }  # fmt: skip
+    config |= {
+        "package": "generated.tiny", "evaluate": {"words": 4, "length": 40}, "defaults": config["defaults"] | small,
+        "recipes": [{"name": "parity", "seeds": [0]}],
+    }  # fmt: skip
+    place = tmp_path / "learn.yaml"
+    place.write_text(yaml.safe_dump(config), encoding="utf-8")
+    arguments = ["learn.py", "--config", str(place), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    learn.main()
+    text = capsys.readouterr().out
+    assert text.splitlines()[-1].endswith("| 40 | 1 of 1 |")
+    monkeypatch.setattr(learn, "train", None)
+    learn.main()
+    assert capsys.readouterr().out == text
+    assert len(json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["runs"]) == 1
+    run = learn.runs_of(config, set())[0]
+    said = learn.Answers(learn.group("S2"), 1)
+    layer = learn.layer_of(run, said, learn.package_of("generated.tiny"), "reference")
+    layer.load_state_dict(torch.load(tmp_path / "out" / "parity_0.pt"))
+    letters, answers = said.problem.words(3, 60, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        logits = layer(torch.eye(2)[letters])  # the package's layer by itself
+    assert said.right(logits[..., : said.classes], answers).all()
+    config["defaults"]["columns"] = 9
+    place.write_text(yaml.safe_dump(config), encoding="utf-8")
+    with pytest.raises(SystemExit, match="must be of parity's settings"):
+        learn.main()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--recipes", "none"])
+    with pytest.raises(SystemExit, match="--recipes must be of parity, got none"):
+        learn.main()
