@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -547,3 +549,25 @@ def test_hybrid_lm_bench_names_what_it_cannot_time(example, monkeypatch, tmp_pat
     assert [row[2] for row in rows[:3]] == 3 * ["8,000"]
     assert rows[3][2].startswith("not timed: width must be a multiple of 256 for gated_deltanet, got 8")
     assert rows[4][2].startswith("not timed: gated_deltanet_fla must have flash-linear-attention installed")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("char_lm.py", "--redraw", "absent"),
+        ("state_tracking/run.py", "--config", "absent"),
+        ("recall/run.py", "--config", "absent"),
+        ("hybrid_lm/hybrids.py", "--report", "absent"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_file_that_is_not_there_is_one_line(command: tuple[str, ...], tmp_path: Path) -> None:
+    """Whoever mistypes a path reads which, and no traceback."""
+    place = str(ROOT / "examples" / command[0])
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, place, *command[1:]], cwd=tmp_path, env=variables, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "absent must be readable and writable: No such file" in done.stderr
+    assert "Traceback" not in done.stderr

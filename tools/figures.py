@@ -47,21 +47,21 @@ def bench(plot: Plot) -> None:
 
 ORIGINS = {
     "random": "random search",
-    "default": "the default and beside it",
-    "neighbour": "the default and beside it",
-    "tile": "the default and beside it",
-    "similar": "of a record",
-    "record": "of a record",
+    "default": "the default and its neighbours",
+    "neighbour": "the default and its neighbours",
+    "tile": "the default and its neighbours",
+    "similar": "from a record",
+    "record": "from a record",
     "search": "proposed by TPE",
-    "combined": "forward and backward of two trials",
+    "combined": "forward of one trial, backward of another",
 }
 """What the legend calls candidates, by how a search came upon them."""
 COLOURS = (
     "random search",
     "proposed by TPE",
-    "forward and backward of two trials",
-    "the default and beside it",
-    "of a record",
+    "forward of one trial, backward of another",
+    "the default and its neighbours",
+    "from a record",
 )
 """Candidates by the colour that they have: muted first, then those of data."""
 
@@ -121,7 +121,7 @@ def state_tracking(plot: Plot) -> None:
     """Draw to which position every run of the example of state tracking is right, a panel for each group."""
     (path,) = plot.sources
     found = json.loads(path.read_text(encoding="utf-8"))
-    title = f"State tracking: trained on words of {found['seen']}, asked about {found['asked']}; a dot is a seed"
+    title = f"State tracking: trained on words of {found['seen']}, tested on {found['asked']}; one dot a seed"
     write_figure(plot, title, lambda theme: _groups_figure(found, title, theme))
 
 
@@ -145,7 +145,7 @@ def _groups_figure(found: dict[str, Any], title: str, theme: Theme) -> Any:
             xscale="log",
             xlim=(0.7, 1.9 * found["asked"]),
             title=group.translate(SUBSCRIPTS),
-            xlabel="right to position",
+            xlabel="every answer right up to position",
         )
         axes.set_xticks([1, 10, found["seen"], found["asked"]], ["1", "10", str(found["seen"]), str(found["asked"])])
         axes.minorticks_off()

@@ -29,6 +29,8 @@ OUTSIDE = {
 FILES = "files"
 """Folder of the site with files of the repository that are no pages."""
 LINK = re.compile(r"(!?\[[^\]]*\])\(([^)\s#]+)(#[^)\s]*)?\)")
+LAST_FOUND = ("history/", "changelog.md")
+"""Pages that the search lists after others: what they name has its own page, as it is now."""
 PICTURE = re.compile(r'<picture>\s*<source [^>]*srcset="([^"]+)">\s*<img alt="([^"]*)" src="([^"]+)">\s*</picture>')
 
 
@@ -98,5 +100,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn the links of a page of docs/ that leave it; those of other pages were turned as they were added."""
+    if page.file.src_uri.startswith(LAST_FOUND):
+        page.meta.setdefault("search", {"boost": 0.1})
     name = f"docs/{page.file.src_uri}"
     return rewritten(name, markdown) if (ROOT / name).is_file() else markdown

@@ -15,6 +15,7 @@ from m2gen.cli.bench import bench
 from m2gen.cli.build import BUILD_EXAMPLES, CHECK_EXAMPLES, build, check
 from m2gen.cli.db import db_app
 from m2gen.cli.options import DebugOption, JsonOption, reporting
+from m2gen.cli.parsing import said
 from m2gen.cli.spec import spec_app
 from m2gen.cli.streams import exit_status, open_streams
 from m2gen.cli.tune import EXAMPLES as TUNE_EXAMPLES
@@ -93,10 +94,9 @@ def _run() -> int | None:
     try:
         status: int | None = app(standalone_mode=False)
     except Exception as error:
-        message = getattr(error, "format_message", None)
-        if message is None:
+        if not hasattr(error, "format_message"):
             raise
-        if message():  # empty if the help was printed instead
-            print(f"m2gen: {message()} (see `m2gen --help`)", file=sys.stderr)
+        if message := said(error):
+            print(f"m2gen: {message}", file=sys.stderr)
         status = getattr(error, "exit_code", 2)
     return status

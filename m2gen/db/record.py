@@ -111,6 +111,9 @@ def message_of(error: ErrorDetails) -> str:
     place = (part for part in error["loc"] if part not in families)  # pydantic names the family, which is no key
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
     must = re.sub(r"^(Input|String|Value) should", "must", error["msg"])
+    must = re.sub(r" a( valid)? dictionary( or an instance of \w+)?$", " an object", must)
+    if error["type"] == "missing":
+        return f"${''.join(parts)} is missing"
     if error["type"].startswith("union_tag"):
         must = f"must have the family {', '.join(families)}"
     given = repr(error["input"])

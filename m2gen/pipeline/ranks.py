@@ -40,6 +40,7 @@ HYBRID_SIZE = (8, 4096)
 REPEATS, CPU_REPEATS = 20, 3
 QUIET_SECONDS_A_CPU = 30.0
 """Longest between two results for each of many CPUs: they share the cores of a host."""
+EVERY_FORM = tuple(Form)
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
 
 
@@ -55,7 +56,7 @@ class RanksRequest:
     lengths: tuple[int, ...] = ()
     """Tokens of one sequence, for the forms that exchange tokens; without these and sizes, what forms are meant for."""
     seed: int = 0
-    forms: tuple[Form, ...] = tuple(Form)
+    forms: tuple[Form, ...] = EVERY_FORM
     """Forms to run, each beside one rank."""
 
 
@@ -96,6 +97,11 @@ def ranks_cases(planned: Plan, request: RanksRequest, *, cuda: bool) -> tuple[Ra
     cases = [case for shape in shapes for case in _cases(shape, request, cuda=cuda)]
     if shapes and Form.FSDP in request.forms and (request.sizes or not request.lengths):
         cases += _hybrid_cases(min(shapes, key=lambda shape: shape.hidden_size), request, cuda=cuda)
+    if not cases and request.forms != EVERY_FORM:
+        known = dict.fromkeys(case.form for case in ranks_cases(planned, replace(request, forms=EVERY_FORM), cuda=cuda))
+        names = ", ".join(form for form in known if form is not Form.ONE)
+        asked = ", ".join(request.forms)
+        raise UsageError(f"--form must be among {names} for {request.ranks} ranks and these sizes, got {asked}")
     return tuple(cases)
 
 

@@ -110,6 +110,16 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("forms", "options"),
+    [((Form.ONE,), {}), ((Form.MESH,), {}), ((Form.FSDP,), {"lengths": (64,)}), ((Form.HEADS,), {"lengths": (64,)})],
+)
+def test_forms_of_which_nothing_runs(forms: tuple[Form, ...], options: dict[str, Any]) -> None:
+    """One rank alone, a mesh of two ranks, and forms that take no single sequence are errors, not a run of nothing."""
+    with pytest.raises(UsageError, match=rf"--form must be among .*exchange.*, got {forms[0]}$"):
+        cases_of(TINY, requested(2, "base", forms=forms, **options))
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--size", "8x4096"), "--size must be given with --gpus"),

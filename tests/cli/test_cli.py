@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 from support import ROOT
 
 from m2gen import __version__, pipeline
+from m2gen.cli import main
 from m2gen.cli.show import build
 from m2gen.cli.show import info as shown_info
 from m2gen.device import TARGETS
@@ -302,3 +303,28 @@ def test_verify_one_case_in_the_interpreter(spec: Path) -> None:
     suite = ElementTree.parse(spec.parent / "report.xml").find("testsuite")
     assert suite is not None
     assert (suite.get("tests"), suite.get("failures")) == ("1", "0")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "bench --spec x --quantity mem",
+            "--quantity must be among time, memory, got 'mem' (see `m2gen bench --help`)",
+        ),
+        ("bench --spec x --gpus 0", "--gpus must be greater than or equal to 2, got '0'"),
+        ("tune --spec x --trials many", "--trials must be a valid integer, got 'many'"),
+        ("db show", "Missing argument 'ID'. (see `m2gen db show --help`)"),
+        ("bench --spce x", "No such option: --spce"),
+        ("benhc", "No such command 'benhc'. Did you mean 'bench'? (see `m2gen --help`)"),
+    ],
+)
+def test_what_the_parser_refuses_is_said_as_other_errors(command, message, monkeypatch, capsys) -> None:
+    """The option, what it must be, the value that came, and whose help has more: one line, and exit status 2."""
+    monkeypatch.setattr(sys, "argv", ["m2gen", *command.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"m2gen: {message}")
+    assert said.count("\n") == 1

@@ -13,8 +13,8 @@ from m2gen.errors import UsageError
 
 LABELS = {
     Axis.SEQ: "steps S",
-    Axis.BATCH: "heads of all sequences, B N, by the batch",
-    Axis.HEADS: "heads of all sequences, B N, by the heads",
+    Axis.BATCH: "heads of all sequences (B × N), in larger batches",
+    Axis.HEADS: "heads of all sequences (B × N), more of each",
     Axis.ROWS: "rows of the state, K",
 }
 
@@ -77,7 +77,7 @@ def _draw_curve(axes: Any, curve: Curve, color: str) -> None:
     if curve.line is not None and curve.fitted_from is not None:
         x = [value for value in curve.x if value >= curve.fitted_from]
         axes.plot(x, [curve.line.at(value) for value in x], color=color, linewidth=1)
-        label += f"; line within {curve.line.worst:.1%}"
+        label += f"; fit within {curve.line.worst:.1%}"
     axes.errorbar(curve.x, medians, (below, above), fmt="o", color=color, markersize=4, label=label)
     floors = [max(times.floors_ms.values()) for times in curve.times if times.floors_ms]
     if len(floors) == len(curve.x):
