@@ -8,7 +8,7 @@ from typing import Any
 
 
 def quicken() -> None:
-    """Have the interpreter do once what it does for each launch and each value; where it is built otherwise, nothing."""
+    """Have the interpreter do once what it does for each launch and value; where it is built otherwise, nothing."""
     _patch_once_a_launch()
     _remember_types()
 
