@@ -57,7 +57,7 @@ def state() -> dict[str, Any]:
         found |= {f"matplotlib.rcParams[{key!r}]": repr(value) for key, value in settings.items()}
     umask = os.umask(0)
     os.umask(umask)
-    started = multiprocessing.get_start_method(allow_none=True)
+    started = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     return found | {
         "working directory": os.getcwd(),
         "umask": umask,
@@ -65,7 +65,7 @@ def state() -> dict[str, Any]:
         "sys.argv": tuple(sys.argv),
         "recursion limit": sys.getrecursionlimit(),
         "sys.excepthook": sys.excepthook,
-        "start method of multiprocessing": started or multiprocessing.get_context().get_start_method(),
+        "start method of multiprocessing": started,
     }
 
 
