@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-OWN_BUSINESS = ("PYTEST_CURRENT_TEST", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-"""Variables that pytest changes from test to test, and that m2gen and torch set once where a user has not."""
+OWN_BUSINESS = ("PYTEST_CURRENT_TEST", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TOKENIZERS_PARALLELISM")
+"""Variables that pytest changes from test to test, and those that m2gen and libraries set once where a user has not."""
 LOUDNESS = ("optuna", "torch")
 """Loggers, and those below them, whose levels and handlers are set by the first use of what they are of."""
 MAPPINGS = (
