@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -26,6 +28,7 @@ if not HAS_GPU:
 
 from command_line import SPEC  # noqa: E402  (imports torch's users)
 from interpreter import quicken, refuse_mixed_masks  # noqa: E402
+from leftovers import kept_registries, left, state  # noqa: E402
 from support import OPERANDS, STEPS, build_modules, make_variant  # noqa: E402  (imports triton's users)
 
 from m2gen.problem import Problem, make_inputs  # noqa: E402
@@ -60,7 +63,25 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("M2GEN_CACHE_DIR", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"))
         patch.delenv("M2GEN_TUNING_DB", raising=False)
+        patch.setenv("MPLBACKEND", "agg")
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leaves_nothing(_own_cache: None) -> Iterator[None]:
+    """Fail the last test of a file that leaves to other files of its process what they could depend on."""
+    with kept_registries():
+        before = state()
+        yield
+        assert left(before, state()) == {}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Have each test draw the same numbers, whatever was run before it."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture

@@ -41,14 +41,18 @@ def texts(package: ModuleType) -> list[list[int]]:
     return [by_hand(reference, prompt) for prompt in PROMPTS]
 
 
+LOCAL = ("engine", "decoder", "gated_delta")
+"""Modules that the example finds beside it."""
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return the example's command."""
     monkeypatch.setattr(sys, "path", [str(EXAMPLES / "serve"), str(EXAMPLES), *sys.path])
-    for name in ("engine", "decoder"):
+    for name in LOCAL:
         monkeypatch.delitem(sys.modules, name, raising=False)
     yield load_module(EXAMPLES / "serve" / "run.py", "example_serve_run")
-    for name in ("engine", "decoder"):
+    for name in LOCAL:
         sys.modules.pop(name, None)
 
 

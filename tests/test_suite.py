@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import ast
+import logging
+import os
+import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+from leftovers import kept_registries, left, registries, state
 from support import ROOT
 
 FOLDERS = [place for place in (ROOT / "tests").iterdir() if place.name not in ("golden", "gpu", "__pycache__")]
@@ -61,3 +67,73 @@ def test_the_profile(request: pytest.FixtureRequest) -> None:
     assert (profile.deadline, profile.derandomize, profile.database) == (None, True, None)
     assert set(profile.suppress_health_check) == {HealthCheck.too_slow}
     assert settings.default == settings.get_profile(request.config.getoption("hypothesis_profile") or "ci")
+
+
+def _sets_a_variable(patch: pytest.MonkeyPatch) -> str:
+    patch.setenv("M2GEN_LEFT", "1")
+    return "os.environ['M2GEN_LEFT']"
+
+
+def _looks_elsewhere(patch: pytest.MonkeyPatch) -> str:
+    patch.setattr(sys, "path", [*sys.path, "elsewhere"])
+    return "sys.path"
+
+
+def _goes_elsewhere(patch: pytest.MonkeyPatch) -> str:
+    patch.chdir(os.sep)
+    return "working directory"
+
+
+def _puts_another_in_place(patch: pytest.MonkeyPatch) -> str:
+    patch.setattr("m2gen.cache.cache_dir", lambda: None)
+    return "m2gen.cache.cache_dir"
+
+
+def _is_louder(patch: pytest.MonkeyPatch) -> str:
+    patch.setattr(logging.getLogger("m2gen"), "level", logging.DEBUG)
+    return "logger m2gen"
+
+
+CHANGES = [_sets_a_variable, _looks_elsewhere, _goes_elsewhere, _puts_another_in_place, _is_louder]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_file_leaves_is_named(change, monkeypatch) -> None:
+    """The check at the end of each file names what was changed, and nothing where that was undone."""
+    logging.getLogger("m2gen")
+    before = state()
+    with monkeypatch.context() as patch:
+        name = change(patch)
+        assert set(left(before, state())) == {name}
+    assert left(before, state()) == {}
+
+
+def test_a_default_of_torch_that_is_left_is_named() -> None:
+    """The same of settings of torch."""
+    before, dtype = state(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert set(left(before, state())) == {"default dtype"}
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def test_auto_classes_forget_what_was_registered() -> None:
+    """A package that registers its models in one file is no other file's."""
+    auto = pytest.importorskip("transformers", reason="transformers is not installed")
+
+    class Config(auto.PretrainedConfig):
+        model_type = "m2gen_left"
+
+    with kept_registries():
+        auto.AutoConfig.register("m2gen_left", Config)
+        assert any("m2gen_left" in registry for registry in registries())
+    assert not any("m2gen_left" in registry for registry in registries())
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_every_test_draws_the_same(again) -> None:
+    """Numbers of torch and of Python are those that a test alone would draw."""
+    expected = torch.Generator().manual_seed(0)
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=expected))
+    assert random.random() == random.Random(0).random()

@@ -176,9 +176,9 @@ def draw(data: dict[str, Any], folder: Path) -> bool:
         print("no figure: matplotlib is missing (pip install -e '.[examples]')", file=sys.stderr)
         return False
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "hybrids"  # the same file every time
-    for name, (ink, faint) in INK.items():
-        _draw(data, folder / name, ink, faint)
+    with matplotlib.rc_context({"svg.hashsalt": "hybrids"}):  # the same file every time
+        for name, (ink, faint) in INK.items():
+            _draw(data, folder / name, ink, faint)
     return True
 
 

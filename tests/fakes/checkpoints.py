@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from leftovers import kept_registries
 from safetensors.torch import save_file
 from support import ROOT, SCHEDULES, build_package, import_package, make_variant
 from torch import Tensor
@@ -49,8 +50,9 @@ def models_package(folder: Path) -> ModuleType:
 
 
 def hf_of(package: ModuleType) -> Any:
-    """Return a package's module for transformers."""
-    return importlib.import_module(f"{package.__name__}.hf")
+    """Return a package's module for transformers, which Auto classes know only of after its ``register``."""
+    with kept_registries():
+        return importlib.import_module(f"{package.__name__}.hf")
 
 
 def small_config(kind: str) -> dict[str, Any]:

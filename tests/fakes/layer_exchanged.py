@@ -1,4 +1,4 @@
-"""What one rank does for tests/runtime/test_parallel.py: tokens that lie over ranks, against the layer on one."""
+"""What one rank does for runtime/test_parallel_tokens.py: tokens that lie over ranks, against the layer on one."""
 
 from __future__ import annotations
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import traceback
@@ -21,30 +24,47 @@ FOREVER = 3600
 
 
 def launch(script: Path, folder: Path, ranks: int) -> dict[str, str]:
-    """Run ``script FOLDER RANK RANKS`` on every rank and return what each check said: nothing, or what went wrong."""
-    here = Path(__file__).resolve().parent
-    path = os.pathsep.join([str(here.parents[1]), str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
+    """Run ``script FOLDER RANK RANKS`` on every rank and return what each check said: nothing, or what went wrong.
+
+    One process imports what the script does, which takes longer than most checks, and the ranks are its forks.
+    """
+    here = Path(__file__).resolve()
+    path = os.pathsep.join([str(here.parents[2]), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     cpu = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, "PYTHONPATH": path, **cpu}
-    commands = [[sys.executable, str(script), str(folder), str(rank), str(ranks)] for rank in range(ranks)]
-    processes = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for command in commands
-    ]
+    command = [sys.executable, str(here), str(script), str(folder), str(ranks)]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
     try:
-        said = [process.communicate(timeout=FOREVER)[0] for process in processes]
+        output = process.communicate(timeout=FOREVER)[0]
     finally:
-        for process in processes:
-            process.kill()
+        with contextlib.suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
     results: dict[str, str] = {}
-    for rank, output in enumerate(said):
+    for rank in range(ranks):
         place = folder / f"results.{rank}.json"
         found = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else {}
         for name, failure in found.items():
             results[name] = results.get(name, "") + failure
-        if processes[rank].returncode:
-            results["exit"] = f"rank {rank} exited with {processes[rank].returncode}: {output}"
+    if process.returncode:
+        results["exit"] = f"ranks exited with {process.returncode}: {output}"
     return results
+
+
+def fork(script: str, folder: str, ranks: int) -> None:
+    """Run a script on every rank, each a fork of this process; exit with 1 and name those that fail."""
+    runpy.run_path(script)  # not as ``__main__``, so that it imports what it needs and checks nothing yet
+    sys.argv = [script, folder, "", str(ranks)]
+    processes = []
+    for rank in range(ranks):
+        processes.append(os.fork())
+        if not processes[-1]:
+            sys.argv[2] = str(rank)
+            runpy.run_path(script, run_name="__main__")
+            sys.exit()
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    if any(codes):
+        sys.exit(f"ranks exited with {codes}")
 
 
 def gathered(value: Any) -> list[Any]:
@@ -74,3 +94,7 @@ def serve(checks: Mapping[str, Check], prepare: Callable[[Path], Any]) -> None:
         if results[name]:
             return  # the ranks are no longer in step; the other one's barrier fails
     distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    fork(sys.argv[1], sys.argv[2], int(sys.argv[3]))

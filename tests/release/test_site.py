@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,9 +26,11 @@ QUESTIONS = ("decode", "packed", "H100", "why is my record not used")
 
 
 @pytest.fixture(scope="module")
-def site_pages() -> ModuleType:
-    """Return what mkdocs calls."""
-    return load_module(ROOT / "tools" / "site_pages.py", "site_pages")
+def site_pages() -> Iterator[ModuleType]:
+    """Return what mkdocs calls, which has Python look for modules beside it."""
+    before = list(sys.path)
+    yield load_module(ROOT / "tools" / "site_pages.py", "site_pages")
+    sys.path[:] = before
 
 
 def leaves(command: Any, name: str = "m2gen") -> dict[str, Any]:

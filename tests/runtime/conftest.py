@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoints import hf_of, models_package, write_checkpoint
+from leftovers import kept_registries
 
 
 @pytest.fixture(scope="session")
@@ -16,10 +18,11 @@ def hf_built(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def hf(hf_built: Any) -> Any:
-    """Return that module, of which Auto classes make models, whichever package a test before has imported."""
-    hf_built.register()
-    return hf_built
+def hf(hf_built: Any) -> Iterator[Any]:
+    """Return that module, of which Auto classes make models in this test."""
+    with kept_registries():
+        hf_built.register()
+        yield hf_built
 
 
 @pytest.fixture(scope="session")

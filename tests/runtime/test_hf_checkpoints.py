@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def test_auto_classes_are_those_of_the_package_registered_last(hf: Any, folders:
     """A second package's import takes the Auto classes over, and ``register`` has the first answer again."""
     from transformers import AutoConfig
 
-    other = hf_of(models_package(tmp_path))
+    other = importlib.import_module(f"{models_package(tmp_path).__name__}.hf")
     assert type(AutoConfig.from_pretrained(folders("hybrid_nope"))) is other.M2RNNConfig
     hf.register()
     assert type(AutoConfig.from_pretrained(folders("hybrid_nope"))) is hf.M2RNNConfig

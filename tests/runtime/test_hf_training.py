@@ -287,9 +287,9 @@ def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_the_trainer_goes_on_with_the_same_losses(hf: Any, tmp_path: Path) -> None:
+def test_the_trainer_goes_on_with_the_same_losses(hf: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A two-layer model trains, saves, loads, and goes on: the second half of the losses are those of one run."""
-    logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
+    caplog.set_level(logging.ERROR, "transformers.trainer")
     set_seed(1)
     whole = trainer_of(hf, small_model(hf, "hybrid_rope"), tmp_path)
     whole.train()

@@ -41,11 +41,12 @@ def inputs(request: pytest.FixtureRequest, device: torch.device) -> Inputs:
 @contextmanager
 def torch_deterministic(warn_only: bool) -> Iterator[None]:
     """Ask torch for deterministic algorithms."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=warn_only)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def test_asked_for_by_the_call(packages, inputs) -> None:
