@@ -24,7 +24,7 @@ from m2gen.cli.options import (
 )
 from m2gen.errors import UsageError
 from m2gen.spec import Objective
-from m2gen.tune.kernels import Kernels
+from m2gen.tune.kernels import SearchedKernels
 from m2gen.tune.memory import MemoryBound
 from m2gen.tune.sampler import Sampler
 
@@ -44,7 +44,7 @@ ObjectiveOption = Annotated[
     Objective | None, typer.Option("--objective", help="What to make fast, in place of the spec's.")
 ]
 KernelsOption = Annotated[
-    Kernels,
+    SearchedKernels,
     typer.Option("--kernels", help="Schedules of recurrences, tiles of the kernels around them in layers, or all."),
 ]
 DryRunOption = Annotated[
@@ -113,7 +113,7 @@ ReportOption = Annotated[
 def tune(
     spec: SpecOption,
     layer: LayersOption = None,
-    kernels: KernelsOption = Kernels.RECURRENCE,
+    kernels: KernelsOption = SearchedKernels.RECURRENCE,
     objective: ObjectiveOption = None,
     dry_run: DryRunOption = False,
     target: TargetOption = None,

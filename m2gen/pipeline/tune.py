@@ -24,7 +24,7 @@ from m2gen.schedule.layer import LayerKernel
 from m2gen.schedule.tunable import Tunable, kernels_of
 from m2gen.spec import Objective, Workload
 from m2gen.tune.gpu import GPU
-from m2gen.tune.kernels import Kernels
+from m2gen.tune.kernels import SearchedKernels
 from m2gen.tune.ledger import Ledger, open_ledger
 from m2gen.tune.log import Limits, Outcome, TrialLog, Watcher
 from m2gen.tune.loop import Search
@@ -62,7 +62,7 @@ class TuneRequest:
     sampler: Sampler = Sampler.TPE
     objective: Objective | None = None
     memory: MemoryBound = USUAL
-    kernels: Kernels = Kernels.RECURRENCE
+    kernels: SearchedKernels = SearchedKernels.RECURRENCE
     storage: str | None = None
     fresh: bool = False
 
@@ -98,11 +98,11 @@ def goals(planned: Plan, request: TuneRequest, device: Device) -> list[Goal]:
     if not every:
         raise UsageError(f"{planned.origin.spec_file} must have a layer with workloads to tune for, got none")
     found: dict[object, Goal] = {}
-    if request.kernels is not Kernels.LAYER:
+    if request.kernels is not SearchedKernels.LAYER:
         for name, variant, workload in every:
             subject = Subject(variant, device, objective, workload.batch, workload.seq, request.memory)
             found.setdefault(key_of_subject(subject), Goal(name, subject, variant))
-    if request.kernels is not Kernels.RECURRENCE:
+    if request.kernels is not SearchedKernels.RECURRENCE:
         usual = Subject(every[0][1], device, objective, 1, 1, request.memory)
         for goal in _layer_goals(every, usual):
             found.setdefault(key_of_subject(goal.subject), goal)

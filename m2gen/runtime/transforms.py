@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def differentiable(
     """
     lists = isinstance(operator._schema.returns[0].type, torch.ListType)
 
-    class M2RNNOperator(torch.autograd.function._SingleLevelFunction):  # its apply calls no transform again
+    class M2RNNOperator(torch.autograd.Function):
         @staticmethod
         def forward(*arguments: Any) -> Any:
             with below(recording=torch._C._are_functorch_transforms_active()):
@@ -61,7 +61,7 @@ def differentiable(
         def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             return backward(ctx, *gradients)
 
-    apply: Operator = cast(Any, M2RNNOperator).apply  # which torch does not declare
+    apply: Operator = super(torch.autograd.Function, M2RNNOperator).apply  # what torch.autograd.Function hands on to
 
     def autograd(*arguments: Any) -> Any:
         refuse_tangents("m2rnn", arguments)

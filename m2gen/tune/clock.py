@@ -15,7 +15,7 @@ FAR_SLOWER = 1.4
 """Multiple of the best median beyond which a candidate gets only a few samples."""
 
 
-class TimedCall(Protocol):
+class Trainable(Protocol):
     """A call whose forward and backward are timed."""
 
     @property
@@ -27,7 +27,7 @@ class TimedCall(Protocol):
         """Return the gradients, after a forward that gave ``results``."""
 
 
-def captured(call: TimedCall) -> Clock:
+def captured(call: Trainable) -> Clock:
     """Capture a candidate's forward and backward on the problem of the search."""
     extra_bytes = peak_bytes(lambda: _run(call))
     forward = Replay(call.forward)
@@ -52,6 +52,6 @@ def _samples(calls: list[tuple[float, ...]], clock: Clock) -> Samples:
     return Samples(tuple(call[0] for call in calls), tuple(call[1] for call in calls if call[1:]), clock.extra_bytes)
 
 
-def _run(call: TimedCall) -> object:
+def _run(call: Trainable) -> object:
     results = call.forward()
     return results, call.backward_of(results) if call.trains else None

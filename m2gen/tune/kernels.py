@@ -1,9 +1,9 @@
-"""Which kernels searches are about. Imports nothing, for the command line."""
+"""The kernels that a search is about; this module imports nothing, for the command line."""
 
 from enum import StrEnum
 
 
-class Kernels(StrEnum):
+class SearchedKernels(StrEnum):
     """The kernels that a command searches."""
 
     RECURRENCE = "recurrence"

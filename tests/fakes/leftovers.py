@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +14,6 @@ import torch
 
 OWN_BUSINESS = ("PYTEST_CURRENT_TEST", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TOKENIZERS_PARALLELISM")
 """Variables that pytest changes from test to test, and those that m2gen and libraries set once where a user has not."""
-LOUDNESS = ("optuna", "torch")
-"""Loggers, and those below them, whose levels and handlers are set by the first use of what they are of."""
 MAPPINGS = (
     ("transformers.models.auto.configuration_auto", "CONFIG_MAPPING"),
     ("transformers.models.auto.modeling_auto", "MODEL_MAPPING"),
@@ -50,11 +46,7 @@ def kept_registries() -> Iterator[None]:
 def state() -> dict[str, Any]:
     """Return whatever of this process tests rely on and could change, by a name that a message may have."""
     found: dict[str, Any] = {f"os.environ[{n!r}]": value for n, value in os.environ.items() if n not in OWN_BUSINESS}
-    found |= {f"handler of {number.name}": signal.getsignal(number) for number in signal.Signals}
-    found |= _of_torch() | _of_loggers() | _of_modules()
-    if plotting := sys.modules.get("matplotlib"):
-        settings = {key: dict.get(plotting.rcParams, key) for key in plotting.rcParams if "backend" not in key}
-        found |= {f"matplotlib.rcParams[{key!r}]": repr(value) for key, value in settings.items()}
+    found |= _of_torch() | _of_modules()
     umask = os.umask(0)
     os.umask(umask)
     started = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
@@ -64,7 +56,6 @@ def state() -> dict[str, Any]:
         "sys.path": tuple(sys.path),
         "sys.argv": tuple(sys.argv),
         "recursion limit": sys.getrecursionlimit(),
-        "sys.excepthook": sys.excepthook,
         "start method of multiprocessing": started,
     }
 
@@ -86,16 +77,6 @@ def _of_torch() -> dict[str, Any]:
     }
 
 
-def _of_loggers() -> dict[str, Any]:
-    """Return levels and handlers of loggers, but of pytest's."""
-    known = {"root": logging.getLogger(), **logging.Logger.manager.loggerDict}
-    return {
-        f"logger {name}": (log.level, log.disabled, *(h for h in log.handlers if "_pytest" not in type(h).__module__))
-        for name, log in known.items()
-        if isinstance(log, logging.Logger) and name.partition(".")[0] not in LOUDNESS
-    }
-
-
 def _of_modules() -> dict[str, Any]:
     """Return functions and classes of m2gen's modules, which tests put others in place of."""
     return {
@@ -103,12 +84,12 @@ def _of_modules() -> dict[str, Any]:
         for module, found in list(sys.modules.items())
         if module.partition(".")[0] == "m2gen"
         for name, value in list(vars(found).items())
-        if callable(value) or name.isupper()
+        if (callable(value) or name.isupper()) and not name.startswith("__")  # as compilers name theirs
     }
 
 
 def left(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
-    """Return what is otherwise than before, or is set that was not; modules and loggers may be new."""
+    """Return what is otherwise than before, or is set that was not; modules may be new."""
     found = {}
     for name in {**before, **after}:
         if name.startswith("os.environ"):

@@ -31,7 +31,7 @@ from m2gen.schedule.layer import (
 )
 from m2gen.schedule.tunable import Tunable, keys_of
 from m2gen.spec import Objective
-from m2gen.tune.kernels import Kernels
+from m2gen.tune.kernels import SearchedKernels
 from m2gen.tune.lessons import read
 from m2gen.tune.space import enumerate_space, space_hash
 from m2gen.tune.subject import Subject
@@ -65,7 +65,7 @@ def spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return simulated.place(tmp_path, monkeypatch, SPEC)
 
 
-def asked(spec: Path, kernels: Kernels = Kernels.LAYER, **limits: object) -> list[Goal]:
+def asked(spec: Path, kernels: SearchedKernels = SearchedKernels.LAYER, **limits: object) -> list[Goal]:
     """Return the searches of the spec."""
     request = TuneRequest(Database(spec.parent / "db"), kernels=kernels, **limits)  # type: ignore[arg-type]
     return goals(pipeline.plan(str(spec)), request, simulated.DEVICE)
@@ -73,7 +73,7 @@ def asked(spec: Path, kernels: Kernels = Kernels.LAYER, **limits: object) -> lis
 
 def search(spec: Path, trials: int = 16, watcher: Silent | None = None, **options: object) -> list[Tuned]:
     """Run the searches of the kernels of the spec's first layer."""
-    facts = {"layers": ("base",), "seconds": 600.0, "kernels": Kernels.LAYER, **options}
+    facts = {"layers": ("base",), "seconds": 600.0, "kernels": SearchedKernels.LAYER, **options}
     request = TuneRequest(Database(spec.parent / "db"), trials=trials, **facts)  # type: ignore[arg-type]
     return list(tune(pipeline.plan(str(spec)), request, simulated.context(), watcher or Silent()))
 
@@ -87,20 +87,20 @@ def test_there_is_a_search_for_every_kernel_of_a_variant(spec: Path) -> None:
     assert set(sizes.values()) == {(1, 65536)}
     infer = [goal.subject.kernel for goal in asked(spec, objective=Objective.INFER)]
     assert infer == [LayerKernel.CONVOLVE, LayerKernel.DECAY, LayerKernel.FINISH, LayerKernel.DECODE]
-    recurrences = asked(spec, Kernels.RECURRENCE)
+    recurrences = asked(spec, SearchedKernels.RECURRENCE)
     assert {goal.subject.kernel for goal in recurrences} == {None}
-    assert asked(spec, Kernels.ALL) == recurrences + found
+    assert asked(spec, SearchedKernels.ALL) == recurrences + found
     with pytest.raises(UsageError, match="must have a layer whose v has as many heads as its state"):
         asked(spec, layers=("few_values",))
 
 
 def test_searches_of_recurrences_keep_their_names(spec: Path) -> None:
     """What a journal of a recurrence is called depends on nothing of the kernels around it."""
-    (first, *_) = asked(spec, Kernels.RECURRENCE)
+    (first, *_) = asked(spec, SearchedKernels.RECURRENCE)
     context = simulated.context()
     assert "kernel" not in header_of(first.subject, context)
-    names = {study_name(goal.subject, context) for goal in asked(spec, Kernels.ALL)}
-    assert len(names) == len(asked(spec, Kernels.ALL))
+    names = {study_name(goal.subject, context) for goal in asked(spec, SearchedKernels.ALL)}
+    assert len(names) == len(asked(spec, SearchedKernels.ALL))
     assert len({space_hash(kernel) for kernel in (None, *LayerKernel)}) == 1 + len(LayerKernel)
 
 
@@ -215,7 +215,7 @@ def test_the_rule_for_defaults_learns_nothing_of_tiles(spec: Path) -> None:
 
 def test_dry_run_says_what_would_be_tried(spec: Path) -> None:
     """Spaces are small, the usual tiles are first, and all that follows is one knob from them."""
-    request = TuneRequest(Database(spec.parent / "db"), layers=("base",), kernels=Kernels.LAYER)
+    request = TuneRequest(Database(spec.parent / "db"), layers=("base",), kernels=SearchedKernels.LAYER)
     sizes = dry_run(pipeline.plan(str(spec)), request, simulated.DEVICE, 4)
     assert [size.goal.subject.kernel for size in sizes] == list(LayerKernel)
     for size in sizes:

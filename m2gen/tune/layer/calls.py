@@ -14,7 +14,7 @@ from m2gen.runtime import layer_launches as around
 from m2gen.runtime.layer_launches import Convolution, Epilogue, LayerKernels
 from m2gen.runtime.layer_step import StepSettings, advance
 from m2gen.schedule.layer import AnyTiles, LayerKernel, LayerTiles
-from m2gen.tune.layer.operands import EPS, LayerCase, Operands, Shape
+from m2gen.tune.layer.operands import EPS, LayerCase, LayerSizes, Operands
 from m2gen.variant import Variant
 
 STEP = ("conv_weight", "conv_bias", "state_weight", "A_log", "dt_bias", "skip", "norm", "conv", "state", "indices")
@@ -34,12 +34,12 @@ def load(variant: Variant, tiles: AnyTiles) -> ModuleType:
 
 
 @dataclass(frozen=True)
-class LayerCall:
+class KernelCall:
     """One kernel of a module on the operands of one call."""
 
     kernel: LayerKernel
     module: ModuleType
-    shape: Shape
+    shape: LayerSizes
     case: LayerCase
     operands: Operands
     trains: bool = False
@@ -75,7 +75,7 @@ class LayerCall:
     def results(self) -> dict[str, Tensor]:
         """Return everything that the kernel computes, from states as they were drawn."""
         kept = {name: x.clone() for name, x in self.operands.items() if name in ("conv", "state")}
-        call = LayerCall(self.kernel, self.module, self.shape, self.case, {**self.operands, **kept})
+        call = KernelCall(self.kernel, self.module, self.shape, self.case, {**self.operands, **kept})
         return call.forward() | (call.backward_of(None) if self.kernel is LayerKernel.DECAY else {})
 
     def _get(self, name: str) -> Tensor | None:

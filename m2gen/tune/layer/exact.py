@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from m2gen.runtime import reference
 from m2gen.runtime.reference import EXACT, Arithmetic
 from m2gen.schedule.layer import LayerKernel
-from m2gen.tune.layer.operands import EPS, LayerCase, Operands, Shape
+from m2gen.tune.layer.operands import EPS, LayerCase, LayerSizes, Operands
 from m2gen.variant import Variant
 from m2gen.verify.oracle import APPROXIMATE_TANH_BITS, DRAWS, FACTOR, FUNCTION_BITS, Oracle, relative_error
 
@@ -31,7 +31,7 @@ LAYER_DRAWS = 4 * DRAWS
 class _Call:
     """A call whose operands are in the dtype of an arithmetic."""
 
-    shape: Shape
+    shape: LayerSizes
     case: LayerCase
     operands: Operands
     arithmetic: Arithmetic
@@ -210,7 +210,7 @@ def layer_oracle(kernel: LayerKernel, variant: Variant, case: LayerCase, operand
     """Return a kernel's results in float64, and their budgets."""
     exact = _results(kernel, variant, case, operands, (EXACT, 0))
     bits = APPROXIMATE_TANH_BITS if case.approximate else FUNCTION_BITS
-    own = Arithmetic(torch.float32, Shape(variant).dtype, tanh_bits=bits, gate_bits=FUNCTION_BITS)
+    own = Arithmetic(torch.float32, LayerSizes(variant).dtype, tanh_bits=bits, gate_bits=FUNCTION_BITS)
     draws = [(replace(own, grid=2.0 ** (i / LAYER_DRAWS)), i) for i in range(LAYER_DRAWS)]
     drawn = [_results(kernel, variant, case, operands, draw) for draw in draws]
     dtypes = {name: _dtype(name, variant, case) for name in exact}
@@ -227,8 +227,8 @@ def _results(
 ) -> Results:
     arithmetic, seed = draw
     wide = {name: x.to(arithmetic.state) if x.is_floating_point() else x for name, x in operands.items()}
-    return EAGER[kernel](_Call(Shape(variant), case, wide, arithmetic, seed))
+    return EAGER[kernel](_Call(LayerSizes(variant), case, wide, arithmetic, seed))
 
 
 def _dtype(name: str, variant: Variant, case: LayerCase) -> torch.dtype:
-    return torch.float32 if name in WIDE or (name == "f" and not case.rounds) else Shape(variant).dtype
+    return torch.float32 if name in WIDE or (name == "f" and not case.rounds) else LayerSizes(variant).dtype

@@ -82,7 +82,7 @@ def checked_cases(kernel: LayerKernel, *, approximate: bool, held_out: bool = Fa
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerSizes:
     """Sizes of a layer's tensors."""
 
     variant: Variant
@@ -124,7 +124,7 @@ class _Drawer:
 
 def draw(kernel: LayerKernel, variant: Variant, case: LayerCase, device: torch.device) -> Operands:
     """Draw what a kernel reads: rows of the input projection, parameters, states and incoming gradients."""
-    shape, normal = Shape(variant), _Drawer(case.seed, TORCH_DTYPE[variant.dtype], device)
+    shape, normal = LayerSizes(variant), _Drawer(case.seed, TORCH_DTYPE[variant.dtype], device)
     tokens = case.spans[-1][1] if case.spans else 0
     found = {"rows": normal(tokens, rounded(shape.channels + shape.inner + variant.heads.f, ROW))}
     if kernel is LayerKernel.DECAY or kernel is LayerKernel.DECODE:
@@ -152,7 +152,7 @@ def draw(kernel: LayerKernel, variant: Variant, case: LayerCase, device: torch.d
     return found
 
 
-def _convolution(shape: Shape, case: LayerCase, normal: _Drawer) -> dict[str, Tensor]:
+def _convolution(shape: LayerSizes, case: LayerCase, normal: _Drawer) -> dict[str, Tensor]:
     found = {}
     if case.width:
         found["conv_weight"] = normal(shape.channels, 1, case.width, scale=0.5)
@@ -166,7 +166,7 @@ def _convolution(shape: Shape, case: LayerCase, normal: _Drawer) -> dict[str, Te
     return found
 
 
-def _states(shape: Shape, case: LayerCase, normal: _Drawer, device: torch.device) -> dict[str, Tensor]:
+def _states(shape: LayerSizes, case: LayerCase, normal: _Drawer, device: torch.device) -> dict[str, Tensor]:
     """Draw a state weight whose eigenvalues are within 1, and states, in slots that sequences do not have in order."""
     variant, batch = shape.variant, case.problem.batch
     rows, cols = variant.state_expansion, variant.head_dim
