@@ -34,7 +34,7 @@ def load(variant: Variant, tiles: AnyTiles) -> ModuleType:
 
 
 @dataclass(frozen=True)
-class KernelCall:
+class AroundCall:
     """One kernel of a module on the operands of one call."""
 
     kernel: LayerKernel
@@ -75,7 +75,7 @@ class KernelCall:
     def results(self) -> dict[str, Tensor]:
         """Return everything that the kernel computes, from states as they were drawn."""
         kept = {name: x.clone() for name, x in self.operands.items() if name in ("conv", "state")}
-        call = KernelCall(self.kernel, self.module, self.shape, self.case, {**self.operands, **kept})
+        call = AroundCall(self.kernel, self.module, self.shape, self.case, {**self.operands, **kept})
         return call.forward() | (call.backward_of(None) if self.kernel is LayerKernel.DECAY else {})
 
     def _get(self, name: str) -> Tensor | None:

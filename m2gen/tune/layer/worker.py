@@ -12,7 +12,7 @@ from m2gen.measure.checks import Verdict, verdict_of
 from m2gen.measure.clock import Clock
 from m2gen.schedule.layer import AnyTiles
 from m2gen.tune.clock import captured
-from m2gen.tune.layer.calls import KernelCall, load
+from m2gen.tune.layer.calls import AroundCall, load
 from m2gen.tune.layer.exact import layer_oracle
 from m2gen.tune.layer.operands import LayerCase, LayerSizes, Operands, checked_cases, draw, timed_case
 from m2gen.tune.subject import Subject
@@ -46,7 +46,7 @@ def check_tiles(subject: Subject, tiles: AnyTiles, cases: Iterable[LayerCase], d
     def judged() -> Iterator[tuple[str, TensorResult]]:
         for case in cases:
             operands, known = _answered(subject, case, device)
-            call = KernelCall(tiles.family, module, LayerSizes(subject.variant), case, operands)
+            call = AroundCall(tiles.family, module, LayerSizes(subject.variant), case, operands)
             with poisoned():
                 first = call.results()
                 again = call.results()
@@ -61,13 +61,13 @@ def capture(subject: Subject, tiles: AnyTiles, seed: int, device: torch.device) 
     return captured(_timed_call(subject, tiles, _timed_operands(subject, seed, device), seed))
 
 
-def calls_of(subject: Subject, tiles: AnyTiles) -> Iterator[KernelCall]:
+def calls_of(subject: Subject, tiles: AnyTiles) -> Iterator[AroundCall]:
     """Yield the call that is timed, then those of the check, on meta tensors."""
     module, meta = load(subject.variant, tiles), torch.device("meta")
     yield _timed_call(subject, tiles, _timed_operands(subject, 0, meta), 0)
     for case in asked_of(subject, Step.VERIFY):
         operands = draw(tiles.family, subject.variant, case, meta)
-        yield KernelCall(tiles.family, module, LayerSizes(subject.variant), case, operands)
+        yield AroundCall(tiles.family, module, LayerSizes(subject.variant), case, operands)
 
 
 def launched(subject: Subject, tiles: AnyTiles) -> Any:
@@ -75,10 +75,10 @@ def launched(subject: Subject, tiles: AnyTiles) -> Any:
     return load(subject.variant, tiles).LAUNCH
 
 
-def _timed_call(subject: Subject, tiles: AnyTiles, operands: Operands, seed: int) -> KernelCall:
+def _timed_call(subject: Subject, tiles: AnyTiles, operands: Operands, seed: int) -> AroundCall:
     trains = subject.tunable.times_backward(subject.objective)
     module = load(subject.variant, tiles)
-    return KernelCall(tiles.family, module, LayerSizes(subject.variant), _timed(subject, seed), operands, trains)
+    return AroundCall(tiles.family, module, LayerSizes(subject.variant), _timed(subject, seed), operands, trains)
 
 
 def _timed(subject: Subject, seed: int) -> LayerCase:
