@@ -7,6 +7,7 @@ These kernels move memory, so that their defaults, found by one sweep on an H200
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
@@ -41,7 +42,7 @@ class LayerKernel(StrEnum):
     DECODE = "decode"
 
 
-class Tiles:
+class Tiles(ABC):
     """How one kernel runs; each subclass has the knobs of one."""
 
     family: LayerKernel
@@ -81,13 +82,13 @@ class Tiles:
             yield f"warps must be at most {MOST_THREADS // device.warp_size} on {device.arch}, got {warps}"
         yield from self._problems()
 
+    @abstractmethod
     def _problems(self) -> Iterator[str]:
         """Yield what is wrong with the knobs of this kernel."""
-        raise NotImplementedError
 
+    @abstractmethod
     def elements(self, variant: Variant, device: Device) -> float:
         """Return how many elements of its largest tile a thread has."""
-        raise NotImplementedError
 
 
 def _not_powers(tiles: Tiles, least: Mapping[str, int]) -> Iterator[str]:
