@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-OWN_BUSINESS = ("PYTEST_CURRENT_TEST", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TOKENIZERS_PARALLELISM")
+OWN_BUSINESS = (
+    "PYTEST_CURRENT_TEST", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "TOKENIZERS_PARALLELISM", "TRITON_PTXAS_PATH",
+)  # fmt: skip
 """Variables that pytest changes from test to test, and those that m2gen and libraries set once where a user has not."""
 MAPPINGS = (
     ("transformers.models.auto.configuration_auto", "CONFIG_MAPPING"),
@@ -55,7 +57,6 @@ def state() -> dict[str, Any]:
         "umask": umask,
         "sys.path": tuple(sys.path),
         "sys.argv": tuple(sys.argv),
-        "recursion limit": sys.getrecursionlimit(),
         "start method of multiprocessing": started,
     }
 
