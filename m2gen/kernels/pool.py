@@ -20,6 +20,8 @@ TILE = 4096
 WARP_TILE = 512
 """Elements of a state for each warp: 16 registers of a thread, so that neither random numbers nor tokens spill any."""
 MOST_WARPS = 8
+TOKEN_REGISTERS = 64
+"""Registers of a thread for one token: as many as ptxas takes, but told so it asks for whole states before products."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class PoolLowering:
     def plan(self) -> PoolPlan:
         """All that launchers must know of these kernels."""
         warps = min(MOST_WARPS, max(1, self.rows * padded(self.head_dim) // WARP_TILE))
-        return PoolPlan(heads=self.heads.total, rows=self.state_expansion, cols=self.head_dim, warps=warps)
+        registers = TOKEN_REGISTERS if self.explicit and padded(self.head_dim) == MIN_TILE else 0
+        return PoolPlan(self.heads.total, self.state_expansion, self.head_dim, warps, registers)
 
 
 def pool_of(variant: Variant) -> PoolLowering:

@@ -34,15 +34,20 @@ class LayerKernels(NamedTuple):
         warps: int,
         pointers: Sequence[Tensor | None],
         numbers: Sequence[float],
+        registers: int = 0,
         **flags: Any,
     ) -> None:
-        """Launch a kernel by name on pointers, numbers and flags in the order of its parameters; of 0, none."""
+        """Launch a kernel by name on pointers, numbers and flags in the order of its parameters; of 0, none.
+
+        A thread has at most so many ``registers``, if that is not 0.
+        """
         again = None if self.known is None else self.known.get(name)
         if again is not None:
             again.launch(pointers)
         elif programs:
             kernel = getattr(self.module, f"m2rnn_{name}_kernel")
-            compiled = kernel[(programs, 1, 1)](*pointers, *numbers, **flags, num_warps=warps, **OPTIONS)
+            options = {**OPTIONS, "maxnreg": registers} if registers else OPTIONS
+            compiled = kernel[(programs, 1, 1)](*pointers, *numbers, **flags, num_warps=warps, **options)
             if self.known is not None:
                 first = next(x for x in pointers if x is not None)
                 launched = Launched(compiled, programs, (*numbers, *flags.values()), first.get_device())

@@ -120,7 +120,7 @@ def _steps(kernels: _Kernels, operands: Operands, pool: Tensor, slots: Slots) ->
     numbers = () if known is not None and "steps" in known else _numbers(operands, pool, slots)
     kernels.module.launch(
         "steps", q.shape[0] * plan.heads if count else 0, plan.warps,
-        (q, k, v, weight, forget, A_log, dt_bias, y, *slots, pool), numbers,
+        (q, k, v, weight, forget, A_log, dt_bias, y, *slots, pool), numbers, plan.registers if count == 1 else 0,
         STEPS=count, STEPS_PAD=1 << (count - 1).bit_length(), EVERY=slots.out_indices.dim() == 2,
         APPROXIMATE=dispatch.approximates(pool.device),
     )  # fmt: skip

@@ -15,6 +15,8 @@ class PoolPlan(NamedTuple):
     rows: int
     cols: int
     warps: int
+    registers: int
+    """Registers of a thread for one token at most; 0 leaves them to the compiler."""
 
 
 @functools.cache

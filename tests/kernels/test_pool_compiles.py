@@ -50,6 +50,8 @@ for rows, cols, dtype, pool in ((64, 16, "bf16", "bf16"), (64, 64, "fp16", "fp16
         signature = {x: types.get(x, "i32") for x in kernel.arg_names}
         places = {(kernel.arg_names.index(x),): value for x, value in constants.items()}
         options = {"num_warps": module.LAUNCH["warps"]}
+        if constants.get("STEPS") == 1 and module.LAUNCH["registers"]:
+            options["maxnreg"] = module.LAUNCH["registers"]
         if module is not modules[0]:
             signature["seed"], places[(kernel.arg_names.index("seed"),)] = "constexpr", None
         source = ASTSource if module is modules[0] else GluonASTSource
