@@ -30,8 +30,8 @@ SOURCES = {
 EXPORTED = (
     "LAUNCH", "m2rnn_forward_kernel", "m2rnn_backward_kernel", "m2rnn_step_kernel", "m2rnn_sum_kernel",
     "m2rnn_convolve_kernel", "m2rnn_convolve_backward_kernel", "m2rnn_decay_kernel", "m2rnn_decay_backward_kernel",
-    "m2rnn_finish_kernel", "m2rnn_finish_backward_kernel", "m2rnn_decode_kernel", "m2rnn_steps_kernel",
-    "m2rnn_gather_kernel", "m2rnn_scatter_kernel", "m2rnn_keep_kernel",
+    "m2rnn_finish_kernel", "m2rnn_finish_backward_kernel", "m2rnn_scale_kernel", "m2rnn_scale_backward_kernel",
+    "m2rnn_decode_kernel", "m2rnn_steps_kernel", "m2rnn_gather_kernel", "m2rnn_scatter_kernel", "m2rnn_keep_kernel",
 )  # fmt: skip
 """Names of a kernel module that the rest of a package reads."""
 RETIRED = re.compile(r"\b(exchanged|turns?|walk\w*|HAS_\w+|PACKED|d?h_first|d?h_last|d?[qkvxfy]_(s|step)|[xw]_n)\b")

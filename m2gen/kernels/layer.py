@@ -16,6 +16,8 @@ from m2gen.variant import Variant, padded
 
 TAPS = 4
 """Widest convolution that the kernels have."""
+SCALE = (4, 512, 4)
+"""Tokens and columns that a program scales at once, by the norm of heads on several ranks, and its warps."""
 
 
 class Piece(NamedTuple):
@@ -76,7 +78,7 @@ class LayerLowering:
             "CONV_PARTS": -(-(k_end + inner) // tiles.convolve.cols),
             "UNCONV_STEPS": back.steps, "UNCONV_COLS": back.cols, "UNCONV_PARTS": -(-(k_end + inner) // back.cols),
             "DECAY_ROWS": tiles.decay.rows, "FINISH_ROWS": tiles.finish.rows,
-            "UNFINISH_ROWS": tiles.finish_backward.rows,
+            "UNFINISH_ROWS": tiles.finish_backward.rows, "SCALE_ROWS": SCALE[0], "SCALE_COLS": SCALE[1],
             "DECODE_HEADS": tiles.decode.heads, "DECODE_PARTS": -(-self.heads.v // tiles.decode.heads),
             "DECODE_ROWS": self.decode_rows, "DECODE_HEADS_PAD": padded(tiles.decode.heads),
             "DECODE_Q": self._read_by(tiles.decode.heads, self.heads.q) * self.state_expansion,
@@ -186,7 +188,7 @@ class LayerLowering:
             conv=(tiles.convolve.rows, tiles.convolve.cols, tiles.convolve.warps),
             unconv=(back.steps, back.cols, back.warps),
             decay=(tiles.decay.rows, tiles.decay.warps), finish=(tiles.finish.rows, tiles.finish.warps),
-            unfinish=(tiles.finish_backward.rows, tiles.finish_backward.warps),
+            unfinish=(tiles.finish_backward.rows, tiles.finish_backward.warps), scale=(SCALE[0], SCALE[2]),
             decode=(numbers["DECODE_PARTS"], self.decode_warps, self.decode_scratch),
         )  # fmt: skip
 

@@ -212,6 +212,24 @@ def finish_backward(
     return FinishGradients(du, *(None if x is None else x.sum(0) for x in (dskip, dweight)))
 
 
+def scale(kernels: LayerKernels, x: Tensor, squares: Tensor, size: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Return rows x (T, H) over the root of the mean of ``size`` squares, whose sums (T, 1) are given, and 1 / it."""
+    rows, warps = kernels.plan.scale
+    out, factors = torch.empty_like(x), torch.empty_like(squares)
+    numbers = (x.shape[0], x.shape[1], size, eps)
+    kernels.launch("scale", ceil(x.shape[0], rows), warps, (x, squares, out, factors), numbers)
+    return out, factors
+
+
+def scale_backward(kernels: LayerKernels, dout: Tensor, x: Tensor, factors: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x and of the sums of squares from that of the result of ``scale`` and its factors."""
+    rows, warps = kernels.plan.scale
+    dx, dsquares = torch.empty_like(x), torch.empty_like(factors)
+    numbers = (x.shape[0], x.shape[1], size)
+    kernels.launch("scale_backward", ceil(x.shape[0], rows), warps, (dout, x, factors, dx, dsquares), numbers)
+    return dx, dsquares
+
+
 def ceil(a: int, b: int) -> int:
     """Return a / b, rounded up."""
     return (a + b - 1) // b

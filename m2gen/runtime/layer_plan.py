@@ -24,6 +24,8 @@ class LayerPlan(NamedTuple):
     """Tokens of a program of the gate's kernels, and its warps; so for the epilogue and its backward."""
     finish: tuple[int, int]
     unfinish: tuple[int, int]
+    scale: tuple[int, int]
+    """Tokens of a program that scales rows, and its warps."""
     decode: tuple[int, int, int]
     """Programs of a token of the decode kernel, its warps, and the float32 numbers that a program needs."""
 

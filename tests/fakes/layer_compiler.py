@@ -7,13 +7,14 @@ import sys
 from typing import Any
 
 FLOAT32 = (
-    "A_log", "dt_bias", "scratch", "r", "state", "f", "df", "parts", "dskip", "dnorm", "dweight", "dbias"
+    "A_log", "dt_bias", "scratch", "r", "state", "f", "df", "parts", "dskip", "dnorm", "dweight", "dbias",
+    "squares", "scale", "dsquares",
 )  # fmt: skip
 INT32 = ("ended", "place", "sequence", "indices", "out_indices")
 FLAGS = {
     "WIDTH": 4, "SILU": True, "IS_VARLEN": True, "NORM": True, "ROUNDS": False, "NW": 1, "APPROXIMATE": False
 }  # fmt: skip
-NUMBERS = ("tokens", "slots", "steps", "chunks", "stride_", "forget", "output_gate")
+NUMBERS = ("tokens", "slots", "steps", "chunks", "width", "size", "stride_", "forget", "output_gate")
 
 
 def described(kernel: Any, dtype: str) -> tuple[dict[str, str], dict[tuple[int, ...], Any]]:

@@ -11,7 +11,17 @@ from support import ROOT
 
 KERNELS = {
     f"m2rnn_{name}_kernel"
-    for name in ("convolve", "convolve_backward", "decay", "decay_backward", "decode", "finish", "finish_backward")
+    for name in (
+        "convolve",
+        "convolve_backward",
+        "decay",
+        "decay_backward",
+        "decode",
+        "finish",
+        "finish_backward",
+        "scale",
+        "scale_backward",
+    )
 }
 LAYERS = {
     "one query head": ("64", "16", "1,1,132,132,132", "bf16", "sm_90"),

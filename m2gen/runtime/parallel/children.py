@@ -164,6 +164,8 @@ class OwnOutput(nn.Module):
         self.mesh, self.scatters = mesh, scatters
         self.weight = sharded(linear.weight, mesh, Shard(1))
         self.norm = norm
+        self.dims: tuple[int, ...] | None = None
+        """What the kernels that scale its result are looked up by; None where PyTorch does."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Project this rank's heads (..., tokens, channels) to the sum on every rank, or to its part of the tokens."""
@@ -173,4 +175,4 @@ class OwnOutput(nn.Module):
         x, squares = squared(x)
         mixed = by_columns(x, self.norm(weight).to(x.dtype), self.scatters, group)
         total = scattered(squares, -2, group) if self.scatters else summed(squares, group)
-        return scaled(mixed, total, Normed(self.norm.size, self.norm.eps))
+        return scaled(mixed, total, Normed(self.norm.size, self.norm.eps, self.dims))

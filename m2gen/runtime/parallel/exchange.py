@@ -18,7 +18,7 @@ from ..norm import RMSNorm
 from ..not_built import check_built
 from ..scan import epilogue, recur
 from .agreement import check_ranks_agree
-from .normed import Normed, scaled, squared
+from .normed import Normed, dims_of, scaled, squared
 from .share import HeadShare, RankOf
 from .slab_products import normed_from_heads, product_to_heads
 from .slabs import Route
@@ -62,6 +62,7 @@ class HeadExchange:
         self.layer, self.group = layer, found
         self.place = RankOf(found.rank(), found.size())
         self.share = HeadShare(layer, self.place)
+        self.dims = dims_of(self.share)
         if layer.backend == "kernels":
             check_built(layer.state_expansion, layer.head_dim, self.share.heads, layer.state_weight.dtype)
             check_ranks_agree(found)
@@ -138,11 +139,11 @@ class HeadExchange:
             mixed: Tensor = out(norm(to_tokens(y, counts, self.group)))
             return mixed
         weight = (out.weight * norm.weight).to(y.dtype)
-        normed = Normed(norm.weight.numel(), norm.eps)
         if not torch.compiler.is_compiling():
+            normed = Normed(norm.weight.numel(), norm.eps, self.dims)
             return normed_from_heads(y, weight, normed, Route(self.group, counts))
         y, squares = squared(to_tokens(y, counts, self.group))
-        return scaled(F.linear(y, weight), squares, normed)
+        return scaled(F.linear(y, weight), squares, Normed(norm.weight.numel(), norm.eps))
 
     def _counts(self, x: Tensor, tokens: Sequence[int] | None) -> tuple[int, ...]:
         if tokens is None:

@@ -22,6 +22,7 @@ from ..not_built import check_built
 from ..optimizer import mark_no_weight_decay
 from .agreement import check_ranks_agree
 from .children import OwnConvolution, OwnGate, OwnLinear, OwnNorm, OwnOutput, OwnWeight
+from .normed import dims_of
 from .shards import local, sharded, whole
 from .share import share
 
@@ -82,6 +83,7 @@ class HeadParallelM2RNN(nn.Module):
         norm = OwnNorm(layer.g_norm, mesh) if isinstance(layer.g_norm, RMSNorm) else None
         self.g_norm = nn.Identity()  # the output projection has it
         self.output_projection = OwnOutput(layer.output_projection, norm, mesh, self.sequence_parallel)
+        self.output_projection.dims = dims_of(self)
         mark_no_weight_decay(self)
 
     @property

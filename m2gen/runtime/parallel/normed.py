@@ -12,7 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..mixer import wide_dtype
+from .. import dispatch, launches, layer_launches
+from ..layer_launches import LayerKernels
+from ..mixer import Mixer, wide_dtype
+
+NARROW = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class Normed:
 
     size: int
     eps: float
+    dims: tuple[int, ...] | None = None
+    """What the layer's kernels are looked up by, which scale rows in one pass; None where PyTorch does."""
 
     @staticmethod
     def squares(x: Tensor) -> Tensor:
@@ -52,26 +58,58 @@ class _Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, squares: Tensor, norm: Normed) -> Tensor:
-        scale = norm.scale(squares)
+        out, scale = scaled_rows(x, squares, norm)
         ctx.save_for_backward(x, scale)
-        ctx.size = norm.size
-        return scaled_by(x, scale)
+        ctx.norm = norm
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale = ctx.saved_tensors
-        return *scaled_backward(gradient, x, scale, ctx.size), None
+        return *scaled_backward(gradient, x, scale, ctx.norm), None
 
 
-def scaled_backward(gradient: Tensor, x: Tensor, scale: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return the gradients of x, of which ``gradient`` is that of ``scaled_by``, and of the squares."""
-    of_scale = (gradient * x).sum(-1, keepdim=True, dtype=scale.dtype)
-    return scaled_by(gradient, scale), of_scale * scale**3 * (-0.5 / size)
+def dims_of(layer: Mixer) -> tuple[int, ...] | None:
+    """Return what the kernels of a rank's layer are looked up by; None where it does not run them, or has none."""
+    dims = (layer.state_expansion, layer.head_dim, *layer.heads)
+    runs = layer.backend == "kernels" and getattr(layer, "fused", False)
+    return dims if runs and dims[:6] in dispatch.LAYER_KERNELS else None
 
 
-def scaled_by(x: Tensor, scale: Tensor) -> Tensor:
+def scaled_rows(x: Tensor, squares: Tensor, norm: Normed) -> tuple[Tensor, Tensor]:
+    """Return x (..., H) normalised by the squares (..., 1) of the norm's inputs, and the scale of each token."""
+    kernels = _kernels(norm, x, squares)
+    if kernels is None:
+        scale = norm.scale(squares)
+        return _times(x, scale), scale
+    rows = (kernels, x.flatten(0, -2), squares.flatten(0, -2), norm.size, norm.eps)
+    out, scale = launches.on_device(layer_launches.scale, x.get_device(), rows)
+    return out.view(x.shape), scale.view(squares.shape)
+
+
+def scaled_backward(gradient: Tensor, x: Tensor, scale: Tensor, norm: Normed) -> tuple[Tensor, Tensor]:
+    """Return the gradients of x, of which ``gradient`` is that of ``scaled_rows``, and of the squares."""
+    kernels = _kernels(norm, gradient, x, scale)
+    if kernels is None:
+        of_scale = (gradient * x).sum(-1, keepdim=True, dtype=scale.dtype)
+        return _times(gradient, scale), of_scale * scale**3 * (-0.5 / norm.size)
+    rows = (kernels, gradient.flatten(0, -2), x.flatten(0, -2), scale.flatten(0, -2), norm.size)
+    dx, dsquares = launches.on_device(layer_launches.scale_backward, x.get_device(), rows)
+    return dx.view(x.shape), dsquares.view(scale.shape)
+
+
+def _kernels(norm: Normed, *operands: Tensor) -> LayerKernels | None:
+    """Return the kernels for rows in order, in dtypes that they have; compilers need none."""
+    if norm.dims is None or torch.compiler.is_compiling():
+        return None
+    if not all(type(x) is Tensor and x.is_contiguous() and x.dtype in NARROW for x in operands):
+        return None
+    return LayerKernels(dispatch.layer_kernels(norm.dims, operands[0]))
+
+
+def _times(x: Tensor, scale: Tensor) -> Tensor:
     """Return x times a wider ``scale``, rounded once to x's dtype, in one pass."""
-    if torch.compiler.is_compiling():  # which makes one pass of this
+    if torch.compiler.is_compiling():
         return (x * scale).to(x.dtype)
     return torch.mul(x, scale, out=torch.empty_like(x, memory_format=torch.contiguous_format))
 

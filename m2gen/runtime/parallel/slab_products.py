@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..mixer import wide_dtype
-from .normed import Normed, scaled_backward, scaled_by
+from .normed import Normed, scaled_backward, scaled_rows
 from .slabs import Route, even_widths, to_heads, to_tokens
 
 
@@ -74,10 +74,10 @@ class _NormedFromHeads(torch.autograd.Function):
             _accumulate(mixed, slab, columns[rank].T, first=rank == route.rank)
 
         slabs = to_tokens(take, y, route)
-        scale = norm.scale(squares)
+        out, scale = scaled_rows(mixed, squares, norm)
         ctx.save_for_backward(slabs, weight, mixed, scale)
         ctx.norm, ctx.route = norm, route
-        return scaled_by(mixed, scale).view(batch, here, weight.shape[0])
+        return out.view(batch, here, weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -85,7 +85,7 @@ class _NormedFromHeads(torch.autograd.Function):
         slabs, weight, mixed, scale = ctx.saved_tensors
         route, norm = ctx.route, ctx.norm
         own = even_widths(weight.shape[1], route.ranks)
-        dmixed, dsquares = scaled_backward(gradient.flatten(0, 1), mixed, scale, norm.size)
+        dmixed, dsquares = scaled_backward(gradient.flatten(0, 1), mixed, scale, norm)
         twice = (2 * dsquares).to(slabs.dtype).view(*gradient.shape[:-1], 1)
         by_sequence, (_, batch, _, channels) = dmixed.view(gradient.shape), slabs.shape
         dweight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
