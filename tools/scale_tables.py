@@ -34,7 +34,7 @@ LINK = Link(gb_per_s=370.0, latency_ms=0.03)
 """What NCCL's maintainers say of NVLink 4 (NVIDIA/nccl-tests#212), and an assumption: docs/scale.md."""
 COLUMNS = (
     "form", "size", "one GPU ms", "step ms", "efficiency", "communication", "GB a GPU",
-    "measured ms", "efficiency", "communication", "GB a GPU", "prediction off",
+    "measured ms", "captured ms", "efficiency", "communication", "GB a GPU", "prediction off",
 )  # fmt: skip
 
 
@@ -108,20 +108,21 @@ def _measured(found: Forecast, document: RankDocument | None) -> list[str]:
     for row in document.rows if document is not None else ():
         if (row.layer, row.form, row.batch, row.seq, row.ranks) == key:
             return _cells(row, found, document)
-    return [""] * 5
+    return [""] * 6
 
 
 def _cells(row: RankRow, found: Forecast, document: RankDocument) -> list[str]:
-    if row.step_ms is None:
-        return [row.failure or row.unfit, *[""] * 4]
+    if row.step_ms is None or row.device_ms is None:
+        return [row.failure or row.unfit, *[""] * 5]
     values = compared(row, found.case, document)
     efficiency, communication = values["efficiency"], values["communication"]
     return [
         ms_text(row.step_ms),
+        "" if row.captured_ms is None else ms_text(row.captured_ms),
         "" if efficiency is None else f"{efficiency:.0%}",
         "" if communication is None else f"{communication:.0%}",
         f"{row.peak_bytes / 1e9:.2f}",
-        f"{found.step_ms / row.step_ms - 1:+.0%}",
+        f"{found.step_ms / row.device_ms - 1:+.0%}",
     ]
 
 

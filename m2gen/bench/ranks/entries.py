@@ -123,6 +123,10 @@ class RankRow:
     """Milliseconds of a forward without gradients."""
     step_ms: float | None = None
     """Milliseconds of forward and backward, with the sums of gradients of parameters that ranks share."""
+    captured_ms: float | None = None
+    """Milliseconds of the same step as a CUDA graph, which waits for no host; None where it was not captured."""
+    uncaptured: str = ""
+    """Why a step that was to be captured could not be."""
     recurrence_ms: float | None = None
     """Milliseconds of forward and backward of one recurrence with a rank's heads, sequences and tokens, alone."""
     communication_ms: float | None = None
@@ -133,6 +137,11 @@ class RankRow:
     """Bytes that a rank sends in a step."""
     peak_bytes: int = 0
     """The most memory that a step had allocated on any rank; 0 on CPUs."""
+
+    @property
+    def device_ms(self) -> float | None:
+        """Milliseconds of a step without its host, where that is known."""
+        return self.step_ms if self.captured_ms is None else self.captured_ms
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,11 @@ class Form(StrEnum):
         """Whether each rank has its part of the tokens outside the layer."""
         return self in (Form.HEADS_TOKENS, Form.EXCHANGE, Form.PIPELINE, Form.MESH)
 
+    @property
+    def captured(self) -> bool:
+        """Whether its steps are also timed as a CUDA graph: not where hooks, or ranks in turn, do what it sends."""
+        return self not in (Form.PIPELINE, Form.FSDP)
+
 
 class Mixing(StrEnum):
     """What mixes the tokens of a block."""

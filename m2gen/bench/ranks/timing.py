@@ -131,6 +131,29 @@ def slowest_ms(run: Callable[[], object], device: torch.device, repeats: int) ->
     return float(median(_slowest([_once(run, device) for _ in range(fewer)], device)))
 
 
+def captured(step: Callable[[], None], device: torch.device) -> tuple[Callable[[], None] | None, str]:
+    """Return what replays a step from a CUDA graph, collectives and all, or why there is none: on all ranks the same.
+
+    Threads of the backend may ask about its own work meanwhile, so that only this one's calls are held to be captured.
+    """
+    stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    graph, why = torch.cuda.CUDAGraph(), ""
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            step()
+    together(device)
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            step()
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+    found: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(found, why)
+    why = next(filter(None, found), "")
+    return (None, why) if why else (graph.replay, "")
+
+
 def _slowest(milliseconds: list[float], device: torch.device) -> list[float]:
     """Return the largest of the ranks' numbers, place by place: the same on every rank."""
     samples = torch.tensor(milliseconds, dtype=torch.float64, device=device)

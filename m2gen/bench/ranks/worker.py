@@ -22,7 +22,17 @@ from m2gen.bench.ranks.forms import ForRanks, OverRanks, over_ranks
 from m2gen.bench.ranks.kinds import Form
 from m2gen.bench.ranks.launch import error_file
 from m2gen.bench.ranks.pulse import Pulse
-from m2gen.bench.ranks.timing import Collective, link, peak_bytes, recorded, recurrence_of, repeat, slowest_ms, together
+from m2gen.bench.ranks.timing import (
+    Collective,
+    captured,
+    link,
+    peak_bytes,
+    recorded,
+    recurrence_of,
+    repeat,
+    slowest_ms,
+    together,
+)
 from m2gen.db import Environment
 from m2gen.kernels.compile import load_module
 from m2gen.measure.workers import end_with_parent
@@ -148,6 +158,8 @@ class _Rank:
         forward_ms = slowest_ms(lambda: _forward(over, x), self.device, repeats)
         step_ms = slowest_ms(step, self.device, repeats)
         peak = peak_bytes(step, self.device)
+        if self.job.cuda and case.form.captured:
+            row = self._captured(step, row)
         row, calls = _counted(row, step)
         alone = None
         if case.form is not Form.PIPELINE:
@@ -161,6 +173,13 @@ class _Rank:
             communication_ms=alone,
             peak_bytes=peak,
         )
+
+    def _captured(self, step: Callable[[], None], row: RankRow) -> RankRow:
+        """Return a row with the time of the step as a CUDA graph."""
+        replay, why = captured(step, self.device)
+        if replay is None:
+            return replace(row, uncaptured=why)
+        return replace(row, captured_ms=slowest_ms(replay, self.device, self.job.repeats))
 
 
 def _title(case: RankCase) -> str:

@@ -14,8 +14,8 @@ from m2gen.cli.show.bench import ms_text
 from m2gen.cli.show.report import Display, print_json, write_json
 from m2gen.cli.show.table import Table, print_tables
 
-COLUMNS = ("layer", "forward ms", "step ms", "efficiency", "recurrence ms", "communication", "sent GB", "predicted ms",
-           "off", "peak GB", "worst error")  # fmt: skip
+COLUMNS = ("layer", "forward ms", "step ms", "captured ms", "efficiency", "recurrence ms", "communication", "sent GB",
+           "predicted ms", "off", "peak GB", "worst error")  # fmt: skip
 NAMES = {
     Form.ONE: "one rank",
     Form.HEADS: "heads",
@@ -68,15 +68,15 @@ def compared(row: RankRow, case: RankCase, document: RankDocument) -> dict[str, 
     predicted = predicted_ms(case, row, one, document.link, fused=fused) if one is not None else None
     return {
         "efficiency": here / alone if here and alone and row.form is not Form.ONE else None,
-        "communication": row.communication_ms / row.step_ms if row.communication_ms and row.step_ms else None,
+        "communication": row.communication_ms / row.device_ms if row.communication_ms and row.device_ms else None,
         "predicted_ms": predicted,
-        "predicted_off": predicted / row.step_ms - 1 if predicted and row.step_ms else None,
+        "predicted_off": predicted / row.device_ms - 1 if predicted and row.device_ms else None,
     }
 
 
 def _rate(row: RankRow) -> float | None:
     """Return the tokens that a rank takes through a step in a millisecond."""
-    return row.batch * row.seq / row.ranks / row.step_ms if row.step_ms else None
+    return row.batch * row.seq / row.ranks / row.device_ms if row.device_ms else None
 
 
 def tables(document: RankDocument) -> Iterator[Table]:
@@ -95,6 +95,7 @@ def tables(document: RankDocument) -> Iterator[Table]:
     link = document.link
     notes = [
         "step: forward and backward, with the sums of gradients that ranks share; medians of the slowest rank",
+        "captured: a step as a CUDA graph, which waits for no host; what follows is of that, where there is one",
         "recurrence: of one rank's heads and tokens, alone; communication: a step's collectives alone, as its part",
         f"link: {link.gb_per_s:.3g} GB/s a rank, {1e3 * link.latency_ms:.3g} µs a collective",
         "worst error: of outputs and gradients against float64, as a part of its budget",
@@ -111,6 +112,7 @@ def _cells(row: RankRow, found: dict[str, float | None]) -> tuple[str, ...]:
         NAMES[row.form] + mesh,
         _ms(row.forward_ms),
         _ms(row.step_ms),
+        _ms(row.captured_ms),
         _part(found["efficiency"], ".0%"),
         _ms(row.recurrence_ms),
         _part(found["communication"], ".0%"),
