@@ -32,6 +32,9 @@ def layer(hidden: int, rows: int = ROWS, **options: Any) -> nn.Module:
     """
     from fla.layers import GatedDeltaNet
 
+    from tools import parallel_autotune
+
+    parallel_autotune.install()
     heads, rest = divmod(hidden, EXPANSION * rows)
     if rest or not heads:
         raise ValueError(f"hidden must be a multiple of {EXPANSION * rows} for heads of {rows} rows, got {hidden}")
