@@ -59,8 +59,8 @@ def bench(config: Config, out: Path, timing_only: bool = False) -> None:
     layers = len(config.mixers)
     one = tuple("m2rnn" if i == layers // 2 else "attention" for i in range(layers))
     models = {"attention": ("attention",) * layers, "one M2RNN layer": one, "all M2RNN": ("m2rnn",) * layers}
-    models["all Gated DeltaNet"] = ("gated_deltanet",) * layers
     models["all Gated DeltaNet of flash-linear-attention"] = ("gated_deltanet_fla",) * layers
+    models["all Gated DeltaNet"] = ("gated_deltanet",) * layers
     mark = passed_guard() if timing_only else ""
     rows = ["| tokens a sequence | mixers | tokens/s | ms a step | part of the M2RNN layers |", "| --- " * 5 + "|"]
     for length in config.bench.lengths:
