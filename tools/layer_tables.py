@@ -1,6 +1,7 @@
 """Write the tables of a run of ``m2gen bench --layers`` into a page, between two marks.
 
-python tools/layer_tables.py docs/data/layers_h200.json docs/model-step.md --apart docs/data/gated_deltanet_h200.json
+python tools/layer_tables.py docs/data/layers_h200.json docs/model-step.md --apart docs/data/gated_deltanet_h200.json \
+    --apart docs/data/gated_deltanet_410m_h200.json
 """
 
 from __future__ import annotations
@@ -66,14 +67,14 @@ def _versions(row: LayerRow) -> str:
     return f"{row.name} on {', '.join(f'{name} {version}' for name, version in row.versions.items())}"
 
 
-def written(page: str, run: Path | None, before: Path | None, apart: Path | None = None) -> str:
-    """Return a page with the tables of a run, an earlier one's before them and another machine's behind them.
+def written(page: str, run: Path | None, before: Path | None, apart: Sequence[Path] = ()) -> str:
+    """Return a page with the tables of a run, an earlier one's before them and other machines' behind them.
 
     There are none if there is no run.
     """
     start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
     lines: list[str] = []
-    for path, title in ((before, "Before"), (run, "Now"), (apart, "On another machine")):
+    for path, title in ((before, "Before"), (run, "Now"), *((path, "On another machine") for path in apart)):
         if path is not None:
             document = load_layers(path)
             if document is None:
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("page", type=Path)
     parser.add_argument("--before", type=Path, help="an earlier run, whose tables come first")
-    parser.add_argument("--apart", type=Path, help="a run on another machine, whose tables come last")
+    parser.add_argument("--apart", type=Path, action="append", default=[], help="a run elsewhere; its tables come last")
     given = parser.parse_args(arguments)
     text = written(given.page.read_text(encoding="utf-8"), given.run, given.before, given.apart)
     given.page.write_text(text, encoding="utf-8")

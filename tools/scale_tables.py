@@ -3,8 +3,9 @@
 python tools/scale_tables.py docs/scale.md --cpus docs/data/ranks_16_cpus.json --cpus docs/data/ranks_64_cpus.json
 python tools/scale_tables.py docs/scale.md ... --from docs/data/ranks_4_h200.json --from docs/data/ranks_8_h200.json
 
-``--from`` takes what ``m2gen bench --gpus N --out FILE`` wrote. Predictions are of the cases that this command runs by
-default, from docs/data/layers_h200.json and docs/data/speed_h200.json, which one GPU measured.
+``--from`` takes what ``m2gen bench --gpus N --out FILE`` wrote; what one file lacks, the next may have. Predictions are
+of the cases that this command runs by default, from docs/data/layers_h200.json and docs/data/speed_h200.json, which one
+GPU measured.
 """
 
 from __future__ import annotations
@@ -74,20 +75,20 @@ def forecasts(ranks: int, known: OneGpu) -> list[Forecast]:
 
 def over_gpus(ranks: int, known: OneGpu, measured: Sequence[RankDocument]) -> Iterator[str]:
     """Yield the lines of the table of a number of GPUs."""
-    document = next((d for d in measured if d.environment and ranks in (row.ranks for row in d.rows)), None)
+    documents = [d for d in measured if d.environment and ranks in (row.ranks for row in d.rows)]
     yield from ("", f"### {ranks} GPUs", "")
-    if document is None or document.environment is None:
+    if not documents:
         yield "Predictions; not measured."
-    else:
-        here, link = document.environment, document.link
+    for here in [d.environment for d in documents if d.environment is not None][:1]:
         yield f"Predictions, and measurements on {ranks} x {here.device}, driver {here.driver}, torch {here.torch},"
-        yield f"triton {here.triton}: {link.gb_per_s:.3g} GB/s a rank, {1e3 * link.latency_ms:.3g} us a collective."
+        yield f"triton {here.triton}. Each run's link, and a collective on it:"
+        yield ", ".join(f"{d.link.gb_per_s:.3g} GB/s and {1e3 * d.link.latency_ms:.3g} us" for d in documents) + "."
     predicted = forecasts(ranks, known)
     for layer in dict.fromkeys(each.case.shape.name for each in predicted):
         yield from ("", f"**{layer}**", "", f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|")
         for each in predicted:
             if each.case.shape.name == layer:
-                yield f"| {' | '.join((*_predicted(each), *_measured(each, document)))} |"
+                yield f"| {' | '.join((*_predicted(each), *_measured(each, documents)))} |"
 
 
 def _predicted(found: Forecast) -> Iterator[str]:
@@ -101,13 +102,14 @@ def _predicted(found: Forecast) -> Iterator[str]:
     yield f"{found.memory / 1e9:.2f}"
 
 
-def _measured(found: Forecast, document: RankDocument | None) -> list[str]:
-    """Return what a run has of a predicted case: empty cells where it was not measured, or why it has no times."""
+def _measured(found: Forecast, documents: Sequence[RankDocument]) -> list[str]:
+    """Return what the first run has that has a predicted case: empty cells for none, or why it has no times."""
     case = found.case
     key = (case.shape.name, case.form, case.batch, case.seq, found.ranks)
-    for row in document.rows if document is not None else ():
-        if (row.layer, row.form, row.batch, row.seq, row.ranks) == key:
-            return _cells(row, found, document)
+    for document in documents:
+        for row in document.rows:
+            if (row.layer, row.form, row.batch, row.seq, row.ranks) == key:
+                return _cells(row, found, document)
     return [""] * 6
 
 
