@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from support import ROOT
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,7 +25,7 @@ from tools.gated_deltanet import Plain
 EXAMPLES = ROOT / "examples"
 LOCAL = (
     "example_hybrids", "decoder", "gated_delta", "data", "model", "loop", "compare", "corpus", "plan", "runs", "report",
-    "captured",
+    "captured", "finished",
 )  # fmt: skip
 """The command, and the modules that it finds beside it."""
 
@@ -248,6 +249,48 @@ def test_killed_runs_go_on(example, monkeypatch, tmp_path, capsys) -> None:
     assert "step" not in capsys.readouterr().err
     with pytest.raises(SystemExit, match="must be of this plan, but has another plan; give another --out"):
         smoke(example, monkeypatch, parts, *faster, "--set", "learning_rate=1")
+
+
+def test_runs_of_another_machine_are_finished(example, monkeypatch, tmp_path, capsys) -> None:
+    """With a file of all results nothing is trained; other facts, and a file of another form, end the program."""
+    faster = ("--set", "variants={with Gated DeltaNet: [gated_deltanet], with M²RNN: [attention]}")
+    smoke(example, monkeypatch, tmp_path / "first", *faster)
+    known, trained = tmp_path / "first" / "hybrids.json", []
+    monkeypatch.setattr(sys.modules["runs"].Runner, "train", lambda self, run: trained.append(run))
+
+    def going_on(name: str, place: Path, *arguments: str) -> Path:
+        smoke(example, monkeypatch, tmp_path / name, "--known", str(place), *arguments)
+        return tmp_path / name
+
+    second = going_on("second", known, *faster)
+    assert trained == []
+    assert len(list((second / "runs").iterdir())) == 4
+    for place in ("hybrids.json", *(f"runs/{path.name}" for path in (second / "runs").iterdir())):
+        assert json.loads((second / place).read_text()) == json.loads((tmp_path / "first" / place).read_text()), place
+    older = json.loads(known.read_text(encoding="utf-8"))
+    for run in older["runs"]:
+        del run["mixers"]
+    (tmp_path / "older.json").write_text(json.dumps(older), encoding="utf-8")
+    assert (going_on("third", tmp_path / "older.json", *faster) / "hybrids.json").read_text() == known.read_text()
+    assert trained == []
+
+    seeds = yaml.safe_dump({"tiny": {**example.SMOKE["sizes"]["tiny"], "seeds": [1, 2]}})
+    going_on("seeds", known, *faster, "--set", f"sizes={seeds}")
+    assert [run.seed for run in trained] == [2, 2]
+    others = {
+        "plan": ("--set", "learning_rate=1"),
+        "text": ("--set", "text={limit: 50000, validation: 4, roots: [" + str(EXAMPLES / "hybrid_lm") + "]}"),
+        "mixers": ("--set", "variants={with Gated DeltaNet: [attention, gated_deltanet], with M²RNN: [attention]}"),
+    }
+    for name, changed in others.items():
+        refusal = rf"first/hybrids.json must be of this plan, but has another [a-z, ]*{name}.*; give another --known"
+        with pytest.raises(SystemExit, match=refusal):
+            going_on(name, known, *faster, *changed)
+        assert list((tmp_path / name / "runs").iterdir()) == []
+    for text in ("no JSON", "[]", "{}", '{"runs": 1}', json.dumps({**older, "runs": [{"size": "tiny"}]})):
+        (tmp_path / "bad.json").write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit, match=r"bad.json must be a hybrids.json of finished runs, got"):
+            going_on("bad", tmp_path / "bad.json")
 
 
 def test_smoke_on_kernels_and_the_readme(example, monkeypatch, tmp_path, capsys) -> None:

@@ -5,7 +5,8 @@
     python examples/hybrid_lm/hybrids.py --report OUT/hybrids.json --readme examples/hybrid_lm/README.md
 
 Finished runs lie in --out and are not run again; a run that the time, or a signal, has ended goes on from its
-checkpoint. After each run, hybrids.json, hybrids.md and the figures (with matplotlib) are those of all runs so far.
+checkpoint. Runs in --known, the hybrids.json of another machine, are finished as well. After each run, hybrids.json,
+hybrids.md and the figures (with matplotlib) are those of all runs so far.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
 
 import corpus  # noqa: E402
 import report  # noqa: E402
+from finished import Known, collected, read  # noqa: E402
 from loop import write_json  # noqa: E402
 from plan import Plan, check_equal, load_plan  # noqa: E402
 from runs import Clock, Runner  # noqa: E402
@@ -48,14 +49,14 @@ SMOKE = {
 """Runs of seconds on a CPU, which show that everything works and nothing else."""
 
 
-def run_all(plan: Plan, out: Path, clock: Clock) -> int:
+def run_all(plan: Plan, out: Path, clock: Clock, known: Known) -> int:
     """Do the runs that are not finished, while the time lasts; return how many are left."""
     for name in ("runs", "checkpoints"):
         (out / name).mkdir(parents=True, exist_ok=True)
     check_equal(plan)
     text = corpus.kept(plan.text, out / "text.pt")
     print(f"text: {text.facts}", file=sys.stderr)
-    runner, results = Runner(text, out, clock), []
+    runner, results = Runner(text, out, clock, known), []
     wanted = plan.runs()
     for run in wanted:
         result = runner.finished(run) or (None if clock.over else runner.train(run))
@@ -65,21 +66,13 @@ def run_all(plan: Plan, out: Path, clock: Clock) -> int:
     return len(wanted) - len(results)
 
 
-def collected(plan: Plan, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return all results, with what they have in common once."""
-    common = {name: results[0]["facts"][name] for name in ("device", "torch", "kernels", "text", "plan")}
-    runs = [{name: x for name, x in result.items() if name != "facts"} for result in results]
-    sizes = {result["size"]: result["facts"]["size"] for result in results}
-    compare = [list(pair) for pair in plan.compare]
-    return {**common, "sizes": sizes, "variants": list(plan.variants), "compare": compare, "runs": runs}
-
-
 def main() -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=HERE / "hybrids.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value; YAML")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of runs, checkpoints and results")
+    parser.add_argument("--known", type=Path, metavar="JSON", help="hybrids.json whose runs are finished, too")
     parser.add_argument("--minutes", type=float, help="stop after so long, in the middle of a run if need be")
     parser.add_argument("--smoke", action="store_true", help="sizes of seconds on a CPU, in Triton's interpreter")
     parser.add_argument("--report", type=Path, metavar="JSON", help="only write table and figures of finished runs")
@@ -93,7 +86,9 @@ def main() -> None:
     changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
     clock = Clock(arguments.minutes)
     signal.signal(signal.SIGTERM, clock.stop)
-    left = run_all(load_plan(arguments.config, changes), arguments.out, clock)
+    plan = load_plan(arguments.config, changes)
+    known = read(arguments.known, plan) if arguments.known else Known()
+    left = run_all(plan, arguments.out, clock, known)
     place = arguments.out / "hybrids.json"
     if place.is_file():
         report.write(json.loads(place.read_text(encoding="utf-8")), arguments.out)

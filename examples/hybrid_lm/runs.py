@@ -16,6 +16,7 @@ import torch
 from captured import CapturedTrainer, own_stream
 from compare import device_name, kernels_of
 from corpus import Text
+from finished import Known
 from loop import device_at_hand, store, write_json
 from model import Trainer
 from plan import Run, hidden_of, parameters_of, state_of
@@ -59,10 +60,10 @@ class Progress:
 class Runner:
     """Runs that share a text, a folder, a clock, and the kernels that this process has compiled."""
 
-    def __init__(self, text: Text, out: Path, clock: Clock) -> None:
+    def __init__(self, text: Text, out: Path, clock: Clock, known: Known) -> None:
         self.device = device_at_hand()
         self.facts, self.text = text.facts, text.to(self.device)
-        self.out, self.clock = out, clock
+        self.out, self.clock, self.known = out, clock, known
         self._warm: set[tuple[str, str]] = set()
 
     def facts_of(self, run: Run) -> dict[str, Any]:
@@ -76,19 +77,26 @@ class Runner:
         return dict(json.loads(json.dumps({**facts, "seed": run.seed})))
 
     def finished(self, run: Run) -> dict[str, Any] | None:
-        """Return the results of a run that is done, or None; those of other facts end the program."""
-        place = self.out / "runs" / f"{run.file_name}.json"
-        if not place.is_file():
-            return None
-        found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-        self._check(place, found["facts"], run)
-        return found
+        """Return the results of a run that is done, or None; those of other facts end the program.
 
-    def _check(self, place: Path, found: dict[str, Any], run: Run) -> None:
+        Those of a run that is known from another machine get a file of their own here, which counts from then on.
+        """
+        place = self.out / "runs" / f"{run.file_name}.json"
+        if place.is_file():
+            found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+            self._check(place, found["facts"], run)
+            return found
+        known = self.known.results.get(run.file_name)
+        if known is not None:  # checked before it is written: a file of other facts would stay in the way
+            self._check(self.known.place, known["facts"], run, "--known")
+            write_json(known, place)
+        return known
+
+    def _check(self, place: Path, found: dict[str, Any], run: Run, option: str = "--out") -> None:
         wanted = self.facts_of(run)
         changed = ", ".join(name for name in wanted if found.get(name) != wanted[name])
         if changed:
-            raise SystemExit(f"{place} must be of this plan, but has another {changed}; give another --out")
+            raise SystemExit(f"{place} must be of this plan, but has another {changed}; give another {option}")
 
     def train(self, run: Run) -> dict[str, Any] | None:
         """Train a run to its end, from its checkpoint where there is one; None where the clock ended it before."""
