@@ -122,6 +122,7 @@ UNKNOWN = {
     "target": (("check", "--target", "sm_1"), "--target must be among sm_80"),
     "variant": (("verify", "--variant", "k1"), f"--variant must be among {KEY}"),
     "case": (("verify", "--case", "none"), "--case must be among ragged"),
+    "feature": (("verify", "--feature", "packed", "--feature", "none"), "--feature must be among recurrence, packed"),
     "layer": (("bench", "--layer", "none"), "must"),
 }
 
@@ -303,6 +304,13 @@ def test_verify_one_case_in_the_interpreter(spec: Path) -> None:
     suite = ElementTree.parse(spec.parent / "report.xml").find("testsuite")
     assert suite is not None
     assert (suite.get("tests"), suite.get("failures")) == ("1", "0")
+
+
+def test_verify_two_features_in_the_interpreter(spec: Path) -> None:
+    """All cases of the features that are asked for, and no others."""
+    outcome = document("verify", "--spec", "one.yaml", "--feature", "drop_in", "--feature", "states", "--quiet")
+    assert outcome["passed"]
+    assert {case["feature"] for case in outcome["cases"]} == {"drop_in", "states"}
 
 
 @pytest.mark.parametrize(

@@ -2,21 +2,24 @@
 
     python tests/gpu/sanitize.py            # both tools; exit status 1 if either finds anything, or cannot run
     python tests/gpu/sanitize.py memcheck   # one of them
+    python tests/gpu/sanitize.py racecheck mma masked   # on these entries of the matrix alone
     python tests/gpu/sanitize.py --calls    # the calls alone, without a tool; of the entries that follow, if any do
 
-The calls run once without a tool first, each entry of the matrix in a process, which compiles the kernels into Triton's
-cache: a tool then only loads them.
+The calls run once without a tool first, which compiles the kernels into Triton's cache: a tool then only loads them. All
+entries run at once, each in a process of its own.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -110,6 +113,7 @@ def calls(name: str, folder: Path, device: torch.device) -> Iterator[tuple[str, 
                 yield f"{name} layer {width} {kind}", _layer_training(layer, problem)
             for dtype in (torch.float32, torch.bfloat16):
                 yield f"{name} layer {width} on a pool of {dtype}", _layer_serving(package, layer, dtype)
+        yield f"{name} rows scaled", _scaling(package, layer)
 
 
 def _layer(package: ModuleType, variant: Variant, device: torch.device, width: int | None) -> nn.Module:
@@ -158,6 +162,16 @@ def _serving(package: ModuleType, variant: Variant, device: torch.device, dtype:
     return call
 
 
+def _scaling(package: ModuleType, layer: nn.Module) -> Callable[[], object]:
+    """Return a call of the kernels that scale rows by a norm over several ranks, of which there are none here."""
+    normed = importlib.import_module(f"{package.__name__}.parallel.normed")
+    norm = normed.Normed(40, 1e-5, normed.dims_of(layer))
+    weight = layer.state_weight
+    x = torch.randn(9, 523, device=weight.device, dtype=weight.dtype, requires_grad=True)
+    squares = x.detach().float().square().sum(-1, keepdim=True).requires_grad_()
+    return lambda: torch.autograd.grad(normed.scaled(x, squares, norm).float().square().sum(), [x, squares])
+
+
 def _training(package: ModuleType, inputs: Inputs, deterministic: bool) -> Callable[[], object]:
     return lambda: differentiate(package.m2rnn, inputs, deterministic=deterministic)
 
@@ -184,9 +198,9 @@ def run_calls(names: Iterable[str]) -> int:
     return count
 
 
-def compiled() -> bool:
+def compiled(names: Iterable[str]) -> bool:
     """Run every entry in a process of its own, all at once; return whether they all did."""
-    running = {name: subprocess.Popen([sys.executable, __file__, "--calls", name]) for name in entries()}
+    running = {name: subprocess.Popen([sys.executable, __file__, "--calls", name]) for name in names}
     end, failed = time.monotonic() + LIMIT, []
     for name, process in running.items():
         try:
@@ -199,6 +213,13 @@ def compiled() -> bool:
     if failed:
         print(f"sanitize: every entry must run without a tool first, got {', '.join(failed)}")
     return not failed
+
+
+def checked(tool: str, names: Sequence[str]) -> str:
+    """Run entries under a tool, all at once; return why it is not clean, by entry, or nothing."""
+    with ThreadPoolExecutor(len(names)) as pool:
+        found = pool.map(lambda name: check(tool, [sys.executable, __file__, "--calls", name]), names)
+        return "; ".join(f"{name}: {problem}" for name, problem in zip(names, found, strict=True) if problem)
 
 
 def check(tool: str, command: list[str]) -> str:
@@ -222,26 +243,27 @@ def check(tool: str, command: list[str]) -> str:
 def main(arguments: list[str]) -> int:
     """Run the calls, plainly and then under each tool; return the exit status."""
     only_calls = arguments[:1] == ["--calls"]
-    unknown = set(arguments[1:]) - set(MATRIX) if only_calls else set(arguments) - set(TOOLS)
-    if unknown:
-        tools = f"--calls first, or among {', '.join(TOOLS)}"
-        expected = "entries of the matrix after --calls" if only_calls else tools
-        print(f"sanitize: arguments must be {expected}, got {', '.join(sorted(unknown))}")
+    tools = [] if only_calls else [name for name in arguments if name in TOOLS]
+    chosen = [name for name in arguments[only_calls:] if name not in tools]
+    if unknown := set(chosen) - set(MATRIX):
+        expected = f"--calls or {' or '.join(TOOLS)}, and entries of the matrix: {', '.join(MATRIX)}"
+        print(f"sanitize: arguments must be {expected}; got {', '.join(sorted(unknown))}")
         return 2
     if not torch.cuda.is_available():
         print("sanitize: needs a GPU that torch can use")
         return 1
     start = time.monotonic()
+    names = chosen or entries()
     if only_calls:
-        print(f"calls: {run_calls(arguments[1:] or entries())} ran, {time.monotonic() - start:.0f} s")
+        print(f"calls: {run_calls(names)} ran, {time.monotonic() - start:.0f} s")
         return 0
-    if not compiled():
+    if not compiled(names):
         return 1
     print(f"compiled, {time.monotonic() - start:.0f} s", flush=True)
     status = 0
-    for tool in arguments or TOOLS:
+    for tool in tools or TOOLS:
         start = time.monotonic()
-        problem = check(tool, [sys.executable, __file__, "--calls"])
+        problem = checked(tool, names)
         print(f"{tool}: {problem or 'clean'}, {time.monotonic() - start:.0f} s", flush=True)
         status = 1 if problem else status
     return status

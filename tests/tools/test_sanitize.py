@@ -38,7 +38,7 @@ def test_the_calls_run(tmp_path: Path, device: torch.device, monkeypatch, name: 
     expected += [f"{name} pool of {dtype}" for dtype in (torch.float32, torch.bfloat16, torch.float16)]
     pools = [f"on a pool of {dtype}" for dtype in (torch.float32, torch.bfloat16)]
     layers = [f"{name} layer {width} {kind}" for width in (4, None) for kind in (*whole, *pools)]
-    assert labels == expected + layers * (name in sanitize.LAYERED)
+    assert labels == expected + [*layers, f"{name} rows scaled"] * (name in sanitize.LAYERED)
 
 
 def test_the_script_starts_as_one_types_it(tmp_path: Path) -> None:
@@ -114,6 +114,32 @@ def test_without_the_tool(tmp_path, monkeypatch) -> None:
     """A machine without the toolkit is told where the tool comes from."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "CUDA toolkit" in sanitize.check("memcheck", ["true"])
+
+
+def test_entries_under_a_tool(tmp_path, monkeypatch) -> None:
+    """Each entry runs under the tool by itself; what one has found is said with its name."""
+    path = tmp_path / "compute-sanitizer"
+    path.write_text('#!/bin/sh\nfor last; do :; done\necho "ERROR SUMMARY: $([ $last = mma ]; echo $?) errors"\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert sanitize.checked("memcheck", ["mma", "mma"]) == ""
+    assert sanitize.checked("memcheck", ["mma", "masked"]).startswith("masked: exit status 0")
+
+
+def test_tools_and_entries_in_any_order(monkeypatch, capsys) -> None:
+    """Those that are named, and of what is not named all."""
+    ran = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sanitize, "entries", lambda: ["masked", "total"])
+    monkeypatch.setattr(sanitize, "compiled", lambda names: True)
+    monkeypatch.setattr(sanitize, "checked", lambda tool, names: ran.append((tool, *names)) or "")
+    for arguments in (["mma", "racecheck"], ["memcheck"], ["mma", "total"]):
+        assert sanitize.main(arguments) == 0
+    both = [("memcheck", "mma", "total"), ("racecheck", "mma", "total")]
+    assert ran == [("racecheck", "mma"), ("memcheck", "masked", "total"), *both]
+    monkeypatch.setattr(sanitize, "checked", lambda tool, names: "mma: something")
+    assert sanitize.main(["racecheck", "mma"]) == 1
+    assert "racecheck: mma: something" in capsys.readouterr().out
 
 
 def test_unknown_arguments(capsys) -> None:
