@@ -26,7 +26,10 @@ from m2gen.cli.options import (
 from m2gen.errors import UsageError
 
 EXAMPLES = examples(
-    "m2gen verify --spec h100.yaml", "m2gen verify --spec tiny.yaml --quick --junit report.xml", "m2gen verify --full"
+    "m2gen verify --spec h100.yaml",
+    "m2gen verify --spec tiny.yaml --quick --junit report.xml",
+    "m2gen verify --full",
+    "m2gen verify --full --feature layer --feature packed",
 )
 
 
@@ -40,6 +43,9 @@ def verify(
     ] = False,
     variant: Annotated[
         str | None, typer.Option("--variant", help="Only this variant, by its key.", autocompletion=complete_variant)
+    ] = None,
+    feature: Annotated[
+        list[str] | None, typer.Option("--feature", help="Only cases of this part of the contract; may be repeated.")
     ] = None,
     case: Annotated[str | None, typer.Option("--case", help="Only this case.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the random inputs.")] = 0,
@@ -60,7 +66,7 @@ def verify(
     with reporting(debug):
         if full == (spec is not None) or (full and quick):
             raise UsageError("verify must be given --spec, with or without --quick, or --full alone")
-        request = pipeline.VerifyRequest(variant, case, seed, quick)
+        request = pipeline.VerifyRequest(variant, case, tuple(feature or ()), seed, quick)
         progress = terminal_progress(quiet)
         if spec:
             outcome = pipeline.verify(planned(spec, records=records_of(db, no_db)), request, progress)

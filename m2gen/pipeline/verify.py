@@ -24,10 +24,12 @@ MATRIX = ("matrix.yaml", "matrix_total.yaml")
 
 @dataclass(frozen=True)
 class VerifyRequest:
-    """The part of a plan to verify: all cases that apply, or one variant or case, with a seed."""
+    """The part of a plan to verify: all cases that apply, or those of a variant, of features or of one name."""
 
     variant: str | None = None
     case: str | None = None
+    features: tuple[str, ...] = ()
+    """Names of the features whose cases are wanted; none for those of all."""
     seed: int = 0
     quick: bool = False
     """Run only the first case of every variant and of every feature."""
@@ -111,11 +113,16 @@ def _named_features(built: BuiltVariant, found: tuple[Case, ...]) -> tuple[Case,
 
 
 def _selected(jobs: list[VerifyJob], request: VerifyRequest) -> list[VerifyJob]:
-    """Return the jobs of the variant and case that the request names; raises UsageError if there are none."""
+    """Return the jobs of the variant, features and case that the request names; raises UsageError if there are none."""
     variants = dict.fromkeys(job.variant.key for job in jobs)
     if request.variant is not None and request.variant not in variants:
         raise UsageError(f"--variant must be {among(variants)}, got {request.variant!r}")
     jobs = [job for job in jobs if request.variant in (None, job.variant.key)]
+    features = dict.fromkeys(str(job.case.feature) for job in jobs)
+    for feature in request.features:
+        if feature not in features:
+            raise UsageError(f"--feature must be {among(features)}, got {feature!r}")
+    jobs = [job for job in jobs if not request.features or job.case.feature in request.features]
     names = dict.fromkeys(job.case.name for job in jobs)
     if request.case is not None and request.case not in names:
         raise UsageError(f"--case must be {among(names)}, got {request.case!r}")
