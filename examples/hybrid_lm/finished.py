@@ -10,8 +10,10 @@ from typing import Any
 
 from plan import Plan
 
-COMMON = ("device", "torch", "kernels", "text", "plan")
+COMMON = ("device", "torch", "text", "plan")
 """Facts that all runs of a comparison share."""
+OWN = ("mixers", "kernels")
+"""Facts that each run keeps for itself."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ def collected(plan: Plan, results: list[dict[str, Any]]) -> dict[str, Any]:
     """Return all results, with what they have in common once."""
     common = {name: results[0]["facts"][name] for name in COMMON}
     runs = [
-        {**{name: x for name, x in result.items() if name != "facts"}, "mixers": result["facts"]["mixers"]}
+        {**{name: x for name, x in result.items() if name != "facts"}, **{name: result["facts"][name] for name in OWN}}
         for result in results
     ]
     sizes = {result["size"]: result["facts"]["size"] for result in results}
@@ -45,7 +47,8 @@ def read(place: Path, plan: Plan) -> Known:
             if result := found.get((run.size_name, run.variant, run.seed)):
                 # A file from before runs had their mixers is taken to be of this plan's.
                 mixers = result.pop("mixers", list(run.mixers))
-                facts = {**common, "size": data["sizes"][run.size_name], "mixers": mixers, "seed": run.seed}
+                own = {"mixers": mixers, "kernels": result.pop("kernels", data.get("kernels", "")), "seed": run.seed}
+                facts = {**common, "size": data["sizes"][run.size_name], **own}
                 results[run.file_name] = {**result, "facts": facts}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SystemExit(f"{place} must be a hybrids.json of finished runs, got {error!r}") from None
