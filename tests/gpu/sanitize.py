@@ -5,8 +5,8 @@
     python tests/gpu/sanitize.py racecheck mma masked   # on these entries of the matrix alone
     python tests/gpu/sanitize.py --calls    # the calls alone, without a tool; of the entries that follow, if any do
 
-The calls run once without a tool first, which compiles the kernels into Triton's cache: a tool then only loads them. All
-entries run at once, each in a process of its own.
+The calls run once without a tool first, which compiles the kernels into Triton's cache: a tool then only loads them.
+All entries run at once, each in a process of its own.
 """
 
 from __future__ import annotations
