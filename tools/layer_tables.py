@@ -39,12 +39,15 @@ def tables(document: LayerDocument, title: str) -> Iterator[str]:
 
 def _sequences(rows: Sequence[LayerRow]) -> Iterator[str]:
     parts = " | ".join(f"{part} ms" for part in Part)
-    yield f"| layer | forward | step | extra memory | {parts} |"
-    yield "| --- " * (4 + len(Part)) + "|"
+    graphs = any(row.captured for row in rows)  # runs from before steps were captured have none
+    yield f"| layer | forward | step |{' step as a graph |' if graphs else ''} extra memory | {parts} |"
+    yield "| --- " * (4 + graphs + len(Part)) + "|"
     for row in rows:
         assert row.forward is not None
         assert row.step is not None
         times = f"{ms_text(row.forward.median_ms)} ms | {ms_text(row.step.median_ms)} ms"
+        if graphs:
+            times += f" | {ms_text(row.captured.median_ms)} ms" if row.captured else " | not captured"
         of_parts = " | ".join(ms_text(row.parts[part]) if row.kernels else "" for part in Part)
         yield f"| {shown_name(row)} | {times} | {row.extra_bytes / 1e9:.3f} GB | {of_parts} |"
     for row in (row for row in rows if row.kind.generated and row.kernels):

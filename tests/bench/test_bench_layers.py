@@ -48,7 +48,10 @@ MS = {"m2gen eager": 4.0, "m2gen compiled": 3.0, "attention": 2.0}
 
 @dataclass
 class Script:
-    """A timer whose layers take what ``MS`` says, else 8 ms, and whose steps take three times a forward."""
+    """A timer whose layers take what ``MS`` says, else 8 ms, and whose steps take three times a forward.
+
+    A graph takes twice a forward; that of ``attention`` cannot be captured.
+    """
 
     broken: dict[str, Failure] = field(default_factory=dict)
     asked: list[LayerTask] = field(default_factory=list)
@@ -64,9 +67,12 @@ class Script:
                 extra_bytes=2 * 10**9, traffic=48 * 10**6 if decodes else 0, kernels=KERNELS,
                 versions=(("torch", "2.11"), ("triton", "3.6.0")),
                 failure=None if passed else found, unverified=str(found) if passed else "",
+                uncaptured="it waits for the host" if layer.name == "attention" and not decodes else "",
             )  # fmt: skip
         ms = MS.get(layer.name, 8.0)
-        return LayerResult((ms / 100,) * 4) if decodes else LayerResult((ms,) * 4, (3 * ms,) * 4)
+        if decodes:
+            return LayerResult((ms / 100,) * 4)
+        return LayerResult((ms,) * 4, (3 * ms,) * 4, () if layer.name == "attention" else (2 * ms,) * 4)
 
 
 @pytest.fixture
@@ -103,8 +109,10 @@ def test_everyone_side_by_side(script: Script) -> None:
     sampled = [task.entry.layer.name for task in script.asked if task.step is TimerStep.SAMPLE]
     rounds = [sampled[5 * i : 5 * i + 5] for i in range(3 * ROUNDS)]
     assert all(sorted(each) == sorted(names) for each in rounds)
-    first, token = rows[0], rows[10]
+    first, token, other = rows[0], rows[10], rows[3]
     assert (first["forward"]["median_ms"], first["step"]["median_ms"], first["floor_ms"]) == (4.0, 12.0, None)
+    assert (first["captured"]["median_ms"], first["uncaptured"], token["captured"]) == (8.0, "", None)
+    assert (other["captured"], other["uncaptured"]) == (None, "it waits for the host")
     assert first["parts_ms"] == {"recurrence": 2.0, "projections": 1.0, "rest": 0.5}
     assert token["floor_ms"] == pytest.approx(0.01), "48 MB at 4.8 TB/s"
     assert token["step"] is None
@@ -115,11 +123,12 @@ def test_the_tables(script: Script) -> None:
     script.broken = {"c.d:layer": WRONG, "attention": WRONG}
     text = " ".join(run(*COMMAND, *PEERS, "--timing-only").stdout.split())
     for words in (
-        "wide, hidden 64, B4 S256 m2gen eager 4.000 ±0.0% 12.000 ±0.0% 2.000",
+        "wide, hidden 64, B4 S256 m2gen eager 4.000 ±0.0% 12.000 ±0.0% 8.000 ±0.0% 2.000",
         "m2gen compiled 2.000 1.000 0.500 8 9.000",
         "wide, hidden 64, B64 token after 256 m2gen eager 40.0 ±0.0% 10.0 4.00x",
         "c.d:layer (timing only) 8.000",
         "torch 2.11, triton 3.6.0",
+        "a step that waits for no host, as a CUDA graph",
         f"Failed layer why wide, hidden 64, B4 S256 attention {WRONG}",
     ):
         assert words in text, text
@@ -179,7 +188,9 @@ def test_the_page_is_written_from_a_run(script: Script) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.startswith("# Page\n")
     assert text.endswith("\nEnd.\n")
-    assert "| m2gen eager | 4.000 ms | 12.000 ms | 2.000 GB | 2.000 | 1.000 | 0.500 |" in text
+    assert "| layer | forward | step | step as a graph | extra memory |" in text
+    assert "| m2gen eager | 4.000 ms | 12.000 ms | 8.000 ms | 2.000 GB | 2.000 | 1.000 | 0.500 |" in text
+    assert "| attention | 2.000 ms | 6.000 ms | not captured | 2.000 GB |" in text
     tool.main(["run.json", str(page)])
     assert page.read_text(encoding="utf-8") == text
     earlier = load_layers(Path("run.json"))
@@ -196,7 +207,7 @@ def test_the_committed_page_is_of_its_run() -> None:
     """The page's tables are those that the tool writes from the run beside it."""
     tool = load_module(ROOT / "tools" / "layer_tables.py", "layer_tables")
     run_file, page = ROOT / "docs" / "data" / "layers_h200.json", ROOT / "docs" / "model-step.md"
-    apart = ROOT / "docs" / "data" / "gated_deltanet_h200.json"
+    apart = [ROOT / "docs" / "data" / f"gated_deltanet_{name}.json" for name in ("h200", "410m_h200")]
     text = page.read_text(encoding="utf-8")
     assert "On another machine" in text
     assert tool.written(text, run_file, None, apart) == text

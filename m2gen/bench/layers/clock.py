@@ -30,15 +30,18 @@ class LayerClock:
     clock: Clock
     traffic: int
     kernels: tuple[KernelTime, ...]
+    uncaptured: str = ""
+    """Why the step of a sequence is not timed as a CUDA graph, too."""
 
     def sample(self) -> LayerResult:
         """Sample the calls for one round."""
         calls = self.clock.sample(FEWEST, MOST)
-        return LayerResult(tuple(call[0] for call in calls), tuple(call[1] for call in calls if call[1:]))
+        forward, step, captured = (tuple(call[i] for call in calls if call[i:]) for i in range(3))
+        return LayerResult(forward, step, captured)
 
 
 def prepared(subject: LayerSubject, workload: LayerWorkload, device: torch.device) -> LayerClock:
-    """Return a layer's clock: of a token as a captured graph, of sequences as the host makes the calls."""
+    """Return a layer's clock: of a token as a captured graph, of sequences as the host makes the calls and as one."""
     if workload.call.decodes:
         return _decoding(subject, workload, device)
     x, dy = (_drawn(workload, workload.seq, device, subject, seed).requires_grad_(seed == 0) for seed in (0, 1))
@@ -46,8 +49,19 @@ def prepared(subject: LayerSubject, workload: LayerWorkload, device: torch.devic
     for _ in range(WARM_UPS):
         forward()
         step()
-    extra = peak_bytes(step)
-    return LayerClock(Clock([Direct(forward), Direct(step)], extra), 0, kernels_of(step))
+    extra, kernels = peak_bytes(step), kernels_of(step)
+    captured, why = _captured(step)
+    return LayerClock(Clock([Direct(forward), Direct(step), *captured], extra), 0, kernels, why)
+
+
+def _captured(step: Callable[[], object]) -> tuple[list[Replay[object]], str]:
+    """Return a step as a CUDA graph, which waits for no host, or none and why it cannot be captured."""
+    try:
+        aside(step)
+        return [Replay(step)], ""
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return [], str(error).splitlines()[0]
 
 
 def _drawn(workload: LayerWorkload, seq: int, device: torch.device, subject: LayerSubject, seed: int) -> Tensor:

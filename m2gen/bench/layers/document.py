@@ -49,6 +49,10 @@ class LayerRow:
     failure: str
     unverified: str
     """Why the times are times only."""
+    captured: Estimate | None = None
+    """Time of the step as a CUDA graph; None where there is none, as of decoding, whose token always is one."""
+    uncaptured: str = ""
+    """Why it cannot be captured."""
 
     @property
     def parts(self) -> dict[Part, float]:
@@ -95,6 +99,8 @@ def layer_row(result: LayerTimes) -> LayerRow:
         found.kernels,
         str(found.failure or ""),
         found.unverified,
+        result.captured,
+        found.uncaptured,
     )
 
 

@@ -84,6 +84,8 @@ class LayerResult:
     """Times of the forward without gradients, or of a token."""
     step_ms: tuple[float, ...] = ()
     """Times of forward and backward; empty for decoding."""
+    captured_ms: tuple[float, ...] = ()
+    """Times of the same as a CUDA graph; empty for decoding, and where it cannot be captured."""
     extra_bytes: int = 0
     """Peak allocation of the longest call, beyond what is resident before."""
     traffic: int = 0
@@ -95,17 +97,21 @@ class LayerResult:
     failure: Failure | None = None
     unverified: str = ""
     """Why the layer's times are times only."""
+    uncaptured: str = ""
+    """Why there is no time of a CUDA graph."""
 
     def __add__(self, other: LayerResult) -> LayerResult:
         return LayerResult(
             self.forward_ms + other.forward_ms,
             self.step_ms + other.step_ms,
+            self.captured_ms + other.captured_ms,
             max(self.extra_bytes, other.extra_bytes),
             max(self.traffic, other.traffic),
             self.kernels or other.kernels,
             self.versions or other.versions,
             self.failure or other.failure,
             self.unverified or other.unverified,
+            self.uncaptured or other.uncaptured,
         )
 
 

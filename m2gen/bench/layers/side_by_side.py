@@ -31,6 +31,8 @@ class LayerTimes:
     """Time of a forward without gradients, or of a token."""
     step: Estimate | None = None
     """Time of forward and backward together."""
+    captured: Estimate | None = None
+    """Time of the same as a CUDA graph, for which the GPU waits for no host."""
     floor_ms: float | None = None
     """Milliseconds in which the GPU reads a token's weights and states and writes the states; None of sequences."""
 
@@ -58,7 +60,8 @@ def layers_side_by_side(
 def _times(entry: LayerEntry, found: LayerResult, context: LayerContext, seed: int) -> LayerTimes:
     if found.failure is not None:
         return LayerTimes(entry, found)
-    forward, step = (estimate(ms, seed) if ms else None for ms in (found.forward_ms, found.step_ms))
+    samples = (found.forward_ms, found.step_ms, found.captured_ms)
+    forward, step, captured = (estimate(ms, seed) if ms else None for ms in samples)
     peaks = peaks_of(context.device.name)
     floor = 1e3 * found.traffic / peaks.bytes_per_second if found.traffic and peaks is not None else None
-    return LayerTimes(entry, found, forward, step, floor)
+    return LayerTimes(entry, found, forward, step, captured, floor)

@@ -60,6 +60,7 @@ def _admitted(entry: LayerEntry) -> LayerResult:
         kernels=clock.kernels,
         versions=versions,
         unverified="; ".join(filter(None, (guard, str(wrong or "")))),
+        uncaptured=clock.uncaptured,
     )
 
 

@@ -16,7 +16,7 @@ from m2gen.cli.show.table import Table, print_tables
 from m2gen.db import Environment
 from m2gen.errors import UsageError
 
-TIME_COLUMNS = ("layer", "forward ms", "95 %", "step ms", "95 %", "extra GB")
+TIME_COLUMNS = ("layer", "forward ms", "95 %", "step ms", "95 %", "as a graph ms", "95 %", "extra GB")
 PART_COLUMNS = ("layer", *(f"{part} ms" for part in Part), "kernels", "step ms")
 TOKEN_COLUMNS = ("layer", "token µs", "95 %", "read and written once µs", "times that", "extra GB")
 VERSION_COLUMNS = ("layer", "versions")
@@ -57,6 +57,8 @@ def layer_tables(document: LayerDocument) -> Iterator[Table]:
     sequences, tokens = ([row for row in passed if row.call.decodes is decodes] for decodes in (False, True))
     if sequences:
         notes = ["forward: without gradients; step: forward and backward; each called by the host, L2 cold"]
+        notes += ["as a graph: a step that waits for no host, as a CUDA graph"]
+        notes += [f"{row.name} is not captured: {row.uncaptured}" for row in sequences if row.uncaptured]
         title = f"Layers on {document.environment.device}"
         yield Table(title, TIME_COLUMNS, _sections(sequences, _time_cells), notes)
     if seen := [row for row in sequences if row.kernels]:
@@ -96,7 +98,8 @@ def shown_name(row: LayerRow) -> str:
 
 
 def _time_cells(row: LayerRow) -> tuple[Any, ...]:
-    return (shown_name(row), *median_cells(row.forward), *median_cells(row.step), _gigabytes(row))
+    times = (median_cells(times) for times in (row.forward, row.step, row.captured))
+    return (shown_name(row), *(cell for both in times for cell in both), _gigabytes(row))
 
 
 def _part_cells(row: LayerRow) -> tuple[Any, ...]:
