@@ -44,12 +44,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def follow(page: Path, folder: Path) -> Iterator[tuple[str, Any]]:
-    """Write the files of a page, run its Python, and yield each command with its result."""
+    """Write the files of a page, run its Python, and yield each command with its result; not what has marked needs."""
     for block in blocks(page):
         named = NAME.search(block.text)
         if block.kind == "yaml" and named:
             (folder / f"{named[1]}.yaml").write_text(block.text, encoding="utf-8")
-        if block.kind == "python":
+        if block.kind == "python" and NEEDS not in block.text.partition("\n")[0]:
             variables = {**os.environ, "PYTHONPATH": f".{os.pathsep}{ROOT}"}
             subprocess.run([sys.executable, "-c", block.text], cwd=folder, env=variables, check=True)
         for command in block.commands:
