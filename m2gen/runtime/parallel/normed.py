@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch, launches, layer_launches
+from .. import dispatch, launches, layer_launches, layer_op
 from ..layer_launches import LayerKernels
 from ..mixer import Mixer, wide_dtype
 
@@ -104,7 +104,10 @@ def _kernels(norm: Normed, *operands: Tensor) -> LayerKernels | None:
         return None
     if not all(type(x) is Tensor and x.is_contiguous() and x.dtype in NARROW for x in operands):
         return None
-    return LayerKernels(dispatch.layer_kernels(norm.dims, operands[0]))
+    call = layer_op.call_like(operands, ("scale", norm))
+    if call.kernels is None:
+        call.kernels = dispatch.layer_kernels(norm.dims, operands[0])
+    return LayerKernels(call.kernels, call.launches)
 
 
 def _times(x: Tensor, scale: Tensor) -> Tensor:
