@@ -37,16 +37,17 @@ def contribution(mine: Iterable[Record], theirs: Sequence[Record]) -> Contributi
     """Return which of ``mine`` are worth giving to a database of ``theirs``.
 
     A record is kept back if nothing could use it: it is stale, it is of kernels that failed since, or theirs already
-    has it or prefers another of its slot.
+    has it, with the name of a host or without one, or prefers another of its slot.
     """
     given, kept = [], []
+    there = set(map(anonymous, theirs))
     mine = tuple(dict.fromkeys(map(anonymous, mine)))
     known, stays = failures((*mine, *theirs)), set(merged((*theirs, *mine)))
     for record in mine:
         reason = stale(record)
         if record.failure is None and verdict(record) in known:
             reason = f"its kernels failed: record {known[verdict(record)].id}"
-        elif record in theirs:
+        elif record in there:
             reason = "already there"
         elif not reason and record not in stays:
             reason = "another record of the same calls is preferred"

@@ -96,6 +96,15 @@ def test_what_is_kept_back(record, reason) -> None:
     assert found.kept[0].reason.startswith(reason)
 
 
+@pytest.mark.parametrize("host", ["", "a-host:gpu-1", "z-host:gpu-9"])
+def test_a_record_that_they_have_with_a_host_is_not_given_back(host: str) -> None:
+    """Whoever begins with a copy of the shipped database gives none of its records, whatever their ids become."""
+    shipped = replace(winner(), provenance=replace(winner().provenance, worker=host))
+    found = contribution([shipped], [shipped])
+    assert (found.records, found.effects) == ((), ())
+    assert found.kept[0].reason == "already there"
+
+
 def test_failures_are_given_and_disqualify_winners() -> None:
     """A schedule that failed fails for others, too; a winner of the same kernels is kept back."""
     hung = failed(Reason.HANG)
