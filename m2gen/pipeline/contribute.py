@@ -26,6 +26,7 @@ class Contribution:
     effects: tuple[Effect, ...]
     """One for each winner."""
     kept: tuple[Superfluous, ...]
+    """Records as they are in the database, by whose ids they are found there."""
 
 
 def anonymous(record: Record) -> Record:
@@ -41,7 +42,8 @@ def contribution(mine: Iterable[Record], theirs: Sequence[Record]) -> Contributi
     """
     given, kept = [], []
     there = set(map(anonymous, theirs))
-    mine = tuple(dict.fromkeys(map(anonymous, mine)))
+    originals = {anonymous(record): record for record in mine}
+    mine = tuple(originals)
     known, stays = failures((*mine, *theirs)), set(merged((*theirs, *mine)))
     for record in mine:
         reason = stale(record)
@@ -52,7 +54,7 @@ def contribution(mine: Iterable[Record], theirs: Sequence[Record]) -> Contributi
         elif not reason and record not in stays:
             reason = "another record of the same calls is preferred"
         given += [] if reason else [record]
-        kept += [Superfluous(record, reason)] if reason else []
+        kept += [Superfluous(originals[record], reason)] if reason else []
     winners = [record for record in given if record.failure is None]
     effects = [_effect(record, theirs, (*theirs, *given)) for record in winners]
     return Contribution(tuple(given), tuple(effects), tuple(kept))
