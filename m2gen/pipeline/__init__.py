@@ -11,7 +11,7 @@ from m2gen.pipeline.bench import (
     this_bench_context,
     workloads,
 )
-from m2gen.pipeline.build import BuildOutcome, build, committed_specs, difference
+from m2gen.pipeline.build import NOT_VERIFIED, BuildOutcome, build, committed_specs, difference
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.checkpoint import CheckpointRequest, spec_of_checkpoint, write_spec
 from m2gen.pipeline.contribute import Contribution, contribution
@@ -24,6 +24,7 @@ from m2gen.pipeline.tune import Goal, Size, Tuned, TuneRequest, dry_run, dry_run
 from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_lines, reproduce, verify, verify_full
 
 __all__ = [
+    "NOT_VERIFIED",
     "Answer",
     "BenchContext",
     "BenchRequest",

@@ -21,6 +21,9 @@ from m2gen.pipeline.compiled import compiled_files
 from m2gen.pipeline.plan import Plan, Progress, render
 from m2gen.pipeline.verify import VerifyRequest, failure_lines, verify
 
+NOT_VERIFIED = "not verified"
+"""How a package is verified that nobody asked to verify."""
+
 
 @dataclass(frozen=True)
 class BuildOutcome:
@@ -30,7 +33,7 @@ class BuildOutcome:
     directory: Path
     rows: tuple[CheckRow, ...]
     verified: str
-    """Backend that verified the package, or ``not verified``."""
+    """Backend that verified the package, or ``NOT_VERIFIED``."""
 
 
 def build(
@@ -53,7 +56,7 @@ def build(
     broken = [row for row in rows if row.problems]
     if broken:
         raise CompileError("\n".join(f"{row.place}: {'; '.join(row.problems)}" for row in broken))
-    backend = _verified_once(planned, rendered, progress) if verified else "not verified"
+    backend = _verified_once(planned, rendered, progress) if verified else NOT_VERIFIED
     if compiled:
         arches = dict.fromkeys(choice.device.arch for choice in planned.choices if choice.device != PORTABLE)
         rendered = replace(rendered, files={**rendered.files, **compiled_files(rendered, arches, progress)})

@@ -26,6 +26,7 @@ class Contribution:
     effects: tuple[Effect, ...]
     """One for each winner."""
     kept: tuple[Superfluous, ...]
+    """Records as they are in the database, by whose ids they are found there."""
 
 
 def anonymous(record: Record) -> Record:
@@ -37,21 +38,23 @@ def contribution(mine: Iterable[Record], theirs: Sequence[Record]) -> Contributi
     """Return which of ``mine`` are worth giving to a database of ``theirs``.
 
     A record is kept back if nothing could use it: it is stale, it is of kernels that failed since, or theirs already
-    has it or prefers another of its slot.
+    has it, with the name of a host or without one, or prefers another of its slot.
     """
     given, kept = [], []
-    mine = tuple(dict.fromkeys(map(anonymous, mine)))
+    there = set(map(anonymous, theirs))
+    originals = {anonymous(record): record for record in mine}
+    mine = tuple(originals)
     known, stays = failures((*mine, *theirs)), set(merged((*theirs, *mine)))
     for record in mine:
         reason = stale(record)
         if record.failure is None and verdict(record) in known:
             reason = f"its kernels failed: record {known[verdict(record)].id}"
-        elif record in theirs:
+        elif record in there:
             reason = "already there"
         elif not reason and record not in stays:
             reason = "another record of the same calls is preferred"
         given += [] if reason else [record]
-        kept += [Superfluous(record, reason)] if reason else []
+        kept += [Superfluous(originals[record], reason)] if reason else []
     winners = [record for record in given if record.failure is None]
     effects = [_effect(record, theirs, (*theirs, *given)) for record in winners]
     return Contribution(tuple(given), tuple(effects), tuple(kept))

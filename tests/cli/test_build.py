@@ -40,6 +40,15 @@ def test_build_check(built: Path) -> None:
     assert (built / "op.py").read_text(encoding="utf-8") == "edited\n"
 
 
+def test_build_says_that_it_did_not_verify(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last line says on what the package was verified, or that it was not."""
+    monkeypatch.setattr(STAGE, "check", lambda planned, progress: [])
+    assert run(*BUILD).stdout.endswith(" files, not verified\n")
+    monkeypatch.setattr(STAGE, "_verified_once", lambda planned, rendered, progress: "a GPU")
+    arguments = [argument for argument in BUILD if argument != "--no-verify"]
+    assert run(*arguments).stdout.endswith(" files, verified on: a GPU\n")
+
+
 def test_build_check_without_a_package(spec: Path) -> None:
     """A package that is not there is stale, and stays away."""
     assert run("build", "--spec", "one.yaml", "--check").exit_code == 1

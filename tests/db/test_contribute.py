@@ -18,6 +18,7 @@ from m2gen.bucket import Bucket
 from m2gen.db import Database, Reason, Tier
 from m2gen.device import TARGETS
 from m2gen.pipeline.contribute import anonymous, contribution
+from m2gen.pipeline.db import Superfluous
 
 B200 = replace(TARGETS["sm_100"], name="NVIDIA B200")
 FOREIGN = SPEC.replace("targets: sm_90", "targets: sm_100")
@@ -94,6 +95,15 @@ def test_what_is_kept_back(record, reason) -> None:
     found = contribution([record], [anonymous(winner(high=0.5))])
     assert (found.records, found.effects) == ((), ())
     assert found.kept[0].reason.startswith(reason)
+
+
+@pytest.mark.parametrize("host", ["", "a-host:gpu-1", "z-host:gpu-9"])
+def test_a_record_that_they_have_with_a_host_is_not_given_back(host: str) -> None:
+    """Whoever begins with a copy of the shipped database gives none of its records, whatever their ids become."""
+    shipped = replace(winner(), provenance=replace(winner().provenance, worker=host))
+    found = contribution([shipped], [shipped])
+    assert (found.records, found.effects) == ((), ())
+    assert found.kept == (Superfluous(shipped, "already there"),)
 
 
 def test_failures_are_given_and_disqualify_winners() -> None:

@@ -124,8 +124,18 @@ def test_records_that_examples_name_are_shipped(page: str) -> None:
     """Whoever types an example's id finds that record in the shipped database."""
     files = (ROOT / "tuning_db").rglob("*.jsonl")
     shipped = [json.loads(line)["id"] for path in files for line in path.read_text(encoding="utf-8").splitlines()]
-    text = "".join(block.text for block in blocks(DOCS / page))
+    text = (DOCS / page).read_text(encoding="utf-8")
     named = re.findall(r"(?:db (?:show|replay)|exact|nearest) ([0-9a-f]{6,12})\b", text)
     assert named
     for begin in named:
         assert sum(each.startswith(begin) for each in shipped) == 1, begin
+
+
+def test_the_package_on_the_page_is_the_committed_one() -> None:
+    """The line that ends a build counts the variants and files that the committed package has."""
+    shown = re.search(r"(\d+) variants, (\d+) files, verified on", (DOCS / "build.md").read_text(encoding="utf-8"))
+    assert shown is not None
+    package = ROOT / "generated" / "h100"
+    files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    manifest = json.loads((package / "MANIFEST.json").read_text(encoding="utf-8"))
+    assert (int(shown[1]), int(shown[2])) == (len(manifest["variants"]), len(files))

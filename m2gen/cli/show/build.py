@@ -13,7 +13,7 @@ from m2gen.cli.show.table import Table, print_tables
 from m2gen.db.choice import Choice
 from m2gen.device import PORTABLE
 from m2gen.errors import listed
-from m2gen.pipeline import BuildOutcome, CheckRow, Plan, state
+from m2gen.pipeline import NOT_VERIFIED, BuildOutcome, CheckRow, Plan, state
 from m2gen.variant import BuiltVariant
 
 KERNEL_COLUMNS = ("layer", "kernel", "registers", "spills B", "shared B", "code B", "from")
@@ -92,7 +92,8 @@ def show_build(planned: Plan, outcome: BuildOutcome, *, as_json: bool, quiet: bo
         print_tables([*schedule_tables(planned, verbose=verbose), *kernel_tables(outcome.rows, verbose=verbose)])
         print()
     files = len(outcome.package.files) + 1
-    print(f"{outcome.directory}: {len(planned.variants)} variants, {files} files, verified on: {outcome.verified}")
+    how = NOT_VERIFIED if outcome.verified == NOT_VERIFIED else f"verified on: {outcome.verified}"
+    print(f"{outcome.directory}: {len(planned.variants)} variants, {files} files, {how}")
 
 
 def show_difference(planned: Plan, lines: Sequence[str], *, as_json: bool, quiet: bool) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from m2gen.cli.show.names import known_names
+from m2gen.cli.show.names import calls, known_names
 from m2gen.cli.show.report import print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.db import Served
@@ -34,7 +34,7 @@ def _cells(effect: Effect) -> tuple[Any, ...]:
     assert record.timing is not None
     ratio = record.timing.default.median_ms / record.timing.tuned.median_ms
     served = (_served(effect.before), _served(effect.after))
-    return (record.environment.device, str(record.key.bucket), f"{ratio:.2f}x", *served, record.id)
+    return (record.environment.device, calls([record.key.bucket]), f"{ratio:.2f}x", *served, record.id)
 
 
 def _served(served: Served) -> str:

@@ -26,7 +26,7 @@ MORE_COLUMNS = ("variant", "slug")
 
 
 ORIGINS = {
-    "default": "the heuristic's, which others are compared with",
+    "default": "the default, which others are compared with",
     "record": "a record of these calls, on this GPU",
     "similar": "won on this architecture, for the same dims",
     "elsewhere": "won on another architecture, for the same dims",
