@@ -74,13 +74,14 @@ def export(
     debug: DebugOption = False,
 ) -> None:
     """Write all records to one file, which `m2gen db import` reads."""
+    from m2gen.cli.show.names import counted
     from m2gen.db import write_export
     from m2gen.pipeline import open_database
 
     with reporting(debug):
         records = warn_of_faults(open_database(db).contents())
         write_export(file, records)
-        print(f"{file}: {len(records)} records")
+        print(f"{file}: {counted(len(records), 'record')}")
 
 
 def contribute(

@@ -234,7 +234,7 @@ def test_a_failing_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lines = result.stderr.splitlines()
     expected = f"m2gen: base fp32 ragged: t1 must be within 1.00e-03, got 2.00e-03; reproduce: {AGAIN}"
     assert lines == [expected, expected.replace("t1", "t2").replace("2.00e-03", "nan")]
-    assert result.stdout.splitlines() == ["1 cases, 3 tensors, 2 over budget, 0 without results, 0.5 s"]
+    assert result.stdout.splitlines() == ["1 case, 3 tensors, 2 over budget, 0 without results, 0.5 s"]
     (case,) = ElementTree.parse(tmp_path / "report.xml").iter("testcase")
     failure = case.find("failure")
     assert (case.get("classname"), case.get("name"), case.get("time")) == (KEY, "ragged", "0.250")
@@ -330,6 +330,7 @@ def test_verify_two_features_in_the_interpreter(spec: Path) -> None:
 def test_what_the_parser_refuses_is_said_as_other_errors(command, message, monkeypatch, capsys) -> None:
     """The option, what it must be, the value that came, and whose help has more: one line, and exit status 2."""
     monkeypatch.setattr(sys, "argv", ["m2gen", *command.split()])
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", None)  # else `python -m pytest` is the name
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2

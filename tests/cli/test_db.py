@@ -72,7 +72,7 @@ def test_many_lines_that_are_no_records(db: str, tmp_path: Path) -> None:
         assert refused.exit_code == 2
         assert refused.stderr.splitlines()[20:] == ["m2gen: and 180 more"]
     pruned = run("db", "prune", "--unreadable", "--dry-run", "--db", db).stdout.splitlines()
-    assert pruned[-2:] == ["and 180 more", "1 records and 200 lines would be removed"]
+    assert pruned[-2:] == ["and 180 more", "1 record and 200 lines would be removed"]
     assert len(document("db", "prune", "--unreadable", "--dry-run", "--db", db)["lines"]) == 200
 
 
@@ -173,7 +173,7 @@ def test_merge(db: str, tmp_path: Path) -> None:
     better, worse = winner(high=0.4), winner(Bucket.ONE, high=0.95)
     Database(tmp_path / "other").add([better, worse, OTHER])
     result = run("db", "merge", str(tmp_path / "other"), "--db", db)
-    assert result.stdout.startswith("1 records added, 1 replaced, 2 not added")
+    assert result.stdout.startswith("1 record added, 1 replaced, 2 not added")
     assert held(db) == ({*RECORDS} - {FAST}) | {better}
     (tmp_path / "other" / files.place(OTHER)).write_text("torn", encoding="utf-8")
     assert "must be JSON" in fails(2, "db", "merge", str(tmp_path / "other"), "--db", db)
@@ -194,7 +194,7 @@ def test_prune(db: str, tmp_path: Path) -> None:
         assert held(db) == (before - {STALE, OTHER} if removed else before)
     path = Path(db) / files.place(FAST)
     path.write_bytes(path.read_bytes() + b"{torn")
-    assert "2 records and 1 lines removed" in run("db", "prune", "--failed", "--unreadable", "--db", db).stdout
+    assert "2 records and 1 line removed" in run("db", "prune", "--failed", "--unreadable", "--db", db).stdout
     assert held(db) == {FAST, SLOW}
     assert path.read_bytes().endswith(b"}\n")
 

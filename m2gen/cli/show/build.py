@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from m2gen.cli.show.names import calls, closest, record_notes
+from m2gen.cli.show.names import calls, closest, counted, record_notes
 from m2gen.cli.show.report import print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.db.choice import Choice
@@ -93,7 +93,7 @@ def show_build(planned: Plan, outcome: BuildOutcome, *, as_json: bool, quiet: bo
         print()
     files = len(outcome.package.files) + 1
     how = NOT_VERIFIED if outcome.verified == NOT_VERIFIED else f"verified on: {outcome.verified}"
-    print(f"{outcome.directory}: {len(planned.variants)} variants, {files} files, {how}")
+    print(f"{outcome.directory}: {counted(len(planned.variants), 'variant')}, {counted(files, 'file')}, {how}")
 
 
 def show_difference(planned: Plan, lines: Sequence[str], *, as_json: bool, quiet: bool) -> int:
@@ -141,7 +141,7 @@ def spec_table(planned: Plan, *, verbose: bool) -> Table:
         + ((v.key,) if verbose else ())
         for v in names
     ]
-    title = f"{planned.origin.spec_file}: {len(rows)} variants for {', '.join(planned.spec.targets)}"
+    title = f"{planned.origin.spec_file}: {counted(len(rows), 'variant')} for {', '.join(planned.spec.targets)}"
     return Table(title, (*SPEC_COLUMNS, "variant") if verbose else SPEC_COLUMNS, rows)
 
 

@@ -16,6 +16,11 @@ from m2gen.schedule.tunable import Tunable, keys_of
 from m2gen.variant import BuiltVariant, Variant, expand, layer_names
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count and its noun, in the plural but for one."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def known_names(keys: Iterable[str], spec: str | None = None) -> dict[str, str]:
     """Return the names of variants by their keys, from layers of ``spec``, local specs, or shipped ones.
 

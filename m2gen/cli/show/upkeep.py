@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from m2gen.cli.show.names import known_names
+from m2gen.cli.show.names import counted, known_names
 from m2gen.cli.show.report import print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.db import Change, Fault
@@ -20,7 +20,8 @@ def show_change(change: Change, *, as_json: bool) -> None:
         print_json(ids)
         return
     added, removed, refused = map(len, ids.values())
-    print(f"{added} records added, {removed} replaced, {refused} not added: already there, or another is preferred")
+    why = "already there, or another is preferred"
+    print(f"{counted(added, 'record')} added, {removed} replaced, {refused} not added: {why}")
 
 
 def show_pruned(found: Sequence[Superfluous], faults: Sequence[Fault], *, dry_run: bool, as_json: bool) -> None:
@@ -35,7 +36,7 @@ def show_pruned(found: Sequence[Superfluous], faults: Sequence[Fault], *, dry_ru
         print_tables([Table("Superfluous", ("id", "layer", "device", "why"), rows)])
     for line in listed(map(str, faults)):
         print(line)
-    print(f"{len(found)} records and {len(faults)} lines {'would be ' if dry_run else ''}removed")
+    print(f"{counted(len(found), 'record')} and {counted(len(faults), 'line')} {'would be ' if dry_run else ''}removed")
 
 
 def show_rechecks(found: Sequence[Recheck], *, as_json: bool) -> int:

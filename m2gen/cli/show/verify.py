@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m2gen.cli.show.names import counted
 from m2gen.cli.show.report import junit, print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.errors import EmitError, listed, os_errors_as
@@ -52,8 +53,8 @@ def _total(outcome: VerifyOutcome) -> str:
     tensors = sum(len(report.results) for report in outcome.reports)
     broken = sum(bool(report.failure) for report in outcome.reports)
     over = len(failed(outcome.reports)) - broken
-    counts = f"{len(outcome.reports)} cases, {tensors} tensors, {over} over budget, {broken} without results"
-    return f"{counts}, {outcome.seconds:.1f} s"
+    counts = f"{counted(len(outcome.reports), 'case')}, {counted(tensors, 'tensor')}"
+    return f"{counts}, {over} over budget, {broken} without results, {outcome.seconds:.1f} s"
 
 
 def _feature_row(reports: Sequence[CaseReport]) -> tuple[Any, ...]:
