@@ -104,20 +104,20 @@ def test_sequences_that_a_mask_leaves_out(package, device, state_dtype, monkeypa
     """They stay where they are to the last bit, and give zeros; the others move on as without them."""
     layer, x = drawn(package, MANY).to(device), tokens(device, 3, 4)
     calls, mask = steps_of(package, monkeypatch), torch.tensor([[1], [0], [1]], device=device)
-    caches = [layer.allocate_cache(n, device=device, state_dtype=state_dtype) for n in (3, 2)]
+    caches = [layer.allocate_cache(3, device=device, state_dtype=state_dtype) for _ in range(2)]
     with torch.no_grad():
-        layer(x, caches[0])
-        layer(x[[0, 2]], caches[1])
+        for cache in caches:
+            layer(x, cache)
         caches[0].state[1], caches[0].conv[1] = torch.nan, torch.nan
         y = layer(tokens(device, 3, 1, seed=2), caches[0], attention_mask=mask)
-        expected = layer(tokens(device, 3, 1, seed=2)[[0, 2]], caches[1])
+        expected = layer(tokens(device, 3, 1, seed=2), caches[1])  # as many: products of fewer rows may round otherwise
     assert len(calls) == 2
-    assert_same({"y": y[[0, 2]]}, {"y": expected})
+    assert_same({"y": y[[0, 2]]}, {"y": expected[[0, 2]]})
     assert not y[1].any()
     assert caches[0].state[1].isnan().all()
     assert caches[0].conv[1].isnan().all()
     for name in ("conv", "state"):
-        assert_same({name: getattr(caches[0], name)[[0, 2]]}, {name: getattr(caches[1], name)})
+        assert_same(*({name: getattr(cache, name)[[0, 2]]} for cache in caches))
 
 
 def pooled(x: Tensor, slots: Tensor, count: int, *, turned: bool) -> Tensor:
