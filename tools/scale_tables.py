@@ -82,7 +82,7 @@ def over_gpus(ranks: int, known: OneGpu, measured: Sequence[RankDocument]) -> It
     for here in [d.environment for d in documents if d.environment is not None][:1]:
         yield f"Predictions, and measurements on {ranks} x {here.device}, driver {here.driver}, torch {here.torch},"
         yield f"triton {here.triton}. Each run's link, and a collective on it:"
-        yield ", ".join(f"{d.link.gb_per_s:.3g} GB/s and {1e3 * d.link.latency_ms:.3g} us" for d in documents) + "."
+        yield ", ".join(f"{d.link.gb_per_s:.3g} GB/s and {1e3 * d.link.latency_ms:.3g} µs" for d in documents) + "."
     predicted = forecasts(ranks, known)
     for layer in dict.fromkeys(each.case.shape.name for each in predicted):
         yield from ("", f"**{layer}**", "", f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|")

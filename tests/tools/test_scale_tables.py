@@ -66,7 +66,7 @@ def test_a_run_fills_the_measured_columns(tool: ModuleType) -> None:
     lines = list(tool.over_gpus(4, known, [document]))
     text = "\n".join(lines)
     assert "measurements on 4 x NVIDIA H200" in text
-    assert "300 GB/s and 20 us." in text
+    assert "300 GB/s and 20 µs." in text
     assert f"| {tool.ms_text(2 * first.step_ms)} |  | 50% | 50% | 3.00 | -50% |" in text
     assert "| dx must be within its budget |  |  |  |  |  |" in text
     assert sum(line.endswith("|  |  |  |  |  |  |") for line in lines) == len(tool.forecasts(4, known)) - 2
