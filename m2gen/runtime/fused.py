@@ -28,7 +28,8 @@ LEAST_TOKENS = 512
 TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 """Classes of parameters whose elements are all there."""
 _DEVICES = ("cuda", "cpu", "meta")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the kernels around the recurrence take."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Child = TypeVar("Child", bound=nn.Module)
@@ -63,7 +64,7 @@ def computes(layer: Mixer, x: Tensor) -> bool:
     if (layer.state_expansion, layer.head_dim, *layer.heads[:4]) not in built.LAYER_KERNELS:
         return False
     dtype = compute_dtype(x)
-    if dtype not in _DTYPES or not (_key(layer, dtype, False) or (_key(layer, dtype, True) and not layer.round_gate)):
+    if dtype not in DTYPES or not (_key(layer, dtype, False) or (_key(layer, dtype, True) and not layer.round_gate)):
         return False
     if layer.conv1d is not None and (layer.conv_width or 1) > WIDEST:
         return False

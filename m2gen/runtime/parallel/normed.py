@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, launches, layer_launches, layer_op
+from ..fused import DTYPES
 from ..layer_launches import LayerKernels
 from ..mixer import Mixer, wide_dtype
-
-NARROW = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def _kernels(norm: Normed, *operands: Tensor) -> LayerKernels | None:
     """Return the kernels for rows in order, in dtypes that they have; compilers need none."""
     if norm.dims is None or torch.compiler.is_compiling():
         return None
-    if not all(type(x) is Tensor and x.is_contiguous() and x.dtype in NARROW for x in operands):
+    if not all(type(x) is Tensor and x.is_contiguous() and x.dtype in DTYPES for x in operands):
         return None
     call = layer_op.call_like(operands, ("scale", norm))
     if call.kernels is None:
