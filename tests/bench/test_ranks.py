@@ -18,7 +18,7 @@ from command_line import TINY, document, fails, run
 from support import make_variant
 
 from m2gen import pipeline
-from m2gen.bench.ranks.entries import Link, RankCase, RankJob, RankRow, Shape, write
+from m2gen.bench.ranks.entries import Link, RankCase, RankDocument, RankJob, RankRow, Shape, write
 from m2gen.bench.ranks.forecast import MeasuredLayer, OneGpu, forecast, token_us
 from m2gen.bench.ranks.kinds import Form, Mixing
 from m2gen.bench.ranks.launch import CPU, run_ranks, worker_command
@@ -251,6 +251,21 @@ def test_the_command_on_cpus(tmp_path: Path) -> None:
     assert "2 ranks over gloo on CPU" in shown
     assert "tokens, exchanged" in shown
     assert "--plot must be of workloads or sweeps" in fails(2, "bench", "--from", str(path), "--plot", "a.svg")
+
+
+def test_steps_as_graphs_are_what_is_compared(tmp_path: Path) -> None:
+    """Efficiency is of captured steps where both are, else of called ones; what cannot be captured says why."""
+    path = tmp_path / "two.json"
+    shape = Shape("base", 32, 16, 16, dict.fromkeys("qkvfwg", 4), "fp32")
+    cases = [RankCase(shape, form, 8, 64) for form in (Form.ONE, Form.HEADS, Form.HEADS_TOKENS)]
+    one = RankRow("base", Form.ONE, 8, 64, 1, step_ms=12.0, captured_ms=10.0, recurrence_ms=6.0)
+    heads = RankRow("base", Form.HEADS, 8, 64, 2, step_ms=9.0, captured_ms=6.25, recurrence_ms=3.0)
+    outside = replace(heads, form=Form.HEADS_TOKENS, step_ms=8.0, captured_ms=None, uncaptured="it asks the host")
+    write(path, RankDocument(None, "gloo", Link(1.0, 0.1), tuple(cases), (one, heads, outside)))
+    rows = document("bench", "--from", str(path))["rows"]
+    assert [row["efficiency"] for row in rows] == [None, pytest.approx(0.8), pytest.approx(12 / 16)]
+    shown = " ".join(run("bench", "--from", str(path)).stdout.split())
+    assert "heads, tokens outside is not captured: it asks the host" in shown
 
 
 def test_four_ranks_on_cpus(tmp_path: Path) -> None:

@@ -63,20 +63,21 @@ def compared(row: RankRow, case: RankCase, document: RankDocument) -> dict[str, 
     Efficiency is what each of the ranks does in a second as a part of what one rank by itself does.
     """
     one = one_of(row, document.rows)
-    here, alone = _rate(row), None if one is None else _rate(one)
     fused = document.environment is not None  # CPUs run the reference
     predicted = predicted_ms(case, row, one, document.link, fused=fused) if one is not None else None
     return {
-        "efficiency": here / alone if here and alone and row.form is not Form.ONE else None,
+        "efficiency": None if one is None or row.form is Form.ONE else _efficiency(row, one),
         "communication": row.communication_ms / row.device_ms if row.communication_ms and row.device_ms else None,
         "predicted_ms": predicted,
         "predicted_off": predicted / row.device_ms - 1 if predicted and row.device_ms else None,
     }
 
 
-def _rate(row: RankRow) -> float | None:
-    """Return the tokens that a rank takes through a step in a millisecond."""
-    return row.batch * row.seq / row.ranks / row.device_ms if row.device_ms else None
+def _efficiency(row: RankRow, one: RankRow) -> float | None:
+    """Return what a rank does in a second as a part of what one alone does: both as graphs, or both called by hosts."""
+    captured = row.captured_ms is not None and one.captured_ms is not None
+    here, alone = (row.captured_ms, one.captured_ms) if captured else (row.step_ms, one.step_ms)
+    return alone * row.batch / (one.batch * row.ranks * here) if here and alone else None
 
 
 def tables(document: RankDocument) -> Iterator[Table]:
@@ -100,6 +101,8 @@ def tables(document: RankDocument) -> Iterator[Table]:
         f"link: {link.gb_per_s:.3g} GB/s a rank, {1e3 * link.latency_ms:.3g} µs a collective",
         "worst error: of outputs and gradients against float64, as a part of its budget",
     ]
+    reasons = dict.fromkeys((NAMES[row.form], row.uncaptured) for row in document.rows if row.uncaptured)
+    notes += [f"{name} is not captured: {why}" for name, why in reasons]
     yield Table(f"{ranks} ranks over {document.backend} on {there}", COLUMNS, rows, notes)
     if failed := [row for row in document.rows if row.failure or row.unfit]:
         cells = [(row.layer, NAMES[row.form], f"B{row.batch} S{row.seq}", row.failure or row.unfit) for row in failed]
