@@ -28,7 +28,8 @@ def sized(call: Call, batch: int, seq: int, packed: bool = False) -> str:
         return f"{batch} packed, S1 to {seq}"
     if not call.decodes:
         return f"B{batch} S{seq}"
-    return f"B{batch} token" + (", bf16 state" if call.narrow_state else ", pool" if call.pooled else "")
+    kinds = {Call.DECODE_BF16: ", bf16 state", Call.DECODE_POOL: ", pool", Call.DECODE_ORDERED: ", pool in order"}
+    return f"B{batch} token" + kinds.get(call, "")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def serving_workloads(layer: str, variant: Variant, batch: int) -> list[BenchWor
     prompts = BenchWorkload(layer, variant, batch, PROMPT, Call.PREFILL, packed=True)
     drafts = BenchWorkload(layer, variant, batch, 1 + DRAFTS, Call.SINGLES)
     return [
-        *(replace(token, call=call) for call in (Call.DECODE, Call.DECODE_BF16, Call.DECODE_POOL)),
+        *(replace(token, call=call) for call in (Call.DECODE, Call.DECODE_BF16, Call.DECODE_POOL, Call.DECODE_ORDERED)),
         *(replace(prompts, call=call) for call in (Call.PREFILL, Call.PREFILL_POOL)),
         *(replace(drafts, call=call) for call in (Call.SINGLES, Call.STEPS)),
     ]

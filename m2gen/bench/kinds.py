@@ -43,6 +43,8 @@ class Call(StrEnum):
     """Decode with states in bf16, which are half the traffic."""
     DECODE_POOL = "decode_pool"
     """Decode with float32 states in slots of a pool, in another order than their sequences and with gaps."""
+    DECODE_ORDERED = "decode_ordered"
+    """Decode with float32 states in slots in order and without gaps, so that memory is as that of contiguous ones."""
     PREFILL = "prefill"
     """Run B packed prompts from initial states to final states, without gradients."""
     PREFILL_POOL = "prefill_pool"
@@ -74,13 +76,14 @@ class Call(StrEnum):
     @property
     def pooled(self) -> bool:
         """Whether states are found by slots, which generated operators alone do."""
-        return self in (Call.DECODE_POOL, Call.PREFILL_POOL) or self.drafts
+        return self in (Call.DECODE_POOL, Call.DECODE_ORDERED, Call.PREFILL_POOL) or self.drafts
 
     @property
     def beside(self) -> tuple[Call, ...]:
         """The calls beside whose times this one's says something."""
         partners: dict[Call, tuple[Call, ...]] = {
-            Call.DECODE_POOL: (Call.DECODE,),
+            Call.DECODE_POOL: (Call.DECODE, Call.DECODE_ORDERED),
+            Call.DECODE_ORDERED: (Call.DECODE,),
             Call.PREFILL_POOL: (Call.PREFILL,),
             Call.STEPS: (Call.SINGLES, Call.DECODE_POOL),
         }

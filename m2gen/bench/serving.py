@@ -32,6 +32,11 @@ def pooled(state: Tensor, each: int = 1) -> tuple[Tensor, Tensor]:
     return pool, table
 
 
+def in_order(state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return states (B, N, K, V) as a pool, and the slots (B, 1) of their requests, in order and without gaps."""
+    return state, torch.arange(state.shape[0], device=state.device, dtype=torch.int32)[:, None]
+
+
 @dataclass(frozen=True)
 class DraftSlots:
     """The slots of requests that decode several tokens a call."""
@@ -116,7 +121,7 @@ def served(implementation: Implementation, workload: BenchWorkload, inputs: Inpu
     token = [x[:, 0] for x in (inputs.q, inputs.k, inputs.v)]
     options: dict[str, Tensor] = dict(gate_of(inputs))
     if call.pooled:
-        state, table = pooled(state)
+        state, table = in_order(state) if call is Call.DECODE_ORDERED else pooled(state)
         options["indices"] = table[:, 0]
     step = stepper(implementation, workload.variant)
     return partial(step, *token, inputs.weight, inputs.forget[:, 0], state, **options)

@@ -79,7 +79,7 @@ def test_everyone_side_by_side(spec: str, script: Script) -> None:
     found = rows(bench())
     kinds = ["default", "tuned", "eager", "compiled"]
     calls = ["sequence", "decode", "decode_bf16"]
-    engines = ["decode_pool", "prefill", "prefill_pool", "singles", "steps"]
+    engines = ["decode_pool", "decode_ordered", "prefill", "prefill_pool", "singles", "steps"]
     pooled = [(call, kind) for call in engines for kind in ("default", "tuned")]  # loops have no slots and offsets
     assert list(found) == [*((call, kind) for call in calls for kind in kinds), *pooled]
     tuned = found["sequence", "tuned"]
@@ -124,7 +124,7 @@ def test_no_speed_up_of_what_failed(spec: str, script: Script, when: str) -> Non
     tuned = found["sequence", "tuned"]
     assert (tuned["forward"], tuned["step"], tuned["speed_up"]) == (None, None, None)
     assert tuned["failure"] == f"wrong: {WRONG.message}"
-    assert script.sampled().count("tuned") == (0 if when == "broken" else 8), "once on each workload"
+    assert script.sampled().count("tuned") == (0 if when == "broken" else 9), "once on each workload"
     shown = run("bench", "--spec", spec, "--db", "db", "--quiet")
     assert shown.exit_code == 1
     assert f"wrong: {WRONG.message}" in " ".join(shown.stdout.split())
@@ -151,6 +151,7 @@ def test_only_decode_and_peer(spec: str, script: Script) -> None:
         ("default", "decode", 8),
         ("default", "decode_bf16", 8),
         ("default", "decode_pool", 8),
+        ("default", "decode_ordered", 8),
         ("default", "prefill", 8),
         ("default", "prefill_pool", 8),
         ("default", "singles", 8),
@@ -160,7 +161,13 @@ def test_only_decode_and_peer(spec: str, script: Script) -> None:
     assert [row["call"] for row in bench("--only", "default", "--decode", "0")["rows"]] == ["sequence"]
 
 
-SLOWER = {Call.DECODE_POOL: 1.03, Call.PREFILL_POOL: 1.08, Call.SINGLES: 4.0, Call.STEPS: 1.5}
+SLOWER = {
+    Call.DECODE_POOL: 1.03,
+    Call.DECODE_ORDERED: 1.01,
+    Call.PREFILL_POOL: 1.08,
+    Call.SINGLES: 4.0,
+    Call.STEPS: 1.5,
+}
 """Times of calls over those of a token, or of prompts from states that are not in slots."""
 
 
@@ -172,7 +179,9 @@ def test_slots_beside_contiguous_states(spec: str, script: Script) -> None:
     for batch in (8, 16):
         for kind in ("default", "tuned"):
             of_call = {call: beside for (call, b, name), beside in found.items() if (b, name) == (batch, kind)}
-            assert of_call["decode_pool"] == {"decode": pytest.approx(1.03, rel=5e-3)}
+            assert of_call["decode_ordered"] == {"decode": pytest.approx(1.01, rel=5e-3)}
+            beside = {"decode": pytest.approx(1.03, rel=5e-3), "decode_ordered": pytest.approx(1.03 / 1.01, rel=5e-3)}
+            assert of_call["decode_pool"] == beside
             assert of_call["prefill_pool"] == {"prefill": pytest.approx(1.08, rel=5e-3)}
             beside = {"singles": pytest.approx(1.5 / 4, rel=5e-3), "decode_pool": pytest.approx(1.5 / 1.03, rel=5e-3)}
             assert of_call["steps"] == beside
@@ -197,7 +206,7 @@ def test_nothing_stands_beside_what_failed(spec: str, script: Script) -> None:
     script.ask = ask  # type: ignore[method-assign]
     found = rows(bench("--only", "default", status=1))
     assert list(found["steps", "default"]["beside"]) == ["decode_pool"]
-    assert list(found["decode_pool", "default"]["beside"]) == ["decode"]
+    assert list(found["decode_pool", "default"]["beside"]) == ["decode", "decode_ordered"]
 
 
 def test_timing_only(spec: str, script: Script) -> None:
@@ -320,7 +329,7 @@ def against(path: object, status: int, *more: str) -> Any:
 def test_against_an_earlier_run(spec: str, script: Script) -> None:
     """The same speed passes; each binary is timed twice in the same rounds, and loops are not timed."""
     found = against(recorded(script), 0)
-    assert len(found) == 2 * (2 + 7), "two implementations: forward and both of the workload, seven calls of engines"
+    assert len(found) == 2 * (2 + 8), "two implementations: forward and both of the workload, eight calls of engines"
     assert {c["place"]["implementation"] for c in found} == {"default", "tuned"}
     assert all(0.01 <= c["noise"] < 0.02 for c in found)
     arms = [task.entry.arm for task in script.asked]

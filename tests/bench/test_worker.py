@@ -30,7 +30,7 @@ SCHEDULE = make_schedule("atomic", interval=4)
 SEQUENCE = BenchWorkload("base", VARIANT, 2, 6)
 TOKEN = BenchWorkload("base", VARIANT, 3, 1, Call.DECODE)
 NARROW = replace(TOKEN, call=Call.DECODE_BF16)
-POOLED = replace(TOKEN, call=Call.DECODE_POOL)
+POOLED, ORDERED = (replace(TOKEN, call=call) for call in (Call.DECODE_POOL, Call.DECODE_ORDERED))
 PROMPTS = [BenchWorkload("base", VARIANT, 3, 6, call, packed=True) for call in (Call.PREFILL, Call.PREFILL_POOL)]
 DRAFTS = [BenchWorkload("base", VARIANT, 3, 2, call) for call in (Call.SINGLES, Call.STEPS)]
 LOOPS = {Kind.EAGER: Implementation(Kind.EAGER, SCHEDULE), Kind.COMPILED: Implementation(Kind.COMPILED, SCHEDULE)}
@@ -65,7 +65,9 @@ def served(
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["given", "softplus"])
-@pytest.mark.parametrize("workload", [SEQUENCE, TOKEN, NARROW, POOLED, *PROMPTS, *DRAFTS], ids=lambda w: str(w.call))
+@pytest.mark.parametrize(
+    "workload", [SEQUENCE, TOKEN, NARROW, POOLED, ORDERED, *PROMPTS, *DRAFTS], ids=lambda w: str(w.call)
+)
 def test_a_generated_operator(generated: Implementation, workload: BenchWorkload, gated: bool) -> None:
     """Admitted with its memory and its host's time, then sampled; where engines serve there is no backward."""
     workload = replace(workload, variant=GATED if gated else VARIANT)
