@@ -61,12 +61,14 @@ def _command(command: Any, name: str) -> Iterator[str]:
     context = command.context_class(command, info_name=name)
     yield f"## {name}\n"
     yield f"{command.help}\n"
-    yield f"    {' '.join([name, *command.collect_usage_pieces(context)])}\n"
+    yield f"`{' '.join([name, *command.collect_usage_pieces(context)])}`\n"
     rows = [found for parameter in command.get_params(context) if (found := parameter.get_help_record(context))]
     yield _table(("argument or option", "meaning"), [(f"`{names}`", said) for names, said in rows])
-    for line in (command.epilog or "").splitlines():
-        yield f"    {line.strip()}" if line.startswith("  ") else f"{line}\n"
-    yield ""
+    said, _, examples = (command.epilog or "").partition("Examples:\n")
+    yield f"{said}\n"
+    if examples:
+        typed = [f"$ {line.strip()}" for line in examples.splitlines()]
+        yield "\n".join(["Examples:\n", "```console", *typed, "```\n"])
 
 
 def specs() -> str:

@@ -63,14 +63,14 @@ if TYPE_CHECKING:
     from m2gen.pipeline import BenchRequest, RanksRequest
 
 EXAMPLES = examples(
-    "m2gen bench --spec h200.yaml",
-    "m2gen bench --spec h200.yaml --only default --only tuned --json > run.json",
-    "m2gen bench --spec h200.yaml --against run.json",
-    "m2gen bench --spec h200.yaml --sweep seq --plot cost.svg",
-    "m2gen bench --spec h200.yaml --layers --out layers.json",
+    "m2gen bench --spec h200.yaml   # needs a GPU",
+    "m2gen bench --spec h200.yaml --only default --only tuned --json > run.json   # needs a GPU",
+    "m2gen bench --spec h200.yaml --against run.json   # needs a GPU",
+    "m2gen bench --spec h200.yaml --sweep seq --plot cost.svg   # needs a GPU",
+    "m2gen bench --spec h200.yaml --layers --out layers.json   # needs a GPU",
     "m2gen bench --from run.json --plot speed.svg",
-    "m2gen bench --spec h200.yaml --gpus 2 --out two.json",
-    "m2gen bench --spec h200.yaml --gpus 4 --layer m2rnn_7b --form exchange --form mesh --tokens 65536",
+    "m2gen bench --spec h200.yaml --gpus 2 --out two.json   # needs 2 GPUs",
+    "m2gen bench --spec h200.yaml --gpus 4 --form exchange --form mesh --tokens 65536   # needs 4 GPUs",
 )
 
 

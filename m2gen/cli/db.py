@@ -131,7 +131,9 @@ def diff(
 db_app.command(epilog=POLICY)(merge)
 db_app.command()(prune)
 db_app.command()(export)
-db_app.command(epilog=examples("m2gen db contribute b200.jsonl --db mine"))(contribute)
+db_app.command(epilog=examples("m2gen db contribute b200.jsonl --db mine   # needs a GPU's records in mine"))(
+    contribute
+)
 db_app.command("import", epilog=POLICY)(import_)
 db_app.command()(verify)
 db_app.command()(replay)

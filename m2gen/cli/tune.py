@@ -36,8 +36,8 @@ Value = TypeVar("Value")
 SEARCH = "Search"
 EXAMPLES = examples(
     "m2gen tune --spec h200.yaml --layer m2rnn_410m --dry-run",
-    "m2gen tune --spec h200.yaml --budget 10m --report out.html",
-    "m2gen tune --spec h200.yaml --layer m2rnn_7b --kernels layer",
+    "m2gen tune --spec h200.yaml --budget 10m --report out.html   # needs a GPU",
+    "m2gen tune --spec h200.yaml --layer m2rnn_7b --kernels layer   # needs a GPU",
 )
 
 ObjectiveOption = Annotated[

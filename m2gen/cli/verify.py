@@ -28,8 +28,8 @@ from m2gen.errors import UsageError
 EXAMPLES = examples(
     "m2gen verify --spec h100.yaml",
     "m2gen verify --spec tiny.yaml --quick --junit report.xml",
-    "m2gen verify --full",
-    "m2gen verify --full --feature layer --feature packed",
+    "m2gen verify --full   # needs a GPU",
+    "m2gen verify --full --feature layer --feature packed   # needs a GPU",
 )
 
 
