@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from pages import blocks
+from pages import blocks, site
 from support import ROOT
 
 from m2gen import __version__
@@ -27,14 +27,19 @@ KINDS = {"wheel": "*.whl", "sdist": "*.tar.gz"}
 SHIPPED = ("specs", "templates", "tuning_db")
 VARIABLES = ("PYTHONPATH", "M2GEN_TUNING_DB")
 """Variables that would lead an installed m2gen back to the repository."""
-OTHERS = ["ls generated/toy/kernels", "PYTHONPATH=. python train.py 150"]
+OTHERS = [
+    "python -m venv .venv && . .venv/bin/activate",
+    "ls generated/toy/kernels",
+    "PYTHONPATH=. python train.py 150",
+]
 """The tutorial's commands that are not m2gen's."""
 SHORTER = {
     "m2gen build --spec toy.yaml": "m2gen build --spec toy.yaml --no-verify",
     "m2gen verify --spec toy.yaml --quick": "m2gen verify --spec toy.yaml --quick --case ragged",
-    OTHERS[1]: "PYTHONPATH=. python train.py 2",
+    OTHERS[0]: "python -m venv --without-pip .venv && . .venv/bin/activate",
+    OTHERS[2]: "PYTHONPATH=. python train.py 2",
 }
-"""Commands that take minutes in Triton's interpreter, and what is run of them."""
+"""Commands that take minutes in Triton's interpreter, or pip, and what is run of them."""
 
 
 @dataclass(frozen=True)
@@ -118,15 +123,15 @@ def test_the_shipped_spec_builds(installed: Installed) -> None:
 def test_the_tutorial_can_be_followed(installed: Installed) -> None:
     """What the tutorial has a reader type works with nothing but what was installed; what takes minutes is shorter."""
     said: dict[str, str] = {}
-    for block in blocks(ROOT / "docs" / "tutorial.md"):
+    for block in blocks(site()["docs/tutorial.md"]):
         if block.file:
             (installed.folder / block.file).write_text(block.text, encoding="utf-8")
         for command in block.commands:
             said[command] = installed.shell(SHORTER.get(command, command))
     assert set(SHORTER) <= set(said)
     assert [command for command in said if not command.startswith("m2gen")] == OTHERS
-    assert re.search(r"^step 0: loss 0\.\d+\nstep 1: loss", said[OTHERS[1]], re.MULTILINE)
-    assert "k16_v16_n2_fp32_portable" in said[OTHERS[0]]
+    assert re.search(r"^step 0: loss 0\.\d+\nstep 1: loss", said[OTHERS[2]], re.MULTILINE)
+    assert "k16_v16_n2_fp32_portable" in said[OTHERS[1]]
 
 
 def test_both_have_the_same_modules(built: Path) -> None:

@@ -1,12 +1,10 @@
-"""Pages that a stranger follows: how-to pages, whose files and commands are typed as they are shown."""
+"""Pages of the site: whatever they tell a reader to type is run as it is shown, or says what it needs."""
 
 from __future__ import annotations
 
+import ast
 import json
-import os
 import re
-import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,64 +12,130 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_line import run
-from pages import NEEDS, blocks
+import ranks
+import torch
+from pages import Block, Command, blocks, site, unfenced
+from reader import CHECKPOINT, SHORTER, Reader, settled, shortened
 from records import H100, VARIANT, environment, failed, winner
+from snippets import HOLDS, PRESUMED, WITHOUT_GRADIENTS, tokenizer, working_in
 from support import ROOT
 
+import m2gen.pipeline  # noqa: F401  (fills sys.modules)
 from m2gen.bucket import Bucket
 from m2gen.db import Query, Reason, look_up
 from m2gen.spec import Objective
+from m2gen.spec.load import parse_spec
 
 DOCS = ROOT / "docs"
-TUTORIAL = DOCS / "tutorial.md"
-HOW_TO = sorted((DOCS / "how-to").glob("*.md"))
-ONE_CASE = ("--case", "ragged")
-"""What a verification is shortened to: all of it is run where a workflow's commands are."""
+KINDS = {"console", "dockerfile", "python", "text", "yaml"}
+"""Kinds of blocks: commands of the first two, and ``text`` for what nobody types."""
+TYPED = re.compile(r"^\W*(?:m2gen|python3?|pip|make|pytest|torchrun|srun)\b", re.MULTILINE)
+NEEDED = re.compile(
+    r"(a GPU|\d+ GPUs|another worker|a checkpoint|a contribution|a network|a search|PostgreSQL|Slurm)\b.*"
+)
+"""What tests cannot have, as a remark names it."""
+ELSEWHERE = {
+    "docs/tutorial.md": "tests/release/test_distributions.py::test_the_tutorial_can_be_followed",
+    "docs/training.md": "tests/test_train_examples.py::test_the_page_shows_what_is_tested",
+    "examples/generate/README.md": "tests/test_examples.py::test_generate_smoke",
+}
+"""Pages whose commands and snippets other tests run."""
+ON_RANKS = "from generated.h100.parallel import"
+"""A line of the snippets that several ranks run together."""
 NAME = re.compile(r"^name: (\w+)$", re.MULTILINE)
+HEAD = "schema: 1\nname: shown\ntargets: [sm_90]\n"
+"""What a spec has before its layers, where a page shows only these."""
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return a folder with the tutorial's package, in which how-to pages go on."""
-    folder = tmp_path_factory.mktemp("reader")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reader]:
+    """Return a reader who did what the tutorial says; what builds compile is tested where the tutorial is followed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        spec = next(block for block in blocks(TUTORIAL) if block.file == "toy.yaml")
-        (folder / "toy.yaml").write_text(spec.text, encoding="utf-8")
-        assert run("build", "--spec", "toy.yaml", "--no-verify", "--quiet").exit_code == 0
-        yield folder
+        patch.setattr(sys.modules["m2gen.pipeline.build"], "check", lambda planned, progress: [])
+        yield settled(tmp_path_factory.mktemp("reader"))
 
 
-def follow(page: Path, folder: Path) -> Iterator[tuple[str, Any]]:
-    """Write the files of a page, run its Python, and yield each command with its result; not what has marked needs."""
-    for block in blocks(page):
-        named = NAME.search(block.text)
-        if block.kind == "yaml" and named:
+def write(block: Block, folder: Path) -> None:
+    """Write the spec that a block is, where a page shows a whole one, and check it where it shows layers."""
+    named = NAME.search(block.text)
+    if "layers:" in block.text:
+        parse_spec(block.text if "schema:" in block.text else HEAD + block.text, "shown.yaml")
+        if named:
             (folder / f"{named[1]}.yaml").write_text(block.text, encoding="utf-8")
-        if block.kind == "python" and NEEDS not in block.text.partition("\n")[0]:
-            variables = {**os.environ, "PYTHONPATH": f".{os.pathsep}{ROOT}"}
-            subprocess.run([sys.executable, "-c", block.text], cwd=folder, env=variables, check=True)
-        for command in block.commands:
-            program, *arguments = shlex.split(command)
-            assert program == "m2gen", command
-            yield command, run(*arguments, *(ONE_CASE if arguments[0] == "verify" else ()))
 
 
-@pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)
-def test_how_to_pages_can_be_followed(page: Path, place: Path) -> None:
-    """Each command ends well in the reader's folder, and each needs nothing but what the page says."""
-    for command, result in follow(page, place):
-        assert result.exit_code == 0, f"{command}: {result.output}"
+def same(command: Command, folder: Path, reader: Reader) -> None:
+    """A command ends well, and what the page shows below it is what it prints; the installed Triton may be another."""
+    said = reader.types(folder, command.text)
+    assert said.status == 0, f"{command.text}: {said.text}"
+    shown, printed = (re.sub(r"(?<=here )\d+\.\d+\.\d+", "", text) for text in (command.printed, said.text))
+    assert shown.strip() in printed, f"{command.text}: {said.text}"
 
 
-@pytest.mark.parametrize("page", [TUTORIAL, *HOW_TO], ids=lambda page: page.stem)
-def test_what_tests_leave_out_says_why(page: Path) -> None:
-    """A command that is not run needs a GPU, several workers or a checkpoint, and says so."""
-    for block in blocks(page):
-        left_out = [line for line in block.text.splitlines() if line.startswith("$ ") and NEEDS in line]
-        for line in left_out:
-            assert re.search(r"# needs (a GPU|\d+ GPUs|another worker|a checkpoint|a contribution)", line), line
+def runs(block: Block) -> bool:
+    """Whether any machine can do what a block says: run a command or a snippet, or read a spec."""
+    return bool(block.commands) or (block.kind in ("python", "yaml") and not block.needs)
+
+
+PAGES = [name for name, text in site().items() if name not in ELSEWHERE and any(map(runs, blocks(text)))]
+"""Pages with anything that is run here."""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_can_be_followed(page: str, reader: Reader, device, tmp_path: Path) -> None:
+    """Each command that needs nothing ends well and each such snippet runs, in order, with what the text presumes."""
+    folder = reader.folder(page)
+    if page == "docs/models.md":
+        tokenizer(folder / CHECKPOINT)
+    names: dict[str, Any] = {"__name__": "page"}
+    apart = []
+    with working_in(reader.own), torch.set_grad_enabled(page not in WITHOUT_GRADIENTS):
+        names |= PRESUMED[page](device) if page in PRESUMED else {}
+        for block in blocks(site()[page]):
+            if block.kind == "yaml":
+                write(block, folder)
+            for command in block.typed:
+                if not command.needs:
+                    same(command, folder, reader)
+            if block.kind == "python" and not block.needs and ON_RANKS in block.text:
+                apart.append(block.text)
+            elif block.kind == "python" and not block.needs:
+                exec(compile(block.text.replace('"cuda"', repr(device.type)), page, "exec"), names)
+        if page in HOLDS:
+            HOLDS[page](names)
+        if apart:
+            (tmp_path / "blocks.json").write_text(json.dumps(apart), encoding="utf-8")
+            said = ranks.launch(ROOT / "tests" / "fakes" / "snippets_on_ranks.py", tmp_path, 4)
+            assert said == dict.fromkeys(said, "")
+            assert len(said) == len(apart)
+
+
+@pytest.mark.parametrize("page", site())
+def test_all_code_says_what_it_is(page: str) -> None:
+    """Code is in blocks of a known kind, commands in a console's, and each that is not run says what it needs."""
+    text = site()[page]
+    assert unfenced(text) == []
+    for block in blocks(text):
+        assert block.kind in KINDS, block.text
+        assert block.kind != "text" or not TYPED.search(block.text), block.text
+        for needs in (block.needs, *(command.needs for command in block.typed)):
+            assert not needs or NEEDED.fullmatch(needs), needs
+
+
+@pytest.mark.parametrize("page", ELSEWHERE)
+def test_tests_that_run_pages_are_there(page: str) -> None:
+    """A page that is not followed here has commands or snippets that any machine can run, and a test that does."""
+    assert any(map(runs, blocks(site()[page])))
+    place, _, name = ELSEWHERE[page].partition("::")
+    tree = ast.parse((ROOT / place).read_text(encoding="utf-8"))
+    assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def test_what_is_shortened_is_on_a_page() -> None:
+    """No command is run shorter that no page has."""
+    typed = {command for text in site().values() for block in blocks(text) for command in block.commands}
+    assert set(SHORTER) <= typed
+    assert all(shortened(command) != command for command in SHORTER)
 
 
 QUERY = Query(VARIANT.key, Objective.TRAIN, "sm_90", "NVIDIA H200", Bucket.FOUR)
@@ -106,17 +170,6 @@ def test_every_reason_against_a_record_is_on_the_page(records: list[Any]) -> Non
     for found in rejected:
         begin = re.split(r"\d|\bother\b", found.reason)[0]
         assert any(row.startswith(begin) or found.reason.startswith(row) for row in rows), found.reason
-
-
-def test_the_space_on_the_page_is_what_the_command_prints() -> None:
-    """The example of ``m2gen tune --dry-run`` is of the space as it is; candidates, which follow it, are left out."""
-    text = (DOCS / "tuning.md").read_text(encoding="utf-8")
-    shown = re.search(
-        r"^\$ m2gen (tune --spec h200.yaml --layer .* --target sm_90)\n(m2rnn_410m[^`]*)```", text, re.MULTILINE
-    )
-    assert shown is not None
-    printed = run(*shlex.split(shown[1])).stdout
-    assert printed.startswith(shown[2]), printed
 
 
 @pytest.mark.parametrize("page", ["database.md", "build.md"])
