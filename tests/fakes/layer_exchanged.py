@@ -398,7 +398,7 @@ def heads_with_fsdp(subject: Subject) -> None:
 
 
 def errors(subject: Subject) -> None:
-    """Heads that do not fit the ranks, shares that were not built and adapters are named before anything is sent."""
+    """What does not fit the ranks, was not built, is adapted or spreads tokens is named before anything is sent."""
     other = subject.ranks + 1
     odd = subject.package.M2RNN(HIDDEN, 9, 9, dict.fromkeys("qkvfw", other), backend="reference")
     unbuilt = subject.package.M2RNN(HIDDEN, 16, 16, dict.fromkeys("qkvfw", 2))
@@ -412,6 +412,10 @@ def errors(subject: Subject) -> None:
     for layer, kind, text in found:
         with pytest.raises(kind, match=re.escape(text)):
             subject.parallel.exchange_over_ranks(layer, x)
+    spread = any_layer(subject, heads_of(subject.ranks, "shared"), EXACT)
+    mesh = init_device_mesh("cpu", (subject.ranks,))
+    with pytest.raises(ValueError, match="sequence_parallel must be False where tokens are exchanged"):
+        subject.parallel.HeadExchange(subject.parallel.HeadParallelM2RNN(spread, mesh, sequence_parallel=True))
     with pytest.raises(TypeError, match="tokens must be of an M2RNN to lie over ranks, got Linear"):
         parallelize_module(nn.Linear(2, 2), init_device_mesh("cpu", (subject.ranks,)), subject.parallel.M2RNNContext())
 

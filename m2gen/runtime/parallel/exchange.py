@@ -52,13 +52,16 @@ def exchange_over_ranks(
 class HeadExchange:
     """``exchange_over_ranks`` of one layer and group.
 
-    Raises VariantNotBuiltError where its share of heads was not built, and RanksDifferError.
+    Raises ValueError for heads that themselves spread tokens, VariantNotBuiltError where the share of heads was not
+    built, and RanksDifferError.
     """
 
     def __init__(self, layer: Mixer, group: distributed.ProcessGroup | None = None) -> None:
         found = group or distributed.group.WORLD
         if found is None:
             raise RuntimeError("M2RNN: torch.distributed must be initialised before tokens are exchanged over ranks")
+        if getattr(layer, "sequence_parallel", False):
+            raise ValueError("M2RNN: sequence_parallel must be False where tokens are exchanged over ranks")
         self.layer, self.group = layer, found
         self.place = RankOf(found.rank(), found.size())
         self.share = HeadShare(layer, self.place)
