@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -328,6 +329,38 @@ def test_smoke_on_kernels_and_the_readme(example, monkeypatch, tmp_path, capsys)
     readme.write_text("nothing", encoding="utf-8")
     with pytest.raises(SystemExit, match="must have <!-- hybrids: begin -->"):
         example.main()
+
+
+def test_the_pages_have_what_was_measured(example) -> None:
+    """The example's page has the table of the committed runs, and the page of claims their means."""
+    report, data = sys.modules["report"], ROOT / "docs" / "data"
+
+    def runs(name: str) -> dict[str, Any]:
+        return dict(json.loads((data / f"{name}.json").read_text(encoding="utf-8")))
+
+    measured = runs("hybrids_h200")
+    assert report.table(measured) in (EXAMPLES / "hybrid_lm" / "README.md").read_text(encoding="utf-8")
+    claims = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+
+    def perplexities(found: dict[str, Any], size: str, variant: str) -> list[float]:
+        return [report.words(run["final"]) for run in report.runs_of(found, size, variant)]
+
+    for variant in measured["variants"]:
+        row = next(line for line in claims.splitlines() if line.startswith(f"| {variant} | "))
+        large = perplexities(measured, "44M", variant)
+        cells = [report.spread(perplexities(measured, "11M", variant), 4), report.spread(large, 4) if large else ""]
+        assert [cell.strip() for cell in row.split("|")[2:4]] == cells
+    pair = measured["compare"][0]
+    for rate, name in (
+        ("3e-4", "hybrids_rate_3e-4_h200"),
+        ("1e-3", "hybrids_h200"),
+        ("3e-3", "hybrids_rate_3e-3_h200"),
+    ):
+        found = runs(name)
+        means = (fmean(perplexities(found, "11M", variant)) for variant in pair)
+        seeds = ", ".join(str(run["seed"]) for run in report.runs_of(found, "11M", pair[0]))
+        assert f"| {rate} | {' | '.join(f'{x:.4f}' for x in means)} | {seeds} |" in claims
+        assert found["plan"]["learning_rate"] == float(rate)
 
 
 def test_models_of_a_size_are_equally_large(example, tmp_path) -> None:
