@@ -9,6 +9,8 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from command_line import TINY, document, fails, run
 from support import make_variant
 
 from m2gen import pipeline
-from m2gen.bench.ranks.entries import Link, RankCase, RankDocument, RankJob, RankRow, Shape, write
+from m2gen.bench.ranks import check
+from m2gen.bench.ranks.entries import HYBRID, Link, RankCase, RankDocument, RankJob, RankRow, Shape, write
 from m2gen.bench.ranks.forecast import MeasuredLayer, OneGpu, forecast, token_us
 from m2gen.bench.ranks.kinds import Form, Mixing
 from m2gen.bench.ranks.launch import CPU, run_ranks, worker_command
@@ -281,6 +284,24 @@ def test_four_ranks_on_cpus(tmp_path: Path) -> None:
     assert [row["layer"] for row in found["rows"]] == ["base_4_heads"] * 2 + ["base_4_heads_hybrid"] * 2
     assert "mesh 2 x 2" in shown
     assert "B1 a rank S8" in shown
+
+
+def test_what_a_model_rounds_is_a_draw() -> None:
+    """Budgets of ranks count what the very model that they split rounds, which shuffled ones need not magnify alike."""
+    heads = {"q": 2, "k": 1, "v": 4, "f": 4, "w": 2, "g": 4}
+    shape = Shape("hybrid", 32, 9, 9, heads, "fp32", HYBRID)
+    case = RankCase(shape, Form.ONE, 1, 8)
+    make = partial(check.make_model, import_module("generated.tiny"), shape, False, 0)
+    found = check.expected(make, case, 2, packed=False)
+    model, x = make(), found.x.clone().requires_grad_()
+    named = dict(model.named_parameters())
+    y = model(x)
+    gradients = torch.autograd.grad(y, [x, *named.values()], found.weights)
+    given = {"y": y.detach(), **dict(zip(("dx", *named), gradients, strict=True))}
+    assert given.keys() == found.exact.keys()
+    for name, value in given.items():
+        exact = found.exact[name]
+        assert 2 * ((value - exact).norm() / exact.norm()).item() < found.budgets[name], name
 
 
 WRONG = {
