@@ -28,7 +28,7 @@ from m2gen.kernels.compile import load_module
 EXAMPLES = ROOT / "examples"
 LOCAL = (
     "decoder", "gated_delta", "words", "step", "train", "data", "model", "loop", "compare", "stack", "many", "findings",
-    "construct",
+    "construct", "files",
 )  # fmt: skip
 """Modules that the examples find beside them."""
 DELTA = ("all Gated DeltaNet of flash-linear-attention", "all Gated DeltaNet")

@@ -18,7 +18,8 @@ from statistics import mean
 import data
 import torch
 import yaml
-from loop import device_at_hand, draw, facts_of, steps, store, train, write_json
+from files import store, write_json
+from loop import device_at_hand, draw, facts_of, steps, train
 from model import Config, Trainer
 
 HERE = Path(__file__).resolve().parent

@@ -28,8 +28,8 @@ if not torch.cuda.is_available():
 
 import corpus  # noqa: E402
 import report  # noqa: E402
+from files import write_json  # noqa: E402
 from finished import Known, collected, read  # noqa: E402
-from loop import write_json  # noqa: E402
 from plan import Plan, check_equal, load_plan  # noqa: E402
 from runs import Clock, Runner  # noqa: E402
 

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import data
 import torch
+from files import store
 from model import Config, Trainer
 from torch import Tensor
-
-
-def store(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all."""
-    staging = path.with_suffix(".new")
-    write(staging)
-    os.replace(staging, path)
 
 
 def device_at_hand() -> torch.device:
@@ -83,11 +76,6 @@ def train(config: Config, out: Path, until: int | None = None) -> list[float]:
             rate = (trainer.done - before) * config.batch * config.seq / (time.perf_counter() - began)
             print(f"step {trainer.done}: loss {losses[-1]:.4f}, {rate:,.0f} tokens/s", file=sys.stderr)
     return losses + [loss.item() for loss in recent]
-
-
-def write_json(values: dict[str, Any], place: Path) -> None:
-    """Write a JSON file of one line."""
-    store(place, lambda path: path.write_text(json.dumps(values) + "\n", encoding="utf-8"))
 
 
 def draw(curves: dict[str, tuple[list[float], str]], place: Path) -> None:

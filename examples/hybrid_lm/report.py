@@ -10,9 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from loop import store
+from files import around, store
 
-BEGIN, END = "<!-- hybrids: begin -->", "<!-- hybrids: end -->"
 COLOURS = ("#7f7f7f", "#d95f02", "#1f78b4", "#74a9cf", "#8b6fc6", "#e7298a", "#1b9e77")
 INK = {"hybrids.svg": ("#1f2328", "#d0d7de"), "hybrids-dark.svg": ("#e6edf3", "#3d444d")}
 """Colours of text and of lines, for light and dark pages."""
@@ -153,18 +152,14 @@ def write(data: dict[str, Any], out: Path, readme: Path | None = None) -> None:
         store(out / "hybrids.md", lambda path: path.write_text(text, encoding="utf-8"))
         draw(data, out)
         return
-    page = readme.read_text(encoding="utf-8")
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{readme} must have {BEGIN} and, below it, {END}, got none")
+    before, after = around(readme, "hybrids")
     picture = (
         '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="hybrids-dark.svg">\n'
         '  <img alt="validation perplexity against tokens and against seconds of training" src="hybrids.svg">\n'
         "</picture>"
     )
     drawn = draw(data, readme.parent)
-    page = f"{before}{BEGIN}\n\n{picture if drawn else ''}\n\n{text}\n{END}{after}"
+    page = f"{before}\n\n{picture if drawn else ''}\n\n{text}\n{after}"
     store(readme, lambda path: path.write_text(page, encoding="utf-8"))
 
 

@@ -28,7 +28,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuB
 
 import compare  # noqa: E402
 import data  # noqa: E402
-from loop import device_at_hand, draw, facts_of, store, train, write_json  # noqa: E402
+from files import store, write_json  # noqa: E402
+from loop import device_at_hand, draw, facts_of, train  # noqa: E402
 from model import Config, Trainer, load  # noqa: E402
 
 SMOKE = {

@@ -16,8 +16,9 @@ import torch
 from captured import CapturedTrainer, own_stream
 from compare import device_name, kernels_of
 from corpus import Text
+from files import store, write_json
 from finished import Known
-from loop import device_at_hand, store, write_json
+from loop import device_at_hand
 from model import Trainer
 from plan import Run, hidden_of, parameters_of, state_of
 from torch.nn import functional as F

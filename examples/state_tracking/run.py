@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 from decoder import package_of  # noqa: E402
+from files import write_json  # noqa: E402
 from train import Config, Outcome, load, train  # noqa: E402
 
 SMOKE = {
@@ -49,13 +50,6 @@ def place_of(out: Path, kind: str, name: str, seed: int) -> Path:
     return out / f"{name}_{kind}_{seed}.json"
 
 
-def store(path: Path, facts: dict[str, object]) -> None:
-    """Write a file whole or not at all."""
-    staging = path.with_suffix(".new")
-    staging.write_text(json.dumps(facts) + "\n", encoding="utf-8")
-    os.replace(staging, path)
-
-
 def keep(config: Config, out: Path) -> None:
     """Note what the folder's runs are of; ends the program where it has runs of another config."""
     facts = json.loads(json.dumps(asdict(config)))
@@ -68,7 +62,7 @@ def keep(config: Config, out: Path) -> None:
         raise SystemExit(
             f"{out} must have runs of this config, but has others: {', '.join(changed)}; give another --out"
         )
-    store(place, facts)
+    write_json(facts, place)
 
 
 def run_all(config: Config, out: Path) -> None:
@@ -83,7 +77,7 @@ def run_all(config: Config, out: Path) -> None:
             print(f"{config.budget:.0f} s are over; run the same command again for what is missing", file=sys.stderr)
             return
         outcome = train(config, kind, name, seed, package, device)
-        store(place, asdict(outcome))
+        write_json(asdict(outcome), place)
         print(
             f"{name} {kind} seed {seed}: {outcome.steps} steps, trained to {outcome.trained_to} (lengths known at "
             f"{outcome.known_at}), loss {outcome.losses[-1]:.4f}, right to {outcome.perfect_to}, "
@@ -202,7 +196,7 @@ def main() -> None:
     outcomes = found(config, arguments.out)
     text = table(config, outcomes)
     (arguments.out / "table.md").write_text(text, encoding="utf-8")
-    store(arguments.out / "summary.json", summary(config, outcomes))
+    write_json(summary(config, outcomes), arguments.out / "summary.json")
     draw(config, outcomes, arguments.out / "curves.png")
     print(text, end="")
 
