@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import matplotlib
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from support import ROOT
 from torch.nn import functional as F
 
 from m2gen.kernels.compile import load_module
 
 EXAMPLES = ROOT / "examples"
-LOCAL = ("decoder", "gated_delta", "tasks", "train")
+RUNS = ROOT / "docs" / "data" / "recall_h200.json"
+"""All runs of the example's config, as one GPU made them."""
+LOCAL = ("curves", "decoder", "files", "gated_delta", "outcomes", "tasks", "train")
 """Modules that the example finds beside it."""
 
 
@@ -67,24 +75,158 @@ def test_windows_see_the_last_letters_alone(example, length) -> None:
     assert torch.allclose(window(x), window.out(y.transpose(1, 2).flatten(-2)), atol=1e-6)
 
 
+def command(run: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """Run the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    run.main()
+
+
 def test_recall_smoke(example, monkeypatch, tmp_path: Path, capsys) -> None:
-    """Every model trains and is judged; the table and the figure are there, and a second call runs nothing again."""
+    """Every model trains and is judged; table, figures and one file of all runs are there.
+
+    A call with nothing left runs nothing again and needs no package, and one without minutes shows what there is.
+    """
     run = example()
-
-    def command(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["run.py", "--smoke", "--out", str(tmp_path), *arguments])
-        run.main()
-        return str(capsys.readouterr().out)
-
-    table = command()
-    cells = [line.split(" | ") for line in table.splitlines()[2:]]
-    assert [row[1] for row in cells] == 2 * ["m2rnn", "gated_deltanet", "window", "attention"]
-    assert [row[3] for row in cells[:4]] == ["512", "32", "64", "all letters"]
+    smoke = ("--smoke", "--out", str(tmp_path))
+    command(run, monkeypatch, *smoke)
+    table = capsys.readouterr().out
+    cells = [line.split(" | ") for line in table.splitlines() if line.startswith(("| recall", "| copy"))]
+    assert [row[0] for row in cells] == 4 * ["| recall"] + 4 * ["| copy"]
+    assert [row[1] for row in cells] == 2 * ["M²RNN", "Gated DeltaNet", "attention to a window of 4", "attention"]
+    assert [row[4] for row in cells[:4]] == ["512", "32", "64", "all letters"]
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == table
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
-    outcome = json.loads((tmp_path / "recall_m2rnn_0.json").read_text(encoding="utf-8"))
-    assert set(outcome["accuracy"]) == {"8", "20"}
+    for name in ("recall.svg", "recall-dark.svg"):
+        assert (tmp_path / name).read_text(encoding="utf-8").startswith("<?xml")
+    kept = (tmp_path / "recall.json").read_text(encoding="utf-8")
+    data = json.loads(kept)
+    assert (data["device"], data["torch"]) == (run.outcomes.here().device, torch.__version__)
+    assert data["config"]["evaluate"]["lengths"] == [8, 20]
+    kinds = ("m2rnn", "gated_deltanet", "window", "attention")
+    assert [(x["task"], x["model"]) for x in data["runs"]] == [(x, kind) for x in ("recall", "copy") for kind in kinds]
+    for outcome in data["runs"]:
+        place = tmp_path / f"{outcome['task']}_{outcome['model']}_0.json"
+        assert json.loads(place.read_text(encoding="utf-8")) == outcome
+        assert set(outcome["accuracy"]) == {"8", "20"}
+
+    monkeypatch.setattr(run, "package_of", lambda name: pytest.fail(f"{name} is asked for"))
+    monkeypatch.setattr(run.outcomes, "here", lambda: run.outcomes.Machine("another", "1.0"))
+    command(run, monkeypatch, *smoke)
+    assert capsys.readouterr().out == table
+    assert (tmp_path / "recall.json").read_text(encoding="utf-8") == kept
+
+
+def test_a_folder_is_of_one_config_and_machine(example, monkeypatch, tmp_path: Path, capsys) -> None:
+    """Runs that are left are not made with another config or by another machine; without minutes, none is made."""
+    run = example()
+    smoke = ("--smoke", "--out", str(tmp_path), "--set", "models=[window, attention]", "--set", "tasks=[copy]")
+    command(run, monkeypatch, *smoke)
     (tmp_path / "copy_window_0.json").unlink()
-    assert "| copy | window |" not in command("--minutes", "-1")
+    capsys.readouterr()
+    command(run, monkeypatch, *smoke, "--minutes", "-1")
+    said = capsys.readouterr()
+    assert "the minutes are over" in said.err
+    assert "| copy | attention |" in said.out
+    assert "| copy | attention to a window of 4 |" not in said.out
     with pytest.raises(SystemExit, match="must have runs of this config, but has others: steps; give another --out"):
-        command("--set", "steps=3")
+        command(run, monkeypatch, *smoke, "--set", "steps=3")
+    monkeypatch.setattr(run.outcomes, "here", lambda: run.outcomes.Machine("another", torch.__version__))
+    with pytest.raises(SystemExit, match="must have runs of this config, but has others: device; give another --out"):
+        command(run, monkeypatch, *smoke)
+    older = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    del older["device"], older["torch"]
+    (tmp_path / "config.json").write_text(json.dumps(older), encoding="utf-8")
+    command(run, monkeypatch, *smoke, "--set", "models=[attention]")
+    assert capsys.readouterr().out.startswith("unknown device, torch unknown, fp32; 2 steps")
+
+
+def test_the_page_is_of_the_committed_runs(example, monkeypatch, tmp_path: Path) -> None:
+    """The command on the page makes its table and figures again, byte for byte, from all runs of the config."""
+    run = example()
+    page = tmp_path / "README.md"
+    shutil.copy(EXAMPLES / "recall" / "README.md", page)
+    command(run, monkeypatch, "--report", str(RUNS), "--readme", str(page))
+    assert page.read_text(encoding="utf-8") == (EXAMPLES / "recall" / "README.md").read_text(encoding="utf-8")
+    results = run.outcomes.read(RUNS)
+    assert results.config == run.load(EXAMPLES / "recall" / "config.yaml", {})
+    assert [(x.task, x.model, x.seed) for x in results.runs] == list(run.outcomes.in_order(results.config))
+    for name in run.curves.INK:
+        committed = (EXAMPLES / "recall" / name).read_text(encoding="utf-8")
+        made_by = re.search(r"Matplotlib v([\d.]+)", committed)
+        assert made_by is not None
+        if made_by[1] != matplotlib.__version__:
+            pytest.skip(f"drawn by matplotlib {made_by[1]}, whose glyphs and numbers another version writes anew")
+        assert (tmp_path / name).read_text(encoding="utf-8") == committed
+
+
+def test_the_figure_has_every_run(example, monkeypatch, tmp_path: Path) -> None:
+    """Each run is a line through its own shares, and no text leaves the page or lies on another."""
+    run, drawn = example(), []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: drawn.append((figure, path)))
+    monkeypatch.setattr(run.curves, "store", lambda path, write: write(path))
+    results = run.outcomes.read(RUNS)
+    assert run.curves.draw(results, tmp_path)
+    assert [path.name for _, path in drawn] == ["recall.svg", "recall-dark.svg"]
+    for figure, _ in drawn:
+        for task, axes in zip(results.config.tasks, figure.axes, strict=True):
+            assert axes.get_title() == task
+            lines = [list(line.get_ydata()) for line in axes.lines if line.get_marker() != "None"]
+            assert lines == [[100 * x for x in run.accuracy.values()] for run in results.runs if run.task == task]
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer = canvas.get_renderer()
+        (legend,) = figure.legends
+        texts = [*legend.get_texts(), *(x for axes in figure.axes for x in words_of(axes))]
+        boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
+        for box in boxes:
+            assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+            assert 0 <= box.y0 < box.y1 <= figure.bbox.y1
+        assert [(a, b) for a, b in combinations(boxes, 2) if a.overlaps(b)] == []
+
+
+def words_of(axes: Any) -> list[Any]:
+    """Return the texts of a panel."""
+    shown = axes.get_yticklabels() if axes.get_ylabel() else []
+    return [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.get_xticklabels(), *shown]
+
+
+def test_files_that_are_no_runs_are_refused(example, monkeypatch, tmp_path: Path) -> None:
+    """The error names the file, what it must be and what is wrong with it; --readme alone, and a page without marks."""
+    run, data, place = example(), json.loads(RUNS.read_text(encoding="utf-8")), tmp_path / "bad.json"
+    first = data["runs"][0]
+    wrong = {
+        "Expecting value": "no JSON",
+        "TypeError": "[]",
+        "'config'": "{}",
+        "'device'": {name: value for name, value in data.items() if name != "device"},
+        "of none": {**data, "runs": []},
+        "'seed'": {**data, "runs": [{"task": "recall", "model": "m2rnn"}]},
+        r"\('recall', 'm2rnn', 9\)": {**data, "runs": [{**first, "seed": 9}]},
+        "'512'": {**data, "runs": [{**first, "accuracy": {"256": 1.0}}]},
+        "shares that are none at 256": {**data, "runs": [{**first, "accuracy": {**first["accuracy"], "256": 100.0}}]},
+    }
+    for said, content in wrong.items():
+        place.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        with pytest.raises(SystemExit, match=f"bad.json must be a recall.json of finished runs, got .*{said}"):
+            command(run, monkeypatch, "--report", str(place), "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    page = tmp_path / "page.md"
+    page.write_text("nothing", encoding="utf-8")
+    with pytest.raises(
+        SystemExit, match=r"page\.md must have <!-- recall: begin --> and, below it, <!-- recall: end -->"
+    ):
+        command(run, monkeypatch, "--report", str(RUNS), "--readme", str(page))
+    assert list(tmp_path.glob("*.svg")) == []
+    with pytest.raises(SystemExit, match="2"):
+        command(run, monkeypatch, "--readme", str(page))
+
+
+def test_a_report_needs_no_package(tmp_path: Path) -> None:
+    """A process of its own makes table and figures, and imports nothing that is generated."""
+    asked = ["run.py", "--report", str(RUNS), "--out", str(tmp_path / "out")]
+    code = (
+        f"import runpy, sys; sys.argv = {asked}\n"
+        f"runpy.run_path({str(EXAMPLES / 'recall' / 'run.py')!r}, run_name='__main__')\n"
+        "sys.exit('generated' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["recall-dark.svg", "recall.svg", "table.md"]

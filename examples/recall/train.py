@@ -76,7 +76,12 @@ def load(path: Path, changes: dict[str, Any]) -> Config:
     wrong = sorted(({*found} ^ known) | ({*changes} - known))
     if wrong:
         raise SystemExit(f"{path} and --set must give {', '.join(sorted(known))}; see {', '.join(wrong)}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in (found | changes).items()}
+    return config_of(found | changes)
+
+
+def config_of(found: dict[str, Any]) -> Config:
+    """Return the config whose values YAML or JSON has."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
     asked = {k: tuple(v) if isinstance(v, list) else v for k, v in values["evaluate"].items()}
     return replace(Config(**values), evaluate=Evaluation(**asked))
 

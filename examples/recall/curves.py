@@ -1,0 +1,137 @@
+"""The table and the figures of finished runs: right answers by length, for each task and model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from files import around, store
+from outcomes import Results
+from train import Config
+
+INK = {"recall.svg": ("#1f2328", "#d0d7de"), "recall-dark.svg": ("#e6edf3", "#3d444d")}
+"""Colours of text and of lines, for light and dark pages."""
+COLOURS = {"m2rnn": "#e7298a", "gated_deltanet": "#1b9e77", "window": "#e6ab02", "attention": "#7f7f7f"}
+"""Colours of models, which are those of the hybrids' figures where these have a model."""
+MARKERS = {"m2rnn": "o", "gated_deltanet": "s", "window": "v", "attention": "^"}
+WIDTHS = {"m2rnn": 0.9, "gated_deltanet": 1.6, "window": 0.9, "attention": 2.3}
+"""Lines that lie on each other are told apart by their widths: the narrowest is drawn last."""
+PICTURE = (
+    '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="recall-dark.svg">\n'
+    '  <img alt="right answers by length, a line for each run, for recall and copy" src="recall.svg">\n'
+    "</picture>"
+)
+
+
+def name_of(config: Config, kind: str) -> str:
+    """Return a model's name in tables and figures."""
+    window = f"attention to a window of {config.window}"
+    return {"m2rnn": "M²RNN", "gated_deltanet": "Gated DeltaNet", "window": window}.get(kind, kind)
+
+
+def span(values: Sequence[float], digits: int) -> str:
+    """Write the lowest and the highest value, or one where they are written alike."""
+    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def table(results: Results) -> str:
+    """Return the results as Markdown: a line for each task and model, the lowest and highest share of its seeds."""
+    config, machine = results.config, results.machine
+    asked = config.evaluate.lengths
+    lengths = [f"{n:,}" for n in asked]
+    lines = [
+        f"{machine.device}, torch {machine.torch}, {config.dtype}; {config.steps} steps of {config.tokens:,} letters, "
+        f"in words of {config.lengths[0]:,} to {config.lengths[-1]:,}. Right answers in %, to the {config.items} "
+        f"questions of each of {config.evaluate.words} words, by length: the lowest and the highest of the seeds. By "
+        f"chance: {100 / config.values:.1f}.",
+        "",
+        f"| task | model | seeds | parameters | state of a layer | {' | '.join(lengths)} | seconds a run |",
+        "| --- " * (6 + len(lengths)) + "|",
+    ]
+    for task in config.tasks:
+        for kind in config.models:
+            runs = results.of(task, kind)
+            if not runs:
+                continue
+            state = "all letters" if runs[0].numbers is None else f"{runs[0].numbers:,}"
+            seeds = ", ".join(str(run.seed) for run in runs)
+            shares = [span([100 * run.accuracy[str(n)] for run in runs], 1) for n in asked]
+            facts = [task, name_of(config, kind), seeds, f"{runs[0].parameters:,}", state, *shares]
+            lines.append(f"| {' | '.join(facts)} | {span([run.seconds for run in runs], 0)} |")
+    seconds = sum(run.seconds for run in results.runs)
+    lines += ["", f"{len(results.runs)} runs, {seconds:,.0f} s of training and testing."]
+    return "\n".join(lines) + "\n"
+
+
+def report(results: Results, out: Path, readme: Path | None = None) -> None:
+    """Write and print the table, and draw the figures; in a readme, between the marks that it has for that."""
+    text = table(results)
+    if readme is None:
+        store(out / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
+        draw(results, out)
+    else:
+        before, after = around(readme, "recall")
+        picture = f"\n{PICTURE}\n" if draw(results, readme.parent) else ""
+        store(readme, lambda path: path.write_text(f"{before}\n\n{text}{picture}\n{after}", encoding="utf-8"))
+    print(text, end="")
+
+
+def draw(results: Results, folder: Path) -> bool:
+    """Draw right answers by length, for light and for dark pages; return whether it could."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no figure: matplotlib is missing (pip install -e '.[examples]')", file=sys.stderr)
+        return False
+    matplotlib.use("Agg")
+    with matplotlib.rc_context({"svg.hashsalt": "recall"}):  # the same file every time
+        for name, (ink, faint) in INK.items():
+            _draw(results, folder / name, ink, faint)
+    return True
+
+
+def _draw(results: Results, place: Path, ink: str, faint: str) -> None:
+    from matplotlib import pyplot
+
+    tasks = results.config.tasks
+    inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
+    with pyplot.rc_context({**dict.fromkeys(inked, ink), "axes.edgecolor": faint}):
+        figure, (panels,) = pyplot.subplots(1, len(tasks), figsize=(9, 3.8), squeeze=False, sharey=True)
+        for task, axes in zip(tasks, panels, strict=True):
+            _panel(axes, results, task, faint)
+        panels[0].set_ylabel("right answers, %")
+        handles = {
+            label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles, loc="lower center", ncol=3, fontsize=8, frameon=False)
+        figure.tight_layout(rect=(0, 0.1, 1, 1))
+        store(place, lambda path: figure.savefig(path, format="svg", transparent=True, metadata={"Date": None}))
+        pyplot.close(figure)
+
+
+def _panel(axes: Any, results: Results, task: str, faint: str) -> None:
+    """Draw the runs of a task, a line for each: seeds that end far apart have no mean that says much."""
+    config = results.config
+    asked = config.evaluate.lengths
+    for kind in config.models:
+        for i, run in enumerate(results.of(task, kind)):
+            axes.plot(
+                asked, [100 * run.accuracy[str(n)] for n in asked], color=COLOURS[kind], marker=MARKERS[kind],
+                markersize=2.4 + 1.4 * WIDTHS[kind], linewidth=WIDTHS[kind], zorder=4 - WIDTHS[kind] / 4, clip_on=False,
+                label=None if i else name_of(config, kind),
+            )  # fmt: skip
+    axes.axvline(
+        config.lengths[-1], color="#8c959f", linestyle=":", linewidth=1.2, label="longest word of the training"
+    )
+    axes.axhline(100 / config.values, color="#8c959f", linewidth=0.8, label=f"by chance, 1 of {config.values}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(asked, [f"{n:,}" for n in asked], fontsize=8)
+    axes.set_yticks(range(0, 101, 20))
+    axes.minorticks_off()
+    axes.set(title=task, xlabel="letters of a word", ylim=(0, 103))
+    axes.grid(color=faint, linewidth=0.4)
+    axes.set_axisbelow(True)
+    axes.set_facecolor("none")
