@@ -12,9 +12,10 @@ from m2gen.kernels.outputs import Gradients, Output, gradients_of, y_of
 from m2gen.kernels.reductions import Reductions
 from m2gen.schedule import (
     Family,
-    ForwardTile,
     MmaBackward,
+    MmaForward,
     PortableBackward,
+    PortableForward,
     Reduction,
     Schedule,
     Scratch,
@@ -91,7 +92,7 @@ class Lowering:
         return not self.gluon
 
     @property
-    def forward(self) -> ForwardTile | Warpgroup:
+    def forward(self) -> PortableForward | MmaForward | Warpgroup:
         return self.schedule.forward
 
     @property
@@ -133,6 +134,10 @@ class Lowering:
     @property
     def slots(self) -> bool:
         return self.schedule.slots
+
+    @property
+    def forward_slots(self) -> bool:
+        return self.forward.slots
 
     @property
     def slot_rows(self) -> int:

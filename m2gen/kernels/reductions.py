@@ -26,6 +26,8 @@ class Sums(StrEnum):
     """All steps of an iteration together, by rounds of shuffles: where no two warps share a sum."""
     MEMORY = "memory"
     """All steps of an iteration together, in shared memory: where every warp has rows of its own."""
+    SLOTS = "slots"
+    """All steps of an iteration by products, in which each has a slot."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Reductions:
     @property
     def y(self) -> Sums:
         part = self.schedule.forward
+        if part.slots:
+            return Sums.SLOTS
         if not self._lanes_known or part.unroll < 2 or part.unroll & (part.unroll - 1):
             return Sums.EACH
         if warps_down(part) == 1:

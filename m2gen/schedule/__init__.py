@@ -24,8 +24,8 @@ from m2gen.schedule.layer import (
     parse_tiles,
 )
 from m2gen.schedule.learned import learned_schedule
-from m2gen.schedule.mma import Mma, MmaBackward
-from m2gen.schedule.portable import Portable, PortableBackward
+from m2gen.schedule.mma import Mma, MmaBackward, MmaForward
+from m2gen.schedule.portable import Portable, PortableBackward, PortableForward
 from m2gen.schedule.slugs import parse
 from m2gen.schedule.tiles import ForwardTile
 from m2gen.schedule.wgmma import Warpgroup, Wgmma
@@ -40,9 +40,11 @@ __all__ = [
     "Knobs",
     "Mma",
     "MmaBackward",
+    "MmaForward",
     "Part",
     "Portable",
     "PortableBackward",
+    "PortableForward",
     "Reduction",
     "Schedule",
     "Scratch",

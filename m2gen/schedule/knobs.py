@@ -104,7 +104,7 @@ class Knobs:
         found: dict[str, Any] = {name: values[name] for name in cls.AXES if "." not in name}
         for side, part in cls.PARTS.items():
             names = (name.partition(".")[2] for name in cls.AXES if name.startswith(f"{side}."))
-            found[side] = part(**{name: values[f"{side}.{name}"] for name in names})
+            found[side] = part(**{name: value for name in names if (value := values.get(f"{side}.{name}")) is not None})
         return cls(**found)
 
     @classmethod
@@ -120,6 +120,11 @@ class Knobs:
             )
             for name, values in cls.AXES.items()
         }
+
+    @classmethod
+    def beside(cls, values: Mapping[str, Value]) -> Mapping[str, Value]:
+        """Return the knobs that the other kernel must have where one kernel has these; none where any will do."""
+        return {}
 
     @property
     def two_level(self) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import ClassVar, Literal, Self
 
 from m2gen.device import Device
-from m2gen.schedule.knobs import USUAL_INTERVAL, Axes, Family, Knobs, Reduction, Scratch, Tanh, best_tanh
+from m2gen.schedule.knobs import USUAL_INTERVAL, Axes, Family, Knobs, Reduction, Scratch, Tanh, Value, best_tanh
 from m2gen.schedule.tiles import (
     BACKWARD_AXES,
     FORWARD_AXES,
@@ -33,6 +34,19 @@ RESIDENT_WARPS = 8
 
 
 @dataclass(frozen=True)
+class MmaForward(ForwardTile):
+    """How the forward runs."""
+
+    slots: bool = False
+    """Whether each step of an iteration has a slot of the products that make k v^T and y. Where the backward has slots,
+    too, with as many rows and warps, since both kernels then have one layout."""
+
+    @property
+    def slug(self) -> str:
+        return super().slug + ("t" if self.slots else "")
+
+
+@dataclass(frozen=True)
 class MmaBackward(BackwardTile):
     """How the backward runs."""
 
@@ -47,15 +61,21 @@ class MmaBackward(BackwardTile):
 class Mma(Knobs):
     """A schedule of 16 x 8 tiles; every warp has one or more of them."""
 
-    forward: ForwardTile
+    forward: MmaForward
     backward: MmaBackward
     interval: int
     tanh: Tanh
     segments: int = 1
     family: Literal[Family.MMA] = field(default=Family.MMA, kw_only=True)
 
-    AXES: ClassVar[Axes] = {**FORWARD_AXES, **BACKWARD_AXES, "backward.scratch": tuple(Scratch), **SHARED_AXES}
-    PARTS: ClassVar = {"forward": ForwardTile, "backward": MmaBackward}
+    AXES: ClassVar[Axes] = {
+        **FORWARD_AXES,
+        "forward.slots": (False, True),
+        **BACKWARD_AXES,
+        "backward.scratch": tuple(Scratch),
+        **SHARED_AXES,
+    }
+    PARTS: ClassVar = {"forward": MmaForward, "backward": MmaBackward}
 
     @classmethod
     def unsupported(cls, variant: Variant, device: Device) -> str:
@@ -83,7 +103,7 @@ class Mma(Knobs):
         rows, warps = usual_tile(variant, device)
         tanh = best_tanh(variant, device)
         unroll = 8 if tanh is Tanh.PTX and (rows, warps) == (32, 1) else 4
-        forward = ForwardTile(rows, warps, unroll, Reduction.ATOMIC)
+        forward = MmaForward(rows, warps, unroll, Reduction.ATOMIC)
         if cls.has_slots(variant, device):
             return cls._default_of_slots(variant, tanh)
         scratch = USUAL_INTERVAL // 2 * rows * variant.padded_cols * 4
@@ -100,10 +120,24 @@ class Mma(Knobs):
     def _default_of_slots(cls, variant: Variant, tanh: Tanh) -> Self:
         """Return the schedule whose tanh is evaluated once in the backward: two thirds of the time of a step."""
         most, rows = SLOT_ROWS[0], min(variant.padded_rows, 2 * SLOT_ROWS[0])
-        forward = ForwardTile(rows, max(1, rows // most), 8 if tanh is Tanh.PTX else 4, Reduction.ATOMIC)
+        forward = MmaForward(rows, max(1, rows // most), 8 if tanh is Tanh.PTX else 4, Reduction.ATOMIC)
         warps = max(1, variant.padded_rows // most)
         backward = MmaBackward(variant.padded_rows, warps, SLOTS, Reduction.ATOMIC, Scratch.SLOTS)
         return cls(forward, backward, SLOTS, tanh)
+
+    @classmethod
+    def axes(cls, variant: Variant, device: Device) -> Axes:
+        """Return the axes without values that no schedule of the variant can have."""
+        found = super().axes(variant, device)
+        return found if cls.has_slots(variant, device) else {**found, "forward.slots": (False,)}
+
+    @classmethod
+    def beside(cls, values: Mapping[str, Value]) -> Mapping[str, Value]:
+        """Return what a backward must have beside a forward with slots: both kernels have one layout."""
+        if not values.get("forward.slots"):
+            return {}
+        shared = {f"backward.{name}": values[f"forward.{name}"] for name in ("rows", "warps")}
+        return {**shared, "backward.scratch": Scratch.SLOTS, "backward.chunk": SLOTS}
 
     def problems(self, variant: Variant, device: Device) -> Iterator[str]:
         """Yield why the schedule cannot serve a variant on a device."""
@@ -119,6 +153,8 @@ class Mma(Knobs):
             yield from self._shared_problems(variant, device)
         if self.slots:
             yield from self._slot_problems(variant, device)
+        if self.forward.slots:
+            yield from self._forward_slot_problems()
 
     def _slot_problems(self, variant: Variant, device: Device) -> Iterator[str]:
         backward, rows = self.backward, variant.padded_rows
@@ -138,6 +174,12 @@ class Mma(Knobs):
         taken = slots_bytes(backward.warps, backward.rows)
         if taken > device.shared_bytes:
             yield f"backward.scratch must take at most {device.shared_bytes} bytes of shared memory, got {taken}"
+
+    def _forward_slot_problems(self) -> Iterator[str]:
+        values = {name: attrgetter(name)(self) for name in self.AXES}
+        for name, valid in {"forward.unroll": SLOTS, **self.beside(values)}.items():
+            if values[name] != valid:
+                yield f"{name} must be {valid} where the forward has slots, got {values[name]}"
 
     def _shared_problems(self, variant: Variant, device: Device) -> Iterator[str]:
         if not self.two_level:

@@ -22,6 +22,13 @@ from m2gen.variant import Variant
 
 
 @dataclass(frozen=True)
+class PortableForward(ForwardTile):
+    """How a portable forward runs: the compiler makes its sums, in which steps have no slots."""
+
+    slots: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
 class PortableBackward(BackwardTile):
     """How a portable backward runs: other threads may read from its scratch what one wrote, so the L2 has it."""
 
@@ -32,7 +39,7 @@ class PortableBackward(BackwardTile):
 class Portable(Knobs):
     """A schedule whose layouts are the compiler's."""
 
-    forward: ForwardTile
+    forward: PortableForward
     backward: PortableBackward
     interval: int
     tanh: Tanh
@@ -40,7 +47,7 @@ class Portable(Knobs):
     family: Literal[Family.PORTABLE] = field(default=Family.PORTABLE, kw_only=True)
 
     AXES: ClassVar[Axes] = {**FORWARD_AXES, **BACKWARD_AXES, **SHARED_AXES}
-    PARTS: ClassVar = {"forward": ForwardTile, "backward": PortableBackward}
+    PARTS: ClassVar = {"forward": PortableForward, "backward": PortableBackward}
 
     @classmethod
     def unsupported(cls, variant: Variant, device: Device) -> str:
@@ -64,7 +71,7 @@ class Portable(Knobs):
         """
         rows, warps = usual_tile(variant, device)
         single = variant.dtype is Dtype.FP32
-        forward = ForwardTile(rows, warps, 2 if single and warps > 1 else 4, Reduction.ATOMIC)
+        forward = PortableForward(rows, warps, 2 if single and warps > 1 else 4, Reduction.ATOMIC)
         backward = PortableBackward(rows, warps, 1 if single else 2, Reduction.ATOMIC)
         return cls(forward, backward, USUAL_INTERVAL, best_tanh(variant, device))
 

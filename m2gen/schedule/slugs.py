@@ -6,13 +6,13 @@ import re
 
 from m2gen.errors import ScheduleError
 from m2gen.schedule.knobs import Reduction, Scratch, Tanh
-from m2gen.schedule.mma import Mma, MmaBackward
-from m2gen.schedule.portable import Portable, PortableBackward
-from m2gen.schedule.tiles import ForwardTile
+from m2gen.schedule.mma import Mma, MmaBackward, MmaForward
+from m2gen.schedule.portable import Portable, PortableBackward, PortableForward
 from m2gen.schedule.wgmma import Warpgroup, Wgmma
 
 _TILES = re.compile(
-    r"(portable|mma)_f(\d+)x(\d+)u(\d+)([ap])_b(\d+)x(\d+)c(\d+)([ap])([st]?)_i(\d+)(?:_s(\d+))?_(ptx|exp)", re.ASCII
+    r"(portable|mma)_f(\d+)x(\d+)u(\d+)([ap])(t?)_b(\d+)x(\d+)c(\d+)([ap])([st]?)_i(\d+)(?:_s(\d+))?_(ptx|exp)",
+    re.ASCII,
 )
 _WARPGROUP = re.compile(r"wgmma_([ap])([ap])_i(\d+)_(ptx|exp)", re.ASCII)
 _REDUCTIONS = {kind[0]: kind for kind in Reduction}
@@ -25,12 +25,12 @@ def parse(slug: str) -> Portable | Mma | Wgmma:
         forward, backward = (Warpgroup(_REDUCTIONS[letter]) for letter in found.group(1, 2))
         return Wgmma(forward, backward, int(found[3]), Tanh(found[4]))
     found = _TILES.fullmatch(slug)
-    if found is None or (found[1] == "portable" and found[10]):
+    if found is None or (found[1] == "portable" and (found[6] or found[11])):
         raise ScheduleError(f"a schedule must begin with its family, as mma_f32x1u4a_b32x1c2as_i16_ptx, got {slug!r}")
-    tile = ForwardTile(int(found[2]), int(found[3]), int(found[4]), _REDUCTIONS[found[5]])
-    rows, warps, chunk = (int(number) for number in found.group(6, 7, 8))
-    interval, segments, tanh = int(found[11]), int(found[12] or 1), Tanh(found[13])
+    tile = (int(found[2]), int(found[3]), int(found[4]), _REDUCTIONS[found[5]])
+    back = (int(found[7]), int(found[8]), int(found[9]), _REDUCTIONS[found[10]])
+    interval, segments, tanh = int(found[12]), int(found[13] or 1), Tanh(found[14])
     if found[1] == "portable":
-        return Portable(tile, PortableBackward(rows, warps, chunk, _REDUCTIONS[found[9]]), interval, tanh, segments)
-    scratch = {"": Scratch.L2, "s": Scratch.SHARED, "t": Scratch.SLOTS}[found[10]]
-    return Mma(tile, MmaBackward(rows, warps, chunk, _REDUCTIONS[found[9]], scratch), interval, tanh, segments)
+        return Portable(PortableForward(*tile), PortableBackward(*back), interval, tanh, segments)
+    scratch = {"": Scratch.L2, "s": Scratch.SHARED, "t": Scratch.SLOTS}[found[11]]
+    return Mma(MmaForward(*tile, slots=bool(found[6])), MmaBackward(*back, scratch), interval, tanh, segments)

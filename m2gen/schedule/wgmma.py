@@ -36,6 +36,7 @@ class Warpgroup:
     unroll: ClassVar[int] = 1
     chunk: ClassVar[int] = 1
     scratch: ClassVar[Scratch] = Scratch.SHARED
+    slots: ClassVar[bool] = False
 
     def parts(self, variant: Variant) -> int:
         """Return how many programs share one head's state."""

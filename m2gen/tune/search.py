@@ -61,7 +61,8 @@ def tiles(starts: Sequence[Schedule], points: Sequence[AnySchedule]) -> list[Any
 
     Rows trade programs for the work of each, in both kernels alike, and which family is faster depends on them: a step
     of one axis from the default misses what two of them gain together. So do forwards of two warps, which sum y in
-    shared memory, and segments, which are worth most where both kernels have tiles that suit them.
+    shared memory, forwards with slots, which have the tiles of the backward, and segments, which are worth most where
+    both kernels have tiles that suit them.
     """
     found: list[AnySchedule] = []
     first = starts[0]
@@ -70,8 +71,15 @@ def tiles(starts: Sequence[Schedule], points: Sequence[AnySchedule]) -> list[Any
         scaled = ({name: int(count * scale) for name, count in rows.items()} for scale in (2, 0.5, 1))
         found += [moved(start, knobs) for knobs in scaled]
     pair = {"forward.rows": 2 * first.forward.rows, "forward.warps": 2 * first.forward.warps}
+    back = first.backward
+    slots = {
+        "forward.rows": back.rows,
+        "forward.warps": back.warps,
+        "forward.unroll": back.chunk,
+        "forward.slots": True,
+    }
     for segments in (first.segments, MANY_SEGMENTS):
-        found += [moved(first, {**knobs, "segments": segments}) for knobs in (pair, {})]
+        found += [moved(first, {**knobs, "segments": segments}) for knobs in (slots, pair, {})]
     every = set(points)
     return [point for point in dict.fromkeys(found) if point in every and point != first]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -77,6 +77,7 @@ CONSTRAINTS = (
     Constraint("segments of fewer steps than a program should have", _short),
 )
 MEMORY = "memory over --max-memory"
+UNPAIRED = "a forward with slots beside a backward of other tiles"
 
 
 def space_hash(kernel: LayerKernel | None = None) -> str:
@@ -121,16 +122,20 @@ def enumerate_space(subject: Subject) -> Space:
 def _enumerate(
     subject: Subject, family: type[Schedule], axes: Values, points: list[Schedule], pruned: Counter[str]
 ) -> None:
-    """Add a family's points: each kernel is judged beside the least of the other one, which is valid if any is."""
+    """Add a family's points: each kernel is judged beside the least of the other one, which is valid if any is.
+
+    A forward that asks for some backward is judged beside that, and paired with no other.
+    """
     least = {name: values[0] for name, values in axes.items()}
     forward_values, backward_values, shared_values = (_product(axes, side) for side in ("forward", "backward", ""))
     for both in shared_values:
-        forwards: list[Any] = []
+        forwards: list[tuple[Any, Mapping[str, Value]]] = []
         for values in forward_values:
-            point = family.of({**least, **both, **values})
+            asked = family.beside(values)
+            point = family.of({**least, **both, **values, **asked})
             reason = _reason(subject, point, Direction.FORWARD)
             if reason is None:
-                forwards.append(point.forward)
+                forwards.append((point.forward, asked))
             else:
                 pruned[reason] += len(backward_values)
         for values in backward_values:
@@ -138,7 +143,9 @@ def _enumerate(
             reason = _reason(subject, point, Direction.BACKWARD)
             if reason is None:
                 backward: Any = point.backward
-                points += (family(forward=forward, backward=backward, **both) for forward in forwards)
+                fitting = [forward for forward, asked in forwards if asked.items() <= values.items()]
+                points += (family(forward=forward, backward=backward, **both) for forward in fitting)
+                pruned[UNPAIRED] += len(forwards) - len(fitting)
             else:
                 pruned[reason] += len(forwards)
 

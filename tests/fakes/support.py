@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -12,11 +13,12 @@ from m2gen.kernels.compile import load_module
 from m2gen.package import emit
 from m2gen.schedule import (
     Family,
-    ForwardTile,
     Mma,
     MmaBackward,
+    MmaForward,
     Portable,
     PortableBackward,
+    PortableForward,
     Reduction,
     Schedule,
     Scratch,
@@ -59,7 +61,7 @@ def make_schedule(
     tanh: str = "exp",
 ) -> Portable:
     """Return a portable schedule of 16 rows a program and four steps between checkpoints, unless told otherwise."""
-    forward = ForwardTile(forward_rows, warps, unroll, Reduction(reduction))
+    forward = PortableForward(forward_rows, warps, unroll, Reduction(reduction))
     return Portable(forward, PortableBackward(backward_rows, warps, chunk, Reduction(reduction)), interval, Tanh(tanh))
 
 
@@ -67,7 +69,8 @@ def as_mma(schedule: Portable, scratch: Scratch = Scratch.L2) -> Mma:
     """Return the schedule of the mma family that has a portable one's knobs."""
     backward = schedule.backward
     other = MmaBackward(backward.rows, backward.warps, backward.chunk, backward.reduction, scratch)
-    return Mma(schedule.forward, other, schedule.interval, schedule.tanh, schedule.segments)
+    forward = MmaForward(**asdict(schedule.forward))
+    return Mma(forward, other, schedule.interval, schedule.tanh, schedule.segments)
 
 
 SCHEDULES = {

@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from m2gen.problem import TORCH_DTYPE, Inputs, Problem, make_inputs
-from m2gen.schedule import Family, Reduction, Scratch, Tanh, Warpgroup, Wgmma
+from m2gen.schedule import Family, Reduction, Scratch, Tanh, Warpgroup, Wgmma, parse
 from m2gen.schedule.knobs import SHORTEST_SEGMENT
 from m2gen.variant import Variant
 
@@ -71,6 +71,10 @@ MATRIX = {
     "warps_apart": (
         make_variant(24, 16, (1, 1, 2, 2, 2), "bf16"),
         replace(as_mma(make_schedule("atomic", forward_rows=32, interval=8, warps=2)), segments=2),
+    ),
+    "slots": (
+        make_variant(64, 16, (1, 1, 2, 2, 2), "bf16", tanh="approx"),
+        parse("mma_f64x2u8at_b64x2c8at_i8_ptx"),
     ),
     "softplus": (make_variant(heads=GATED_HEADS, dtype="bf16", gate="softplus"), make_schedule("atomic")),
     "total": (make_variant(16, 24, (1, 2, 4, 4, 2), "fp16", "total"), make_schedule("atomic")),

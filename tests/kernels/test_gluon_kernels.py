@@ -58,6 +58,13 @@ CASES = {
     "slots_of_one_tile": (replace(LARGE, state_expansion=9), "mma_f16x1u4a_b16x1c8pt_i8_exp"),
     "slots_clamp_all": (replace(LARGE, state_expansion=32, clip=HALF.clip), "mma_f32x1u4a_b32x1c8at_i8_exp"),
     "slots_compute_gates": (replace(GATED, state_expansion=32), "mma_f32x1u4a_b32x1c8at_i8_exp"),
+    "slots_forwards": (LARGE, "mma_f64x2u8at_b64x2c8at_i8_ptx"),
+    "slots_forwards_of_four_warps_and_masks": (
+        replace(LARGE, state_expansion=100, head_dim=9),
+        "mma_f128x4u8pt_b128x4c8pt_i8_ptx",
+    ),
+    "slots_forwards_of_one_tile": (replace(LARGE, state_expansion=9), "mma_f16x1u8at_b16x1c8at_i8_exp"),
+    "slots_forwards_compute_gates": (replace(GATED, state_expansion=32), "mma_f32x1u8at_b32x1c8at_i8_exp"),
     "warpgroups": (SQUARE, "wgmma_aa_i4_ptx"),
     "warpgroups_in_half_precision": (replace(SQUARE, dtype=HALF.dtype), "wgmma_pp_i12_exp"),
     "warpgroups_clamp_all": (replace(SQUARE, clip=HALF.clip), "wgmma_aa_i2_ptx"),
@@ -84,6 +91,7 @@ SEGMENTED = (
     "mma_f32x1u4a_b32x1c2as_i4_s3_ptx",
     "mma_f32x2u2a_b16x2c1a_i2_s2_ptx",
     "mma_f32x1u4a_b32x1c8at_i8_s3_ptx",
+    "mma_f32x2u8at_b32x2c8at_i8_s3_ptx",
 )
 
 

@@ -104,8 +104,16 @@ def test_slots_serve_the_published_dims() -> None:
         "backward.chunk must be 8 where backward.scratch is slots, got 4",
         "interval must be 8 where backward.scratch is slots, got 16",
     )
-    cut = parse("mma_f64x2u8a_b64x2c8at_i8_s7_ptx")
+    reasons = problems(variant, parse("mma_f128x4u4at_b256x8c8at_i8_ptx"), TARGETS["sm_90"])
+    assert reasons == (
+        "forward.unroll must be 8 where the forward has slots, got 4",
+        "backward.rows must be 128 where the forward has slots, got 256",
+        "backward.warps must be 4 where the forward has slots, got 8",
+    )
     published = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
+    reasons = problems(published, parse("mma_f64x2u8at_b32x1c2as_i16_ptx"), TARGETS["sm_90"])
+    assert "backward.scratch must be slots where the forward has slots, got shared" in reasons
+    cut = parse("mma_f64x2u8a_b64x2c8at_i8_s7_ptx")
     reasons = problems(published, cut, TARGETS["sm_90"])
     assert not reasons
 

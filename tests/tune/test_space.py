@@ -104,7 +104,7 @@ def test_a_sampler_learns_of_axes_with_a_choice() -> None:
     assert second is not None
     assert second.schedule in points
     assert second.asked is not None
-    assert set(second.asked.params) == set(AXES) - {"interval", "tanh", "segments"}
+    assert set(second.asked.params) == set(AXES) - {"interval", "tanh", "segments", "forward.slots"}
     other = next(point for point in POINTS if point.interval != BASE.interval)
     proposer.tell(None, _trial(other))  # of another run, beyond these points
     assert proposer.ask() is not None
@@ -205,6 +205,9 @@ def test_slots_are_points_where_they_serve() -> None:
             (32, 2, 8, 8),
         }
         assert len({point.forward for point in slots}) > 4 or not serves
+        both = {(p.forward, p.backward.warps, p.backward.scratch) for p in points if p.forward.slots}
+        tiles = {(f.rows, f.warps, f.unroll, f.warps == warps, scratch) for f, warps, scratch in both}
+        assert tiles == ({(32, warps, 8, True, Scratch.SLOTS) for warps in (1, 2)} if serves else set())
 
 
 def test_the_hash_names_the_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
