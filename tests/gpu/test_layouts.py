@@ -90,6 +90,26 @@ def test_warps_with_rows_of_their_own(name: str, forward: str) -> None:
     assert verdict.failure is None, verdict.failure
 
 
+SLOTS = {
+    "published": (VARIANTS["published"], ("64x2", "64x4")),
+    "one_warp": (make_variant(32, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx"), ("32x1", "32x2")),
+    "masked_softplus": (make_variant(100, 9, (2, 1, 4, 2, 4), "bf16", "total", gate="softplus"), ("128x4", "128x8")),
+    "many_rows": (make_variant(256, 16, (1, 1, 2, 2, 2), "bf16", tanh="approx"), ("256x8",)),
+}
+
+
+@pytest.mark.parametrize(("name", "tile"), [(name, tile) for name, (_, every) in SLOTS.items() for tile in every])
+def test_forwards_with_slots(name: str, tile: str) -> None:
+    """y by products in which each step has a slot: padded rows and columns, both clips, warps of 16 and of 32 rows."""
+    variant, device = SLOTS[name][0], detect()
+    assert device is not None
+    schedule = parse(f"mma_f{tile}u8at_b{tile}c8at_i8_{Mma.default(variant, device).tanh}")
+    candidate = Candidate(load(variant, check(variant, schedule, device)), variant, schedule, Objective.TRAIN)
+    asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
+    verdict = check_candidate(candidate, asked, torch.device("cuda"))
+    assert verdict.failure is None, verdict.failure
+
+
 def test_the_widest_state() -> None:
     """128 columns, whose kernels are portable, with gradients of initial states over 145 steps near f = 1."""
     variant = make_variant(128, 128, (8, 8, 8, 8, 8), "bf16", tanh="approx")

@@ -10,7 +10,7 @@ from support import build_package, import_package, make_variant
 
 from m2gen.device import detect
 from m2gen.problem import Problem, make_inputs
-from m2gen.schedule import Family, default
+from m2gen.schedule import Family, default, parse
 
 pytestmark = pytest.mark.gpu
 
@@ -27,13 +27,19 @@ PROBLEMS = {
 REPEATS = 5
 
 
+@pytest.mark.parametrize("slots", [False, True], ids=["default", "forward_slots"])
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_segments_have_the_bits_of_one(tmp_path, device, variant, problem) -> None:
+def test_segments_have_the_bits_of_one(tmp_path, device, variant, problem, slots) -> None:
     """y, states and every gradient, of more programs than the GPU holds at once, again and again."""
     found = detect()
     assert found is not None
     schedule = default(variant, found)
+    if slots:
+        if not schedule.slots:
+            pytest.skip("steps of this variant have no slots")
+        back = schedule.backward
+        schedule = parse(f"mma_f{back.rows}x{back.warps}u8at_{back.slug}_i8_{schedule.tanh}")
     assert schedule.family is Family.MMA  # tests/runtime/test_op_segments.py has the others
     whole, cut = (
         import_package(tmp_path / (name := f"{variant.key}_{made.slug}"), build_package(name, [variant], made)).m2rnn
