@@ -23,7 +23,7 @@ from statistics import median
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.errors import M2genError, UsageError
 from m2gen.schedule import AnySchedule
-from m2gen.schedule.layer import Tiles
+from m2gen.schedule.layer_knobs import Tiles
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.search import Proposer, neighbours, tiles
 from m2gen.tune.study import decode_trial, read_journal

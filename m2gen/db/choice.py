@@ -11,7 +11,8 @@ from m2gen.db.lookup import Query, Tier, look_up, usual_device
 from m2gen.db.record import Record
 from m2gen.device import PORTABLE, Device
 from m2gen.schedule import Schedule, default
-from m2gen.schedule.layer import USUAL, AnyTiles, LayerTiles, Tiles
+from m2gen.schedule.layer import USUAL, AnyTiles, LayerTiles
+from m2gen.schedule.layer_knobs import Tiles
 from m2gen.schedule.tunable import Tunable, kernels_of
 from m2gen.spec import Objective
 from m2gen.variant import BuiltVariant, Variant

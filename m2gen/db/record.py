@@ -21,7 +21,7 @@ from m2gen.db.fields import Clocks, Environment, Estimate, Failure, Key, Provena
 from m2gen.device import limits
 from m2gen.errors import DatabaseError
 from m2gen.schedule import AnySchedule, Family
-from m2gen.schedule.layer import LayerKernel
+from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.schedule.tunable import Tunable
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.kernels.options import scheduled_options
 from m2gen.kernels.render import render_kernel
 from m2gen.schedule import AnySchedule
-from m2gen.schedule.layer import AnyTiles, LayerKernel, LayerTiles, Tiles
+from m2gen.schedule.layer import AnyTiles, LayerTiles
+from m2gen.schedule.layer_knobs import LayerKernel, Tiles
 from m2gen.variant import Variant
 
 LAYER_FUNCTIONS = {LayerKernel.DECAY: ("decay", "decay_backward")}

@@ -20,7 +20,7 @@ from m2gen.measure.nvml import ClockWatch
 from m2gen.measure.workers import cpus
 from m2gen.pipeline.plan import Plan
 from m2gen.schedule import AnySchedule, defaults
-from m2gen.schedule.layer import LayerKernel
+from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.schedule.tunable import Tunable, kernels_of
 from m2gen.spec import Objective, Workload
 from m2gen.tune.gpu import GPU

@@ -21,12 +21,11 @@ from m2gen.schedule.layer import (
     DecodeTiles,
     FinishBackwardTiles,
     FinishTiles,
-    parse_tiles,
 )
 from m2gen.schedule.learned import learned_schedule
 from m2gen.schedule.mma import Mma, MmaBackward, MmaForward
 from m2gen.schedule.portable import Portable, PortableBackward, PortableForward
-from m2gen.schedule.slugs import parse
+from m2gen.schedule.slugs import parse, parse_tiles
 from m2gen.schedule.tiles import ForwardTile
 from m2gen.schedule.wgmma import Warpgroup, Wgmma
 from m2gen.variant import Variant

@@ -6,102 +6,21 @@ These kernels move memory, so that their defaults, found by one sweep on an H200
 
 from __future__ import annotations
 
-import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from m2gen.device import Device
-from m2gen.errors import ScheduleError
 from m2gen.schedule.knobs import Axes
+from m2gen.schedule.layer_knobs import LayerKernel, Tiles, not_powers, too_large
 from m2gen.variant import MIN_TILE, Variant
 
-MOST_THREADS = 1024
-"""Threads that a program may have on every GPU."""
-MOST_ELEMENTS = 2**16
-"""Elements of the largest tile."""
 SMALLEST_BLOCK = 128
 """Fewest channels of a piece: a token's pieces stand one by one in the kernel's text."""
 MOST_UNROLLED = 16
 MOST_HEADS = 64
-
-
-class LayerKernel(StrEnum):
-    """The kernels around a layer's recurrence, by their names in ``m2rnn_<name>_kernel``; each has tiles of its own."""
-
-    CONVOLVE = "convolve"
-    CONVOLVE_BACKWARD = "convolve_backward"
-    DECAY = "decay"
-    """The gate, and its backward, which has the same tiles."""
-    FINISH = "finish"
-    FINISH_BACKWARD = "finish_backward"
-    DECODE = "decode"
-
-
-class Tiles(ABC):
-    """How one kernel runs; each subclass has the knobs of one."""
-
-    family: LayerKernel
-    AXES: ClassVar[Axes]
-    """Every knob and the values that are searched."""
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
-        """Return the tiles that have these values, one for each axis; others are ignored."""
-        return cls(**{name: values[name] for name in cls.AXES})
-
-    @property
-    def slug(self) -> str:
-        """Name the tiles as an identifier that ``parse_tiles`` reads: ``convolve_r32_c128_w4``."""
-        return "_".join((self.family, *(f"{name[0]}{getattr(self, name)}" for name in self.AXES)))
-
-    def describe(self, beside: object = None) -> str:
-        """Say every knob: ``1 row, block 1024, 4 warps``."""
-        return ", ".join(
-            f"{name} {value}" if name[-1] != "s" else f"{value} {name[:-1] if value == 1 else name}"
-            for name in self.AXES
-            for value in [getattr(self, name)]
-        )
-
-    def problems(self, variant: Variant, device: Device) -> Iterator[str]:
-        """Yield why a layer of ``variant`` cannot run the kernel like this on ``device``."""
-        heads = variant.heads
-        if heads.v != heads.total:
-            yield f"family must serve a v of all {heads.total} heads, got {self.family} for {heads.v}"
-        for name in self.AXES:
-            if getattr(self, name) < 1:
-                yield f"{name} must be at least 1, got {getattr(self, name)}"
-                return
-        yield from _not_powers(self, {"warps": 1} if "warps" in self.AXES else {})
-        warps = getattr(self, "warps", 1)
-        if warps * device.warp_size > MOST_THREADS:
-            yield f"warps must be at most {MOST_THREADS // device.warp_size} on {device.arch}, got {warps}"
-        yield from self._problems()
-
-    @abstractmethod
-    def _problems(self) -> Iterator[str]:
-        """Yield what is wrong with the knobs of this kernel."""
-
-    @abstractmethod
-    def elements(self, variant: Variant, device: Device) -> float:
-        """Return how many elements of its largest tile a thread has."""
-
-
-def _not_powers(tiles: Tiles, least: Mapping[str, int]) -> Iterator[str]:
-    """Yield the knobs that are no power of two from a least one on."""
-    for name, low in least.items():
-        value = getattr(tiles, name)
-        if value < low or value & (value - 1):
-            yield f"{name} must be a power of two, at least {low}, got {value}"
-
-
-def _too_large(what: str, size: int) -> Iterator[str]:
-    if size > MOST_ELEMENTS:
-        yield f"{what} must be at most {MOST_ELEMENTS}, got {size}"
 
 
 @dataclass(frozen=True)
@@ -115,8 +34,8 @@ class ConvolveTiles(Tiles):
     AXES: ClassVar[Axes] = {"rows": (4, 8, 16, 32, 64, 128), "cols": (64, 128, 256, 512), "warps": (1, 2, 4, 8)}
 
     def _problems(self) -> Iterator[str]:
-        yield from _not_powers(self, {"rows": 1, "cols": 1})
-        yield from _too_large("rows x cols", self.rows * self.cols)
+        yield from not_powers(self, {"rows": 1, "cols": 1})
+        yield from too_large("rows x cols", self.rows * self.cols)
 
     def elements(self, variant: Variant, device: Device) -> float:
         return self.rows * self.cols / (self.warps * device.warp_size)
@@ -143,8 +62,8 @@ class ConvolveBackwardTiles(Tiles):
     }
 
     def _problems(self) -> Iterator[str]:
-        yield from _not_powers(self, {"cols": 1})
-        yield from _too_large("cols", self.cols)
+        yield from not_powers(self, {"cols": 1})
+        yield from too_large("cols", self.cols)
         if self.unroll > MOST_UNROLLED or self.steps % self.unroll:
             yield f"unroll must be at most {MOST_UNROLLED} and divide steps = {self.steps}, got {self.unroll}"
 
@@ -162,8 +81,8 @@ class DecayTiles(Tiles):
     AXES: ClassVar[Axes] = {"rows": (4, 8, 16, 32, 64, 128), "warps": (1, 2, 4, 8)}
 
     def _problems(self) -> Iterator[str]:
-        yield from _not_powers(self, {"rows": 1})
-        yield from _too_large("rows", self.rows)
+        yield from not_powers(self, {"rows": 1})
+        yield from too_large("rows", self.rows)
 
     def elements(self, variant: Variant, device: Device) -> float:
         return self.rows * variant.heads.f / (self.warps * device.warp_size)
@@ -177,8 +96,8 @@ class _Epilogue(Tiles):
     warps: int
 
     def _problems(self) -> Iterator[str]:
-        yield from _not_powers(self, {"block": SMALLEST_BLOCK})
-        yield from _too_large("block", self.block)
+        yield from not_powers(self, {"block": SMALLEST_BLOCK})
+        yield from too_large("block", self.block)
 
     def elements(self, variant: Variant, device: Device) -> float:
         return variant.total_heads * variant.head_dim / (self.warps * device.warp_size)
@@ -235,8 +154,8 @@ class DecodeTiles(Tiles):
     }
 
     def _problems(self) -> Iterator[str]:
-        yield from _not_powers(self, {"rows": MIN_TILE, "block": SMALLEST_BLOCK})
-        yield from _too_large("block", max(self.block, self.rows))
+        yield from not_powers(self, {"rows": MIN_TILE, "block": SMALLEST_BLOCK})
+        yield from too_large("block", max(self.block, self.rows))
         if self.heads > MOST_HEADS:
             yield f"heads must be at most {MOST_HEADS}, got {self.heads}"
 
@@ -279,14 +198,3 @@ class LayerTiles:
 USUAL = LayerTiles()
 """What serves where no record of the tuning database does."""
 DEFAULTS: Mapping[LayerKernel, AnyTiles] = {tiles.family: tiles for tiles in USUAL}
-_SLUG = re.compile(rf"({'|'.join(LayerKernel)})((?:_[a-z][0-9]{{1,9}})+)", re.ASCII)
-
-
-def parse_tiles(slug: str) -> AnyTiles:
-    """Return the tiles that a slug names; raises ``ScheduleError`` for any other text."""
-    found = _SLUG.fullmatch(slug)
-    if found is not None:
-        kind, knobs = type(DEFAULTS[LayerKernel(found[1])]), found[2].split("_")[1:]
-        if [knob[0] for knob in knobs] == [name[0] for name in kind.AXES]:
-            return kind.of(dict(zip(kind.AXES, (int(knob[1:]) for knob in knobs), strict=True)))
-    raise ScheduleError(f"tiles must begin with their kernel, as convolve_r32_c128_w4, got {slug!r}")

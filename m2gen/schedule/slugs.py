@@ -1,4 +1,4 @@
-"""Parse the names of schedules that ``Knobs.slug`` writes."""
+"""Parse the names of schedules that ``Knobs.slug`` writes, and of a layer's tiles that ``Tiles.slug`` does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 
 from m2gen.errors import ScheduleError
 from m2gen.schedule.knobs import Reduction, Scratch, Tanh
+from m2gen.schedule.layer import DEFAULTS, AnyTiles
+from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.schedule.mma import Mma, MmaBackward, MmaForward
 from m2gen.schedule.portable import Portable, PortableBackward, PortableForward
 from m2gen.schedule.wgmma import Warpgroup, Wgmma
@@ -15,6 +17,7 @@ _TILES = re.compile(
     re.ASCII,
 )
 _WARPGROUP = re.compile(r"wgmma_([ap])([ap])_i(\d+)_(ptx|exp)", re.ASCII)
+_LAYER = re.compile(rf"({'|'.join(LayerKernel)})((?:_[a-z][0-9]{{1,9}})+)", re.ASCII)
 _REDUCTIONS = {kind[0]: kind for kind in Reduction}
 
 
@@ -34,3 +37,13 @@ def parse(slug: str) -> Portable | Mma | Wgmma:
         return Portable(PortableForward(*tile), PortableBackward(*back), interval, tanh, segments)
     scratch = {"": Scratch.L2, "s": Scratch.SHARED, "t": Scratch.SLOTS}[found[11]]
     return Mma(MmaForward(*tile, slots=bool(found[6])), MmaBackward(*back, scratch), interval, tanh, segments)
+
+
+def parse_tiles(slug: str) -> AnyTiles:
+    """Return the tiles that a slug names; raises ``ScheduleError`` for any other text."""
+    found = _LAYER.fullmatch(slug)
+    if found is not None:
+        kind, knobs = type(DEFAULTS[LayerKernel(found[1])]), found[2].split("_")[1:]
+        if [knob[0] for knob in knobs] == [name[0] for name in kind.AXES]:
+            return kind.of(dict(zip(kind.AXES, (int(knob[1:]) for knob in knobs), strict=True)))
+    raise ScheduleError(f"tiles must begin with their kernel, as convolve_r32_c128_w4, got {slug!r}")

@@ -8,7 +8,8 @@ from typing import Self
 from m2gen.bucket import BUCKETS, Bucket, bucket_of
 from m2gen.device import Device
 from m2gen.schedule import AnySchedule, Family, default, problems
-from m2gen.schedule.layer import DEFAULTS, LayerKernel, Tiles
+from m2gen.schedule.layer import DEFAULTS
+from m2gen.schedule.layer_knobs import LayerKernel, Tiles
 from m2gen.spec import ClipMode, Fp32Products, GateKind, Objective, TanhMode
 from m2gen.variant import Variant, parse_variant
 

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from m2gen.schedule import FAMILIES, AnySchedule, Family, Value
-from m2gen.schedule.layer import LayerKernel, Tiles
+from m2gen.schedule.layer_knobs import LayerKernel, Tiles
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

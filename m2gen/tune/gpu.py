@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from m2gen.cache import is_of_a_disk
 from m2gen.measure.gpu import Captures, gpu_service, raised, torch_device
 from m2gen.schedule import Schedule
-from m2gen.schedule.layer import Tiles
+from m2gen.schedule.layer_knobs import Tiles
 from m2gen.tune.subject import Subject
 from m2gen.tune.trial import Measurement, Step, Task
 

@@ -21,7 +21,7 @@ from m2gen.bucket import Bucket, bucket_of
 from m2gen.device import Device, limits
 from m2gen.errors import ScheduleError, TuneError, UsageError, os_errors_as
 from m2gen.schedule import Schedule, parse, problems
-from m2gen.schedule.layer import Tiles
+from m2gen.schedule.layer_knobs import Tiles
 from m2gen.schedule.learned import Kernels, features, kernels_of
 from m2gen.schedule.recipes import Recipe
 from m2gen.spec import Objective

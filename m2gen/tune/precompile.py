@@ -24,7 +24,7 @@ from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources, binary_of, resources_of
 from m2gen.measure.workers import Lost, Service, without_interpreter
 from m2gen.runtime import absent
-from m2gen.schedule.layer import Tiles
+from m2gen.schedule.layer_knobs import Tiles
 from m2gen.spec import Objective
 from m2gen.tune.subject import Subject
 from m2gen.tune.trial import Compiled, CompileTask

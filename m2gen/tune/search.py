@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from m2gen.schedule import AnySchedule, Schedule
-from m2gen.schedule.layer import Tiles
+from m2gen.schedule.layer_knobs import Tiles
 from m2gen.tune.coordinates import Axes, axes_of, columns, distributions, indices, moved, place, values_of
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial

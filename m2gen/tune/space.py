@@ -15,7 +15,7 @@ from m2gen.cache import key_of
 from m2gen.kernels.demand import demand_of
 from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.schedule import FAMILIES, AnySchedule, Part, Reduction, Schedule, Value, default, problems
-from m2gen.schedule.layer import LayerKernel, Tiles
+from m2gen.schedule.layer_knobs import LayerKernel, Tiles
 from m2gen.schedule.mma import RESIDENT_WARPS
 from m2gen.schedule.tiles import most_warps
 from m2gen.spec import Objective

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from m2gen.bucket import Bucket
 from m2gen.device import Device
 from m2gen.schedule import AnySchedule
-from m2gen.schedule.layer import LayerKernel
+from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.schedule.tunable import Tunable
 from m2gen.spec import Objective
 from m2gen.tune.memory import USUAL, MemoryBound

@@ -27,7 +27,7 @@ from m2gen.device import TARGETS, Device
 from m2gen.measure.gpu import raised
 from m2gen.measure.workers import Lost, Service, Worker
 from m2gen.schedule import AnySchedule, Family, learned
-from m2gen.schedule.layer import Tiles
+from m2gen.schedule.layer_knobs import Tiles
 from m2gen.tune.gpu import GPU
 from m2gen.tune.services import Services, TuningContext
 from m2gen.tune.trial import Compiled, CompileTask, Measurement, Samples, Step, Task

@@ -17,7 +17,8 @@ from m2gen import pipeline
 from m2gen.db import Database
 from m2gen.device import detect
 from m2gen.measure.workers import run_isolated
-from m2gen.schedule.layer import DEFAULTS, LayerKernel
+from m2gen.schedule.layer import DEFAULTS
+from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.schedule.tunable import Tunable, kernels_of
 from m2gen.spec import Objective
 from m2gen.tune.gpu import GPU

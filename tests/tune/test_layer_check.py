@@ -22,8 +22,8 @@ from m2gen.schedule.layer import (
     DecodeTiles,
     FinishBackwardTiles,
     FinishTiles,
-    LayerKernel,
 )
+from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.schedule.tunable import Tunable
 from m2gen.spec import Objective
 from m2gen.tune.layer import operands, worker

@@ -25,10 +25,10 @@ from m2gen.schedule.layer import (
     ConvolveTiles,
     DecodeTiles,
     FinishTiles,
-    LayerKernel,
     LayerTiles,
-    parse_tiles,
 )
+from m2gen.schedule.layer_knobs import LayerKernel
+from m2gen.schedule.slugs import parse_tiles
 from m2gen.schedule.tunable import Tunable, keys_of
 from m2gen.spec import Objective
 from m2gen.tune.kernels import SearchedKernels

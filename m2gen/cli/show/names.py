@@ -11,7 +11,7 @@ from m2gen.db import Record, Tier
 from m2gen.errors import SpecError
 from m2gen.pipeline import Goal, open_spec, shipped_specs, state
 from m2gen.pipeline.verify import MATRIX
-from m2gen.schedule.layer import LayerKernel
+from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.schedule.tunable import Tunable, keys_of
 from m2gen.variant import BuiltVariant, Variant, expand, layer_names
 

@@ -16,7 +16,7 @@ from m2gen.db import Environment
 from m2gen.measure.roofline import Work, floors_ms, peaks_of, work_of
 from m2gen.pipeline import Plan, Tuned
 from m2gen.schedule import AnySchedule
-from m2gen.schedule.layer import Tiles
+from m2gen.schedule.layer_knobs import Tiles
 from m2gen.spec import Objective
 from m2gen.tune.knobs import importances, study_of
 from m2gen.tune.trial import Trial

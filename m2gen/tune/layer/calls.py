@@ -13,7 +13,8 @@ from m2gen.kernels.layer import layer_of, render_layer
 from m2gen.runtime import layer_launches as around
 from m2gen.runtime.layer_launches import Convolution, Epilogue, LayerKernels
 from m2gen.runtime.layer_step import StepSettings, advance
-from m2gen.schedule.layer import AnyTiles, LayerKernel, LayerTiles
+from m2gen.schedule.layer import AnyTiles, LayerTiles
+from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.tune.layer.operands import EPS, LayerCase, LayerSizes, Operands
 from m2gen.variant import Variant
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from m2gen.runtime import reference
 from m2gen.runtime.reference import EXACT, Arithmetic
-from m2gen.schedule.layer import LayerKernel
+from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.tune.layer.operands import EPS, LayerCase, LayerSizes, Operands
 from m2gen.variant import Variant
 from m2gen.verify.oracle import APPROXIMATE_TANH_BITS, DRAWS, FACTOR, FUNCTION_BITS, Oracle, relative_error

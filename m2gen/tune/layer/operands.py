@@ -12,7 +12,7 @@ from torch import Tensor
 from m2gen.problem import TORCH_DTYPE, Problem, gate_parameters
 from m2gen.runtime.layer_launches import rounded
 from m2gen.runtime.room import ROW
-from m2gen.schedule.layer import LayerKernel
+from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.variant import Variant
 
 Operands = Mapping[str, Tensor]

@@ -9,7 +9,8 @@ from itertools import product
 from math import prod
 
 from m2gen.cache import key_of
-from m2gen.schedule.layer import DEFAULTS, AnyTiles, DecodeTiles, FinishBackwardTiles, FinishTiles, LayerKernel
+from m2gen.schedule.layer import DEFAULTS, AnyTiles, DecodeTiles, FinishBackwardTiles, FinishTiles
+from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.tune.subject import Space, Subject
 
 MOST_ELEMENTS = {
