@@ -25,7 +25,8 @@ from m2gen.errors import M2genError
 from m2gen.kernels.lowering import Direction
 from m2gen.measure import lock
 from m2gen.measure.workers import finished
-from m2gen.pipeline.tune import TuneRequest, goals, header_of, this_tuning_context
+from m2gen.pipeline.goals import TuneRequest, goals
+from m2gen.pipeline.tune import header_of, this_tuning_context
 from m2gen.schedule import Schedule, default, problems
 from m2gen.schedule.recipes import Recipe
 from m2gen.tune import lessons

@@ -16,11 +16,12 @@ from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.checkpoint import CheckpointRequest, spec_of_checkpoint, write_spec
 from m2gen.pipeline.contribute import Contribution, contribution
 from m2gen.pipeline.db import Answer, Question, Superfluous, open_database, state, superfluous, why
+from m2gen.pipeline.goals import Goal, TuneRequest
 from m2gen.pipeline.layers import LayersRequest, bench_layers, layer_workloads, this_layer_context
 from m2gen.pipeline.plan import Plan, open_spec, plan, render, shipped_database, shipped_specs
 from m2gen.pipeline.ranks import RanksRequest, has_gpus, over_ranks, ranks_cases, ranks_job
 from m2gen.pipeline.recheck import Recheck, Replayed, replay, verify_records
-from m2gen.pipeline.tune import Goal, Size, Tuned, TuneRequest, dry_run, dry_run_device, this_tuning_context, tune
+from m2gen.pipeline.tune import Size, Tuned, dry_run, dry_run_device, this_tuning_context, tune
 from m2gen.pipeline.verify import VerifyOutcome, VerifyRequest, failed, failure_lines, reproduce, verify, verify_full
 
 __all__ = [

@@ -23,7 +23,7 @@ from m2gen.db import Change, Record
 from m2gen.device import TARGETS
 from m2gen.kernels.resources import Resources
 from m2gen.pipeline import CheckRow, Plan, Tuned, TuneRequest, VerifyOutcome
-from m2gen.pipeline.tune import Goal
+from m2gen.pipeline.goals import Goal
 from m2gen.schedule import parse
 from m2gen.spec import Objective, TanhMode
 from m2gen.tune.log import Outcome, SearchProgress

@@ -20,7 +20,8 @@ import simulated
 
 from m2gen.db import Database
 from m2gen.pipeline import plan
-from m2gen.pipeline.tune import TuneRequest, tune
+from m2gen.pipeline.goals import TuneRequest
+from m2gen.pipeline.tune import tune
 from m2gen.tune.log import SearchProgress
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial

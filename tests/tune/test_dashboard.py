@@ -13,7 +13,8 @@ from searches import NEIGHBOUR, SPEC, Silent
 
 from m2gen.db import Database
 from m2gen.pipeline import plan
-from m2gen.pipeline.tune import Tuned, TuneRequest, tune
+from m2gen.pipeline.goals import TuneRequest
+from m2gen.pipeline.tune import Tuned, tune
 
 dashboard = pytest.importorskip("optuna_dashboard", reason="needs optuna-dashboard (pip install 'm2gen[dev]')")
 

@@ -16,7 +16,8 @@ from simulated import lines
 from m2gen import pipeline
 from m2gen.db import Database, Reason
 from m2gen.errors import ScheduleError, UsageError
-from m2gen.pipeline.tune import DECODED, Goal, Tuned, TuneRequest, dry_run, goals, header_of, study_name, tune
+from m2gen.pipeline.goals import DECODED, Goal, TuneRequest, goals
+from m2gen.pipeline.tune import Tuned, dry_run, header_of, study_name, tune
 from m2gen.schedule import parse_any
 from m2gen.schedule.layer import (
     DEFAULTS,

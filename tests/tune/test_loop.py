@@ -20,12 +20,14 @@ from m2gen.db import Database, Failure, Reason
 from m2gen.errors import DatabaseError, TuneError
 from m2gen.measure import lock
 from m2gen.pipeline import plan
-from m2gen.pipeline.tune import Tuned, TuneRequest, TuningContext, tune
+from m2gen.pipeline.goals import TuneRequest
+from m2gen.pipeline.tune import Tuned, tune
 from m2gen.schedule import Schedule, default, parse
 from m2gen.spec import Objective
 from m2gen.tune.final import FEWEST_ROUNDS, FINALISTS
 from m2gen.tune.log import Limits, SearchProgress
 from m2gen.tune.sampler import Sampler
+from m2gen.tune.services import TuningContext
 from m2gen.tune.trial import Trial
 
 

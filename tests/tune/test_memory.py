@@ -12,7 +12,8 @@ from simulated import PEAK
 
 from m2gen.db import Database
 from m2gen.pipeline import plan
-from m2gen.pipeline.tune import Tuned, TuneRequest, tune
+from m2gen.pipeline.goals import TuneRequest
+from m2gen.pipeline.tune import Tuned, tune
 from m2gen.schedule import parse
 from m2gen.spec import Objective
 from m2gen.tune.memory import USUAL, MemoryBound

@@ -13,7 +13,8 @@ from simulated import lines
 
 from m2gen.db import Database
 from m2gen.pipeline import plan
-from m2gen.pipeline.tune import Tuned, TuneRequest, tune
+from m2gen.pipeline.goals import TuneRequest
+from m2gen.pipeline.tune import Tuned, tune
 from m2gen.spec import Objective
 from m2gen.tune.final import FINALISTS, ROUNDS
 from m2gen.tune.sampler import Sampler

@@ -17,7 +17,8 @@ from m2gen.device import TARGETS
 from m2gen.kernels.identity import kernel_hash
 from m2gen.kernels.lowering import Lowering
 from m2gen.pipeline import plan
-from m2gen.pipeline.tune import TuneRequest, tune
+from m2gen.pipeline.goals import TuneRequest
+from m2gen.pipeline.tune import tune
 from m2gen.schedule import default, parse, problems
 from m2gen.spec import Objective
 from m2gen.tune.memory import USUAL, MemoryBound

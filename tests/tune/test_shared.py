@@ -25,7 +25,8 @@ from support import ROOT
 from m2gen.db import Database, Environment
 from m2gen.errors import TuneError, UsageError
 from m2gen.pipeline import plan
-from m2gen.pipeline.tune import TuneRequest, study_name, tune
+from m2gen.pipeline.goals import TuneRequest
+from m2gen.pipeline.tune import study_name, tune
 from m2gen.schedule import default
 from m2gen.spec import Objective
 from m2gen.tune.ledger import USUAL, Ledger, Pace, open_ledger
