@@ -1,4 +1,4 @@
-"""The command line: ``app`` has all commands, with a file for each group of them; ``show`` has their output."""
+"""The command line: ``app`` has all commands, each group of them in a file or a folder; ``show`` has their output."""
 
 from m2gen.cli.app import main
 

@@ -10,8 +10,8 @@ from typer.core import TyperGroup
 
 from m2gen import __version__
 from m2gen.cache import provide_for_triton
-from m2gen.cli.bench import EXAMPLES as BENCH_EXAMPLES
-from m2gen.cli.bench import bench
+from m2gen.cli.bench.command import EXAMPLES as BENCH_EXAMPLES
+from m2gen.cli.bench.command import bench
 from m2gen.cli.build import BUILD_EXAMPLES, CHECK_EXAMPLES, build, check
 from m2gen.cli.db import db_app
 from m2gen.cli.options import DebugOption, JsonOption, reporting

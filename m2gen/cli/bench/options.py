@@ -1,4 +1,4 @@
-"""Options of the command ``m2gen bench``."""
+"""Options of the command ``m2gen bench``, but those of layers and of ranks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from m2gen.bench.kinds import Axis, Kind
-from m2gen.bench.ranks.kinds import Form
 from m2gen.cli.show.figure import Quantity, Style
 
 TOKENS_OF = 64
 """The default of ``--decode``."""
-SIZES, PICTURE, RANKS = "Sizes", "Results of earlier runs, and pictures", "Several GPUs"
+SIZES, PICTURE = "Sizes", "Results of earlier runs, and pictures"
 
 OnlyOption = Annotated[
     list[Kind] | None, typer.Option("--only", help="Only these kernels; may be repeated. All if not given.")
@@ -70,38 +69,5 @@ StyleOption = Annotated[
 QuantityOption = Annotated[
     Quantity, typer.Option("--quantity", help="What of workloads --plot draws.", rich_help_panel=PICTURE)
 ]
-GpusOption = Annotated[
-    int | None,
-    typer.Option(
-        "--gpus",
-        min=2,
-        help="Check and time whole layers over this many GPUs of this host, or CPUs where torch sees no GPU.",
-        rich_help_panel=RANKS,
-    ),
-]
-SizeOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--size",
-        help="Sequences x tokens for --gpus, as 8x4096; may be repeated.",
-        rich_help_panel=RANKS,
-    ),
-]
-LengthOption = Annotated[
-    list[int] | None,
-    typer.Option(
-        "--tokens",
-        min=1,
-        help="One sequence of so many tokens for --gpus, exchanged for heads; may be repeated.",
-        rich_help_panel=RANKS,
-    ),
-]
-FormOption = Annotated[
-    list[Form] | None,
-    typer.Option(
-        "--form",
-        help="How layers lie over the ranks of --gpus, all ways if not given; may be repeated.",
-        rich_help_panel=RANKS,
-    ),
-]
 SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the order of measurements and of intervals.")]
+ResultOption = Annotated[Path | None, typer.Option("--out", help="Also write the --json into this file.")]

@@ -12,7 +12,6 @@ from m2gen.cli.options import terminal_progress
 
 if TYPE_CHECKING:
     from m2gen.bench.layers.document import LayerDocument
-    from m2gen.cli.show.figure import Plot
     from m2gen.cli.show.report import Display
     from m2gen.db import Record
     from m2gen.pipeline import LayersRequest
@@ -34,7 +33,6 @@ PeerLayerOption = Annotated[
         rich_help_panel=WHOLE,
     ),
 ]
-ResultOption = Annotated[Path | None, typer.Option("--out", help="Also write the --json into this file.")]
 
 
 def time_layers(
@@ -60,19 +58,3 @@ def time_layers(
         return run_layers(
             pipeline.bench_layers(planned, request, context, progress), context.environment, display, keep
         )
-
-
-def show_earlier_layers(path: Path, layers: tuple[str, ...], display: Display, plot: Plot | None) -> bool:
-    """Show and draw an earlier run of layers, and return whether it is one."""
-    from m2gen.bench.layers.document import load_layers, rows_of
-    from m2gen.cli.show.layer_plot import draw_layers
-    from m2gen.cli.show.layers import show_layers
-
-    document = load_layers(path)
-    if document is None:
-        return False
-    found = rows_of(document, layers)
-    show_layers(found, display)
-    if plot is not None:
-        draw_layers(found, plot)
-    return True
