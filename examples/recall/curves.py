@@ -1,9 +1,9 @@
-"""The table and the figures of finished runs: right answers by length, for each task and model."""
+"""Tables and figures of finished runs: right answers by length, for each task and model."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +38,44 @@ def span(values: Sequence[float], digits: int) -> str:
 
 
 def table(results: Results) -> str:
-    """Return the results as Markdown: a line for each task and model, the lowest and highest share of its seeds."""
+    """Return the results as Markdown: models, then for each task the lowest and the highest share by length."""
     config, machine = results.config, results.machine
-    asked = config.evaluate.lengths
-    lengths = [f"{n:,}" for n in asked]
     lines = [
         f"{machine.device}, torch {machine.torch}, {config.dtype}; {config.steps} steps of {config.tokens:,} letters, "
         f"in words of {config.lengths[0]:,} to {config.lengths[-1]:,}. Right answers in %, to the {config.items} "
         f"questions of each of {config.evaluate.words} words, by length: the lowest and the highest of the seeds. By "
         f"chance: {100 / config.values:.1f}.",
         "",
-        f"| task | model | seeds | parameters | state of a layer | {' | '.join(lengths)} | seconds a run |",
-        "| --- " * (6 + len(lengths)) + "|",
+        "| model | parameters | state of a layer | seeds | seconds a run |",
+        "| --- " * 5 + "|",
+        *_models(results),
     ]
     for task in config.tasks:
-        for kind in config.models:
-            runs = results.of(task, kind)
-            if not runs:
-                continue
-            state = "all letters" if runs[0].numbers is None else f"{runs[0].numbers:,}"
-            seeds = ", ".join(str(run.seed) for run in runs)
-            shares = [span([100 * run.accuracy[str(n)] for run in runs], 1) for n in asked]
-            facts = [task, name_of(config, kind), seeds, f"{runs[0].parameters:,}", state, *shares]
-            lines.append(f"| {' | '.join(facts)} | {span([run.seconds for run in runs], 0)} |")
+        lines += ["", *_shares(results, task)]
     seconds = sum(run.seconds for run in results.runs)
     lines += ["", f"{len(results.runs)} runs, {seconds:,.0f} s of training and testing."]
     return "\n".join(lines) + "\n"
+
+
+def _models(results: Results) -> Iterator[str]:
+    for kind in results.config.models:
+        runs = [run for task in results.config.tasks for run in results.of(task, kind)]
+        if runs:
+            state = "all letters" if runs[0].numbers is None else f"{runs[0].numbers:,}"
+            seeds = ", ".join(str(seed) for seed in sorted({run.seed for run in runs}))
+            facts = (name_of(results.config, kind), f"{runs[0].parameters:,}", state, seeds)
+            yield f"| {' | '.join(facts)} | {span([run.seconds for run in runs], 0)} |"
+
+
+def _shares(results: Results, task: str) -> Iterator[str]:
+    """Yield the table of one task, where it has runs: a column for each model, a row for each length."""
+    found = {kind: runs for kind in results.config.models if (runs := results.of(task, kind))}
+    if found:
+        yield f"| {task}, letters | {' | '.join(name_of(results.config, kind) for kind in found)} |"
+        yield "| --- " * (1 + len(found)) + "|"
+        for length in results.config.evaluate.lengths:
+            shares = (span([100 * run.accuracy[str(length)] for run in runs], 1) for runs in found.values())
+            yield f"| {length:,} | {' | '.join(shares)} |"
 
 
 def report(results: Results, out: Path, readme: Path | None = None) -> None:
