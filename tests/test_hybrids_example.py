@@ -26,7 +26,7 @@ from tools.gated_deltanet import Plain
 EXAMPLES = ROOT / "examples"
 LOCAL = (
     "example_hybrids", "decoder", "gated_delta", "data", "model", "loop", "compare", "corpus", "plan", "runs", "report",
-    "captured", "finished", "files",
+    "captured", "finished", "files", "pictures",
 )  # fmt: skip
 """The command, and the modules that it finds beside it."""
 

@@ -24,7 +24,7 @@ from m2gen.kernels.compile import load_module
 EXAMPLES = ROOT / "examples"
 RUNS = ROOT / "docs" / "data" / "recall_h200.json"
 """All runs of the example's config, as one GPU made them."""
-LOCAL = ("curves", "decoder", "files", "gated_delta", "outcomes", "tasks", "train")
+LOCAL = ("curves", "decoder", "files", "gated_delta", "outcomes", "pictures", "tasks", "train")
 """Modules that the example finds beside it."""
 
 
@@ -150,7 +150,7 @@ def test_the_page_is_of_the_committed_runs(example, monkeypatch, tmp_path: Path)
     results = run.outcomes.read(RUNS)
     assert results.config == run.load(EXAMPLES / "recall" / "config.yaml", {})
     assert [(x.task, x.model, x.seed) for x in results.runs] == list(run.outcomes.in_order(results.config))
-    for name in run.curves.INK:
+    for name in ("recall.svg", "recall-dark.svg"):
         committed = (EXAMPLES / "recall" / name).read_text(encoding="utf-8")
         made_by = re.search(r"Matplotlib v([\d.]+)", committed)
         assert made_by is not None
@@ -163,7 +163,7 @@ def test_the_figure_has_every_run(example, monkeypatch, tmp_path: Path) -> None:
     """Each run is a line through its own shares, and no text leaves the page or lies on another."""
     run, drawn = example(), []
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: drawn.append((figure, path)))
-    monkeypatch.setattr(run.curves, "store", lambda path, write: write(path))
+    monkeypatch.setattr(sys.modules["pictures"], "store", lambda path, write: write(path))
     results = run.outcomes.read(RUNS)
     assert run.curves.draw(results, tmp_path)
     assert [path.name for _, path in drawn] == ["recall.svg", "recall-dark.svg"]

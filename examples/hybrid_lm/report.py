@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from files import around, store
+from pictures import light_and_dark, picture
 
 COLOURS = ("#7f7f7f", "#d95f02", "#1f78b4", "#74a9cf", "#8b6fc6", "#e7298a", "#1b9e77")
-INK = {"hybrids.svg": ("#1f2328", "#d0d7de"), "hybrids-dark.svg": ("#e6edf3", "#3d444d")}
-"""Colours of text and of lines, for light and dark pages."""
+SAID = "validation perplexity against tokens and against seconds of training"
+"""What the figure shows, for who does not see it."""
 
 
 @dataclass(frozen=True)
@@ -153,54 +154,36 @@ def write(data: dict[str, Any], out: Path, readme: Path | None = None) -> None:
         draw(data, out)
         return
     before, after = around(readme, "hybrids")
-    picture = (
-        '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="hybrids-dark.svg">\n'
-        '  <img alt="validation perplexity against tokens and against seconds of training" src="hybrids.svg">\n'
-        "</picture>"
-    )
-    drawn = draw(data, readme.parent)
-    page = f"{before}\n\n{picture if drawn else ''}\n\n{text}\n{after}"
+    shown = picture("hybrids", SAID) if draw(data, readme.parent) else ""
+    page = f"{before}\n\n{shown}\n\n{text}\n{after}"
     store(readme, lambda path: path.write_text(page, encoding="utf-8"))
 
 
 def draw(data: dict[str, Any], folder: Path) -> bool:
     """Draw validation perplexity against tokens and seconds, for light and for dark pages; return whether it could."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: matplotlib is missing (pip install -e '.[examples]')", file=sys.stderr)
-        return False
-    matplotlib.use("Agg")
-    with matplotlib.rc_context({"svg.hashsalt": "hybrids"}):  # the same file every time
-        for name, (ink, faint) in INK.items():
-            _draw(data, folder / name, ink, faint)
-    return True
+    return light_and_dark(folder, "hybrids", partial(_figure, data))
 
 
-def _draw(data: dict[str, Any], place: Path, ink: str, faint: str) -> None:
+def _figure(data: dict[str, Any], faint: str) -> Any:
     from matplotlib import pyplot, ticker
 
     sizes = list(data["sizes"])
-    inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
-    colours = {**dict.fromkeys(inked, ink), "axes.edgecolor": faint}
-    with pyplot.rc_context(colours):
-        figure, grid = pyplot.subplots(len(sizes), 2, figsize=(9, 3.2 * len(sizes)), squeeze=False, sharey="row")
-        for row, size in zip(grid, sizes, strict=True):
-            for axes, label in zip(row, ("million bytes", "seconds of training"), strict=True):
-                for variant, colour in zip(data["variants"], COLOURS * len(data["variants"]), strict=False):
-                    if runs := runs_of(data, size, variant):
-                        _curve(axes, runs, variant, colour, label == "million bytes")
-                axes.set(xlabel=label, yscale="log")
-                axes.set_ylim(top=_top(data, size))
-                axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%.2f"))
-                axes.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%.2f"))
-                axes.grid(color=faint, linewidth=0.4, which="both")
-                axes.set_facecolor("none")
-            row[0].set_ylabel(f"perplexity of a byte, {size}")
-        figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=8, frameon=False)
-        figure.tight_layout(rect=(0, 0.6 / figure.get_figheight(), 1, 1))
-        store(place, lambda path: figure.savefig(path, format="svg", transparent=True, metadata={"Date": None}))
-        pyplot.close(figure)
+    figure, grid = pyplot.subplots(len(sizes), 2, figsize=(9, 3.2 * len(sizes)), squeeze=False, sharey="row")
+    for row, size in zip(grid, sizes, strict=True):
+        for axes, label in zip(row, ("million bytes", "seconds of training"), strict=True):
+            for variant, colour in zip(data["variants"], COLOURS * len(data["variants"]), strict=False):
+                if runs := runs_of(data, size, variant):
+                    _curve(axes, runs, variant, colour, label == "million bytes")
+            axes.set(xlabel=label, yscale="log")
+            axes.set_ylim(top=_top(data, size))
+            axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%.2f"))
+            axes.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%.2f"))
+            axes.grid(color=faint, linewidth=0.4, which="both")
+            axes.set_facecolor("none")
+        row[0].set_ylabel(f"perplexity of a byte, {size}")
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.6 / figure.get_figheight(), 1, 1))
+    return figure
 
 
 def _top(data: dict[str, Any], size: str) -> float | None:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from files import around, store
 from outcomes import Results
+from pictures import light_and_dark, picture
 from train import Config
 
-INK = {"recall.svg": ("#1f2328", "#d0d7de"), "recall-dark.svg": ("#e6edf3", "#3d444d")}
-"""Colours of text and of lines, for light and dark pages."""
 COLOURS = {"m2rnn": "#e7298a", "gated_deltanet": "#1b9e77", "window": "#e6ab02", "attention": "#7f7f7f"}
 """Colours of models, which are those of the hybrids' figures where these have a model."""
 MARKERS = {"m2rnn": "o", "gated_deltanet": "s", "window": "v", "attention": "^"}
 WIDTHS = {"m2rnn": 0.9, "gated_deltanet": 1.6, "window": 0.9, "attention": 2.3}
 """Lines that lie on each other are told apart by their widths: the narrowest is drawn last."""
-PICTURE = (
-    '<picture>\n  <source media="(prefers-color-scheme: dark)" srcset="recall-dark.svg">\n'
-    '  <img alt="right answers by length, a line for each run, for recall and copy" src="recall.svg">\n'
-    "</picture>"
-)
+SAID = "right answers by length, a line for each run, for recall and copy"
+"""What the figure shows, for who does not see it."""
 
 
 def name_of(config: Config, kind: str) -> str:
@@ -86,42 +82,30 @@ def report(results: Results, out: Path, readme: Path | None = None) -> None:
         draw(results, out)
     else:
         before, after = around(readme, "recall")
-        picture = f"\n{PICTURE}\n" if draw(results, readme.parent) else ""
-        store(readme, lambda path: path.write_text(f"{before}\n\n{text}{picture}\n{after}", encoding="utf-8"))
+        shown = f"\n{picture('recall', SAID)}\n" if draw(results, readme.parent) else ""
+        store(readme, lambda path: path.write_text(f"{before}\n\n{text}{shown}\n{after}", encoding="utf-8"))
     print(text, end="")
 
 
 def draw(results: Results, folder: Path) -> bool:
     """Draw right answers by length, for light and for dark pages; return whether it could."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no figure: matplotlib is missing (pip install -e '.[examples]')", file=sys.stderr)
-        return False
-    matplotlib.use("Agg")
-    with matplotlib.rc_context({"svg.hashsalt": "recall"}):  # the same file every time
-        for name, (ink, faint) in INK.items():
-            _draw(results, folder / name, ink, faint)
-    return True
+    return light_and_dark(folder, "recall", partial(_figure, results))
 
 
-def _draw(results: Results, place: Path, ink: str, faint: str) -> None:
+def _figure(results: Results, faint: str) -> Any:
     from matplotlib import pyplot
 
     tasks = results.config.tasks
-    inked = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")
-    with pyplot.rc_context({**dict.fromkeys(inked, ink), "axes.edgecolor": faint}):
-        figure, (panels,) = pyplot.subplots(1, len(tasks), figsize=(9, 3.8), squeeze=False, sharey=True)
-        for task, axes in zip(tasks, panels, strict=True):
-            _panel(axes, results, task, faint)
-        panels[0].set_ylabel("right answers, %")
-        handles = {
-            label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(handles.values(), handles, loc="lower center", ncol=3, fontsize=8, frameon=False)
-        figure.tight_layout(rect=(0, 0.1, 1, 1))
-        store(place, lambda path: figure.savefig(path, format="svg", transparent=True, metadata={"Date": None}))
-        pyplot.close(figure)
+    figure, (panels,) = pyplot.subplots(1, len(tasks), figsize=(9, 3.8), squeeze=False, sharey=True)
+    for task, axes in zip(tasks, panels, strict=True):
+        _panel(axes, results, task, faint)
+    panels[0].set_ylabel("right answers, %")
+    handles = {
+        label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, loc="lower center", ncol=3, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    return figure
 
 
 def _panel(axes: Any, results: Results, task: str, faint: str) -> None:
