@@ -183,11 +183,12 @@ class Lowering:
 
     @property
     def outer_by_product(self) -> bool:
-        """Whether the forward has k v^T from a product of its own, rather than as one multiplication an element.
+        """Whether the forward has k v^T from a product of 16 slots, rather than as one multiplication an element.
 
         It saves instructions and takes longer with 16 rows a warp, where latency is all there is (docs/performance.md).
         """
-        return self.family is Family.MMA and (self.forward.rows, self.forward.warps) != (MIN_TILE, 1)
+        tile = self.forward.rows, self.forward.warps
+        return self.family is Family.MMA and not self.forward_slots and tile != (MIN_TILE, 1)
 
     @property
     def carries_zeros(self) -> bool:
