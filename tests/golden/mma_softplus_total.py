@@ -12,7 +12,7 @@ H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + k_t v_t^T),  y_t = H_t^T q_t   (a
     c, g, d      gradients of H_t from the future, of H_t, and of the argument of tanh
     h0, ht       states before the first step and after the last one; dh0, dht, their gradients
     gap, slope   H_(t-1) - Z_t, and the derivative u (1 - Z^2) of H_t by the argument of tanh
-    r_           operands from which an interval's states are rebuilt; next_, operands loaded ahead of time
+    next_, done_ operands loaded ahead of time, and sums that are written with those of the next interval
     stride_x_s   elements between steps of operand x (and b sequences, n heads, d elements, i rows, j columns)
     stride_x     the same in 64 bits; of a result, elements between its steps
 """
