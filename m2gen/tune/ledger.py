@@ -83,10 +83,10 @@ class Ledger:
     def trials(self) -> list[Trial]:
         """Return the trials of all workers so far, in the order in which they ended."""
         self._take_back()
-        return self._unseen()
+        return self.unseen()
 
     def news(self) -> list[Trial]:
-        """Return the trials of other workers since the last call, and say that this one lives."""
+        """Return the trials of other workers, at this worker's pace, and say that it lives."""
         now = self._pace.now()
         if now - self._renewed > self._pace.renew:
             self._renewed = now
@@ -96,7 +96,14 @@ class Ledger:
         if now - self._polled < self._pace.poll:
             return []
         self._polled = now
-        return self._unseen()
+        return self.unseen()
+
+    def unseen(self) -> list[Trial]:
+        """Return the trials that are new and that this worker did not record, however lately it looked."""
+        ended = [t for t in self._frozen() if RESULT in t.user_attrs and t.state.is_finished()]
+        new = [frozen for frozen in in_order(ended) if frozen.number not in self._known]
+        self._known.update(frozen.number for frozen in new)
+        return [trial for trial in map(self._decoded, new) if trial.schedule not in self._recorded]
 
     def adopt(self) -> list[AnySchedule]:
         """Claim and return the candidates that nobody has any more."""
@@ -240,13 +247,6 @@ class Ledger:
                 return self._storage.set_trial_state_values(number, state, values)
         except UpdateFinishedTrialError:
             return False
-
-    def _unseen(self) -> list[Trial]:
-        """Return the trials that are new and that this worker did not record."""
-        ended = [t for t in self._frozen() if RESULT in t.user_attrs and t.state.is_finished()]
-        new = [frozen for frozen in in_order(ended) if frozen.number not in self._known]
-        self._known.update(frozen.number for frozen in new)
-        return [trial for trial in map(self._decoded, new) if trial.schedule not in self._recorded]
 
     def _decoded(self, frozen: FrozenTrial) -> Trial:
         try:

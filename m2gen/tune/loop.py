@@ -54,8 +54,7 @@ class Search:
         points, interrupted = self._proposer.left, False
         finals: dict[AnySchedule, Samples] = {}
         try:
-            for trial in (*known, *self._log.ledger.trials()):
-                self._learn(None, trial)
+            self._hear((*known, *self._log.ledger.trials()))
             self._screen()
             finals = run_final(self._log, self._ask_gpu, seed)
         except KeyboardInterrupt:
@@ -75,6 +74,7 @@ class Search:
                 self._fill()
             busy = self._processes.busy
             if not busy and (over or not self._log.ledger.pending()):
+                self._hear(self._log.ledger.unseen())  # the default may be one that another worker has just tried
                 return
             if not busy:
                 time.sleep(POLL_SECONDS)  # other workers still hold candidates, which they may finish or abandon
@@ -100,8 +100,7 @@ class Search:
 
     def _fill(self) -> None:
         """Give every idle worker a task."""
-        for trial in self._log.ledger.news():
-            self._learn(None, trial)
+        self._hear(self._log.ledger.news())
         for compiler in self._processes.compilers:
             if compiler.task is None and len(self._ready) < len(self._processes.compilers):
                 proposal = self._ask()
@@ -192,6 +191,11 @@ class Search:
     def _finish(self, proposal: Proposal, trial: Trial) -> None:
         self._log.ledger.record(trial)
         self._learn(proposal, trial)
+
+    def _hear(self, trials: Iterable[Trial]) -> None:
+        """Learn trials of the database, of earlier runs or of other workers."""
+        for trial in trials:
+            self._learn(None, trial)
 
     def _learn(self, proposal: Proposal | None, trial: Trial) -> None:
         self._proposer.tell(proposal, trial)

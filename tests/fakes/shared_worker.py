@@ -3,8 +3,9 @@
 Without a URL it shares the journal in the cache, as tuners on two GPUs of one host do; workers of a database are each
 on a host of its own.
 
-After ``MEET`` trials of its own it says so and waits for a line, so that who is slow to start is waited for. It dies
-right after its ``LAST`` one, with the claims that it has then.
+After each of ``MEETINGS`` trials of its own it says so and waits for a line, so that who is slow to start is waited
+for, and who is fast does not end before another dies. It dies right after its ``LAST`` one, with the claims that it
+has then.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from m2gen.tune.log import SearchProgress
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.trial import Trial
 
-MEET = 4
+MEETINGS = (4, 20)
 MET = "met"
 
 
@@ -42,7 +43,7 @@ class Printing:
     def trial(self, trial: Trial, progress: SearchProgress) -> None:
         print(f"{trial.origin} {trial.schedule.slug}", flush=True)
         self._own += trial.worker == self._worker
-        if trial.worker == self._worker and self._own == MEET:
+        if trial.worker == self._worker and self._own in MEETINGS:
             print(MET, flush=True)
             sys.stdin.readline()
         if self._own == self._last:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import shared_worker
 import simulated
 import sqlalchemy as sql
-from searches import SPEC, Silent
+from searches import SPEC, STANDARD, Silent
 from simulated import lines
 from support import ROOT
 
@@ -30,6 +31,7 @@ from m2gen.pipeline.tune import study_name, tune
 from m2gen.schedule import default
 from m2gen.spec import Objective
 from m2gen.tune.ledger import USUAL, Ledger, Pace, open_ledger
+from m2gen.tune.log import SearchProgress
 from m2gen.tune.memory import MemoryBound
 from m2gen.tune.space import Subject
 from m2gen.tune.storage import open_database
@@ -77,6 +79,13 @@ def _until_met(worker: subprocess.Popen[str]) -> str:
     raise AssertionError(f"the worker ended: {said}")
 
 
+def _go_on(worker: subprocess.Popen[str]) -> None:
+    """Tell a worker that it need not wait any longer."""
+    assert worker.stdin is not None
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+
+
 def _age(url: str, worker: str) -> None:
     """Make a worker's heartbeats as old as if it had been silent for two days, by the database's clock."""
     engine = sql.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
@@ -102,14 +111,14 @@ def test_two_workers_one_killed_nothing_lost_or_repeated(
     one, two = _worker(folder, url, "one", trials=40, last=8), _worker(folder, url, "two", trials=40)
     said = [_until_met(worker) for worker in (one, two)]
     for worker in (one, two):
-        assert worker.stdin is not None
-        worker.stdin.write("\n")
-        worker.stdin.flush()
+        _go_on(worker)
     assert one.wait() == -signal.SIGKILL
     if url:
         _age(url, "one")
+    output = said[1] + _until_met(two)
+    _go_on(two)
     assert two.stdout is not None
-    output = said[1] + two.stdout.read()
+    output += two.stdout.read()
     assert two.wait() == 0, output
     assert "winner mma_f" in output
     study = _study(url) if url else _in_journal(folder)
@@ -124,6 +133,36 @@ def test_two_workers_one_killed_nothing_lost_or_repeated(
     assert not (_left(url) if url else _left_in(folder)), "what the dead one had is nobody's any more, and was tried"
     assert len(Database(folder / "db-two").records()) == 1
     assert Database(folder / "db-two").records()[0].provenance.worker == "two"
+
+
+class Beside(Silent):
+    """A watcher in whose search another worker has the default, and has tried it by the third trial."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others: list[Ledger] = []
+
+    def open(self, storage: str, search: dict[str, Any], worker: str, *, fresh: bool) -> Ledger:
+        """Open the ledger of a worker that looks once, after another has claimed the default."""
+        self.others = [Ledger(open_database(storage), search, "other")]
+        assert self.others[0].claim(STANDARD)
+        return Ledger(open_database(storage), search, worker, fresh=fresh, pace=Pace(poll=math.inf))
+
+    def trial(self, trial: Trial, progress: SearchProgress) -> None:
+        super().trial(trial, progress)
+        if len(self.trials) == 3:
+            self.others[0].record(replace(TRIAL, schedule=STANDARD, worker="other"))
+
+
+def test_a_default_that_another_worker_tried_late(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that ends before it would look again, however fast it was, knows the default and has a winner."""
+    simulated.script(folder / "script.json")
+    watcher = Beside()
+    monkeypatch.setattr(sys.modules["m2gen.pipeline.tune"], "open_ledger", watcher.open)
+    request = TuneRequest(Database(folder / "db"), seconds=60, trials=8, storage=_url(folder))
+    (tuned,) = tune(plan("one.yaml"), request, simulated.context(), watcher)
+    assert tuned.outcome.choice is not None
+    assert {trial.worker for trial in tuned.outcome.trials} == {"other", "simulated:0"}
 
 
 def _study(url: str) -> list[Trial]:
