@@ -132,6 +132,19 @@ def warpgroup(variant: Variant) -> dict[str, str]:
     }
 
 
+SUMMED_BY_SHUFFLES = ("BACKWARD_VECTOR", "COL_SUMS", "COL_SUMS_LOADED", "COLS")
+"""Layouts that a warpgroup's backward needs unless its steps have slots."""
+
+
+def warpgroup_slots() -> dict[str, str]:
+    """Return the layouts of a backward of a warpgroup whose steps have slots: sums are 64 rows of eight steps."""
+    return {
+        "LEFT": "gl.DotOperandLayout(0, BACKWARD_TILE, 2)",
+        "SLOT_TILE": "gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])",
+        "SLOTS_LOADED": "gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])",
+    }
+
+
 def scratch(variant: Variant) -> str:
     """Return the layout of a state in shared memory: groups of 8 columns change places by rows.
 

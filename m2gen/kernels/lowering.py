@@ -21,6 +21,7 @@ from m2gen.schedule import (
     Scratch,
     Tanh,
     Warpgroup,
+    WarpgroupBackward,
 )
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import MIN_TILE, Variant, padded
@@ -96,7 +97,7 @@ class Lowering:
         return self.schedule.forward
 
     @property
-    def backward(self) -> PortableBackward | MmaBackward | Warpgroup:
+    def backward(self) -> PortableBackward | MmaBackward | WarpgroupBackward:
         return self.schedule.backward
 
     @property
@@ -134,6 +135,10 @@ class Lowering:
     @property
     def slots(self) -> bool:
         return self.schedule.slots
+
+    @property
+    def warps_have_slots(self) -> bool:
+        return self.schedule.warps_have_slots
 
     @property
     def forward_slots(self) -> bool:
@@ -239,3 +244,16 @@ class Lowering:
     @property
     def interval_padded(self) -> int:
         return padded(self.schedule.interval)
+
+    @property
+    def forward_padded(self) -> int:
+        return padded(self.loaded)
+
+    @property
+    def loaded(self) -> int:
+        """Steps whose operands the forward loads together: an interval's, or those of two short ones."""
+        return self.schedule.interval * (2 if self.slots else 1)
+
+    @property
+    def loaded_name(self) -> str:
+        return "LOADED" if self.slots else "INTERVAL"

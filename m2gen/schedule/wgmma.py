@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 from m2gen.device import Device
@@ -19,6 +19,12 @@ OPERANDS_BYTES = 44_160
 """Shared memory that a backward needs beside its states: three operands of products, an interval's vectors, and sums of
 warps."""
 STATE_BYTES = ROWS * COLS * 4
+SLOTS = 8
+"""Most steps of an interval whose sums one product makes: the columns of a product."""
+SLOT_BYTES = ROWS * COLS * 3 * 2
+"""A step's state, slope and gap."""
+SLOTS_OPERANDS_BYTES = 31_872
+"""Shared memory that a backward with slots needs beside these: W, D and an interval's vectors, and df's sums."""
 LONGEST_INTERVAL = 12
 """Steps of an interval: as many states as fit in shared memory beside the operands."""
 MANY_HEADS = 16
@@ -35,7 +41,6 @@ class Warpgroup:
     warps: ClassVar[int] = 4
     unroll: ClassVar[int] = 1
     chunk: ClassVar[int] = 1
-    scratch: ClassVar[Scratch] = Scratch.SHARED
     slots: ClassVar[bool] = False
 
     def parts(self, variant: Variant) -> int:
@@ -48,11 +53,22 @@ class Warpgroup:
 
 
 @dataclass(frozen=True)
+class WarpgroupBackward(Warpgroup):
+    """How the backward runs."""
+
+    scratch: Scratch = Scratch.SHARED
+
+    @property
+    def slug(self) -> str:
+        return super().slug + ("t" if self.scratch is Scratch.SLOTS else "")
+
+
+@dataclass(frozen=True)
 class Wgmma(Knobs):
     """A schedule of one tile of 64 rows a program."""
 
     forward: Warpgroup
-    backward: Warpgroup
+    backward: WarpgroupBackward
     interval: int
     tanh: Tanh
     family: Literal[Family.WGMMA] = field(default=Family.WGMMA, kw_only=True)
@@ -60,10 +76,12 @@ class Wgmma(Knobs):
     AXES: ClassVar[Axes] = {
         "forward.reduction": tuple(Reduction),
         "backward.reduction": tuple(Reduction),
+        "backward.scratch": (Scratch.SHARED, Scratch.SLOTS),
         "interval": (2, 4, 8, LONGEST_INTERVAL),
         "tanh": tuple(Tanh),
     }
-    PARTS: ClassVar = {"forward": Warpgroup, "backward": Warpgroup}
+    PARTS: ClassVar = {"forward": Warpgroup, "backward": WarpgroupBackward}
+    IMPLIED: ClassVar = {"backward.scratch": Scratch.SHARED}
 
     @classmethod
     def unsupported(cls, variant: Variant, device: Device) -> str:
@@ -88,12 +106,22 @@ class Wgmma(Knobs):
     @classmethod
     def default(cls, variant: Variant, device: Device) -> Self:
         """Return what measurements say (docs/performance.md), with no search: as many states as fit."""
-        part = Warpgroup(Reduction.ATOMIC)
-        return cls(part, part, LONGEST_INTERVAL, best_tanh(variant, device))
+        forward, backward = Warpgroup(Reduction.ATOMIC), WarpgroupBackward(Reduction.ATOMIC)
+        return cls(forward, backward, LONGEST_INTERVAL, best_tanh(variant, device))
+
+    @property
+    def with_slots(self) -> Self:
+        """The schedule whose steps have slots, as many as a product has."""
+        return replace(self, backward=replace(self.backward, scratch=Scratch.SLOTS), interval=SLOTS)
+
+    @property
+    def two_level(self) -> bool:
+        """Whether the backward evaluates a step twice: where states alone are kept of it."""
+        return not self.slots
 
     def scratch_bytes(self, variant: Variant) -> int:
-        """Return what one program's states take in shared memory; the last of an interval is in registers."""
-        return (self.interval - 1) * STATE_BYTES
+        """Return what one program keeps of steps in shared memory; without slots an interval's last is in registers."""
+        return self.interval * SLOT_BYTES if self.slots else (self.interval - 1) * STATE_BYTES
 
     def problems(self, variant: Variant, device: Device) -> Iterator[str]:
         """Yield why the schedule cannot serve a variant on a device."""
@@ -101,8 +129,13 @@ class Wgmma(Knobs):
         if unsupported:
             yield f"{unsupported}, got {self.family}"
         most = (device.shared_bytes - OPERANDS_BYTES) // STATE_BYTES + 1
+        if self.slots:
+            most = min(SLOTS, (device.shared_bytes - SLOTS_OPERANDS_BYTES) // SLOT_BYTES)
         if not 2 <= self.interval <= most:
-            yield f"interval must be from 2 to {most}, got {self.interval}"
+            beside = " where backward.scratch is slots" if self.slots else ""
+            yield f"interval must be from 2 to {most}{beside}, got {self.interval}"
+        if self.backward.scratch is Scratch.L2:
+            yield f"backward.scratch must be shared or slots, got {self.backward.scratch}"
         yield from tanh_problems(self.tanh, variant, device)
 
     @property
