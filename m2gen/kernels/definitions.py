@@ -6,6 +6,7 @@ from m2gen.kernels import layouts, slots
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.reductions import Sums
 from m2gen.schedule import Family
+from m2gen.variant import MIN_TILE
 
 
 def constants(k: Lowering) -> dict[str, int]:
@@ -15,8 +16,8 @@ def constants(k: Lowering) -> dict[str, int]:
     found |= {"N": heads.total, "NQ": heads.q, "NK": heads.k, "NV": heads.v, "NF": heads.f, "NW": heads.w}
     found |= {"INTERVAL": k.schedule.interval}
     found |= {"FORWARD_ROWS": forward.rows, "FORWARD_PARTS": forward.parts(variant)}
-    if k.wgmma and k.slots:
-        found |= {"LOADED": k.loaded}
+    if k.wgmma and k.forward_slots:
+        found |= {"LOADED": MIN_TILE // k.schedule.interval * k.schedule.interval}
     if not k.wgmma:
         found |= {"UNROLL": forward.unroll}
     if k.warps_have_slots:
@@ -75,5 +76,6 @@ def _wgmma(k: Lowering) -> dict[str, str]:
     }
     if not k.slots:
         return found
-    found = {name: layout for name, layout in found.items() if name not in layouts.SUMMED_BY_SHUFFLES}
-    return {**found, **layouts.warpgroup_slots()}
+    unused = (*layouts.BACKWARD_SHUFFLES, *(layouts.FORWARD_SHUFFLES if k.forward_slots else ("FORWARD_SLOTS",)))
+    found |= layouts.warpgroup_slots()
+    return {name: layout for name, layout in found.items() if name not in unused}

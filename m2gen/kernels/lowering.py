@@ -20,8 +20,8 @@ from m2gen.schedule import (
     Schedule,
     Scratch,
     Tanh,
-    Warpgroup,
     WarpgroupBackward,
+    WarpgroupForward,
 )
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import MIN_TILE, Variant, padded
@@ -93,7 +93,7 @@ class Lowering:
         return not self.gluon
 
     @property
-    def forward(self) -> PortableForward | MmaForward | Warpgroup:
+    def forward(self) -> PortableForward | MmaForward | WarpgroupForward:
         return self.schedule.forward
 
     @property
@@ -244,16 +244,3 @@ class Lowering:
     @property
     def interval_padded(self) -> int:
         return padded(self.schedule.interval)
-
-    @property
-    def forward_padded(self) -> int:
-        return padded(self.loaded)
-
-    @property
-    def loaded(self) -> int:
-        """Steps whose operands the forward loads together: an interval's, or those of two short ones."""
-        return self.schedule.interval * (2 if self.slots else 1)
-
-    @property
-    def loaded_name(self) -> str:
-        return "LOADED" if self.slots else "INTERVAL"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 from m2gen.device import Device
-from m2gen.schedule.knobs import Axes, Family, Knobs, Reduction, Scratch, Tanh, best_tanh, tanh_problems
+from m2gen.schedule.knobs import Axes, Family, Knobs, Reduction, Scratch, Tanh, Value, best_tanh, tanh_problems
 from m2gen.spec import Dtype
 from m2gen.variant import Variant
 
@@ -41,7 +41,6 @@ class Warpgroup:
     warps: ClassVar[int] = 4
     unroll: ClassVar[int] = 1
     chunk: ClassVar[int] = 1
-    slots: ClassVar[bool] = False
 
     def parts(self, variant: Variant) -> int:
         """Return how many programs share one head's state."""
@@ -50,6 +49,18 @@ class Warpgroup:
     @property
     def slug(self) -> str:
         return f"{self.reduction[0]}"
+
+
+@dataclass(frozen=True)
+class WarpgroupForward(Warpgroup):
+    """How the forward runs."""
+
+    slots: bool = False
+    """Whether each step whose operands are loaded together has a slot of the products that make k v^T and y."""
+
+    @property
+    def slug(self) -> str:
+        return super().slug + ("t" if self.slots else "")
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,7 @@ class WarpgroupBackward(Warpgroup):
 class Wgmma(Knobs):
     """A schedule of one tile of 64 rows a program."""
 
-    forward: Warpgroup
+    forward: WarpgroupForward
     backward: WarpgroupBackward
     interval: int
     tanh: Tanh
@@ -75,13 +86,14 @@ class Wgmma(Knobs):
 
     AXES: ClassVar[Axes] = {
         "forward.reduction": tuple(Reduction),
+        "forward.slots": (False, True),
         "backward.reduction": tuple(Reduction),
         "backward.scratch": (Scratch.SHARED, Scratch.SLOTS),
         "interval": (2, 4, 8, LONGEST_INTERVAL),
         "tanh": tuple(Tanh),
     }
-    PARTS: ClassVar = {"forward": Warpgroup, "backward": WarpgroupBackward}
-    IMPLIED: ClassVar = {"backward.scratch": Scratch.SHARED}
+    PARTS: ClassVar = {"forward": WarpgroupForward, "backward": WarpgroupBackward}
+    IMPLIED: ClassVar = {"forward.slots": False, "backward.scratch": Scratch.SHARED}
 
     @classmethod
     def unsupported(cls, variant: Variant, device: Device) -> str:
@@ -106,18 +118,26 @@ class Wgmma(Knobs):
     @classmethod
     def default(cls, variant: Variant, device: Device) -> Self:
         """Return what measurements say (docs/performance.md), with no search: as many states as fit."""
-        forward, backward = Warpgroup(Reduction.ATOMIC), WarpgroupBackward(Reduction.ATOMIC)
+        forward, backward = WarpgroupForward(Reduction.ATOMIC), WarpgroupBackward(Reduction.ATOMIC)
         return cls(forward, backward, LONGEST_INTERVAL, best_tanh(variant, device))
 
     @property
-    def with_slots(self) -> Self:
-        """The schedule whose steps have slots, as many as a product has."""
-        return replace(self, backward=replace(self.backward, scratch=Scratch.SLOTS), interval=SLOTS)
+    def with_slots(self) -> tuple[Self, Self]:
+        """The schedules whose steps have slots, as many as a product has: in both kernels, and in the backward."""
+        backward = replace(self.backward, scratch=Scratch.SLOTS)
+        forwards = (replace(self.forward, slots=slots) for slots in (True, False))
+        both, one = (replace(self, forward=forward, backward=backward, interval=SLOTS) for forward in forwards)
+        return both, one
 
     @property
     def two_level(self) -> bool:
         """Whether the backward evaluates a step twice: where states alone are kept of it."""
         return not self.slots
+
+    @classmethod
+    def beside(cls, values: Mapping[str, Value]) -> Mapping[str, Value]:
+        """Return what a backward must have beside a forward with slots, whose states are saved as often."""
+        return {"backward.scratch": Scratch.SLOTS} if values.get("forward.slots") else {}
 
     def scratch_bytes(self, variant: Variant) -> int:
         """Return what one program keeps of steps in shared memory; without slots an interval's last is in registers."""
@@ -136,6 +156,8 @@ class Wgmma(Knobs):
             yield f"interval must be from 2 to {most}{beside}, got {self.interval}"
         if self.backward.scratch is Scratch.L2:
             yield f"backward.scratch must be shared or slots, got {self.backward.scratch}"
+        if self.forward.slots and not self.slots:
+            yield f"backward.scratch must be slots where the forward has slots, got {self.backward.scratch}"
         yield from tanh_problems(self.tanh, variant, device)
 
     @property

@@ -60,11 +60,11 @@ def tiles(starts: Sequence[Schedule], points: Sequence[AnySchedule]) -> list[Any
     """Return the points whose kernels both have half, as many, or twice the rows of a start, the first being tried.
 
     Rows trade programs for the work of each, in both kernels alike, and which family is faster depends on them: a step
-    of one axis from the default misses what two of them gain together. So do slots in a backward of ``wgmma``, whose
-    interval is shorter then, forwards of two warps, which sum y in shared memory, forwards with slots, which have the
-    tiles of the backward, and segments, which are worth most where both kernels have tiles that suit them.
+    of one axis from the default misses what two of them gain together. So do slots of ``wgmma``, with which intervals
+    are shorter, forwards of two warps, which sum y in shared memory, forwards with slots, which have the tiles of the
+    backward, and segments, which are worth most where both kernels have tiles that suit them.
     """
-    found: list[AnySchedule] = [start.with_slots for start in starts if isinstance(start, Wgmma)]
+    found: list[AnySchedule] = [each for start in starts if isinstance(start, Wgmma) for each in start.with_slots]
     first = starts[0]
     for start in starts:
         rows = {name: getattr(start, side).rows for side in SIDES if (name := f"{side}.rows") in start.AXES}
