@@ -90,8 +90,10 @@ def _line(record: Record) -> tuple[str, str]:
     content = {**asdict(record), "schema": SCHEMA}
     if record.clocks is None:
         del content["clocks"]  # records from before there were any have no such key
-    if content["schedule"].get("forward", {}).get("slots") is False:
-        del content["schedule"]["forward"]["slots"]  # likewise
+    for name, value in getattr(record.schedule, "IMPLIED", {}).items():
+        side, _, knob = name.partition(".")
+        if content["schedule"][side][knob] == value:
+            del content["schedule"][side][knob]  # likewise
     identity = hashlib.sha256(_dump(content).encode()).hexdigest()[:12]
     return identity, _dump({**content, "id": identity})
 

@@ -125,7 +125,7 @@ def _backward(k: Lowering) -> Iterator[Argument]:
     yield from _scans_in_segments(k)
     yield from (_flag(f"WANT_{name}", True) for name in "QKVWFH")
     yield _flag("CARRIES", True)
-    if k.slots:
+    if k.warps_have_slots:
         yield _flag("ALIGNED", k.whole)
     if k.computes_gate:
         yield _flag("WANT_GATE", True)

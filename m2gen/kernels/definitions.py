@@ -6,6 +6,7 @@ from m2gen.kernels import layouts, slots
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.reductions import Sums
 from m2gen.schedule import Family
+from m2gen.variant import MIN_TILE
 
 
 def constants(k: Lowering) -> dict[str, int]:
@@ -15,9 +16,11 @@ def constants(k: Lowering) -> dict[str, int]:
     found |= {"N": heads.total, "NQ": heads.q, "NK": heads.k, "NV": heads.v, "NF": heads.f, "NW": heads.w}
     found |= {"INTERVAL": k.schedule.interval}
     found |= {"FORWARD_ROWS": forward.rows, "FORWARD_PARTS": forward.parts(variant)}
+    if k.wgmma and k.forward_slots:
+        found |= {"LOADED": MIN_TILE // k.schedule.interval * k.schedule.interval}
     if not k.wgmma:
         found |= {"UNROLL": forward.unroll}
-    if k.slots:
+    if k.warps_have_slots:
         found |= {"WARPS": backward.warps, "ROWS": k.slot_rows}
     else:
         found |= {"BACKWARD_ROWS": backward.rows, "BACKWARD_PARTS": backward.parts(variant)}
@@ -63,7 +66,7 @@ def _mma(k: Lowering) -> dict[str, str]:
 
 def _wgmma(k: Lowering) -> dict[str, str]:
     tile = f"gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {k.variant.padded_cols}, 16])"
-    return {
+    found = {
         "FORWARD_TILE": tile,
         "BACKWARD_TILE": tile,
         "FORWARD_VECTOR": layouts.vector(k.forward),
@@ -71,3 +74,8 @@ def _wgmma(k: Lowering) -> dict[str, str]:
         **layouts.warpgroup(k.variant),
         "KEYS": layouts.keys(k.backward),
     }
+    if not k.slots:
+        return found
+    unused = (*layouts.BACKWARD_SHUFFLES, *(layouts.FORWARD_SHUFFLES if k.forward_slots else ("FORWARD_SLOTS",)))
+    found |= layouts.warpgroup_slots()
+    return {name: layout for name, layout in found.items() if name not in unused}

@@ -27,7 +27,7 @@ def demand_of(k: Lowering, direction: Direction, warp_size: int = 32) -> Demand:
     if k.wgmma:
         operand = 0.0
     rows, warps, tiles, weights = k.forward.rows, k.forward.warps, 3, operand
-    if direction == Direction.BACKWARD and k.slots:  # states are in shared memory, and every warp has the weight
+    if direction == Direction.BACKWARD and k.warps_have_slots:  # states are in shared memory, the weight in every warp
         return Demand(
             SLOT_TILES * k.backward.rows * cols // (k.backward.warps * warp_size), 2 * cols * cols // warp_size
         )

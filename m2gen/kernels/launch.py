@@ -39,13 +39,13 @@ class Launch:
     def weight_shape(self) -> tuple[int, int, int, int]:
         """Shape of one sequence's gradients of weights: groups, contributors, and a weight."""
         groups, cols = self.variant.heads.w, self.variant.head_dim
-        contributors = self.backward_programs * (self.schedule.backward.warps if self.schedule.slots else 1)
+        contributors = self.backward_programs * (self.schedule.backward.warps if self.schedule.warps_have_slots else 1)
         return groups, contributors // groups, cols, cols
 
     @property
     def gate_shape(self) -> tuple[int, int]:
         """Shape of one sequence's gradients of a parameter of the gate: groups, and contributors."""
-        contributors = self.backward_programs * (self.schedule.interval if self.schedule.slots else 1)
+        contributors = self.backward_programs * (self.schedule.interval if self.schedule.warps_have_slots else 1)
         return self.variant.heads.f, contributors // self.variant.heads.f
 
     @property

@@ -31,7 +31,7 @@ def launch_plan(k: Lowering) -> LaunchPlan:
         forward_adds=k.forward_adds,
         backward_adds=k.backward_adds,
         short=SHORT,
-        aligned=k.slots,
+        aligned=k.warps_have_slots,
         sum_block=numbers.sum_block,
         forward_options=options_of(k, Direction.FORWARD),
         backward_options=options_of(k, Direction.BACKWARD),

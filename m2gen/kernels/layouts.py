@@ -7,7 +7,7 @@ Products are 16 x 8 tiles of ``mma.sync``: lane l has rows l // 4 and l // 4 + 8
 from __future__ import annotations
 
 from m2gen.kernels.linear import Linear, powers
-from m2gen.schedule import ForwardTile, Part, Warpgroup
+from m2gen.schedule import ForwardTile, Part, WarpgroupForward
 from m2gen.variant import MIN_TILE, Variant
 
 LANE_COLS = ((0, 2), (0, 4))
@@ -55,7 +55,7 @@ def row_sums(variant: Variant, part: Part) -> str:
     return str(Linear((8, variant.padded_cols), registers, (*LANE_COLS, *LANE_ROWS), warps))
 
 
-def sums_apart(variant: Variant, part: ForwardTile | Warpgroup) -> dict[str, str]:
+def sums_apart(variant: Variant, part: ForwardTile | WarpgroupForward) -> dict[str, str]:
     """Return the layouts of sums over rows of which every warp has its own, and which meet in shared memory.
 
     ``FORWARD_APART`` is what is left of an iteration's tiles, of every step 8 rows a warp, in the order in which a
@@ -129,6 +129,21 @@ def warpgroup(variant: Variant) -> dict[str, str]:
         "OPERANDS": "gl.NVMMASharedLayout(128, 16, 2)",
         "PLAIN": "gl.SwizzledSharedLayout(1, 1, 1, [1, 0])",
         "LINE": "gl.SwizzledSharedLayout(1, 1, 1, [0])",
+    }
+
+
+BACKWARD_SHUFFLES = ("BACKWARD_VECTOR", "COL_SUMS", "COL_SUMS_LOADED", "COLS")
+FORWARD_SHUFFLES = ("KEYS", "ROW_EIGHTHS", "SUMS")
+"""Layouts that a warpgroup's kernels need to sum by shuffles, unless their steps have slots."""
+
+
+def warpgroup_slots() -> dict[str, str]:
+    """Return the layouts of a warpgroup's kernels whose steps have slots: sums are 64 rows of 8 or 16 steps."""
+    return {
+        "LEFT": "gl.DotOperandLayout(0, BACKWARD_TILE, 2)",
+        "SLOT_TILE": "gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])",
+        "FORWARD_SLOTS": "gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])",
+        "SLOTS_LOADED": "gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])",
     }
 
 

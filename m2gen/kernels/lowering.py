@@ -20,7 +20,8 @@ from m2gen.schedule import (
     Schedule,
     Scratch,
     Tanh,
-    Warpgroup,
+    WarpgroupBackward,
+    WarpgroupForward,
 )
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import MIN_TILE, Variant, padded
@@ -92,11 +93,11 @@ class Lowering:
         return not self.gluon
 
     @property
-    def forward(self) -> PortableForward | MmaForward | Warpgroup:
+    def forward(self) -> PortableForward | MmaForward | WarpgroupForward:
         return self.schedule.forward
 
     @property
-    def backward(self) -> PortableBackward | MmaBackward | Warpgroup:
+    def backward(self) -> PortableBackward | MmaBackward | WarpgroupBackward:
         return self.schedule.backward
 
     @property
@@ -134,6 +135,10 @@ class Lowering:
     @property
     def slots(self) -> bool:
         return self.schedule.slots
+
+    @property
+    def warps_have_slots(self) -> bool:
+        return self.schedule.warps_have_slots
 
     @property
     def forward_slots(self) -> bool:

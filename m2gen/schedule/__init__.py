@@ -27,7 +27,7 @@ from m2gen.schedule.mma import Mma, MmaBackward, MmaForward
 from m2gen.schedule.portable import Portable, PortableBackward, PortableForward
 from m2gen.schedule.slugs import parse, parse_tiles
 from m2gen.schedule.tiles import ForwardTile
-from m2gen.schedule.wgmma import Warpgroup, Wgmma
+from m2gen.schedule.wgmma import Warpgroup, WarpgroupBackward, WarpgroupForward, Wgmma
 from m2gen.variant import Variant
 
 __all__ = [
@@ -50,6 +50,8 @@ __all__ = [
     "Tanh",
     "Value",
     "Warpgroup",
+    "WarpgroupBackward",
+    "WarpgroupForward",
     "Wgmma",
     "check",
     "default",

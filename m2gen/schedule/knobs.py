@@ -24,7 +24,7 @@ class Family(StrEnum):
     WGMMA = "wgmma"
     """Gluon, and products by ``wgmma``: a warpgroup has 64 rows, and reads right operands from shared memory, where an
     interval's vectors are loaded together. States of 64 columns on Hopper only. A NaN or an infinity in k or v may
-    reach the y of its whole interval."""
+    reach the y of all steps whose operands are loaded with its own, up to sixteen."""
 
 
 class Tanh(StrEnum):
@@ -54,7 +54,8 @@ class Scratch(StrEnum):
     """Shared memory; where threads read back what they wrote themselves. It limits programs an SM."""
     SLOTS = "slots"
     """Shared memory, in 16 bits, which has the state, the slope of tanh and H - Z of every step of an interval. tanh is
-    evaluated once, and tensor cores make the sums, in which each step has a slot. Up to 16 columns of bfloat16 only."""
+    evaluated once, and tensor cores make the sums, in which each step has a slot. ``mma`` serves up to 16 columns of
+    bfloat16 by it, ``wgmma`` all that the family serves, whose slope and gap it works out from H and Z."""
 
 
 Value = int | Reduction | Scratch | Tanh
@@ -88,6 +89,8 @@ class Knobs:
     """Every knob and the values that are searched."""
     PARTS: ClassVar[Mapping[str, type]]
     """Types of ``forward`` and ``backward``."""
+    IMPLIED: ClassVar[Mapping[str, Value]] = {}
+    """Values that records and recipes leave out, which were written before their knobs."""
 
     @property
     def segments(self) -> int:
@@ -135,6 +138,11 @@ class Knobs:
     def slots(self) -> bool:
         """Whether the backward keeps every step of an interval, each in a slot of the products that make its sums."""
         return bool(self.backward.scratch is Scratch.SLOTS)
+
+    @property
+    def warps_have_slots(self) -> bool:
+        """Whether each warp of such a backward makes the sums of its own rows, dW among them."""
+        return False
 
     @property
     def checkpoint_bytes(self) -> int:

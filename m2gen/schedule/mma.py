@@ -76,6 +76,7 @@ class Mma(Knobs):
         **SHARED_AXES,
     }
     PARTS: ClassVar = {"forward": MmaForward, "backward": MmaBackward}
+    IMPLIED: ClassVar = {"forward.slots": False}
 
     @classmethod
     def unsupported(cls, variant: Variant, device: Device) -> str:
@@ -138,6 +139,10 @@ class Mma(Knobs):
             return {}
         shared = {f"backward.{name}": values[f"forward.{name}"] for name in ("rows", "warps")}
         return {**shared, "backward.scratch": Scratch.SLOTS, "backward.chunk": SLOTS}
+
+    @property
+    def warps_have_slots(self) -> bool:
+        return self.slots
 
     def problems(self, variant: Variant, device: Device) -> Iterator[str]:
         """Yield why the schedule cannot serve a variant on a device."""

@@ -35,11 +35,11 @@ class Recipe:
     def of(cls, schedule: Knobs, variant: Variant) -> Recipe:
         """Return the recipe of a schedule that serves ``variant``."""
         knobs = {name: attrgetter(name)(schedule) for name in schedule.AXES if name != "tanh"}
-        knobs = {name: value for name, value in knobs.items() if value is not False}
+        knobs = {name: value for name, value in knobs.items() if schedule.IMPLIED.get(name) != value}
         for side in ("forward", "backward"):
             if f"{side}.warps" in knobs:
                 knobs[f"{side}.tile"] = knobs[f"{side}.rows"] * variant.padded_cols // knobs.pop(f"{side}.warps")
-        if schedule.slots:
+        if schedule.warps_have_slots:
             knobs["backward.rows"] = ALL_ROWS
         if schedule.forward.slots:
             knobs["forward.rows"] = ALL_ROWS

@@ -231,9 +231,12 @@ def inline_asm_elementwise(text: str, constraints: str, operands: list[Any], dty
         return Tensor(np.tanh(x))
     if text.startswith("shfl.sync.bfly"):
         return Tensor(exchange(x, int(re.findall(r", (\d+),", text)[0])), dtype)
+    if text.startswith("min.NaN.xorsign.abs"):
+        bound = operands[1].array
+        return Tensor(np.copysign(np.minimum(np.abs(x), np.abs(bound)), np.where(np.signbit(bound), -x, x)))
     if text.startswith("and.b32"):
         return Tensor(np.where(operands[1].array == -1, x, 0), dtype)
-    if text.startswith("fma.rn.bf16x2"):
+    if text.startswith(("fma.rn.bf16x2", "fma.rn.f16x2")):
         return Tensor(x * operands[1].array + operands[2].array).to(dtype)
     if text.startswith("mma.sync.aligned.m16n8k8"):
         return Tensor(operands[2].array + product_of_slots(x, operands[1].array))
@@ -333,7 +336,7 @@ def load_module(source: str) -> ModuleType:
     products.async_copy = SimpleNamespace(
         async_copy_global_to_shared=copy_ahead, commit_group=lambda: None, wait_group=lambda _: None
     )
-    products.warpgroup_mma_wait = lambda left, waited: waited[0]
+    products.warpgroup_mma_wait = lambda left, waited: waited[0] if len(waited) == 1 else tuple(waited)
     gluon = SimpleNamespace(jit=_jit, language=gl)
     modules: dict[str, Any] = {"triton": SimpleNamespace(language=named, __version__="3.6.0"), "triton.language": named}
     modules |= {"triton.experimental": SimpleNamespace(gluon=gluon), "triton.experimental.gluon": gluon}

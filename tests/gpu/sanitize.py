@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from m2gen.problem import TORCH_DTYPE, Inputs, Problem, make_inputs
-from m2gen.schedule import Family, Reduction, Scratch, Tanh, Warpgroup, Wgmma, parse
+from m2gen.schedule import Family, Reduction, Scratch, Tanh, WarpgroupBackward, WarpgroupForward, Wgmma, parse
 from m2gen.schedule.knobs import SHORTEST_SEGMENT
 from m2gen.variant import Variant
 
@@ -66,7 +66,11 @@ MATRIX = {
     ),
     "warpgroups": (
         make_variant(96, 40, (1, 1, 2, 1, 2), "fp16"),
-        Wgmma(Warpgroup(Reduction.ATOMIC), Warpgroup(Reduction.ATOMIC), 4, Tanh.EXP),
+        Wgmma(WarpgroupForward(Reduction.ATOMIC), WarpgroupBackward(Reduction.ATOMIC), 4, Tanh.EXP),
+    ),
+    "warpgroup_slots": (
+        make_variant(96, 40, (1, 1, 2, 1, 2), "bf16", tanh="approx"),
+        parse("wgmma_atat_i8_ptx"),
     ),
     "warps_apart": (
         make_variant(24, 16, (1, 1, 2, 2, 2), "bf16"),

@@ -69,6 +69,12 @@ CASES = {
     "warpgroups_in_half_precision": (replace(SQUARE, dtype=HALF.dtype), "wgmma_pp_i12_exp"),
     "warpgroups_clamp_all": (replace(SQUARE, clip=HALF.clip), "wgmma_aa_i2_ptx"),
     "warpgroups_compute_gates": (replace(SQUARE, gate=GATED.gate), "wgmma_aa_i4_exp"),
+    "warpgroups_with_slots": (SQUARE, "wgmma_atat_i8_ptx"),
+    "warpgroups_with_slots_backwards": (SQUARE, "wgmma_aat_i8_ptx"),
+    "warpgroups_with_slots_of_two_tiles": (replace(SQUARE, state_expansion=100), "wgmma_ptpt_i4_ptx"),
+    "warpgroups_with_slots_in_half_precision": (replace(SQUARE, dtype=HALF.dtype), "wgmma_atat_i5_exp"),
+    "warpgroups_with_slots_clamp_all": (replace(SQUARE, clip=HALF.clip), "wgmma_atat_i8_ptx"),
+    "warpgroups_with_slots_compute_gates": (replace(SQUARE, gate=GATED.gate), "wgmma_atat_i4_exp"),
 }
 
 

@@ -118,6 +118,26 @@ def test_slots_serve_the_published_dims() -> None:
     assert not reasons
 
 
+def test_slots_of_a_warpgroup() -> None:
+    """They serve all that the family serves, up to eight steps; no default has them, and no forward alone."""
+    for dtype in ("bf16", "fp16"):
+        variant = make_variant(96, 40, (2, 2, 4, 4, 4), dtype, tanh="approx")
+        usual = Wgmma.default(variant, TARGETS["sm_90"])
+        slugs = [each.slug for each in (usual, *usual.with_slots)]
+        assert slugs == ["wgmma_aa_i12_ptx", "wgmma_atat_i8_ptx", "wgmma_aat_i8_ptx"]
+        for schedule in usual.with_slots:
+            assert not problems(variant, schedule, TARGETS["sm_90"])
+            assert parse(schedule.slug) == schedule
+        both, _ = usual.with_slots
+        reasons = problems(variant, replace(both, interval=12), TARGETS["sm_90"])
+        assert reasons == ("interval must be from 2 to 8 where backward.scratch is slots, got 12",)
+        reasons = problems(variant, replace(usual, forward=both.forward), TARGETS["sm_90"])
+        assert reasons == ("backward.scratch must be slots where the forward has slots, got shared",)
+        in_l2 = replace(usual, backward=replace(usual.backward, scratch=Scratch.L2))
+        reasons = problems(variant, in_l2, TARGETS["sm_90"])
+        assert reasons == ("backward.scratch must be shared or slots, got l2",)
+
+
 def test_every_reason_at_once() -> None:
     """A schedule that is wrong twice is told so in one error."""
     schedule = replace(_with("forward", rows=8), interval=3)

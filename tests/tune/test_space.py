@@ -35,7 +35,7 @@ from m2gen.schedule.knobs import SHORTEST_SEGMENT
 from m2gen.spec import Objective
 from m2gen.tune.coordinates import AXES, indices, moved, values_of
 from m2gen.tune.knobs import importances, study_of
-from m2gen.tune.memory import MemoryBound, extra_bytes
+from m2gen.tune.memory import USUAL, MemoryBound, extra_bytes
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.search import Proposer, best_combination, neighbours, tiles
 from m2gen.tune.select import select
@@ -208,6 +208,19 @@ def test_slots_are_points_where_they_serve() -> None:
         both = {(p.forward, p.backward.warps, p.backward.scratch) for p in points if p.forward.slots}
         tiles = {(f.rows, f.warps, f.unroll, f.warps == warps, scratch) for f, warps, scratch in both}
         assert tiles == ({(32, warps, 8, True, Scratch.SLOTS) for warps in (1, 2)} if serves else set())
+
+
+def test_slots_of_a_warpgroup_are_tried_first() -> None:
+    """One step of one axis leads from the default to no valid schedule that has them: their intervals are shorter."""
+    variant = make_variant(64, 64, (8, 8, 8, 8, 8), "bf16", tanh="approx")
+    starts = defaults(variant, DEVICE)
+    for memory in (MemoryBound(), USUAL):
+        points = enumerate_space(Subject(variant, DEVICE, Objective.TRAIN, 4, 1024, memory)).points
+        chosen = {point.slug for point in points if point.family is Family.WGMMA and point.slots}
+        both, backwards = "wgmma_atat_i8_ptx", "wgmma_aat_i8_ptx"
+        every = product(("atat", "aat"), (2, 4, 8), Tanh)
+        assert {both, backwards} <= chosen <= {f"wgmma_{slots}_i{steps}_{tanh}" for slots, steps, tanh in every}
+        assert [point.slug for point in tiles(starts, points)[:2]] == [both, backwards]
 
 
 def test_the_hash_names_the_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
