@@ -20,11 +20,11 @@ from command_line import TINY, document, fails, run
 from support import make_variant
 
 from m2gen import pipeline
-from m2gen.bench.ranks import check
+from m2gen.bench.ranks import check, launch
 from m2gen.bench.ranks.entries import HYBRID, Link, RankCase, RankDocument, RankJob, RankRow, Shape, write
 from m2gen.bench.ranks.forecast import MeasuredLayer, OneGpu, forecast, token_us
 from m2gen.bench.ranks.kinds import Form, Mixing
-from m2gen.bench.ranks.launch import CPU, run_ranks, worker_command
+from m2gen.bench.ranks.launch import CPU, failure, run_ranks, worker_command, write_error
 from m2gen.bench.ranks.model import model_bytes, predicted_ms, traffic
 from m2gen.bench.ranks.pulse import pid_of
 from m2gen.cli.show.report import TerminalProgress
@@ -145,7 +145,7 @@ ENDINGS = {
     "status": ("import sys; print('out of luck'); sys.exit(3)", "rank 1 of 2 ended with status 3: out of luck"),
     "signal": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "rank 1 of 2 ended with SIGKILL"),
     "error": (
-        "import sys; open('error.1', 'w').write('ValueError: no'); sys.exit(1)",
+        "import sys; open('error.1', 'w').write('{\"at\": 1, \"error\": \"ValueError: no\"}'); sys.exit(1)",
         "rank 1 of 2 failed: ValueError: no",
     ),
 }
@@ -176,6 +176,56 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path, ending: str) -> None:
     with pytest.raises(RanksError, match=message):
         list(run_ranks(commands, tmp_path, {}))
     assert gone(tmp_path, 0)
+
+
+class Ending:
+    """A process that is seen to end after some looks, right before which it may speak."""
+
+    def __init__(self, folder: Path, rank: int, status: int, says: str = "", looks: int = 0) -> None:
+        self.returncode: int | None = None
+        self._speak = partial(write_error, folder, rank, says) if says else lambda: None
+        self._status, self._looks = status, looks
+
+    def poll(self) -> int | None:
+        """Return the status once it was looked at so often."""
+        if self.returncode is None and self._looks == 0:
+            self._speak()
+            self.returncode = self._status
+        self._looks -= 1
+        return self.returncode
+
+
+CLOSED = "RuntimeError: connection closed by peer"
+FIRST = {
+    "spoke while it was looked at": ([(1, "ValueError: no")], "rank 0 of 1 failed: ValueError: no"),
+    "killed, and seen late": ([(1, CLOSED), (-signal.SIGKILL, "", 3)], "rank 1 of 2 ended with SIGKILL"),
+    "killed, after one that aborts": ([(-signal.SIGABRT,), (-signal.SIGKILL, "", 3)], "rank 1 of 2 ended with SIGKILL"),
+    "aborts, before one speaks": ([(-signal.SIGABRT,), (1, CLOSED, 1)], "rank 0 of 2 ended with SIGABRT"),
+    "aborts, since one spoke": (
+        [(1, "ValueError: no"), (-signal.SIGABRT, "", 1)],
+        "rank 0 of 2 failed: ValueError: no",
+    ),
+    "silent": ([(1, CLOSED), (3,)], "rank 1 of 2 ended with status 3"),
+    "runs on": ([(1, "ValueError: no"), (1, CLOSED, 1), (0, "", -1)], "rank 0 of 3 failed: ValueError: no"),
+}
+
+
+@pytest.mark.parametrize("case", FIRST)
+def test_the_first_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Whoever was killed is named, though others speak of that, and are seen to end, before."""
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0)
+    endings, message = FIRST[case]
+    processes = [Ending(tmp_path, rank, *ending) for rank, ending in enumerate(endings)]
+    assert failure(processes, tmp_path).startswith(message)
+
+
+def test_of_ranks_that_speak_the_first_is_named(tmp_path: Path) -> None:
+    """Their own clock says who was first, though their files may have the same date."""
+    for rank in (1, 0):
+        write_error(tmp_path, rank, "ValueError: no" if rank == 1 else CLOSED)
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    assert failure([Ending(tmp_path, rank, 1) for rank in range(2)], tmp_path) == "rank 1 of 2 failed: ValueError: no"
 
 
 def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:

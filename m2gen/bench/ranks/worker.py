@@ -20,7 +20,7 @@ from m2gen.bench.ranks.check import DTYPES, Expected, checked_size, expected, ma
 from m2gen.bench.ranks.entries import Link, RankCase, RankDocument, RankJob, RankRow, Shape, read, write
 from m2gen.bench.ranks.forms import ForRanks, OverRanks, over_ranks
 from m2gen.bench.ranks.kinds import Form
-from m2gen.bench.ranks.launch import error_file
+from m2gen.bench.ranks.launch import write_error
 from m2gen.bench.ranks.pulse import Pulse
 from m2gen.bench.ranks.timing import (
     Collective,
@@ -47,9 +47,9 @@ def main(folder: Path, rank: int) -> NoReturn:
         _join(folder, job, rank)
         _Rank(job, folder, rank, pulse).serve()
     except BaseException as error:
-        traceback.print_exc()
         lines = f"{type(error).__name__}: {error}".splitlines()
-        error_file(folder, rank).write_text(lines[0], encoding="utf-8")
+        write_error(folder, rank, lines[0])
+        traceback.print_exc()
         _leave(1)
     _leave(0)
 
