@@ -195,6 +195,8 @@ class Ending:
         return self.returncode
 
 
+FUTURE = 1 << 33
+"""A date, in seconds, that no run sees."""
 CLOSED = "RuntimeError: connection closed by peer"
 FIRST = {
     "spoke while it was looked at": ([(1, "ValueError: no")], "rank 0 of 1 failed: ValueError: no"),
@@ -238,8 +240,9 @@ def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
 def test_what_hanging_ranks_do_is_said(tmp_path: Path) -> None:
     """Ranks that wait for each other say where they are, and one that is stopped is told from the others."""
     for rank in range(4):
-        (tmp_path / f"pulse{rank}.json").write_text(json.dumps({"pid": 1, "doing": f"times {rank == 1}"}))
-    os.utime(tmp_path / "pulse3.json", (0, 0))
+        path = tmp_path / f"pulse{rank}.json"
+        path.write_text(json.dumps({"pid": 1, "doing": f"times {rank == 1}"}))
+        os.utime(path, (0, 0) if rank == 3 else (FUTURE, FUTURE))
     with pytest.raises(RanksError) as raised:
         list(run_ranks(ranks(tmp_path, *[FOREVER] * 4), tmp_path, {}, quiet_seconds=0.5))
     said = "got none of rank 0, 1, 2, 3; rank 0, 2: times False; rank 1: times True; rank 3: does not run, after: times"
@@ -366,7 +369,7 @@ def test_wrong_results_are_not_timed(tmp_path: Path, module: str) -> None:
     right, wrong, form = WRONG[module]
     job = planned(2, cuda=False)
     package = tmp_path / "package"
-    shutil.copytree(job.package, package)
+    shutil.copytree(job.package, package, ignore=shutil.ignore_patterns("__pycache__"))  # others may write it now
     path = package / "parallel" / module
     text = path.read_text(encoding="utf-8")
     assert right in text
