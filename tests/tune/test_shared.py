@@ -19,6 +19,7 @@ import pytest
 import shared_worker
 import simulated
 import sqlalchemy as sql
+from optuna.exceptions import StorageInternalError
 from searches import SPEC, STANDARD, Silent
 from simulated import lines
 from support import ROOT
@@ -34,7 +35,7 @@ from m2gen.tune.ledger import USUAL, Ledger, Pace, open_ledger
 from m2gen.tune.log import SearchProgress
 from m2gen.tune.memory import MemoryBound
 from m2gen.tune.space import Subject
-from m2gen.tune.storage import open_database
+from m2gen.tune.storage import open_database, raced
 from m2gen.tune.study import read_journal
 from m2gen.tune.trial import Samples, Trial
 from m2gen.variant import parse_variant
@@ -240,6 +241,51 @@ SEARCH = {"study": "study"}
 
 def _open(path: Path, worker: str, pace: Pace = USUAL) -> Ledger:
     return Ledger(open_database(_url(path)), SEARCH, worker, pace=pace)
+
+
+def test_two_that_create_the_tables_at_once(tmp_path: Path) -> None:
+    """Right before one creates the first table, another creates them all: both have the study."""
+    from optuna.storages._rdb.models import StudyModel
+
+    others: list[Ledger] = []
+    first = iter([True])
+
+    def before(*_: Any, **__: Any) -> None:
+        if next(first, False):
+            others.append(_open(tmp_path, "two"))
+
+    sql.event.listen(StudyModel.__table__, "before_create", before)
+    try:
+        one = _open(tmp_path, "one")
+    finally:
+        sql.event.remove(StudyModel.__table__, "before_create", before)
+    assert one.claim(SCHEDULE)
+    one.record(TRIAL)
+    assert others[0].trials() == [TRIAL]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("said", "attempts"), [("database is locked", 2), ("unable to open database file", 1)])
+def test_what_another_locks_is_tried_again(said: str, attempts: int, wrapped: bool) -> None:
+    """An error that passes is waited for, whether Optuna wraps it or not; one that does not is raised at once."""
+    made = 0
+
+    def make() -> str:
+        nonlocal made
+        made += 1
+        if made > 1:
+            return "made"
+        error = sql.exc.OperationalError("CREATE TABLE", {}, Exception(said))
+        if wrapped:
+            raise StorageInternalError("an exception is raised during the commit") from error
+        raise error
+
+    if attempts == 2:
+        assert raced(make) == "made"
+    else:
+        with pytest.raises((sql.exc.OperationalError, StorageInternalError)):
+            raced(make)
+    assert made == attempts
 
 
 def test_a_candidate_is_claimed_once(tmp_path: Path) -> None:
