@@ -27,6 +27,7 @@ from m2gen.bench.ranks.launch import CPU, failure
 from m2gen.cli.show.ranks import run_ranks
 from m2gen.cli.show.report import Display
 from m2gen.errors import RanksError
+from m2gen.measure.workers import end_with_parent
 from m2gen.pipeline import RanksRequest
 from m2gen.pipeline.ranks import LOOPBACK
 
@@ -61,7 +62,8 @@ class _Fork:
 
     def __init__(self, main: object, folder: Path, rank: int) -> None:
         self.returncode: int | None = None
-        self._pid = os.fork() or _serve(main, folder, rank)
+        parent = os.getpid()
+        self._pid = os.fork() or _serve(main, folder, rank, parent)
 
     def poll(self) -> int | None:
         """Return the status as ``subprocess`` does: None as long as the rank runs, negative if a signal ended it."""
@@ -77,7 +79,8 @@ class _Fork:
             os.waitpid(self._pid, 0)
 
 
-def _serve(main: object, folder: Path, rank: int) -> NoReturn:
+def _serve(main: object, folder: Path, rank: int, parent: int) -> NoReturn:
+    end_with_parent(parent)
     output = os.open(folder / f"output.{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)

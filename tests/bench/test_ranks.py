@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import TINY, document, fails, run
-from support import make_variant
+from support import ROOT, make_variant
 
 from m2gen import pipeline
 from m2gen.bench.ranks import check, launch
@@ -265,6 +266,17 @@ def test_a_killed_rank_among_collectives_ends_the_others(tmp_path: Path) -> None
     for rank in range(4):
         with pytest.raises(ProcessLookupError):
             os.kill(pid_of(tmp_path, rank), 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which tells a process that its parent has ended")
+def test_a_rank_whose_launcher_has_gone_begins_nothing(tmp_path: Path) -> None:
+    """A launcher that is killed before its ranks have imported torch, which takes seconds, leaves none of them."""
+    (tmp_path / "torch.py").write_text("open('imported', 'w').close()", encoding="utf-8")
+    *command, _ = worker_command(tmp_path, 0)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    done = subprocess.run([*command, "0"], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["torch.py"]
 
 
 def test_what_ends_a_run_ends_its_ranks(tmp_path: Path) -> None:

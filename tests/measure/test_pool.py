@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from m2gen.measure import workers
 from m2gen.measure.workers import Lost, Service, Worker, finished, run_isolated
@@ -134,6 +135,16 @@ class ClosedPipe:
 def test_a_worker_whose_parent_has_gone_ends_quietly(tasks: list[int]) -> None:
     """A parent that stops for another worker's error may close a pipe at any moment."""
     workers._loop(ClosedPipe(tasks), lambda task: task)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which tells a process that its parent has ended")
+@pytest.mark.parametrize(("parent", "runs"), [("os.getppid()", "on"), ("os.getpid()", "")], ids=["lives", "is gone"])
+def test_a_process_whose_parent_has_gone_before_it_could_ask_ends(parent: str, runs: str) -> None:
+    """Whoever has another parent than the one that started it, by the time it asks Linux, ends at once."""
+    code = f"import os; from m2gen.measure.workers import end_with_parent; end_with_parent({parent}); print('on')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == (runs, 0 if runs else 1)
 
 
 @pytest.mark.parametrize("crashes", [False, True])

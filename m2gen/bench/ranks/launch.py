@@ -162,5 +162,5 @@ def _last_line(path: Path) -> str:
 
 
 def worker_command(folder: Path, rank: int) -> list[str]:
-    """Return the command of a rank of the job in ``folder``."""
-    return [sys.executable, "-m", "m2gen.bench.ranks.worker", str(folder), str(rank)]
+    """Return the command of a rank of the job in ``folder``, which ends with this process."""
+    return [sys.executable, "-m", "m2gen.bench.ranks", str(folder), str(rank), str(os.getpid())]

@@ -35,12 +35,10 @@ from m2gen.bench.ranks.timing import (
 )
 from m2gen.db import Environment
 from m2gen.kernels.compile import load_module
-from m2gen.measure.workers import end_with_parent
 
 
 def main(folder: Path, rank: int) -> NoReturn:
     """Do a job as one of its ranks, and end the process; the first one writes results after each case."""
-    end_with_parent()
     pulse = Pulse(folder, rank)
     try:
         job = read(folder / "job.json", RankJob)
@@ -214,7 +212,3 @@ def _environment(device: torch.device) -> Environment | None:
 
     found = detect() if device.type == "cuda" else None
     return None if found is None else environment(found)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
