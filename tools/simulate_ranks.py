@@ -23,10 +23,11 @@ from typing import NoReturn
 from m2gen import pipeline
 from m2gen.bench.ranks.entries import RankDocument, RankJob, read, write
 from m2gen.bench.ranks.kinds import Form
-from m2gen.bench.ranks.launch import CPU, error_file
+from m2gen.bench.ranks.launch import CPU, failure
 from m2gen.cli.show.ranks import run_ranks
 from m2gen.cli.show.report import Display
 from m2gen.errors import RanksError
+from m2gen.measure.workers import end_with_parent
 from m2gen.pipeline import RanksRequest
 from m2gen.pipeline.ranks import LOOPBACK
 
@@ -39,47 +40,53 @@ def simulated(job: RankJob, folder: Path) -> RankDocument:
 
     write(folder / "job.json", job)
     gc.freeze()  # or collections would touch, and so copy, what forks share
-    ranks = {_fork(worker.main, folder, rank): rank for rank in range(job.ranks)}
+    ranks = [_Fork(worker.main, folder, rank) for rank in range(job.ranks)]
     seconds = job.quiet_seconds * len(job.cases)
     end = time.monotonic() + seconds
     try:
-        while ranks:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if pid in ranks:
-                rank = ranks.pop(pid)
-                if status:
-                    raise RanksError(f"rank {rank} of {job.ranks} {_ended(status, error_file(folder, rank))}")
-            elif time.monotonic() > end:
-                late = ", ".join(map(str, sorted(ranks.values())))
+        while None in (states := [rank.poll() for rank in ranks]) or any(states):
+            if any(states):
+                raise RanksError(failure(ranks, folder))
+            if time.monotonic() > end:
+                late = ", ".join(str(rank) for rank, status in enumerate(states) if status is None)
                 raise RanksError(f"ranks must be done within {seconds:g} s, got none of rank {late}")
-            else:
-                time.sleep(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
     finally:
-        for pid in ranks:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
+        for rank in ranks:
+            rank.stop()
     return read(folder / "results.json", RankDocument)
 
 
-def _fork(main: object, folder: Path, rank: int) -> int:
-    pid = os.fork()
-    return pid or _serve(main, folder, rank)
+class _Fork:
+    """A rank that is a fork of this process."""
+
+    def __init__(self, main: object, folder: Path, rank: int) -> None:
+        self.returncode: int | None = None
+        parent = os.getpid()
+        self._pid = os.fork() or _serve(main, folder, rank, parent)
+
+    def poll(self) -> int | None:
+        """Return the status as ``subprocess`` does: None as long as the rank runs, negative if a signal ended it."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def stop(self) -> None:
+        """End the rank."""
+        if self.returncode is None:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
 
 
-def _serve(main: object, folder: Path, rank: int) -> NoReturn:
+def _serve(main: object, folder: Path, rank: int, parent: int) -> NoReturn:
+    end_with_parent(parent)
     output = os.open(folder / f"output.{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1)
     os.dup2(output, 2)
     assert callable(main)
     main(folder, rank)
     os._exit(1)  # not reached: a rank ends its process
-
-
-def _ended(status: int, error: Path) -> str:
-    if error.is_file():
-        return f"failed: {error.read_text(encoding='utf-8')}"
-    code = os.waitstatus_to_exitcode(status)
-    return f"ended with {signal.Signals(-code).name if code < 0 else f'status {code}'}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

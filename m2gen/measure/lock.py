@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from m2gen.errors import TuneError, os_errors_as
 
 EVERYBODYS = 0o666
 """Mode of the file: users of one machine exclude each other, too."""
+POLL_SECONDS, LOOKS = 0.02, 50
+"""How often it is looked which process has the lock, which that writes into the file only once it has it."""
 
 
 @contextmanager
@@ -38,5 +41,20 @@ def exclusive(gpu: str) -> Iterator[None]:
 
 
 def _owner(path: Path) -> str:
-    """Return the process that holds a lock, as it wrote into the file."""
-    return path.read_text(encoding="utf-8", errors="replace")[:20].strip() or "unknown"
+    """Return the process that holds a lock, as it wrote into the file; the last owner, if any, may still be there."""
+    for _ in range(LOOKS):
+        owner = path.read_text(encoding="utf-8", errors="replace")[:20].strip()
+        if owner and not (owner.isdecimal() and _dead(int(owner))):
+            return owner
+        time.sleep(POLL_SECONDS)
+    return "unknown"
+
+
+def _dead(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # another user's
+        pass
+    return False

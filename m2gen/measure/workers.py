@@ -99,11 +99,11 @@ def finished(busy: Sequence[Worker[Any, Any]], seconds: float = float("inf")) ->
     return [worker for worker in busy if worker.pipe in ready or worker.left < 0]
 
 
-def _process(pipe: Any, prepare: Callable[[], None], serve: Callable[[Any], Any]) -> None:
+def _process(pipe: Any, parent: int, prepare: Callable[[], None], serve: Callable[[Any], Any]) -> None:
     """Be a worker process; the parent handles Ctrl-C."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent()
+    end_with_parent(parent)
     prepare()
     _loop(pipe, serve)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Triton 3.9 lists what its bindings leak when it is unloaded
@@ -123,10 +123,15 @@ def _loop(pipe: Any, serve: Callable[[Any], Any]) -> None:
             return
 
 
-def end_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, even by SIGKILL in the middle of a task."""
+def end_with_parent(parent: int) -> None:
+    """Ask Linux to kill this process when its parent dies, even by SIGKILL in the middle of a task.
+
+    A parent that died before that, of which Linux says nothing any more, ends this process at once.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of prctl(2)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 class Worker(Generic[Task, Result]):
@@ -179,7 +184,7 @@ class Worker(Generic[Task, Result]):
     def _start(self) -> None:
         context = get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, self._service.prepare, self._service.serve)
+        arguments = (theirs, os.getpid(), self._service.prepare, self._service.serve)
         self._process = context.Process(target=_process, args=arguments, daemon=True)
         self._process.start()
         theirs.close()

@@ -68,12 +68,14 @@ class Search:
         self._processes.gpu.begin(Task(self._log.subject, self._log.default, Step.PREPARE))
         while True:
             over = self._over
+            # others are asked about before their candidates are adopted: what they give up in between is found
+            done = over or not (self._processes.busy or self._log.ledger.pending())
             if over:
                 self._release()
             else:
                 self._fill()
             busy = self._processes.busy
-            if not busy and (over or not self._log.ledger.pending()):
+            if done and not busy:
                 self._hear(self._log.ledger.unseen())  # the default may be one that another worker has just tried
                 return
             if not busy:

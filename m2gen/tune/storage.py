@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
@@ -15,7 +14,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sql
 from filelock import FileLock
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import (
+    ArgumentError,
+    IntegrityError,
+    NoSuchModuleError,
+    OperationalError,
+    ProgrammingError,
+    SQLAlchemyError,
+)
 
 from m2gen.cache import ELSEWHERE
 from m2gen.errors import TuneError, UsageError, os_errors_as
@@ -31,6 +37,8 @@ HEARTBEAT_SECONDS, GRACE_SECONDS = 5, 120
 which their candidates are others'."""
 RACES = 10
 """Attempts to create tables or the study while other workers create them as well."""
+RACED = ("already exists", "database is locked")
+"""What SQLite says then, by the error that it also has for a file that cannot be opened."""
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
 """What Optuna raises for lines that it did not write."""
 
@@ -156,9 +164,11 @@ def open_database(url: str) -> SearchStorage:
     except ModuleNotFoundError as error:
         raise UsageError(f"--storage {parsed.drivername} must have its driver installed: {error.name}") from error
     shown = f"--storage {parsed.render_as_string(hide_password=True)}"
+    from optuna.exceptions import StorageInternalError
+
     try:
         storage = raced(lambda: _database(parsed.render_as_string(hide_password=False)))
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, StorageInternalError) as error:
         raise _unusable(shown, error) from error
     return SearchStorage(storage, shown, "", storage.record_heartbeat, _fail_stale, storage.engine.dispose)
 
@@ -200,8 +210,20 @@ def _quiet() -> Iterator[None]:
 
 def raced(make: Callable[[], Made]) -> Made:
     """Return the result of ``make``, trying again if another worker makes the same tables or study."""
+    from optuna.exceptions import StorageInternalError
+
     for attempt in range(RACES):
-        with contextlib.suppress(IntegrityError, ProgrammingError):
+        try:
             return make()
+        except (SQLAlchemyError, StorageInternalError) as error:
+            if not _by_another(error.__cause__ if isinstance(error, StorageInternalError) else error):
+                raise
         time.sleep(0.1 * (attempt + 1))
     return make()
+
+
+def _by_another(error: BaseException | None) -> bool:
+    """Return whether an error may be due to what another worker makes at the same time."""
+    if isinstance(error, OperationalError):
+        return any(text in str(error) for text in RACED)
+    return isinstance(error, (IntegrityError, ProgrammingError))

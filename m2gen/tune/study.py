@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,18 @@ def decode_trial(value: Any) -> Trial:
 
 
 def in_order(ended: list[FrozenTrial]) -> list[FrozenTrial]:
-    """Return trials in the order in which they ended, which is that of the searches."""
-    return sorted(ended, key=lambda frozen: (frozen.datetime_complete, frozen.number))
+    """Return trials in the order in which they ended, which is that of the searches.
+
+    None is before an earlier one of its candidate, in place of which it counts: dates are by clocks that are set back,
+    and that differ between hosts.
+    """
+    latest: dict[str, datetime] = {}
+    dates: dict[int, datetime] = {}
+    for frozen in sorted(ended, key=lambda frozen: frozen.number):
+        slug, date = frozen.user_attrs[SCHEDULE], frozen.datetime_complete
+        assert date is not None, "it has ended"
+        latest[slug] = dates[frozen.number] = max(date, latest.get(slug, date))
+    return sorted(ended, key=lambda frozen: (dates[frozen.number], frozen.number))
 
 
 def state_of(trial: Trial) -> tuple[Any, list[float] | None]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,14 +18,14 @@ from typing import Any
 import pytest
 import torch
 from command_line import TINY, document, fails, run
-from support import make_variant
+from support import ROOT, make_variant
 
 from m2gen import pipeline
-from m2gen.bench.ranks import check
+from m2gen.bench.ranks import check, launch
 from m2gen.bench.ranks.entries import HYBRID, Link, RankCase, RankDocument, RankJob, RankRow, Shape, write
 from m2gen.bench.ranks.forecast import MeasuredLayer, OneGpu, forecast, token_us
 from m2gen.bench.ranks.kinds import Form, Mixing
-from m2gen.bench.ranks.launch import CPU, run_ranks, worker_command
+from m2gen.bench.ranks.launch import CPU, failure, run_ranks, worker_command, write_error
 from m2gen.bench.ranks.model import model_bytes, predicted_ms, traffic
 from m2gen.bench.ranks.pulse import pid_of
 from m2gen.cli.show.report import TerminalProgress
@@ -145,7 +146,7 @@ ENDINGS = {
     "status": ("import sys; print('out of luck'); sys.exit(3)", "rank 1 of 2 ended with status 3: out of luck"),
     "signal": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "rank 1 of 2 ended with SIGKILL"),
     "error": (
-        "import sys; open('error.1', 'w').write('ValueError: no'); sys.exit(1)",
+        "import sys; open('error.1', 'w').write('{\"at\": 1, \"error\": \"ValueError: no\"}'); sys.exit(1)",
         "rank 1 of 2 failed: ValueError: no",
     ),
 }
@@ -178,6 +179,58 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path, ending: str) -> None:
     assert gone(tmp_path, 0)
 
 
+class Ending:
+    """A process that is seen to end after some looks, right before which it may speak."""
+
+    def __init__(self, folder: Path, rank: int, status: int, says: str = "", looks: int = 0) -> None:
+        self.returncode: int | None = None
+        self._speak = partial(write_error, folder, rank, says) if says else lambda: None
+        self._status, self._looks = status, looks
+
+    def poll(self) -> int | None:
+        """Return the status once it was looked at so often."""
+        if self.returncode is None and self._looks == 0:
+            self._speak()
+            self.returncode = self._status
+        self._looks -= 1
+        return self.returncode
+
+
+FUTURE = 1 << 33
+"""A date, in seconds, that no run sees."""
+CLOSED = "RuntimeError: connection closed by peer"
+FIRST = {
+    "spoke while it was looked at": ([(1, "ValueError: no")], "rank 0 of 1 failed: ValueError: no"),
+    "killed, and seen late": ([(1, CLOSED), (-signal.SIGKILL, "", 3)], "rank 1 of 2 ended with SIGKILL"),
+    "killed, after one that aborts": ([(-signal.SIGABRT,), (-signal.SIGKILL, "", 3)], "rank 1 of 2 ended with SIGKILL"),
+    "aborts, before one speaks": ([(-signal.SIGABRT,), (1, CLOSED, 1)], "rank 0 of 2 ended with SIGABRT"),
+    "aborts, since one spoke": (
+        [(1, "ValueError: no"), (-signal.SIGABRT, "", 1)],
+        "rank 0 of 2 failed: ValueError: no",
+    ),
+    "silent": ([(1, CLOSED), (3,)], "rank 1 of 2 ended with status 3"),
+    "runs on": ([(1, "ValueError: no"), (1, CLOSED, 1), (0, "", -1)], "rank 0 of 3 failed: ValueError: no"),
+}
+
+
+@pytest.mark.parametrize("case", FIRST)
+def test_the_first_rank_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    """Whoever was killed is named, though others speak of that, and are seen to end, before."""
+    monkeypatch.setattr(launch, "POLL_SECONDS", 0)
+    endings, message = FIRST[case]
+    processes = [Ending(tmp_path, rank, *ending) for rank, ending in enumerate(endings)]
+    assert failure(processes, tmp_path).startswith(message)
+
+
+def test_of_ranks_that_speak_the_first_is_named(tmp_path: Path) -> None:
+    """Their own clock says who was first, though their files may have the same date."""
+    for rank in (1, 0):
+        write_error(tmp_path, rank, "ValueError: no" if rank == 1 else CLOSED)
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    assert failure([Ending(tmp_path, rank, 1) for rank in range(2)], tmp_path) == "rank 1 of 2 failed: ValueError: no"
+
+
 def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
     """Ranks that write no results for too long are ended, and named."""
     with pytest.raises(RanksError, match=r"within 0\.5 s, got none of rank 0, 1"):
@@ -188,8 +241,9 @@ def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
 def test_what_hanging_ranks_do_is_said(tmp_path: Path) -> None:
     """Ranks that wait for each other say where they are, and one that is stopped is told from the others."""
     for rank in range(4):
-        (tmp_path / f"pulse{rank}.json").write_text(json.dumps({"pid": 1, "doing": f"times {rank == 1}"}))
-    os.utime(tmp_path / "pulse3.json", (0, 0))
+        path = tmp_path / f"pulse{rank}.json"
+        path.write_text(json.dumps({"pid": 1, "doing": f"times {rank == 1}"}))
+        os.utime(path, (0, 0) if rank == 3 else (FUTURE, FUTURE))
     with pytest.raises(RanksError) as raised:
         list(run_ranks(ranks(tmp_path, *[FOREVER] * 4), tmp_path, {}, quiet_seconds=0.5))
     said = "got none of rank 0, 1, 2, 3; rank 0, 2: times False; rank 1: times True; rank 3: does not run, after: times"
@@ -212,6 +266,17 @@ def test_a_killed_rank_among_collectives_ends_the_others(tmp_path: Path) -> None
     for rank in range(4):
         with pytest.raises(ProcessLookupError):
             os.kill(pid_of(tmp_path, rank), 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which tells a process that its parent has ended")
+def test_a_rank_whose_launcher_has_gone_begins_nothing(tmp_path: Path) -> None:
+    """A launcher that is killed before its ranks have imported torch, which takes seconds, leaves none of them."""
+    (tmp_path / "torch.py").write_text("open('imported', 'w').close()", encoding="utf-8")
+    *command, _ = worker_command(tmp_path, 0)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    done = subprocess.run([*command, "0"], cwd=tmp_path, env=environment, check=False)
+    assert done.returncode == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["torch.py"]
 
 
 def test_what_ends_a_run_ends_its_ranks(tmp_path: Path) -> None:
@@ -316,7 +381,7 @@ def test_wrong_results_are_not_timed(tmp_path: Path, module: str) -> None:
     right, wrong, form = WRONG[module]
     job = planned(2, cuda=False)
     package = tmp_path / "package"
-    shutil.copytree(job.package, package)
+    shutil.copytree(job.package, package, ignore=shutil.ignore_patterns("__pycache__"))  # others may write it now
     path = package / "parallel" / module
     text = path.read_text(encoding="utf-8")
     assert right in text

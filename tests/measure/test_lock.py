@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from support import ROOT
 
 from m2gen.errors import TuneError
@@ -48,6 +49,40 @@ def test_another_process_is_named_until_it_is_killed(folder: Path) -> None:
         other.wait()
         with lock.exclusive("gpu-1"):
             assert (folder / "m2gen-gpu-1.lock").read_text(encoding="utf-8") == f"{os.getpid()}\n"
+
+
+def gone() -> int:
+    """Return the id of a process that has ended."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["one before", "first"])
+def test_an_owner_that_has_not_written_yet_is_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, last: bool
+) -> None:
+    """Right after it has the lock the file has the last owner, or nothing; neither is who has it."""
+    path = folder / "m2gen-gpu-1.lock"
+    path.write_text(f"{gone()}\n" if last else "", encoding="utf-8")
+    waits = iter((lambda: None, lambda: path.write_text(f"{os.getpid()}\n", encoding="utf-8")))
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: next(waits)())
+    with (
+        FileLock(path),
+        pytest.raises(TuneError, match=f"must use gpu-1: process {os.getpid()} does"),
+        lock.exclusive("gpu-1"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("says", ["", "gone", "9" * 30])
+def test_an_owner_that_never_writes_is_unknown(folder: Path, monkeypatch: pytest.MonkeyPatch, says: str) -> None:
+    """No process is named that cannot have the lock."""
+    path = folder / "m2gen-gpu-1.lock"
+    path.write_text(says.replace("gone", str(gone())), encoding="utf-8")
+    monkeypatch.setattr(lock, "POLL_SECONDS", 0)
+    with FileLock(path), pytest.raises(TuneError, match="process unknown does"), lock.exclusive("gpu-1"):
+        pass
 
 
 def test_the_file_is_everybodys(folder: Path) -> None:

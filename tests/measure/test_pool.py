@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import ROOT
 
 from m2gen.measure import workers
 from m2gen.measure.workers import Lost, Service, Worker, finished, run_isolated
@@ -35,6 +36,11 @@ def _serve(task: str) -> str:
             stream.write("hangs\n")
         time.sleep(1e6)
     return f"{task} {os.environ['M2GEN_TEST_PREPARED']} {os.getpid()}"
+
+
+def _never(task: str) -> str:
+    while True:
+        signal.pause()
 
 
 def _serve_with_child(task: str) -> str:
@@ -104,9 +110,9 @@ def test_groups_run_side_by_side(service: Service[str, str]) -> None:
 
 
 def test_a_clock_of_its_own_says_when_a_task_is_late() -> None:
-    """An hour between two looks at the clock is late whatever the task does; no time at all is never late."""
+    """An hour between two looks at the clock is late for a task that never ends, however soon the looks follow."""
     hours = iter(range(0, 10**9, 3600))
-    late = Service(_serve, _prepare, 60.0, _lost, now=lambda: float(next(hours)))
+    late = Service(_never, _prepare, 60.0, _lost, now=lambda: float(next(hours)))
     assert dict(run_isolated([["a"]], late, 1)) == {"a": "a lost: took longer than 60 s"}
 
 
@@ -134,6 +140,16 @@ class ClosedPipe:
 def test_a_worker_whose_parent_has_gone_ends_quietly(tasks: list[int]) -> None:
     """A parent that stops for another worker's error may close a pipe at any moment."""
     workers._loop(ClosedPipe(tasks), lambda task: task)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which tells a process that its parent has ended")
+@pytest.mark.parametrize(("parent", "runs"), [("os.getppid()", "on"), ("os.getpid()", "")], ids=["lives", "is gone"])
+def test_a_process_whose_parent_has_gone_before_it_could_ask_ends(parent: str, runs: str) -> None:
+    """Whoever has another parent than the one that started it, by the time it asks Linux, ends at once."""
+    code = f"import os; from m2gen.measure.workers import end_with_parent; end_with_parent({parent}); print('on')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == (runs, 0 if runs else 1)
 
 
 @pytest.mark.parametrize("crashes", [False, True])

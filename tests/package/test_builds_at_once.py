@@ -22,12 +22,20 @@ PATHS = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(FAKES)!r}]\n"
 WRITER = (
     PATHS
     + """
-import os
+import os, time
 from pathlib import Path
+from types import SimpleNamespace
 from written import files
 from m2gen.package import directory
 os.fsync = lambda handle: None  # what a disk keeps without power is not the question
-folder, versions, rounds = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3])
+folder, versions, rounds, readers = Path(sys.argv[1]), sys.argv[2].split(","), int(sys.argv[3]), sys.argv[4:]
+def until_read(seconds):  # the grace, on a machine of any speed: as long as imports take that are under way
+    sizes = dict(zip(readers, map(os.path.getsize, readers)))
+    while any(os.path.getsize(reader) == size for reader, size in sizes.items()):
+        if any(os.path.exists(reader + ".ended") for reader in readers):
+            break
+        time.sleep(0.001)
+directory.time = SimpleNamespace(sleep=until_read)
 for attempt in range(rounds):
     directory.write(folder, files(versions[attempt % len(versions)]))
 """
@@ -35,11 +43,12 @@ for attempt in range(rounds):
 READER = (
     PATHS
     + """
-import importlib, os
+import atexit, importlib, os
 from pathlib import Path
 from written import MODULES
 sys.path.insert(0, str(Path(sys.argv[1]).parent))
-imports, seen = 0, set()
+imports, seen, log = 0, set(), open(sys.argv[3], "ab", buffering=0)
+atexit.register(Path(sys.argv[3] + ".ended").touch)
 while imports < 20 or not os.path.exists(sys.argv[2]):
     for name in [name for name in sys.modules if name.split(".")[0] == "p"]:
         del sys.modules[name]
@@ -49,6 +58,7 @@ while imports < 20 or not os.path.exists(sys.argv[2]):
     missing = [path for path in MODULES if not os.path.exists(os.path.join(sys.argv[1], path))]
     assert not missing, missing
     imports += 1
+    log.write(b".")
 print(imports, *sorted(seen))
 """
 )
@@ -90,9 +100,12 @@ def test_builds_at_once_while_others_import(tmp_path: Path, kind: str, versions:
     if kind == "repository":
         (real / ".git").mkdir()
         (real / ".git" / "HEAD").write_text("ref: refs/heads/main\n", encoding="utf-8")
-    readers = [python(READER, out / "p", stop) for _ in range(2)]
+    logs = [tmp_path / f"imports{reader}" for reader in range(2)]
+    for log in logs:
+        log.touch()
+    readers = [python(READER, out / "p", stop, log) for log in logs]
     orders = [",".join([*versions[i % len(versions) :], *versions[: i % len(versions)]]) for i in range(4)]
-    writers = [python(WRITER, out / "p", order, rounds) for order in orders]
+    writers = [python(WRITER, out / "p", order, rounds, *logs) for order in orders]
     for writer in writers:
         ended(writer)
     stop.touch()

@@ -42,3 +42,30 @@ worker.main = lambda folder, rank: os.kill(os.getpid(), signal.SIGKILL) if rank 
     done = simulated("--form", "exchange", start=start)
     assert done.returncode != 0
     assert "RanksError: rank 2 of 4 ended with SIGKILL" in done.stderr
+
+
+def test_a_fork_that_is_killed_is_named_though_others_are_seen_first() -> None:
+    """The killed one of ranks that have all ended is to blame, not those before it that say that it is gone."""
+    start = """
+import os, signal
+from m2gen.bench.ranks import worker
+from m2gen.bench.ranks.launch import write_error
+def main(folder, rank):
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write_error(folder, rank, "RuntimeError: connection closed by peer")
+    os._exit(1)
+worker.main = main
+fork, wait, ranks = os.fork, os.waitpid, []
+def forked():
+    pid = fork()
+    ranks.append(pid)
+    return pid
+def waited(pid, options):
+    while ranks:
+        os.waitid(os.P_PID, ranks.pop(), os.WEXITED | os.WNOWAIT)
+    return wait(pid, options)
+os.fork, os.waitpid = forked, waited
+"""
+    done = simulated("--form", "exchange", start=start)
+    assert "RanksError: rank 2 of 4 ended with SIGKILL" in done.stderr

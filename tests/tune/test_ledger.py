@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +30,7 @@ from m2gen.spec import Objective
 from m2gen.tune import claim
 from m2gen.tune.ledger import Ledger, open_ledger
 from m2gen.tune.space import Subject, enumerate_space
-from m2gen.tune.study import RESULT, decode_trial, encode_trial
+from m2gen.tune.study import RESULT, decode_trial, encode_trial, read_journal
 from m2gen.tune.trial import Compiled, Samples, Trial
 from m2gen.variant import parse_variant
 
@@ -71,6 +73,45 @@ def optunas(path: Path) -> list[Any]:
     return storage.get_all_trials(study._study_id)
 
 
+class Clock(datetime):
+    """A clock by which every look is a second later, or earlier, than the one before."""
+
+    step = timedelta(seconds=1)
+    seen = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+        """Return the date, as the host's or in a zone."""
+        cls.seen += cls.step
+        return cls.seen.astimezone(tz).replace(tzinfo=tz)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
+    """Have Optuna date trials by a clock that goes on by a second a look."""
+    monkeypatch.setattr(Clock, "step", Clock.step)
+    monkeypatch.setattr(Clock, "seen", Clock.seen)
+    monkeypatch.setattr("optuna.storages.journal._storage.datetime", Clock)
+    monkeypatch.setattr("optuna.trial._frozen.datetime", SimpleNamespace(datetime=Clock))
+    return Clock
+
+
+def test_a_clock_that_is_set_back_reverses_no_candidates_trials(tmp_path: Path, clock: type[Clock]) -> None:
+    """A candidate that failed after it had passed has failed, whatever the dates of its trials."""
+    path = tmp_path / "j.log"
+    one = ledger(path)
+    for point in POINTS[:2]:
+        assert one.claim(point)
+        one.record(trial(point))
+    clock.step = -timedelta(hours=1)
+    one.record(trial(POINTS[1], failed=True))
+    passed, failed = optunas(path)[1:]
+    assert (failed.number, failed.datetime_complete < passed.datetime_complete) == (2, True)
+    ((_, trials),) = read_journal(path)
+    assert trials == ledger(path).trials() == [trial(POINTS[0]), trial(POINTS[1]), trial(POINTS[1], failed=True)]
+
+
+@pytest.mark.usefixtures("clock")
 def test_trials_come_back_as_they_were(tmp_path: Path) -> None:
     """In order, with all that is known; a later trial of a candidate counts in the place of the earlier."""
     written = [trial(point, failed=index % 2 == 1) for index, point in enumerate(POINTS[:4])]

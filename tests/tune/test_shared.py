@@ -19,6 +19,7 @@ import pytest
 import shared_worker
 import simulated
 import sqlalchemy as sql
+from optuna.exceptions import StorageInternalError
 from searches import SPEC, STANDARD, Silent
 from simulated import lines
 from support import ROOT
@@ -27,14 +28,14 @@ from m2gen.db import Database, Environment
 from m2gen.errors import TuneError, UsageError
 from m2gen.pipeline import plan
 from m2gen.pipeline.goals import TuneRequest
-from m2gen.pipeline.tune import study_name, tune
-from m2gen.schedule import default
+from m2gen.pipeline.tune import dry_run, study_name, tune
+from m2gen.schedule import AnySchedule, default
 from m2gen.spec import Objective
 from m2gen.tune.ledger import USUAL, Ledger, Pace, open_ledger
 from m2gen.tune.log import SearchProgress
 from m2gen.tune.memory import MemoryBound
 from m2gen.tune.space import Subject
-from m2gen.tune.storage import open_database
+from m2gen.tune.storage import open_database, open_journal, raced
 from m2gen.tune.study import read_journal
 from m2gen.tune.trial import Samples, Trial
 from m2gen.variant import parse_variant
@@ -165,6 +166,53 @@ def test_a_default_that_another_worker_tried_late(folder: Path, monkeypatch: pyt
     assert {trial.worker for trial in tuned.outcome.trials} == {"other", "simulated:0"}
 
 
+class Leaving(Ledger):
+    """A ledger beside which another worker gives up the last candidate, right when this one is about to end."""
+
+    MOMENTS = ("after adopt", "before pending")
+
+    def __init__(self, path: Path, search: dict[str, Any], last: AnySchedule, points: int, moment: str) -> None:
+        self._last, self._points, self._moment = last, points, moment
+        self._other = Ledger(open_journal(path), search, "other")
+        assert self._other.claim(last)
+        super().__init__(open_journal(path), search, "this")
+
+    def adopt(self) -> list[AnySchedule]:
+        """Look, then have the other leave."""
+        found = super().adopt()
+        self._leave("after adopt")
+        return found
+
+    def pending(self) -> int:
+        """Have the other leave, then look."""
+        self._leave("before pending")
+        return super().pending()
+
+    def _leave(self, moment: str) -> None:
+        if moment == self._moment and len(self._recorded) == self._points - 1:
+            self._other.close()
+
+
+@pytest.mark.parametrize("moment", Leaving.MOMENTS)
+def test_a_candidate_that_is_given_up_at_the_end_is_tried(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """A worker that has tried everything else looks again after the others have gone."""
+    simulated.script(folder / "script.json")
+    (folder / "one.yaml").write_text(SPEC.replace("state_expansion: 64", "state_expansion: 16"), encoding="utf-8")
+    request = TuneRequest(Database(folder / "db"), seconds=600, objective=Objective.INFER)
+    (size,) = dry_run(plan("one.yaml"), request, simulated.DEVICE, 1)
+    *_, last = size.space.points
+
+    def opened(path: Path, search: dict[str, Any], worker: str, *, fresh: bool) -> Ledger:
+        return Leaving(path, search, last, len(size.space.points), moment)
+
+    monkeypatch.setattr(sys.modules["m2gen.pipeline.tune"], "open_ledger", opened)
+    (tuned,) = tune(plan("one.yaml"), request, simulated.context(), Silent())
+    assert {trial.schedule for trial in tuned.outcome.trials} == {*size.space.points}
+    assert [trial.origin for trial in tuned.outcome.trials if trial.schedule == last] == ["adopted"]
+
+
 def _study(url: str) -> list[Trial]:
     """Return the trials of the one study that a database holds, as Optuna lists them."""
     import optuna
@@ -240,6 +288,51 @@ SEARCH = {"study": "study"}
 
 def _open(path: Path, worker: str, pace: Pace = USUAL) -> Ledger:
     return Ledger(open_database(_url(path)), SEARCH, worker, pace=pace)
+
+
+def test_two_that_create_the_tables_at_once(tmp_path: Path) -> None:
+    """Right before one creates the first table, another creates them all: both have the study."""
+    from optuna.storages._rdb.models import StudyModel
+
+    others: list[Ledger] = []
+    first = iter([True])
+
+    def before(*_: Any, **__: Any) -> None:
+        if next(first, False):
+            others.append(_open(tmp_path, "two"))
+
+    sql.event.listen(StudyModel.__table__, "before_create", before)
+    try:
+        one = _open(tmp_path, "one")
+    finally:
+        sql.event.remove(StudyModel.__table__, "before_create", before)
+    assert one.claim(SCHEDULE)
+    one.record(TRIAL)
+    assert others[0].trials() == [TRIAL]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(("said", "attempts"), [("database is locked", 2), ("unable to open database file", 1)])
+def test_what_another_locks_is_tried_again(said: str, attempts: int, wrapped: bool) -> None:
+    """An error that passes is waited for, whether Optuna wraps it or not; one that does not is raised at once."""
+    made = 0
+
+    def make() -> str:
+        nonlocal made
+        made += 1
+        if made > 1:
+            return "made"
+        error = sql.exc.OperationalError("CREATE TABLE", {}, Exception(said))
+        if wrapped:
+            raise StorageInternalError("an exception is raised during the commit") from error
+        raise error
+
+    if attempts == 2:
+        assert raced(make) == "made"
+    else:
+        with pytest.raises((sql.exc.OperationalError, StorageInternalError)):
+            raced(make)
+    assert made == attempts
 
 
 def test_a_candidate_is_claimed_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,18 +12,37 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from m2gen.bench.ranks.entries import QUIET_SECONDS
 from m2gen.bench.ranks.pulse import state_of
 from m2gen.errors import RanksError
 
 POLL_SECONDS = 0.1
+LOOKS = 10
+"""How often it is looked, once a rank has failed, whether another was killed before that."""
+ABORTED = -signal.SIGABRT
+"""Status of a process that gave up, as libraries have one do once another rank is gone."""
 CPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 """Environment of ranks that are CPUs."""
 
 
-def error_file(folder: Path, rank: int) -> Path:
-    """Return where a rank says in one line what it failed with."""
+class Process(Protocol):
+    """A rank's process, of which ``returncode`` is what ``poll`` returned last."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+
+def write_error(folder: Path, rank: int, error: str) -> None:
+    """Say in one line what a rank failed with, and when by the host's steady clock: dates of files may tie."""
+    beside = folder / f"new.error.{rank}"
+    beside.write_text(json.dumps({"at": time.monotonic_ns(), "error": error}), encoding="utf-8")
+    beside.replace(_error_file(folder, rank))
+
+
+def _error_file(folder: Path, rank: int) -> Path:
     return folder / f"error.{rank}"
 
 
@@ -42,7 +62,7 @@ def run_ranks(
         while True:
             states = [process.poll() for process in processes]
             if any(states):
-                raise RanksError(_failure(processes, folder))
+                raise RanksError(failure(processes, folder))
             if all(state == 0 for state in states):
                 return
             if (now := _state(folder)) != seen:
@@ -96,17 +116,44 @@ def _state(folder: Path) -> tuple[float, ...]:
     return tuple(found)
 
 
-def _failure(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> str:
-    """Return what the first rank failed with: the others fail since it is gone."""
-    said = {rank: path for rank in range(len(processes)) if (path := error_file(folder, rank)).is_file()}
-    died = [rank for rank, process in enumerate(processes) if process.poll() and rank not in said]
-    if died:  # before it could say anything, and so before those that missed it
-        rank = died[0]
-        status = processes[rank].returncode
-        how = signal.Signals(-status).name if status < 0 else f"status {status}"
-        return f"rank {rank} of {len(processes)} ended with {how}: {_last_line(folder / f'output.{rank}')}"
-    rank = min(said, key=lambda r: said[r].stat().st_mtime)
-    return f"rank {rank} of {len(processes)} failed: {said[rank].read_text(encoding='utf-8')}"
+def failure(processes: Sequence[Process], folder: Path) -> str:
+    """Return what the first rank failed with: the others fail since it is gone.
+
+    A process closes its connections before it can be waited for, so that others may have said that it is gone, and
+    ended, while it still seems to run: a rank that spoke or aborts is not blamed before there was time to find it.
+    """
+    died, said = _ended(processes, folder)
+    for _ in range(LOOKS):
+        statuses = [process.returncode for process in processes]
+        if any(statuses[rank] != ABORTED for rank in died) or None not in statuses:
+            break
+        time.sleep(POLL_SECONDS)
+        late, said = _ended(processes, folder)
+        died = [rank for rank in late if processes[rank].returncode != ABORTED] or died
+    if not died:
+        rank = min(said, key=lambda rank: said[rank])
+        return f"rank {rank} of {len(processes)} failed: {said[rank][1]}"
+    rank = min(died, key=lambda rank: _doubt(processes[rank].returncode or 0))
+    status = processes[rank].returncode or 0
+    how = signal.Signals(-status).name if status < 0 else f"status {status}"
+    return f"rank {rank} of {len(processes)} ended with {how}: {_last_line(folder / f'output.{rank}')}"
+
+
+def _doubt(status: int) -> int:
+    """Return how likely it is that another rank's end made one end so: who is killed is not, who aborts may be."""
+    return 2 if status == ABORTED else int(status > 0)
+
+
+def _ended(processes: Sequence[Process], folder: Path) -> tuple[list[int], dict[int, tuple[int, str]]]:
+    """Return the ranks that ended without a word, and when and what others said."""
+    states = [process.poll() for process in processes]  # before files are listed: who has ended has said what it will
+    said = {rank: _said(path) for rank in range(len(states)) if (path := _error_file(folder, rank)).is_file()}
+    return [rank for rank, state in enumerate(states) if state and rank not in said], said
+
+
+def _said(path: Path) -> tuple[int, str]:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found["at"], found["error"]
 
 
 def _last_line(path: Path) -> str:
@@ -115,5 +162,5 @@ def _last_line(path: Path) -> str:
 
 
 def worker_command(folder: Path, rank: int) -> list[str]:
-    """Return the command of a rank of the job in ``folder``."""
-    return [sys.executable, "-m", "m2gen.bench.ranks.worker", str(folder), str(rank)]
+    """Return the command of a rank of the job in ``folder``, which ends with this process."""
+    return [sys.executable, "-m", "m2gen.bench.ranks", str(folder), str(rank), str(os.getpid())]

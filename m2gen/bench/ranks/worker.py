@@ -20,7 +20,7 @@ from m2gen.bench.ranks.check import DTYPES, Expected, checked_size, expected, ma
 from m2gen.bench.ranks.entries import Link, RankCase, RankDocument, RankJob, RankRow, Shape, read, write
 from m2gen.bench.ranks.forms import ForRanks, OverRanks, over_ranks
 from m2gen.bench.ranks.kinds import Form
-from m2gen.bench.ranks.launch import error_file
+from m2gen.bench.ranks.launch import write_error
 from m2gen.bench.ranks.pulse import Pulse
 from m2gen.bench.ranks.timing import (
     Collective,
@@ -35,21 +35,19 @@ from m2gen.bench.ranks.timing import (
 )
 from m2gen.db import Environment
 from m2gen.kernels.compile import load_module
-from m2gen.measure.workers import end_with_parent
 
 
 def main(folder: Path, rank: int) -> NoReturn:
     """Do a job as one of its ranks, and end the process; the first one writes results after each case."""
-    end_with_parent()
     pulse = Pulse(folder, rank)
     try:
         job = read(folder / "job.json", RankJob)
         _join(folder, job, rank)
         _Rank(job, folder, rank, pulse).serve()
     except BaseException as error:
-        traceback.print_exc()
         lines = f"{type(error).__name__}: {error}".splitlines()
-        error_file(folder, rank).write_text(lines[0], encoding="utf-8")
+        write_error(folder, rank, lines[0])
+        traceback.print_exc()
         _leave(1)
     _leave(0)
 
@@ -214,7 +212,3 @@ def _environment(device: torch.device) -> Environment | None:
 
     found = detect() if device.type == "cuda" else None
     return None if found is None else environment(found)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
