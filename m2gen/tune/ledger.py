@@ -82,7 +82,7 @@ class Ledger:
 
     def trials(self) -> list[Trial]:
         """Return the trials of all workers so far, in the order in which they ended."""
-        self._take_back()
+        self.take_back()
         return self.unseen()
 
     def news(self) -> list[Trial]:
@@ -107,7 +107,7 @@ class Ledger:
 
     def adopt(self) -> list[AnySchedule]:
         """Claim and return the candidates that nobody has any more."""
-        self._take_back()
+        self.take_back()
         waiting = [frozen for frozen in self._frozen() if frozen.state.name == "WAITING"]
         having = [(frozen, parse_any(frozen.user_attrs[SCHEDULE])) for frozen in waiting]
         return [schedule for frozen, schedule in having if self._resume(frozen, schedule)]
@@ -199,8 +199,8 @@ class Ledger:
             return False
         return self._settle(number, schedule)
 
-    def _take_back(self) -> None:
-        """Have the candidates of workers that are gone tried again, but none that a machine went down with.
+    def take_back(self) -> None:
+        """Leave the candidates of workers that are gone to whoever asks, but none that a machine went down with.
 
         Workers that share a database are gone if they are silent; a journal has no heartbeats, so that the processes
         of this host alone are known to be gone.

@@ -122,12 +122,20 @@ class Search:
         copies = sum(map(len, self._copies.values()))
         return len(self._compiling) + len(self._ready) + (self._running is not None) + copies
 
+    @property
+    def _full(self) -> bool:
+        """Whether there are as many trials as the search may have."""
+        most = self._log.limits.trials
+        return most is not None and len(self._log.trials) + self._underway >= most
+
     def _ask(self) -> Proposal | None:
+        if self._full:  # what others give up is for who has trials left, and not to be waited for
+            self._log.ledger.take_back()
+            return None
         for schedule in self._log.ledger.adopt():
             self._proposer.skip(schedule)
             self._adopted.append(Proposal(schedule, "adopted"))
-        most = self._log.limits.trials
-        while most is None or len(self._log.trials) + self._underway < most:
+        while not self._full:
             if self._adopted:
                 return self._adopted.pop()
             proposal = self._proposer.ask()

@@ -34,6 +34,7 @@ from m2gen.spec import Objective
 from m2gen.tune.ledger import USUAL, Ledger, Pace, open_ledger
 from m2gen.tune.log import SearchProgress
 from m2gen.tune.memory import MemoryBound
+from m2gen.tune.sampler import Sampler
 from m2gen.tune.space import Subject
 from m2gen.tune.storage import open_database, open_journal, raced
 from m2gen.tune.study import read_journal
@@ -211,6 +212,38 @@ def test_a_candidate_that_is_given_up_at_the_end_is_tried(
     (tuned,) = tune(plan("one.yaml"), request, simulated.context(), Silent())
     assert {trial.schedule for trial in tuned.outcome.trials} == {*size.space.points}
     assert [trial.origin for trial in tuned.outcome.trials if trial.schedule == last] == ["adopted"]
+
+
+class GivingUp(Beside):
+    """A watcher in whose search another worker gives a candidate up with the last trial that there may be."""
+
+    LEFT = replace(STANDARD, interval=2 * STANDARD.interval)
+
+    def open(self, storage: str, search: dict[str, Any], worker: str, *, fresh: bool) -> Ledger:
+        self.others = [Ledger(open_database(storage), search, "other")]
+        return Ledger(open_database(storage), search, worker, fresh=fresh)
+
+    def trial(self, trial: Trial, progress: SearchProgress) -> None:
+        Silent.trial(self, trial, progress)
+        if len(self.trials) == progress.most:
+            assert self.others[0].claim(self.LEFT)
+            self.others[0].release(self.LEFT)
+
+    def stage(self, text: str) -> None:
+        if text.startswith("final"):
+            assert self.others[0].pending() == 0, "nobody has it who cannot try it"
+
+
+def test_a_search_takes_over_no_more_than_it_may_try(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another gives up is left to others: two such searches would wait for each other until their budgets end."""
+    simulated.script(folder / "script.json")
+    watcher = GivingUp()
+    monkeypatch.setattr(sys.modules["m2gen.pipeline.tune"], "open_ledger", watcher.open)
+    request = TuneRequest(Database(folder / "db"), seconds=60, trials=4, storage=_url(folder), sampler=Sampler.RANDOM)
+    (tuned,) = tune(plan("one.yaml"), request, simulated.context(), watcher)
+    assert len(tuned.outcome.trials) == 4
+    assert GivingUp.LEFT not in {trial.schedule for trial in tuned.outcome.trials}
+    assert watcher.others[0].adopt() == [GivingUp.LEFT]
 
 
 def _study(url: str) -> list[Trial]:
