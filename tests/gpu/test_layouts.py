@@ -8,9 +8,9 @@ import pytest
 import torch
 from support import make_variant
 
-from m2gen.device import detect
+from m2gen.device import Device, detect
 from m2gen.measure.checks import STEPS, seeded_cases
-from m2gen.schedule import Mma, Wgmma, check, default, parse
+from m2gen.schedule import Mma, Schedule, Wgmma, check, default, parse
 from m2gen.schedule.wgmma import HOPPER
 from m2gen.spec import Objective
 from m2gen.tune.candidate import load
@@ -28,6 +28,15 @@ VARIANTS = {
 }
 
 
+def within_budget(variant: Variant, schedule: Schedule, device: Device) -> None:
+    """Fail unless every output and gradient is, on the check's problems and on those that it holds back."""
+    candidate = Candidate(load(variant, check(variant, schedule, device)), variant, schedule, Objective.TRAIN)
+    asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
+    verdict = check_candidate(candidate, asked, torch.device("cuda"))
+    assert verdict.failure is None, verdict.failure
+    assert {"y", "state", "dq", "dk", "dv", "dweight", "dforget"} <= {error.tensor for error in verdict.errors}
+
+
 @pytest.mark.parametrize("warps", [None, 2])
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
 def test_every_output_and_gradient(variant: Variant, warps: int | None) -> None:
@@ -38,11 +47,7 @@ def test_every_output_and_gradient(variant: Variant, warps: int | None) -> None:
     if warps is not None:
         parts = {side: replace(getattr(schedule, side), warps=warps) for side in ("forward", "backward")}
         schedule = replace(schedule, **parts)
-    candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
-    asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
-    verdict = check_candidate(candidate, asked, torch.device("cuda"))
-    assert verdict.failure is None, verdict.failure
-    assert {"y", "state", "dq", "dk", "dv", "dweight", "dforget"} <= {error.tensor for error in verdict.errors}
+    within_budget(variant, schedule, device)
 
 
 GROUPED = {
@@ -63,10 +68,20 @@ def test_warpgroups(variant: Variant, interval: int) -> None:
     if device.arch != HOPPER:
         pytest.skip("only Hopper has wgmma")
     schedule = replace(Wgmma.default(variant, device), interval=interval)
-    candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
-    asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
-    verdict = check_candidate(candidate, asked, torch.device("cuda"))
-    assert verdict.failure is None, verdict.failure
+    within_budget(variant, schedule, device)
+
+
+@pytest.mark.parametrize("variant", GROUPED.values(), ids=GROUPED.keys())
+@pytest.mark.parametrize("interval", [8, 5])
+@pytest.mark.parametrize("forwards", [True, False], ids=["both", "backwards"])
+def test_warpgroups_with_slots(variant: Variant, interval: int, forwards: bool) -> None:
+    """The same of kernels whose steps have slots, with as many as a product has, and with fewer."""
+    device = detect()
+    assert device is not None
+    if device.arch != HOPPER:
+        pytest.skip("only Hopper has wgmma")
+    both, backwards = Wgmma.default(variant, device).with_slots
+    within_budget(variant, replace(both if forwards else backwards, interval=interval), device)
 
 
 APART = {
@@ -84,10 +99,7 @@ def test_warps_with_rows_of_their_own(name: str, forward: str) -> None:
     assert device is not None
     usual = Mma.default(variant, device)
     schedule = parse(f"mma_{forward}_{usual.backward.slug}_i{usual.interval}_{usual.tanh}")
-    candidate = Candidate(load(variant, check(variant, schedule, device)), variant, schedule, Objective.TRAIN)
-    asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
-    verdict = check_candidate(candidate, asked, torch.device("cuda"))
-    assert verdict.failure is None, verdict.failure
+    within_budget(variant, schedule, device)
 
 
 SLOTS = {
@@ -104,10 +116,7 @@ def test_forwards_with_slots(name: str, tile: str) -> None:
     variant, device = SLOTS[name][0], detect()
     assert device is not None
     schedule = parse(f"mma_f{tile}u8at_b{tile}c8at_i8_{Mma.default(variant, device).tanh}")
-    candidate = Candidate(load(variant, check(variant, schedule, device)), variant, schedule, Objective.TRAIN)
-    asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
-    verdict = check_candidate(candidate, asked, torch.device("cuda"))
-    assert verdict.failure is None, verdict.failure
+    within_budget(variant, schedule, device)
 
 
 def test_the_widest_state() -> None:
@@ -115,7 +124,4 @@ def test_the_widest_state() -> None:
     variant = make_variant(128, 128, (8, 8, 8, 8, 8), "bf16", tanh="approx")
     device = detect()
     assert device is not None
-    schedule = default(variant, device)
-    candidate = Candidate(load(variant, schedule), variant, schedule, Objective.TRAIN)
-    asked = (*seeded_cases(variant, STEPS), *seeded_cases(variant, STEPS, held_out=True))
-    assert check_candidate(candidate, asked, torch.device("cuda")).failure is None
+    within_budget(variant, default(variant, device), device)
