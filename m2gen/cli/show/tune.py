@@ -30,7 +30,7 @@ ORIGINS = {
     "record": "a record of these calls, on this GPU",
     "similar": "won on this architecture, for the same dims",
     "elsewhere": "won on another architecture, for the same dims",
-    "tile": "rows or segments traded for programs",
+    "tile": "rows, segments or slots, which several knobs make together",
     "neighbour": "one knob from the default",
 }
 """Why a candidate is among the first, by its origin."""
