@@ -74,8 +74,8 @@ def _wgmma(k: Lowering) -> dict[str, str]:
         **layouts.warpgroup(k.variant),
         "KEYS": layouts.keys(k.backward),
     }
-    if not k.slots:
+    if not (k.forward_slots or k.slots):
         return found
-    unused = (*layouts.BACKWARD_SHUFFLES, *(layouts.FORWARD_SHUFFLES if k.forward_slots else ("FORWARD_SLOTS",)))
-    found |= layouts.warpgroup_slots()
+    unused = () if not k.slots else layouts.BACKWARD_SHUFFLES if k.shuffles else layouts.SHUFFLES
+    found |= layouts.warpgroup_slots(k.forward_slots, k.slots)
     return {name: layout for name, layout in found.items() if name not in unused}

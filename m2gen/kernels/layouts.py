@@ -133,18 +133,20 @@ def warpgroup(variant: Variant) -> dict[str, str]:
 
 
 BACKWARD_SHUFFLES = ("BACKWARD_VECTOR", "COL_SUMS", "COL_SUMS_LOADED", "COLS")
-FORWARD_SHUFFLES = ("KEYS", "ROW_EIGHTHS", "SUMS")
-"""Layouts that a warpgroup's kernels need to sum by shuffles, unless their steps have slots."""
+"""Layouts that a warpgroup's backward needs to sum by shuffles, unless its steps have slots."""
+SHUFFLES = (*BACKWARD_SHUFFLES, "KEYS", "ROW_EIGHTHS", "SUMS")
+"""Those that neither kernel needs where both have slots."""
 
 
-def warpgroup_slots() -> dict[str, str]:
-    """Return the layouts of a warpgroup's kernels whose steps have slots: sums are 64 rows of 8 or 16 steps."""
-    return {
-        "LEFT": "gl.DotOperandLayout(0, BACKWARD_TILE, 2)",
-        "SLOT_TILE": "gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])",
-        "FORWARD_SLOTS": "gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])",
-        "SLOTS_LOADED": "gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])",
-    }
+def warpgroup_slots(forward: bool, backward: bool) -> dict[str, str]:
+    """Return the layouts of a warpgroup's kernels whose steps have slots: sums are 64 rows of 16 or 8 steps."""
+    found = {"LEFT": "gl.DotOperandLayout(0, FORWARD_TILE, 2)"}
+    if forward:
+        found["FORWARD_SLOTS"] = "gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])"
+    if backward:
+        found["SLOT_TILE"] = "gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])"
+        found["SLOTS_LOADED"] = "gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])"
+    return found
 
 
 def scratch(variant: Variant) -> str:

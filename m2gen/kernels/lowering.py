@@ -145,6 +145,11 @@ class Lowering:
         return self.forward.slots
 
     @property
+    def shuffles(self) -> bool:
+        """Whether a warpgroup sums by shuffles, as it does unless the steps of both kernels have slots."""
+        return self.wgmma and not (self.slots and self.forward_slots)
+
+    @property
     def slot_rows(self) -> int:
         """Rows of a warp of such a backward."""
         return self.backward.rows // self.backward.warps

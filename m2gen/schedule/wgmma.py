@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self
 
 from m2gen.device import Device
-from m2gen.schedule.knobs import Axes, Family, Knobs, Reduction, Scratch, Tanh, Value, best_tanh, tanh_problems
+from m2gen.schedule.knobs import Axes, Family, Knobs, Reduction, Scratch, Tanh, best_tanh, tanh_problems
 from m2gen.spec import Dtype
 from m2gen.variant import Variant
 
@@ -134,11 +134,6 @@ class Wgmma(Knobs):
         """Whether the backward evaluates a step twice: where states alone are kept of it."""
         return not self.slots
 
-    @classmethod
-    def beside(cls, values: Mapping[str, Value]) -> Mapping[str, Value]:
-        """Return what a backward must have beside a forward with slots, whose states are saved as often."""
-        return {"backward.scratch": Scratch.SLOTS} if values.get("forward.slots") else {}
-
     def scratch_bytes(self, variant: Variant) -> int:
         """Return what one program keeps of steps in shared memory; without slots an interval's last is in registers."""
         return self.interval * SLOT_BYTES if self.slots else (self.interval - 1) * STATE_BYTES
@@ -156,8 +151,6 @@ class Wgmma(Knobs):
             yield f"interval must be from 2 to {most}{beside}, got {self.interval}"
         if self.backward.scratch is Scratch.L2:
             yield f"backward.scratch must be shared or slots, got {self.backward.scratch}"
-        if self.forward.slots and not self.slots:
-            yield f"backward.scratch must be slots where the forward has slots, got {self.backward.scratch}"
         yield from tanh_problems(self.tanh, variant, device)
 
     @property

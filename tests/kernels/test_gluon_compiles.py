@@ -139,6 +139,7 @@ GROUPED = {
         "wgmma_pp_i4_exp",
     ),
     "slots": (make_variant(64, 64, (2, 2, 2, 2, 2), "bf16", tanh="approx"), "wgmma_atat_i8_ptx"),
+    "forward_slots": (make_variant(64, 64, (2, 2, 2, 2, 2), "bf16", tanh="approx"), "wgmma_ata_i12_ptx"),
     "masked_slots": (make_variant(96, 40, (1, 2, 4, 2, 4), "fp16", "total", gate="softplus"), "wgmma_ptpt_i4_exp"),
 }
 
@@ -159,7 +160,7 @@ def test_warpgroups_compile(variant: Variant, slug: str) -> None:
             needed = schedule.scratch_bytes(variant) + (SLOTS_OPERANDS_BYTES if schedule.slots else OPERANDS_BYTES)
             assert needed - 1024 < resources.shared_bytes <= needed + (0 if schedule.slots else 1024)
             assert resources.spill_bytes <= 128 or not schedule.slots
-        if job.direction is Direction.FORWARD and schedule.slots:
+        if job.direction is Direction.FORWARD and schedule.forward.slots:
             assert (resources.spill_bytes, resources.shared_bytes) == (0, 22_656)  # W, H and the steps' vectors
     assert b"wgmma" in compiled(jobs[0]).asm["ptx"].encode()
 

@@ -71,6 +71,7 @@ CASES = {
     "warpgroups_compute_gates": (replace(SQUARE, gate=GATED.gate), "wgmma_aa_i4_exp"),
     "warpgroups_with_slots": (SQUARE, "wgmma_atat_i8_ptx"),
     "warpgroups_with_slots_backwards": (SQUARE, "wgmma_aat_i8_ptx"),
+    "warpgroups_with_slots_forwards": (SQUARE, "wgmma_ata_i12_ptx"),
     "warpgroups_with_slots_of_two_tiles": (replace(SQUARE, state_expansion=100), "wgmma_ptpt_i4_ptx"),
     "warpgroups_with_slots_in_half_precision": (replace(SQUARE, dtype=HALF.dtype), "wgmma_atat_i5_exp"),
     "warpgroups_with_slots_clamp_all": (replace(SQUARE, clip=HALF.clip), "wgmma_atat_i8_ptx"),

@@ -221,6 +221,9 @@ def test_slots_of_a_warpgroup_are_tried_first() -> None:
         every = product(("atat", "aat"), (2, 4, 8), Tanh)
         assert {both, backwards} <= chosen <= {f"wgmma_{slots}_i{steps}_{tanh}" for slots, steps, tanh in every}
         assert [point.slug for point in tiles(starts, points)[:2]] == [both, backwards]
+        assert "wgmma_ata_i12_ptx" in {point.slug for point in neighbours(Wgmma.default(variant, DEVICE), points)}
+    prefill = enumerate_space(Subject(variant, DEVICE, Objective.INFER, 4, 1024)).points
+    assert "wgmma_ata_i12_ptx" in {point.slug for point in prefill}
 
 
 def test_the_hash_names_the_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
