@@ -336,7 +336,7 @@ def load_module(source: str) -> ModuleType:
     products.async_copy = SimpleNamespace(
         async_copy_global_to_shared=copy_ahead, commit_group=lambda: None, wait_group=lambda _: None
     )
-    products.warpgroup_mma_wait = lambda left, waited: waited[0] if len(waited) == 1 else tuple(waited)
+    products.warpgroup_mma_wait = lambda left, waited: waited[0]
     gluon = SimpleNamespace(jit=_jit, language=gl)
     modules: dict[str, Any] = {"triton": SimpleNamespace(language=named, __version__="3.6.0"), "triton.language": named}
     modules |= {"triton.experimental": SimpleNamespace(gluon=gluon), "triton.experimental.gluon": gluon}
