@@ -44,17 +44,18 @@ def _owner(path: Path) -> str:
     """Return the process that holds a lock, as it wrote into the file; the last owner, if any, may still be there."""
     for _ in range(LOOKS):
         owner = path.read_text(encoding="utf-8", errors="replace")[:20].strip()
-        if owner and not (owner.isdecimal() and _dead(int(owner))):
+        if owner and (not owner.isdecimal() or alive(int(owner))):
             return owner
         time.sleep(POLL_SECONDS)
     return "unknown"
 
 
-def _dead(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Return whether a process of this host runs, be it another user's."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:  # another user's
+        return False
+    except PermissionError:
         pass
-    return False
+    return True

@@ -7,6 +7,8 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from m2gen.measure.lock import alive
+
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -29,7 +31,7 @@ class Claim:
 
     def gone(self, here: Claim) -> bool:
         """Return whether the process of this claim is known to be gone: it was on this host, and is not any more."""
-        return self.host == here.host and (self.rebooted(here) or not _alive(self.pid) or self._earlier(here))
+        return self.host == here.host and (self.rebooted(here) or not alive(self.pid) or self._earlier(here))
 
     def rebooted(self, here: Claim) -> bool:
         """Return whether this host was started again since."""
@@ -38,13 +40,3 @@ class Claim:
     def _earlier(self, here: Claim) -> bool:
         """Return whether it is of an earlier search of the process that asks."""
         return (self.worker, self.pid) == (here.worker, here.pid)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -146,7 +146,7 @@ ENDINGS = {
     "status": ("import sys; print('out of luck'); sys.exit(3)", "rank 1 of 2 ended with status 3: out of luck"),
     "signal": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "rank 1 of 2 ended with SIGKILL"),
     "error": (
-        "import sys; open('error.1', 'w').write('{\"at\": 1, \"error\": \"ValueError: no\"}'); sys.exit(1)",
+        "import sys; open('error1.json', 'w').write('{\"at\": 1, \"error\": \"ValueError: no\"}'); sys.exit(1)",
         "rank 1 of 2 failed: ValueError: no",
     ),
 }

@@ -329,7 +329,7 @@ def test_a_claim_that_was_taken_back_loses_no_result(tmp_path: Path) -> None:
     one, two = ledger(path, "one"), ledger(path, "two")
     assert one.claim(POINTS[0])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claim, "_alive", lambda pid: False)
+        patch.setattr(claim, "alive", lambda pid: False)
         assert two.adopt() == [POINTS[0]]
     one.record(trial(POINTS[0]))
     two.record(trial(POINTS[0], failed=True))

@@ -169,6 +169,14 @@ def one_of(row: RankRow, rows: Sequence[RankRow]) -> RankRow | None:
 Value = TypeVar("Value")
 
 
+@dataclass(frozen=True)
+class RankFailure:
+    """What a rank failed with, in one line, and when by the host's steady clock: dates of files may tie."""
+
+    at: int
+    error: str
+
+
 def write(path: Path, value: Any) -> None:
     """Write a value of this module as JSON, whole or not at all."""
     beside = path.with_suffix(".new")

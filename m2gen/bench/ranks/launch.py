@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
-from m2gen.bench.ranks.entries import QUIET_SECONDS
+from m2gen.bench.ranks.entries import QUIET_SECONDS, RankFailure, read, write
 from m2gen.bench.ranks.pulse import state_of
 from m2gen.errors import RanksError
 
@@ -36,14 +35,12 @@ class Process(Protocol):
 
 
 def write_error(folder: Path, rank: int, error: str) -> None:
-    """Say in one line what a rank failed with, and when by the host's steady clock: dates of files may tie."""
-    beside = folder / f"new.error.{rank}"
-    beside.write_text(json.dumps({"at": time.monotonic_ns(), "error": error}), encoding="utf-8")
-    beside.replace(_error_file(folder, rank))
+    """Say in one line what a rank failed with."""
+    write(_error_file(folder, rank), RankFailure(time.monotonic_ns(), error))
 
 
 def _error_file(folder: Path, rank: int) -> Path:
-    return folder / f"error.{rank}"
+    return folder / f"error{rank}.json"
 
 
 def run_ranks(
@@ -131,8 +128,8 @@ def failure(processes: Sequence[Process], folder: Path) -> str:
         late, said = _ended(processes, folder)
         died = [rank for rank in late if processes[rank].returncode != ABORTED] or died
     if not died:
-        rank = min(said, key=lambda rank: said[rank])
-        return f"rank {rank} of {len(processes)} failed: {said[rank][1]}"
+        rank = min(said, key=lambda rank: said[rank].at)
+        return f"rank {rank} of {len(processes)} failed: {said[rank].error}"
     rank = min(died, key=lambda rank: _doubt(processes[rank].returncode or 0))
     status = processes[rank].returncode or 0
     how = signal.Signals(-status).name if status < 0 else f"status {status}"
@@ -144,16 +141,13 @@ def _doubt(status: int) -> int:
     return 2 if status == ABORTED else int(status > 0)
 
 
-def _ended(processes: Sequence[Process], folder: Path) -> tuple[list[int], dict[int, tuple[int, str]]]:
+def _ended(processes: Sequence[Process], folder: Path) -> tuple[list[int], dict[int, RankFailure]]:
     """Return the ranks that ended without a word, and when and what others said."""
     states = [process.poll() for process in processes]  # before files are listed: who has ended has said what it will
-    said = {rank: _said(path) for rank in range(len(states)) if (path := _error_file(folder, rank)).is_file()}
+    said = {
+        rank: read(path, RankFailure) for rank in range(len(states)) if (path := _error_file(folder, rank)).is_file()
+    }
     return [rank for rank, state in enumerate(states) if state and rank not in said], said
-
-
-def _said(path: Path) -> tuple[int, str]:
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return found["at"], found["error"]
 
 
 def _last_line(path: Path) -> str:
