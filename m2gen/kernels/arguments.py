@@ -13,8 +13,7 @@ Constant = int | bool | None
 
 ELEMENT = {Dtype.BF16: "*bf16", Dtype.FP16: "*fp16", Dtype.FP32: "*fp32"}
 STATE = "*fp32"
-CHECKPOINT = {False: STATE, True: "*fp16"}
-"""float16 where slots rebuild from saved states: products round them to 8 bits anyway."""
+CHECKPOINT = {"float32": STATE, "float16": "*fp16"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _forward(k: Lowering) -> Iterator[Argument]:
     yield Argument("h0", "constexpr")
     yield _pointer("y", STATE if k.y.shared else ELEMENT[k.variant.dtype])
     yield _pointer("ht", STATE)
-    yield _pointer("checkpoints", CHECKPOINT[k.slots])
+    yield _pointer("checkpoints", CHECKPOINT[k.checkpoint_dtype])
     yield Argument("cu_seqlens", "constexpr")
     yield from _progress(k)
     yield from _operand_strides(k.variant)
@@ -106,7 +105,7 @@ def _backward(k: Lowering) -> Iterator[Argument]:
     yield from _operands(variant)
     yield _pointer("dy", element)
     yield Argument("dht", "constexpr")
-    yield _pointer("checkpoints", CHECKPOINT[k.slots])
+    yield _pointer("checkpoints", CHECKPOINT[k.checkpoint_dtype])
     yield _pointer("scratch", STATE) if k.launch.scratch_elements else Argument("scratch", "constexpr")
     yield Argument("cu_seqlens", "constexpr")
     yield from _progress(k)

@@ -6,7 +6,6 @@ from m2gen.kernels import layouts, slots
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.reductions import Sums
 from m2gen.schedule import Family
-from m2gen.variant import MIN_TILE
 
 
 def constants(k: Lowering) -> dict[str, int]:
@@ -16,15 +15,13 @@ def constants(k: Lowering) -> dict[str, int]:
     found |= {"N": heads.total, "NQ": heads.q, "NK": heads.k, "NV": heads.v, "NF": heads.f, "NW": heads.w}
     found |= {"INTERVAL": k.schedule.interval}
     found |= {"FORWARD_ROWS": forward.rows, "FORWARD_PARTS": forward.parts(variant)}
-    if k.wgmma and k.forward_slots:
-        found |= {"LOADED": MIN_TILE // k.schedule.interval * k.schedule.interval}
     if not k.wgmma:
         found |= {"UNROLL": forward.unroll}
     if k.warps_have_slots:
         found |= {"WARPS": backward.warps, "ROWS": k.slot_rows}
     else:
         found |= {"BACKWARD_ROWS": backward.rows, "BACKWARD_PARTS": backward.parts(variant)}
-    if not (k.slots or k.wgmma):
+    if not k.slots:
         found |= {"CHUNK": backward.chunk}
     if k.segmented:
         found |= {"SEGMENTS": k.schedule.segments, "SHORTEST": k.schedule.shortest_segment}
@@ -66,16 +63,10 @@ def _mma(k: Lowering) -> dict[str, str]:
 
 def _wgmma(k: Lowering) -> dict[str, str]:
     tile = f"gl.NVMMADistributedLayout([3, 0], [4, 1], [16, {k.variant.padded_cols}, 16])"
-    found = {
+    return {
         "FORWARD_TILE": tile,
         "BACKWARD_TILE": tile,
         "FORWARD_VECTOR": layouts.vector(k.forward),
-        "BACKWARD_VECTOR": layouts.vector(k.backward),
         **layouts.warpgroup(k.variant),
         "KEYS": layouts.keys(k.backward),
     }
-    if not (k.forward_slots or k.slots):
-        return found
-    unused = () if not k.slots else layouts.BACKWARD_SHUFFLES if k.shuffles else layouts.SHUFFLES
-    found |= layouts.warpgroup_slots(k.forward_slots, k.slots)
-    return {name: layout for name, layout in found.items() if name not in unused}

@@ -105,23 +105,23 @@ def all_sums() -> str:
 def warpgroup(variant: Variant) -> dict[str, str]:
     """Return the layouts of kernels whose four warps have 16 rows each of all columns.
 
-    Lanes with the same columns share what they have summed over rows, an eighth of the columns each.
+    Lanes with the same columns share what they have summed over rows for y, an eighth of the columns each. Sums over
+    an interval's steps, 64 rows of 8 slots, are products.
     """
     cols = variant.padded_cols
     quads = (*((0, col) for col in (1, 2)), *LANE_ROWS)
-    loaded = (*((0, col) for col in (1, 2)), *((2 * row, 0) for row, _ in LANE_ROWS))
     wide = ((0, 1), *((0, col) for col in powers(8, cols)))
-    rows, sums = ((16, 0), (32, 0)), ((8, 0), (16, 0))
+    sums = ((8, 0), (16, 0))
     linear = {
         "ROW_SUMS": Linear((32, cols), wide, (*LANE_COLS, *LANE_ROWS), sums),
         "ROW_EIGHTHS": Linear((32, cols // 8), ((0, 1),), (*LANE_COLS, *LANE_ROWS), sums),
-        "COL_SUMS": Linear((64, 4), ((8, 0),), quads, rows),
-        "COL_SUMS_LOADED": Linear((64, 4), ((1, 0),), loaded, rows),
         "ALL_SUMS": Linear((32, 4), (), quads, sums),
     }
     return {
         **{name: str(layout) for name, layout in linear.items()},
-        "COLS": "gl.SliceLayout(0, FORWARD_TILE)",
+        "LEFT": "gl.DotOperandLayout(0, FORWARD_TILE, 2)",
+        "SLOT_TILE": "gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])",
+        "SLOTS_LOADED": "gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])",
         "SUMS": "gl.BlockedLayout([1], [32], [4], [0])",
         "THREADS_SUMS": "gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])",
         "INTERVAL_LINE": "gl.SliceLayout(1, THREADS_SUMS)",
@@ -130,23 +130,6 @@ def warpgroup(variant: Variant) -> dict[str, str]:
         "PLAIN": "gl.SwizzledSharedLayout(1, 1, 1, [1, 0])",
         "LINE": "gl.SwizzledSharedLayout(1, 1, 1, [0])",
     }
-
-
-BACKWARD_SHUFFLES = ("BACKWARD_VECTOR", "COL_SUMS", "COL_SUMS_LOADED", "COLS")
-"""Layouts that a warpgroup's backward needs to sum by shuffles, unless its steps have slots."""
-SHUFFLES = (*BACKWARD_SHUFFLES, "KEYS", "ROW_EIGHTHS", "SUMS")
-"""Those that neither kernel needs where both have slots."""
-
-
-def warpgroup_slots(forward: bool, backward: bool) -> dict[str, str]:
-    """Return the layouts of a warpgroup's kernels whose steps have slots: sums are 64 rows of 16 or 8 steps."""
-    found = {"LEFT": "gl.DotOperandLayout(0, FORWARD_TILE, 2)"}
-    if forward:
-        found["FORWARD_SLOTS"] = "gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 16, 16])"
-    if backward:
-        found["SLOT_TILE"] = "gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])"
-        found["SLOTS_LOADED"] = "gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])"
-    return found
 
 
 def scratch(variant: Variant) -> str:

@@ -35,6 +35,6 @@ FORWARD_VECTORS = (
 BACKWARD_VECTORS = (
     Vector("q", "row", "K"),
     Vector("k", "row", "K"),
-    Vector("v", "col", "V", tile=True),
+    Vector("v", "col", "V"),
     Vector("dy", "col", "V"),
 )

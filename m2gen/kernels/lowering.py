@@ -145,11 +145,6 @@ class Lowering:
         return self.forward.slots
 
     @property
-    def shuffles(self) -> bool:
-        """Whether a warpgroup sums by shuffles, as it does unless the steps of both kernels have slots."""
-        return self.wgmma and not (self.slots and self.forward_slots)
-
-    @property
     def slot_rows(self) -> int:
         """Rows of a warp of such a backward."""
         return self.backward.rows // self.backward.warps
@@ -167,8 +162,8 @@ class Lowering:
 
     @property
     def checkpoint_dtype(self) -> str:
-        """Dtype of saved states: 16 bits where slots rebuild from them, since products round them to 8 bits anyway."""
-        return "float16" if self.slots else "float32"
+        """Dtype of the states that the forward saves."""
+        return "float16" if self.schedule.checkpoint_bytes(self.variant) == 2 else "float32"
 
     # Products.
 

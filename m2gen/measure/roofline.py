@@ -79,7 +79,7 @@ def work_of(variant: Variant, schedule: Schedule, sizes: tuple[int, int], *, tra
     states = batch * -(-seq // schedule.interval) * variant.total_heads * rows * cols
     flops = FORWARD_FLOPS + passes * REBUILD_FLOPS + BACKWARD_FLOPS
     products = 1 + passes + 2
-    traffic = 3 * operands + 2 * y + 2 * states * schedule.checkpoint_bytes
+    traffic = 3 * operands + 2 * y + 2 * states * schedule.checkpoint_bytes(variant)
     return Work((1 + passes) * elements, flops * elements, products * 2 * cols * elements, traffic)
 
 

@@ -144,9 +144,11 @@ class Knobs:
         """Whether each warp of such a backward makes the sums of its own rows, dW among them."""
         return False
 
-    @property
-    def checkpoint_bytes(self) -> int:
-        """Bytes of an element of the states that the forward saves."""
+    def checkpoint_bytes(self, variant: Variant) -> int:
+        """Return the bytes of an element of the states that the forward saves.
+
+        16 bits are enough where slots rebuild from them, since products round them to 8 bits anyway.
+        """
         return 2 if self.slots else 4
 
     def scratch_bytes(self, variant: Variant) -> int:

@@ -16,7 +16,7 @@ _TILES = re.compile(
     r"(portable|mma)_f(\d+)x(\d+)u(\d+)([ap])(t?)_b(\d+)x(\d+)c(\d+)([ap])([st]?)_i(\d+)(?:_s(\d+))?_(ptx|exp)",
     re.ASCII,
 )
-_WARPGROUP = re.compile(r"wgmma_([ap])(t?)([ap])(t?)_i(\d+)_(ptx|exp)", re.ASCII)
+_WARPGROUP = re.compile(r"wgmma_([ap])([ap])_i(\d+)_(ptx|exp)", re.ASCII)
 _LAYER = re.compile(rf"({'|'.join(LayerKernel)})((?:_[a-z][0-9]{{1,9}})+)", re.ASCII)
 _REDUCTIONS = {kind[0]: kind for kind in Reduction}
 
@@ -25,9 +25,8 @@ def parse(slug: str) -> Portable | Mma | Wgmma:
     """Return the schedule that a slug names; raises ``ScheduleError`` for any other text."""
     found = _WARPGROUP.fullmatch(slug)
     if found is not None:
-        forward = WarpgroupForward(_REDUCTIONS[found[1]], bool(found[2]))
-        backward = WarpgroupBackward(_REDUCTIONS[found[3]], Scratch.SLOTS if found[4] else Scratch.SHARED)
-        return Wgmma(forward, backward, int(found[5]), Tanh(found[6]))
+        forward, backward = WarpgroupForward(_REDUCTIONS[found[1]]), WarpgroupBackward(_REDUCTIONS[found[2]])
+        return Wgmma(forward, backward, int(found[3]), Tanh(found[4]))
     found = _TILES.fullmatch(slug)
     if found is None or (found[1] == "portable" and (found[6] or found[11])):
         raise ScheduleError(f"a schedule must begin with its family, as mma_f32x1u4a_b32x1c2as_i16_ptx, got {slug!r}")

@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
 from m2gen.device import Device
 from m2gen.schedule.knobs import Axes, Family, Knobs, Reduction, Scratch, Tanh, best_tanh, tanh_problems
-from m2gen.spec import Dtype
+from m2gen.spec import Dtype, GateKind
 from m2gen.variant import Variant
 
 HOPPER = "sm_90"
 """The one architecture that has ``wgmma``."""
 ROWS = COLS = 64
 """Rows of a warpgroup's product, and columns of the states that are served."""
-OPERANDS_BYTES = 44_160
-"""Shared memory that a backward needs beside its states: three operands of products, an interval's vectors, and sums of
-warps."""
-STATE_BYTES = ROWS * COLS * 4
 SLOTS = 8
-"""Most steps of an interval whose sums one product makes: the columns of a product."""
+"""Most steps of an interval, whose sums one product makes: the columns of a product."""
 SLOT_BYTES = ROWS * COLS * 3 * 2
 """A step's state, slope and gap."""
-SLOTS_OPERANDS_BYTES = 31_872
-"""Shared memory that a backward with slots needs beside these: W, D and an interval's vectors, and df's sums."""
-LONGEST_INTERVAL = 12
-"""Steps of an interval: as many states as fit in shared memory beside the operands."""
+OPERANDS_BYTES = 31_872
+"""Shared memory that a backward needs beside these: W, D and an interval's vectors, and df's sums."""
 MANY_HEADS = 16
 """With this many heads or more, a batch gives most SMs a warpgroup."""
 
 
 @dataclass(frozen=True)
 class Warpgroup:
-    """How either kernel runs: four warps of 16 rows each, step by step, states in shared memory."""
+    """How either kernel runs: four warps of 16 rows each, step by step."""
 
     reduction: Reduction
 
@@ -55,23 +49,14 @@ class Warpgroup:
 class WarpgroupForward(Warpgroup):
     """How the forward runs."""
 
-    slots: bool = False
-    """Whether each step whose operands are loaded together has a slot of the products that make k v^T and y."""
-
-    @property
-    def slug(self) -> str:
-        return super().slug + ("t" if self.slots else "")
+    slots: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
 class WarpgroupBackward(Warpgroup):
-    """How the backward runs."""
+    """How the backward runs: a step's state, slope and gap in shared memory, its sums in slots of products."""
 
-    scratch: Scratch = Scratch.SHARED
-
-    @property
-    def slug(self) -> str:
-        return super().slug + ("t" if self.scratch is Scratch.SLOTS else "")
+    scratch: ClassVar[Scratch] = Scratch.SLOTS
 
 
 @dataclass(frozen=True)
@@ -86,14 +71,11 @@ class Wgmma(Knobs):
 
     AXES: ClassVar[Axes] = {
         "forward.reduction": tuple(Reduction),
-        "forward.slots": (False, True),
         "backward.reduction": tuple(Reduction),
-        "backward.scratch": (Scratch.SHARED, Scratch.SLOTS),
-        "interval": (2, 4, 8, LONGEST_INTERVAL),
+        "interval": (2, 4, SLOTS),
         "tanh": tuple(Tanh),
     }
     PARTS: ClassVar = {"forward": WarpgroupForward, "backward": WarpgroupBackward}
-    IMPLIED: ClassVar = {"forward.slots": False, "backward.scratch": Scratch.SHARED}
 
     @classmethod
     def unsupported(cls, variant: Variant, device: Device) -> str:
@@ -117,40 +99,31 @@ class Wgmma(Knobs):
 
     @classmethod
     def default(cls, variant: Variant, device: Device) -> Self:
-        """Return what measurements say (docs/performance.md), with no search: as many states as fit."""
+        """Return what measurements say (docs/performance.md), with no search: as many steps as a product has slots."""
         forward, backward = WarpgroupForward(Reduction.ATOMIC), WarpgroupBackward(Reduction.ATOMIC)
-        return cls(forward, backward, LONGEST_INTERVAL, best_tanh(variant, device))
-
-    @property
-    def with_slots(self) -> tuple[Self, Self]:
-        """The schedules whose steps have slots, as many as a product has: in both kernels, and in the backward."""
-        backward = replace(self.backward, scratch=Scratch.SLOTS)
-        forwards = (replace(self.forward, slots=slots) for slots in (True, False))
-        both, one = (replace(self, forward=forward, backward=backward, interval=SLOTS) for forward in forwards)
-        return both, one
+        return cls(forward, backward, SLOTS, best_tanh(variant, device))
 
     @property
     def two_level(self) -> bool:
-        """Whether the backward evaluates a step twice: where states alone are kept of it."""
-        return not self.slots
+        """No: the backward evaluates a step once."""
+        return False
+
+    def checkpoint_bytes(self, variant: Variant) -> int:
+        """Return 4 for a gate that is computed: its gradients are sums over all steps, of few elements each."""
+        return 4 if variant.gate is GateKind.SOFTPLUS else super().checkpoint_bytes(variant)
 
     def scratch_bytes(self, variant: Variant) -> int:
-        """Return what one program keeps of steps in shared memory; without slots an interval's last is in registers."""
-        return self.interval * SLOT_BYTES if self.slots else (self.interval - 1) * STATE_BYTES
+        """Return what one program keeps of steps in shared memory."""
+        return self.interval * SLOT_BYTES
 
     def problems(self, variant: Variant, device: Device) -> Iterator[str]:
         """Yield why the schedule cannot serve a variant on a device."""
         unsupported = self.unsupported(variant, device)
         if unsupported:
             yield f"{unsupported}, got {self.family}"
-        most = (device.shared_bytes - OPERANDS_BYTES) // STATE_BYTES + 1
-        if self.slots:
-            most = min(SLOTS, (device.shared_bytes - SLOTS_OPERANDS_BYTES) // SLOT_BYTES)
+        most = min(SLOTS, (device.shared_bytes - OPERANDS_BYTES) // SLOT_BYTES)
         if not 2 <= self.interval <= most:
-            beside = " where backward.scratch is slots" if self.slots else ""
-            yield f"interval must be from 2 to {most}{beside}, got {self.interval}"
-        if self.backward.scratch is Scratch.L2:
-            yield f"backward.scratch must be shared or slots, got {self.backward.scratch}"
+            yield f"interval must be from 2 to {most}, got {self.interval}"
         yield from tanh_problems(self.tanh, variant, device)
 
     @property

@@ -147,7 +147,7 @@ _TIMED: TypeAdapter[tuple[str, float, float]] = TypeAdapter(tuple[str, Milliseco
 
 
 def _parts_of(schedule: Schedule) -> tuple[object, object]:
-    both = schedule.family, schedule.interval, schedule.tanh, schedule.segments, schedule.checkpoint_bytes
+    both = schedule.family, schedule.interval, schedule.tanh, schedule.segments, schedule.slots
     return (both, schedule.forward), (both, schedule.backward)
 
 

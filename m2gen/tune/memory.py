@@ -40,7 +40,7 @@ def extra_bytes(k: Lowering, batch: int, seq: int, *, training: bool) -> int:
     total = _buffer(k.y, schedule.forward.reduction, tokens)
     if not training:
         return total
-    total += batch * -(-seq // schedule.interval) * (state // SINGLE * schedule.checkpoint_bytes)
+    total += batch * -(-seq // schedule.interval) * (state // SINGLE * schedule.checkpoint_bytes(variant))
     total += sum(_buffer(out, schedule.backward.reduction, tokens) for out in k.gradients)
     if schedule.segments > 1 and seq > schedule.shortest_segment:
         total += batch * state  # the gradients that one segment hands to another

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from m2gen.schedule import AnySchedule, Schedule, Wgmma
+from m2gen.schedule import AnySchedule, Schedule
 from m2gen.schedule.layer_knobs import Tiles
 from m2gen.tune.coordinates import Axes, axes_of, columns, distributions, indices, moved, place, values_of
 from m2gen.tune.sampler import Sampler
@@ -60,11 +60,11 @@ def tiles(starts: Sequence[Schedule], points: Sequence[AnySchedule]) -> list[Any
     """Return the points whose kernels both have half, as many, or twice the rows of a start, the first being tried.
 
     Rows trade programs for the work of each, in both kernels alike, and which family is faster depends on them: a step
-    of one axis from the default misses what two of them gain together. So do slots of ``wgmma``, with which intervals
-    are shorter, forwards of two warps, which sum y in shared memory, forwards with slots, which have the tiles of the
-    backward, and segments, which are worth most where both kernels have tiles that suit them.
+    of one axis from the default misses what two of them gain together. So do forwards of two warps, which sum y in
+    shared memory, forwards with slots, which have the tiles of the backward, and segments, which are worth most where
+    both kernels have tiles that suit them.
     """
-    found: list[AnySchedule] = [each for start in starts if isinstance(start, Wgmma) for each in start.with_slots]
+    found: list[AnySchedule] = []
     first = starts[0]
     for start in starts:
         rows = {name: getattr(start, side).rows for side in SIDES if (name := f"{side}.rows") in start.AXES}

@@ -182,7 +182,7 @@ WORDS = {
     "portable_f16x2u4a_b16x2c2a_i32_ptx": "portable, 16 rows, 2 warps",
     "mma_f64x2u8a_b32x1c2as_i16_s7_ptx": "mma, 64/32 rows, 2/1 warps, 7 segments",
     "mma_f32x1u8p_b16x1c4as_i32_ptx": "mma, 32/16 rows, 1 warp",
-    "wgmma_aa_i12_ptx": "wgmma, 64 rows, 4 warps",
+    "wgmma_aa_i8_ptx": "wgmma, 64 rows, 4 warps",
 }
 
 
@@ -202,9 +202,11 @@ def test_words_tell_knobs_from_the_default() -> None:
 
 def test_words_tell_the_knobs_of_another_family() -> None:
     """A knob that a family lacks is a constant of it, and is never said of it."""
-    mma, wgmma = parse("mma_f32x1u8a_b32x1c2as_i16_ptx"), parse("wgmma_ap_i12_ptx")
-    assert wgmma.describe(mma) == "wgmma, 64 rows, 4 warps; backward.reduction partial, interval 12"
-    assert mma.describe(wgmma).endswith("; forward.unroll 8, backward.chunk 2, backward.reduction atomic, interval 16")
+    mma, wgmma = parse("mma_f32x1u8a_b32x1c2as_i16_ptx"), parse("wgmma_ap_i8_ptx")
+    assert wgmma.describe(mma) == "wgmma, 64 rows, 4 warps; backward.reduction partial, interval 8"
+    assert mma.describe(wgmma).endswith(
+        "; forward.unroll 8, backward.chunk 2, backward.reduction atomic, backward.scratch shared, interval 16"
+    )
 
 
 def named(variants: Sequence[tuple[Variant, tuple[str, ...]]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""M2RNN kernels for k64_v64_q16_k16_v16_f16_w16_bf16_carry_approx, schedule wgmma_aa_i12_ptx.
+"""M2RNN kernels for k64_v64_q16_k16_v16_f16_w16_bf16_carry_approx, schedule wgmma_aa_i8_ptx.
 
 
 
@@ -14,11 +14,12 @@ H_t = f_t H_(t-1) + (1 - f_t) tanh(H_(t-1) W + k_t v_t^T),  y_t = H_t^T q_t   (a
     started      a product of all four warps that is on its way; decayed, f H_(t-1)
     _of, _at     a tensor in shared memory, step by step, and a tensor in memory, from an interval's first step on
     _parts       what each warp has summed; _tile, an interval's vectors as an operand of products
+    gap, slope   H_(t-1) - Z_t, and the derivative u (1 - Z^2) of H_t by the argument of tanh
+    next_, _all  operands of several steps, loaded ahead of time; a product with the vectors of all of them
     stride_x_s   elements between steps of operand x (and b sequences, n heads, d elements, i rows, j columns)
     stride_x     the same in 64 bits; of a result, elements between its steps
 """
 
-import triton.language
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl  # Triton's functions, on tensors whose layouts are written down
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
@@ -32,7 +33,7 @@ NK: gl.constexpr = gl.constexpr(16)
 NV: gl.constexpr = gl.constexpr(16)
 NF: gl.constexpr = gl.constexpr(16)
 NW: gl.constexpr = gl.constexpr(16)
-INTERVAL: gl.constexpr = gl.constexpr(12)
+INTERVAL: gl.constexpr = gl.constexpr(8)
 FORWARD_ROWS: gl.constexpr = gl.constexpr(64)
 FORWARD_PARTS: gl.constexpr = gl.constexpr(1)
 BACKWARD_ROWS: gl.constexpr = gl.constexpr(64)
@@ -40,10 +41,6 @@ BACKWARD_PARTS: gl.constexpr = gl.constexpr(1)
 FORWARD_TILE: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 BACKWARD_TILE: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 FORWARD_VECTOR: gl.constexpr = gl.constexpr(gl.DistributedLinearLayout(
-    reg_bases=[[1]], lane_bases=[[0], [0], [2], [4], [8]],
-    warp_bases=[[16], [32]], block_bases=[], shape=[64],
-))  # fmt: skip
-BACKWARD_VECTOR: gl.constexpr = gl.constexpr(gl.DistributedLinearLayout(
     reg_bases=[[1]], lane_bases=[[0], [0], [2], [4], [8]],
     warp_bases=[[16], [32]], block_bases=[], shape=[64],
 ))  # fmt: skip
@@ -55,19 +52,13 @@ ROW_EIGHTHS: gl.constexpr = gl.constexpr(gl.DistributedLinearLayout(
     reg_bases=[[0, 1]], lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
     warp_bases=[[8, 0], [16, 0]], block_bases=[], shape=[32, 8],
 ))  # fmt: skip
-COL_SUMS: gl.constexpr = gl.constexpr(gl.DistributedLinearLayout(
-    reg_bases=[[8, 0]], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
-    warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 4],
-))  # fmt: skip
-COL_SUMS_LOADED: gl.constexpr = gl.constexpr(gl.DistributedLinearLayout(
-    reg_bases=[[1, 0]], lane_bases=[[0, 1], [0, 2], [2, 0], [4, 0], [8, 0]],
-    warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 4],
-))  # fmt: skip
 ALL_SUMS: gl.constexpr = gl.constexpr(gl.DistributedLinearLayout(
     reg_bases=[], lane_bases=[[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]],
     warp_bases=[[8, 0], [16, 0]], block_bases=[], shape=[32, 4],
 ))  # fmt: skip
-COLS: gl.constexpr = gl.constexpr(gl.SliceLayout(0, FORWARD_TILE))
+LEFT: gl.constexpr = gl.constexpr(gl.DotOperandLayout(0, FORWARD_TILE, 2))
+SLOT_TILE: gl.constexpr = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
+SLOTS_LOADED: gl.constexpr = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
 SUMS: gl.constexpr = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 THREADS_SUMS: gl.constexpr = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
 INTERVAL_LINE: gl.constexpr = gl.constexpr(gl.SliceLayout(1, THREADS_SUMS))
@@ -79,8 +70,6 @@ KEYS: gl.constexpr = gl.constexpr(gl.DistributedLinearLayout(
     reg_bases=[[1, 0], [0, 1], [0, 8]], lane_bases=[[0, 2], [0, 4], [2, 0], [4, 0], [8, 0]],
     warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, 16],
 ))  # fmt: skip
-BACKWARD_SPREAD: gl.constexpr = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-BACKWARD_SCRATCH: gl.constexpr = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 4, [1, 0]))
 if not hasattr(gl.shared_memory_descriptor, "_reinterpret"):  # Triton 3.9 dropped the underscore
     gl.shared_memory_descriptor._reinterpret = gl.shared_memory_descriptor.reinterpret
 
@@ -141,7 +130,7 @@ def slots(k_loaded):
     """An interval's k_t, from shared memory (steps, rows), as columns of the left operand of a product."""
     x = k_loaded.permute((1, 0)).load(KEYS)
     x = x.reshape([4, 8, 2, x.shape[1]]).permute((0, 2, 1, 3)).reshape([x.shape[0], x.shape[1]])
-    return gl.convert_layout(x, gl.DotOperandLayout(0, FORWARD_TILE, 2))
+    return gl.convert_layout(x, LEFT)
 
 
 @gluon.jit
@@ -158,15 +147,6 @@ def started_product(a, b, zeros):
     """a b, for which ``warpgroup_mma_wait`` waits; b is in shared memory."""
     a = gl.convert_layout(a, gl.DotOperandLayout(0, zeros.type.layout, 2))
     return warpgroup_mma(a, b, zeros, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def prefetch(address):
-    """Have the L2 fetch the sector of each of these addresses, with no register to wait for them."""
-    address = address.to(gl.int64)
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1
-    )
 
 
 @gluon.jit
@@ -205,13 +185,6 @@ def butterfly(x, LANES: gl.constexpr):
 def added(one, other, upper, LANES: gl.constexpr):
     """Add pairs of rows of two sums at once: lower rows go on with ``one``, upper ones with ``other``."""
     return gl.where(upper, other, one) + butterfly(gl.where(upper, one, other), LANES)
-
-
-@gluon.jit
-def columns_as_loaded(x, LAYOUT: gl.constexpr):
-    """x (rows of a tile, 4) as vectors are loaded and stored; undoes ``in_tile``."""
-    x = x.reshape([x.shape[0] // 16, 2, 8, 4]).permute((0, 2, 1, 3)).reshape([x.shape[0], 4])
-    return gl.convert_layout(x, LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
@@ -273,15 +246,6 @@ def over_warps(parts):
 
 
 @gluon.jit
-def over_cols(x, y):
-    """Sum x y over columns, x (rows, cols) and y (cols,): (rows, 4) as vectors are loaded, every lane the same."""
-    x = col_sums(x * y.to(gl.float32)[None, :], COL_SUMS)
-    x += butterfly(x, 2)
-    x += butterfly(x, 1)
-    return columns_as_loaded(x, COL_SUMS_LOADED)
-
-
-@gluon.jit
 def keep_gates(f_line, u_line, x):
     """Store an interval's f and 1 - f to shared memory, since every thread needs all of them."""
     f, u = gate(x)
@@ -316,8 +280,10 @@ def advance(h, z, f, u):
 @gluon.jit
 def clamp(x, bound):
     """Clamp to [-bound, bound]; NaN stays NaN."""
-    low = gl.maximum(x, -bound, propagate_nan=triton.language.PropagateNan.ALL)
-    return gl.minimum(low, bound, propagate_nan=triton.language.PropagateNan.ALL)
+    return gl.inline_asm_elementwise(  # the smaller size, with the signs of both
+        "min.NaN.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [x, gl.full(x.shape, 0.0, gl.float32, x.type.layout) + bound],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -446,6 +412,28 @@ def m2rnn_forward_kernel(
     gl.store(ht + (b * N + n) * (K * V) + state_offsets, h, mask=state_mask)
 
 
+@gluon.jit
+def times(x, y):
+    """x y, both operands of products, rounded once: one instruction for two."""
+    return gl.inline_asm_elementwise(
+        "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [x, y, gl.full(x.shape, -0.0, x.dtype, x.type.layout)],
+        dtype=x.dtype, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def output_of(q_of, dy_of, t, tile):
+    """q and dy of step t, beside ``tile``."""
+    q_t = q_of.index(t).load(gl.SliceLayout(1, tile.type.layout)).to(gl.float32)[:, None]
+    return q_t, dy_of.index(t).load(gl.SliceLayout(0, tile.type.layout)).to(gl.float32)[None, :]
+
+
+@gluon.jit
+def with_output(c, q_t, dy_t, bound):
+    """Gradient of a step's H: c, what the future wants of it, and q dy^T."""
+    return clamp(c, bound) + q_t * dy_t
+
+
 @gluon.jit(do_not_specialize=["S", "intervals"])
 def m2rnn_backward_kernel(
     q, k, v, w, x, dy, dht, checkpoints, scratch, cu_seqlens, dq, dk, dv, dw, df, dh0, stride_q_b,
@@ -456,18 +444,15 @@ def m2rnn_backward_kernel(
     WANT_Q: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr, WANT_W: gl.constexpr,
     WANT_F: gl.constexpr, WANT_H: gl.constexpr, CARRIES: gl.constexpr,
 ):  # fmt: skip
-    """Scan one sequence's steps backwards for BACKWARD_ROWS rows of one head's state, 16 rows a warp."""
+    """Scan one sequence's steps backwards for BACKWARD_ROWS rows of one head's state, 16 rows a warp.
+
+    Shared memory has of each step of an interval the state before it, its slope and its gap. Each step has a slot of the
+    products that make dq, dk and dv.
+    """
     program = gl.program_id(0)
     part = program % BACKWARD_PARTS
     n = (program // BACKWARD_PARTS) % N
     b = (program // (BACKWARD_PARTS * N)).to(gl.int64)
-    rows = part * BACKWARD_ROWS + gl.arange(0, BACKWARD_ROWS, BACKWARD_VECTOR)
-    cols = gl.arange(0, V_PAD, gl.SliceLayout(0, BACKWARD_TILE))
-    col_mask = cols < V
-    state_rows = in_tile(rows, BACKWARD_TILE)[:, None]
-    state_mask = (state_rows < K) & col_mask[None, :]
-    state_offsets = state_rows * V + cols[None, :]
-
     if IS_VARLEN:
         start, length = sequence(cu_seqlens, b, S)
         token = start
@@ -477,188 +462,198 @@ def m2rnn_backward_kernel(
         length = S
         token = b * S
         interval = b * intervals
-    q += b * stride_q_b + start * stride_q_s + (n // (N // NQ)).to(gl.int64) * stride_q_n
-    k += b * stride_k_b + start * stride_k_s + (n // (N // NK)).to(gl.int64) * stride_k_n
-    v += b * stride_v_b + start * stride_v_s + (n // (N // NV)).to(gl.int64) * stride_v_n
-    x += b * stride_x_b + start * stride_x_s + (n // (N // NF)).to(gl.int64) * stride_x_n
-    dy += b * stride_dy_b + start * stride_dy_s + n.to(gl.int64) * stride_dy_n
-    checkpoints += (interval * N + n) * (K * V)
+    end = (gl.cdiv(length, INTERVAL) - 1) * INTERVAL  # where the last interval starts
+
+    # What the program reads of an interval: each from where the last interval begins.
+    slot = gl.arange(0, 8, gl.SliceLayout(1, SLOTS_LOADED))[:, None]
+    loaded_col = gl.arange(0, V_PAD, gl.SliceLayout(0, SLOTS_LOADED))[None, :]
+    loaded_row = part * BACKWARD_ROWS + loaded_col
+    line_step = gl.arange(0, 16, INTERVAL_LINE)
+    begin = gl.cast(end, gl.int64)
+    left = gl.where(length > 0, length - end, 0)
+    stride_q = gl.cast(stride_q_s, gl.int64)
+    q += b * stride_q_b + (start + begin) * stride_q + (n // (N // NQ)).to(gl.int64) * stride_q_n
+    q_offsets = slot * stride_q + loaded_row.to(gl.int64) * stride_q_d
+    q_mask = (loaded_row < K) & (slot >= 0)
+    next_q = gl.load(q + q_offsets, mask=q_mask & (slot < left), other=0.0)
+    stride_k = gl.cast(stride_k_s, gl.int64)
+    k += b * stride_k_b + (start + begin) * stride_k + (n // (N // NK)).to(gl.int64) * stride_k_n
+    k_offsets = slot * stride_k + loaded_row.to(gl.int64) * stride_k_d
+    k_mask = (loaded_row < K) & (slot >= 0)
+    next_k = gl.load(k + k_offsets, mask=k_mask & (slot < left), other=0.0)
+    stride_v = gl.cast(stride_v_s, gl.int64)
+    v += b * stride_v_b + (start + begin) * stride_v + (n // (N // NV)).to(gl.int64) * stride_v_n
+    v_offsets = slot * stride_v + loaded_col.to(gl.int64) * stride_v_d
+    v_mask = (loaded_col < V) & (slot >= 0)
+    next_v = gl.load(v + v_offsets, mask=v_mask & (slot < left), other=0.0)
+    stride_dy = gl.cast(stride_dy_s, gl.int64)
+    dy += b * stride_dy_b + (start + begin) * stride_dy + n.to(gl.int64) * stride_dy_n
+    dy_offsets = slot * stride_dy + loaded_col.to(gl.int64) * stride_dy_d
+    dy_mask = (loaded_col < V) & (slot >= 0)
+    next_dy = gl.load(dy + dy_offsets, mask=dy_mask & (slot < left), other=0.0)
+    stride_x = gl.cast(stride_x_s, gl.int64)
+    x += b * stride_x_b + (start + begin) * stride_x + (n // (N // NF)).to(gl.int64) * stride_x_n
+    next_x = load_gate(x + line_step * stride_x, line_step < left)
+    rows = part * BACKWARD_ROWS + gl.arange(0, BACKWARD_ROWS, gl.SliceLayout(1, BACKWARD_TILE))
+    cols = gl.arange(0, V_PAD, gl.SliceLayout(0, BACKWARD_TILE))
+    col_mask = cols < V
+    state_mask = (rows < K)[:, None] & col_mask[None, :]
+    state_offsets = rows[:, None] * V + cols[None, :]
+    checkpoints += ((interval + end // INTERVAL) * N + n) * (K * V)
+    next_h = gl.load(checkpoints + state_offsets, mask=state_mask & (left > 0), other=0.0)
+
+    # What it writes of one: each from where the interval begins.
+    sum_col = gl.arange(0, V_PAD, gl.SliceLayout(1, SLOT_TILE))[:, None]
+    sum_row = part * BACKWARD_ROWS + sum_col
+    sum_slot = gl.arange(0, 8, gl.SliceLayout(0, SLOT_TILE))[None, :]
+    stride_dq: gl.constexpr = 1024
+    if WANT_Q:
+        dq += (token * 16 + n) * 64
+        dq += begin * stride_dq
+    stride_dk: gl.constexpr = 1024
+    if WANT_K:
+        dk += (token * 16 + n) * 64
+        dk += begin * stride_dk
+    stride_dv: gl.constexpr = 1024
+    if WANT_V:
+        dv += (token * 16 + n) * 64
+        dv += begin * stride_dv
+    stride_df: gl.constexpr = 16
+    if WANT_F:
+        df += (token * 16 + n)
+        df += begin * stride_df
+
+    # Operands of products, of whose 16 rows the last 8 are zeros, what is kept of steps, and df's sums over threads.
     w = load_weight(w, stride_w_n, stride_w_i, stride_w_j, n // (N // NW), BACKWARD_TILE)
     w_t = w.permute((1, 0))
+    no_steps = rounded(gl.zeros((16, V_PAD), gl.float32, SLOTS_LOADED))
+    q_loaded = gl.allocate_shared_memory(w.dtype, [8, V_PAD], PLAIN)
+    dy_loaded = gl.allocate_shared_memory(w.dtype, [8, V_PAD], PLAIN)
+    q_of = q_loaded._reinterpret(w.dtype, [8, V_PAD], LINE)
+    dy_of = dy_loaded._reinterpret(w.dtype, [8, V_PAD], LINE)
+    k_tile = gl.allocate_shared_memory(w.dtype, [16, V_PAD], OPERANDS, no_steps)
+    v_tile = gl.allocate_shared_memory(w.dtype, [16, V_PAD], OPERANDS, no_steps)
+    dy_tile = gl.allocate_shared_memory(w.dtype, [8, V_PAD], OPERANDS)
+    k_slots = k_tile.slice(0, 8, 0)
+    v_slots = v_tile.slice(0, 8, 0)
+    states = gl.allocate_shared_memory(w.dtype, [INTERVAL, BACKWARD_ROWS, V_PAD], OPERANDS)
+    slopes = gl.allocate_shared_memory(w.dtype, [INTERVAL, BACKWARD_ROWS, V_PAD], OPERANDS)
+    gaps = gl.allocate_shared_memory(gl.float16, [INTERVAL, BACKWARD_ROWS, V_PAD], OPERANDS)
+    d_operand = gl.allocate_shared_memory(w.dtype, [BACKWARD_ROWS, V_PAD], OPERANDS)
+    f_line = gl.allocate_shared_memory(gl.float32, [16], LINE)
+    f_of = f_line._reinterpret(gl.float32, [16, 1], LINE)
+    u_line = gl.allocate_shared_memory(gl.float32, [16], LINE)
+    u_of = u_line._reinterpret(gl.float32, [16, 1], LINE)
+    df_parts = gl.allocate_shared_memory(gl.float32, [16, 128], PLAIN)
+    df_of = df_parts._reinterpret(gl.float32, [16, 32, 4], PLAIN)
+    UNDERWAY: gl.constexpr = (1 if WANT_K else 0) + (1 if WANT_V else 0) + (1 if WANT_W else 0)
+    no_sums = gl.zeros((V_PAD, 8), gl.float32, SLOT_TILE)
     sum_dw = gl.zeros((V_PAD, V_PAD), gl.float32, BACKWARD_TILE)
     zeros = gl.zeros((BACKWARD_ROWS, V_PAD), gl.float32, BACKWARD_TILE)
     c = zeros
     if USE_FINAL_STATE_GRADIENT:
         c = gl.load(dht + (b * N + n) * (K * V) + state_offsets, mask=state_mask, other=0.0)
 
-    # Operands of dW, what warps and threads have summed, and an interval's states and vectors. The states' pass has dq
-    # of the step before its own, so dy begins one step earlier.
-    h_operand = gl.allocate_shared_memory(w.dtype, [BACKWARD_ROWS, V_PAD], OPERANDS, rounded(zeros))
-    d_operand = gl.allocate_shared_memory(w.dtype, [BACKWARD_ROWS, V_PAD], OPERANDS, rounded(zeros))
-    dv_parts = gl.allocate_shared_memory(gl.float32, [32, V_PAD // 8], PLAIN)
-    dv_of = dv_parts._reinterpret(gl.float32, [4, V_PAD], LINE)
-    df_parts = gl.allocate_shared_memory(gl.float32, [16, 128], PLAIN)
-    df_of = df_parts._reinterpret(gl.float32, [16, 32, 4], PLAIN)
-    rebuilt = gl.allocate_shared_memory(gl.float32, [INTERVAL - 1, BACKWARD_ROWS, V_PAD], BACKWARD_SCRATCH)
-    loaded_step = gl.arange(0, 16, gl.SliceLayout(1, INTERVAL_LOADED))[:, None]
-    loaded_col = gl.arange(0, V_PAD, gl.SliceLayout(0, INTERVAL_LOADED))[None, :]
-    loaded_row = part * 64 + loaded_col
-    sum_cols = gl.arange(0, V_PAD, SUMS)
-    stride_q = gl.cast(stride_q_s, gl.int64)
-    q_mask = loaded_row < K
-    q_at = q + loaded_step * stride_q + loaded_row.to(gl.int64) * stride_q_d
-    q_loaded = gl.allocate_shared_memory(w.dtype, [16, V_PAD], PLAIN)
-    q_of = q_loaded._reinterpret(w.dtype, [16, V_PAD], LINE)
-    stride_k = gl.cast(stride_k_s, gl.int64)
-    k_mask = loaded_row < K
-    k_at = k + loaded_step * stride_k + loaded_row.to(gl.int64) * stride_k_d
-    k_loaded = gl.allocate_shared_memory(w.dtype, [16, V_PAD], PLAIN)
-    k_of = k_loaded._reinterpret(w.dtype, [16, V_PAD], LINE)
-    stride_v = gl.cast(stride_v_s, gl.int64)
-    v_mask = loaded_col < V
-    v_at = v + loaded_step * stride_v + loaded_col.to(gl.int64) * stride_v_d
-    v_loaded = gl.allocate_shared_memory(w.dtype, [16, V_PAD], PLAIN)
-    v_tile = gl.allocate_shared_memory(w.dtype, [16, V_PAD], OPERANDS)
-    v_of = v_loaded._reinterpret(w.dtype, [16, V_PAD], LINE)
-    stride_dy = gl.cast(stride_dy_s, gl.int64)
-    dy_mask = loaded_col < V
-    dy_at = dy + loaded_step * stride_dy + loaded_col.to(gl.int64) * stride_dy_d
-    dy_loaded = gl.allocate_shared_memory(w.dtype, [16, V_PAD], PLAIN)
-    dy_of = dy_loaded._reinterpret(w.dtype, [16, V_PAD], LINE)
-    line_step = gl.arange(0, 16, INTERVAL_LINE)
-    stride_x = gl.cast(stride_x_s, gl.int64)
-    f_line = gl.allocate_shared_memory(gl.float32, [16], LINE)
-    f_of = f_line._reinterpret(gl.float32, [16, 1], LINE)
-    u_line = gl.allocate_shared_memory(gl.float32, [16], LINE)
-    u_of = u_line._reinterpret(gl.float32, [16, 1], LINE)
-    dy_at -= stride_dy
-
-    col_lane = gl.arange(0, 4, gl.SliceLayout(0, COL_SUMS_LOADED))[None, :]
-    col_rows = part * BACKWARD_ROWS + gl.arange(0, BACKWARD_ROWS, gl.SliceLayout(1, COL_SUMS_LOADED))[:, None]
-    col_sum_mask = (col_lane == 0) & (col_rows < K)
-    col_rows += 0 * col_lane
-    stride_dq: gl.constexpr = 1024
-    if WANT_Q:
-        dq += (token * 16 + n) * 64
-    stride_dk: gl.constexpr = 1024
-    if WANT_K:
-        dk += (token * 16 + n) * 64
-    stride_dv: gl.constexpr = 1024
-    if WANT_V:
-        dv += (token * 16 + n) * 64
-    stride_df: gl.constexpr = 16
-    if WANT_F:
-        df += (token * 16 + n)
-
-    final = (gl.cdiv(length, INTERVAL) - 1) * INTERVAL
-    for first in range(final, -1, -INTERVAL):
-        # An interval's vectors and gates, then its states from its checkpoint.
+    for first in range(end, -1, -INTERVAL):
         last = gl.minimum(INTERVAL, length - first) - 1
-        if WANT_Q:
-            dq_at = dq + gl.cast(first, gl.int64) * stride_dq
-        if WANT_K:
-            dk_at = dk + gl.cast(first, gl.int64) * stride_dk
-        if WANT_V:
-            dv_at = dv + gl.cast(first, gl.int64) * stride_dv
-        if WANT_F:
-            df_at = df + gl.cast(first, gl.int64) * stride_df
-        mask = (loaded_step <= last) & q_mask
-        loaded = gl.load(q_at + first * stride_q, mask=mask, other=0.0)
-        q_loaded.store(loaded)
-        mask = (loaded_step <= last) & k_mask
-        loaded = gl.load(k_at + first * stride_k, mask=mask, other=0.0)
-        k_loaded.store(loaded)
-        mask = (loaded_step <= last) & v_mask
-        loaded = gl.load(v_at + first * stride_v, mask=mask, other=0.0)
-        v_loaded.store(loaded)
-        v_tile.store(loaded)
-        mask = (loaded_step <= last + 1) & (first + loaded_step > 0) & dy_mask
-        loaded = gl.load(dy_at + first * stride_dy, mask=mask, other=0.0)
-        dy_loaded.store(loaded)
+        q_loaded.store(next_q)
+        k_slots.store(next_k)
+        v_slots.store(next_v)
+        dy_tile.store(next_dy)
+        dy_loaded.store(next_dy)
+        keep_gates(f_line, u_line, next_x)
         fence_async_shared()
-        x_line = load_gate(x + (first + line_step) * stride_x, line_step <= last)
-        keep_gates(f_line, u_line, x_line)
-        keys = slots(k_loaded)
-        state = checkpoints + gl.cast(first // INTERVAL, gl.int64) * (N * K * V) + state_offsets
-        h = gl.load(state, mask=state_mask, other=0.0)
-        for t in range(0, last):
-            started = started_candidate(h, w, keys, v_tile, t, zeros)
-            rebuilt.index(t).store(h)
-            f, u = kept_gate(f_of, t, h), kept_gate(u_of, t, h)
-            decayed = f * h
-            dy_t = dy_of.index(t).load(COLS)
-            z = tanh(warpgroup_mma_wait(0, [started]))
-            if WANT_Q:
-                dq_0 = over_cols(h, dy_t)
-                inside = first + t > 0
-                gl.store(dq_at + (t - 1) * stride_dq + col_rows, dq_0, mask=gl.where(inside, col_sum_mask, False))
-            h = gl.fma(u, z, decayed)
-        if WANT_Q:
-            dq_0 = over_cols(h, dy_of.index(last).load(COLS))
-            inside = first + last > 0
-            gl.store(dq_at + (last - 1) * stride_dq + col_rows, dq_0, mask=gl.where(inside, col_sum_mask, False))
-            if first == final:  # and of the last step, which no other one follows
-                started = started_candidate(h, w, keys, v_tile, last, zeros)
-                f, u = kept_gate(f_of, last, h), kept_gate(u_of, last, h)
-                z = tanh(warpgroup_mma_wait(0, [started]))
-                dq_0 = over_cols(gl.fma(u, z, f * h), dy_of.index(last + 1).load(COLS))
-                gl.store(dq_at + last * stride_dq + col_rows, dq_0, mask=col_sum_mask)
-        # Prefetch what the interval before this one is rebuilt from, so that the L2 has it in time.
-        lower = first - INTERVAL
-        lane = gl.arange(0, 16 * (BACKWARD_ROWS // 16), BACKWARD_SPREAD)
-        fetched = gl.maximum(lower + gl.minimum(lane % 16, INTERVAL - 1), 0).to(gl.int64)
-        row = gl.minimum(part * BACKWARD_ROWS + lane // 16 * 16, K - 1).to(gl.int64)
-        prefetch(k + fetched * stride_k + row * stride_k_d)
-        prefetch(x + fetched * stride_x)
-        prefetch(q + fetched * stride_q + row * stride_q_d)
-        lane = gl.arange(0, 16 * (V_PAD // 16), BACKWARD_SPREAD)
-        fetched = gl.maximum(lower + gl.minimum(lane % 16, INTERVAL - 1), 0).to(gl.int64)
-        col = gl.minimum(lane // 16 * 16, V - 1).to(gl.int64)
-        prefetch(v + fetched * stride_v + col * stride_v_d)
-        prefetch(dy + fetched * stride_dy + col * stride_dy_d)
-        lane = gl.arange(0, BACKWARD_ROWS * V_PAD // 8, BACKWARD_SPREAD)
-        element = gl.minimum(part * (BACKWARD_ROWS * V) + lane * 8, K * V - 1)
-        prefetch(checkpoints + gl.cast(gl.maximum(lower // INTERVAL, 0), gl.int64) * (N * K * V) + element)
-        for t in range(last, -1, -1):
-            started = started_candidate(h, w, keys, v_tile, t, zeros)
-            if WANT_W:  # of the step that came before this one: nobody waits for it
-                more_dw = warpgroup_mma(h_operand.permute((1, 0)), d_operand, sum_dw, is_async=True)
-            f, u = kept_gate(f_of, t, h), kept_gate(u_of, t, h)
-            k_t = column(k_of.index(t).load(BACKWARD_VECTOR), c)
-            q_t = column(q_of.index(t).load(BACKWARD_VECTOR), c)
-            dy_t = dy_of.index(t + 1).load(COLS).to(gl.float32)[None, :]
-            g = clamp(c, bound) + q_t * dy_t
-            z = tanh(warpgroup_mma_wait(1 if WANT_W else 0, [started]))
-            d = g * (u - u * z * z)
-            d_rounded = rounded(d)
-            if WANT_W:
-                sum_dw = warpgroup_mma_wait(0, [more_dw])
-            if CARRIES:
-                started = started_product(d_rounded, w_t, zeros)
-            if WANT_W:
-                h_operand.store(rounded(h))
-                d_operand.store(d_rounded)
-            if WANT_F:
-                df_of.index(t).store(col_sums(row_sums(g * (h - z)), ALL_SUMS))
-            if WANT_V:
-                dv_parts.store(over_lanes(d * k_t))
-            dk_0 = over_cols(d, v_of.index(t).load(COLS))
-            if CARRIES:
-                c = f * g + warpgroup_mma_wait(0, [started])
-            if WANT_W:
-                fence_async_shared()
-            if WANT_K:
-                gl.store(dk_at + t * stride_dk + col_rows, dk_0, mask=col_sum_mask)
-            if WANT_V:
-                dv_0 = over_warps(dv_of)
-                gl.store(dv_at + t * stride_dv + sum_cols, dv_0, mask=(sum_cols < V))
-            h = rebuilt.index(gl.maximum(t - 1, 0)).load(BACKWARD_TILE)
-        if WANT_F:
-            df_0 = gl.where(line_step <= last, gl.sum(df_parts.load(THREADS_SUMS), 1), 0.0)
-            gl.store(df_at + line_step * stride_df, df_0, mask=line_step <= last)
+        keys = k_tile.permute((1, 0)).load(LEFT)
 
-    if WANT_W:
-        sum_dw = warpgroup_mma(h_operand.permute((1, 0)), d_operand, sum_dw)
+        # Forwards: the states that steps start from, slopes and gaps. dq of a step is made during the next one.
+        h = next_h.to(gl.float32)
+        operand = rounded(h)
+        sum_dq = no_sums
+        for t in range(0, last + 1):
+            started = started_candidate(operand, w, keys, v_tile, t, zeros)
+            if WANT_Q:
+                dq_all = started_product(operand, dy_tile.permute((1, 0)), no_sums)
+            if WANT_W:
+                states.index(t).store(operand)
+            f, u = kept_gate(f_of, t, h), kept_gate(u_of, t, h)
+            z = tanh(warpgroup_mma_wait(1 if WANT_Q else 0, [started]))
+            uz = u * z
+            if CARRIES:
+                slopes.index(t).store(rounded(u - uz * z))
+                gaps.index(t).store((h - z).to(gl.float16))
+            h = gl.fma(f, h, uz)
+            operand = rounded(h)
+            if WANT_Q:
+                sum_dq = gl.where(sum_slot == t - 1, warpgroup_mma_wait(0, [dq_all]), sum_dq)
+        if WANT_Q:
+            dq_all = started_product(operand, dy_tile.permute((1, 0)), no_sums)
+            sum_dq = gl.where(sum_slot == last, warpgroup_mma_wait(0, [dq_all]), sum_dq)
+            gl.store(dq + sum_slot * stride_dq + sum_row, sum_dq, mask=gl.where(sum_slot <= last, sum_row < K, False))
+
+        # The interval before this one is on its way while this one goes backwards.
+        before = first > 0
+        q -= gl.where(before, INTERVAL * stride_q, 0)
+        next_q = gl.load(q + q_offsets, mask=q_mask & before & (slot < INTERVAL), other=0.0)
+        k -= gl.where(before, INTERVAL * stride_k, 0)
+        next_k = gl.load(k + k_offsets, mask=k_mask & before & (slot < INTERVAL), other=0.0)
+        v -= gl.where(before, INTERVAL * stride_v, 0)
+        next_v = gl.load(v + v_offsets, mask=v_mask & before & (slot < INTERVAL), other=0.0)
+        dy -= gl.where(before, INTERVAL * stride_dy, 0)
+        next_dy = gl.load(dy + dy_offsets, mask=dy_mask & before & (slot < INTERVAL), other=0.0)
+        x -= gl.where(before, INTERVAL * stride_x, 0)
+        next_x = load_gate(x + line_step * stride_x, before & (line_step < INTERVAL))
+        checkpoints -= gl.where(before, N * K * V, 0)
+        next_h = gl.load(checkpoints + state_offsets, mask=state_mask & before, other=0.0)
+
+        # Backwards: what gradients are of.
+        if CARRIES:
+            sum_dk = no_sums
+            sum_dv = no_sums
+            q_t, dy_t = output_of(q_of, dy_of, last, c)
+            g = with_output(c, q_t, dy_t, bound)
+            for t in range(last, -1, -1):
+                d = times(rounded(g), slopes.index(t).load(BACKWARD_TILE))
+                started = started_product(d, w_t, zeros)
+                if WANT_K:
+                    dk_all = started_product(d, v_slots.permute((1, 0)), no_sums)
+                if WANT_V or WANT_W:
+                    d_operand.store(d)
+                f = kept_gate(f_of, t, c)
+                q_t, dy_t = output_of(q_of, dy_of, gl.maximum(t - 1, 0), c)
+                if WANT_F:
+                    gap = gaps.index(t).load(BACKWARD_TILE).to(gl.float32)
+                    df_of.index(t).store(col_sums(row_sums(g * gap), ALL_SUMS))
+                if WANT_V or WANT_W:
+                    fence_async_shared()  # which waits for the products that are underway
+                if WANT_V:
+                    d_t = d_operand.permute((1, 0))
+                    dv_all = warpgroup_mma(d_t, k_slots.permute((1, 0)), no_sums, use_acc=False, is_async=True)
+                if WANT_W:
+                    more_dw = warpgroup_mma(states.index(t).permute((1, 0)), d_operand, sum_dw, is_async=True)
+                c = f * g + warpgroup_mma_wait(UNDERWAY, [started])
+                g = with_output(c, q_t, dy_t, bound)
+                if WANT_K:
+                    sum_dk = gl.where(sum_slot == t, warpgroup_mma_wait(UNDERWAY - 1, [dk_all]), sum_dk)
+                if WANT_V:
+                    sum_dv = gl.where(sum_slot == t, warpgroup_mma_wait(1 if WANT_W else 0, [dv_all]), sum_dv)
+                if WANT_W:
+                    sum_dw = warpgroup_mma_wait(0, [more_dw])
+            if WANT_K:
+                gl.store(dk + sum_slot * stride_dk + sum_row, sum_dk, mask=gl.where(sum_slot <= last, sum_row < K, False))
+            if WANT_V:
+                gl.store(dv + sum_slot * stride_dv + sum_col, sum_dv, mask=gl.where(sum_slot <= last, sum_col < V, False))
+            if WANT_F:
+                df_0 = gl.where(line_step <= last, gl.sum(df_parts.load(THREADS_SUMS), 1), 0.0)
+                gl.store(df + line_step * stride_df, df_0, mask=line_step <= last)
+        if WANT_Q:
+            dq -= gl.where(before, INTERVAL * stride_dq, 0)
+        if WANT_K:
+            dk -= gl.where(before, INTERVAL * stride_dk, 0)
+        if WANT_V:
+            dv -= gl.where(before, INTERVAL * stride_dv, 0)
+        if WANT_F:
+            df -= gl.where(before, INTERVAL * stride_df, 0)
+
     if WANT_H:
         gl.store(dh0 + (b * N + n) * (K * V) + state_offsets, c, mask=state_mask)
     if WANT_W:
@@ -706,8 +701,8 @@ def m2rnn_step_kernel(
 # How m2gen's launchers, or those of a package, launch these kernels; of results by step: heads, contributors, shape
 LAUNCH = {
     "computes_gate": False,
-    "interval": 12,
-    "checkpoints": "float32",
+    "interval": 8,
+    "checkpoints": "float16",
     "forward_programs": 16,
     "backward_programs": 16,
     "segments": 1,

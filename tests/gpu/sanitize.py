@@ -68,9 +68,9 @@ MATRIX = {
         make_variant(96, 40, (1, 1, 2, 1, 2), "fp16"),
         Wgmma(WarpgroupForward(Reduction.ATOMIC), WarpgroupBackward(Reduction.ATOMIC), 4, Tanh.EXP),
     ),
-    "warpgroup_slots": (
+    "warpgroups_of_eight_steps": (
         make_variant(96, 40, (1, 1, 2, 1, 2), "bf16", tanh="approx"),
-        parse("wgmma_atat_i8_ptx"),
+        parse("wgmma_aa_i8_ptx"),
     ),
     "warps_apart": (
         make_variant(24, 16, (1, 1, 2, 2, 2), "bf16"),

@@ -60,7 +60,7 @@ GROUPED = {
 
 
 @pytest.mark.parametrize("variant", GROUPED.values(), ids=GROUPED.keys())
-@pytest.mark.parametrize("interval", [12, 4])
+@pytest.mark.parametrize("interval", [8, 5, 2])
 def test_warpgroups(variant: Variant, interval: int) -> None:
     """Every output and gradient against float64, with one and several programs for a head's rows."""
     device = detect()
@@ -69,21 +69,6 @@ def test_warpgroups(variant: Variant, interval: int) -> None:
         pytest.skip("only Hopper has wgmma")
     schedule = replace(Wgmma.default(variant, device), interval=interval)
     within_budget(variant, schedule, device)
-
-
-@pytest.mark.parametrize("variant", GROUPED.values(), ids=GROUPED.keys())
-@pytest.mark.parametrize("interval", [8, 5])
-@pytest.mark.parametrize("where", ["both", "backwards", "forwards"])
-def test_warpgroups_with_slots(variant: Variant, interval: int, where: str) -> None:
-    """The same of kernels whose steps have slots, with as many as a product has, and with fewer."""
-    device = detect()
-    assert device is not None
-    if device.arch != HOPPER:
-        pytest.skip("only Hopper has wgmma")
-    usual = Wgmma.default(variant, device)
-    both, backwards = usual.with_slots
-    chosen = {"both": both, "backwards": backwards, "forwards": replace(usual, forward=both.forward)}
-    within_budget(variant, replace(chosen[where], interval=interval), device)
 
 
 APART = {

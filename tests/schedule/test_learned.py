@@ -27,7 +27,7 @@ def variant(rows: int, cols: int, dtype: str = "bf16") -> Variant:
         "mma_f64x2u8a_b64x2c8at_i8_s7_ptx",
         "mma_f16x4u4a_b16x4c2ps_i16_ptx",
         "portable_f32x1u4p_b16x1c2a_i32_ptx",
-        "wgmma_ap_i12_ptx",
+        "wgmma_ap_i8_ptx",
     ],
 )
 def test_a_recipe_is_its_schedule_again(slug: str) -> None:
@@ -66,7 +66,7 @@ def test_the_rule_has_a_tree_for_all_kernels() -> None:
 def test_what_is_not_valid_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first recipe that a variant can have serves it, and the family's default where it can have none."""
     served = variant(64, 16)
-    wide, narrow = (parse(slug) for slug in ("wgmma_ap_i12_ptx", "mma_f16x1u8a_b64x4c8at_i8_ptx"))
+    wide, narrow = (parse(slug) for slug in ("wgmma_ap_i8_ptx", "mma_f16x1u8a_b64x4c8at_i8_ptx"))
     recipes = [Recipe.of(each, served).written for each in (wide, narrow)]
     for having, expected in ((recipes, narrow), (recipes[:1], default(served, H200)), ([], default(served, H200))):
         rule = {"sm_90": {"trees": {str(kernels_of(served, H200)): {"recipes": having}}}}

@@ -118,28 +118,6 @@ def test_slots_serve_the_published_dims() -> None:
     assert not reasons
 
 
-def test_slots_of_a_warpgroup() -> None:
-    """They serve all that the family serves, a backward up to eight steps; no default has them."""
-    for dtype in ("bf16", "fp16"):
-        variant = make_variant(96, 40, (2, 2, 4, 4, 4), dtype, tanh="approx")
-        usual = Wgmma.default(variant, TARGETS["sm_90"])
-        slugs = [each.slug for each in (usual, *usual.with_slots)]
-        assert slugs == ["wgmma_aa_i12_ptx", "wgmma_atat_i8_ptx", "wgmma_aat_i8_ptx"]
-        for schedule in usual.with_slots:
-            assert not problems(variant, schedule, TARGETS["sm_90"])
-            assert parse(schedule.slug) == schedule
-        both, _ = usual.with_slots
-        reasons = problems(variant, replace(both, interval=12), TARGETS["sm_90"])
-        assert reasons == ("interval must be from 2 to 8 where backward.scratch is slots, got 12",)
-        forwards = replace(usual, forward=both.forward)
-        assert forwards.slug == "wgmma_ata_i12_ptx"
-        assert parse(forwards.slug) == forwards
-        assert not problems(variant, forwards, TARGETS["sm_90"])
-        in_l2 = replace(usual, backward=replace(usual.backward, scratch=Scratch.L2))
-        reasons = problems(variant, in_l2, TARGETS["sm_90"])
-        assert reasons == ("backward.scratch must be shared or slots, got l2",)
-
-
 def test_every_reason_at_once() -> None:
     """A schedule that is wrong twice is told so in one error."""
     schedule = replace(_with("forward", rows=8), interval=3)
@@ -217,7 +195,7 @@ def test_different_schedules_have_different_slugs() -> None:
         "f16x1u2a_b16x1c2a_i4_exp",
         "f16x1u2a_b16x1c2a_i4_ptx_explicit",
         "portable_f16x1u2a_b16x1c2as_i4_exp",
-        "wgmma_aa_i12_s3_ptx",
+        "wgmma_aa_i8_s3_ptx",
         "mma_aa_i12_ptx",
         "",
     ],
@@ -270,11 +248,11 @@ def test_every_warp_of_mma_has_a_tile(schedule: str) -> None:
 @pytest.mark.parametrize(
     ("dims", "arch", "slug", "reason"),
     [
-        ((64, 64), "sm_100", "wgmma_aa_i12_ptx", "family must be portable or mma on sm_100, got wgmma"),
-        ((64, 32), "sm_90", "wgmma_aa_i12_ptx", "unless V is from 33 to 64 and K above 32, got wgmma"),
-        ((32, 64), "sm_90", "wgmma_aa_i12_ptx", "unless V is from 33 to 64 and K above 32, got wgmma"),
-        ((64, 64), "sm_90", "wgmma_aa_i16_ptx", "interval must be from 2 to 12, got 16"),
-        ((64, 64), "sm_90", "wgmma_aa_i1_ptx", "interval must be from 2 to 12, got 1"),
+        ((64, 64), "sm_100", "wgmma_aa_i8_ptx", "family must be portable or mma on sm_100, got wgmma"),
+        ((64, 32), "sm_90", "wgmma_aa_i8_ptx", "unless V is from 33 to 64 and K above 32, got wgmma"),
+        ((32, 64), "sm_90", "wgmma_aa_i8_ptx", "unless V is from 33 to 64 and K above 32, got wgmma"),
+        ((64, 64), "sm_90", "wgmma_aa_i16_ptx", "interval must be from 2 to 8, got 16"),
+        ((64, 64), "sm_90", "wgmma_aa_i1_ptx", "interval must be from 2 to 8, got 1"),
     ],
 )
 def test_where_warpgroups_are_none(dims: tuple[int, int], arch: str, slug: str, reason: str) -> None:

@@ -132,7 +132,7 @@ def test_parts_of_two_trials_are_a_time(tmp_path: Path) -> None:
     assert lesson.ms(parse("mma_f32x2u8a_b64x2c8at_i8_ptx")) is None
     unknown = Recipe.of(parse("mma_f32x2u8a_b64x2c8at_i8_ptx"), lesson.at.variant)
     assert lesson.cost(unknown) == UNKNOWN
-    fits_none = Recipe.of(parse("wgmma_aa_i12_ptx"), lesson.at.variant)
+    fits_none = Recipe.of(parse("wgmma_aa_i8_ptx"), lesson.at.variant)
     assert lesson.cost(fits_none) is None
 
 

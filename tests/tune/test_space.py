@@ -35,7 +35,7 @@ from m2gen.schedule.knobs import SHORTEST_SEGMENT
 from m2gen.spec import Objective
 from m2gen.tune.coordinates import AXES, indices, moved, values_of
 from m2gen.tune.knobs import importances, study_of
-from m2gen.tune.memory import USUAL, MemoryBound, extra_bytes
+from m2gen.tune.memory import MemoryBound, extra_bytes
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.search import Proposer, best_combination, neighbours, tiles
 from m2gen.tune.select import select
@@ -155,7 +155,7 @@ def test_warpgroups_are_points_where_they_are_valid() -> None:
     variant = make_variant(96, 64, (4, 4, 4, 4, 4), "bf16", tanh="approx")
     subject = replace(TRAIN, variant=variant, memory=MemoryBound())
     found = [point for point in enumerate_space(subject).points if point.family is Family.WGMMA]
-    assert {point.interval for point in found} == {2, 4, 8, 12}
+    assert {point.interval for point in found} == {2, 4, 8}
     assert (
         {point.forward.reduction for point in found} == {point.backward.reduction for point in found} == set(Reduction)
     )
@@ -163,7 +163,7 @@ def test_warpgroups_are_points_where_they_are_valid() -> None:
     assert usual in found
     assert usual in tiles(defaults(variant, DEVICE), enumerate_space(subject).points)
     inference = enumerate_space(replace(subject, objective=Objective.INFER)).points
-    assert {p.interval for p in inference if p.family is Family.WGMMA} == {12}
+    assert {p.interval for p in inference if p.family is Family.WGMMA} == {8}
     assert len(set(inference)) == len(inference)
 
 
@@ -208,22 +208,6 @@ def test_slots_are_points_where_they_serve() -> None:
         both = {(p.forward, p.backward.warps, p.backward.scratch) for p in points if p.forward.slots}
         tiles = {(f.rows, f.warps, f.unroll, f.warps == warps, scratch) for f, warps, scratch in both}
         assert tiles == ({(32, warps, 8, True, Scratch.SLOTS) for warps in (1, 2)} if serves else set())
-
-
-def test_slots_of_a_warpgroup_are_tried_first() -> None:
-    """One step of one axis leads from the default to no valid schedule that has them: their intervals are shorter."""
-    variant = make_variant(64, 64, (8, 8, 8, 8, 8), "bf16", tanh="approx")
-    starts = defaults(variant, DEVICE)
-    for memory in (MemoryBound(), USUAL):
-        points = enumerate_space(Subject(variant, DEVICE, Objective.TRAIN, 4, 1024, memory)).points
-        chosen = {point.slug for point in points if point.family is Family.WGMMA and point.slots}
-        both, backwards = "wgmma_atat_i8_ptx", "wgmma_aat_i8_ptx"
-        every = product(("atat", "aat"), (2, 4, 8), Tanh)
-        assert {both, backwards} <= chosen <= {f"wgmma_{slots}_i{steps}_{tanh}" for slots, steps, tanh in every}
-        assert [point.slug for point in tiles(starts, points)[:2]] == [both, backwards]
-        assert "wgmma_ata_i12_ptx" in {point.slug for point in neighbours(Wgmma.default(variant, DEVICE), points)}
-    prefill = enumerate_space(Subject(variant, DEVICE, Objective.INFER, 4, 1024)).points
-    assert "wgmma_ata_i12_ptx" in {point.slug for point in prefill}
 
 
 def test_the_hash_names_the_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
