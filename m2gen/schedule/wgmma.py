@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 
 from m2gen.device import Device
 from m2gen.schedule.knobs import Axes, Family, Knobs, Reduction, Scratch, Tanh, best_tanh, tanh_problems
-from m2gen.spec import Dtype, GateKind
+from m2gen.spec import Dtype
 from m2gen.variant import Variant
 
 HOPPER = "sm_90"
@@ -110,7 +110,7 @@ class Wgmma(Knobs):
 
     def checkpoint_bytes(self, variant: Variant) -> int:
         """Return 4 for a gate that is computed: its gradients are sums over all steps, of few elements each."""
-        return 4 if variant.gate is GateKind.SOFTPLUS else super().checkpoint_bytes(variant)
+        return 4 if variant.computes_gate else super().checkpoint_bytes(variant)
 
     def scratch_bytes(self, variant: Variant) -> int:
         """Return what one program keeps of steps in shared memory."""
