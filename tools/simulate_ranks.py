@@ -3,7 +3,8 @@
 python tools/simulate_ranks.py --ranks 64 --out docs/data/ranks_64_cpus.json
 
 Checks what ``m2gen bench --gpus 64`` checks where there is no GPU, and times nothing. Ranks are forks of one process,
-which has imported torch: they need less memory, and begin sooner. Ends with 1 if any result is wrong.
+which has imported torch: they need less memory, and begin sooner. It has one thread, since a fork has no other: numpy
+and torch are imported after the variables that tell them to start none. Ends with 1 if any result is wrong.
 """
 
 from __future__ import annotations
@@ -20,16 +21,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from m2gen import pipeline
 from m2gen.bench.ranks.entries import RankDocument, RankJob, read, write
 from m2gen.bench.ranks.kinds import Form
-from m2gen.bench.ranks.launch import CPU, failure
-from m2gen.cli.show.ranks import run_ranks
-from m2gen.cli.show.report import Display
+from m2gen.bench.ranks.launch import CPU, LOOPBACK, failure
 from m2gen.errors import RanksError
 from m2gen.measure.workers import end_with_parent
-from m2gen.pipeline import RanksRequest
-from m2gen.pipeline.ranks import LOOPBACK
 
 POLL_SECONDS = 0.2
 
@@ -89,6 +85,19 @@ def _serve(main: object, folder: Path, rank: int, parent: int) -> NoReturn:
     os._exit(1)  # not reached: a rank ends its process
 
 
+def checked(given: argparse.Namespace) -> int:
+    """Show what every form of a layer gives, and return the exit status."""
+    from m2gen import pipeline
+    from m2gen.cli.show.ranks import run_ranks
+    from m2gen.cli.show.report import Display
+
+    request = pipeline.RanksRequest(given.ranks, (given.layer,), forms=tuple(given.form or Form))
+    job = pipeline.ranks_job(pipeline.plan(given.spec, None, ()), request, (), cuda=False)
+    job = replace(job, cases=tuple(case for case in job.cases if case.form is not Form.ONE), repeats=0)
+    with tempfile.TemporaryDirectory(prefix="m2gen-ranks-") as name:
+        return run_ranks([simulated(job, Path(name))], Display(), given.out)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -99,12 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="a file for the results as JSON")
     given = parser.parse_args(arguments)
     os.environ.update({**CPU, **LOOPBACK})
-    request = RanksRequest(given.ranks, (given.layer,), forms=tuple(given.form or Form))
-    job = pipeline.ranks_job(pipeline.plan(given.spec, None, ()), request, (), cuda=False)
-    job = replace(job, cases=tuple(case for case in job.cases if case.form is not Form.ONE), repeats=0)
-    with tempfile.TemporaryDirectory(prefix="m2gen-ranks-") as name:
-        status = run_ranks([simulated(job, Path(name))], Display(), given.out)
-    sys.exit(status)
+    sys.exit(checked(given))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from m2gen.bench.ranks.entries import (
     write,
 )
 from m2gen.bench.ranks.kinds import Form
-from m2gen.bench.ranks.launch import CPU, run_ranks, worker_command
+from m2gen.bench.ranks.launch import CPU, LOOPBACK, run_ranks, worker_command
 from m2gen.cache import materialise
 from m2gen.db import Record
 from m2gen.db.choice import choose
@@ -41,7 +41,6 @@ REPEATS, CPU_REPEATS = 20, 3
 QUIET_SECONDS_A_CPU = 30.0
 """Longest between two results for each of many CPUs: they share the cores of a host."""
 EVERY_FORM = tuple(Form)
-LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from m2gen.bench.ranks import check, launch
 from m2gen.bench.ranks.entries import HYBRID, Link, RankCase, RankDocument, RankJob, RankRow, Shape, write
 from m2gen.bench.ranks.forecast import MeasuredLayer, OneGpu, forecast, token_us
 from m2gen.bench.ranks.kinds import Form, Mixing
-from m2gen.bench.ranks.launch import CPU, failure, run_ranks, worker_command, write_error
+from m2gen.bench.ranks.launch import CPU, LOOPBACK, failure, run_ranks, worker_command, write_error
 from m2gen.bench.ranks.model import model_bytes, predicted_ms, traffic
 from m2gen.bench.ranks.pulse import pid_of
 from m2gen.cli.show.report import TerminalProgress
 from m2gen.errors import RanksError, UsageError
 from m2gen.pipeline import RanksRequest
-from m2gen.pipeline.ranks import LOOPBACK, fitting
+from m2gen.pipeline.ranks import fitting
 
 QUIET = TerminalProgress(quiet=True)
 SEVEN = Shape("m2rnn_7b", 1536, 64, 16, {"q": 1, "k": 1, "v": 132, "f": 132, "w": 132, "g": 132}, "bf16")
@@ -145,6 +145,10 @@ FOREVER = "import time; time.sleep(1000)"
 ENDINGS = {
     "status": ("import sys; print('out of luck'); sys.exit(3)", "rank 1 of 2 ended with status 3: out of luck"),
     "signal": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "rank 1 of 2 ended with SIGKILL"),
+    "fault": (
+        "import ctypes, faulthandler; faulthandler.enable(); print('so far', flush=True); ctypes.string_at(0)",
+        r'rank 1 of 2 ended with SIGSEGV: so far; it was in ".*/ctypes/__init__\.py", line \d+ in string_at$',
+    ),
     "error": (
         "import sys; open('error1.json', 'w').write('{\"at\": 1, \"error\": \"ValueError: no\"}'); sys.exit(1)",
         "rank 1 of 2 failed: ValueError: no",

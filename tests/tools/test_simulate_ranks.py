@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support import ROOT
 
 TOOL = [sys.executable, str(ROOT / "tools" / "simulate_ranks.py"), "--ranks", "4"]
@@ -29,6 +30,23 @@ def test_forks_agree_with_one_rank(tmp_path: Path) -> None:
     rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     assert [row["form"] for row in rows] == ["heads", "exchange"]
     assert all(0 < row["worst"] <= 1 for row in rows)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux, which lists the threads of a process")
+def test_ranks_are_forks_of_one_thread(tmp_path: Path) -> None:
+    """No thread of numpy or torch, which forks would lack but believe in, is there when ranks begin."""
+    start = f"""
+import os
+fork = os.fork
+def forked():
+    with open({str(tmp_path / "threads")!r}, "a") as file:
+        print(len(os.listdir("/proc/self/task")), "numpy" in sys.modules, file=file)
+    return fork()
+os.fork = forked
+"""
+    done = simulated("--form", "heads", start=start)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "threads").read_text(encoding="utf-8") == "1 True\n" * 4
 
 
 def test_a_fork_that_is_killed_is_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,8 +23,12 @@ LOOKS = 10
 """How often it is looked, once a rank has failed, whether another was killed before that."""
 ABORTED = -signal.SIGABRT
 """Status of a process that gave up, as libraries have one do once another rank is gone."""
+INNERMOST = re.compile(r"^Current thread .*\n +File (.+)$", re.MULTILINE)
+"""Where the thread was that a signal hit, as ``faulthandler`` prints it."""
 CPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 """Environment of ranks that are CPUs."""
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo"}
+"""Environment of ranks of one host."""
 
 
 class Process(Protocol):
@@ -133,7 +138,7 @@ def failure(processes: Sequence[Process], folder: Path) -> str:
     rank = min(died, key=lambda rank: _doubt(processes[rank].returncode or 0))
     status = processes[rank].returncode or 0
     how = signal.Signals(-status).name if status < 0 else f"status {status}"
-    return f"rank {rank} of {len(processes)} ended with {how}: {_last_line(folder / f'output.{rank}')}"
+    return f"rank {rank} of {len(processes)} ended with {how}: {_last_words(folder / f'output.{rank}')}"
 
 
 def _doubt(status: int) -> int:
@@ -150,9 +155,13 @@ def _ended(processes: Sequence[Process], folder: Path) -> tuple[list[int], dict[
     return [rank for rank, state in enumerate(states) if state and rank not in said], said
 
 
-def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
+def _last_words(path: Path) -> str:
+    """Return the last line that a rank printed, and what it was doing where ``faulthandler`` says that."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    printed, _, trace = text.partition("Fatal Python error: ")
+    said = next((line.strip() for line in reversed(printed.splitlines()) if line.strip()), "")
+    found = INNERMOST.search(trace)
+    return "; ".join(filter(None, (said, found and f"it was in {found[1]}"))) or "it printed nothing"
 
 
 def worker_command(folder: Path, rank: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import os
 import sys
@@ -39,6 +40,7 @@ from m2gen.kernels.compile import load_module
 
 def main(folder: Path, rank: int) -> NoReturn:
     """Do a job as one of its ranks, and end the process; the first one writes results after each case."""
+    faulthandler.enable()
     pulse = Pulse(folder, rank)
     try:
         job = read(folder / "job.json", RankJob)
