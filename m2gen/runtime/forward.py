@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from .cache import M2RNNCache, States, check_cache, commit
 from .decode import step
-from .mixer import Mixer
+from .mixer import Mixer, wants_gradients
 from .offsets import check_host_offsets
 from .scan import scan
 
@@ -60,7 +60,7 @@ def run(
             return _padded(layer, x, cache.conv, cache.state, attention_mask, cu_seqlens)
         return scan(layer, x, cache.conv, cache.state, cu_seqlens, cu_seqlens_cpu)
     moved = cast(M2RNNCache, cache)
-    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
+    if wants_gradients(layer, x):
         raise RuntimeError("M2RNN: a cache has no gradients; call under torch.no_grad(), or use scan")
     check_cache(layer, moved, x, cu_seqlens)
     if cu_seqlens is None and x.shape[1] == 1 and layer.backend == "kernels":

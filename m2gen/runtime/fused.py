@@ -129,9 +129,19 @@ def _is_there(p: Tensor, x: Tensor, kinds: tuple[type, ...] = TENSORS) -> bool:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of what a projection makes of x."""
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) else x.dtype
+
+
+def _autocasts(x: Tensor) -> bool:
     kind = x.device.type
-    autocasts = kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if autocasts else x.dtype
+    return kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+
+
+def check_projected(caller: str, layer: Mixer, x: Tensor) -> None:
+    """Raise TypeError where projections of another dtype than x's would refuse what is written by then."""
+    module = layer.output_projection
+    if type(module) is nn.Linear and module.weight.dtype != x.dtype and not _autocasts(x):
+        raise TypeError(f"{caller}: x must be {module.weight.dtype}, as the layer's projections are, got {x.dtype}")
 
 
 def _key(layer: Mixer, dtype: torch.dtype, computes_gate: bool) -> bool:

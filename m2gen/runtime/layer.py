@@ -22,7 +22,7 @@ from .mixer import Device, operand_sizes, split_sizes
 from .norm import make_norm
 from .not_built import check_built, first
 from .optimizer import mark_no_weight_decay
-from .room import leave_room
+from .room import leave_room, without_room
 
 __all__ = ["M2RNN", "M2RNNCache"]
 
@@ -126,6 +126,7 @@ class M2RNN(nn.Module):
         self.output_projection = nn.Linear(inner, config.hidden_size, bias=False, **made)
         _settle(self)
         self.register_load_state_dict_post_hook(_settle)  # type: ignore[no-untyped-call]
+        self.register_state_dict_post_hook(without_room)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_variant(cls, name: str, hidden_size: int, *, gate_heads: int | None = None, **options: Any) -> M2RNN:

@@ -9,7 +9,8 @@ from . import fused, library, pool_checks
 from .cache import check_holds
 from .decode import by_kernel
 from .layer import M2RNN
-from .mixer import Device, shapes_of
+from .memory import ITSELF, overlaps_itself
+from .mixer import Device, shapes_of, wants_gradients
 
 __all__ = ["M2RNNPool"]
 
@@ -25,11 +26,14 @@ class M2RNNPool:
     ``out_indices``, or these, the ones that they end in. A negative one, or one that the pool does not have, is neither
     read nor written. What a slot holds that no call names does not matter and does not change.
 
-    Raises ValueError or TypeError for tensors of other shapes or dtypes, or apart from the layer.
+    Raises ValueError or TypeError for tensors of other shapes or dtypes, or apart from the layer, and for a layer that
+    does not run on the kernels; RuntimeError for tensors whose elements share memory.
     """
 
     def __init__(self, layer: M2RNN, conv: Tensor, state: Tensor) -> None:
-        wanted, states = shapes_of(layer, state.shape[0] if state.dim() else 0)
+        if layer.backend != "kernels":
+            raise ValueError(f"M2RNNPool: layer must have the backend kernels, got {layer.backend!r}")
+        wanted, states = shapes_of(layer, max(state.shape[0], 1) if state.dim() else 1)
         if conv.shape != wanted and conv.mT.shape == wanted:
             conv = conv.mT
         for name, x, shape in (("conv", conv, wanted), ("state", state, states)):
@@ -37,6 +41,8 @@ class M2RNNPool:
                 raise ValueError(f"M2RNNPool: {name} must be {tuple(shape)}, got {tuple(x.shape)}")
             if x.device != layer.state_weight.device:
                 raise ValueError(f"M2RNNPool: {name} must be on {layer.state_weight.device}, got {x.device}")
+            if overlaps_itself(x.shape, x.stride()):
+                raise RuntimeError(f"M2RNNPool: {name}: {ITSELF}")
         if state.dtype not in pool_checks.POOL_DTYPES:
             raise TypeError(
                 f"M2RNNPool: state must be {' or '.join(map(str, pool_checks.POOL_DTYPES))}, got {state.dtype}"
@@ -72,22 +78,24 @@ class M2RNNPool:
         leaves its states in its slot. Nothing is read on the host if cu_seqlens_cpu comes with cu_seqlens.
         """
         batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        out = self._checked("prefill", batch, indices, out_indices)
-        dims = [self.layer.state_expansion, self.layer.head_dim, *self.layer.heads]
+        out = self._checked("prefill", x, batch, indices, out_indices)
         has = _within(indices, self.conv.shape[0])
         if has_initial_state is not None:
+            pool_checks.check_own("M2RNNPool.prefill", "has_initial_state", has_initial_state, x)
+            if has_initial_state.shape != (batch,):
+                got = tuple(has_initial_state.shape)
+                raise ValueError(f"M2RNNPool.prefill: has_initial_state must be ({batch},), got {got}")
             has = has & has_initial_state
-        before = torch.where(has[:, None, None], self.conv[torch.where(has, indices, 0).long()], 0)
-        state = library.OPERATORS.POOL_GATHER(self.state, indices, has, dims)
-        y, conv, last = self.layer.scan(x, before, state, cu_seqlens, cu_seqlens_cpu)
+        y, conv, last = self.layer.scan(x, *self._taken(indices, has), cu_seqlens, cu_seqlens_cpu)
         check_holds(self, conv.dtype)
-        library.OPERATORS.POOL_SCATTER(last, out, None, dims, self.state)
-        _put(self.conv, out, conv)
+        self._leave(out, conv, last)
         return y
 
     def step(self, x: Tensor, indices: Tensor, out_indices: Tensor | None = None) -> Tensor:
         """Return what the layer makes of a token of each request, x (B, hidden); zeros for those without a slot."""
-        out = self._checked("step", x.shape[0], indices, out_indices)
+        if x.dim() != 2 or x.shape[1] != self.layer.hidden_size:
+            raise ValueError(f"M2RNNPool.step: x must be (B, {self.layer.hidden_size}), got {tuple(x.shape)}")
+        out = self._checked("step", x, x.shape[0], indices, out_indices)
         if fused.computes(self.layer, x) and fused.reads_projection(self.layer, x):
             y = by_kernel(self.layer, x, self, indices, None if out is indices else out)
         else:
@@ -103,25 +111,44 @@ class M2RNNPool:
         states after each token; a request's own slots are apart.
         """
         table = indices if out_indices is None else out_indices
-        if indices.dim() != 2 or table.shape != x.shape[:2]:
+        if x.dim() != 3 or indices.dim() != 2 or table.shape != x.shape[:2]:
             raise ValueError(
-                f"M2RNNPool.steps: indices must be (B, C) and out_indices {tuple(x.shape[:2])}, "
-                f"got {tuple(indices.shape)} and {tuple(table.shape)}"
+                f"M2RNNPool.steps: x must be (B, T, hidden), indices (B, C) and out_indices (B, T), "
+                f"got {tuple(x.shape)}, {tuple(indices.shape)} and {tuple(table.shape)}"
             )
         column = accepted.long() - 1
         there = (column >= 0) & (column < indices.shape[1])
         source = torch.where(there, indices.gather(1, column.clamp(0, indices.shape[1] - 1)[:, None])[:, 0], -1)
-        began, tokens = _within(source, self.state.shape[0]), []
+        began = _within(source, self.state.shape[0])
+        conv, state = self._taken(source, began)
+        moving = M2RNNPool(self.layer, conv, state.to(self.state.dtype))  # goes on where a token's state has no slot
+        here, tokens = torch.where(began, torch.arange(x.shape[0], device=x.device), -1), []
         for t in range(x.shape[1]):
-            tokens.append(self.step(x[:, t], source, table[:, t]))
-            source = torch.where(began, table[:, t], -1)
-        return torch.stack(tokens, 1)
+            out = self._checked("steps", x, x.shape[0], source, table[:, t])
+            tokens.append(moving.step(x[:, t], here))
+            self._leave(torch.where(began, out, -1), moving.conv, moving.state)
+        return torch.stack(tokens, 1) if tokens else torch.empty_like(x)
 
-    def _checked(self, call: str, batch: int, indices: Tensor, out_indices: Tensor | None) -> Tensor:
+    def _taken(self, indices: Tensor, has: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the states in slots, conv and in float32 state; zeros where ``has`` (B,) is false."""
+        conv = torch.where(has[:, None, None], self.conv[torch.where(has, indices, 0).long()], 0)
+        return conv, library.OPERATORS.POOL_GATHER(self.state, indices, has, self._dims)
+
+    def _leave(self, indices: Tensor, conv: Tensor, state: Tensor) -> None:
+        """Write states of sequences into slots."""
+        library.OPERATORS.POOL_SCATTER(state.float(), indices, None, self._dims, self.state)
+        _put(self.conv, indices, conv)
+
+    @property
+    def _dims(self) -> list[int]:
+        return [self.layer.state_expansion, self.layer.head_dim, *self.layer.heads]
+
+    def _checked(self, call: str, x: Tensor, batch: int, indices: Tensor, out_indices: Tensor | None) -> Tensor:
         """Return the slots to write, once they and those to read are found to be fit."""
         caller = f"M2RNNPool.{call}"
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.layer.parameters()):
+        if wants_gradients(self.layer, x, self.conv, self.state):
             raise RuntimeError(f"{caller} computes no gradients; call it under torch.no_grad()")
+        fused.check_projected(caller, self.layer, x)
         out = indices if out_indices is None else out_indices
         for name, given in (("indices", indices), ("out_indices", out)):
             if given.shape != (batch,):

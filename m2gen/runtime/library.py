@@ -95,9 +95,10 @@ def _forward_mapped(
         x, dim = operands[i], in_dims[i]
         if x is not None:
             mapped = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            sizes = mapped.shape[:2]
             operands[i] = mapped.flatten(0, 1)
     y, state, checkpoints = FORWARD(*operands, cu_seqlens, host, bound, save, deterministic)
-    y, state = (x.unflatten(0, (info.batch_size, -1)) for x in (y, state))
+    y, state = (x.unflatten(0, sizes) for x in (y, state))
     return (y, state, checkpoints), (0, 0, None)
 
 

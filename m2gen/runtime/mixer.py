@@ -83,6 +83,13 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def wants_gradients(layer: Mixer, *given: Tensor | None) -> bool:
+    """Whether a call on these tensors, of inputs and states, is to be differentiated."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(x is not None and x.requires_grad for x in given) or any(p.requires_grad for p in layer.parameters())
+
+
 def known(condition: Any) -> bool:
     """Whether a condition on sizes holds; False where a compiler would learn it from the data alone."""
     if isinstance(condition, bool | Tensor):

@@ -11,7 +11,9 @@ from .norm import RMSNorm
 
 __all__ = ["parameter_groups"]
 
-_NORMS = (RMSNorm, nn.LayerNorm, nn.RMSNorm)
+_NORMS = (RMSNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+_NAMES_OF_NORMS = ("RMSNorm", "LayerNorm")
+"""How names of models' own classes of norms end."""
 
 
 def _declared(module: nn.Module) -> str | None:
@@ -23,10 +25,16 @@ def _declared(module: nn.Module) -> str | None:
 def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     """Return the module's own parameters that weight decay must leave alone: decay parameters, norms, D and biases."""
     own = dict(module.named_parameters(recurse=False))
-    if isinstance(module, (DecayGate, *_NORMS)) or _declared(module) == "undecayed":
+    norm = isinstance(module, _NORMS) or type(module).__name__.endswith(_NAMES_OF_NORMS)
+    if norm or isinstance(module, DecayGate) or _declared(module) == "undecayed":
         return list(own.values())
-    names = ("bias", "D", "skip") if hasattr(module, "decay_gate") else ("bias",)
-    return [own[name] for name in names if name in own]
+    names = ("D", "skip") if hasattr(module, "decay_gate") else ()
+    return [parameter for name, parameter in own.items() if name in names or _is_bias(name)]
+
+
+def _is_bias(name: str) -> bool:
+    """Whether torch's own modules give a bias such a name: ``bias``, ``in_proj_bias``, ``bias_ih_l0``."""
+    return name == "bias" or name.endswith("_bias") or name.startswith("bias_")
 
 
 def mark_no_weight_decay(layer: nn.Module) -> None:

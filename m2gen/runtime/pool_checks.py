@@ -30,7 +30,7 @@ def check_pooled(caller: str, lead: tuple[str, ...], tensors: Tensors, compiled:
     total = max(tensors["weight"].shape[0], *(tensors[each].shape[-2] for each in "qkv"), tensors["forget"].shape[-1])
     _check_pool(caller, name, tensors[name], q, (total, q.shape[-1], tensors["v"].shape[-1]))
     for own in _DTYPES:
-        _check_own(caller, own, tensors.get(own), q)
+        check_own(caller, own, tensors.get(own), q)
     steps = q.shape[1] if caller == "m2rnn_steps" else None
     for own, expected in _shapes(tensors, batch, steps):
         x = tensors.get(own)
@@ -60,7 +60,8 @@ def _check_pool(caller: str, name: str, pool: Tensor, q: Tensor, state: tuple[in
         raise ValueError(f"{caller}: {name} must be on {q.device} as q is, got {pool.device}")
 
 
-def _check_own(caller: str, name: str, x: object, q: Tensor) -> None:
+def check_own(caller: str, name: str, x: object, q: Tensor) -> None:
+    """Raise TypeError or ValueError for an argument of another dtype, or apart from q."""
     if x is None:
         return
     if not isinstance(x, Tensor):

@@ -6,8 +6,11 @@ not matter, since nobody reads the columns that it gives.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
 
 ROW = 16
 """Elements whose multiples rows of a projection have, so that every product and every load of one is aligned."""
@@ -16,7 +19,8 @@ ROW = 16
 def leave_room(module: nn.Linear) -> None:
     """Have the module's parameters lie in memory with room behind them, unless there is some or they are no tensors.
 
-    Shapes and values are the same. Memory of another size than a parameter's is what views have, too.
+    Shapes and values are the same. Memory of another size than a parameter's is what views have, too; ``without_room``
+    gives state dicts without it.
     """
     for parameter in module.parameters(recurse=False):
         x = parameter.data
@@ -25,6 +29,17 @@ def leave_room(module: nn.Linear) -> None:
             wide = x.new_zeros(x.shape[0] + rest, *x.shape[1:])
             wide[: x.shape[0]] = x
             parameter.data = wide[: x.shape[0]]
+
+
+def without_room(_: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: object) -> None:
+    """Have a projection's entries of a state dict say that their memory ends where they do, as their readers expect.
+
+    safetensors refuses tensors with memory behind them. The elements are the parameters' as before.
+    """
+    for name in (f"{prefix}input_projection.weight", f"{prefix}input_projection.bias"):
+        x = state_dict.get(name)
+        if type(x) is Tensor and not x.requires_grad and x.device.type in ("cpu", "cuda") and widened(x) is not None:
+            state_dict[name] = from_dlpack(x)  # the same memory as a storage of that size
 
 
 def widened(x: Tensor) -> Tensor | None:

@@ -110,14 +110,19 @@ def one_by_one(operator: Operator) -> Callable[..., tuple[Any, Any]]:
     """Return a rule for torch.vmap that calls ``operator`` for each place of the mapped dim, one after the other."""
 
     def rule(info: MapInfo, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
-        mapped = list(zip(arguments, in_dims, strict=True))
+        mapped, count = list(zip(arguments, in_dims, strict=True)), info.batch_size
         calls = [
-            operator(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in mapped))
-            for i in range(info.batch_size)
+            operator(*(_place(x, dim, i) if isinstance(dim, int) else x for x, dim in mapped))
+            for i in range(max(count, 1))
         ]
         if isinstance(calls[0], torch.Tensor):
-            return torch.stack(calls), 0
-        results = [torch.stack(parts) for parts in zip(*calls, strict=True)]
+            return torch.stack(calls)[:count], 0
+        results = [torch.stack(parts)[:count] for parts in zip(*calls, strict=True)]
         return type(calls[0])(results), type(calls[0])([0] * len(results))
 
     return rule
+
+
+def _place(x: torch.Tensor, dim: int, i: int) -> torch.Tensor:
+    """Return place ``i`` of a mapped dim; zeros where it has none, whose results say only what shape those are."""
+    return x.select(dim, i) if x.shape[dim] else x.new_zeros((*x.shape[:dim], *x.shape[dim + 1 :]))

@@ -206,6 +206,19 @@ def test_gradients_go_through_the_cache(package, device, backend, make_cache) ->
     assert max(map(distance, found, expected)) < ROUNDING
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_a_prompt_go_through_a_frozen_layer(package, device, backend) -> None:
+    """A token of which nothing wants gradients hands on those of the states before it."""
+    layer, cache = made(package, backend).to(device).requires_grad_(False), RecordedCache()
+    first, second = tokens(device, 2, 5).split((4, 1), 1)
+    first.requires_grad_()
+    layer(first, past_key_values=cache, use_cache=True)
+    y, _, _ = layer(second, past_key_values=cache)
+    whole = layer(torch.cat((first, second), 1))[0][:, 4:]
+    found, wanted = (torch.autograd.grad(each, first, loss_weights(y))[0] for each in (y, whole))
+    assert distance(found, wanted) < ROUNDING
+
+
 def test_compiled_training(package, device) -> None:
     """A packed step on the kernels is one graph, in which offsets may change."""
     torch._dynamo.reset()

@@ -131,6 +131,18 @@ def test_gradients_go_through_a_cache(model: Any) -> None:
     assert distance(*(torch.autograd.grad(loss, weight)[0] for loss in (later, whole))) < ROUNDING
 
 
+def test_gradients_of_a_prompt_go_through_a_frozen_model(model: Any) -> None:
+    """What is trained may be the prompt alone: later calls, of which nothing else wants gradients, reach it."""
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    tokens = ids(2)
+    prompt = frozen.get_input_embeddings()(tokens[:, PROMPT]).requires_grad_()
+    after = frozen.get_input_embeddings()(tokens[:, AFTER])
+    whole = frozen(inputs_embeds=torch.cat((prompt, after), 1), use_cache=False).logits[:, AFTER].square().sum()
+    cache = frozen(inputs_embeds=prompt, use_cache=True).cache
+    later = frozen(tokens[:, AFTER], cache=cache).logits.square().sum()
+    assert distance(*(torch.autograd.grad(loss, prompt)[0] for loss in (later, whole))) < ROUNDING
+
+
 def test_a_cache_whose_entries_keep_states_elsewhere(hf: Any) -> None:
     """An entry's ``mix`` says what its layer makes of a call: here of packed prompts, then tokens, in a pool."""
     model, slots = small_model(hf, "recurrent"), torch.tensor([2, 0])

@@ -93,6 +93,24 @@ def test_layers_made_in_bfloat16(package) -> None:
     assert_kept(made(package, device="meta").bfloat16(), torch.bfloat16)
 
 
+def test_state_dicts_are_the_parameters_and_no_more(package, tmp_path: Path) -> None:
+    """Their tensors are the parameters' memory, to the end of what they say: safetensors' functions take the layer."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    layer, other = made(package), made(package).requires_grad_(False)
+    held = layer.state_dict()
+    for name, x in layer.named_parameters():
+        assert held[name].data_ptr() == x.data_ptr(), name
+        assert held[name].untyped_storage().nbytes() == x.numel() * x.element_size(), name
+    held["input_projection.weight"].fill_(3.0)
+    assert layer.input_projection.weight.eq(3.0).all()
+    assert all(x is layer.get_parameter(name) for name, x in layer.state_dict(keep_vars=True).items())
+    for module, place in ((layer, "layer"), (nn.Sequential(layer), "model")):
+        safetensors.save_model(module, str(tmp_path / place))
+    safetensors.load_model(other, str(tmp_path / "layer"))
+    assert_same(dict(other.state_dict()), dict(layer.state_dict()))
+    assert made(package, device="meta").state_dict()["input_projection.weight"].is_meta
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_saved_and_loaded(package, tmp_path: Path, assign) -> None:
     """A bf16 layer's file has float32 decay parameters, and a file that has none is read into float32."""
@@ -237,6 +255,28 @@ class Model(nn.Module):
         self.head.weight = self.embedding.weight
         self.scale = nn.Parameter(torch.ones(1))
         self.scale._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+class TheirRMSNorm(nn.Module):
+    """A norm as models define their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+
+def test_biases_and_norms_of_other_modules(package) -> None:
+    """Whatever torch calls a bias, and every norm of it or of a model's own, is not decayed."""
+    model = nn.ModuleDict({
+        "attention": nn.MultiheadAttention(8, 2, add_bias_kv=True), "groups": nn.GroupNorm(2, 8),
+        "batch": nn.BatchNorm1d(8), "lstm": nn.LSTM(4, 4), "own": TheirRMSNorm(),
+    })  # fmt: skip
+    groups = importlib.import_module(f"{package.__name__}.optimizer").parameter_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(x)] for group in groups if group["weight_decay"] for x in group["params"]}
+    assert decayed == {
+        "attention.in_proj_weight", "attention.out_proj.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("marks", [True, False])

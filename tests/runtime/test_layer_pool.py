@@ -115,6 +115,29 @@ def test_tokens_and_drafts(package, device) -> None:
     assert pool.state[6:].isnan().all()
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_go_on_where_a_state_has_no_slot(package, device, fused, dtype) -> None:
+    """A state that nobody keeps is the one that the request's next token starts from."""
+    layer, x = drawn(package, device, fused=fused), tokens(device, 2, 5)
+    whole, some = (poisoned(package, layer) for _ in range(2))
+    whole, some = (package.M2RNNPool(layer, pool.conv, pool.state.to(dtype)) for pool in (whole, some))
+    table, few = (torch.tensor(rows, device=device) for rows in (((0, 1, 2), (3, 4, 5)), ((-1, SLOTS, 2), (-1, 4, -1))))
+    with torch.no_grad():
+        for pool in (whole, some):
+            pool.prefill(x[:, :2], table[:, 0], has_initial_state=torch.zeros(2, dtype=torch.bool, device=device))
+        before = some.state.clone()
+        one = slots(1, 1, device=device)
+        y, expected = some.steps(x[:, 2:], table, one, few), whole.steps(x[:, 2:], table, one)
+        assert some.steps(x[:, :0], table, one, few[:, :0]).shape == (2, 0, HIDDEN)
+    assert_same({"y": y}, {"y": expected})
+    for name in ("state", "conv"):
+        found, wanted = getattr(some, name), getattr(whole, name)
+        assert torch.equal(found[[2, 4]], wanted[[2, 4]])
+    others = [0, 1, 3, 5, 6, 7, 8]
+    assert torch.equal(some.state[others].nan_to_num(), before[others].nan_to_num())
+
+
 def test_slots_that_the_pool_does_not_have(package, device) -> None:
     """They are left out, as negative ones are."""
     layer = drawn(package, device)
@@ -154,8 +177,22 @@ def test_misuse(package, device, monkeypatch) -> None:
             pool.step(x, slots(0, 1, 2, device=device))
         with pytest.raises(TypeError, match=r"out_indices must be torch.int32 or torch.int64, got torch.float32"):
             pool.prefill(x[:, None], two, out_indices=two.float())
-        with pytest.raises(ValueError, match=r"M2RNNPool.steps: indices must be \(B, C\) and out_indices \(2, 1\)"):
+        with pytest.raises(ValueError, match=r"M2RNNPool.steps: x must be \(B, T, hidden\), indices \(B, C\) and out_"):
             pool.steps(x[:, None], two, two)
+        with pytest.raises(ValueError, match=r"M2RNNPool.step: x must be \(B, 24\), got \(2, 1, 24\)"):
+            pool.step(x[:, None], two)
+        with pytest.raises(
+            TypeError, match=r"M2RNNPool.prefill: has_initial_state must be torch.bool, got torch.uint8"
+        ):
+            pool.prefill(x[:, None], two, has_initial_state=two.byte())
+        with pytest.raises(ValueError, match=r"M2RNNPool.prefill: has_initial_state must be \(2,\), got \(1,\)"):
+            pool.prefill(x[:, None], two, has_initial_state=two[:1] > 0)
+        for call in (pool.step, lambda x, two: pool.prefill(x[:, None], two)):
+            with pytest.raises(
+                TypeError, match=r"x must be torch.float32, as the layer's projections are, got torch.bf"
+            ):
+                call(x.bfloat16(), two)
+        assert not pool.state.any()
         monkeypatch.setattr(module_of(package, "layer_pool").pool_checks, "DEBUG", True)
         with pytest.raises(IndexError, match=r"M2RNNPool.step: indices must be below the pool's 4 slots, got 4"):
             pool.step(x, slots(0, 4, device=device))
@@ -165,6 +202,16 @@ def test_misuse(package, device, monkeypatch) -> None:
         package.M2RNNPool(layer, cache.conv[:, 1:], cache.state)
     with pytest.raises(TypeError, match=r"M2RNNPool: state must be torch.float32 or .*, got torch.float64"):
         package.M2RNNPool(layer, cache.conv, cache.state.double())
+    with pytest.raises(RuntimeError, match=r"M2RNNPool: conv: .*more than one element of the written-to tensor"):
+        package.M2RNNPool(layer, cache.conv[:1].expand_as(cache.conv), cache.state)
+    with pytest.raises(ValueError, match=r"M2RNNPool: conv must be \(1, 3, 64\), got \(0, 3, 64\)"):
+        package.M2RNNPool.allocate(layer, 0)
+    frozen, wanting = layer.requires_grad_(False), x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"M2RNNPool.step computes no gradients"):
+        package.M2RNNPool(frozen, cache.conv, cache.state).step(wanting, two)
+    other = drawn(package, device, backend="reference")
+    with pytest.raises(ValueError, match=r"M2RNNPool: layer must have the backend kernels, got 'reference'"):
+        package.M2RNNPool(other, cache.conv, cache.state)
 
 
 def test_compiled_steps(package, device) -> None:

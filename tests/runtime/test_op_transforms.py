@@ -132,6 +132,19 @@ def test_vmap(package, mapped) -> None:
     same(given, [torch.stack(x) for x in zip(*expected, strict=True)])
 
 
+@pytest.mark.parametrize("name", MAPPED)
+def test_nothing_is_mapped(package, device, name) -> None:
+    """A mapped dim of no places gives results and gradients of no places."""
+    dims = MAPPED[name]
+    pairs = list(zip(draw(device, 0), dims, strict=True))
+    operands = tuple(x if dim is None else torch.stack((x, x), dim).narrow(dim, 0, 0) for x, dim in pairs)
+    alone = package.m2rnn(*(x for x, _ in pairs))
+    given = torch.vmap(package.m2rnn, in_dims=dims)(*operands)
+    assert [x.shape for x in given] == [(0, *x.shape) for x in alone]
+    gradients = torch.vmap(torch.func.grad(loss_of(package), argnums=EVERY), in_dims=dims)(*operands)
+    assert [x.shape for x in gradients] == [(0, *x.shape) for x, _ in pairs]
+
+
 def test_gradients_of_each_sample(package, mapped) -> None:
     """vmap over grad: the shared weight has a gradient for each sample, too."""
     operands, dims = mapped

@@ -13,6 +13,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TY
 
 from ..cache import States
 from ..layer import M2RNN, M2RNNCache
+from ..mixer import wants_gradients
 from .configuration import M2RNN_LAYER
 from .packing import Packed
 
@@ -44,7 +45,7 @@ class M2RNNCacheLayer(CacheLayerMixin):
             raise ValueError("M2RNN: a cache and packed sequences must not be given together")
         conv, state = self.begin(layer, x)
         y: Tensor
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters())):
+        if wants_gradients(layer, x, conv, state):
             y, self.conv, self.state = layer(x, States(conv, state), mask)  # in place there are no gradients
         else:
             if conv.requires_grad or state.requires_grad:  # of a call with gradients, whose states stay as they are

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..cache import States
 from ..layer import M2RNN
+from ..mixer import wants_gradients
 
 __all__ = ["M2RNNLayer"]
 
@@ -55,7 +55,7 @@ class M2RNNLayer(nn.Module):
             y = self.mixer(x, None, mask, cu_seqlens, cu_seqlens_cpu)
             return y.view_as(hidden_states), None, None
         before = self._states(past_key_values)
-        if cu_seqlens is None and steps == 1 and not self._wants_gradients(x):
+        if cu_seqlens is None and steps == 1 and not wants_gradients(self.mixer, x, before.conv, before.state):
             y, conv, state = self._step(x, before, mask)
         else:
             y, conv, state = self.mixer(x, before, mask, cu_seqlens, cu_seqlens_cpu)
@@ -70,9 +70,6 @@ class M2RNNLayer(nn.Module):
             raise ValueError("M2RNN: layer_idx must be a number where past_key_values is given, got None")
         held = past_key_values[self.layer_idx] if len(past_key_values) > self.layer_idx else None
         return States(None, None) if held is None else States(held["conv_state"], held["recurrent_state"])
-
-    def _wants_gradients(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.mixer.parameters()))
 
     def _step(self, x: Tensor, before: States, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Advance copies of the states by one token of each sequence, x (B, 1, hidden_size)."""
