@@ -78,8 +78,8 @@ def preference_in_slot(record: Record) -> tuple[object, ...]:
 
 
 def failures(records: Iterable[Record]) -> dict[Hashable, Record]:
-    """Return the records of failures by their ``verdict``, which disqualifies winners with the same one."""
-    return {verdict(record): record for record in records if record.failure is not None}
+    """Return the failures that still count by their ``verdict``, which disqualifies winners with the same one."""
+    return {verdict(record): record for record in records if record.failure is not None and not stale(record)}
 
 
 def verdict(record: Record) -> Hashable:

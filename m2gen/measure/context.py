@@ -39,10 +39,20 @@ def this_context(command: str) -> Context:
 
 def environment(device: Device) -> Environment:
     """Return the environment of this process; facts that cannot be found out are empty."""
-    name = re.sub(r"[^ -.0-~]", "_", device.name)[:80]
     return Environment(
-        device.arch, name, device.sm_count, driver(), installed("torch"), installed("triton"), _ptxas(device)
+        device.arch,
+        recorded_name(device),
+        device.sm_count,
+        driver(),
+        installed("torch"),
+        installed("triton"),
+        _ptxas(device),
     )
+
+
+def recorded_name(device: Device) -> str:
+    """Return the product name of a GPU as records have it."""
+    return re.sub(r"[^ -.0-~]", "_", device.name)[:80]
 
 
 def installed(package: str) -> str:

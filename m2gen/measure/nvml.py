@@ -94,7 +94,8 @@ class ClockWatch:
         if not seen:
             return None
         counts = Counter(reason for reading in seen for reason in reading.reasons)
-        throttled = (Throttled(reason, round(count / len(seen), DIGITS)) for reason, count in sorted(counts.items()))
+        least = 10.0**-DIGITS  # what was seen at all is not 0
+        throttled = (Throttled(each, max(least, round(n / len(seen), DIGITS))) for each, n in sorted(counts.items()))
         return Clocks(
             median_low(reading.sm_mhz for reading in seen),
             max(self._most, max(reading.sm_mhz for reading in seen)),

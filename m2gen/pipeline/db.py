@@ -24,6 +24,7 @@ from m2gen.db import (
 from m2gen.device import detect, target
 from m2gen.errors import UsageError, among
 from m2gen.kernels.compile import triton_version
+from m2gen.measure.context import recorded_name
 from m2gen.pipeline.plan import open_spec, relevant, shipped_database
 from m2gen.schedule.tunable import Tunable, keys_of
 from m2gen.spec import Objective
@@ -136,7 +137,7 @@ def _device(question: Question, everything: Iterable[Record], same: Iterable[Rec
         assert question.arch is not None
         return question.arch, question.device, target(question.arch).sm_count
     if question.arch is None and here is not None:
-        return here.arch, here.name, here.sm_count
+        return here.arch, recorded_name(here), here.sm_count
     arch = question.arch or min((where.arch for where in known.values()), default="sm_90")
     usual = usual_device(same, arch)
     return arch, usual, known[usual].sm_count if usual in known else target(arch).sm_count

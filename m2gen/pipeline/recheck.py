@@ -13,6 +13,7 @@ from m2gen.measure.workers import run_isolated
 from m2gen.pipeline.plan import Progress
 from m2gen.schedule import AnySchedule
 from m2gen.tune.final import ROUNDS
+from m2gen.tune.records import LASTING
 from m2gen.tune.select import select
 from m2gen.tune.services import TuningContext
 from m2gen.tune.subject import Subject
@@ -64,7 +65,8 @@ def _elsewhere(record: Record, context: TuningContext) -> str:
 def verify_records(database: Database, ids: Sequence[str], context: TuningContext, progress: Progress) -> list[Recheck]:
     """Check the winners of this device again, or only those of ``ids``, and add failures to the database.
 
-    A record that fails serves no build from then on.
+    A record that fails serves no build from then on, whatever Triton measured it, and searches here do not try its
+    schedule again. Running out of memory says nothing of a record: others may have had the GPU.
     """
     asked = [database.find(prefix) for prefix in ids] if ids else list(database.records())
     winners = [record for record in asked if record.failure is None]
@@ -73,8 +75,8 @@ def verify_records(database: Database, ids: Sequence[str], context: TuningContex
     chosen = [record for record in winners if not skipped[record]]
     with lock.exclusive(context.gpu):
         found = _checked(chosen, context, progress)
-    broken = [record for record in chosen if found[record].failure is not None]
-    database.add(_failure(record, found[record], context) for record in broken)
+    broken = [record for record in chosen if (failure := found[record].failure) and failure.reason in LASTING]
+    database.add(each for record in broken for each in _failures(record, found[record], context))
     return [Recheck(record, skipped[record], found.get(record)) for record in winners]
 
 
@@ -102,17 +104,17 @@ def _checked(records: Sequence[Record], context: TuningContext, progress: Progre
     return {record: measured[task] for record, task in tasks.items()}
 
 
-def _failure(record: Record, found: Measurement, context: TuningContext) -> Record:
-    provenance = replace(record.provenance, worker=context.worker)
-    return replace(
-        record,
-        environment=context.environment,
-        provenance=provenance,
-        timing=None,
-        errors=(),
-        failure=found.failure,
-        clocks=None,
+def _failures(record: Record, found: Measurement, context: TuningContext) -> list[Record]:
+    """Return the failure for searches with the toolchain at hand, and for the record, which may be of another."""
+    assert found.failure is not None
+    here, provenance = context.environment, replace(record.provenance, worker=context.worker)
+    failed = replace(
+        record, environment=here, provenance=provenance, timing=None, errors=(), failure=found.failure, clocks=None
     )
+    if here.triton == record.environment.triton:
+        return [failed]
+    message = f"{found.failure.message}, with triton {here.triton}"
+    return [failed, replace(failed, environment=record.environment, failure=replace(found.failure, message=message))]
 
 
 def replay(record: Record, context: TuningContext, progress: Progress) -> Replayed:

@@ -10,6 +10,8 @@ from pathlib import Path
 from m2gen.measure.lock import alive
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")
+PROCESSES = Path("/proc/self/ns/pid")
+"""The space in which this process has its number; containers of one host have spaces of their own."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,21 @@ class Claim:
     pid: int
     begun: bool = False
     """Whether the candidate is on the GPU, which may take the machine down."""
+    space: str = ""
+    """The space of ``pid``; empty where it is not known."""
 
     @classmethod
     def of(cls, worker: str) -> Claim:
         """Return a claim of this process."""
         boot = BOOT.read_text(encoding="ascii").strip() if BOOT.exists() else ""
-        return cls(worker, platform.node(), boot, os.getpid())
+        space = os.readlink(PROCESSES) if PROCESSES.is_symlink() else ""
+        return cls(worker, platform.node(), boot, os.getpid(), space=space)
 
     def gone(self, here: Claim) -> bool:
         """Return whether the process of this claim is known to be gone: it was on this host, and is not any more."""
-        return self.host == here.host and (self.rebooted(here) or not alive(self.pid) or self._earlier(here))
+        if self.host != here.host or self.rebooted(here):
+            return self.rebooted(here)
+        return self.space in ("", here.space) and (not alive(self.pid) or self._earlier(here))
 
     def rebooted(self, here: Claim) -> bool:
         """Return whether this host was started again since."""

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from m2gen.db import Clocks
-from m2gen.schedule import AnySchedule
+from m2gen.schedule import AnySchedule, parse_any
 from m2gen.tune.ledger import Ledger
 from m2gen.tune.select import Selection
 from m2gen.tune.space import fits
 from m2gen.tune.subject import Subject
-from m2gen.tune.trial import Measurement, Samples, Trial
+from m2gen.tune.trial import KNOWN, Measurement, Samples, Trial
 
 FINALS_SECONDS = 25.0
 """Seconds of the budget that the final gets, or ``FINALS_PART`` of it if that is less."""
@@ -99,8 +99,13 @@ class TrialLog:
         return self.limits.now() - self._start
 
     def learn(self, trial: Trial) -> None:
-        """Add a trial that the ledger already has."""
+        """Add a trial that the ledger already has; a copy is as wrong as the trial that was measured for it."""
+        twin = self._twin(trial)
+        if twin is not None and twin.failure is not None:
+            trial = replace(trial, failure=twin.failure)
         self.trials[trial.schedule] = trial
+        if trial.failure is not None:
+            self._fail_copies(trial)
         if fits(self.subject, trial.schedule):
             self._fitting.add(trial.schedule)
         self.watcher.trial(trial, self.progress())
@@ -119,9 +124,27 @@ class TrialLog:
         self.trials[trial.schedule] = amended
         if found.failure is not None:
             self.watcher.details(found.details)
-            self.ledger.record(amended)
-            self.watcher.trial(amended, self.progress())
+            for failed in (amended, *self._fail_copies(amended)):
+                self.ledger.record(failed)
+                self.watcher.trial(failed, self.progress())
         return amended
+
+    def _twin(self, trial: Trial) -> Trial | None:
+        """Return the trial that was measured for a copy."""
+        return self.trials.get(parse_any(trial.copy_of)) if trial.copy_of else None
+
+    def _fail_copies(self, trial: Trial) -> list[Trial]:
+        """Have the same machine code fail under every schedule that has it; return the trials that had passed."""
+        every = self.trials.values()
+        copies = [each for each in every if each.copy_of == trial.schedule.slug and each.failure is None]
+        failed = [replace(copy, failure=trial.failure) for copy in copies]
+        self.trials |= {copy.schedule: copy for copy in failed}
+        return failed
+
+    @property
+    def tried(self) -> int:
+        """Number of candidates that were tried, in this run or an earlier one; failures of the database were not."""
+        return sum(trial.origin != KNOWN for trial in self.trials.values())
 
     @property
     def passed(self) -> list[Trial]:
@@ -161,7 +184,7 @@ class TrialLog:
         """Return the progress of the search."""
         failures = Counter(str(trial.failure.reason) for trial in self.trials.values() if trial.failure)
         return SearchProgress(
-            len(self.trials),
+            self.tried,
             self.most,
             next(iter(self.passed), None),
             self.baseline.median_ms if self.baseline else None,

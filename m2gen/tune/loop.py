@@ -126,7 +126,7 @@ class Search:
     def _full(self) -> bool:
         """Whether there are as many trials as the search may have."""
         most = self._log.limits.trials
-        return most is not None and len(self._log.trials) + self._underway >= most
+        return most is not None and self._log.tried + self._underway >= most
 
     def _ask(self) -> Proposal | None:
         if self._full:  # what others give up is for who has trials left, and not to be waited for
@@ -209,7 +209,7 @@ class Search:
 
     def _learn(self, proposal: Proposal | None, trial: Trial) -> None:
         self._proposer.tell(proposal, trial)
-        begun = len(self._log.trials) + self._proposer.left + self._underway
+        begun = self._log.tried + self._proposer.left + self._underway
         self._log.most = min(begun, self._log.limits.trials or begun)
         self._log.learn(trial)
 

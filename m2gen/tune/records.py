@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from m2gen import __version__
 from m2gen.db import POLICY, Environment, Key, Provenance, Reason, Record, Sizes, Timing
-from m2gen.db.rank import failures, preference, stale
+from m2gen.db.rank import failures, preference
 from m2gen.kernels.identity import identity_of
 from m2gen.measure.context import Context
 from m2gen.measure.statistics import estimate
@@ -69,7 +69,7 @@ def known_failures(subject: Subject, environment: Environment, records: Iterable
             environment.device,
             environment.triton,
         )
-        if same and record.environment.arch == environment.arch and not stale(record):
+        if same and record.environment.arch == environment.arch:
             found.append(Trial(record.schedule, KNOWN, failure=record.failure))
     return found
 
@@ -80,7 +80,7 @@ def records_of(outcome: Outcome, context: Context, seed: int, study: str) -> lis
     timing = _timing(outcome, seed)
 
     def record(trial: Trial, worker: str, timing: Timing | None = None) -> Record:
-        trials = max(1, len(outcome.trials))
+        trials = max(1, sum(each.origin != KNOWN for each in outcome.trials))
         kernel = identity_of(subject.variant, trial.schedule)
         return Record(
             key_of_subject(subject),

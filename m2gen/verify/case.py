@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -143,11 +144,15 @@ class TensorResult:
 
     @property
     def passed(self) -> bool:
-        return self.error > self.budget if self.over else self.error <= self.budget  # False for NaN
+        if self.over:
+            return self.error > self.budget
+        return self.error <= self.budget < math.inf  # False for NaN, and where the reference itself overflows
 
     @property
     def verdict(self) -> str:
         """The requirement and the error, for messages."""
+        if self.budget == math.inf:
+            return "must have a budget, got a reference that overflows in the kernel's dtypes"
         if not self.budget and not self.over:
             return f"must have the same bits, got a relative difference of {self.error:.2e}"
         return f"must be {'over' if self.over else 'within'} {self.budget:.2e}, got {self.error:.2e}"
@@ -155,7 +160,7 @@ class TensorResult:
     @property
     def part(self) -> float:
         """The error as a fraction of the budget; 0 for equal bits."""
-        if self.budget:
+        if 0 < self.budget < math.inf:
             return self.error / self.budget
         return 0.0 if self.passed else float("inf")
 

@@ -22,7 +22,7 @@ from m2gen.bench.entries import BenchWorkload, Implementation
 from m2gen.bench.kinds import Axis, Call, Kind
 from m2gen.bench.side_by_side import ROUNDS, side_by_side
 from m2gen.bucket import Bucket
-from m2gen.db import Database, Failure, Reason
+from m2gen.db import Database, Estimate, Failure, Reason, Timing
 from m2gen.device import TARGETS
 from m2gen.errors import UsageError
 from m2gen.measure.roofline import decoding_work, floors_ms, peaks_of, with_states, work_of
@@ -396,6 +396,13 @@ def test_against_a_database(spec: str, script: Script) -> None:
     ]
     script.ms = lambda entry: ms(entry) * 1.2
     assert all(c["slower"] for c in bench("--against", "db", status=1)["comparisons"])
+    fast = Timing(*(Estimate(0.01, 0.01, 0.01),) * 2, 0.002, 0.008, 1000)
+    for seed in range(8):  # whose ids are before and after the record's
+        where = replace(RECORD.environment, driver=f"{seed}.0")
+        old = replace(RECORD.provenance, kernel="0" * 12, seed=seed)
+        Database(Path("db")).add([replace(RECORD, environment=where, provenance=old, timing=fast)])
+    script.ms = ms
+    assert not any(c["slower"] for c in bench("--against", "db")["comparisons"]), "kernels of before are held against"
 
 
 def test_records_that_cannot_be_used(spec: str, script: Script) -> None:

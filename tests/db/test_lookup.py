@@ -14,6 +14,9 @@ from support import make_schedule, make_variant
 
 from m2gen.bucket import BUCKETS, Bucket
 from m2gen.db import Query, Reason, Record, Tier, flag, look_up, stale, usual_device
+from m2gen.device import target
+from m2gen.measure.context import recorded_name
+from m2gen.pipeline import db as asked
 from m2gen.spec import Objective
 
 
@@ -132,3 +135,19 @@ def test_staleness_and_flags() -> None:
     assert stale(STALE) != ""
     assert flag(EXACT, "3.6.0") == ""
     assert flag(EXACT, "3.7.1") == "measured with triton 3.6.0, here 3.7.1"
+
+
+def test_a_failure_of_an_earlier_policy_disqualifies_nothing() -> None:
+    """What failed by other budgets may pass today's: such a failure counts no more than such a winner."""
+    record = winner()
+    old = replace(failed(Reason.WRONG), key=replace(record.key, policy="other"))
+    assert look_up([old, record], query()).record == record
+    assert look_up([failed(Reason.WRONG), record], query()).record is None
+
+
+def test_a_gpu_is_asked_for_by_the_name_that_records_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product's name may have characters that no record has."""
+    device = replace(target("sm_90"), name="Maker's X / Y é")
+    monkeypatch.setattr(asked, "detect", lambda: device)
+    assert asked._device(asked.Question("base"), [], [])[:2] == ("sm_90", recorded_name(device))
+    assert recorded_name(device) == "Maker's X _ Y _"

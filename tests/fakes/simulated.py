@@ -132,6 +132,8 @@ def _step(says: dict[str, Any], task: Task) -> Measurement:
         time.sleep(1e6)
     if slug in says.get("crash", ()):
         os.kill(os.getpid(), signal.SIGSEGV)
+    if slug in says.get("memory", ()):
+        return Measurement(failure=Failure(Reason.MEMORY, "must fit the GPU, got torch.OutOfMemoryError"))
     unseen = task.step in (Step.HELD_OUT, Step.VERIFY)
     if slug in says.get("wrong", ()) or (unseen and slug in says.get("wrong_held_out", ())):
         return Measurement(failure=Failure(Reason.WRONG, "dq of plain must be within 1e-3, got 2e-1"))

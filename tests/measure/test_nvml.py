@@ -37,6 +37,14 @@ def test_clocks_are_medians_and_reasons_parts_of_the_time(monkeypatch: pytest.Mo
     assert (script.asked, script.open) == ([UUID], 0)
 
 
+def test_a_moment_of_throttling_is_a_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One reading of thousands is more than nothing, which no record could hold."""
+    readings = [(1980, "")] * 2400
+    found = watched(install(monkeypatch, Script([(1500, "SwPowerCap"), *readings], UUID)), 2401)
+    assert found is not None
+    assert found.throttled == (Throttled(ThrottleReason.POWER, 0.001),)
+
+
 @pytest.mark.parametrize("reason", ["", "ApplicationsClocksSetting"])
 def test_clocks_that_somebody_set_are_no_throttling(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Locked clocks are what was asked for."""

@@ -296,6 +296,25 @@ def test_a_process_that_is_gone_has_nothing(tmp_path: Path) -> None:
     assert ledger(path).trials() == [trial(POINTS[0])]
 
 
+def test_a_process_of_another_container_is_not_known_to_be_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A number says nothing where processes have numbers of their own: its candidates are its own until a reboot."""
+    other, boot = tmp_path / "other", tmp_path / "boot"
+    other.symlink_to("pid:[4026532000]")
+    boot.write_text("first", encoding="ascii")
+    monkeypatch.setattr(claim, "BOOT", boot)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claim, "PROCESSES", other)
+        there = ledger(tmp_path / "j.log", "there")
+        assert there.claim(POINTS[0])
+    monkeypatch.setattr(claim, "alive", lambda pid: False)
+    here = ledger(tmp_path / "j.log", "here")
+    assert (here.adopt(), here.pending()) == ([], 1)
+    boot.write_text("second", encoding="ascii")
+    assert ledger(tmp_path / "j.log", "after").adopt() == [POINTS[0]]
+
+
 def test_what_is_given_up_waits(tmp_path: Path) -> None:
     """Whoever asks next has it, once; it is not tried anew beside."""
     path = tmp_path / "j.log"

@@ -28,7 +28,7 @@ from m2gen.tune.final import FEWEST_ROUNDS, FINALISTS
 from m2gen.tune.log import Limits, SearchProgress
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.services import TuningContext
-from m2gen.tune.trial import Trial
+from m2gen.tune.trial import Measurement, Step, Task, Trial
 
 
 @pytest.fixture
@@ -189,6 +189,52 @@ def test_the_same_machine_code_is_timed_once(spec: Path) -> None:
     assert second.copy_of == first.schedule.slug
     assert second.samples == first.samples
     assert sum(line in (f"screen {twin}", f"screen {NEIGHBOUR}") for line in lines(log)) == 1
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_copy_is_as_wrong_as_what_was_measured_for_it(
+    spec: Path, monkeypatch: pytest.MonkeyPatch, interrupted: bool
+) -> None:
+    """The same machine code under two names: what the final finds wrong wins under neither, also if Ctrl-C ends it."""
+    twins = beside(rows=16), NEIGHBOUR
+    simulated.script(
+        spec.parent / "script.json", same=dict.fromkeys(twins, "code"), ms=dict.fromkeys(twins, 0.5),
+        wrong_held_out=twins,
+    )  # fmt: skip
+    inner = simulated.measure
+
+    def measure(task: Task) -> Measurement:
+        if interrupted and task.step is Step.TIME:
+            raise KeyboardInterrupt
+        return inner(task)
+
+    monkeypatch.setattr(simulated, "measure", measure)
+    tuned = search(spec)
+    assert tuned.outcome.interrupted == interrupted
+    assert all(of(tuned, slug).failure for slug in twins)
+    failed = {record.schedule.slug: record.failure for record in tuned.records if record.failure}
+    assert failed.keys() == set(twins)
+    (won,) = [record.schedule.slug for record in tuned.records if not record.failure]
+    assert won not in twins
+    monkeypatch.setattr(simulated, "measure", inner)
+    again = search(spec, trials=25)  # which hears of them from the journal
+    assert all(of(again, slug).failure for slug in twins)
+
+
+def test_known_failures_are_no_trials(spec: Path) -> None:
+    """A limit of trials is one of candidates that are tried: the database's failures take none of it."""
+    broken = [beside(rows=16), NEIGHBOUR]
+    log = simulated.script(spec.parent / "script.json", unlaunchable=broken)
+    search(spec)
+    assert {record.schedule.slug for record in Database(spec.parent / "db").records() if record.failure} >= set(broken)
+    for path in (spec.parent / "cache" / "tune").iterdir():
+        path.unlink()  # so that only the database knows
+    before = len(lines(log))
+    again = search(spec, trials=2)
+    assert len({line for line in lines(log)[before:] if line.startswith("screen")}) == 2
+    assert again.outcome.choice is not None
+    (won,) = [record for record in again.records if not record.failure]
+    assert won.provenance.trials == 2
 
 
 def test_a_killed_search_goes_on_without_repeating_a_trial(spec: Path) -> None:

@@ -16,7 +16,7 @@ from m2gen.verify import Case, Check, Feature, Layout, Loss, TensorResult, cases
 from m2gen.verify.checks.drop_in import published
 from m2gen.verify.checks.gradients import LAYOUTS
 from m2gen.verify.oracle import TENSORS, eager, own_arithmetic, same
-from m2gen.verify.subject import CaseContext
+from m2gen.verify.subject import CaseContext, inputs_of
 
 CPU = torch.device("cpu")
 RAGGED = Problem(2, 5, initial_state=True)
@@ -90,10 +90,31 @@ def test_nan_another_shape_and_another_dtype_are_over_budget() -> None:
     (2e-3, 1e-3, True, True),
     (1e-3, 1e-3, True, False),
     (math.nan, 1e-3, True, False),
+    (1e-3, math.inf, False, False),
+    (math.inf, math.inf, False, False),
 ])  # fmt: skip
 def test_what_passes(error, budget, over, passed) -> None:
     """A tensor passes at its budget and below; a control above it; what is not a number never."""
     assert TensorResult("y", error, budget, over).passed is passed
+
+
+def test_a_reference_that_overflows_is_no_budget() -> None:
+    """Where the kernel's own dtypes cannot hold what is asked, the case has failed, and says why."""
+    result = TensorResult("dweight", 1e-3, math.inf)
+    assert result.verdict == "must have a budget, got a reference that overflows in the kernel's dtypes"
+    assert result.part == math.inf
+
+
+@pytest.mark.parametrize("name", ["dy_large", "softplus_dy_large"])
+@pytest.mark.parametrize("gate", ["given", "softplus"])
+def test_large_gradients_fit_float16(name, gate) -> None:
+    """A weight that 132 heads share has a gradient that float16 holds."""
+    variant = make_variant(256, 16, (1, 1, 132, 132, 1), "fp16", gate=gate)
+    found = [case for case in cases(variant, 16, interpreted=False) if case.name == name]
+    for case in found:
+        known = oracle(variant, case, inputs_of(variant, case, 0, CPU), 0)
+        assert all(map(math.isfinite, known.budgets.values()))
+    assert bool(found) == (name == "dy_large" or gate == "softplus")
 
 
 def test_the_same_bits_are_asked_for_bit_by_bit() -> None:
