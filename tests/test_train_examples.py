@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -32,7 +33,7 @@ def example(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.delitem(sys.modules, "documents", raising=False)
     yield lambda name: load_module(EXAMPLES / f"{name}.py", f"example_train_{name}")
-    for name in [name for name in sys.modules if name == "documents" or name.startswith("example_train_")]:
+    for name in [name for name in sys.modules if name in ("documents", "files") or name.startswith("example_train_")]:
         del sys.modules[name]  # of one import, or a snippet's documents would be of the test before
 
 
@@ -72,6 +73,35 @@ def test_the_plain_loop(example, package, tmp_path, mixed) -> None:
     second = plain.train(model_of(package), package, tmp_path / "parts", STEPS, options)
     assert first + second == whole
     assert plain.train(model_of(package), package, tmp_path / "parts", STEPS, options) == []
+
+
+def test_the_plain_loop_killed(example, package, tmp_path, monkeypatch) -> None:
+    """Ended in the middle, also of writing a checkpoint, it goes on from the last one that was written whole."""
+    plain, texts = example("plain_loop"), importlib.import_module("documents")
+    options, parts = plain.Options(learning_rate=1e-2, save_every=4), tmp_path / "parts"
+    whole = plain.train(model_of(package), package, tmp_path / "whole", HALF, options)
+
+    def killed_at(last: int) -> Any:
+        return lambda number: pytest.fail("killed") if number == last else texts.batch_of(number)
+
+    def torn(saved: Any, place: Any) -> None:
+        Path(place).write_bytes(b"half of it")
+        raise OSError("No space left on device")
+
+    def done() -> int:
+        return int(torch.load(parts / "checkpoint.pt", weights_only=True)["done"])
+
+    with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception, match="killed"):
+        patch.setattr(plain, "batch_of", killed_at(6))
+        plain.train(model_of(package), package, parts, HALF, options)
+    assert done() == 4
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(torch, "save", torn)
+        plain.train(model_of(package), package, parts, HALF, options)
+    assert (done(), [path.name for path in parts.iterdir()]) == (4, ["checkpoint.pt"])
+    assert plain.train(model_of(package), package, parts, HALF, options) == whole[4:]
+    assert plain.train(model_of(package), package, parts, 5, options) == []
+    assert done() == HALF  # and not 5, with which the next run would take seven steps again
 
 
 def test_the_plain_loop_compiled(example, package, tmp_path, monkeypatch) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,22 @@ import torch
 from documents import batch_of, small_model
 from torch.nn.utils import clip_grad_norm_
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from files import store  # noqa: E402
+
 
 @dataclass(frozen=True)
 class Options:
-    """How steps run: ``mixed`` computes in bfloat16, from parameters in float32; ``compiled`` as one graph."""
+    """How steps run: ``mixed`` computes in bfloat16, from parameters in float32; ``compiled`` as one graph.
+
+    A checkpoint is written every ``save_every`` steps, and after the last one.
+    """
 
     learning_rate: float = 1e-3
     mixed: bool = False
     compiled: bool = False
+    save_every: int = 50
 
 
 def train(model: Any, package: str, out: Path, steps: int, options: Options) -> list[float]:
@@ -32,6 +42,7 @@ def train(model: Any, package: str, out: Path, steps: int, options: Options) -> 
     groups = importlib.import_module(package).parameter_groups(model, weight_decay=0.1)
     optimizer = torch.optim.AdamW(groups, options.learning_rate)
     step = torch.compile(model, fullgraph=True) if options.compiled else model
+    out.mkdir(parents=True, exist_ok=True)
     place, done = out / "checkpoint.pt", 0
     if place.exists():
         saved = torch.load(place, map_location=device)
@@ -48,8 +59,9 @@ def train(model: Any, package: str, out: Path, steps: int, options: Options) -> 
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())  # .item() here would wait for the device in every step
-    out.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": steps}, place)
+        if (number + 1) % options.save_every == 0 or number + 1 == steps:
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "done": number + 1}
+            store(place, partial(torch.save, saved))  # whole or not at all: the one before stays until then
     return torch.stack(losses).tolist() if losses else []
 
 
