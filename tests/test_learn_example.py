@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 from m2gen.kernels.compile import load_module
 
 EXAMPLE = ROOT / "examples" / "state_tracking"
-LOCAL = ("construct", "decoder", "gated_delta", "many", "stack", "step", "streams", "tracker", "words")
+LOCAL = ("construct", "decoder", "files", "gated_delta", "many", "stack", "step", "streams", "tracker", "words")
 """Modules that the example finds beside it."""
 
 
@@ -163,6 +164,21 @@ def test_stages_are_known_in_turn(example) -> None:
     assert [progress.rate(step) for step in (49, 100, 149)] == [1.0, 0.5, 0.02]
 
 
+def test_the_commands_on_the_pages_make_the_runs_shown() -> None:
+    """Each names the recipes of its results and gives them the minutes that the committed runs took."""
+    data = json.loads((ROOT / "docs" / "data" / "learn_cpu.json").read_text(encoding="utf-8"))
+    pages = {
+        "examples/state_tracking/README.md": {run["recipe"] for run in data["runs"]},
+        "docs/claims.md": {"a5", "s5"},
+    }
+    for page, shown in pages.items():
+        text = (ROOT / page).read_text(encoding="utf-8")
+        (command,) = re.findall(r"learn\.py --recipes (\S+) --minutes (\d+)", text)
+        assert set(command[0].split(",")) == shown
+        assert int(command[1]) >= sum(run["seconds"] for run in data["runs"] if run["recipe"] in shown) / 60
+        assert text.count("learn.py --recipes") == 1
+
+
 def test_parity_is_learnt_and_kept(example, monkeypatch, tmp_path, capsys) -> None:
     """The command trains until words of 40 are right, keeps the weights, and trains nothing again."""
     learn = example()
@@ -193,10 +209,18 @@ def test_parity_is_learnt_and_kept(example, monkeypatch, tmp_path, capsys) -> No
     with torch.no_grad():
         logits = layer(torch.eye(2)[letters])  # the package's layer by itself
     assert said.right(logits[..., : said.classes], answers).all()
+    config["recipes"] = [{"name": "parity", "seeds": [0, 1]}, {"name": "later", "steps": 300, "seeds": [0, 1]}]
+    place.write_text(yaml.safe_dump(config), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", [*arguments, "--minutes", "0"])
+    learn.main()
+    said = capsys.readouterr()
+    assert said.err == "the minutes are over, 3 runs are left; the same command goes on\n"
+    ends = [line.rsplit(" | ", 1)[1] for line in said.out.splitlines()[2:]]
+    assert ends == ["1 of 1 (1 not run) |", "0 of 0 (2 not run) |"]  # what was not run has not failed
     config["defaults"]["columns"] = 9
     place.write_text(yaml.safe_dump(config), encoding="utf-8")
     with pytest.raises(SystemExit, match="must be of parity's settings"):
         learn.main()
     monkeypatch.setattr(sys, "argv", [*arguments, "--recipes", "none"])
-    with pytest.raises(SystemExit, match="--recipes must be of parity, got none"):
+    with pytest.raises(SystemExit, match="--recipes must be of later, parity, got none"):
         learn.main()

@@ -91,13 +91,15 @@ def test_the_plain_loop_killed(example, package, tmp_path, monkeypatch) -> None:
     def done() -> int:
         return int(torch.load(parts / "checkpoint.pt", weights_only=True)["done"])
 
-    with monkeypatch.context() as patch, pytest.raises(pytest.fail.Exception, match="killed"):
+    with monkeypatch.context() as patch:
         patch.setattr(plain, "batch_of", killed_at(6))
-        plain.train(model_of(package), package, parts, HALF, options)
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            plain.train(model_of(package), package, parts, HALF, options)
     assert done() == 4
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+    with monkeypatch.context() as patch:
         patch.setattr(torch, "save", torn)
-        plain.train(model_of(package), package, parts, HALF, options)
+        with pytest.raises(OSError, match="No space left"):
+            plain.train(model_of(package), package, parts, HALF, options)
     assert (done(), [path.name for path in parts.iterdir()]) == (4, ["checkpoint.pt"])
     assert plain.train(model_of(package), package, parts, HALF, options) == whole[4:]
     assert plain.train(model_of(package), package, parts, 5, options) == []

@@ -18,7 +18,7 @@ from statistics import mean
 import data
 import torch
 import yaml
-from files import store, write_json
+from files import write_json, write_text
 from loop import device_at_hand, draw, facts_of, steps, train
 from model import Config, Trainer
 
@@ -190,7 +190,7 @@ def compare(config: Config, out: Path) -> None:
             curves[f"{name}, seed {seed}"] = (run, f"C{i}{style}")
     draw(curves, out / "compare.png")
     report = f"{device_name()}, torch {torch.__version__}, {config.dtype}\n\n{table(config, outcome)}"
-    store(out / "compare.md", lambda path: path.write_text(report, encoding="utf-8"))
+    write_text(report, out / "compare.md")
     print(report, end="")
     if not (outcome.trains_alike and outcome.resumes):
         raise SystemExit(1)

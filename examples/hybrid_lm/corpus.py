@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from files import store
 from torch import Tensor
 
 SUFFIXES = (".py", ".pyi", ".h", ".hpp", ".cuh", ".cpp", ".c", ".cu")
@@ -92,9 +93,8 @@ def kept(choice: Choice, place: Path) -> Text:
         saved = torch.load(place, weights_only=True)
         return Text(saved["train"], saved["validation"], Facts(**saved["facts"]))
     text = gather(choice)
-    staging = place.with_suffix(".new")
-    torch.save({"train": text.train, "validation": text.validation, "facts": vars(text.facts)}, staging)
-    os.replace(staging, place)
+    saved = {"train": text.train, "validation": text.validation, "facts": vars(text.facts)}
+    store(place, lambda path: torch.save(saved, path))
     return text
 
 

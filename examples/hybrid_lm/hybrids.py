@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
 
 import corpus  # noqa: E402
 import report  # noqa: E402
-from files import write_json  # noqa: E402
+from files import alone, write_json  # noqa: E402
 from finished import Known, collected, read  # noqa: E402
 from plan import Plan, check_equal, load_plan  # noqa: E402
 from runs import Clock, Runner  # noqa: E402
@@ -52,7 +52,7 @@ SMOKE = {
 def run_all(plan: Plan, out: Path, clock: Clock, known: Known) -> int:
     """Do the runs that are not finished, while the time lasts; return how many are left."""
     for name in ("runs", "checkpoints"):
-        (out / name).mkdir(parents=True, exist_ok=True)
+        (out / name).mkdir(exist_ok=True)
     check_equal(plan)
     text = corpus.kept(plan.text, out / "text.pt")
     print(f"text: {text.facts}", file=sys.stderr)
@@ -88,10 +88,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, clock.stop)
     plan = load_plan(arguments.config, changes)
     known = read(arguments.known, plan) if arguments.known else Known()
-    left = run_all(plan, arguments.out, clock, known)
-    place = arguments.out / "hybrids.json"
-    if place.is_file():
-        report.write(json.loads(place.read_text(encoding="utf-8")), arguments.out)
+    with alone(arguments.out):
+        left = run_all(plan, arguments.out, clock, known)
+        place = arguments.out / "hybrids.json"
+        if place.is_file():
+            report.write(json.loads(place.read_text(encoding="utf-8")), arguments.out)
     if left:
         print(f"{left} runs are left; the same command goes on", file=sys.stderr)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from files import around, store
+from files import around, write_text
 from pictures import light_and_dark, picture
 
 COLOURS = ("#7f7f7f", "#d95f02", "#1f78b4", "#74a9cf", "#8b6fc6", "#e7298a", "#1b9e77")
@@ -150,13 +150,12 @@ def write(data: dict[str, Any], out: Path, readme: Path | None = None) -> None:
     text = table(data)
     print(text, end="")
     if readme is None:
-        store(out / "hybrids.md", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(text, out / "hybrids.md")
         draw(data, out)
         return
     before, after = around(readme, "hybrids")
     shown = picture("hybrids", SAID) if draw(data, readme.parent) else ""
-    page = f"{before}\n\n{shown}\n\n{text}\n{after}"
-    store(readme, lambda path: path.write_text(page, encoding="utf-8"))
+    write_text(f"{before}\n\n{shown}\n\n{text}\n{after}", readme)
 
 
 def draw(data: dict[str, Any], folder: Path) -> bool:

@@ -28,7 +28,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuB
 
 import compare  # noqa: E402
 import data  # noqa: E402
-from files import store, write_json  # noqa: E402
+from files import alone, write_json, write_text  # noqa: E402
 from loop import device_at_hand, draw, facts_of, train  # noqa: E402
 from model import Config, Trainer, load  # noqa: E402
 
@@ -92,7 +92,7 @@ def write_report(config: Config, rows: list[str], mark: str, out: Path) -> str:
     versions = "".join(f", {name} {installed(name)}" for name in names if installed(name))
     head = f"{torch.cuda.get_device_name()}, torch {torch.__version__}{versions}, {config.dtype}\n"
     report = "\n".join([head, *rows, *(["", f"Timing only: {mark}."] if mark else []), ""])
-    store(out / "bench.md", lambda path: path.write_text(report, encoding="utf-8"))
+    write_text(report, out / "bench.md")
     return report
 
 
@@ -167,9 +167,9 @@ def main() -> None:
     changes = dict(SMOKE) if arguments.smoke else {}
     changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
     config = load(arguments.config, changes)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     benchmark = partial(bench, timing_only=arguments.timing_only)
-    {"train": train_and_draw, "compare": compare.compare, "bench": benchmark}[arguments.what](config, arguments.out)
+    with alone(arguments.out):
+        {"train": train_and_draw, "compare": compare.compare, "bench": benchmark}[arguments.what](config, arguments.out)
 
 
 if __name__ == "__main__":

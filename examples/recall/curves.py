@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from files import around, store
+from files import around, write_text
 from outcomes import Results
 from pictures import light_and_dark, picture
 from train import Config
@@ -78,12 +78,12 @@ def report(results: Results, out: Path, readme: Path | None = None) -> None:
     """Write and print the table, and draw the figures; in a readme, between the marks that it has for that."""
     text = table(results)
     if readme is None:
-        store(out / "table.md", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(text, out / "table.md")
         draw(results, out)
     else:
         before, after = around(readme, "recall")
         shown = f"\n{picture('recall', SAID)}\n" if draw(results, readme.parent) else ""
-        store(readme, lambda path: path.write_text(f"{before}\n\n{text}{shown}\n{after}", encoding="utf-8"))
+        write_text(f"{before}\n\n{text}{shown}\n{after}", readme)
     print(text, end="")
 
 

@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 import curves  # noqa: E402
 import outcomes  # noqa: E402
 from decoder import package_of  # noqa: E402
-from files import write_json  # noqa: E402
+from files import alone, write_json  # noqa: E402
 from outcomes import missing, place_of  # noqa: E402
 from train import Config, load, train  # noqa: E402
 
@@ -85,12 +85,12 @@ def main() -> None:
     changes = dict(SMOKE) if arguments.smoke else {}
     changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
     config = load(arguments.config, changes)
-    out.mkdir(parents=True, exist_ok=True)
-    machine = outcomes.keep(config, out)
-    run_all(config, out, arguments.minutes)
-    results = outcomes.found(config, out, machine)
-    outcomes.write(results, out / "recall.json")
-    curves.report(results, out)
+    with alone(out):
+        machine = outcomes.keep(config, out)
+        run_all(config, out, arguments.minutes)
+        results = outcomes.found(config, out, machine)
+        outcomes.write(results, out / "recall.json")
+        curves.report(results, out)
 
 
 if __name__ == "__main__":

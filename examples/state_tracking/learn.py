@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,6 +32,7 @@ if not torch.cuda.is_available():
 
 from construct import points_of  # noqa: E402
 from decoder import package_of  # noqa: E402
+from files import alone, store, write_json, write_text  # noqa: E402
 from many import Answers  # noqa: E402
 from step import own_stream  # noqa: E402
 from streams import Plan, Streams, fit, judge  # noqa: E402
@@ -131,15 +133,6 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
     }, {name: value.cpu() for name, value in layer.state_dict().items()}
 
 
-def store(run: Run, out: Path, row: dict[str, Any], weights: Any) -> None:
-    """Write a run's weights and then its row, each whole or not at all."""
-    staging = out / f"{run.name}.new"
-    torch.save(weights, staging)
-    os.replace(staging, out / f"{run.name}.pt")
-    staging.write_text(json.dumps(row) + "\n", encoding="utf-8")
-    os.replace(staging, out / f"{run.name}.json")
-
-
 def rows_of(runs: list[Run], out: Path) -> Iterator[dict[str, Any]]:
     """Yield what is recorded of the runs that are there; ends the program where one is of other settings."""
     for run in runs:
@@ -174,8 +167,10 @@ def table(runs: list[Run], rows: list[dict[str, Any]]) -> str:
             ", ".join(str(known[-1] or "all") if known else "none" for known in letters),
             ", ".join(f"{100 * list(row['accuracy'].values())[-1]:.2f}" if row["accuracy"] else "" for row in found),
             ", ".join(str(row["perfect_to"]) for row in found),
-            f"{sum(row['perfect_to'] == row['length'] for row in found)} of {len(asked)}",
+            f"{sum(row['perfect_to'] == row['length'] for row in found)} of {len(found)}",
         ]
+        if len(found) < len(asked):
+            cells[-1] += f" ({len(asked) - len(found)} not run)"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -190,27 +185,33 @@ def parsed() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def run_all(config: dict[str, Any], runs: list[Run], out: Path, minutes: float) -> None:
+    """Do the runs that have no file yet, while the minutes last."""
+    until, device = time.monotonic() + 60 * minutes, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_flush_denormal(True)  # gradients of saturated units are such, and CPUs slow with them
+    package = package_of(config["package"])
+    left = [run for run in runs if not (out / f"{run.name}.json").is_file()]
+    for i, run in enumerate(left):
+        if time.monotonic() >= until:
+            print(f"the minutes are over, {len(left) - i} runs are left; the same command goes on", file=sys.stderr)
+            return
+        row, weights = train(run, package, config["evaluate"], device)
+        store(out / f"{run.name}.pt", partial(torch.save, weights))  # before the row, which says that the run is done
+        write_json(row, out / f"{run.name}.json")
+        print(f"{run.name}: {row['steps']} steps, right to {row['perfect_to']}, {row['seconds']} s", file=sys.stderr)
+
+
 def main() -> None:
     """Train what is missing, then print the table."""
-    arguments, began = parsed(), time.monotonic()
-    config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    arguments = parsed()
+    config, out = yaml.safe_load(arguments.config.read_text(encoding="utf-8")), arguments.out
     runs = runs_of(config, {name for name in arguments.recipes.split(",") if name})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_flush_denormal(True)  # gradients of saturated units are such, and CPUs slow with them
-    package, out = package_of(config["package"]), arguments.out
-    for run in runs:
-        if (out / f"{run.name}.json").is_file():
-            continue
-        if time.monotonic() - began >= 60 * arguments.minutes:
-            break
-        row, weights = train(run, package, config["evaluate"], device)
-        store(run, out, row, weights)
-        print(f"{run.name}: {row['steps']} steps, right to {row['perfect_to']}, {row['seconds']} s", file=sys.stderr)
-    rows = list(rows_of(runs, out))
-    text = table(runs, rows)
-    (out / "table.md").write_text(text, encoding="utf-8")
-    (out / "summary.json").write_text(json.dumps({"torch": torch.__version__, "runs": rows}) + "\n", encoding="utf-8")
+    with alone(out):
+        run_all(config, runs, out, arguments.minutes)
+        rows = list(rows_of(runs, out))
+        text = table(runs, rows)
+        write_text(text, out / "table.md")
+        write_json({"torch": torch.__version__, "runs": rows}, out / "summary.json")
     print(text, end="")
 
 

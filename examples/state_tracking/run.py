@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 from decoder import package_of  # noqa: E402
-from files import write_json  # noqa: E402
+from files import alone, write_json, write_text  # noqa: E402
 from train import Config, Outcome, load, train  # noqa: E402
 
 SMOKE = {
@@ -190,14 +190,14 @@ def main() -> None:
     changes = dict(SMOKE) if arguments.smoke else {}
     changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
     config = load(arguments.config, changes)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    keep(config, arguments.out)
-    run_all(config, arguments.out)
-    outcomes = found(config, arguments.out)
-    text = table(config, outcomes)
-    (arguments.out / "table.md").write_text(text, encoding="utf-8")
-    write_json(summary(config, outcomes), arguments.out / "summary.json")
-    draw(config, outcomes, arguments.out / "curves.png")
+    with alone(arguments.out):
+        keep(config, arguments.out)
+        run_all(config, arguments.out)
+        outcomes = found(config, arguments.out)
+        text = table(config, outcomes)
+        write_text(text, arguments.out / "table.md")
+        write_json(summary(config, outcomes), arguments.out / "summary.json")
+        draw(config, outcomes, arguments.out / "curves.png")
     print(text, end="")
 
 

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,7 @@ if not torch.cuda.is_available():
 
 from construct import begin_automaton  # noqa: E402
 from decoder import Decoder, package_of  # noqa: E402
+from files import alone, store, write_text  # noqa: E402
 from findings import draw, table  # noqa: E402
 from many import Answers, Many, Plan, Progress, judge  # noqa: E402
 from stack import Stack  # noqa: E402
@@ -129,9 +131,8 @@ class Running:
         many = self.many
         tensors = {"flat": self.stack.flat, "moments": many.moments, "count": many.count}
         facts = [(one.known_at, one.end, one.last, one.random.getstate()) for one in many.progress]
-        staging = place.with_suffix(".new")
-        torch.save({**tensors, "progress": facts, "done": many.done, "seconds": self.seconds}, staging)
-        os.replace(staging, place)
+        saved = {**tensors, "progress": facts, "done": many.done, "seconds": self.seconds}
+        store(place, partial(torch.save, saved))
 
     def load(self, place: Path) -> None:
         """Go on from what ``save`` wrote."""
@@ -232,9 +233,7 @@ def search(config: dict[str, Any], out: Path, minutes: float, only: list[str]) -
                 running.save(checkpoint)
             if running.finished:
                 rows = running.rows()
-                staging = place.with_suffix(".part")
-                staging.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-                os.replace(staging, place)
+                write_text(json.dumps(rows, indent=1) + "\n", place)
                 best = max(rows, key=lambda row: (row["perfect_to"], len(row["known_at"]), row["last"]))
                 print(f"{asked['name']}: best {best}", file=sys.stderr)
         del running
@@ -258,14 +257,14 @@ def main() -> None:
     """Train what is missing, then print the table and draw the figure."""
     arguments = parsed()
     config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if arguments.minutes > 0:
-        search(config, arguments.out, arguments.minutes, [name for name in arguments.stacks.split(",") if name])
-    places = [arguments.out / f"{asked['name']}.json" for asked in config["stacks"]]
-    rows = [row for place in places if place.is_file() for row in json.loads(place.read_text(encoding="utf-8"))]
-    text = table(rows)
-    (arguments.out / "table.md").write_text(text, encoding="utf-8")
-    draw(rows, arguments.out / "search.png")
+    with alone(arguments.out):
+        if arguments.minutes > 0:
+            search(config, arguments.out, arguments.minutes, [name for name in arguments.stacks.split(",") if name])
+        places = [arguments.out / f"{asked['name']}.json" for asked in config["stacks"]]
+        rows = [row for place in places if place.is_file() for row in json.loads(place.read_text(encoding="utf-8"))]
+        text = table(rows)
+        write_text(text, arguments.out / "table.md")
+        draw(rows, arguments.out / "search.png")
     print(text, end="")
 
 

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from files import store  # noqa: E402
+from files import store
 
 
 @dataclass(frozen=True)
