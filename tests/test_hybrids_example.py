@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -191,9 +192,48 @@ def test_students_t(example) -> None:
     found = report.paired([1.1, 2.2, 3.0], [1.0, 2.0, 2.7])  # 0.1, 0.2, 0.3
     assert (found.mean, found.half) == (pytest.approx(0.2), pytest.approx(4.3027 * 0.1 / math.sqrt(3), abs=1e-4))
     assert found.chance == pytest.approx(1 - 12**0.5 / 14**0.5, abs=1e-5)
-    assert not found.beyond_seeds
-    assert report.paired([1.1, 2.1, 3.11], [1.0, 2.0, 3.0]).beyond_seeds
-    assert not report.paired([1.0], [2.0]).beyond_seeds
+    assert report.paired([1.0], [2.0]).half == math.inf
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 6])
+def test_chances_are_corrected_for_their_number(example, count) -> None:
+    """Holm's are those of all tests of intersections of hypotheses, each by Bonferroni, of which the largest counts."""
+    holm = sys.modules["report"].holm
+    for row in torch.rand(20, count, generator=torch.Generator().manual_seed(count)).square().tolist():
+        expected = [
+            max(
+                min(1.0, size * min(row[j] for j in some))
+                for size in range(1, count + 1)
+                for some in combinations(range(count), size)
+                if i in some
+            )
+            for i in range(count)
+        ]
+        assert holm(row) == pytest.approx(expected)
+    assert holm([]) == []
+    assert holm([math.nan, 0.01, 0.02]) == pytest.approx([math.nan, 0.03, 0.04], nan_ok=True)
+
+
+def test_a_difference_counts_beside_all_others(example) -> None:
+    """One that would count alone does not among four, a large one does, and one seed is no test."""
+    report = sys.modules["report"]
+    measured = json.loads((ROOT / "docs" / "data" / "hybrids_h200.json").read_text(encoding="utf-8"))
+
+    def rows(data: dict[str, Any]) -> list[list[str]]:
+        lines = [line.strip("|").split("|") for line in report.table(data).splitlines() if " less " in line]
+        return [[cell.strip() for cell in cells[-4:]] for cells in lines]
+
+    assert [row[1:] for row in rows(measured)] == [
+        ["0.185", "0.369", "no"], ["0.111", "0.332", "no"], ["0.932", "0.932", "no"], ["0.033", "0.131", "no"],
+        ["", "", "one seed"],
+    ]  # fmt: skip
+    alone = {**measured, "compare": [measured["compare"][-1]]}
+    assert rows(alone) == [["+0.2825 ± 0.2252", "0.033", "0.033", "yes"]]
+    for run in measured["runs"]:  # the same in every seed
+        run["final"] = {"all M²RNN": 1.0, "all Gated DeltaNet": 0.9}.get(run["variant"], run["final"]) + run[
+            "seed"
+        ] / 1e4
+    assert rows(measured)[3][-1] == "yes"
 
 
 def smoke(example: Any, monkeypatch: pytest.MonkeyPatch, out: Path, *arguments: str) -> None:
@@ -323,7 +363,7 @@ def test_smoke_on_kernels_and_the_readme(example, monkeypatch, tmp_path, capsys)
     for run in data["runs"]:  # diverged
         run["final"], run["curve"][0][3] = math.nan, math.nan
     sys.modules["report"].write(data, tmp_path / "page")
-    assert "| tiny | with M²RNN less with Gated DeltaNet | 2 | +nan | nan | no |" in capsys.readouterr().out
+    assert "| tiny | with M²RNN less with Gated DeltaNet | 2 | +nan | nan | nan | no |" in capsys.readouterr().out
     for name in ("hybrids.svg", "hybrids-dark.svg"):
         assert (readme.parent / name).read_text(encoding="utf-8").startswith("<?xml")
     readme.write_text("nothing", encoding="utf-8")

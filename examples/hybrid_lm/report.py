@@ -16,6 +16,8 @@ from pictures import light_and_dark, picture
 COLOURS = ("#7f7f7f", "#d95f02", "#1f78b4", "#74a9cf", "#8b6fc6", "#e7298a", "#1b9e77")
 SAID = "validation perplexity against tokens and against seconds of training"
 """What the figure shows, for who does not see it."""
+LEVEL = 0.05
+"""Chance of a table that says of some difference, where there is none, that it is more than seeds make."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,6 @@ class Difference:
     half: float
     chance: float
 
-    @property
-    def beyond_seeds(self) -> bool:
-        """Whether the interval leaves 0 out."""
-        return abs(self.mean) > self.half
-
 
 def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
     """Return the difference of two models over the seeds that both have, by Student's t for pairs."""
@@ -40,6 +37,17 @@ def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
     degrees, error = len(differences) - 1, deviation(differences) / math.sqrt(len(differences))
     t = abs(mean(differences)) / error if error else math.inf
     return Difference(mean(differences), quantile(degrees) * error, 2 * tail(t, degrees))
+
+
+def holm(chances: Sequence[float]) -> list[float]:
+    """Return probabilities by chance, corrected for how many there are by Holm's rule; NaN for NaN."""
+    order = sorted(range(len(chances)), key=lambda i: (math.isnan(chances[i]), chances[i]))
+    corrected, so_far = [math.nan] * len(chances), 0.0
+    for rank, i in enumerate(order):
+        if not math.isnan(chances[i]):
+            so_far = max(so_far, min(1.0, (len(chances) - rank) * chances[i]))
+            corrected[i] = so_far
+    return corrected
 
 
 def deviation(values: Sequence[float]) -> float:
@@ -102,11 +110,7 @@ def table(data: dict[str, Any]) -> str:
         for variant in data["variants"]:
             runs = runs_of(data, size, variant)
             lines += [_row(data, size, variant, runs)] if runs else []
-    lines += ["", "| size | difference of the perplexity of a byte | seeds | mean, 95 % interval | p "
-              "| more than seeds make |", "| --- " * 6 + "|"]  # fmt: skip
-    for size in data["sizes"]:
-        for one, other in data["compare"]:
-            lines += _difference(data, size, one, other)
+    lines += ["", *_differences(data)]
     seconds = sum(run["seconds"] for run in data["runs"])
     lines += ["", f"{len(data['runs'])} runs, {seconds:,.0f} s of training."]
     return "\n".join(lines) + "\n"
@@ -132,17 +136,31 @@ NAMES = {"attention": "cache", "m2rnn": "M²RNN"} | dict.fromkeys(
 """Names of what layers keep."""
 
 
-def _difference(data: dict[str, Any], size: str, one: str, other: str) -> list[str]:
-    """Return the row of a difference, if both models were trained from some seed."""
-    finals = [{run["seed"]: words(run["final"]) for run in runs_of(data, size, name)} for name in (one, other)]
-    seeds = sorted(finals[0].keys() & finals[1].keys())
-    if not seeds:
-        return []
-    found = paired([finals[0][seed] for seed in seeds], [finals[1][seed] for seed in seeds])
-    interval = f"{found.mean:+.4f}" + (f" ± {found.half:.4f}" if math.isfinite(found.half) else "")
-    verdict = "one seed" if len(seeds) < 2 else "yes" if found.beyond_seeds else "no"
-    chance = f"{found.chance:.3f}" if len(seeds) > 1 else ""
-    return [f"| {size} | {one} less {other} | {len(seeds)} | {interval} | {chance} | {verdict} |"]
+def _differences(data: dict[str, Any]) -> list[str]:
+    """Return the table of differences, of each pair of models that were both trained from some seed."""
+    asked = [(size, one, other) for size in data["sizes"] for one, other in data["compare"]]
+    pairs = {row: both for row in asked if (both := _of_one_seed(data, *row))}
+    found = {row: paired(*zip(*both, strict=True)) for row, both in pairs.items()}
+    tested = [row for row, both in pairs.items() if len(both) > 1]
+    corrected = dict(zip(tested, holm([found[row].chance for row in tested]), strict=True))
+    lines = ["| size | difference of the perplexity of a byte | seeds | mean, 95 % interval | p | p by Holm "
+             "| more than seeds make |", "| --- " * 7 + "|"]  # fmt: skip
+    for row, both in pairs.items():
+        size, one, other = row
+        begin = f"| {size} | {one} less {other} | {len(both)} | {found[row].mean:+.4f}"
+        if row not in corrected:
+            lines.append(f"{begin} |  |  | one seed |")
+            continue
+        half = f" ± {found[row].half:.4f}" if math.isfinite(found[row].half) else ""
+        verdict = "yes" if corrected[row] < LEVEL else "no"
+        lines.append(f"{begin}{half} | {found[row].chance:.3f} | {corrected[row]:.3f} | {verdict} |")
+    return lines
+
+
+def _of_one_seed(data: dict[str, Any], size: str, one: str, other: str) -> list[tuple[float, float]]:
+    """Return the perplexities of two models, from each seed that both have."""
+    first, second = ({run["seed"]: words(run["final"]) for run in runs_of(data, size, name)} for name in (one, other))
+    return [(first[seed], second[seed]) for seed in sorted(first.keys() & second.keys())]
 
 
 def write(data: dict[str, Any], out: Path, readme: Path | None = None) -> None:
