@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from m2gen.kernels.compile import load_module
 EXAMPLES = ROOT / "examples"
 LOCAL = (
     "decoder", "gated_delta", "words", "step", "train", "data", "model", "loop", "compare", "stack", "many", "findings",
-    "construct", "files",
+    "construct", "files", "report", "pictures",
 )  # fmt: skip
 """Modules that the examples find beside them."""
 DELTA = ("all Gated DeltaNet of flash-linear-attention", "all Gated DeltaNet")
@@ -466,7 +467,12 @@ def test_hybrid_lm_compare_smoke(example, monkeypatch, tmp_path, capsys) -> None
     report = capsys.readouterr().out
     assert (tmp_path / "compare.md").read_text(encoding="utf-8") == report
     assert is_figure(tmp_path / "compare.png")
-    assert "within seed noise of the reference: yes\nthe same losses after an interruption: yes\n" in report
+    verdicts = (
+        "within seed noise of the reference",
+        "as low at the end as the reference",
+        "the same losses after an interruption",
+    )
+    assert report.endswith("".join(f"{verdict}: yes\n" for verdict in verdicts))
     losses = json.loads((tmp_path / "compare.json").read_text(encoding="utf-8"))["losses"]
     assert losses["whole"] == losses["resumed"]
     assert losses["kernels"]["1"] == pytest.approx(losses["reference"]["1"], abs=1e-4)
@@ -512,6 +518,57 @@ def test_hybrid_lm_compare_says_no(example, monkeypatch, tmp_path, capsys, kerne
         with pytest.raises(SystemExit, match="1"):
             command(run, monkeypatch, *arguments)
         assert verdict in capsys.readouterr().out
+
+
+def curves_of(offset: float, seeds: int = 3, steps: int = 200) -> dict[str, dict[int, list[float]]]:
+    """Return losses of a reference whose batches differ by far more than the noise of kernels ``offset`` above it."""
+    draw = random.Random(0)
+    fall = [1.6 + 2.0 * 0.98**step for step in range(steps)]
+    reference = {seed: [loss + draw.gauss(0, 0.12) for loss in fall] for seed in range(seeds)}
+    kernels = {seed: [loss + draw.gauss(offset, 0.012) for loss in reference[seed]] for seed in reference}
+    again = [loss + draw.gauss(0, 0.012) for loss in kernels[0]]
+    return {"kernels": kernels, "reference": reference, "again": again, "whole": [], "resumed": []}
+
+
+@pytest.mark.parametrize(
+    ("offset", "alike"), [(0.0, True), (0.08, False), (-0.08, False), (0.03, False), (math.nan, False)]
+)
+def test_hybrid_lm_compare_sees_a_loss_that_is_higher_everywhere(example, offset, alike) -> None:
+    """A backend that is worse by less than batches differ is found out on equal batches, by sign and at the end."""
+    outcome = example("hybrid_lm").compare.Outcome(**curves_of(offset))
+    assert outcome.trains_alike is not math.isnan(offset)  # step by step, batches hide it
+    assert outcome.ends_alike is alike
+
+
+def test_hybrid_lm_compare_allows_what_one_seed_does_twice(example) -> None:
+    """Differences of rounding alone, and those that two runs of the kernels have as well, fail nobody."""
+    compare = example("hybrid_lm").compare
+    reference = {0: [1.0, 1.0], 1: [2.0, 2.0]}
+
+    def alike(offset: float, again: float) -> bool:
+        kernels = {seed: [loss + offset for loss in losses] for seed, losses in reference.items()}
+        return compare.Outcome(kernels, reference, [1.0 + offset + again] * 2, [], []).ends_alike
+
+    assert (alike(1e-6, 0.0), alike(0.01, 0.0), alike(0.01, 0.011), alike(0.01, 0.009)) == (True, False, True, False)
+
+
+def test_hybrid_lm_compare_says_of_the_page_what_it_would_of_its_runs(example) -> None:
+    """The difference of the means on the page and its interval are those beside them, and the verdict is yes."""
+    compare = example("hybrid_lm").compare
+    text = (EXAMPLES / "hybrid_lm" / "README.md").read_text(encoding="utf-8")
+
+    def recorded(name: str) -> dict[int, list[float]]:
+        (row,) = re.findall(rf"^\| {name}, seeds 0, 1, 2 \| (.*) \|$", text, re.MULTILINE)
+        return {seed: [float(mean)] for seed, mean in enumerate(row.split(", "))}
+
+    kernels = recorded("kernels")
+    outcome = compare.Outcome(kernels, recorded("reference"), kernels[0], [], [])
+    assert outcome.ends_alike
+    found = outcome.at_the_end
+    shown = f"| kernels less reference, mean over seeds, 95 % interval | {found.mean:+.4f} ± {found.half:.4f} |"
+    assert shown in text
+    worse = compare.Outcome({seed: [loss + 0.08] for seed, [loss] in kernels.items()}, outcome.reference, [0.0], [], [])
+    assert not replace(worse, again=worse.kernels[0]).ends_alike
 
 
 def test_groups_of_parameters(example) -> None:

@@ -21,10 +21,13 @@ import yaml
 from files import write_json, write_text
 from loop import device_at_hand, draw, facts_of, steps, train
 from model import Config, Trainer
+from report import Difference, paired
 
 HERE = Path(__file__).resolve().parent
 LAST = 20
-"""Steps at the end whose mean loss is shown."""
+"""Steps at the end whose mean loss is shown, and judged."""
+UNSEEN = 1e-3
+"""Nats a byte by which no difference counts: rounding, where runs are as good as equal."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,39 @@ class Outcome:
         return mean(apart(one, other) for one, other in combinations(self.reference.values(), 2))
 
     @property
+    def at_the_end(self) -> Difference:
+        """What kernels have more than the reference at the end, on the same batches: over seeds, with its interval."""
+        return paired(*([end(run) for run in runs.values()] for runs in (self.kernels, self.reference)))
+
+    @property
+    def repeats_at_the_end(self) -> float:
+        """How far two runs of the kernels with one seed are apart at the end."""
+        return abs(end(self.kernels[next(iter(self.kernels))]) - end(self.again))
+
+    @property
     def trains_alike(self) -> bool:
-        """Whether the backends are closer to each other than seeds are."""
+        """Whether the backends are closer to each other, step by step, than seeds and their batches are."""
         return self.between_backends < self.between_seeds
+
+    @property
+    def ends_alike(self) -> bool:
+        """Whether neither backend is lower at the end by more than chance makes.
+
+        Chance is the larger of two: the 95 % interval of the difference by its spread over seeds, which holds what a
+        seed and its batches do to both backends alike out of it, and what two runs of one seed are apart.
+        """
+        found = self.at_the_end
+        return abs(found.mean) <= max(found.half, self.repeats_at_the_end, UNSEEN)
 
     @property
     def resumes(self) -> bool:
         """Whether the interrupted run has the losses of the other, to the last bit."""
         return self.whole == self.resumed
+
+
+def end(losses: list[float]) -> float:
+    """Return the mean of a run's last losses."""
+    return mean(losses[-LAST:])
 
 
 def apart(one: list[float], other: list[float]) -> float:
@@ -155,13 +183,16 @@ def table(config: Config, outcome: Outcome) -> str:
     """Return what was measured, and whether it is as it should be."""
     seeds = ", ".join(str(seed) for seed in outcome.kernels)
     ends = [
-        f"| {name}, seeds {seeds} | " + ", ".join(f"{mean(run[-LAST:]):.4f}" for run in runs.values()) + " |"
+        f"| {name}, seeds {seeds} | " + ", ".join(f"{end(run):.4f}" for run in runs.values()) + " |"
         for name, runs in (("kernels", outcome.kernels), ("reference", outcome.reference))
     ]
+    difference = outcome.at_the_end
     rows = [
         f"| mean loss of the last {min(LAST, config.compare.steps)} of {config.compare.steps} steps | |",
         "| --- | --- |",
         *ends,
+        f"| kernels less reference, mean over seeds, 95 % interval | {difference.mean:+.4f} ± {difference.half:.4f} |",
+        f"| kernels twice, one seed | {outcome.repeats_at_the_end:.4f} |",
         "| **mean difference of the losses of a step** | |",
         f"| kernels and reference, one seed | {outcome.between_backends:.3g} |",
         f"| kernels twice, one seed | {outcome.between_repeats:.3g} |",
@@ -171,6 +202,7 @@ def table(config: Config, outcome: Outcome) -> str:
     words = {True: "yes", False: "NO"}
     verdicts = [
         f"within seed noise of the reference: {words[outcome.trains_alike]}",
+        f"as low at the end as the reference: {words[outcome.ends_alike]}",
         f"the same losses after an interruption: {words[outcome.resumes]}",
     ]
     return "\n".join([*rows, "", *verdicts]) + "\n"
@@ -192,5 +224,5 @@ def compare(config: Config, out: Path) -> None:
     report = f"{device_name()}, torch {torch.__version__}, {config.dtype}\n\n{table(config, outcome)}"
     write_text(report, out / "compare.md")
     print(report, end="")
-    if not (outcome.trains_alike and outcome.resumes):
+    if not (outcome.trains_alike and outcome.ends_alike and outcome.resumes):
         raise SystemExit(1)
