@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -284,6 +285,34 @@ def test_state_tracking_smoke(example, monkeypatch, tmp_path, capsys) -> None:
     assert "| S3 | gru |  |  |  | 0 of 1 (0 run) |" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="must have runs of this config, but has others: steps; give another --out"):
         command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "steps=3")
+
+
+def test_state_tracking_folders_are_of_one_machine(example, monkeypatch, tmp_path) -> None:
+    """Another GPU or torch adds no run, and shows finished ones as those of who made them."""
+    run = example("state_tracking")
+    smoke = ("--smoke", "--out", str(tmp_path), "--set", "models=[attention, gru]")
+
+    def summary() -> dict[str, Any]:
+        return dict(json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")))
+
+    command(run, monkeypatch, *smoke)
+    assert summary()["device"] == "CPU"
+    assert shlex.split(summary()["command"]) == ["python", "examples/state_tracking/run.py", *smoke]
+    kept = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert (kept["device"], kept["torch"]) == ("CPU", torch.__version__)
+    monkeypatch.setattr(run, "here", lambda: {"device": "another", "torch": "1.0"})
+    command(run, monkeypatch, *smoke)
+    assert summary()["device"] == "CPU"
+    (tmp_path / "S3_gru_0.json").unlink()
+    refusal = "must have runs of this config, but has others: device, torch; give another --out"
+    with pytest.raises(SystemExit, match=refusal):
+        command(run, monkeypatch, *smoke)
+    del kept["device"], kept["torch"]  # as folders were before
+    (tmp_path / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    with pytest.raises(SystemExit, match=refusal):
+        command(run, monkeypatch, *smoke)
+    command(run, monkeypatch, *smoke, "--set", "models=[attention]")
+    assert summary()["device"] == "unknown device"
 
 
 def test_state_tracking_smoke_with_letters(example, monkeypatch, tmp_path, capsys) -> None:

@@ -200,7 +200,8 @@ def test_parity_is_learnt_and_kept(example, monkeypatch, tmp_path, capsys) -> No
     monkeypatch.setattr(learn, "train", None)
     learn.main()
     assert capsys.readouterr().out == text
-    assert len(json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["runs"]) == 1
+    (row,) = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["runs"]
+    assert row["torch"] == torch.__version__  # of who made the run, whoever writes the summary
     run = learn.runs_of(config, set())[0]
     said = learn.Answers(learn.group("S2"), 1)
     layer = learn.layer_of(run, said, learn.package_of("generated.tiny"), "reference")

@@ -122,6 +122,7 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
         "seed": run.seed,
         "settings": run.settings,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {platform.machine()}",
+        "torch": torch.__version__,
         "parameters": sum(p.numel() for p in layer.parameters()),
         "steps": steps,
         "seconds": round(seconds, 1),
@@ -211,7 +212,7 @@ def main() -> None:
         rows = list(rows_of(runs, out))
         text = table(runs, rows)
         write_text(text, out / "table.md")
-        write_json({"torch": torch.__version__, "runs": rows}, out / "summary.json")
+        write_json({"runs": rows}, out / "summary.json")
     print(text, end="")
 
 

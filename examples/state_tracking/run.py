@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ SMOKE = {
     "lengths": [2, 3], "batch": 2, "steps": 2, "settle": 1, "evaluate": {"length": 5, "words": 2, "at_once": 1},
 }  # fmt: skip
 """A run of seconds on a CPU, which shows that everything works and nothing else."""
+UNKNOWN = {"device": "unknown device", "torch": "unknown"}
+"""What made the runs of a folder that does not say, as one from before folders did."""
 
 
 def wanted(config: Config) -> Iterator[tuple[str, str, int]]:
@@ -50,19 +53,31 @@ def place_of(out: Path, kind: str, name: str, seed: int) -> Path:
     return out / f"{name}_{kind}_{seed}.json"
 
 
-def keep(config: Config, out: Path) -> None:
-    """Note what the folder's runs are of; ends the program where it has runs of another config."""
-    facts = json.loads(json.dumps(asdict(config)))
+def here() -> dict[str, str]:
+    """Return what makes runs on this machine."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return {"device": device, "torch": torch.__version__}
+
+
+def keep(config: Config, out: Path) -> str:
+    """Note what the folder's runs are of, and return the device that made them.
+
+    Ends the program where the folder has runs of another config, or where this machine would add to those of another.
+    """
+    facts = json.loads(json.dumps(here() | asdict(config)))
     for name in ("groups", "models", "seeds", "budget"):  # which runs there are, and not what they do
         del facts[name]
     place = out / "config.json"
-    before = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else facts
+    before = UNKNOWN | json.loads(place.read_text(encoding="utf-8")) if place.is_file() else facts
+    if all(place_of(out, *run).is_file() for run in wanted(config)):  # a table of finished runs can be made anywhere
+        facts |= {name: before[name] for name in UNKNOWN}
     changed = sorted(name for name in {*facts, *before} if facts.get(name) != before.get(name))
     if changed:
         raise SystemExit(
             f"{out} must have runs of this config, but has others: {', '.join(changed)}; give another --out"
         )
     write_json(facts, place)
+    return str(facts["device"])
 
 
 def run_all(config: Config, out: Path) -> None:
@@ -114,8 +129,8 @@ def table(config: Config, outcomes: list[Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def summary(config: Config, outcomes: list[Outcome]) -> dict[str, object]:
-    """Return what the table says of each run, as docs/data/ keeps it for the picture of the README."""
+def summary(config: Config, outcomes: list[Outcome], device: str) -> dict[str, object]:
+    """Return what the table says of each run of a device, as docs/data/ keeps it for the picture of the README."""
     seen, asked = config.lengths[-1], config.evaluate.length
     runs = [
         {
@@ -128,9 +143,8 @@ def summary(config: Config, outcomes: list[Outcome]) -> dict[str, object]:
         }
         for x in outcomes
     ]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     return {
-        "command": "python examples/state_tracking/run.py",
+        "command": shlex.join(["python", "examples/state_tracking/run.py", *sys.argv[1:]]),
         "device": device,
         "seen": seen,
         "asked": asked,
@@ -191,12 +205,12 @@ def main() -> None:
     changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
     config = load(arguments.config, changes)
     with alone(arguments.out):
-        keep(config, arguments.out)
+        device = keep(config, arguments.out)
         run_all(config, arguments.out)
         outcomes = found(config, arguments.out)
         text = table(config, outcomes)
         write_text(text, arguments.out / "table.md")
-        write_json(summary(config, outcomes), arguments.out / "summary.json")
+        write_json(summary(config, outcomes, device), arguments.out / "summary.json")
         draw(config, outcomes, arguments.out / "curves.png")
     print(text, end="")
 
