@@ -30,7 +30,7 @@ from m2gen.kernels.compile import load_module
 EXAMPLES = ROOT / "examples"
 LOCAL = (
     "decoder", "gated_delta", "words", "step", "train", "data", "model", "loop", "compare", "stack", "many", "findings",
-    "construct", "files", "report", "pictures",
+    "members", "construct", "files", "report", "pictures",
 )  # fmt: skip
 """Modules that the examples find beside them."""
 DELTA = ("all Gated DeltaNet of flash-linear-attention", "all Gated DeltaNet")
@@ -215,10 +215,34 @@ def test_search_goes_on_and_shows_what_it_found(example, monkeypatch, tmp_path, 
     command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[2] for line in lines[-2:]] == ["defaults", "weights automaton, learning_rate 0.001"]
-    rows = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))
+    rows = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))["rows"]
     assert [(row["seed"], row["steps"]) for row in rows] == [(0, 20), (1, 20), (0, 20), (1, 20)]
     assert set(rows[0]["accuracy"]) == {"5"}
     assert is_figure(tmp_path / "search.png")
+
+    def changed(**settings: Any) -> None:
+        place.write_text(search.yaml.safe_dump(config | settings, sort_keys=False), encoding="utf-8")
+        command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path))
+
+    slower = {"defaults": {**config["defaults"], "learning_rate": 1e-4}}
+    longer = {"stacks": [{**config["stacks"][0], "seconds": 2e6}]}
+    less = {"stacks": [{**config["stacks"][0], "variants": variants[:1]}]}
+    judged = {"evaluate": {**config["evaluate"], "words": 3}}
+    cases = {"learning_rate": slower, "seconds": longer, "variants": less, "evaluate": judged, "group": {"group": "A4"}}
+    for name, settings in cases.items():
+        refusal = rf"small.json must be of this config, but has another {name}; give another --out"
+        with pytest.raises(SystemExit, match=refusal):
+            changed(**settings)
+    (tmp_path / "small.json").unlink()
+    for name in ("learning_rate", "variants", "group"):
+        with pytest.raises(SystemExit, match=rf"small.pt must be of this config, but has another {name}; give another"):
+            changed(**cases[name])
+    assert not (tmp_path / "small.json").exists()
+    changed(**longer, **judged)  # which a model that is trained so far may have
+    assert (tmp_path / "small.json").is_file()
+    (tmp_path / "small.json").write_text(json.dumps(rows), encoding="utf-8")  # as files were before
+    with pytest.raises(SystemExit, match=r"small.json must be of this config, but does not say of which it is"):
+        changed()
 
 
 def test_unknown_groups_and_settings_end_the_program(example, monkeypatch, tmp_path) -> None:

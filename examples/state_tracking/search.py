@@ -15,7 +15,6 @@ import math
 import os
 import sys
 import time
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -33,49 +32,14 @@ from construct import begin_automaton  # noqa: E402
 from decoder import Decoder, package_of  # noqa: E402
 from files import alone, store, write_text  # noqa: E402
 from findings import draw, table  # noqa: E402
-from many import Answers, Many, Plan, Progress, judge  # noqa: E402
+from many import Answers, Many, Progress, judge  # noqa: E402
+from members import LATER, SHAPE, Member, check, facts_of, members_of  # noqa: E402
 from stack import Stack  # noqa: E402
 from step import own_stream  # noqa: E402
 from words import group  # noqa: E402
 
 SAID = (64, 128, 256, 512, 1024, 2048)
 """Lengths whose accuracy is recorded."""
-SHAPE = ("rows", "columns", "heads", "width", "layers", "activation", "bias", "answers", "batch", "tokens")
-"""What all models of a stack have in common."""
-START = ("forget", "weights", "spin", "scale", "embed")
-"""What a model begins with."""
-PLAN = tuple(field.name for field in fields(Plan))
-
-
-@dataclass(frozen=True)
-class Member:
-    """One model of a stack: what its variant changes, all its settings, and its seed."""
-
-    changes: dict[str, Any]
-    settings: dict[str, Any]
-    seed: int
-
-    @property
-    def plan(self) -> Plan:
-        """How it is trained."""
-        values = {name: self.settings[name] for name in PLAN}
-        return Plan(**values | {"stages": tuple((letters, length) for letters, length in values["stages"])})
-
-
-def members_of(config: dict[str, Any], asked: dict[str, Any]) -> list[Member]:
-    """Return a stack's models: every variant with as many seeds as there is room for."""
-    common = {
-        name: value for name, value in asked.items() if name not in ("name", "seconds", "variants", "group", "total")
-    }
-    settings = config["defaults"] | common
-    unknown = sorted(set().union(settings, *asked["variants"]) - {*SHAPE, *START, *PLAN})
-    fixed = sorted(set().union(*asked["variants"]) & {*SHAPE})
-    if unknown or fixed:
-        raise SystemExit(
-            f"stack {asked['name']}: settings must be known, and one shape's; see {', '.join(unknown + fixed)}"
-        )
-    seeds = asked.get("total", config["total"]) // settings["heads"] // len(asked["variants"])
-    return [Member(changes, settings | changes, seed) for changes in asked["variants"] for seed in range(seeds)]
 
 
 @torch.no_grad()
@@ -130,13 +94,16 @@ class Running:
         """Write all that training goes on from."""
         many = self.many
         tensors = {"flat": self.stack.flat, "moments": many.moments, "count": many.count}
-        facts = [(one.known_at, one.end, one.last, one.random.getstate()) for one in many.progress]
-        saved = {**tensors, "progress": facts, "done": many.done, "seconds": self.seconds}
+        progress = [(one.known_at, one.end, one.last, one.random.getstate()) for one in many.progress]
+        facts = facts_of(self.config, self.asked)
+        saved = {**tensors, "facts": facts, "progress": progress, "done": many.done, "seconds": self.seconds}
         store(place, partial(torch.save, saved))
 
     def load(self, place: Path) -> None:
-        """Go on from what ``save`` wrote."""
-        found, many = torch.load(place, map_location="cpu", weights_only=False), self.many
+        """Go on from what ``save`` wrote, if it was of the same settings; others end the program."""
+        found, many = torch.load(place, map_location="cpu", weights_only=True), self.many
+        facts = facts_of(self.config, self.asked)
+        check(place, found, {name: value for name, value in facts.items() if name not in LATER})
         for name, tensor in (("flat", self.stack.flat), ("moments", many.moments), ("count", many.count)):
             tensor.copy_(found[name])
         for one, (known_at, end, last, state) in zip(many.progress, found["progress"], strict=True):
@@ -233,12 +200,25 @@ def search(config: dict[str, Any], out: Path, minutes: float, only: list[str]) -
                 running.save(checkpoint)
             if running.finished:
                 rows = running.rows()
-                write_text(json.dumps(rows, indent=1) + "\n", place)
+                result = {"facts": facts_of(config, asked), "rows": rows}
+                write_text(json.dumps(result, indent=1) + "\n", place)
                 best = max(rows, key=lambda row: (row["perfect_to"], len(row["known_at"]), row["last"]))
                 print(f"{asked['name']}: best {best}", file=sys.stderr)
         del running
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def rows_of(config: dict[str, Any], out: Path) -> list[dict[str, Any]]:
+    """Return what is recorded of all finished stacks; ends the program where one is of other settings."""
+    rows: list[dict[str, Any]] = []
+    for asked in config["stacks"]:
+        place = out / f"{asked['name']}.json"
+        if place.is_file():
+            found = json.loads(place.read_text(encoding="utf-8"))
+            check(place, found, facts_of(config, asked))
+            rows += found["rows"]
+    return rows
 
 
 def parsed() -> argparse.Namespace:
@@ -258,10 +238,10 @@ def main() -> None:
     arguments = parsed()
     config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
     with alone(arguments.out):
+        rows = rows_of(config, arguments.out)  # before hours of training, if they are of other settings
         if arguments.minutes > 0:
             search(config, arguments.out, arguments.minutes, [name for name in arguments.stacks.split(",") if name])
-        places = [arguments.out / f"{asked['name']}.json" for asked in config["stacks"]]
-        rows = [row for place in places if place.is_file() for row in json.loads(place.read_text(encoding="utf-8"))]
+            rows = rows_of(config, arguments.out)
         text = table(rows)
         write_text(text, arguments.out / "table.md")
         draw(rows, arguments.out / "search.png")
