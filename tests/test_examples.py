@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -478,6 +479,26 @@ def test_hybrid_lm_interrupted_and_resumed_has_the_same_losses(example, monkeypa
     assert is_figure(tmp_path / "parts" / "losses.png")
     with pytest.raises(SystemExit, match="has another width; choose another --out"):
         command(run, monkeypatch, "train", "--smoke", "--out", str(tmp_path / "parts"), "--set", "width=16")
+
+
+def test_hybrid_lm_goes_on_with_its_text_alone(example, monkeypatch, tmp_path) -> None:
+    """Files of the same names that have changed end the command, and losses of the comparison are trained again."""
+    run, text = example("hybrid_lm"), tmp_path / "text.py"
+    smoke = ("train", "--smoke", "--out", str(tmp_path / "out"), "--set", f"text=[{text}]")
+    text.write_bytes(b"a = 1\n" * 50)
+    command(run, monkeypatch, *smoke)
+    results = (tmp_path / "out" / "losses.json").read_bytes()
+    expected = hashlib.sha256(text.read_bytes()).hexdigest()[:16]
+    assert json.loads(results)["sha256_of_text"] == expected
+    config = run.load(EXAMPLES / "hybrid_lm" / "config.yaml", {"text": [str(text)], "package": "generated.tiny"})
+    kept = run.compare.Kept(tmp_path / "runs")
+    assert kept.run("kernels", config, lambda: [1.0]) == [1.0]
+    assert kept.run("kernels", config, lambda: pytest.fail("ran again")) == [1.0]
+    text.write_bytes(b"a = 2\n" * 50)
+    with pytest.raises(SystemExit, match=r"checkpoint.pt .* has another sha256_of_text; choose another --out"):
+        command(run, monkeypatch, *smoke)
+    assert (tmp_path / "out" / "losses.json").read_bytes() == results
+    assert kept.run("kernels", config, lambda: [2.0]) == [2.0]
 
 
 def test_hybrid_lm_on_the_reference_backend_has_the_same_losses(example, monkeypatch, tmp_path) -> None:

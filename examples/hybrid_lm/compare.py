@@ -124,9 +124,8 @@ class Kept:
     folder: Path
 
     def run(self, name: str, config: Config, train_anew: Callable[[], list[float]]) -> list[float]:
-        """Return a run's losses, from its file where config, GPU, torch and kernels are the same."""
+        """Return a run's losses, from its file where config, text, GPU, torch and kernels are the same."""
         path = self.folder / f"{name.replace(', ', ' ').replace(' ', '_')}.json"
-        # The model learns Python's library.
         facts = {**setting(config), "python": sys.version, "kernels": kernels_of(config)}
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -148,7 +147,13 @@ def device_name() -> str:
 
 def setting(config: Config) -> dict[str, object]:
     """Return what losses are of."""
-    return {"device": device_name(), "torch": torch.__version__, "config": facts_of(config)}
+    digest = data.digest_of(data.read(config.text))
+    return {
+        "device": device_name(),
+        "torch": torch.__version__,
+        "config": facts_of(config),
+        "sha256_of_text": digest,
+    }
 
 
 def kernels_of(config: Config) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,11 @@ def read(files: Sequence[str]) -> Tensor:
     except OSError as error:
         raise SystemExit(f"text must be files that can be read: {error}") from None
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def digest_of(text: Tensor) -> str:
+    """Return 16 hex digits of the SHA-256 of a text."""
+    return hashlib.sha256(text.numpy().data).hexdigest()[:16]
 
 
 def batch(text: Tensor, size: int, length: int, seed: int, step: int) -> tuple[Tensor, Tensor]:

@@ -50,10 +50,10 @@ def steps(trainer: Trainer, text: Tensor, until: int) -> Iterator[Tensor]:
 def train(config: Config, out: Path, until: int | None = None) -> list[float]:
     """Train up to the config's last step, or as if interrupted after ``until``; return the losses.
 
-    Goes on from the checkpoint where there is one.
+    Goes on from the checkpoint where there is one. One of another config or another text ends the program.
     """
     trainer, losses, text = Trainer(config, device_at_hand()), [], data.read(config.text)
-    place, facts = out / "checkpoint.pt", facts_of(config)
+    place, facts = out / "checkpoint.pt", {**facts_of(config), "sha256_of_text": data.digest_of(text)}
     if place.is_file():
         saved = torch.load(place, map_location=trainer.device, weights_only=True)
         changed = [key for key in facts if facts[key] != saved["config"].get(key) and key != "save_every"]

@@ -43,7 +43,8 @@ SMOKE = {
 def train_and_draw(config: Config, out: Path) -> None:
     """Train up to the config's last step, and write the losses and their figure."""
     losses = train(config, out)
-    write_json({"config": facts_of(config), "losses": losses}, out / "losses.json")
+    digest = data.digest_of(data.read(config.text))
+    write_json({"config": facts_of(config), "sha256_of_text": digest, "losses": losses}, out / "losses.json")
     draw({"loss": (losses, "-")}, out / "losses.png")
     print(f"loss {losses[0]:.4f} at step 1, {losses[-1]:.4f} at step {len(losses)}")
 
