@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import permutations
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -376,10 +376,40 @@ def test_generate_smoke(example, monkeypatch, tmp_path, capfd) -> None:
     assert (tmp_path / "generate_example.yaml").exists()
     config = json.loads((tmp_path / "checkpoint" / "config.json").read_text(encoding="utf-8"))
     assert (config["model_type"], len(config["sequence_mixer_blocks"])) == ("gpt_base", 2)
+    weights = (tmp_path / "checkpoint" / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "checkpoint").iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors",
+    ]  # fmt: skip
     command(run, monkeypatch, *sizes)
-    again = capfd.readouterr().out
-    assert "trained" not in again
-    assert again.split("a second")[1] == first.split("a second")[1]
+    again = capfd.readouterr()
+    assert "trained" not in again.out
+    assert again.out.split("a second")[1] == first.split("a second")[1]
+    assert "has a model that was trained before; it is not trained again (--steps ignored)\n" in again.err
+    monkeypatch.setattr(run, "hf_of", lambda *_: pytest.fail("went on"))
+    refusal = "checkpoint must have a model of these sizes, but has another hidden_size, .*; give another --out"
+    with pytest.raises(SystemExit, match=refusal):
+        command(run, monkeypatch, "--out", str(tmp_path))
+    assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == weights
+
+
+def test_generate_trains_on_as_many_bytes_as_it_says(example, monkeypatch) -> None:
+    """Each word is ``seq`` bytes long; what only shows that all works has a folder of its own."""
+    run, seen = example("generate"), []
+
+    class Model(nn.Linear):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+            seen.append((input_ids.shape, labels.shape))
+            return SimpleNamespace(loss=super().forward(input_ids[:, :1].float()).sum())
+
+    run.train(Model(1, 1), run.SMOKE, 1, 0.0)
+    assert seen == [((1, 8), (1, 8))]
+    places = []
+    for arguments in ((), ("--smoke",), ("--out", "here")):
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        places.append(run.parsed().out)
+    assert places == [EXAMPLES / "generate" / "results", EXAMPLES / "generate" / "results" / "smoke", Path("here")]
 
 
 def test_a_short_word_problem_is_learned(example, tmp_path) -> None:

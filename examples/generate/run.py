@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "hybrid_lm")]
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "hybrid_lm")]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import data  # noqa: E402  (of the example beside this one)
+from files import alone, write_text  # noqa: E402
 
 NAME = "generate_example"
 """Name of the spec and of the package."""
@@ -85,7 +87,7 @@ def train(model: Any, sizes: dict[str, int], steps: int | None, seconds: float) 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     begun, step, loss = time.monotonic(), 0, torch.tensor(0.0)
     while step != steps and (steps is not None or time.monotonic() - begun < seconds):
-        inputs, _ = data.batch(text, sizes["batch"], sizes["seq"] - 1, seed=0, step=step)
+        inputs, _ = data.batch(text, sizes["batch"], sizes["seq"], seed=0, step=step)
         inputs = inputs.to(model.device)
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, (step + 1) / 20)
@@ -98,6 +100,28 @@ def train(model: Any, sizes: dict[str, int], steps: int | None, seconds: float) 
         if step in (1, 10) or step % 50 == 0:
             print(f"step {step}: loss {loss.item():.3f}")
     print(f"trained {step} steps: loss {loss.item():.3f} nats a byte")
+
+
+def trained_before(folder: Path, asked: dict[str, Any]) -> bool:
+    """Whether a folder has a model; one of another configuration, as of other sizes, ends the program."""
+    if not (folder / "model.safetensors").exists():
+        return False
+    found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    # Saving a model names its class, and adds what has a default.
+    changed = [name for name in asked if name != "architectures" and found.get(name) != asked[name]]
+    if changed:
+        raise SystemExit(
+            f"{folder} must have a model of these sizes, but has another {', '.join(changed)}; give another --out"
+        )
+    return True
+
+
+def save(model: Any, folder: Path) -> None:
+    """Save a model as transformers does, its weights last: a folder that has them has a whole model."""
+    with tempfile.TemporaryDirectory(prefix=".model.", dir=folder) as name:
+        model.save_pretrained(name)
+        for path in sorted(Path(name).iterdir(), key=lambda path: path.suffix == ".safetensors"):
+            os.replace(path, folder / path.name)
 
 
 def say(tokens: Tensor) -> str:
@@ -118,34 +142,55 @@ def generate(folder: Path, backend: str, device: str, prompt: str, new: int) -> 
     print(f"--- {backend}: {new / took:,.0f} tokens a second\n{say(out[0])}")
 
 
-def main() -> None:
-    """Do what the command line asks for."""
+def parsed() -> argparse.Namespace:
+    """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the spec, package and checkpoint")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the spec, package and checkpoint; default: results, with --smoke results/smoke",
+    )
     parser.add_argument("--prompt", default="def ")
     parser.add_argument("--tokens", type=int, default=200, help="how many bytes to generate")
-    parser.add_argument("--seconds", type=float, default=60, help="how long to train")
+    parser.add_argument("--seconds", type=float, help="how long to train; default: 60")
     parser.add_argument("--steps", type=int, help="steps to train, in place of seconds")
     parser.add_argument("--smoke", action="store_true", help="sizes of seconds on a CPU")
     arguments = parser.parse_args()
+    arguments.out = arguments.out or HERE / "results" / ("smoke" if arguments.smoke else "")
+    return arguments
+
+
+def go(arguments: argparse.Namespace) -> None:
+    """Train a model where the folder has none, and generate."""
     cuda = torch.cuda.is_available()
     sizes = SMOKE if arguments.smoke else SIZES if cuda else ON_CPU
     device, backends = ("cuda", ("kernels", "reference")) if cuda else ("cpu", ("reference",))
     folder: Path = arguments.out / "checkpoint"
-    folder.mkdir(parents=True, exist_ok=True)
-    known = (folder / "model.safetensors").exists()
-    if not known:
-        parts = {key: value for key, value in sizes.items() if key not in ("seq", "batch")}
-        (folder / "config.json").write_text(json.dumps(configuration(**parts), indent=2) + "\n", encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+    asked = configuration(**{key: value for key, value in sizes.items() if key not in ("seq", "batch")})
+    known = trained_before(folder, asked)
+    if known:
+        ignored = [f"--{name}" for name in ("steps", "seconds") if getattr(arguments, name) is not None]
+        said = f" ({', '.join(ignored)} ignored)" if ignored else ""
+        print(f"{folder} has a model that was trained before; it is not trained again{said}", file=sys.stderr)
+    else:
+        write_text(json.dumps(asked, indent=2) + "\n", folder / "config.json")
     hf = hf_of(folder, arguments.out)
     if not known:
         torch.manual_seed(0)
         config = hf.M2RNNConfig.from_pretrained(folder, backend=backends[0])
         model = hf.M2RNNForCausalLM(config).to(device).train()
-        train(model, sizes, arguments.steps, arguments.seconds)
-        model.save_pretrained(folder)
+        train(model, sizes, arguments.steps, 60 if arguments.seconds is None else arguments.seconds)
+        save(model, folder)
     for backend in backends:
         generate(folder, backend, device, arguments.prompt, arguments.tokens)
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    arguments = parsed()
+    with alone(arguments.out):
+        go(arguments)
 
 
 if __name__ == "__main__":
