@@ -50,7 +50,7 @@ def _narrow(dtype: Dtype) -> Iterator[Any]:
 
 
 def _wide() -> Iterator[Any]:
-    for sums, interval in (("aa", 12), ("ap", 12), ("aa", 8)):
+    for sums, interval in (("aa", 8), ("ap", 8), ("aa", 4)):
         words = {"a": "atomic", "p": "partial"}
         reductions = {"forward.reduction": words[sums[0]], "backward.reduction": words[sums[1]]}
         yield {"family": "wgmma", "interval": interval, **reductions}
