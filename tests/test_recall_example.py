@@ -24,7 +24,7 @@ from m2gen.kernels.compile import load_module
 EXAMPLES = ROOT / "examples"
 RUNS = ROOT / "docs" / "data" / "recall_h200.json"
 """All runs of the example's config, as one GPU made them."""
-LOCAL = ("curves", "decoder", "files", "gated_delta", "outcomes", "pictures", "tasks", "train")
+LOCAL = ("curves", "decoder", "files", "gated_delta", "outcomes", "pictures", "settings", "tasks", "train")
 """Modules that the example finds beside it."""
 
 
@@ -73,6 +73,18 @@ def test_windows_see_the_last_letters_alone(example, length) -> None:
     back = torch.arange(length)[:, None] - torch.arange(length)
     y = F.scaled_dot_product_attention(train.rotated(q), train.rotated(k), v, attn_mask=(back >= 0) & (back < 4))
     assert torch.allclose(window(x), window.out(y.transpose(1, 2).flatten(-2)), atol=1e-6)
+
+
+def test_guesses_of_a_words_values(example) -> None:
+    """Who answers each question with the value of one of the word's places is right as often as the table says."""
+    run = example()
+    config = run.load(EXAMPLES / "recall" / "config.yaml", {})
+    generator = torch.Generator().manual_seed(0)
+    for name in config.tasks:
+        _, answers = config.task(name).draw(20_000, 64, generator)
+        places = torch.randint(config.items, answers.shape, generator=generator)
+        share = (answers.gather(1, places) == answers).double().mean().item()
+        assert share == pytest.approx(run.curves.by_chance(config), abs=2e-3)
 
 
 def command(run: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:

@@ -33,6 +33,15 @@ def span(values: Sequence[float], digits: int) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def by_chance(config: Config) -> float:
+    """Return the share of right answers of who knows a word's values, and not which answers which question.
+
+    The place is the right one, or another with the same value.
+    """
+    place = 1 / config.items
+    return place + (1 - place) / config.values
+
+
 def table(results: Results) -> str:
     """Return the results as Markdown: models, then for each task the lowest and the highest share by length."""
     config, machine = results.config, results.machine
@@ -40,7 +49,8 @@ def table(results: Results) -> str:
         f"{machine.device}, torch {machine.torch}, {config.dtype}; {config.steps} steps of {config.tokens:,} letters, "
         f"in words of {config.lengths[0]:,} to {config.lengths[-1]:,}. Right answers in %, to the {config.items} "
         f"questions of each of {config.evaluate.words} words, by length: the lowest and the highest of the seeds. By "
-        f"chance: {100 / config.values:.1f}.",
+        f"chance: {100 / config.values:.1f} with any value, {100 * by_chance(config):.1f} with that of any of the "
+        f"word's {config.items} places.",
         "",
         "| model | parameters | state of a layer | seeds | seconds a run |",
         "| --- " * 5 + "|",
