@@ -135,6 +135,13 @@ def test_the_trainer_of_transformers(example, package, tmp_path, mixed) -> None:
     assert again == whole
 
 
+def test_the_trainer_of_transformers_for_one_step(example, package, tmp_path) -> None:
+    """Half of one step is none, after which no checkpoint can be."""
+    losses = example("hf_trainer").train(model_of(package), package, tmp_path, 1, disable_tqdm=True, bf16=False)
+    assert len(losses) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_lightning(example, package, tmp_path, precision) -> None:
     """Stopped half way and started again, it has the losses of a run in one piece."""

@@ -23,7 +23,7 @@ def trainer_of(model: Any, package: str, out: Path, steps: int, **options: Any) 
     on_gpu = torch.cuda.is_available()
     arguments = TrainingArguments(
         **{
-            "output_dir": str(out), "max_steps": steps, "save_steps": steps // 2, "logging_steps": 1,
+            "output_dir": str(out), "max_steps": steps, "save_steps": max(1, steps // 2), "logging_steps": 1,
             "per_device_train_batch_size": 4, "learning_rate": 1e-3, "lr_scheduler_type": "constant",
             "bf16": on_gpu, "torch_compile": on_gpu, "use_cpu": not on_gpu, "report_to": "none", **options,
         }
