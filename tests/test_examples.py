@@ -31,7 +31,7 @@ from m2gen.kernels.compile import load_module
 EXAMPLES = ROOT / "examples"
 LOCAL = (
     "decoder", "gated_delta", "words", "step", "train", "data", "model", "loop", "compare", "stack", "many", "findings",
-    "members", "construct", "files", "report", "pictures",
+    "members", "settings", "construct", "files", "report", "pictures",
 )  # fmt: skip
 """Modules that the examples find beside them."""
 DELTA = ("all Gated DeltaNet of flash-linear-attention", "all Gated DeltaNet")

@@ -27,7 +27,7 @@ from tools.gated_deltanet import Plain
 EXAMPLES = ROOT / "examples"
 LOCAL = (
     "example_hybrids", "decoder", "gated_delta", "data", "model", "loop", "compare", "corpus", "plan", "runs", "report",
-    "captured", "finished", "files", "pictures",
+    "captured", "finished", "files", "pictures", "settings",
 )  # fmt: skip
 """The command, and the modules that it finds beside it."""
 
@@ -369,6 +369,14 @@ def test_smoke_on_kernels_and_the_readme(example, monkeypatch, tmp_path, capsys)
     readme.write_text("nothing", encoding="utf-8")
     with pytest.raises(SystemExit, match="must have <!-- hybrids: begin -->"):
         example.main()
+    for text in ("no JSON", "[]", "{}", json.dumps({**data, "runs": []}), json.dumps({**data, "runs": [{}]})):
+        (tmp_path / "hybrids.json").write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit, match=r"hybrids.json must be a hybrids.json of finished runs, got"):
+            example.main()
+    monkeypatch.setattr(sys, "argv", ["hybrids.py", "--readme", str(readme)])
+    with pytest.raises(SystemExit, match="2"):
+        example.main()
+    assert "--readme must be given with --report, got it alone" in capsys.readouterr().err
 
 
 def test_the_pages_have_what_was_measured(example) -> None:

@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 
 import torch
-import yaml
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -32,6 +31,7 @@ from files import alone, write_json  # noqa: E402
 from finished import Known, collected, read  # noqa: E402
 from plan import Plan, check_equal, load_plan  # noqa: E402
 from runs import Clock, Runner  # noqa: E402
+from settings import changes_of  # noqa: E402
 
 SMOKE = {
     "package": "generated.tiny", "dtype": "fp32", "seq": 4, "batch": 1, "steps": 4, "warmup": 1, "evaluate_every": 2,
@@ -66,6 +66,18 @@ def run_all(plan: Plan, out: Path, clock: Clock, known: Known) -> int:
     return len(wanted) - len(results)
 
 
+def only_report(place: Path, out: Path, readme: Path | None) -> None:
+    """Write table and figures of the runs in a file; one of another form ends the program."""
+    try:
+        data = json.loads(place.read_text(encoding="utf-8"))
+        report.table(data)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{place} must be a hybrids.json of finished runs, got {error!r}") from None
+    if not readme:
+        out.mkdir(parents=True, exist_ok=True)
+    report.write(data, out, readme)
+
+
 def main() -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,12 +90,13 @@ def main() -> None:
     parser.add_argument("--report", type=Path, metavar="JSON", help="only write table and figures of finished runs")
     parser.add_argument("--readme", type=Path, help="with --report: put the table there, and the figures beside it")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.readme and not arguments.report:
+        parser.error("--readme must be given with --report, got it alone")
     if arguments.report:
-        report.write(json.loads(arguments.report.read_text(encoding="utf-8")), arguments.out, arguments.readme)
+        only_report(arguments.report, arguments.out, arguments.readme)
         return
     changes = dict(SMOKE) if arguments.smoke else {}
-    changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
+    changes |= changes_of(arguments.set)
     clock = Clock(arguments.minutes)
     signal.signal(signal.SIGTERM, clock.stop)
     plan = load_plan(arguments.config, changes)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from data import TOKENS
 from decoder import UNCOMPILED, Decoder, groups_of, mixer, package_of
+from settings import merged, readable
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,16 +63,12 @@ class Config:
 
 
 def load(path: Path, changes: dict[str, Any]) -> Config:
-    """Read a config file and change some of its values; what is missing or unknown ends the program."""
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {field.name for field in fields(Config)}
-    wrong = sorted((values.keys() ^ known) | (changes.keys() - known))
-    if wrong:
-        raise SystemExit(f"{path} and --set must give {', '.join(sorted(known))}; see {', '.join(wrong)}")
-    values = _with_tuples(values | changes)
+    """Read a config file and change some of its values; what is missing, unknown or of no sense ends the program."""
+    values = _with_tuples(merged(path, changes, {field.name for field in fields(Config)}))
     if values["dtype"] not in ("bf16", "fp32"):
         raise SystemExit(f"dtype must be bf16 or fp32, got {values['dtype']!r}")
-    compare, bench = Compare(**_with_tuples(values["compare"])), Bench(**_with_tuples(values["bench"]))
+    with readable(path):
+        compare, bench = Compare(**_with_tuples(values["compare"])), Bench(**_with_tuples(values["bench"]))
     for compiled in (values["compile"], bench.compile):
         if compiled not in (True, False, "blocks"):
             raise SystemExit(f"compile must be true, false or blocks, got {compiled!r}")

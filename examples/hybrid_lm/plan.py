@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from corpus import Choice
 from data import TOKENS
 from decoder import Attention, Decoder, package_of
 from gated_delta import GatedDelta
 from model import Config, load
+from settings import merged, readable
 from torch import nn
 
 TOLERANCE = 0.01
@@ -186,31 +186,33 @@ def check_equal(plan: Plan) -> None:
 
 def load_plan(path: Path, changes: Mapping[str, Any]) -> Plan:
     """Read a plan and change some of its values; what is missing, unknown or of no sense ends the program."""
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {field.name for field in fields(Plan)}
-    wrong = sorted((values.keys() ^ known) | (changes.keys() - known))
-    if wrong:
-        raise SystemExit(f"{path} and --set must give {', '.join(sorted(known))}; see {', '.join(wrong)}")
-    values |= changes
-    variants = {name: tuple(mixers) for name, mixers in values["variants"].items()}
-    sizes = {name: _size(size) for name, size in values["sizes"].items()}
-    unknown = {name for size in sizes.values() for name in size.variants} | {
-        x for pair in values["compare"] for x in pair
+    values = merged(path, changes, {field.name for field in fields(Plan)})
+    with readable(path):
+        variants = {name: tuple(mixers) for name, mixers in values["variants"].items()}
+        sizes = {name: _size(size) for name, size in values["sizes"].items()}
+        plan = Plan(**values | {
+            "compile": tuple(values["compile"]), "text": Choice(**_tuples(values["text"])), "variants": variants,
+            "validation": Validation(**values["validation"]), "compare": tuple(map(tuple, values["compare"])),
+            "sizes": sizes,
+        })  # fmt: skip
+    _check_names(path, plan)
+    return plan
+
+
+def _check_names(path: Path, plan: Plan) -> None:
+    """End the program where a size or a comparison names a variant, or a variant a mixer, that is none."""
+    named = {name for size in plan.sizes.values() for name in size.variants} | {
+        x for pair in plan.compare for x in pair
     }
-    if unknown - variants.keys():
-        raise SystemExit(
-            f"{path}: sizes and compare must name variants, got {', '.join(sorted(unknown - variants.keys()))}"
-        )
-    for name, size in sizes.items():
-        for variant in size.variants or variants:
-            if not variants[variant] or set(variants[variant]) - set(size.kinds):
-                kinds, got = ", ".join(size.kinds), list(variants[variant])
-                raise SystemExit(f"{path}: $.variants.{variant} must be of {kinds} at {name}, got {got}")
-    return Plan(**values | {
-        "compile": tuple(values["compile"]), "text": Choice(**_tuples(values["text"])), "variants": variants,
-        "validation": Validation(**values["validation"]), "compare": tuple(map(tuple, values["compare"])),
-        "sizes": sizes,
-    })  # fmt: skip
+    unknown = sorted(named - plan.variants.keys())
+    if unknown:
+        raise SystemExit(f"{path}: sizes and compare must name variants, got {', '.join(unknown)}")
+    for name, size in plan.sizes.items():
+        for variant in size.variants or plan.variants:
+            mixers = plan.variants[variant]
+            if not mixers or set(mixers) - set(size.kinds):
+                kinds = ", ".join(size.kinds)
+                raise SystemExit(f"{path}: $.variants.{variant} must be of {kinds} at {name}, got {list(mixers)}")
 
 
 def _size(values: dict[str, Any]) -> Size:

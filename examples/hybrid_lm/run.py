@@ -18,7 +18,6 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import yaml
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -31,6 +30,7 @@ import data  # noqa: E402
 from files import alone, write_json, write_text  # noqa: E402
 from loop import device_at_hand, draw, facts_of, train  # noqa: E402
 from model import Config, Trainer, load  # noqa: E402
+from settings import changes_of  # noqa: E402
 
 SMOKE = {
     "package": "generated.tiny", "layer": "base", "mixers": ["attention", "m2rnn"], "width": 8, "heads": 2, "seq": 4,
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--timing-only", action="store_true", help="bench: also time what its package refuses, marked")
     arguments = parser.parse_args()
     changes = dict(SMOKE) if arguments.smoke else {}
-    changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
+    changes |= changes_of(arguments.set)
     config = load(arguments.config, changes)
     benchmark = partial(bench, timing_only=arguments.timing_only)
     with alone(arguments.out):

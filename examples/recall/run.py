@@ -19,7 +19,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import yaml
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -31,6 +30,7 @@ import outcomes  # noqa: E402
 from decoder import package_of  # noqa: E402
 from files import alone, write_json  # noqa: E402
 from outcomes import missing, place_of  # noqa: E402
+from settings import changes_of  # noqa: E402
 from train import Config, load, train  # noqa: E402
 
 SMOKE = {
@@ -83,7 +83,7 @@ def main() -> None:
         curves.report(results, out, arguments.readme)
         return
     changes = dict(SMOKE) if arguments.smoke else {}
-    changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
+    changes |= changes_of(arguments.set)
     config = load(arguments.config, changes)
     with alone(out):
         machine = outcomes.keep(config, out)

@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
 from decoder import Attention, Decoder, groups_of, rotated
 from gated_delta import GatedDelta
+from settings import merged, readable
 from tasks import Task
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -70,13 +70,10 @@ class Config:
 
 
 def load(path: Path, changes: dict[str, Any]) -> Config:
-    """Read a config file and change some of its values; what is missing or unknown ends the program."""
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {field.name for field in fields(Config)}
-    wrong = sorted(({*found} ^ known) | ({*changes} - known))
-    if wrong:
-        raise SystemExit(f"{path} and --set must give {', '.join(sorted(known))}; see {', '.join(wrong)}")
-    return config_of(found | changes)
+    """Read a config file and change some of its values; what is missing, unknown or of no sense ends the program."""
+    values = merged(path, changes, {field.name for field in fields(Config)})
+    with readable(path):
+        return config_of(values)
 
 
 def config_of(found: dict[str, Any]) -> Config:

@@ -217,4 +217,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise SystemExit(f"{error.filename} must be readable and writable: {error.strerror}") from None

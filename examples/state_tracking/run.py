@@ -21,7 +21,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import yaml
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -30,6 +29,7 @@ if not torch.cuda.is_available():
 
 from decoder import package_of  # noqa: E402
 from files import alone, write_json, write_text  # noqa: E402
+from settings import changes_of  # noqa: E402
 from train import Config, Outcome, load, train  # noqa: E402
 
 SMOKE = {
@@ -202,7 +202,7 @@ def main() -> None:
     """Run what is missing, then print the table and draw the figure."""
     arguments = parsed()
     changes = dict(SMOKE) if arguments.smoke else {}
-    changes |= {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in arguments.set)}
+    changes |= changes_of(arguments.set)
     config = load(arguments.config, changes)
     with alone(arguments.out):
         device = keep(config, arguments.out)

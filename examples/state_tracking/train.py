@@ -11,9 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
 from construct import begin_automaton
 from decoder import Decoder, mixer
+from settings import merged, readable
 from step import Recipe, Stepper, own_stream
 from torch import Tensor, nn
 from words import Group, group
@@ -80,15 +80,12 @@ class Config:
 
 
 def load(path: Path, changes: dict[str, Any]) -> Config:
-    """Read a config file and change some of its values; what is missing or unknown ends the program."""
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {field.name for field in fields(Config)}
-    wrong = sorted(({*found} ^ known) | ({*changes} - known))
-    if wrong:
-        raise SystemExit(f"{path} and --set must give {', '.join(sorted(known))}; see {', '.join(wrong)}")
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in (found | changes).items()}
-    values["stages"] = values["stages"] and tuple((letters, length) for letters, length in values["stages"])
-    return replace(Config(**values), evaluate=Evaluation(**values["evaluate"]))
+    """Read a config file and change some of its values; what is missing, unknown or of no sense ends the program."""
+    found = merged(path, changes, {field.name for field in fields(Config)})
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    with readable(path):
+        values["stages"] = values["stages"] and tuple((letters, length) for letters, length in values["stages"])
+        return replace(Config(**values), evaluate=Evaluation(**values["evaluate"]))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,57 @@
+"""What examples' commands are told: changes of a config that make no sense are answered in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+from m2gen.kernels.compile import load_module
+
+EXAMPLES = ROOT / "examples"
+REFUSED = [
+    ("hybrid_lm/hybrids.py", "sizes=3", "--set sizes must be a mapping, got 3"),
+    ("hybrid_lm/hybrids.py", "sizes={11M: 3}", "hybrids.yaml and --set must give values of the kinds"),
+    ("hybrid_lm/hybrids.py", "steps", "--set must be KEY=VALUE, got 'steps'"),
+    ("hybrid_lm/hybrids.py", "learning_rate=3e-3", "--set learning_rate must be a number, got '3e-3'"),
+    ("hybrid_lm/run.py train", "compare={seeds: 3}", "config.yaml and --set must give values of the kinds"),
+    ("hybrid_lm/run.py train", "mixers=m2rnn", "--set mixers must be a list, got 'm2rnn'"),
+    ("recall/run.py", "evaluate=3", "--set evaluate must be a mapping, got 3"),
+    ("recall/run.py", "lengths=[", "--set lengths must be YAML, got '['"),
+    ("state_tracking/run.py", "lengths=8", "--set lengths must be a list, got 8"),
+    ("state_tracking/run.py", "stages=[8]", "config.yaml and --set must give values of the kinds"),
+    ("state_tracking/run.py", "steps=true", "--set steps must be a number, got True"),
+]
+
+
+@pytest.mark.parametrize(("command", "given", "said"), REFUSED)
+def test_values_of_no_sense_are_one_line(command: str, given: str, said: str, tmp_path: Path) -> None:
+    """The line says which value, what it must be and what it is; no folder is made."""
+    name, *options = command.split()
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *options, "--smoke", "--out", str(tmp_path / "out"), "--set", given],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_configs_may_have_are_taken(tmp_path: Path) -> None:
+    """None stands for what a number or a list may be left out for; files that hold something else are named."""
+    settings = load_module(EXAMPLES / "settings.py", "example_settings")
+    place = tmp_path / "config.yaml"
+    place.write_text("{forget: 0.5, compile: true, stages: null, steps: 3}", encoding="utf-8")
+    known = {"forget", "compile", "stages", "steps"}
+    changes = settings.changes_of(["forget=null", "compile=blocks", "stages=[[2, 2]]", "steps=4"])
+    expected = {"forget": None, "compile": "blocks", "stages": [[2, 2]], "steps": 4}
+    assert settings.merged(place, changes, known) == changes == expected
+    for text, said in (("[]", "must be a mapping, got"), ("{", "must be YAML: ")):
+        place.write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit, match=rf"config.yaml {said}"):
+            settings.merged(place, {}, known)
