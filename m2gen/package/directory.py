@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from m2gen.errors import PlaceError, os_errors_as
 from m2gen.package import owned
@@ -176,14 +176,18 @@ def _update(shown: Path, real: Path, contents: Mapping[str, bytes]) -> None:
 def _update_once(real: Path, contents: Mapping[str, bytes]) -> None:
     before, tree = owned.listed_in(real), owned.scan(real)
     staging = real / owned.staging_name()
+    gone = (before & tree.files) - contents.keys() - {MANIFEST}
+    barring = gone & {str(parent) for path in contents for parent in PurePosixPath(path).parents}
     changed = [path for path in contents if path != MANIFEST and not owned.equal(real / path, contents[path])]
     try:
         staging.mkdir()
         if MANIFEST in contents:
             _move(staging, real, MANIFEST, _listing_also(contents[MANIFEST], before))
+        for path in barring:  # a link in a folder's place would lead new files elsewhere
+            (real / path).unlink(missing_ok=True)
         for path in sorted(changed, key=lambda path: (path == "__init__.py", path)):  # it imports the others
             _move(staging, real, path, contents[path])
-        for path in {*(before - contents.keys()), *tree.bytecode} - {MANIFEST}:
+        for path in (gone - barring) | tree.bytecode:
             (real / path).unlink(missing_ok=True)
         owned.prune(real, tree.folders)
         if MANIFEST in contents:

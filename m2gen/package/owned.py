@@ -31,7 +31,10 @@ def hashes(files: Mapping[str, str]) -> dict[str, str]:
 
 
 def listed(manifest: bytes) -> frozenset[str]:
-    """Return the files that a manifest lists, itself included; empty if it is not m2gen's."""
+    """Return the files that a manifest lists, itself included; empty if it is not m2gen's.
+
+    A manifest that lists a file outside its folder or in a repository is not m2gen's.
+    """
     try:
         parsed = json.loads(manifest)
     except (ValueError, RecursionError):
@@ -43,7 +46,13 @@ def listed(manifest: bytes) -> frozenset[str]:
         return frozenset()
     if not all(isinstance(value, str) and HASH.fullmatch(value) for value in files.values()):
         return frozenset()
-    return frozenset({MANIFEST, *files})
+    return frozenset({MANIFEST, *files}) if all(map(_within, files)) else frozenset()
+
+
+def _within(path: str) -> bool:
+    """Return whether a path names a file that m2gen may write below a folder: it stays there, and in no repository."""
+    parts = path.split("/")
+    return "\0" not in path and not any(part in ("", ".", "..") or part.lower() == GIT for part in parts)
 
 
 def listed_in(folder: Path) -> frozenset[str]:

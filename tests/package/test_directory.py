@@ -110,6 +110,21 @@ NOT_MANIFESTS = {
     "no files": json.dumps({"name": "p", "m2gen": "0.1.0", "files": {}}).encode(),
     "a list": json.dumps({"name": "p", "m2gen": "0.1.0", "files": ["op.py"]}).encode(),
     "no hashes": json.dumps({"name": "p", "m2gen": "0.1.0", "files": {"op.py": "yes", "layer.py": 1}}).encode(),
+    **{
+        f"of {path!r}": json.dumps(
+            {"name": "p", "m2gen": "0.1.0", "files": {"op.py": "0" * 16, path: "0" * 16}}
+        ).encode()
+        for path in (
+            "../victim",
+            "kernels/../../victim",
+            "/etc/victim",
+            ".git/config",
+            "kernels/.git/HEAD",
+            ".",
+            "a//b",
+            "a\0b",
+        )
+    },
     "of another tool": json.dumps({"name": "p", "version": "1.0", "files": {"op.py": "0" * 16}}).encode(),
 }
 
@@ -180,6 +195,37 @@ def test_a_repository_stays(package: Path, kind: str) -> None:
     assert nodes == {str(path): path.stat().st_ino for path in (git, *git.rglob("*"))}
     assert complete(package) == "new"
     assert sorted(path.name for path in package.iterdir() if path.is_dir() and path != git) == ["kernels"]
+
+
+@pytest.mark.parametrize("name", ["../../victim", "../victim", ".git/config", "{}/victim"])
+def test_a_manifest_removes_nothing_outside_its_folder(tmp_path: Path, name: str) -> None:
+    """Whoever wrote the manifest: a build whose folder has a repository refuses it, and removes nothing."""
+    package = tmp_path / "out" / "p"
+    path = name.format(tmp_path)
+    victims = [tmp_path / "victim", tmp_path / "out" / "victim", package / ".git" / "config"]
+    for victim in victims:
+        victim.parent.mkdir(parents=True, exist_ok=True)
+        victim.write_text("mine", encoding="utf-8")
+    manifest = {"name": "p", "m2gen": "0.3.0", "files": {path: "0" * 16}}
+    (package / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(PlaceError, match=OTHERS):
+        directory.write(package, files("new"))
+    assert all(victim.read_text(encoding="utf-8") == "mine" for victim in victims)
+
+
+def test_a_listed_link_leads_no_file_elsewhere(package: Path) -> None:
+    """A folder's link that the manifest lists goes before files are written, and what it leads to stays."""
+    (package / ".git").mkdir()
+    (package / "kernels").rename(package.parent / "elsewhere")
+    (package / "kernels").symlink_to("../elsewhere")
+    before = on_disk(package.parent / "elsewhere")
+    manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
+    manifest["files"]["kernels"] = "0" * 16
+    (package / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    directory.write(package, files("new"))
+    assert complete(package) == "new"
+    assert not (package / "kernels").is_symlink()
+    assert on_disk(package.parent / "elsewhere") == before
 
 
 @pytest.mark.parametrize("present", [True, False])
