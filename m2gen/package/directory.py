@@ -43,25 +43,39 @@ class Format(StrEnum):
 def diff(directory: Path, expected: Mapping[str, str]) -> list[str]:
     """Return a unified diff from the files on disk to ``expected``, aside from what depends on the toolchain.
 
-    A file that should not be there is shown if it is a short text, and named otherwise.
+    It is empty only if the bytes are the same, as ``write`` compares them. A file that should not be there is shown if
+    it is a short text, and named otherwise.
     """
     strays = owned.scan(directory).others(expected) if directory.is_dir() else []
     lines: list[str] = []
     for path in sorted({*expected, *(stray for stray in strays if not stray.startswith(COMPILED))}):
-        old = _stray_text(directory / path) if path in strays else _text(directory / path)
-        if not old and path in strays:
-            lines.append(f"Only in committed/{directory.name}: {path}")
-            continue
-        before, after = (_of_sources(path, text) for text in (old, expected.get(path, "")))
-        place = f"{directory.name}/{path}"
-        lines += difflib.unified_diff(
-            before.splitlines(), after.splitlines(), f"committed/{place}", f"rendered/{place}", lineterm=""
-        )
+        if path in strays:
+            text = _stray_text(directory / path)
+            lines += _unified(directory, path, text, "") if text else [f"Only in committed/{directory.name}: {path}"]
+        else:
+            lines += _changes(directory, path, expected[path])
     return lines
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+def _changes(directory: Path, path: str, text: str) -> list[str]:
+    """Return the lines that lead from a file on disk, which may be missing, to ``text``."""
+    place, file = f"{directory.name}/{path}", directory / path
+    try:
+        data = file.read_bytes()
+    except OSError:  # missing, or a folder: none of it is the package's file
+        return _unified(directory, path, "", text) or [f"Only in rendered/{directory.name}: {path}"]
+    if file.is_symlink():
+        return [f"committed/{place}: must be a file, got a link"]
+    old, same = data.decode(errors="replace"), data == text.encode()
+    if path == MANIFEST:
+        old, text = _of_sources(old), _of_sources(text)
+        same = old == text
+    return [] if same else _unified(directory, path, old, text) or [f"committed/{place}: line ends differ"]
+
+
+def _unified(directory: Path, path: str, old: str, new: str) -> list[str]:
+    one, other = (f"{folder}/{directory.name}/{path}" for folder in ("committed", "rendered"))
+    return list(difflib.unified_diff(old.splitlines(), new.splitlines(), one, other, lineterm=""))
 
 
 def _stray_text(path: Path) -> str:
@@ -72,17 +86,18 @@ def _stray_text(path: Path) -> str:
         return ""
 
 
-def _of_sources(path: str, text: str) -> str:
-    """Return a manifest's text without resources and compiled kernels, and any other file's as it is."""
-    if path != MANIFEST:
-        return text
+def _of_sources(manifest: str) -> str:
+    """Return a manifest without resources and compiled kernels; as it is, if m2gen would not write those lines so."""
     try:
-        parsed = json.loads(text)
+        parsed = json.loads(manifest)
+        if json.dumps(parsed, indent=2).splitlines() != manifest.splitlines():
+            return manifest
+        end = "\n" if manifest == json.dumps(parsed, indent=2) + "\n" else ""
         del parsed["resources"]
         parsed["files"] = {path: digest for path, digest in parsed["files"].items() if not path.startswith(COMPILED)}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return text
-    return json.dumps(parsed, indent=2)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return manifest
+    return json.dumps(parsed, indent=2) + end
 
 
 def check_place(directory: Path, files: Mapping[str, str]) -> None:

@@ -112,6 +112,28 @@ def test_the_namespace_follows_the_content() -> None:
     assert one.namespace == same.namespace != other.namespace
 
 
+def test_bytes_decide_whether_a_package_is_current(tmp_path: Path) -> None:
+    """A lost empty file, other line ends and a link are no package as it was built, and each is named in a line."""
+    planned = pipeline.plan(TINY)
+    package = pipeline.render(planned)
+    files = {**package.files, MANIFEST: emit.manifest_text(package, {"toolchain": "of another day"})}
+    folder = tmp_path / "tiny"
+    write(folder, files)
+    (folder / "py.typed").unlink()
+    (folder / "op.py").write_bytes(files["op.py"].replace("\n", "\r\n").encode())
+    (folder / "layer.py").write_bytes(files["layer.py"].rstrip("\n").encode())
+    (folder / MANIFEST).write_bytes(files[MANIFEST].replace("\n", "\r\n").encode())
+    (folder / "dispatch.py").rename(tmp_path / "dispatch.py")
+    (folder / "dispatch.py").symlink_to(tmp_path / "dispatch.py")
+    assert pipeline.difference(planned, tmp_path) == [
+        "committed/tiny/MANIFEST.json: line ends differ",
+        "committed/tiny/dispatch.py: must be a file, got a link",
+        "committed/tiny/layer.py: line ends differ",
+        "committed/tiny/op.py: line ends differ",
+        "Only in rendered/tiny: py.typed",
+    ]
+
+
 def test_an_edit_and_a_stray_file_are_found(tmp_path: Path) -> None:
     """The comparison with a package on disk shows edits, strays and losses as a diff, and no resources."""
     planned = pipeline.plan(TINY)
