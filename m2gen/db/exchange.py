@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from m2gen.db import files
@@ -24,7 +26,53 @@ def export_text(records: Iterable[Record]) -> str:
 def write_export(path: Path, records: Iterable[Record]) -> None:
     """Write an export in one step; raises DatabaseError if ``path`` cannot be written."""
     with os_errors_as(DatabaseError, f"{path} must be writable"):
-        os.replace(files.stage(path, export_text(records).encode()), path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, export_text(records).encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that the user named, whole or not at all; raises OSError if that fails.
+
+    A link is followed, a file keeps its mode, and what is no file, such as a pipe, is written to as it is.
+    """
+    if _is_stream(path):
+        path.write_bytes(data)
+        return
+    real = _place(path)
+    staged = files.stage(real, data)
+    try:
+        if real.exists():
+            os.chmod(staged, real.stat().st_mode & 0o7777)
+        os.replace(staged, real)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(staged)
+        raise
+
+
+def check_whole(path: Path) -> None:
+    """Raise the errors of ``write_whole`` that can be found without writing, before work whose results go there."""
+    if not _is_stream(path):
+        os.unlink(files.stage(_place(path), b""))
+
+
+def _is_stream(path: Path) -> bool:
+    """Return whether a path is of a device, a pipe, or a descriptor, which has to be written to as it is."""
+    return path.absolute().parts[1:2] in (("dev",), ("proc",)) or (
+        path.exists() and not path.is_file() and not path.is_dir()
+    )
+
+
+def _place(path: Path) -> Path:
+    """Return where a path's links lead; raises OSError for a folder, a protected file, or a folder that is missing."""
+    real = Path(os.path.realpath(path))
+    if real.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if real.exists() and not os.access(real, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    if not real.parent.exists():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    return real
 
 
 def read_export(path: Path) -> tuple[Record, ...]:

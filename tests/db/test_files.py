@@ -331,6 +331,50 @@ def test_export_delete_import(tmp_path: Path) -> None:
     assert tree(tmp_path / "db") == before
 
 
+def test_an_export_goes_where_a_link_leads(tmp_path: Path) -> None:
+    """A link stays one, and a file keeps its mode."""
+    (tmp_path / "real").mkdir()
+    real = tmp_path / "real" / "all.jsonl"
+    real.write_text("old", encoding="utf-8")
+    real.chmod(0o600)
+    (tmp_path / "link").symlink_to(real)
+    write_export(tmp_path / "link", RECORDS)
+    assert (tmp_path / "link").is_symlink()
+    assert real.read_text(encoding="utf-8") == export_text(RECORDS)
+    assert real.stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in (tmp_path / "real").iterdir()] == ["all.jsonl"]
+
+
+def test_an_export_into_a_pipe(tmp_path: Path) -> None:
+    """What is there and is no file is written to, and stays."""
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_export(tmp_path / "pipe", RECORDS[:1])
+        assert os.read(reader, 2**16).decode() == export_text(RECORDS[:1])
+    finally:
+        os.close(reader)
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is refused before anything is written, and a file that cannot be replaced keeps its content."""
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DatabaseError, match="folder must be writable: Is a directory"):
+        write_export(tmp_path / "folder", RECORDS)
+    (tmp_path / "all.jsonl").write_text("mine", encoding="utf-8")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(DatabaseError, match="must be writable: Permission denied"):
+        write_export(tmp_path / "all.jsonl", RECORDS)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["all.jsonl", "folder"]
+    assert (tmp_path / "all.jsonl").read_text(encoding="utf-8") == "mine"
+
+
 UNTRUSTED = {
     "empty": (b"\n", "must hold at least one record"),
     "repeated": (encode(winner()).encode() + b"\n" + encode(winner()).encode(), "each record must be there once"),
