@@ -14,7 +14,12 @@ _OUTPUTS = (1, 2)
 
 
 def open_streams() -> None:
-    """Replace closed streams by the null device, so that no file takes their numbers; escape unencodable characters."""
+    """Replace closed streams by the null device, so that no file takes their numbers; escape unencodable characters.
+
+    A width of no columns, which would leave out all text, is as if none were set.
+    """
+    if not os.environ.get("COLUMNS", "").strip("0"):
+        os.environ.pop("COLUMNS", None)
     for descriptor in (0, *_OUTPUTS):
         try:
             os.fstat(descriptor)
