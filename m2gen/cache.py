@@ -36,7 +36,7 @@ def cache_dir() -> Path:
     """
     explicit = os.environ.get("M2GEN_CACHE_DIR")
     if explicit:
-        return Path(explicit)
+        return Path(explicit).absolute()  # processes that are started in other folders get it, too
     usual = _usual()
     return _temporary() if usual is None else usual
 

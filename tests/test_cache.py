@@ -86,6 +86,9 @@ def test_a_home_is_used(nobody: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert cache.cache_dir() == tmp_path / "xdg" / "m2gen"
     monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path / "named"))
     assert cache.cache_dir() == tmp_path / "named"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("M2GEN_CACHE_DIR", "relative")
+    assert cache.cache_dir() == tmp_path / "relative"
     for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
         with monkeypatch.context() as patch:
             patch.delenv("HOME")
