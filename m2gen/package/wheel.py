@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import zipfile
 import zlib
 from importlib import metadata
@@ -54,8 +55,26 @@ def license_text() -> str:
 
 
 def _triton() -> str:
-    """Return the requirement of m2gen itself on Triton."""
-    return next(line for line in metadata.requires("m2gen") or () if re.match(r"triton\b", line))
+    """Return the requirement of m2gen itself on Triton, of a checkout's own file where m2gen is not installed."""
+    try:
+        lines = metadata.requires("m2gen") or []
+    except metadata.PackageNotFoundError:
+        lines = _declared()
+    found = next((line for line in lines if re.match(r"triton\b", line)), None)
+    if found is None:
+        raise EmitError("a wheel must be built by an m2gen that is installed or a checkout, got one that is neither")
+    return found
+
+
+def _declared() -> list[str]:
+    """Return the requirements in the pyproject.toml of a checkout, as installers write them; none if there is none."""
+    try:
+        text = (templates_dir().parent / "pyproject.toml").read_text(encoding="utf-8")
+        lines = tomllib.loads(text)["project"]["dependencies"]
+    except (OSError, ValueError, LookupError):
+        return []
+    named = (re.fullmatch(r"([\w.-]+)(.*)", line) for line in lines)
+    return [f"{found[1]}{','.join(sorted(found[2].split(',')))}" for found in named if found]
 
 
 def _sources(origin: Origin, package: Package, manifest: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ import venv
 import zipfile
 from email import message_from_bytes
 from email.message import Message
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,22 @@ def test_a_wheel_that_cannot_be_built_is_one_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(EmitError, match=r"hatchling must build a wheel of the package, got .*torch>=") as caught:
         wheel.wheel(Origin("one", "one.yaml", "0" * 12), package, manifest_text(package, {}))
     assert "\n" not in str(caught.value)
+
+
+def test_a_checkout_that_is_not_installed_builds_the_same_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The requirement on Triton is then read where the checkout declares it."""
+    package = build_package("one", [make_variant()], SCHEDULES["one_level_atomic"])
+    parts = Origin("one", "one.yaml", "0" * 12), package, manifest_text(package, {})
+    first = wheel.wheel(*parts)
+
+    def missing(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", missing)
+    assert wheel.wheel(*parts) == first
+    monkeypatch.setattr(wheel, "_declared", list)
+    with pytest.raises(EmitError, match="must be built by an m2gen that is installed or a checkout, got one that is"):
+        wheel.wheel(*parts)
 
 
 def test_an_installed_m2gen_has_what_wheels_need(tmp_path: Path) -> None:
