@@ -21,8 +21,8 @@ MAX_VARIANTS = 4096
 """Most variants that one spec may ask for."""
 MAX_SIZE = 2**31 - 1
 _MAX_NAME = 64
-IMPORTED = ("m2gen", "numpy", "torch", "triton")
-"""Packages that generated code or its build imports, so that no spec may have their names."""
+IMPORTED = ("fla", "lm_engine", "m2gen", "numpy", "torch", "transformers", "triton", "xma")
+"""Packages that generated code or its build imports, if only in integrations, so that no spec may have their names."""
 _TAKEN = {name.lower() for name in (*IMPORTED, *sys.stdlib_module_names, "test")}
 
 KnownTarget = Literal["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942"]

@@ -23,7 +23,8 @@ IDENTIFIER = "a Python identifier (ASCII, at most 64 characters, no keyword, no 
 SPEC_NAME = "a Python identifier (ASCII, at most 64 characters, no keyword, no dunder, no leading underscore)"
 TARGETS = "sm_80, sm_86, sm_89, sm_90, sm_100, sm_120, gfx90a, gfx942"
 KEYS = "schema, name, targets, layers, numerics, tuning"
-FREE = "$.name must name no package that others import (m2gen, numpy, torch, triton, Python's own modules)"
+IMPORTED = "fla, lm_engine, m2gen, numpy, torch, transformers, triton, xma"
+FREE = f"$.name must name no package that others import ({IMPORTED}, Python's own modules)"
 
 GOOD = """
 schema: 1
@@ -64,7 +65,10 @@ def duration(given: str) -> str:
     return f"$.tuning.budget must be a whole number of seconds, minutes or hours such as 90s, 10m or 1h, got {given}"
 
 
-TAKEN_NAMES = ("torch", "triton", "m2gen", "numpy", "Torch", "TRITON", "json", "Json", "os", "sys", "test", "this")
+TAKEN_NAMES = (
+    *("torch", "triton", "m2gen", "numpy", "Torch", "TRITON", "json", "Json", "os", "sys", "test", "this"),
+    *("fla", "xma", "lm_engine", "transformers", "Transformers"),
+)
 """Names of specs whose packages would shadow others, or install over them; some file systems ignore case."""
 
 # What is replaced in GOOD, by what, and the one problem of the result.
