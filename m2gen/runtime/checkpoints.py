@@ -114,7 +114,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path} must be a readable file ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} must be JSON ({error})") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} must hold a mapping, got {type(config).__name__}")
@@ -142,7 +142,7 @@ def _dtypes_in(path: Path) -> list[str]:
     try:
         entries = [entry for name, entry in _header(path).items() if name.endswith("weight")]
         return [entry["dtype"] for entry in entries if entry["dtype"] in BITS and len(entry["shape"]) > 1]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} must be a safetensors file ({type(error).__name__}: {error})") from None
 
 
