@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from m2gen.cli.files import check_output, write_output
 from m2gen.cli.options import DebugOption, JsonOption, reporting
 
 EPILOG = (
@@ -27,18 +28,19 @@ def learn(
 ) -> None:
     """Learn the rule for default schedules from trials, and show how it does on workloads that are left out."""
     from m2gen.cli.show.learn import show_learned
-    from m2gen.errors import TuneError, os_errors_as
+    from m2gen.errors import TuneError
     from m2gen.tune.learn import judged, rules_of, text_of
     from m2gen.tune.lessons import FEWEST, read, written
 
     with reporting(debug):
+        for option, path in (("--trials", trials), ("--rule", rule)):
+            check_output(option, path)
         lessons = read(files)
         if not lessons:
             raise TuneError(f"FILE... must have a workload of which {FEWEST} trials for training passed, got none")
         found = judged(lessons)
-        texts = {trials: written(lessons), rule: text_of(rules_of(lessons))}
-        for path, text in texts.items():
+        texts = {("--trials", trials): written(lessons), ("--rule", rule): text_of(rules_of(lessons))}
+        for (option, path), text in texts.items():
             if path is not None:
-                with os_errors_as(TuneError, f"{path} must be writable"):
-                    path.write_text(text, encoding="utf-8")
+                write_output(option, path, text, TuneError)
         show_learned(found, as_json=json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -130,4 +131,14 @@ def planned(spec: str, target: str | None = None, *, records: Iterable[Record] =
     """Return the plan of a spec, for the targets of --target or its own."""
     from m2gen.pipeline import plan
 
-    return plan(spec, target.split(",") if target else None, records)
+    return plan(spec, None if target is None else target.split(","), records)
+
+
+def database_options(db: Path | None, no_db: bool) -> list[str]:
+    """Return the options that give the same records to another command."""
+    return ["--no-db"] if no_db else [] if db is None else ["--db", str(db)]
+
+
+def plan_options(spec: str, db: Path | None, no_db: bool) -> str:
+    """Return the options, quoted for a shell, that give the same plan to another command."""
+    return shlex.join(["--spec", spec, *database_options(db, no_db)])

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from m2gen.cli.complete import complete_variant
+from m2gen.cli.files import check_output
 from m2gen.cli.options import (
     OUTPUT,
     DbOption,
@@ -18,6 +19,7 @@ from m2gen.cli.options import (
     QuietOption,
     VerboseOption,
     examples,
+    plan_options,
     planned,
     records_of,
     reporting,
@@ -25,6 +27,8 @@ from m2gen.cli.options import (
 )
 from m2gen.errors import UsageError
 
+LARGEST_SEED = 2**63 - 1
+"""The largest integer that torch takes as a seed is twice that; cases add to theirs."""
 EXAMPLES = examples(
     "m2gen verify --spec h100.yaml",
     "m2gen verify --spec tiny.yaml --quick --junit report.xml",
@@ -48,7 +52,7 @@ def verify(
         list[str] | None, typer.Option("--feature", help="Only cases of this part of the contract; may be repeated.")
     ] = None,
     case: Annotated[str | None, typer.Option("--case", help="Only this case.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the random inputs.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=-(2**63), max=LARGEST_SEED, help="Seed of the random inputs.")] = 0,
     db: DbOption = None,
     no_db: NoDbOption = False,
     json: JsonOption = False,
@@ -66,12 +70,15 @@ def verify(
     with reporting(debug):
         if full == (spec is not None) or (full and quick):
             raise UsageError("verify must be given --spec, with or without --quick, or --full alone")
-        request = pipeline.VerifyRequest(variant, case, tuple(feature or ()), seed, quick)
+        check_output("--junit", junit)
+        options = "" if spec is None else plan_options(spec, db, no_db)
+        request = pipeline.VerifyRequest(variant, case, tuple(feature or ()), seed, quick, options)
         progress = terminal_progress(quiet)
-        if spec:
-            outcome = pipeline.verify(planned(spec, records=records_of(db, no_db)), request, progress)
-        else:
+        if spec is None:
             outcome = pipeline.verify_full(request, progress)
+        else:
+            outcome = pipeline.verify(planned(spec, records=records_of(db, no_db)), request, progress)
+        status = show_verify(outcome, as_json=json, quiet=quiet, verbose=verbose)
         if junit is not None:
-            write_junit(junit, f"m2gen verify {spec or '--full'}", outcome)
-        raise typer.Exit(show_verify(outcome, as_json=json, quiet=quiet, verbose=verbose))
+            write_junit(junit, f"m2gen verify {'--full' if spec is None else spec}", outcome)
+        raise typer.Exit(status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class VerifyRequest:
     seed: int = 0
     quick: bool = False
     """Run only the first case of every variant and of every feature."""
+    options: str = ""
+    """The options that give the plan, quoted for a shell, as ``--spec exp/a.yaml --no-db``; if empty, its spec's."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class VerifyOutcome:
     backend: str
     reports: tuple[CaseReport, ...]
     seconds: float = 0.0
+    options: str = ""
+    """The request's, by which a case is reproduced."""
 
     @property
     def passed(self) -> bool:
@@ -51,7 +56,7 @@ class VerifyOutcome:
 def verify(planned: Plan, request: VerifyRequest, progress: Progress) -> VerifyOutcome:
     """Verify the package that the plan renders against float64: on the GPU, or in the interpreter if there is none."""
     device = detect()
-    return _outcome(_selected(_jobs(planned, request, device), request), device, progress)
+    return _outcome(_selected(_jobs(planned, request, device), request), device, request.options, progress)
 
 
 def verify_full(request: VerifyRequest, progress: Progress) -> VerifyOutcome:
@@ -64,7 +69,7 @@ def verify_full(request: VerifyRequest, progress: Progress) -> VerifyOutcome:
         raise UsageError("m2gen verify --full must run on a machine whose GPU torch can use, got none")
     arches = [device.arch] if device.arch in TARGETS else []
     jobs = [job for spec in MATRIX for job in _jobs(plan(spec, arches), request, device, matrix=True)]
-    return _outcome(_selected(jobs, request), device, progress)
+    return _outcome(_selected(jobs, request), device, request.options, progress)
 
 
 def _jobs(planned: Plan, request: VerifyRequest, device: Device | None, *, matrix: bool = False) -> list[VerifyJob]:
@@ -129,11 +134,11 @@ def _selected(jobs: list[VerifyJob], request: VerifyRequest) -> list[VerifyJob]:
     return [job for job in jobs if request.case in (None, job.case.name)]
 
 
-def _outcome(jobs: list[VerifyJob], device: Device | None, progress: Progress) -> VerifyOutcome:
+def _outcome(jobs: list[VerifyJob], device: Device | None, options: str, progress: Progress) -> VerifyOutcome:
     """Run jobs and time them by the clock."""
     start = time.monotonic()
     reports = run_jobs(jobs, progress, interpreted=device is None)
-    return VerifyOutcome(device.name if device else "interpreter", reports, time.monotonic() - start)
+    return VerifyOutcome(device.name if device else "interpreter", reports, time.monotonic() - start, options)
 
 
 def failed(reports: Sequence[CaseReport]) -> list[tuple[CaseReport, TensorResult | None]]:
@@ -145,9 +150,10 @@ def failed(reports: Sequence[CaseReport]) -> list[tuple[CaseReport, TensorResult
     return found
 
 
-def reproduce(report: CaseReport) -> str:
-    """Return the command that reproduces one case."""
-    return f"m2gen verify --spec {report.spec} --variant {report.variant} --case {report.case} --seed {report.seed}"
+def reproduce(report: CaseReport, options: str = "") -> str:
+    """Return the command that reproduces one case of a plan, which ``options`` give, or the name of its spec alone."""
+    given = options or shlex.join(["--spec", report.spec])
+    return f"m2gen verify {given} --variant {report.variant} --case {report.case} --seed {report.seed}"
 
 
 def failure_lines(outcome: VerifyOutcome) -> list[str]:
@@ -156,5 +162,6 @@ def failure_lines(outcome: VerifyOutcome) -> list[str]:
     for report, result in failed(outcome.reports):
         what = report.failure if result is None else f"{result.tensor} {result.verdict}"
         kernels = f" ({parse(report.schedule).describe()})" if report.schedule else ""
-        lines.append(f"{report.name or report.variant} {report.case}{kernels}: {what}; reproduce: {reproduce(report)}")
+        again = reproduce(report, outcome.options)
+        lines.append(f"{report.name or report.variant} {report.case}{kernels}: {what}; reproduce: {again}")
     return lines

@@ -134,7 +134,7 @@ def _holding(folder: Path) -> Database:
         ),
         (("--layer", "other"), "--layer must be among base, got 'other'"),
         (("--target", "sm_90"), "--target must be given with --dry-run only"),
-        (("--report", "none/out.html"), "--report must be in an existing folder, got none/out.html"),
+        (("--report", "none/out.html"), "--report none/out.html must be writable: No such file or directory"),
         (("--storage", "nonsense", "--trials", "1"), "--storage must be a database URL"),
     ],
 )

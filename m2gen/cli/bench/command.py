@@ -28,6 +28,7 @@ from m2gen.cli.bench.options import (
     TimingOnlyOption,
 )
 from m2gen.cli.bench.ranks import FormOption, GpusOption, LengthOption, SizeOption, check_ranks, sized, time_over_ranks
+from m2gen.cli.files import check_output
 from m2gen.cli.options import (
     DbOption,
     DebugOption,
@@ -109,6 +110,8 @@ def bench(
             {"--size": size, "--tokens": tokens, "--form": form},
             [*(name for name, given in timed.items() if given and name != "--out"), *(["--plot"] if plot else [])],
         )
+        check_output("--out", out)
+        check_output("--plot", plot)
         display = Display(json, quiet, verbose, debug)
         picture = Picture(Plot(plot, style, quantity, (earlier,) if earlier else ()) if plot else None, out)
         batches = tuple(batch for batch in ([TOKENS_OF] if decode is None else decode) if batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
-from m2gen.errors import UsageError, os_errors_as
+from m2gen.cli.files import write_output
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,4 @@ def _junit_case(suite: ElementTree.Element, report: Any, command: str) -> None:
 
 def write_json(value: Any, path: Path) -> None:
     """Write one JSON document whole or not at all; raises UsageError if the file cannot be written."""
-    staging = path.with_name(f"{path.name}.new")
-    with os_errors_as(UsageError, f"--out {path} must be writable"):
-        staging.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-        os.replace(staging, path)
+    write_output("--out", path, json.dumps(value, indent=1, default=str) + "\n")

@@ -8,12 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from m2gen.cli.files import check_output, write_output
 from m2gen.cli.show.names import goal_name
 from m2gen.cli.show.page import tuning_page
 from m2gen.cli.show.report import Display, print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.cli.show.watcher import TerminalWatcher
-from m2gen.errors import TuneError, UsageError, os_errors_as
+from m2gen.errors import TuneError
 from m2gen.pipeline import Plan, Size, Tuned, TuneRequest, this_tuning_context
 from m2gen.pipeline import tune as search
 from m2gen.tune.services import TuningContext
@@ -38,8 +39,7 @@ ORIGINS = {
 
 def run(planned: Plan, request: TuneRequest, report: Path | None, display: Display) -> int:
     """Search, show progress and the closing tables, write the report; return the exit status."""
-    if report is not None and not report.absolute().parent.is_dir():
-        raise UsageError(f"--report must be in an existing folder, got {report}")
+    check_output("--report", report)
     context = this_tuning_context("m2gen tune")
     watcher = TerminalWatcher(display)
     results: list[Tuned] = []
@@ -59,8 +59,8 @@ def run(planned: Plan, request: TuneRequest, report: Path | None, display: Displ
 def _write_page(report: Path | None, planned: Plan, context: TuningContext, results: Sequence[Tuned]) -> None:
     if report is None:
         return
-    with os_errors_as(TuneError, f"--report {report} must be writable", "; records are kept"):
-        report.write_text(tuning_page(planned, context.environment, results), encoding="utf-8")
+    page = tuning_page(planned, context.environment, results)
+    write_output("--report", report, page, TuneError, "; records are kept")
 
 
 def show_sizes(sizes: Sequence[Size], names: Mapping[Variant, str], *, as_json: bool) -> None:

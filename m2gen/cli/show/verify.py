@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m2gen.cli.files import write_output
 from m2gen.cli.show.names import counted
 from m2gen.cli.show.report import junit, print_json
 from m2gen.cli.show.table import Table, print_tables
-from m2gen.errors import EmitError, listed, os_errors_as
+from m2gen.errors import EmitError, listed
 from m2gen.pipeline import VerifyOutcome, failed, failure_lines, reproduce
 
 if TYPE_CHECKING:
@@ -114,13 +115,13 @@ def _document(outcome: VerifyOutcome) -> dict[str, Any]:
         "passed": outcome.passed,
         "seconds": outcome.seconds,
         "features": features,
-        "cases": [_case(report) for report in outcome.reports],
+        "cases": [_case(report, outcome.options) for report in outcome.reports],
     }
 
 
-def _case(report: CaseReport) -> dict[str, Any]:
+def _case(report: CaseReport, options: str) -> dict[str, Any]:
     results = [{**asdict(r), "error": _number(r.error), "passed": r.passed} for r in report.results]
-    return {**asdict(report), "results": results, "passed": report.passed, "reproduce": reproduce(report)}
+    return {**asdict(report), "results": results, "passed": report.passed, "reproduce": reproduce(report, options)}
 
 
 def _number(value: float) -> float | str:
@@ -129,6 +130,5 @@ def _number(value: float) -> float | str:
 
 def write_junit(path: Path, title: str, outcome: VerifyOutcome) -> None:
     """Write the JUnit document of a verification; raises EmitError if ``path`` cannot be written."""
-    text = junit(title, outcome.reports, [reproduce(report) for report in outcome.reports])
-    with os_errors_as(EmitError, f"--junit {path} must be writable"):
-        path.write_text(text, encoding="utf-8")
+    text = junit(title, outcome.reports, [reproduce(report, outcome.options) for report in outcome.reports])
+    write_output("--junit", path, text, EmitError)
