@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +20,9 @@ from m2gen.cli.options import (
     SpecOption,
     TargetOption,
     VerboseOption,
+    database_options,
     examples,
+    plan_options,
     planned,
     records_of,
     reporting,
@@ -25,6 +30,10 @@ from m2gen.cli.options import (
 )
 from m2gen.errors import UsageError
 from m2gen.package.directory import Format
+
+if TYPE_CHECKING:
+    from m2gen.cli.show.build import Compared
+    from m2gen.db import Record
 
 BUILD_EXAMPLES = examples(
     "m2gen build --spec h100.yaml", "m2gen build --spec h100.yaml --format wheel", "m2gen build --check"
@@ -70,7 +79,7 @@ def build(
 ) -> None:
     """Turn a spec into a verified package of kernels, a wheel, or a repository of the kernels Hub."""
     from m2gen import pipeline
-    from m2gen.cli.show.build import show_build, show_difference
+    from m2gen.cli.show.build import show_build, show_differences
 
     with reporting(debug):
         records = records_of(db, no_db)
@@ -83,17 +92,33 @@ def build(
             raise UsageError("build --check compares sources, and takes no --compiled")
         out = form.folder if out is None else out
         if check:
-            names = [spec] if spec else pipeline.committed_specs(out)
-            plans = [planned(name, records=records) for name in names]
-            stale = [show_difference(p, pipeline.difference(p, out), as_json=json, quiet=quiet) for p in plans]
-            raise typer.Exit(max(stale))
+            compared = _compared(spec, out, database_options(db, no_db), records)
+            raise typer.Exit(show_differences(compared, every=spec is None, as_json=json, quiet=quiet))
         if spec is None:
             raise UsageError("build must be given --spec, or --check alone for every package in --out")
         plan = planned(spec, records=records)
+        again = plan_options(spec, db, no_db)
         outcome = pipeline.build(
-            plan, out, terminal_progress(quiet), verified=not no_verify, form=form, compiled=compiled
+            plan, out, terminal_progress(quiet), verified=not no_verify, form=form, compiled=compiled, options=again
         )
         show_build(plan, outcome, as_json=json, quiet=quiet, verbose=verbose)
+
+
+def _compared(spec: str | None, out: Path, more: Sequence[str], records: Iterable[Record]) -> list[Compared]:
+    """Compare the package of a spec, or every package in ``out``, with what the sources render."""
+    from m2gen import pipeline
+    from m2gen.cli.show.build import Compared
+
+    packages = pipeline.committed_packages(out) if spec is None else ()
+    names = [package.spec_file for package in packages] if spec is None else [spec]
+    plans = {name: planned(name, records=records) for name in names}
+    for package in packages:
+        package.check(plans[package.spec_file])
+    place = [] if out == Format.PACKAGE.folder else ["--out", str(out)]
+    return [
+        Compared(plan, pipeline.difference(plan, out), shlex.join(["m2gen", "build", "--spec", name, *more, *place]))
+        for name, plan in plans.items()
+    ]
 
 
 def check(

@@ -11,7 +11,7 @@ from m2gen.pipeline.bench import (
     this_bench_context,
     workloads,
 )
-from m2gen.pipeline.build import NOT_VERIFIED, BuildOutcome, build, committed_specs, difference
+from m2gen.pipeline.build import NOT_VERIFIED, BuildOutcome, Committed, build, committed_packages, difference
 from m2gen.pipeline.check import CheckRow, check
 from m2gen.pipeline.checkpoint import CheckpointRequest, spec_of_checkpoint, write_spec
 from m2gen.pipeline.contribute import Contribution, contribution
@@ -32,6 +32,7 @@ __all__ = [
     "BuildOutcome",
     "CheckRow",
     "CheckpointRequest",
+    "Committed",
     "Contribution",
     "Goal",
     "LayersRequest",
@@ -52,7 +53,7 @@ __all__ = [
     "bench_layers",
     "build",
     "check",
-    "committed_specs",
+    "committed_packages",
     "contribution",
     "difference",
     "dry_run",

@@ -44,11 +44,12 @@ def build(
     verified: bool = True,
     form: Format = Format.PACKAGE,
     compiled: bool = False,
+    options: str = "",
 ) -> BuildOutcome:
     """Render, compile, verify and write ``out/<name>/``, or another form; a failure at any stage writes nothing.
 
-    With ``compiled`` the package brings along kernels that the Triton at hand compiled. Raises CompileError,
-    VerifyError or PlaceError.
+    With ``compiled`` the package brings along kernels that the Triton at hand compiled. A failed verification says how
+    to see it again, with the ``options`` that give the plan. Raises CompileError, VerifyError or PlaceError.
     """
     rendered = render(planned)
     check_delivery(form, out, planned.origin, rendered)  # fails before minutes of compiling
@@ -56,7 +57,7 @@ def build(
     broken = [row for row in rows if row.problems]
     if broken:
         raise CompileError("\n".join(f"{row.place}: {'; '.join(row.problems)}" for row in broken))
-    backend = _verified_once(planned, rendered, progress) if verified else NOT_VERIFIED
+    backend = _verified_once(planned, rendered, progress, options) if verified else NOT_VERIFIED
     if compiled:
         arches = dict.fromkeys(choice.device.arch for choice in planned.choices if choice.device != PORTABLE)
         rendered = replace(rendered, files={**rendered.files, **compiled_files(rendered, arches, progress)})
@@ -80,14 +81,14 @@ class _Verified:
     cases: int
 
 
-def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
+def _verified_once(planned: Plan, rendered: Package, progress: Progress, options: str = "") -> str:
     """Verify, unless the same package passed with the same m2gen on the same kind of device before."""
     device = detect()
     backend = device.name if device else "interpreter (its portable kernels)"
     sources = (path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.parent.rglob("*.py")))
     key = key_of(rendered.content_hash, backend, toolchain(), *sources)
     if load_result("verified", key, _Verified) is None:
-        outcome = verify(planned, VerifyRequest(quick=True), progress)
+        outcome = verify(planned, VerifyRequest(quick=True, options=options), progress)
         failures = failure_lines(outcome)
         if failures:
             raise VerifyError("\n".join(failures))
@@ -95,25 +96,47 @@ def _verified_once(planned: Plan, rendered: Package, progress: Progress) -> str:
     return backend
 
 
-def committed_specs(out: Path) -> list[str]:
-    """Return the spec file of each package in ``out``; raises UsageError if there is none.
+@dataclass(frozen=True)
+class Committed:
+    """A package on disk, and the file name of the spec that its manifest names."""
+
+    folder: Path
+    spec_file: str
+
+    def check(self, planned: Plan) -> None:
+        """Raise UsageError unless a plan is of this package, and not of another whose spec has the same file name."""
+        if planned.origin.name != self.folder.name:
+            raise UsageError(
+                f"{self.folder / MANIFEST}: $.spec.file must name a spec of {self.folder.name}, got {self.spec_file},"
+                f" which is of {planned.origin.name}; compare with another spec by --spec"
+            )
+
+
+def committed_packages(out: Path) -> list[Committed]:
+    """Return the packages in ``out``; raises UsageError if there is none, or a manifest that is of another folder's.
 
     Repositories of the Hub and leftovers of killed builds are not packages.
     """
     manifests = [path for path in sorted(out.glob(f"*/{MANIFEST}")) if path.parent.name[0] != "."]
-    names = [name for path in manifests if (name := _spec_of(path)) is not None]
-    if not names:
+    found = [Committed(path.parent, file) for path in manifests if (file := _spec_of(path)) is not None]
+    if not found:
         raise UsageError(f"{out} must hold at least one generated package, got none")
-    return names
+    return found
 
 
 def _spec_of(manifest: Path) -> str | None:
     try:
         facts = json.loads(manifest.read_text(encoding="utf-8"))
-        return None if "format" in facts else str(facts["spec"]["file"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if "format" in facts:
+            return None
+        name, file = str(facts["name"]), str(facts["spec"]["file"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"got {type(error).__name__}: {error}"
         raise UsageError(f"{manifest} must be a package's manifest, which names its spec, {reason}") from error
+    if name != manifest.parent.name:
+        advice = "move the folder elsewhere, or compare one package by --spec"
+        raise UsageError(f"{manifest}: $.name must be its folder's, {manifest.parent.name!r}, got {name!r}; {advice}")
+    return file
 
 
 def difference(planned: Plan, out: Path) -> list[str]:

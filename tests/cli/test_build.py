@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
 import sys
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from command_line import document, fails, outcome, row, run
+from command_line import KEY, SPEC, document, fails, outcome, row, run
 
 import m2gen.pipeline  # noqa: F401  (fills sys.modules)
 from m2gen.package.emit import Package
 from m2gen.package.owned import listed_in
 
 STAGE = sys.modules["m2gen.pipeline.build"]
-"""The module, whose name in the package is that of its function."""
+VERIFY = sys.modules["m2gen.pipeline.verify"]
+"""The modules, whose names in the package are those of their functions."""
 
 
 @pytest.fixture
@@ -44,7 +47,7 @@ def test_build_says_that_it_did_not_verify(spec: Path, monkeypatch: pytest.Monke
     """The last line says on what the package was verified, or that it was not."""
     monkeypatch.setattr(STAGE, "check", lambda planned, progress: [])
     assert run(*BUILD).stdout.endswith(" files, not verified\n")
-    monkeypatch.setattr(STAGE, "_verified_once", lambda planned, rendered, progress: "a GPU")
+    monkeypatch.setattr(STAGE, "_verified_once", lambda *_: "a GPU")
     arguments = [argument for argument in BUILD if argument != "--no-verify"]
     assert run(*arguments).stdout.endswith(" files, verified on: a GPU\n")
 
@@ -115,6 +118,23 @@ def test_a_build_that_fails_verification_leaves_the_old_package(built: Path, mon
     assert (built / "MANIFEST.json").read_bytes() == before
 
 
+def test_what_a_failed_build_prints_reproduces_it(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command names the spec and the database as they were given, quoted for a shell."""
+    monkeypatch.setattr(STAGE, "check", lambda planned, progress: [])
+    monkeypatch.setattr(VERIFY, "run_jobs", lambda jobs, progress, interpreted: outcome(2e-3).reports)
+    Path("my specs").mkdir()
+    spec.rename("my specs/one.yaml")
+    given = ("--spec", "my specs/one.yaml", "--no-db")
+    expected = f"; reproduce: m2gen verify {shlex.join(given)} --variant {KEY} --case ragged --seed 7"
+    assert fails(1, "build", *given, "--quiet").endswith(expected)
+    assert fails(1, "verify", *given, "--quiet").endswith(expected)
+    (case,) = document("verify", *given, "--quiet", status=1)["cases"]
+    assert case["reproduce"] == expected.removeprefix("; reproduce: ")
+    Path("my db").mkdir()
+    line = fails(1, "verify", *given[:2], "--db", "my db", "--quiet")
+    assert f"m2gen verify --spec 'my specs/one.yaml' --db 'my db' --variant {KEY} " in line
+
+
 def test_a_kernel_that_cannot_launch_fails_the_build(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build stops before anything is written."""
     monkeypatch.setattr(STAGE, "check", lambda planned, progress: [row("too many registers")])
@@ -137,6 +157,50 @@ def test_check_without_a_spec_takes_every_package(built: Path) -> None:
         (built / "MANIFEST.json").write_text(wrong, encoding="utf-8")
         assert "generated/one/MANIFEST.json must be a package's manifest" in fails(2, "build", "--check")
     assert "at least one" in fails(2, "build", "--check", "--out", "elsewhere")
+
+
+def test_check_compares_the_folder_whose_manifest_it_read(built: Path) -> None:
+    """A copy, and a spec of the same file name that is of another package, are told apart from what is current."""
+    shutil.copytree(built, built.parent / "other")
+    line = fails(2, "build", "--check")
+    assert line.startswith("m2gen: generated/other/MANIFEST.json: $.name must be its folder's, 'other', got 'one'; ")
+    assert line.endswith("by --spec")
+    shutil.rmtree(built.parent / "other")
+    Path("one.yaml").write_text(SPEC.replace("name: one", "name: another"), encoding="utf-8")
+    (built / "op.py").write_text("edited\n", encoding="utf-8")
+    assert fails(2, "build", "--check") == (
+        "m2gen: generated/one/MANIFEST.json: $.spec.file must name a spec of one, got one.yaml, which is of another;"
+        " compare with another spec by --spec"
+    )
+
+
+def test_check_of_every_package_is_one_document(built: Path) -> None:
+    """Without --spec the document has a list of packages, however many there are."""
+    assert document("build", "--check") == {
+        "current": True,
+        "packages": [{"package": "one", "spec": "one.yaml", "current": True, "diff": []}],
+    }
+    Path("two.yaml").write_text(SPEC.replace("name: one", "name: two"), encoding="utf-8")
+    assert run("build", "--spec", "two.yaml", "--no-verify", "--quiet").exit_code == 0
+    (built / "py.typed").unlink()
+    found = document("build", "--check", status=1)
+    assert found["current"] is False
+    assert [(each["package"], each["diff"]) for each in found["packages"]] == [
+        ("one", ["Only in rendered/one: py.typed"]),
+        ("two", []),
+    ]
+    assert document("build", "--check", "--spec", "two.yaml") == {"spec": "two.yaml", "current": True, "diff": []}
+
+
+def test_a_stale_package_is_built_by_the_command_that_is_told(spec: Path) -> None:
+    """It has the spec, the database and the folder as they were given, quoted for a shell."""
+    Path("my specs").mkdir()
+    spec.rename("my specs/one.yaml")
+    given = ("--spec", "my specs/one.yaml", "--no-db", "--out", "my packages")
+    result = run("build", "--check", *given)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line == f"m2gen: one is stale; run `m2gen build {shlex.join(given)}`"
 
 
 KERNEL = "compiled/triton-3.7.1/sm_90/module/m2rnn_step_kernel-0.json"

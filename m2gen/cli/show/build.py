@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from m2gen.cli.show.names import calls, closest, counted, record_notes
@@ -96,16 +96,35 @@ def show_build(planned: Plan, outcome: BuildOutcome, *, as_json: bool, quiet: bo
     print(f"{outcome.directory}: {counted(len(planned.variants), 'variant')}, {counted(files, 'file')}, {how}")
 
 
-def show_difference(planned: Plan, lines: Sequence[str], *, as_json: bool, quiet: bool) -> int:
-    """Print the diff of ``build --check``; return 1 if there is one."""
+@dataclass(frozen=True)
+class Compared:
+    """A plan, the diff from the package on disk to what the plan renders, and the command that builds it anew."""
+
+    planned: Plan
+    diff: Sequence[str]
+    command: str
+
+
+def show_differences(compared: Sequence[Compared], *, every: bool, as_json: bool, quiet: bool) -> int:
+    """Print the diffs of ``build --check``, in one document of ``every`` package or that of one; return 1 if any is."""
+    stale = [each for each in compared if each.diff]
     if as_json:
-        print_json({"spec": planned.origin.spec_file, "current": not lines, "diff": list(lines)})
-    elif lines:
-        print("\n".join(lines))
-        print(f"m2gen: {planned.origin.name} is stale; run `{planned.origin.command}`", file=sys.stderr)
-    elif not quiet:
-        print(f"{planned.origin.name} is up to date with {planned.origin.spec_file}")
-    return 1 if lines else 0
+        packages = [_difference_json(each, every=every) for each in compared]
+        print_json({"current": not stale, "packages": packages} if every else packages[0])
+        return 1 if stale else 0
+    for each in compared:
+        origin = each.planned.origin
+        if each.diff:
+            print("\n".join(each.diff))
+            print(f"m2gen: {origin.name} is stale; run `{each.command}`", file=sys.stderr)
+        elif not quiet:
+            print(f"{origin.name} is up to date with {origin.spec_file}")
+    return 1 if stale else 0
+
+
+def _difference_json(each: Compared, *, every: bool) -> dict[str, Any]:
+    name = {"package": each.planned.origin.name} if every else {}
+    return {**name, "spec": each.planned.origin.spec_file, "current": not each.diff, "diff": list(each.diff)}
 
 
 def show_check(rows: Sequence[CheckRow], *, as_json: bool, quiet: bool, verbose: bool = False) -> int:
