@@ -9,6 +9,7 @@ import typer
 
 from m2gen.cli.complete import complete_target
 from m2gen.cli.options import DebugOption, JsonOption, SpecOption, VerboseOption, examples, planned, reporting
+from m2gen.errors import UsageError
 
 spec_app = typer.Typer(
     no_args_is_help=True, help="Look at specs: the variants that they ask for, their schema, that of a checkpoint."
@@ -65,7 +66,9 @@ def spec_from_config(
     from m2gen.pipeline import CheckpointRequest, spec_of_checkpoint, write_spec
 
     with reporting(debug):
-        targets = tuple(target.split(",")) if target else ()
+        if name == "":
+            raise UsageError("--name must be a Python identifier, got ''")
+        targets = () if target is None else tuple(target.split(","))
         text = spec_of_checkpoint(CheckpointRequest(folder, name, targets, tuple(dtype or ())))
         if out is None:
             print(text, end="")

@@ -86,7 +86,9 @@ SamplerOption = Annotated[
 ]
 SeedOption = Annotated[
     int,
-    typer.Option("--seed", min=0, help="Seed of the order of candidates and of intervals.", rich_help_panel=SEARCH),
+    typer.Option(
+        "--seed", min=0, max=2**32 - 1, help="Seed of the order of candidates and of intervals.", rich_help_panel=SEARCH
+    ),
 ]
 FreshOption = Annotated[
     bool,
@@ -152,9 +154,11 @@ def tune(
             storage=storage,
             fresh=fresh,
         )
+        if storage == "":
+            raise UsageError("--storage must be the URL of a database, got ''")
         if target is not None and not dry_run:
             raise UsageError("--target must be given with --dry-run only: a search runs on the GPU at hand")
-        planned = pipeline.plan(spec, [target] if target else None, ())
+        planned = pipeline.plan(spec, None if target is None else [target], ())
         if dry_run:
             show_sizes(_sizes(planned, request, target), planned.names, as_json=json)
             return

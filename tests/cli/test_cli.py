@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -21,6 +22,7 @@ from m2gen import __version__, pipeline
 from m2gen.cli import main
 from m2gen.cli.show import build
 from m2gen.cli.show import info as shown_info
+from m2gen.cli.verify import LARGEST_SEED
 from m2gen.device import TARGETS
 from m2gen.kernels.resources import Resources
 from m2gen.measure import context
@@ -286,11 +288,44 @@ def test_the_full_matrix_needs_a_gpu() -> None:
     assert "--full must run on a machine whose GPU torch can use, got none" in fails(2, "verify", "--full")
 
 
-def test_a_junit_file_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A report that has nowhere to go is an error in one line."""
-    monkeypatch.setattr(pipeline, "verify", lambda *_: outcome(1e-4))
-    place = str(tmp_path / "absent" / "report.xml")
-    assert "must be writable" in fails(1, "verify", "--spec", TINY, "--quiet", "--junit", place)
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("verify", "--spec", ""), "$ must be a spec file"),
+        (("build", "--check", "--spec", ""), "$ must be a spec file"),
+        (("check", "--spec", TINY, "--target", ""), "--target must be among"),
+        (("tune", "--spec", TINY, "--dry-run", "--target", ""), "must be among"),
+        (("tune", "--spec", TINY, "--dry-run", "--storage", ""), "--storage must be the URL of a database, got ''"),
+    ],
+)
+def test_empty_options_are_not_as_if_not_given(command: tuple[str, ...], said: str) -> None:
+    """A variable of a shell that is not set does not have the command do something else."""
+    assert said in fails(2, *command)
+
+
+def test_seeds_that_cannot_be_used() -> None:
+    """What torch's generators do not take is an error of the command line; what they take is none."""
+    for command in ("verify", "tune", "bench"):
+        result = run(command, "--spec", TINY, "--seed", str(2**64))
+        assert result.exit_code == 2
+        assert "--seed" in result.stderr
+    torch.Generator().manual_seed(LARGEST_SEED + 2**20)
+    torch.Generator().manual_seed(-(2**63))
+
+
+@pytest.mark.parametrize("columns", ["0", "00"])
+def test_a_width_of_nothing_is_none(columns: str) -> None:
+    """Help and tables are there, whatever a terminal that has no size yet says."""
+    for command in (["--help"], ["spec", "show", "--spec", TINY]):
+        done = subprocess.run(
+            [sys.executable, "-m", "m2gen", *command],
+            cwd=ROOT,
+            env={**os.environ, "COLUMNS": columns},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert len(done.stdout.splitlines()) > 3
 
 
 def test_verify_one_case_in_the_interpreter(spec: Path) -> None:

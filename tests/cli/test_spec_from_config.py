@@ -85,6 +85,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     assert "config.json must be a readable file" in fails(2, "spec", "from-config", str(tmp_path))
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     assert "config.json must be JSON" in fails(2, "spec", "from-config", str(tmp_path))
+    (tmp_path / "config.json").write_text("[" * 100_000, encoding="utf-8")
+    assert "config.json must be JSON" in fails(2, "spec", "from-config", str(tmp_path))
     config = config_of("hybrid_nope")
     config["sequence_mixer_blocks"][0]["num_q_heads"] = 0
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -96,8 +98,14 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\xff" * 8, (2).to_bytes(8, "little") + b"[]", (9).to_bytes(8, "little") + b'{"weight"'],
-    ids=["empty", "no length", "no mapping", "cut off"],
+    [
+        b"",
+        b"\xff" * 8,
+        (2).to_bytes(8, "little") + b"[]",
+        (9).to_bytes(8, "little") + b'{"weight"',
+        (10**5).to_bytes(8, "little") + b"[" * 10**5,
+    ],
+    ids=["empty", "no length", "no mapping", "cut off", "deep"],
 )
 def test_weights_that_are_none(tmp_path: Path, content: bytes) -> None:
     """A file that is no safetensors file, whose dtype is asked for where the configuration names none, is an error."""
@@ -105,6 +113,15 @@ def test_weights_that_are_none(tmp_path: Path, content: bytes) -> None:
     for path in folder.glob("*.safetensors"):
         path.write_bytes(content)
     assert "must be a safetensors file" in fails(2, "spec", "from-config", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("option", "said"), [("--target", "$.targets must have at least one"), ("--name", "--name must be")]
+)
+def test_empty_options_are_not_as_if_not_given(tmp_path: Path, option: str, said: str) -> None:
+    """An empty text is wrong, and not replaced by what comes from the GPU and the folder."""
+    folder = write_checkpoint(tmp_path / "a", "hybrid_nope")
+    assert said in fails(2, "spec", "from-config", str(folder), option, "")
 
 
 @pytest.mark.parametrize("positions", ["many", 0, True, None])

@@ -69,5 +69,8 @@ StyleOption = Annotated[
 QuantityOption = Annotated[
     Quantity, typer.Option("--quantity", help="What of workloads --plot draws.", rich_help_panel=PICTURE)
 ]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="Seed of the order of measurements and of intervals.")]
+SeedOption = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of the order of measurements and of intervals."),
+]
 ResultOption = Annotated[Path | None, typer.Option("--out", help="Also write the --json into this file.")]

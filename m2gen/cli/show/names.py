@@ -26,7 +26,7 @@ def known_names(keys: Iterable[str], spec: str | None = None) -> dict[str, str]:
 
     A variant that none of them has is named by its dims, and a kernel around a recurrence by its layers before it.
     """
-    layers = _layers_of([*([spec] if spec else []), *_specs()])
+    layers = _layers_of([*([] if spec is None else [spec]), *_specs()])
     asked = {key: Tunable.parse(key) for key in dict.fromkeys(keys)}
     built = [BuiltVariant(each.variant, layers.get(key, ())) for key, each in asked.items() if each.kernel is None]
     named = {variant.key: name for variant, name in layer_names(built).items()}
