@@ -58,9 +58,8 @@ def check_whole(path: Path) -> None:
 
 def _is_stream(path: Path) -> bool:
     """Return whether a path is of a device, a pipe, or a descriptor, which has to be written to as it is."""
-    return path.absolute().parts[1:2] in (("dev",), ("proc",)) or (
-        path.exists() and not path.is_file() and not path.is_dir()
-    )
+    by_the_system = path.absolute().parts[1:2] in (("dev",), ("proc",))
+    return path.exists() and not path.is_dir() and (by_the_system or not path.is_file())
 
 
 def _place(path: Path) -> Path:
@@ -70,8 +69,9 @@ def _place(path: Path) -> Path:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if real.exists() and not os.access(real, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    if not real.parent.exists():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+    if not real.parent.is_dir():
+        reason = errno.ENOTDIR if real.parent.exists() else errno.ENOENT
+        raise OSError(reason, os.strerror(reason))
     return real
 
 

@@ -13,7 +13,9 @@ from m2gen import pipeline
 from m2gen.cli.show.report import write_json
 
 
-@pytest.mark.parametrize(("place", "reason"), [("absent/report.xml", "No such file"), (".", "Is a directory")])
+@pytest.mark.parametrize(
+    ("place", "reason"), [("absent/report.xml", "No such file"), (".", "Is a directory"), ("/dev/null/x", "Not a dir")]
+)
 def test_a_junit_file_that_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, reason: str
 ) -> None:
