@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -214,3 +215,27 @@ def test_weights_of_every_kind() -> None:
     torch.testing.assert_close(orthogonal @ orthogonal.mT, eye, atol=1e-5, rtol=0)
     assert 0.9 < drawn[Weights.NORMAL].std() < 1.1
     assert 0 < (drawn[Weights.TRAINED] - eye).norm() < eye.norm()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_budget_has_one_rounding_of_the_result(dtype) -> None:
+    """What the reference copies has no error, and a kernel may still round it once."""
+    variant, problem = make_variant(dtype=dtype), Problem(1, 0, initial_state=True)
+    known = oracle(variant, Case("test", problem), make_inputs(variant, problem, 0), 0)
+    assert known.budgets["state"] == torch.finfo(torch.float32).eps / 2
+    assert known.budgets["dq"] == torch.finfo(known.dtypes["dq"]).eps / 2
+
+
+@pytest.mark.parametrize(("seq", "draws"), [(128, 8), (129, 4)])
+def test_few_tokens_have_more_draws(seq, draws, monkeypatch) -> None:
+    """A handful of numbers is as wrong as luck will have it: the budget of up to 128 tokens is from twice the draws."""
+    variant, problem, seen = make_variant(9, 9), Problem(1, seq), []
+
+    def drawn(variant, inputs, case, exact, seed, *, nominal):
+        seen.append((seed, nominal))
+        return dict.fromkeys(exact, float(seed))
+
+    monkeypatch.setattr(sys.modules["m2gen.verify.oracle"], "_drawn_errors", drawn)
+    known = oracle(variant, Case("test", problem), make_inputs(variant, problem, 0), 5)
+    assert seen == [(5 + i, i == 0) for i in range(draws)]
+    assert known.budgets["state"] == 2.0 * (5 + draws - 1) + torch.finfo(torch.float32).eps / 2
