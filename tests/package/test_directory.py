@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import sys
 from pathlib import Path
@@ -403,3 +404,59 @@ def test_imports_of_the_writer_are_light() -> None:
         "import sys; from m2gen.package import directory; assert not {'torch', 'triton', 'jinja2'} & set(sys.modules)"
     )
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
+
+
+def test_a_manifest_that_is_a_link_owns_nothing(tmp_path: Path) -> None:
+    """A link to another package's manifest makes none of m2gen's of a user's folder, whose files stay."""
+    directory.write(tmp_path / "other", files("old"))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / MANIFEST).symlink_to(tmp_path / "other" / MANIFEST)
+    (mine / "op.py").write_text("mine", encoding="utf-8")
+    refused(mine, MANIFEST, "op.py")
+    assert (mine / MANIFEST).is_symlink()
+
+
+def test_a_link_to_the_right_content_is_not_replaced(package: Path) -> None:
+    """A user's link is not the file that it leads to: where no manifest lists it, it is refused and stays."""
+    content = (package / "op.py").read_text(encoding="utf-8")
+    (package.parent / "elsewhere.py").write_text(content, encoding="utf-8")
+    (package / MANIFEST).unlink()
+    (package / "op.py").unlink()
+    (package / "op.py").symlink_to(package.parent / "elsewhere.py")
+    with pytest.raises(PlaceError, match=OTHERS + r"op\.py;"):
+        directory.write(package, files("old"))
+    assert (package / "op.py").is_symlink()
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_folder_of_a_leftovers_name_may_hold_something_else(package: Path, beside: bool) -> None:
+    """It stays with all its files, and within a package it is what keeps a build away."""
+    kept = package.parent / owned.staging_name("p") if beside else package / owned.staging_name()
+    kept.mkdir()
+    contents = {"mine.txt": b"mine", MANIFEST: b"{}"}
+    for name, data in contents.items():
+        (kept / name).write_bytes(data)
+    if beside:
+        directory.write(package, files("new"))
+        assert complete(package) == "new"
+    else:
+        with pytest.raises(PlaceError, match=OTHERS + re.escape(kept.name)):
+            directory.write(package, files("new"))
+    assert on_disk(kept) == contents
+
+
+def test_the_package_and_its_manifest_come_last(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where files are replaced one by one, a manifest of both comes first; what imports the others follows them."""
+    (package / ".git").mkdir()
+    targets: list[str] = []
+    move = directory._move
+
+    def noted(staging: Path, real: Path, path: str, data: bytes) -> None:
+        targets.append(path)
+        move(staging, real, path, data)
+
+    monkeypatch.setattr(directory, "_move", noted)
+    directory.write(package, files("new"))
+    assert (targets[0], targets[-2:]) == (MANIFEST, ["__init__.py", MANIFEST])
+    assert sorted(targets[1:-2]) == sorted(files("new").keys() - {MANIFEST, "__init__.py"})
