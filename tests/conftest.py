@@ -21,6 +21,8 @@ settings.load_profile("ci")
 """The same examples on every machine, however busy, and no verdict on how long they take; of the checks of health, only
 ``too_slow`` is about time. ``--hypothesis-profile=default`` draws others."""
 
+OF_TERMINALS = ("FORCE_COLOR", "NO_COLOR", "COLUMNS", "LINES", "LC_ALL")
+"""Variables that say what a terminal is like, and so change what commands print."""
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -55,14 +57,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the user's cache and database out of the tests, and the tests out of the user's cache.
+    """Keep the user's cache, database and terminal out of the tests, and the tests out of the user's cache.
 
     The processes of a run share one, so that none compiles what another did.
     """
     base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("M2GEN_CACHE_DIR", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"))
-        patch.delenv("M2GEN_TUNING_DB", raising=False)
+        for name in ("M2GEN_TUNING_DB", "M2GEN_DEBUG", *OF_TERMINALS):
+            patch.delenv(name, raising=False)
         patch.setenv("MPLBACKEND", "agg")
         yield
 
