@@ -12,7 +12,7 @@ from searches import SPEC, Silent
 from support import as_mma, make_schedule, make_variant
 
 from m2gen.bucket import Bucket
-from m2gen.db import Database, Reason, Record, stale
+from m2gen.db import Database, Failure, Reason, Record, stale
 from m2gen.device import TARGETS
 from m2gen.kernels.identity import kernel_hash
 from m2gen.kernels.lowering import Lowering
@@ -21,9 +21,11 @@ from m2gen.pipeline.goals import TuneRequest
 from m2gen.pipeline.tune import tune
 from m2gen.schedule import default, parse, problems
 from m2gen.spec import Objective
+from m2gen.tune.log import Outcome
 from m2gen.tune.memory import USUAL, MemoryBound
-from m2gen.tune.records import NEIGHBOURS, known_failures, seeds
+from m2gen.tune.records import NEIGHBOURS, known_failures, records_of, seeds
 from m2gen.tune.space import Subject, fits
+from m2gen.tune.trial import Trial
 from m2gen.variant import parse_variant
 
 VARIANT = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
@@ -94,6 +96,14 @@ def test_few_similar_records_are_seeds() -> None:
     assert named(SUBJECT, invalid, *many) == [(BASE.slug, "default"), *expected]
 
 
+def test_few_records_of_other_gpus_are_seeds() -> None:
+    """Winners of other GPUs are as few as similar ones, the fastest of the nearest first."""
+    of_schedules = [(make_schedule(interval=4 * n), n / 100) for n in range(1, 12)]
+    many = [winner(variant=VARIANT, schedule=each, high=high, where=ELSEWHERE) for each, high in of_schedules]
+    expected = [(record.schedule.slug, "elsewhere") for record in many[:NEIGHBOURS]]
+    assert named(SUBJECT, *many) == [(BASE.slug, "default"), *expected]
+
+
 def test_a_stale_record_is_a_seed_where_its_schedule_is_valid() -> None:
     """After a fresh one of the same key; not where the predicate refuses its schedule, or the memory bound does."""
     fresh, old = winner(variant=VARIANT, schedule=FIRST, high=0.9), winner(variant=VARIANT, schedule=SECOND, high=0.1)
@@ -122,6 +132,17 @@ def test_failures_of_these_kernels_on_this_gpu_are_known() -> None:
     )
     (trial,) = known_failures(SUBJECT, HERE, (*others, known))
     assert (trial.schedule, trial.failure, trial.origin) == (FIRST, known.failure, "known")
+
+
+def test_running_out_of_memory_is_no_lasting_failure() -> None:
+    """Only what a schedule does on every problem is recorded, of schedules that no record is of yet."""
+    failures = [Failure(reason, "said") for reason in Reason]
+    trials = [Trial(make_schedule(interval=4 * n), "search", failure=each) for n, each in enumerate(failures, 1)]
+    known = Trial(BASE, "known", failure=Failure(Reason.HANG, "said"))
+    outcome = Outcome(SUBJECT, BASE, (*trials, known, Trial(BASE, "default")), {}, None, 0, 0.0, 0.0)
+    records = records_of(outcome, simulated.context(), 0, "study")
+    found = sorted(record.failure.reason for record in records if record.failure)
+    assert found == sorted([Reason.HANG, Reason.CRASH, Reason.WRONG, Reason.LAUNCH])
 
 
 def test_a_record_that_fails_now_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
