@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -19,7 +20,18 @@ from records import H100, VARIANT, environment, failed, timing, winner
 from support import ROOT, make_schedule
 
 from m2gen.bucket import Bucket
-from m2gen.db import Database, Record, encode, export_text, files, merged, read_export, read_other, write_export
+from m2gen.db import (
+    Database,
+    Estimate,
+    Record,
+    encode,
+    export_text,
+    files,
+    merged,
+    read_export,
+    read_other,
+    write_export,
+)
 from m2gen.db.files import LOCK
 from m2gen.device import TARGETS
 from m2gen.errors import DatabaseError
@@ -309,6 +321,23 @@ def test_a_faster_record_wins_whatever_its_default_took() -> None:
     assert after.timing is not None
     assert before.timing.ratio < after.timing.ratio
     assert merged([before, after]) == merged([after, before]) == (after,)
+
+
+def test_the_upper_end_of_the_interval_counts() -> None:
+    """A median that is lower, with an interval that ends higher, is not known to be of the faster."""
+    sure = winner(high=0.90)
+    unsure = replace(winner(seed=1), timing=replace(timing(), tuned=Estimate(0.85, 0.80, 0.95)))
+    assert sure.timing is not None
+    assert sure.timing.tuned.median_ms > 0.85
+    assert merged([sure, unsure]) == merged([unsure, sure]) == (sure,)
+
+
+def test_files_can_be_read_by_others(tmp_path: Path) -> None:
+    """A database of several users is written by each and read by all, unlike temporary files."""
+    database(tmp_path)
+    assert {path: stat.S_IMODE((tmp_path / path).stat().st_mode) for path in tree(tmp_path)} == dict.fromkeys(
+        tree(tmp_path), 0o644
+    )
 
 
 def test_ties_go_to_the_default() -> None:

@@ -115,6 +115,28 @@ def test_what_is_said_of_the_outranked() -> None:
     assert said[OTHER] == f"of another device, {H100}"
 
 
+VERSIONS = {
+    "triton": (("3.7.1", "12.8", "2.11.0", "570.1"), ("3.6.0", "13.1", "2.12.0", "580.1")),
+    "ptxas": (("3.6.0", "13.1", "2.11.0", "570.1"), ("3.6.0", "12.8", "2.12.0", "580.1")),
+    "torch": (("3.6.0", "12.8", "2.12.0", "570.1"), ("3.6.0", "12.8", "2.11.0", "580.1")),
+    "driver": (("3.6.0", "12.8", "2.11.0", "580.1"), ("3.6.0", "12.8", "2.11.0", "570.1")),
+}
+
+
+@pytest.mark.parametrize("name", VERSIONS)
+def test_a_later_toolchain_is_preferred_by_triton_first(name: str) -> None:
+    """Versions count in the order in which they matter, whatever the later ones and the times are."""
+
+    def measured(versions: tuple[str, str, str, str], high: float) -> Record:
+        triton, ptxas, torch, driver = versions
+        where = replace(environment(), triton=triton, ptxas=ptxas, torch=torch, driver=driver)
+        return winner(where=where, high=high)
+
+    later, other = measured(VERSIONS[name][0], 0.9), measured(VERSIONS[name][1], 0.5)
+    assert look_up([other, later], query()).record == look_up([later, other], query()).record == later
+    assert reasons([other, later], query())[other].startswith(f"measured with an earlier toolchain: {name} ")
+
+
 def test_other_variants_are_not_mentioned() -> None:
     """An explanation is about one variant."""
     other = winner(variant=make_variant(rows=32))
@@ -125,7 +147,8 @@ def test_the_device_that_packages_are_built_for() -> None:
     """It is the arch's device with most usable winners, the first by name of two; without any, the arch itself."""
     assert usual_device([EXACT, NEAR, OTHER], "sm_90") == H200
     assert usual_device([OTHER, EXACT], "sm_90") == usual_device([EXACT, OTHER], "sm_90") == H100
-    assert usual_device([STALE, failed(), OTHER], "sm_90") == H100
+    assert usual_device([STALE, replace(STALE, problem=NEAR.problem, key=NEAR.key), OTHER], "sm_90") == H100
+    assert usual_device([failed(), failed(bucket=Bucket.ONE), OTHER], "sm_90") == H100
     assert usual_device([EXACT], "sm_80") == usual_device([], "sm_80") == "sm_80"
 
 
