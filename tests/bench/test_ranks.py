@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import TINY, document, fails, run
+from ranks import FOREVER as PATIENCE
 from support import ROOT, make_variant
 
 from m2gen import pipeline
@@ -35,6 +36,12 @@ from m2gen.pipeline.ranks import fitting
 
 QUIET = TerminalProgress(quiet=True)
 SEVEN = Shape("m2rnn_7b", 1536, 64, 16, {"q": 1, "k": 1, "v": 132, "f": 132, "w": 132, "g": 132}, "bf16")
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give ranks of this machine, however busy it is, an hour before they are taken to hang."""
+    monkeypatch.setattr("m2gen.pipeline.ranks.QUIET_SECONDS", float(PATIENCE))
 
 
 def planned(ranks: int, *, cuda: bool, spec: str = TINY, layer: str | None = "base") -> RankJob:
@@ -141,7 +148,7 @@ def test_options_that_do_not_fit(options: tuple[str, ...], message: str) -> None
 
 # ------------------------------------------------------------------------------------------------------------ ranks
 
-FOREVER = "import time; time.sleep(1000)"
+FOREVER = "import time; time.sleep(1e6)"
 ENDINGS = {
     "status": ("import sys; print('out of luck'); sys.exit(3)", "rank 1 of 2 ended with status 3: out of luck"),
     "signal": ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "rank 1 of 2 ended with SIGKILL"),
@@ -179,7 +186,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path, ending: str) -> None:
     wait = "import time\nwhile not os.path.exists('pid.0'): time.sleep(0.01)\n"
     commands = ranks(tmp_path, FOREVER, f"exec({wait + program!r})")
     with pytest.raises(RanksError, match=message):
-        list(run_ranks(commands, tmp_path, {}))
+        list(run_ranks(commands, tmp_path, {}, PATIENCE))
     assert gone(tmp_path, 0)
 
 
@@ -285,7 +292,7 @@ def test_a_rank_whose_launcher_has_gone_begins_nothing(tmp_path: Path) -> None:
 
 def test_what_ends_a_run_ends_its_ranks(tmp_path: Path) -> None:
     """An interruption of the run ends every rank."""
-    running = run_ranks(ranks(tmp_path, FOREVER, FOREVER), tmp_path, {})
+    running = run_ranks(ranks(tmp_path, FOREVER, FOREVER), tmp_path, {}, PATIENCE)
     while not all((tmp_path / f"pid.{rank}").exists() for rank in range(2)):
         next(running)
     running.close()
