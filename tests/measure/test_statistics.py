@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, bootstrap
 
-from m2gen.measure.statistics import LEVEL, NOISE, as_fast, difference, estimate
+from m2gen.measure.statistics import LEVEL, NOISE, RESAMPLES, as_fast, difference, estimate
 
 
 def test_an_interval_is_that_of_order_statistics() -> None:
@@ -38,3 +40,23 @@ def test_pairs_see_through_common_drift() -> None:
     assert as_fast(list(slow[1:]), list(fast), 0), "of unequal numbers"
     assert difference(list(fast), list(slow), 0) == pytest.approx(4 * NOISE, abs=NOISE)
     assert difference(list(fast), list(slow[1:]), 0) > 8 * NOISE
+
+
+@pytest.mark.parametrize(("slower", "within"), [(0.8 * NOISE, True), (1.2 * NOISE, False)])
+def test_noise_is_a_part_of_the_fastest(slower: float, within: bool) -> None:
+    """What never varies is as fast as the fastest while the medians differ by less than sessions do."""
+    assert as_fast([1.0 + slower] * 20, [1.0] * 20, 0) is within
+
+
+def test_a_difference_has_one_end() -> None:
+    """It is the upper end of an interval that is open below: 5 % of resamples are above it, not 2.5 %."""
+    one, other = (np.random.default_rng(seed).normal(10.0, 0.5, 60) for seed in (1, 2))
+
+    def apart(first: Any, second: Any, axis: int = -1) -> Any:
+        return np.abs(np.median(second, axis=axis) / np.median(first, axis=axis) - 1)
+
+    resamples = bootstrap(
+        (one, other), apart, n_resamples=RESAMPLES, paired=True, method="percentile", rng=np.random.default_rng(7)
+    ).bootstrap_distribution
+    found = difference(list(one), list(other), 7)
+    assert np.mean(resamples > found) == pytest.approx(1 - LEVEL, abs=0.005)
