@@ -217,6 +217,12 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "twice": ({"out_indices": [[0, 1], [2, 1], [3, 4]]}, ValueError, "out_indices .* got 1 for two"),
     "defaults": ({"indices": [0, 2, 2]}, ValueError, "out_indices .* got 2 for two"),
     "race": ({"out_indices": [2, 5, 6]}, ValueError, "out_indices must not name slot 2, .* starts from"),
+    "race_of_the_first_slot": ({"out_indices": [5, 0, 6]}, ValueError, "out_indices must not name slot 0, .* starts"),
+    "race_of_accepted": (
+        {"indices": [[0, 1], [2, 3], [4, 5]], "accepted": [2, 1, 1], "out_indices": [6, 1, 4]},
+        ValueError,
+        "out_indices must not name slot 1, .* starts from",
+    ),
     "accepted": ({"indices": [[0, 1], [2, 3], [4, 5]], "accepted": [1, 3, 1]}, IndexError, "accepted .* got 3"),
 }
 RIGHT: dict[str, dict[str, Any]] = {
