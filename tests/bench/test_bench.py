@@ -13,7 +13,7 @@ import scripted
 from command_line import TINY, document, fails, run
 from records import H100, VARIANT, environment, winner
 from scripted import WRONG, Script
-from support import make_variant
+from support import make_schedule, make_variant
 
 from m2gen import pipeline
 from m2gen.bench import peers, sweep
@@ -281,6 +281,29 @@ def test_the_floor_of_products_is_that_of_what_multiplies() -> None:
     )
     assert tf32 == pytest.approx(2 * bf16)
     assert ieee == pytest.approx(bf16 * peaks.product_flops / peaks.flops)
+
+
+@pytest.mark.parametrize(("chunk", "passes"), [(2, 2), (4, 1)])
+def test_the_least_work_of_a_training_step(chunk: int, passes: int) -> None:
+    """A backward repeats the forward once, or twice if its chunks rebuild states, and reads what it saved.
+
+    30 tokens of three sequences, whose 10 steps have three checkpoints each: the last interval is not whole.
+    """
+    variant, schedule = make_variant(64, 16, (1, 1, 2, 2, 2), "bf16"), make_schedule(interval=4, chunk=chunk)
+    work = work_of(variant, schedule, (3, 10), training=True)
+    elements, operands, y = 30 * 2 * 64 * 16, 30 * (64 + 64 + 2 * 16 + 2) * 2, 30 * 2 * 16 * 2
+    checkpoints = 3 * 3 * 2 * 64 * 16 * schedule.checkpoint_bytes(variant)
+    assert work.tanh == (1 + passes) * elements
+    assert work.flops == (24 + 5 * passes) * elements
+    assert work.product_flops == (3 + passes) * 2 * 16 * elements
+    assert work.traffic == 3 * operands + 2 * y + 2 * checkpoints
+
+
+def test_whole_intervals_have_no_checkpoint_more() -> None:
+    """8 steps have the two checkpoints of intervals of 4."""
+    variant, schedule = make_variant(64, 16, (1, 1, 2, 2, 2), "bf16"), make_schedule(interval=4)
+    traffic = [work_of(variant, schedule, (1, seq), training=True).traffic for seq in (8, 16)]
+    assert traffic[1] == 2 * traffic[0]
 
 
 @pytest.mark.parametrize("width", [2, 4])
