@@ -292,3 +292,15 @@ def test_a_replay_keeps_what_its_graph_reads() -> None:
     assert kept() is not None
     del replay
     assert kept() is None
+
+
+def test_results_of_rounds_add_up() -> None:
+    """Times are joined, the largest peak and the last host's time stay, and a failure of any round is the first's."""
+    wrong, crash = Failure(Reason.WRONG, "y"), Failure(Reason.CRASH, "illegal access")
+    first = TimerResult((1.0,), (2.0,), 10, host_us=5.0, failure=wrong, unverified=crash)
+    later = TimerResult((3.0,), (4.0,), 5)
+    joined = TimerResult((1.0, 3.0), (2.0, 4.0), 10, 5.0, wrong, crash)
+    assert first + later == joined
+    assert first + replace(later, host_us=6.0, failure=crash, unverified=wrong) == replace(joined, host_us=6.0)
+    assert (later + first).failure == wrong
+    assert (later + first).unverified == crash

@@ -73,12 +73,13 @@ def test_a_launch_is_looked_up_once(monkeypatch) -> None:
     ]
 
 
-def test_hooks_see_known_launches(monkeypatch) -> None:
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_see_known_launches(hook, monkeypatch) -> None:
     """A profiler that hooks Triton's launches, even after the first, sees those that are looked up no more."""
     binary, known, x = FakeBinary(), {}, torch.zeros(1)
     monkeypatch.setattr(relaunch, "current_stream_of", lambda: lambda device: device)
     relaunch.keep(known, "key", Launched(binary, 5, (True,), -1))
-    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    monkeypatch.setattr(getattr(triton.knobs.runtime, hook), "calls", [print])
     known["key"].launch((x,))
     assert binary.log == [("launched", (5, 1, 1), (x.data_ptr(), True), -1)]
 
@@ -146,6 +147,19 @@ def _facts(package: Any, operands: dict[str, Any]) -> Any:
 def test_calls_alike_share_what_is_known(package, operands) -> None:
     """Another tensor of the same layout is the same kind of call."""
     assert _facts(package, operands) is _facts(package, {k: x.clone() for k, x in operands.items()})
+
+
+def test_what_is_known_of_calls_is_bounded(package, operands, monkeypatch) -> None:
+    """Calls of ever other shapes do not fill the memory, and those of the last shape are known."""
+    checks = module_of(package, "checks")
+    monkeypatch.setattr(checks, "_MOST_PASSED", 2)
+    monkeypatch.setattr(checks, "_PASSED", {})
+    sizes = []
+    for steps in (1, 2, 3, 4):
+        cut = {name: x[:, :steps] if name in ("q", "k", "v", "forget") else x for name, x in operands.items()}
+        assert _facts(package, cut) is _facts(package, cut)
+        sizes.append(len(checks._PASSED))
+    assert sizes == [1, 2, 1, 2]
 
 
 @pytest.mark.parametrize("change", ["strides", "alignment", "shape", "absence"])
