@@ -12,14 +12,14 @@ import torch
 from stand_in import REPLAY_MS, stand_in_gpu
 from support import make_schedule, make_variant
 
-from m2gen.db import Reason
+from m2gen.db import Reason, TensorError
 from m2gen.device import TARGETS
 from m2gen.kernels.compile import load_kernels
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel
 from m2gen.measure import checks
 from m2gen.measure import gpu as measure
-from m2gen.measure.checks import Verdict, seeded_cases
+from m2gen.measure.checks import Verdict, seeded_cases, verdict_of
 from m2gen.measure.gpu import raised
 from m2gen.runtime import launchers
 from m2gen.schedule import Schedule
@@ -30,6 +30,7 @@ from m2gen.tune.check import Candidate, check_candidate
 from m2gen.tune.space import Subject
 from m2gen.tune.trial import Measurement, Step, Task
 from m2gen.variant import Variant
+from m2gen.verify import TensorResult
 
 STEPS = 6
 VARIANT = make_variant(heads=(1, 1, 2, 2, 2))
@@ -221,3 +222,11 @@ def test_a_candidate_is_loaded_from_the_file_that_was_compiled() -> None:
     module = load(VARIANT, PARTIAL)
     assert module is load_kernels(render_kernel(Lowering(VARIANT, PARTIAL)))
     assert replace(PARTIAL, interval=8).slug not in (module.__doc__ or "")
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_worst_error_is_the_largest_part_of_its_budget(order: tuple[int, int]) -> None:
+    """A small error that nearly fills its budget says more than a large one that does not."""
+    large, near = TensorResult("y", 1e-3, 1e-1), TensorResult("y", 5e-4, 6e-4)
+    verdict = verdict_of(("plain", (large, near)[i]) for i in order)
+    assert verdict == Verdict((TensorError("y", 5e-4, 6e-4),))

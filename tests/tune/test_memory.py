@@ -9,15 +9,18 @@ import pytest
 import simulated
 from searches import DEFAULT, NEIGHBOUR, SPEC, STANDARD, Silent
 from simulated import PEAK
+from support import make_schedule, make_variant
 
 from m2gen.db import Database
+from m2gen.kernels.lowering import Lowering
 from m2gen.pipeline import plan
 from m2gen.pipeline.goals import TuneRequest
 from m2gen.pipeline.tune import Tuned, tune
 from m2gen.schedule import parse
 from m2gen.spec import Objective
-from m2gen.tune.memory import USUAL, MemoryBound
+from m2gen.tune.memory import USUAL, MemoryBound, extra_bytes
 from m2gen.tune.space import fits
+from m2gen.tune.trial import Samples
 
 HEAVY = replace(STANDARD, interval=8).slug
 """Twice the checkpoints of the default, which are most of its memory: over the usual bound, by arithmetic."""
@@ -88,3 +91,20 @@ def test_what_a_journal_brings_is_held_to_the_bound_of_this_search(spec: Path) -
     tuned = search(spec, USUAL)
     assert parse(HEAVY) in {trial.schedule for trial in tuned.outcome.trials}
     assert winner(tuned) != HEAVY
+
+
+@pytest.mark.parametrize(("beyond", "gradients"), [(0, 0), (1, 5)])
+def test_segments_hand_a_gradient_to_each_other(beyond: int, gradients: int) -> None:
+    """Sequences that are longer than the shortest that segments share have a float32 state more, each."""
+    variant, one = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16"), make_schedule(interval=16)
+    many = replace(one, segments=3)
+    seq = many.shortest_segment + beyond
+    whole, shared = (extra_bytes(Lowering(variant, each), 5, seq, training=True) for each in (one, many))
+    assert shared - whole == gradients * 4 * 64 * 16 * 4
+
+
+@pytest.mark.parametrize("peaks", [(10, 5), (5, 10)])
+def test_samples_of_rounds_have_the_largest_peak(peaks: tuple[int, int]) -> None:
+    """Their times are joined, whichever round took the most memory."""
+    one, other = Samples((1.0,), (2.0,), peaks[0]), Samples((3.0,), (4.0,), peaks[1])
+    assert one + other == Samples((1.0, 3.0), (2.0, 4.0), 10)

@@ -104,3 +104,16 @@ def test_every_round_of_the_final_has_the_default_in_it(tmp_path: Path, monkeypa
     assert len({tuple(each) for each in rounds}) > ROUNDS // 2
     assert len({each.index(DEFAULT) for each in rounds}) > 1
     assert {schedule.slug for schedule in tuned.outcome.finals} == set(gated)
+
+
+def test_a_trial_counts_all_its_time_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Screening, the held-out check and every round of the final are the cost of a trial, and of the search."""
+    place(tmp_path, monkeypatch, SPEC)
+    log = simulated.script(tmp_path / "script.json", takes=0.25)
+    tuned = search("db", seconds=60.0, trials=12)
+    steps = Counter(slug for step, slug in map(str.split, lines(log)) if step != "compile")
+    assert {trial.schedule.slug: trial.gpu_seconds for trial in tuned.outcome.trials} == {
+        slug: 0.25 * count for slug, count in steps.items()
+    }
+    assert steps[DEFAULT] > 2
+    assert tuned.outcome.gpu_seconds == 0.25 * steps.total()
