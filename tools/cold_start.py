@@ -35,9 +35,12 @@ print(stages, "compiled:", compiled)
 
 
 def ran(folder: Path, cache: Path, *arguments: str) -> str:
-    """Return what Python prints in a folder, with a cache of Triton's; if it fails, it says on stderr why."""
+    """Return what Python prints in a folder, with a cache of Triton's; a failure ends the program after its error."""
     kept = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=kept, stdout=subprocess.PIPE, text=True).stdout
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=kept, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments[:3])} must end with status 0, got {done.returncode}")
+    return done.stdout
 
 
 def main(package: str = "generated/h100", layer: str = "m2rnn_7b") -> None:

@@ -70,6 +70,8 @@ def verify(
     with reporting(debug):
         if full == (spec is not None) or (full and quick):
             raise UsageError("verify must be given --spec, with or without --quick, or --full alone")
+        if full and (no_db or db is not None):
+            raise UsageError("--db and --no-db must be given with --spec: the full matrix says which schedules it has")
         check_output("--junit", junit)
         options = "" if spec is None else plan_options(spec, db, no_db)
         request = pipeline.VerifyRequest(variant, case, tuple(feature or ()), seed, quick, options)

@@ -46,19 +46,22 @@ class Peaks:
     bytes_per_second: float
 
 
-# NVIDIA's data sheets of the SXM products, boost clock; special functions: CUDA C++ Programming Guide, arithmetic
-# instructions' throughput.
+# NVIDIA's data sheets of the SXM products of most memory, boost clock; special functions: CUDA C++ Programming Guide,
+# arithmetic instructions' throughput.
 PEAKS = {
     "H200": Peaks(1.98, 16, 256, 4096, 4.8e12),
     "H100": Peaks(1.98, 16, 256, 4096, 3.35e12),
     "A100": Peaks(1.41, 16, 128, 2048, 2.04e12),
     "B200": Peaks(1.97, 16, 256, 8192, 8.0e12),
 }
+OTHERS = {"PCIe", "PCIE", "NVL", "40GB", "64GB"}
+"""Words in the names of products with other clocks and memory."""
 
 
 def peaks_of(product: str) -> Peaks | None:
-    """Return the peak rates of a GPU by its product name, or None if they are not known."""
-    return next((peaks for name, peaks in PEAKS.items() if name in product), None)
+    """Return the peak rates of a GPU by its product name, or None if they are not known, as of slower products."""
+    words = product.replace("-", " ").split()
+    return None if OTHERS & {*words} else next((peaks for name, peaks in PEAKS.items() if name in words), None)
 
 
 def work_of(variant: Variant, schedule: Schedule, sizes: tuple[int, int], *, training: bool) -> Work:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import built, checks, library
 from .cache import States
@@ -75,8 +76,9 @@ def computes(layer: Mixer, x: Tensor) -> bool:
 
 
 def _may(layer: Mixer, x: Tensor) -> bool:
-    """Whether kernels of the layer's own may be called at all."""
-    return bool(getattr(layer, "fused", False)) and layer.backend == "kernels" and x.device.type in _DEVICES
+    """Whether kernels of the layer's own may be called at all, which what watches every module would not see."""
+    wanted = bool(getattr(layer, "fused", False)) and layer.backend == "kernels" and x.device.type in _DEVICES
+    return wanted and not _has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 def reads_projection(layer: Mixer, x: Tensor) -> bool:

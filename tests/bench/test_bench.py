@@ -327,6 +327,20 @@ def test_the_floor_of_decoding_is_the_states_there_and_back(width: int) -> None:
     assert with_states(forward, LAYER_7B, 64).traffic == forward.traffic + 2 * 64 * 132 * 64 * 16 * 4
 
 
+@pytest.mark.parametrize(
+    ("product", "terabytes"),
+    [
+        ("NVIDIA H200", 4.8), ("NVIDIA H100 80GB HBM3", 3.35), ("NVIDIA A100-SXM4-80GB", 2.04), ("NVIDIA B200", 8.0),
+        ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA GH200 480GB", None), ("NVIDIA GB200", None),
+        ("NVIDIA A100-PCIE-40GB", None), ("NVIDIA A100-SXM4-40GB", None), ("AMD Instinct MI300X", None),
+    ],
+)  # fmt: skip
+def test_peaks_are_those_of_the_product(product: str, terabytes: float | None) -> None:
+    """Products whose names have another's in them have clocks and memory of their own, which are not guessed."""
+    peaks = peaks_of(product)
+    assert (peaks and peaks.bytes_per_second / 1e12) == terabytes
+
+
 # ------------------------------------------------------------------------------------------------ against records
 
 
@@ -613,11 +627,20 @@ def test_an_interrupted_sweep_shows_and_draws_what_there_is(spec: str, script: S
 
 
 def test_what_ended_a_sweep_is_said_before_that_it_cannot_be_drawn(spec: str, script: Script, monkeypatch) -> None:
-    """An interruption stays one where the figure's folder does not exist, and the points are still shown."""
-    interrupt(script, monkeypatch, lambda workload: workload.seq == 512)
-    result = run("bench", "--spec", spec, "--db", "db", "--quiet", "--sweep", "seq", "--plot", "nowhere/a.svg")
+    """An interruption stays one where the figure's folder has gone meanwhile, and the points are still shown."""
+    folder = Path("gone")
+    folder.mkdir()
+    interrupt(script, monkeypatch, lambda workload: workload.seq == 512 and (folder.rmdir() or True))
+    result = run("bench", "--spec", spec, "--db", "db", "--quiet", "--sweep", "seq", "--plot", "gone/a.svg")
     assert result.exit_code == 130
     assert "B66 S256" in result.stdout
+
+
+def test_a_figure_that_cannot_be_written_is_refused_before_the_sweep(spec: str, script: Script, monkeypatch) -> None:
+    """Nothing is timed for a folder that is not there."""
+    interrupt(script, monkeypatch, lambda workload: True)
+    line = fails(2, "bench", "--spec", spec, "--db", "db", "--quiet", "--sweep", "seq", "--plot", "nowhere/a.svg")
+    assert "--plot nowhere/a.svg must be writable" in line
 
 
 def test_packed_workloads_are_timed_by_kernels_alone(spec: str, script: Script) -> None:

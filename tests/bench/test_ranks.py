@@ -380,6 +380,12 @@ def test_what_a_model_rounds_is_a_draw() -> None:
         assert 2 * ((value - exact).norm() / exact.norm()).item() < found.budgets[name], name
 
 
+def test_another_shape_is_infinitely_wrong() -> None:
+    """What torch would spread over the exact result is not taken for it."""
+    assert check._distance(torch.ones(1), torch.ones(3)) == float("inf")
+    assert check._distance(torch.ones(3), torch.ones(3)) == 0
+
+
 WRONG = {
     "exchange.py": ("mixed, f = torch.split(rows,", "mixed, f = torch.split(1.01 * rows,", Form.EXCHANGE),
     "products.py": ("return scattered(F.linear(x,", "return scattered(F.linear(1.01 * x,", Form.HEADS_TOKENS),

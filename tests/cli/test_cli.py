@@ -283,6 +283,12 @@ def test_verify_takes_a_spec_or_everything(options: tuple[str, ...]) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run the matrix on")
+@pytest.mark.parametrize("options", [("--no-db",), ("--db", "db")], ids=" ".join)
+def test_the_full_matrix_takes_no_database(options: tuple[str, ...]) -> None:
+    """What would be ignored is an error."""
+    assert "--db and --no-db must be given with --spec" in fails(2, "verify", "--full", *options)
+
+
 def test_the_full_matrix_needs_a_gpu() -> None:
     """Without a GPU, the full matrix is refused rather than thinned out."""
     assert "--full must run on a machine whose GPU torch can use, got none" in fails(2, "verify", "--full")

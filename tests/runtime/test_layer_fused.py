@@ -12,6 +12,7 @@ from calls import assert_close, distance, module_of, offsets_of
 from layer import GATED, HIDDEN, PLAIN, layered, loss_weights, tokens, twin
 from support import SCHEDULES, build_package, import_package, make_variant
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 LENGTHS = (1, 0, 2, 9)
 """Lengths of packed sequences: shorter than the convolution, empty, and longer."""
@@ -173,6 +174,22 @@ def test_children_that_are_watched_are_called(package, device, child, watch) -> 
     assert not served(package, layer, tokens(device, 1, 2))
     watch(layer.output_projection)
     watch(layer)
+
+
+def test_all_children_are_called_where_every_module_is_watched(package, device) -> None:
+    """A hook of all modules, as profilers register, sees each of the layer's children."""
+    layer, x = drawn(package).to(device), tokens(device, 1, 2)
+    assert served(package, layer, x)
+    seen: list[nn.Module] = []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        assert not served(package, layer, x)
+        y = layer(x)
+    finally:
+        handle.remove()
+    assert {layer.input_projection, layer.conv1d, layer.decay_gate, layer.g_norm, layer.output_projection} <= {*seen}
+    assert served(package, layer, x)
+    assert distance(layer(x), y) < 1e-5
 
 
 def test_autocast(package, device) -> None:
