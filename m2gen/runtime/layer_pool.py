@@ -11,6 +11,7 @@ from .decode import by_kernel
 from .layer import M2RNN
 from .memory import ITSELF, overlaps_itself
 from .mixer import Device, shapes_of, wants_gradients
+from .not_built import check_built
 
 __all__ = ["M2RNNPool"]
 
@@ -26,13 +27,12 @@ class M2RNNPool:
     ``out_indices``, or these, the ones that they end in. A negative one, or one that the pool does not have, is neither
     read nor written. What a slot holds that no call names does not matter and does not change.
 
-    Raises ValueError or TypeError for tensors of other shapes or dtypes, or apart from the layer, and for a layer that
-    does not run on the kernels; RuntimeError for tensors whose elements share memory.
+    Raises ValueError or TypeError for tensors of other shapes or dtypes, or apart from the layer, RuntimeError for those
+    whose elements share memory, and VariantNotBuiltError for a layer whose dims no kernels serve.
     """
 
     def __init__(self, layer: M2RNN, conv: Tensor, state: Tensor) -> None:
-        if layer.backend != "kernels":
-            raise ValueError(f"M2RNNPool: layer must have the backend kernels, got {layer.backend!r}")
+        check_built(layer.state_expansion, layer.head_dim, layer.heads, None)
         wanted, states = shapes_of(layer, max(state.shape[0], 1) if state.dim() else 1)
         if conv.shape != wanted and conv.mT.shape == wanted:
             conv = conv.mT

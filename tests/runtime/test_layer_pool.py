@@ -209,9 +209,9 @@ def test_misuse(package, device, monkeypatch) -> None:
     frozen, wanting = layer.requires_grad_(False), x.clone().requires_grad_()
     with pytest.raises(RuntimeError, match=r"M2RNNPool.step computes no gradients"):
         package.M2RNNPool(frozen, cache.conv, cache.state).step(wanting, two)
-    other = drawn(package, device, backend="reference")
-    with pytest.raises(ValueError, match=r"M2RNNPool: layer must have the backend kernels, got 'reference'"):
-        package.M2RNNPool(other, cache.conv, cache.state)
+    sizes = {"state_expansion": 5, "head_dim": 7, "heads": dict.fromkeys("qkvfw", 1)}
+    with pytest.raises(package.VariantNotBuiltError, match="K=5"):
+        package.M2RNNPool.allocate(package.M2RNN(HIDDEN, **sizes, backend="reference", device=device), 4)
 
 
 def test_compiled_steps(package, device) -> None:
