@@ -27,7 +27,7 @@ class M2RNNPool:
     ``out_indices``, or these, the ones that they end in. A negative one, or one that the pool does not have, is neither
     read nor written. What a slot holds that no call names does not matter and does not change.
 
-    Raises ValueError or TypeError for tensors of other shapes or dtypes, or apart from the layer, RuntimeError for those
+    Raises ValueError or TypeError for tensors of other shapes or dtypes, or apart from the layer, RuntimeError for some
     whose elements share memory, and VariantNotBuiltError for a layer whose dims no kernels serve.
     """
 
