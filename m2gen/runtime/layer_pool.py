@@ -120,11 +120,11 @@ class M2RNNPool:
         there = (column >= 0) & (column < indices.shape[1])
         source = torch.where(there, indices.gather(1, column.clamp(0, indices.shape[1] - 1)[:, None])[:, 0], -1)
         began = _within(source, self.state.shape[0])
+        places = [self._checked("steps", x, x.shape[0], source, table[:, t]) for t in range(x.shape[1])]
         conv, state = self._taken(source, began)
         moving = M2RNNPool(self.layer, conv, state.to(self.state.dtype))  # goes on where a token's state has no slot
         here, tokens = torch.where(began, torch.arange(x.shape[0], device=x.device), -1), []
-        for t in range(x.shape[1]):
-            out = self._checked("steps", x, x.shape[0], source, table[:, t])
+        for t, out in enumerate(places):
             tokens.append(moving.step(x[:, t], here))
             self._leave(torch.where(began, out, -1), moving.conv, moving.state)
         return torch.stack(tokens, 1) if tokens else torch.empty_like(x)

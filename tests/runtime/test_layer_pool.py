@@ -179,6 +179,8 @@ def test_misuse(package, device, monkeypatch) -> None:
             pool.prefill(x[:, None], two, out_indices=two.float())
         with pytest.raises(ValueError, match=r"M2RNNPool.steps: x must be \(B, T, hidden\), indices \(B, C\) and out_"):
             pool.steps(x[:, None], two, two)
+        with pytest.raises(TypeError, match=r"M2RNNPool.steps: indices must be torch.int32 or torch.int64, got"):
+            pool.steps(x[:, None], two[:, None].float(), slots(1, 1, device=device))
         with pytest.raises(ValueError, match=r"M2RNNPool.step: x must be \(B, 24\), got \(2, 1, 24\)"):
             pool.step(x[:, None], two)
         with pytest.raises(
