@@ -29,6 +29,11 @@ class Device:
     def is_nvidia(self) -> bool:
         return self.arch.startswith("sm_")
 
+    @property
+    def has_xorsign(self) -> bool:
+        """Whether one instruction takes the smaller size with the signs of both (PTX ISA: ``.xorsign``, from sm_86)."""
+        return self.is_nvidia and int(self.arch.removeprefix("sm_")) >= 86
+
 
 def _nvidia(arch: str, sm_count: int, shared_kib: int) -> Device:
     return Device(arch, arch, sm_count, shared_kib * 1024, registers=255, register_file=65536)

@@ -129,6 +129,11 @@ class Lowering:
         return self.schedule.two_level
 
     @property
+    def xorsign(self) -> bool:
+        """Whether one instruction clamps what is carried."""
+        return self.backward.xorsign
+
+    @property
     def scratch_in_shared(self) -> bool:
         return self.backward.scratch is Scratch.SHARED
 

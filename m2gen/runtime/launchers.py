@@ -81,7 +81,7 @@ def forward_call(plan: LaunchPlan, q: Tensor, cu_seqlens: Tensor | None, determi
     batch, steps, intervals, count = sizes(plan, q, cu_seqlens)
     lead = (batch, steps) if cu_seqlens is None else (steps,)
     atomic = plan.forward_adds and not deterministic and math.prod(lead) > plan.short
-    programs, segmented = batch * plan.forward_programs, in_segments(plan, batch, steps)
+    programs, segmented = batch * plan.forward_programs, in_segments(plan, batch, steps, cu_seqlens)
     return ForwardCall(
         steps, intervals, programs, segmented, atomic, lead, (batch, *plan.state), (count, *plan.state)
     )  # fmt: skip
@@ -106,7 +106,7 @@ def backward(
     plan, q = launch_plan.plan_of(kernels), operands[0]
     batch, steps, intervals, _ = sizes(plan, q, cu_seqlens)
     atomic = plan.backward_adds and not deterministic
-    segmented = in_segments(plan, batch, steps)
+    segmented = in_segments(plan, batch, steps, cu_seqlens)
     written = buffers.allocated(plan, operands, batch, wanted, atomic, segmented)
     programs = batch * plan.backward_programs
     tickets = (tickets_of(q, programs, segmented),) if plan.segments > 1 else ()
@@ -157,9 +157,13 @@ def sizes(plan: LaunchPlan, q: Tensor, cu_seqlens: Tensor | None) -> tuple[int, 
     return batch, steps, intervals, intervals
 
 
-def in_segments(plan: LaunchPlan, batch: int, steps: int) -> bool:
-    """Whether scans may have several segments: not where all steps, of a packed batch together, are one at most."""
-    return plan.segments > 1 and batch > 0 and steps > plan.shortest_segment
+def in_segments(plan: LaunchPlan, batch: int, steps: int, cu_seqlens: Tensor | None) -> bool:
+    """Whether scans may have several segments: not where a sequence, of a packed batch the mean one, is one at most.
+
+    Most programs of short sequences would begin and find no segment to scan.
+    """
+    sequences = 1 if cu_seqlens is None else batch
+    return plan.segments > 1 and batch > 0 and steps > sequences * plan.shortest_segment
 
 
 def tickets_of(q: Tensor, programs: int, segmented: bool) -> Tensor | None:

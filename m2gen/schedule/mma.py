@@ -51,10 +51,13 @@ class MmaBackward(BackwardTile):
     """How the backward runs."""
 
     scratch: Scratch = Scratch.L2
+    xorsign: bool = False
+    """Whether what is carried is clamped by one instruction, which not every GPU has, in place of two."""
 
     @property
     def slug(self) -> str:
-        return super().slug + {Scratch.L2: "", Scratch.SHARED: "s", Scratch.SLOTS: "t"}[self.scratch]
+        scratch = {Scratch.L2: "", Scratch.SHARED: "s", Scratch.SLOTS: "t"}[self.scratch]
+        return super().slug + scratch + ("x" if self.xorsign else "")
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,11 @@ class Mma(Knobs):
         "forward.slots": (False, True),
         **BACKWARD_AXES,
         "backward.scratch": tuple(Scratch),
+        "backward.xorsign": (False, True),
         **SHARED_AXES,
     }
     PARTS: ClassVar = {"forward": MmaForward, "backward": MmaBackward}
-    IMPLIED: ClassVar = {"forward.slots": False}
+    IMPLIED: ClassVar = {"forward.slots": False, "backward.xorsign": False}
 
     @classmethod
     def unsupported(cls, variant: Variant, device: Device) -> str:
@@ -106,30 +110,32 @@ class Mma(Knobs):
         unroll = 8 if tanh is Tanh.PTX and (rows, warps) == (32, 1) else 4
         forward = MmaForward(rows, warps, unroll, Reduction.ATOMIC)
         if cls.has_slots(variant, device):
-            return cls._default_of_slots(variant, tanh)
+            return cls._default_of_slots(variant, device)
         scratch = USUAL_INTERVAL // 2 * rows * variant.padded_cols * 4
         fits = scratch * (RESIDENT_WARPS // warps) <= device.shared_bytes
-        backward = MmaBackward(rows, warps, 2, Reduction.ATOMIC, Scratch.SHARED if fits else Scratch.L2)
+        where = Scratch.SHARED if fits else Scratch.L2
+        backward = MmaBackward(rows, warps, 2, Reduction.ATOMIC, where, device.has_xorsign)
         return cls(forward, backward, USUAL_INTERVAL, tanh)
 
     @classmethod
     def has_slots(cls, variant: Variant, device: Device) -> bool:
         """Whether the backward's steps can have slots."""
-        return not list(cls._default_of_slots(variant, best_tanh(variant, device)).problems(variant, device))
+        return not list(cls._default_of_slots(variant, device).problems(variant, device))
 
     @classmethod
-    def _default_of_slots(cls, variant: Variant, tanh: Tanh) -> Self:
+    def _default_of_slots(cls, variant: Variant, device: Device) -> Self:
         """Return the schedule whose tanh is evaluated once in the backward: two thirds of the time of a step."""
+        tanh = best_tanh(variant, device)
         most, rows = SLOT_ROWS[0], min(variant.padded_rows, 2 * SLOT_ROWS[0])
         forward = MmaForward(rows, max(1, rows // most), 8 if tanh is Tanh.PTX else 4, Reduction.ATOMIC)
         warps = max(1, variant.padded_rows // most)
-        backward = MmaBackward(variant.padded_rows, warps, SLOTS, Reduction.ATOMIC, Scratch.SLOTS)
+        backward = MmaBackward(variant.padded_rows, warps, SLOTS, Reduction.ATOMIC, Scratch.SLOTS, device.has_xorsign)
         return cls(forward, backward, SLOTS, tanh)
 
     @classmethod
     def axes(cls, variant: Variant, device: Device) -> Axes:
-        """Return the axes without values that no schedule of the variant can have."""
-        found = super().axes(variant, device)
+        """Return the axes without values that no schedule of the variant can have, or that only cost time."""
+        found = {**super().axes(variant, device), "backward.xorsign": (device.has_xorsign,)}
         return found if cls.has_slots(variant, device) else {**found, "forward.slots": (False,)}
 
     @classmethod
@@ -154,6 +160,8 @@ class Mma(Knobs):
             most = most_warps(variant, part.rows)
             if part.warps > most:
                 yield f"{direction}.warps must be at most {most}, each with a 16 x 8 tile, got {part.warps}"
+        if self.backward.xorsign and not device.has_xorsign:
+            yield f"backward.xorsign must be false on {device.arch}, got true"
         if self.backward.scratch is Scratch.SHARED:
             yield from self._shared_problems(variant, device)
         if self.slots:

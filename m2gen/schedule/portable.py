@@ -33,6 +33,7 @@ class PortableBackward(BackwardTile):
     """How a portable backward runs: other threads may read from its scratch what one wrote, so the L2 has it."""
 
     scratch: ClassVar[Scratch] = Scratch.L2
+    xorsign: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)

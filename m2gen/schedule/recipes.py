@@ -18,6 +18,8 @@ TYPES: dict[Family, type[Mma] | type[Portable] | type[Wgmma]] = {kind.family: ki
 ALL_ROWS = 256
 """Rows of a recipe whose programs have a whole state, however many rows that has."""
 MOST_WARPS = 8
+BEST = ("tanh", "backward.xorsign")
+"""Knobs that a recipe leaves to the variant and the GPU."""
 WORDS = {"forward.reduction": Reduction, "backward.reduction": Reduction, "backward.scratch": Scratch}
 
 
@@ -25,7 +27,8 @@ WORDS = {"forward.reduction": Reduction, "backward.reduction": Reduction, "backw
 class Recipe:
     """A family and its knobs; a state of fewer rows makes programs smaller, one of other columns changes their warps.
 
-    ``tile`` stands for warps: the elements of the state that each has. tanh is the fastest that the spec allows.
+    ``tile`` stands for warps: the elements of the state that each has. tanh is the fastest that the spec allows, and what
+    is carried is clamped by as few instructions as the GPU has.
     """
 
     family: Family
@@ -34,7 +37,7 @@ class Recipe:
     @classmethod
     def of(cls, schedule: Knobs, variant: Variant) -> Recipe:
         """Return the recipe of a schedule that serves ``variant``."""
-        knobs = {name: attrgetter(name)(schedule) for name in schedule.AXES if name != "tanh"}
+        knobs = {name: attrgetter(name)(schedule) for name in schedule.AXES if name not in BEST}
         knobs = {name: value for name, value in knobs.items() if schedule.IMPLIED.get(name) != value}
         for side in ("forward", "backward"):
             if f"{side}.warps" in knobs:
@@ -58,7 +61,8 @@ class Recipe:
 
     def at(self, variant: Variant, device: Device) -> Mma | Portable | Wgmma:
         """Return the schedule for a variant on a device, which may not be valid there."""
-        values: dict[str, Any] = {**dict(self.knobs), "tanh": best_tanh(variant, device)}
+        best = {"tanh": best_tanh(variant, device), "backward.xorsign": device.has_xorsign}
+        values: dict[str, Any] = {**dict(self.knobs), **best}
         for side in ("forward", "backward"):
             if f"{side}.tile" in values:
                 rows = values[f"{side}.rows"] = min(values[f"{side}.rows"], variant.padded_rows)

@@ -57,6 +57,7 @@ class WarpgroupBackward(Warpgroup):
     """How the backward runs: a step's state, slope and gap in shared memory, its sums in slots of products."""
 
     scratch: ClassVar[Scratch] = Scratch.SLOTS
+    xorsign: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
