@@ -27,8 +27,8 @@ WORDS = {"forward.reduction": Reduction, "backward.reduction": Reduction, "backw
 class Recipe:
     """A family and its knobs; a state of fewer rows makes programs smaller, one of other columns changes their warps.
 
-    ``tile`` stands for warps: the elements of the state that each has. tanh is the fastest that the spec allows, and what
-    is carried is clamped by as few instructions as the GPU has.
+    ``tile`` stands for warps: the elements of the state that each has. tanh is the fastest that the spec allows, and
+    what is carried is clamped by as few instructions as the GPU has.
     """
 
     family: Family

@@ -36,8 +36,8 @@ def parse(slug: str) -> Portable | Mma | Wgmma:
     if found[1] == "portable":
         return Portable(PortableForward(*tile), PortableBackward(*back), interval, tanh, segments)
     scratch = {"": Scratch.L2, "s": Scratch.SHARED, "t": Scratch.SLOTS}[found[11]]
-    backward = MmaBackward(*back, scratch, xorsign=bool(found[12]))
-    return Mma(MmaForward(*tile, slots=bool(found[6])), backward, interval, tanh, segments)
+    clamping = MmaBackward(*back, scratch, xorsign=bool(found[12]))
+    return Mma(MmaForward(*tile, slots=bool(found[6])), clamping, interval, tanh, segments)
 
 
 def parse_tiles(slug: str) -> AnyTiles:
