@@ -1,4 +1,4 @@
-"""M2RNN kernels for k64_v16_q1_k1_v2_f2_w2_bf16_total_exact_softplus, schedule mma_f64x2u4a_b64x2c8at_i8_exp.
+"""M2RNN kernels for k64_v16_q1_k1_v2_f2_w2_bf16_total_exact_softplus, schedule mma_f64x2u4a_b64x2c8atx_i8_exp.
 
 
 
@@ -276,8 +276,10 @@ def advance(h, z, f, u):
 @gluon.jit
 def clamp(x, bound):
     """Clamp to [-bound, bound]; NaN stays NaN."""
-    low = gl.maximum(x, -bound, propagate_nan=triton.language.PropagateNan.ALL)
-    return gl.minimum(low, bound, propagate_nan=triton.language.PropagateNan.ALL)
+    return gl.inline_asm_elementwise(  # the smaller size, with the signs of both
+        "min.NaN.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [x, gl.full(x.shape, 0.0, gl.float32, x.type.layout) + bound],
+        dtype=gl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
