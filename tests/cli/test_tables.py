@@ -202,7 +202,7 @@ def test_words_tell_knobs_from_the_default() -> None:
 
 def test_words_tell_the_knobs_of_another_family() -> None:
     """A knob that a family lacks is a constant of it, and is never said of it."""
-    mma, wgmma = parse("mma_f32x1u8a_b32x1c2as_i16_ptx"), parse("wgmma_ap_i8_ptx")
+    mma, wgmma = parse("mma_f32x1u8a_b32x1c2asx_i16_ptx"), parse("wgmma_ap_i8_ptx")
     assert wgmma.describe(mma) == "wgmma, 64 rows, 4 warps; backward.reduction partial, interval 8"
     assert mma.describe(wgmma).endswith(
         "; forward.unroll 8, backward.chunk 2, backward.reduction atomic, backward.scratch shared, interval 16"

@@ -105,6 +105,32 @@ def test_a_forward_with_slots_has_a_knob_more() -> None:
         decode(json.dumps(told, sort_keys=True))
 
 
+def test_a_backward_that_clamps_by_one_instruction_has_a_knob_more() -> None:
+    """A record says so of those alone: lines from before there was the knob stay as they are, with their ids."""
+    variant = make_variant(64, 16, (2, 2, 2, 2, 2), "bf16", tanh="approx")
+    one, two = map(parse, ("mma_f64x2u8a_b64x2c8atx_i8_ptx", "mma_f64x2u8a_b64x2c8at_i8_ptx"))
+    record, before = (winner(variant=variant, schedule=each) for each in (one, two))
+    assert json.loads(encode(record))["schedule"]["backward"]["xorsign"] is True
+    assert record.id != before.id
+    assert record.provenance.kernel != before.provenance.kernel
+    for each in (record, before):
+        assert decode(encode(each)) == each
+    told = json.loads(encode(before))
+    assert "xorsign" not in told["schedule"]["backward"]
+    told["schedule"]["backward"]["xorsign"] = False
+    with pytest.raises(NotARecord, match="canonical"):
+        decode(json.dumps(told, sort_keys=True))
+
+
+def test_a_record_of_a_gpu_that_lacks_the_instruction_is_none() -> None:
+    """What the GPU cannot run won nowhere on it."""
+    variant = make_variant(64, 16, (2, 2, 2, 2, 2), "bf16", tanh="approx")
+    where = environment("NVIDIA A100-SXM4-80GB", "sm_80")
+    with pytest.raises(DatabaseError, match=r"\$\.schedule\.backward\.xorsign must be false on sm_80, got true"):
+        encode(winner(variant=variant, schedule=parse("mma_f64x2u8a_b64x2c8atx_i8_ptx"), where=where))
+    assert encode(winner(variant=variant, schedule=parse("mma_f64x2u8a_b64x2c8at_i8_ptx"), where=where))
+
+
 def test_ids_name_content() -> None:
     """Two records have one id only if they are the same; numbers mean the same, however they are written."""
     one = winner()

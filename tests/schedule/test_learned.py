@@ -24,15 +24,15 @@ def variant(rows: int, cols: int, dtype: str = "bf16") -> Variant:
 @pytest.mark.parametrize(
     "slug",
     [
-        "mma_f64x2u8a_b64x2c8at_i8_s7_ptx",
-        "mma_f16x4u4a_b16x4c2ps_i16_ptx",
+        "mma_f64x2u8a_b64x2c8atx_i8_s7_ptx",
+        "mma_f16x4u4a_b16x4c2psx_i16_ptx",
         "portable_f32x1u4p_b16x1c2a_i32_ptx",
         "wgmma_ap_i8_ptx",
     ],
 )
 def test_a_recipe_is_its_schedule_again(slug: str) -> None:
     """A schedule's recipe gives it back for the same variant, also after being written and read."""
-    schedule, served = parse(slug), variant(64, 64 if "s_" in slug or "wgmma" in slug else 16)
+    schedule, served = parse(slug), variant(64, 64 if "sx_" in slug or "wgmma" in slug else 16)
     recipe = Recipe.of(schedule, served)
     assert Recipe.read(recipe.written) == recipe
     assert recipe.at(served, H200) == schedule
@@ -40,9 +40,23 @@ def test_a_recipe_is_its_schedule_again(slug: str) -> None:
 
 def test_a_recipe_follows_the_dims() -> None:
     """Programs of a whole state stay so, at the same number of elements a warp; fewer rows make smaller programs."""
-    recipe = Recipe.of(parse("mma_f64x2u8a_b64x2c8at_i8_ptx"), variant(64, 16))
-    assert recipe.at(variant(256, 16), H200) == parse("mma_f64x2u8a_b256x8c8at_i8_ptx")
-    assert recipe.at(variant(16, 16), H200) == parse("mma_f16x1u8a_b16x1c8at_i8_ptx")
+    recipe = Recipe.of(parse("mma_f64x2u8a_b64x2c8atx_i8_ptx"), variant(64, 16))
+    assert recipe.at(variant(256, 16), H200) == parse("mma_f64x2u8a_b256x8c8atx_i8_ptx")
+    assert recipe.at(variant(16, 16), H200) == parse("mma_f16x1u8a_b16x1c8atx_i8_ptx")
+
+
+@pytest.mark.parametrize("scratch", ["", "s", "t"])
+def test_a_recipe_has_the_clamp_of_the_gpu(scratch: str) -> None:
+    """Whatever clamped in its schedule, one instruction does where the GPU has it; no recipe says which."""
+    slug, served = "mma_f32x1u8a_b64x2c8a{}_i8_ptx", variant(64, 16)
+    one, two = (parse(slug.format(scratch + x)) for x in ("x", ""))
+    recipe = Recipe.of(one, served)
+    assert recipe == Recipe.of(two, served)
+    assert "backward.xorsign" not in recipe.written
+    for arch, expected in (("sm_80", two), ("sm_86", one), ("sm_89", one), ("sm_90", one), ("sm_120", one)):
+        assert recipe.at(served, TARGETS[arch]) == expected
+    elsewhere = recipe.at(served, TARGETS["gfx942"])
+    assert not elsewhere.backward.xorsign
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -66,7 +80,7 @@ def test_the_rule_has_a_tree_for_all_kernels() -> None:
 def test_what_is_not_valid_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first recipe that a variant can have serves it, and the family's default where it can have none."""
     served = variant(64, 16)
-    wide, narrow = (parse(slug) for slug in ("wgmma_ap_i8_ptx", "mma_f16x1u8a_b64x4c8at_i8_ptx"))
+    wide, narrow = (parse(slug) for slug in ("wgmma_ap_i8_ptx", "mma_f16x1u8a_b64x4c8atx_i8_ptx"))
     recipes = [Recipe.of(each, served).written for each in (wide, narrow)]
     for having, expected in ((recipes, narrow), (recipes[:1], default(served, H200)), ([], default(served, H200))):
         rule = {"sm_90": {"trees": {str(kernels_of(served, H200)): {"recipes": having}}}}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import SCHEDULES, as_mma, make_schedule, make_variant
 
-from m2gen.device import PORTABLE, TARGETS, target
+from m2gen.device import PORTABLE, TARGETS, limits, target
 from m2gen.errors import ScheduleError
 from m2gen.schedule import (
     FAMILIES,
@@ -195,6 +195,8 @@ def test_different_schedules_have_different_slugs() -> None:
         "f16x1u2a_b16x1c2a_i4_exp",
         "f16x1u2a_b16x1c2a_i4_ptx_explicit",
         "portable_f16x1u2a_b16x1c2as_i4_exp",
+        "portable_f16x1u2a_b16x1c2ax_i4_exp",
+        "mma_f16x1u2a_b16x1c2axs_i4_exp",
         "wgmma_aa_i8_s3_ptx",
         "mma_aa_i12_ptx",
         "",
@@ -204,6 +206,52 @@ def test_what_names_no_schedule(slug: str) -> None:
     """No family, a knob that the family does not have, another family's knobs."""
     with pytest.raises(ScheduleError, match="a schedule must begin with its family, as mma_f32x1u4a_b32x1c2as_i16_ptx"):
         parse(slug)
+
+
+@pytest.mark.parametrize("scratch", Scratch)
+def test_a_slug_says_how_is_clamped(scratch: Scratch) -> None:
+    """An x behind the letter of the scratch is one instruction; slugs from before there was one have two."""
+    two = as_mma(make_schedule(), scratch)
+    one = replace(two, backward=replace(two.backward, xorsign=True))
+    letter = {Scratch.L2: "", Scratch.SHARED: "s", Scratch.SLOTS: "t"}[scratch]
+    assert two.slug == f"mma_f16x1u2a_b16x1c2a{letter}_i4_exp"
+    assert one.slug == f"mma_f16x1u2a_b16x1c2a{letter}x_i4_exp"
+    assert (parse(one.slug), parse(two.slug)) == (one, two)
+    cut = replace(one, segments=7)
+    assert parse(cut.slug) == cut
+
+
+HAVING = {"sm_80": False, "sm_86": True, "sm_89": True, "sm_90": True, "sm_100": True, "sm_120": True}
+
+
+@pytest.mark.parametrize(("arch", "has"), {**HAVING, "gfx90a": False, "gfx942": False, "portable": False}.items())
+def test_one_instruction_clamps_where_there_is_one(arch: str, has: bool) -> None:
+    """On sm_86 and later, in every default of the family and every point that is searched; elsewhere it is refused."""
+    device = TARGETS.get(arch, PORTABLE)
+    assert device.has_xorsign is has
+    published = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
+    for variant in (published, make_variant(64, 16, (1, 1, 4, 4, 4), "fp16"), SQUARE):
+        usual = Mma.default(variant, device)
+        assert usual.backward.xorsign is has
+        assert Mma.axes(variant, device)["backward.xorsign"] == (has,)
+        for xorsign in (False, True):
+            found = problems(variant, replace(usual, backward=replace(usual.backward, xorsign=xorsign)), device)
+            refused = f"backward.xorsign must be false on {arch}, got true"
+            assert (refused in found) is (xorsign and not has)
+            assert not device.is_nvidia or found in ((), (refused,))
+
+
+@pytest.mark.parametrize(("arch", "has"), {"sm_75": False, "sm_87": True, "sm_103": True, "gfx1100": False}.items())
+def test_gpus_that_no_table_has_clamp_by_their_number(arch: str, has: bool) -> None:
+    """Records may be of such GPUs."""
+    assert limits(arch).has_xorsign is has
+
+
+def test_portable_kernels_clamp_by_two_instructions() -> None:
+    """Their text is for every target; those of warpgroups, which one arch has, clamp by one, and neither has a knob."""
+    assert not Portable.default(SQUARE, TARGETS["sm_90"]).backward.xorsign
+    assert Wgmma.default(SQUARE, TARGETS["sm_90"]).backward.xorsign
+    assert not {"backward.xorsign"} & {*Portable.AXES, *Wgmma.AXES}
 
 
 def test_schedules_are_told_in_words() -> None:

@@ -14,7 +14,7 @@ from m2gen.errors import ScheduleError
 from m2gen.kernels.compile import load_module
 
 tool = load_module(ROOT / "tools" / "compare_schedules.py", "m2gen_test_compare_schedules")
-SLUGS = ("mma_f64x2u8a_b64x2c8at_i8_ptx", "portable_f32x1u4p_b32x1c2p_i16_ptx")
+SLUGS = ("mma_f64x2u8a_b64x2c8atx_i8_ptx", "portable_f32x1u4p_b32x1c2p_i16_ptx")
 
 
 def compared(monkeypatch: pytest.MonkeyPatch, script: Script, *schedules: str) -> None:

@@ -32,7 +32,7 @@ HEADER = {
     "sm_count": 132,
     "study": "x",
 }
-SLUGS = tuple(f"mma_f{f}_b{b}c8at_i8_ptx" for f, b in (("64x2u8a", "64x2"), ("32x1u8a", "64x4"), ("16x1u8a", "64x4")))
+SLUGS = tuple(f"mma_f{f}_b{b}c8atx_i8_ptx" for f, b in (("64x2u8a", "64x2"), ("32x1u8a", "64x4"), ("16x1u8a", "64x4")))
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,9 @@ def _trials() -> list[Trial]:
     trials = [
         Trial(parse(slug), "panel", samples=Samples((1.0 + i,) * 3, (4.0 - i,) * 3, 0)) for i, slug in enumerate(SLUGS)
     ]
-    trials.append(Trial(parse("mma_f64x4u8a_b64x4c8at_i8_ptx"), "panel", samples=Samples((9.0,), (9.0,), 0)))
+    trials.append(Trial(parse("mma_f64x4u8a_b64x4c8atx_i8_ptx"), "panel", samples=Samples((9.0,), (9.0,), 0)))
     wrong = Failure(Reason.WRONG, "y of plain")
-    slug = "mma_f32x2u8a_b64x2c8at_i8_ptx"
+    slug = "mma_f32x2u8a_b64x2c8atx_i8_ptx"
     return [*trials, Trial(parse(slug), "panel", samples=Samples((0.1,), (0.1,), 0), failure=wrong)]
 
 
@@ -111,6 +111,42 @@ def test_the_shortest_time_counts(tmp_path: Path) -> None:
     assert read([failed]) == (), "three trials are left"
 
 
+def compact(path: Path, timed: list[tuple[str, float, float]], **header: object) -> Path:
+    """Write a compact file of one workload, and return its path."""
+    where = {name: value for name, value in {**HEADER, **header}.items() if name not in ("study", "objective")}
+    lines = [{"workload": where}, *({"timed": each} for each in timed)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def test_trials_from_before_a_clamp_are_those_of_the_schedule_with_it(tmp_path: Path) -> None:
+    """In one file or in two, in either order: of both times the shorter counts, and the name is that of today."""
+    before = [slug.replace("x_i8", "_i8") for slug in SLUGS]
+    assert not {*before} & {*SLUGS}
+    old = compact(tmp_path / "old.jsonl", [(before[0], 1.0, 4.0), (before[1], 1.0, 1.5), (before[2], 3.0, 3.0)])
+    new = compact(tmp_path / "new.jsonl", [(SLUGS[0], 1.0, 3.5), (SLUGS[1], 1.0, 2.0)])
+    other = compact(tmp_path / "other.jsonl", [("portable_f16x1u4a_b16x1c2a_i16_ptx", 5.0, 5.0)])
+    both = tmp_path / "both.jsonl"
+    both.write_text(new.read_text(encoding="utf-8") + old.read_text(encoding="utf-8"), encoding="utf-8")
+    (lesson,) = read([old, new, other])
+    assert read([other, new, old]) == read([both, other]) == (lesson,)
+    expected = {SLUGS[0]: (1.0, 3.5), SLUGS[1]: (1.0, 1.5), SLUGS[2]: (3.0, 3.0)}
+    expected["portable_f16x1u4a_b16x1c2a_i16_ptx"] = (5.0, 5.0)
+    assert {t.schedule.slug: (t.forward_ms, t.backward_ms) for t in lesson.trials} == expected
+    (tmp_path / "again.jsonl").write_text(written([lesson]), encoding="utf-8")
+    assert read([tmp_path / "again.jsonl"]) == (lesson,)
+
+
+def test_trials_of_a_gpu_without_the_clamp_keep_their_names(tmp_path: Path) -> None:
+    """Its schedules have never had it, and their recipes have none there."""
+    slugs = [slug.replace("x_i8", "_i8") for slug in SLUGS] + ["mma_f32x1u8a_b32x1c2as_i16_ptx"]
+    where = {"arch": "sm_80", "device": "NVIDIA A100-SXM4-80GB", "sm_count": 108}
+    timed = [(slug, 1.0 + i, 2.0) for i, slug in enumerate(slugs)]
+    (lesson,) = read([compact(tmp_path / "a.jsonl", timed, **where)])
+    assert {t.schedule.slug for t in lesson.trials} == {*slugs}
+    assert lesson.cost(Recipe.of(parse(SLUGS[0]), lesson.at.variant)) == 0.0
+
+
 def test_most_workloads_are_close_without_their_trials(lessons: tuple[Lesson, ...]) -> None:
     """At least 15 of 25 are within 10 % of their best, and all are with their own trials: the page says so."""
     found = judged(lessons)
@@ -128,9 +164,9 @@ def test_parts_of_two_trials_are_a_time(tmp_path: Path) -> None:
     """A forward and a backward that were timed in two trials add up; failures and unknown parts have no time."""
     (lesson,) = read([journal(tmp_path / "a.log")])
     assert len(lesson.trials) == 4
-    assert lesson.ms(parse("mma_f64x2u8a_b64x4c8at_i8_ptx")) == lesson.best_ms == 1.0 + 2.0
-    assert lesson.ms(parse("mma_f32x2u8a_b64x2c8at_i8_ptx")) is None
-    unknown = Recipe.of(parse("mma_f32x2u8a_b64x2c8at_i8_ptx"), lesson.at.variant)
+    assert lesson.ms(parse("mma_f64x2u8a_b64x4c8atx_i8_ptx")) == lesson.best_ms == 1.0 + 2.0
+    assert lesson.ms(parse("mma_f32x2u8a_b64x2c8atx_i8_ptx")) is None
+    unknown = Recipe.of(parse("mma_f32x2u8a_b64x2c8atx_i8_ptx"), lesson.at.variant)
     assert lesson.cost(unknown) == UNKNOWN
     fits_none = Recipe.of(parse("wgmma_aa_i8_ptx"), lesson.at.variant)
     assert lesson.cost(fits_none) is None

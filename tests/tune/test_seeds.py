@@ -81,7 +81,7 @@ def test_what_is_no_seed() -> None:
         winner(variant=OTHER_DIMS, schedule=FIRST),
         replace(infer, key=replace(infer.key, objective=Objective.INFER)),
         failed(variant=VARIANT, schedule=THIRD),
-        winner(variant=VARIANT, schedule=BASE, where=ELSEWHERE),
+        winner(variant=VARIANT, schedule=BASE, where=environment(H100)),
     )
     assert named(SUBJECT, *records) == [(BASE.slug, "default")]
 
