@@ -7,23 +7,30 @@ tests/gpu.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
-from gluon_on_cpu import Constant, load_module
+from gluon_on_cpu import Constant, Tensor, load_module
 from support import make_variant
 
 from m2gen.device import TARGETS
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.reductions import Reductions, Sums
 from m2gen.kernels.render import render_kernel
-from m2gen.measure.checks import seeded_cases
+from m2gen.measure.checks import SeededCase, seeded_cases
+from m2gen.problem import Gates, Problem
+from m2gen.runtime.launch_plan import plan_of
+from m2gen.runtime.launchers import in_segments
 from m2gen.schedule import Mma, Portable, Schedule, check, parse
 from m2gen.spec import Objective
-from m2gen.tune.check import Candidate, check_candidate
+from m2gen.tune.check import Candidate, call_of, check_candidate
 from m2gen.variant import Variant
+from m2gen.verify import Case, Loss
+from m2gen.verify.subject import inputs_of
 
 HEADS = (1, 1, 2, 2, 2)
 BF16 = make_variant(24, 9, HEADS, "bf16", tanh="approx")
@@ -67,6 +74,8 @@ CASES = {
     ),
     "slots_forwards_of_one_tile": (replace(LARGE, state_expansion=9), "mma_f16x1u8at_b16x1c8at_i8_exp"),
     "slots_forwards_compute_gates": (replace(GATED, state_expansion=32), "mma_f32x1u8at_b32x1c8at_i8_exp"),
+    "one_instruction_clamps": (LARGE, "mma_f64x2u8a_b32x2c2asx_i8_ptx"),
+    "one_instruction_clamps_slots": (LARGE, "mma_f64x2u8at_b64x2c8atx_i8_ptx"),
     "warpgroups": (SQUARE, "wgmma_aa_i4_ptx"),
     "warpgroups_in_half_precision": (replace(SQUARE, dtype=HALF.dtype), "wgmma_pp_i5_exp"),
     "warpgroups_clamp_all": (replace(SQUARE, clip=HALF.clip), "wgmma_aa_i2_ptx"),
@@ -114,12 +123,77 @@ SEGMENTED = (
 
 @pytest.mark.parametrize("slug", SEGMENTED)
 def test_segments_go_on_from_one_another(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """States, their gradients, dW and the gate's sums pass from program to program."""
+    """States, their gradients, dW and the gate's sums pass from program to program, of packed batches, too."""
     schedule = check(GATED, replace(parse(slug), tanh=parse(CASES["odd"][1]).tanh), TARGETS["sm_90"])
     module = load_module(render_kernel(Lowering(GATED, schedule)))
     monkeypatch.setattr(module, "SHORTEST", Constant(schedule.interval))
     monkeypatch.setitem(module.LAUNCH, "shortest_segment", schedule.interval)
     judged(GATED, schedule, module)
+    lengths = (0, 4 * schedule.interval + 3, 2 * schedule.interval + 1)
+    assert in_segments(plan_of(module), len(lengths), sum(lengths), torch.zeros(len(lengths) + 1))
+    packed = Case("packed", Problem(0, 0, lengths=lengths, initial_state=True), Loss.BOTH, gates=Gates.SLOW)
+    candidate = Candidate(module, GATED, schedule, Objective.TRAIN)
+    verdict = check_candidate(candidate, [SeededCase(packed, 3)], torch.device("cpu"))
+    assert verdict.failure is None, verdict.failure
+
+
+def clamping(variant: Variant, slug: str) -> dict[bool, str]:
+    """Return the kernels of a schedule whose carried gradient one instruction clamps (True), and two."""
+    two = parse(slug)
+    assert isinstance(two, Mma)
+    one = replace(two, backward=replace(two.backward, xorsign=True))
+    both = {True: one, False: two}
+    return {x: render_kernel(Lowering(variant, check(variant, both[x], TARGETS["sm_90"]))) for x in both}
+
+
+CLAMPED = ("steps_share_sums", "computed_gate", "both", "slots", "slots_clamp_all", "odd", "slots_forwards")
+
+
+@pytest.mark.parametrize("name", CLAMPED)
+def test_one_instruction_clamps_as_two_do(name: str) -> None:
+    """Every result and gradient has the same bits, clipped and not, packed, and in either mode."""
+    variant, slug = CASES[name]
+    modules = {x: load_module(text) for x, text in clamping(variant, slug).items()}
+    for asked in seeded_cases(variant, STEPS):
+        inputs = inputs_of(variant, asked.case, asked.seed, torch.device("cpu"))
+        one, two = (call_of(modules[x], Objective.TRAIN, asked.case, inputs).results() for x in (True, False))
+        assert one.keys() == two.keys()
+        assert {"y", "dq", "dk", "dv"} < one.keys()
+        for tensor, x in one.items():
+            assert torch.equal(x, two[tensor]), f"{tensor} of {asked.case.name}"
+
+
+@pytest.mark.parametrize("slug", ["mma_f32x1u4a_b32x1c2as_i8_ptx", "mma_f32x1u4a_b64x2c8at_i8_ptx"])
+def test_the_texts_of_both_clamps(slug: str) -> None:
+    """They differ in the body of one function and in the schedule's name alone."""
+    bodies, others = {}, {}
+    for xorsign, text in clamping(LARGE, slug).items():
+        (found,) = re.findall(r"@gluon\.jit\ndef clamp\(.*?\n\n\n", text, re.S)
+        bodies[xorsign], others[xorsign] = found, text.replace(found, "").replace("x_i8", "_i8")
+    assert others[True] == others[False]
+    assert bodies[True].count("min.NaN.xorsign.abs.f32 $0, $1, $2;") == bodies[True].count("xorsign") == 1
+    assert "propagate_nan" not in bodies[True]
+    assert "inimum" not in bodies[True]
+    assert bodies[False].count("propagate_nan") == 2
+    assert "xorsign" not in bodies[False]
+
+
+UNUSUAL = (np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, -1e-45, 0.5, -0.5, 1.0, -1.0, 3e38, -3e38)
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.5, 0.0, float("inf")])
+def test_both_clamp_what_is_no_usual_number(bound: float) -> None:
+    """NaN stays NaN, an infinity becomes the bound, and a zero keeps its sign unless the bound is zero, too."""
+    carried = np.array(UNUSUAL, np.float32)
+    numbers = ~np.isnan(carried)
+    expected = np.copysign(np.minimum(np.abs(carried), np.float32(bound)), carried)[numbers]
+    for text in clamping(LARGE, "mma_f32x1u4a_b64x2c8at_i8_ptx").values():
+        clamped = load_module(text).clamp(Tensor(carried), bound).array.astype(np.float32)
+        assert np.isnan(clamped).tolist() == (~numbers).tolist()
+        if bound:
+            assert clamped[numbers].view(np.int32).tolist() == expected.view(np.int32).tolist()
+        else:  # numpy does not say which of 0 and -0 is the smaller
+            assert not clamped[numbers].any()
 
 
 def test_the_cases_have_every_way_to_sum() -> None:
