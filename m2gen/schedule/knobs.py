@@ -129,6 +129,10 @@ class Knobs:
         """Return the knobs that the other kernel must have where one kernel has these; none where any will do."""
         return {}
 
+    def on(self, device: Device) -> Self:
+        """Return the schedule with the knobs that a device decides alone as they are best there."""
+        return self
+
     @property
     def two_level(self) -> bool:
         """Whether the backward rebuilds states into a scratch, rather than loading every chunk's checkpoint."""

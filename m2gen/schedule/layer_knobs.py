@@ -41,6 +41,10 @@ class Tiles(ABC):
         """Return the tiles that have these values, one for each axis; others are ignored."""
         return cls(**{name: values[name] for name in cls.AXES})
 
+    def on(self, device: Device) -> Self:
+        """Return the tiles: a device decides none of them alone."""
+        return self
+
     @property
     def slug(self) -> str:
         """Name the tiles as an identifier that ``parse_tiles`` reads: ``convolve_r32_c128_w4``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import ClassVar, Literal, Self
 
@@ -145,6 +145,10 @@ class Mma(Knobs):
             return {}
         shared = {f"backward.{name}": values[f"forward.{name}"] for name in ("rows", "warps")}
         return {**shared, "backward.scratch": Scratch.SLOTS, "backward.chunk": SLOTS}
+
+    def on(self, device: Device) -> Self:
+        """Return the schedule with the clamp that a device has."""
+        return replace(self, backward=replace(self.backward, xorsign=device.has_xorsign))
 
     @property
     def warps_have_slots(self) -> bool:

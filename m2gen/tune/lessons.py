@@ -23,7 +23,6 @@ from m2gen.errors import ScheduleError, TuneError, UsageError, os_errors_as
 from m2gen.schedule import Schedule, parse, problems
 from m2gen.schedule.layer_knobs import Tiles
 from m2gen.schedule.learned import Kernels, features, kernels_of
-from m2gen.schedule.mma import Mma
 from m2gen.schedule.recipes import Recipe
 from m2gen.spec import Objective
 from m2gen.tune.study import decode_trial, read_journal
@@ -147,15 +146,6 @@ _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionErro
 _TIMED: TypeAdapter[tuple[str, float, float]] = TypeAdapter(tuple[str, Milliseconds, Milliseconds])
 
 
-def _as_now(trial: TrialTimes, device: Device) -> TrialTimes:
-    """Return a trial under the name that its schedule has now: earlier ones clamped by two instructions for one."""
-    schedule = trial.schedule
-    if not isinstance(schedule, Mma):
-        return trial
-    backward = replace(schedule.backward, xorsign=device.has_xorsign)
-    return replace(trial, schedule=replace(schedule, backward=backward))
-
-
 def _parts_of(schedule: Schedule) -> tuple[object, object]:
     both = schedule.family, schedule.interval, schedule.tanh, schedule.segments, schedule.slots
     return (both, schedule.forward), (both, schedule.backward)
@@ -172,9 +162,10 @@ def read(paths: Iterable[Path]) -> tuple[Lesson, ...]:
     for path in paths:
         for at, timed in _read_one(path).items():
             known = found.setdefault(at, {})
-            for trial in (_as_now(trial, at.device) for trial in timed.values()):
-                earlier = known.get(trial.schedule, trial)
-                known[trial.schedule] = min(trial, earlier, key=lambda t: (t.ms, t.forward_ms))
+            for trial in timed.values():
+                schedule = trial.schedule.on(at.device)  # some are from before this GPU's clamp was used
+                same = known.get(schedule, trial)
+                known[schedule] = min(replace(trial, schedule=schedule), same, key=lambda t: (t.ms, t.forward_ms))
     enough = {at: by for at, by in found.items() if len(by) >= FEWEST}
     lessons = [Lesson(at, tuple(by[s] for s in sorted(by, key=lambda s: s.slug))) for at, by in enough.items()]
     return tuple(sorted(lessons, key=lambda lesson: (lesson.at.device.arch, lesson.at.device.name, lesson.at.name)))

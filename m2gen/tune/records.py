@@ -33,6 +33,7 @@ def seeds(subject: Subject, environment: Environment, records: Iterable[Record])
     Then what the database has for this key and device, the records of the same arch nearest first (the same variant,
     then those of the same dims), and winners of other GPUs, as far as they are valid here and within the memory bound.
     Stale records count, too: kernels change more often than what makes a schedule fast, and a seed is tried, not used.
+    What a GPU decides alone is as it is best on this one.
     """
     key, tunable = key_of_subject(subject), subject.tunable
     winners = [r for r in records if r.failure is None and r.key.objective is subject.objective]
@@ -42,7 +43,8 @@ def seeds(subject: Subject, environment: Environment, records: Iterable[Record])
         return (not same, abs(record.key.bucket.place - key.bucket.place), *preference(record))
 
     def usable(record: Record) -> bool:
-        return not tunable.problems(record.schedule, subject.device) and fits(subject, record.schedule)
+        schedule = record.schedule.on(subject.device)
+        return not tunable.problems(schedule, subject.device) and fits(subject, schedule)
 
     alike = sorted((r for r in winners if r.key.variant.startswith(tunable.kin) and usable(r)), key=distance)
     here = [r for r in alike if r.environment.arch == environment.arch]
@@ -53,7 +55,7 @@ def seeds(subject: Subject, environment: Environment, records: Iterable[Record])
     found = {tunable.default(subject.device, key.bucket): "default"}
     for origin, group in groups:
         for record in group:
-            found.setdefault(record.schedule, origin)
+            found.setdefault(record.schedule.on(subject.device), origin)
     return list(found.items())
 
 

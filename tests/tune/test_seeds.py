@@ -35,6 +35,7 @@ DEVICE = replace(TARGETS["sm_90"], name=H200, sm_count=SMS)
 BATCH = sequences_in(Bucket.FOUR, VARIANT.total_heads)
 SUBJECT = Subject(VARIANT, DEVICE, Objective.TRAIN, BATCH, 4096, MemoryBound())
 BASE = default(VARIANT, DEVICE)
+A100 = replace(TARGETS["sm_80"], name="NVIDIA A100-SXM4-80GB")
 HERE, ELSEWHERE = environment(), environment("NVIDIA A100-SXM4-80GB", "sm_80")
 FIRST, SECOND, THIRD, FOURTH, FIFTH, SIXTH = (make_schedule(interval=4 * n) for n in range(1, 7))
 
@@ -81,9 +82,20 @@ def test_what_is_no_seed() -> None:
         winner(variant=OTHER_DIMS, schedule=FIRST),
         replace(infer, key=replace(infer.key, objective=Objective.INFER)),
         failed(variant=VARIANT, schedule=THIRD),
-        winner(variant=VARIANT, schedule=BASE, where=environment(H100)),
+        winner(variant=VARIANT, schedule=BASE.on(A100), where=ELSEWHERE),
     )
     assert named(SUBJECT, *records) == [(BASE.slug, "default")]
+
+
+def test_seeds_have_what_the_gpu_decides() -> None:
+    """A clamp of two instructions is one where the GPU has that, and one of one is two where it has not."""
+    schedule = parse("mma_f64x2u8at_b64x2c8atx_i8_ptx")
+    for device, elsewhere in ((DEVICE, A100), (A100, DEVICE)):
+        there = schedule.on(elsewhere)
+        assert problems(VARIANT, there, device) or there != schedule.on(device)
+        record = winner(variant=VARIANT, schedule=there, where=environment(elsewhere.name, elsewhere.arch))
+        found = [one for one, origin in seeds(replace(SUBJECT, device=device), HERE, [record]) if origin != "default"]
+        assert found == [schedule.on(device)]
 
 
 def test_few_similar_records_are_seeds() -> None:

@@ -115,8 +115,9 @@ def test_the_check_cuts_walks() -> None:
     """Its problems are longer than a segment of any interval, so what is timed in segments was verified in segments."""
     shortest = [replace(BASE, interval=interval, segments=3).shortest_segment for interval in AXES["interval"]]
     assert max(shortest) < STEPS
-    for asked in seeded_cases(SMALL, STEPS):
-        assert sum(asked.case.problem.lengths or (asked.case.problem.seq,)) > max(shortest)
+    for asked in (*seeded_cases(SMALL, STEPS), *seeded_cases(SMALL, STEPS, held_out=True)):
+        lengths = asked.case.problem.lengths or (asked.case.problem.seq,)
+        assert sum(lengths) > len(lengths) * max(shortest)
 
 
 def test_segments_are_points_where_programs_take_turns() -> None:
