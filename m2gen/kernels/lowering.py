@@ -150,6 +150,11 @@ class Lowering:
         return self.forward.slots
 
     @property
+    def forward_registers(self) -> int:
+        """Most registers a thread of a forward with slots, if the schedule says so."""
+        return self.forward.registers
+
+    @property
     def slot_rows(self) -> int:
         """Rows of a warp of such a backward."""
         return self.backward.rows // self.backward.warps

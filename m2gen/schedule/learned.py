@@ -45,13 +45,13 @@ def kernels_of(variant: Variant, device: Device) -> Kernels:
 
 
 def features(variant: Variant, bucket: Bucket) -> dict[str, float]:
-    """Return what the rule asks of a problem: sizes of tiles, programs, and how products are made."""
+    """Return what the rule asks of a problem, what is likelier to matter first: sizes, then how products are made."""
     single = variant.dtype is Dtype.FP32
     return {
         "cols": variant.padded_cols,
         "rows": variant.padded_rows,
-        "programs per SM": PER_SM[bucket],
         "warps per SM": PER_SM[bucket] * variant.padded_rows * variant.padded_cols / 512,
+        "programs per SM": PER_SM[bucket],
         "bits": 32 if single else 16,
         "tensor cores": not (single and variant.products is Fp32Products.IEEE),
         "heads per q": variant.total_heads // variant.heads.q,

@@ -29,6 +29,8 @@ SLOTS = 8
 """Steps of an interval whose sums one product makes: the columns of a product."""
 SLOT_ROWS = (32, 16)
 """Rows of the state that a warp may have where steps have slots, the usual number first."""
+FORWARD_REGISTERS = (0, 168, 255)
+"""Most registers a thread of a forward with slots: what ptxas likes, three warps a scheduler, and all there are."""
 RESIDENT_WARPS = 8
 """Warps that an SM of NVIDIA has registers for, with the 255 a thread that a backward takes."""
 
@@ -40,10 +42,13 @@ class MmaForward(ForwardTile):
     slots: bool = False
     """Whether each step of an iteration has a slot of the products that make k v^T and y. Where the backward has slots,
     too, with as many rows and warps, since both kernels then have one layout."""
+    registers: int = 0
+    """Most registers a thread where it has slots, 0 for as many as ptxas likes: with more, loads and products are on
+    their way for longer, and fewer programs are."""
 
     @property
     def slug(self) -> str:
-        return super().slug + ("t" if self.slots else "")
+        return super().slug + (f"t{self.registers or ''}" if self.slots else "")
 
 
 @dataclass(frozen=True)
@@ -74,13 +79,14 @@ class Mma(Knobs):
     AXES: ClassVar[Axes] = {
         **FORWARD_AXES,
         "forward.slots": (False, True),
+        "forward.registers": FORWARD_REGISTERS,
         **BACKWARD_AXES,
         "backward.scratch": tuple(Scratch),
         "backward.xorsign": (False, True),
         **SHARED_AXES,
     }
     PARTS: ClassVar = {"forward": MmaForward, "backward": MmaBackward}
-    IMPLIED: ClassVar = {"forward.slots": False, "backward.xorsign": False}
+    IMPLIED: ClassVar = {"forward.slots": False, "forward.registers": 0, "backward.xorsign": False}
 
     @classmethod
     def unsupported(cls, variant: Variant, device: Device) -> str:
@@ -136,7 +142,9 @@ class Mma(Knobs):
     def axes(cls, variant: Variant, device: Device) -> Axes:
         """Return the axes without values that no schedule of the variant can have, or that only cost time."""
         found = {**super().axes(variant, device), "backward.xorsign": (device.has_xorsign,)}
-        return found if cls.has_slots(variant, device) else {**found, "forward.slots": (False,)}
+        return (
+            found if cls.has_slots(variant, device) else {**found, "forward.slots": (False,), "forward.registers": (0,)}
+        )
 
     @classmethod
     def beside(cls, values: Mapping[str, Value]) -> Mapping[str, Value]:
@@ -172,6 +180,9 @@ class Mma(Knobs):
             yield from self._slot_problems(variant, device)
         if self.forward.slots:
             yield from self._forward_slot_problems()
+        if self.forward.registers not in (FORWARD_REGISTERS if self.forward.slots else (0,)):
+            valid = " or ".join(map(str, FORWARD_REGISTERS)) if self.forward.slots else "0 unless the forward has slots"
+            yield f"forward.registers must be {valid}, got {self.forward.registers}"
 
     def _slot_problems(self, variant: Variant, device: Device) -> Iterator[str]:
         backward, rows = self.backward, variant.padded_rows

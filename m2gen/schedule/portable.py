@@ -26,6 +26,7 @@ class PortableForward(ForwardTile):
     """How a portable forward runs: the compiler makes its sums, in which steps have no slots."""
 
     slots: ClassVar[bool] = False
+    registers: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)

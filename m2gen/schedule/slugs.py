@@ -13,7 +13,8 @@ from m2gen.schedule.portable import Portable, PortableBackward, PortableForward
 from m2gen.schedule.wgmma import WarpgroupBackward, WarpgroupForward, Wgmma
 
 _TILES = re.compile(
-    r"(portable|mma)_f(\d+)x(\d+)u(\d+)([ap])(t?)_b(\d+)x(\d+)c(\d+)([ap])([st]?)(x?)_i(\d+)(?:_s(\d+))?_(ptx|exp)",
+    r"(portable|mma)_f(\d+)x(\d+)u(\d+)([ap])(?:(t)([1-9]\d*)?)?"
+    r"_b(\d+)x(\d+)c(\d+)([ap])([st]?)(x?)_i(\d+)(?:_s(\d+))?_(ptx|exp)",
     re.ASCII,
 )
 _WARPGROUP = re.compile(r"wgmma_([ap])([ap])_i(\d+)_(ptx|exp)", re.ASCII)
@@ -25,19 +26,20 @@ def parse(slug: str) -> Portable | Mma | Wgmma:
     """Return the schedule that a slug names; raises ``ScheduleError`` for any other text."""
     found = _WARPGROUP.fullmatch(slug)
     if found is not None:
-        forward, backward = WarpgroupForward(_REDUCTIONS[found[1]]), WarpgroupBackward(_REDUCTIONS[found[2]])
-        return Wgmma(forward, backward, int(found[3]), Tanh(found[4]))
+        each = WarpgroupForward(_REDUCTIONS[found[1]]), WarpgroupBackward(_REDUCTIONS[found[2]])
+        return Wgmma(*each, int(found[3]), Tanh(found[4]))
     found = _TILES.fullmatch(slug)
-    if found is None or (found[1] == "portable" and (found[6] or found[11] or found[12])):
+    if found is None or (found[1] == "portable" and (found[6] or found[12] or found[13])):
         raise ScheduleError(f"a schedule must begin with its family, as mma_f32x1u4a_b32x1c2as_i16_ptx, got {slug!r}")
     tile = (int(found[2]), int(found[3]), int(found[4]), _REDUCTIONS[found[5]])
-    back = (int(found[7]), int(found[8]), int(found[9]), _REDUCTIONS[found[10]])
-    interval, segments, tanh = int(found[13]), int(found[14] or 1), Tanh(found[15])
+    back = (int(found[8]), int(found[9]), int(found[10]), _REDUCTIONS[found[11]])
+    interval, segments, tanh = int(found[14]), int(found[15] or 1), Tanh(found[16])
     if found[1] == "portable":
         return Portable(PortableForward(*tile), PortableBackward(*back), interval, tanh, segments)
-    scratch = {"": Scratch.L2, "s": Scratch.SHARED, "t": Scratch.SLOTS}[found[11]]
-    clamping = MmaBackward(*back, scratch, xorsign=bool(found[12]))
-    return Mma(MmaForward(*tile, slots=bool(found[6])), clamping, interval, tanh, segments)
+    scratch = {"": Scratch.L2, "s": Scratch.SHARED, "t": Scratch.SLOTS}[found[12]]
+    forward = MmaForward(*tile, slots=bool(found[6]), registers=int(found[7] or 0))
+    backward = MmaBackward(*back, scratch, xorsign=bool(found[13]))
+    return Mma(forward, backward, interval, tanh, segments)
 
 
 def parse_tiles(slug: str) -> AnyTiles:

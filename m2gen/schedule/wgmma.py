@@ -50,6 +50,7 @@ class WarpgroupForward(Warpgroup):
     """How the forward runs."""
 
     slots: ClassVar[bool] = False
+    registers: ClassVar[int] = 0
 
 
 @dataclass(frozen=True)

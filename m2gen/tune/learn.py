@@ -1,8 +1,8 @@
 """Learn the default schedules of an arch from trials: a small tree over problems, with a few recipes at each leaf.
 
 The times of a forward and of a backward add up, so each pair of a forward and a backward that were timed in any trials
-of one workload counts as timed. A recipe is judged by how much longer it takes than the best of its workload. Leaves
-are split, by the feature and threshold that help most, until every workload is within ``CLOSE`` of its best.
+of one workload counts as timed. A recipe is judged by how much longer it takes than the best of its workload. The tree
+is the cheapest that there is, where a split costs ``GAIN``; leaves that serve all within ``CLOSE`` are not split.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +25,8 @@ CLOSE = 0.03
 """Fraction of time over the best of every workload below which a leaf is not split."""
 GAIN = 0.05
 """Least sum of logarithms that a split must save."""
+DIGITS = 6
+"""Digits of costs that are compared; trees that differ by less cost the same."""
 MOST_RECIPES = 4
 """Most recipes of a leaf: each serves problems that those before it cannot."""
 
@@ -32,70 +35,108 @@ def fit(lessons: Sequence[Lesson]) -> dict[str, Any]:
     """Return the trees that serve lessons best, one for each kind of kernels, as JSON values."""
     found = {}
     for kernels in Kernels:
-        same = [lesson for lesson in lessons if lesson.at.kernels is kernels]
+        same = tuple(lesson for lesson in lessons if lesson.at.kernels is kernels)
         if same:
-            found[str(kernels)] = _grow(same, _recipes(same))
+            found[str(kernels)] = _Trees(_recipes(same)).best(same).tree
     return found
 
 
 def _recipes(lessons: Iterable[Lesson]) -> list[Recipe]:
-    """Return every recipe that was timed, in a fixed order."""
-    return sorted({Recipe.of(t.schedule, each.at.variant) for each in lessons for t in each.trials}, key=repr)
+    """Return every recipe that was timed, first those that most workloads were timed with."""
+    timed = Counter(
+        recipe for each in lessons for recipe in {Recipe.of(trial.schedule, each.at.variant) for trial in each.trials}
+    )
+    return sorted(timed, key=lambda recipe: (-timed[recipe], repr(recipe)))
 
 
-def _grow(lessons: Sequence[Lesson], recipes: Sequence[Recipe]) -> dict[str, Any]:
-    return _grown(lessons, recipes)[0]
+@dataclass(frozen=True)
+class _Grown:
+    """A tree, and what it costs: the logarithms of its lessons' times over their best, and ``GAIN`` for each split."""
+
+    tree: dict[str, Any]
+    cost: float
 
 
-def _grown(lessons: Sequence[Lesson], recipes: Sequence[Recipe]) -> tuple[dict[str, Any], float]:
-    """Return a tree and what lessons cost with it: a leaf, unless branches are better, or become so further down."""
-    chosen, costs = _choose(lessons, recipes)
-    leaf = _leaf(lessons, chosen), sum(costs)
-    splits = list(_splits(lessons))
-    if max(costs) <= math.log1p(CLOSE) or not splits:
-        return leaf
+@dataclass(frozen=True)
+class _Split:
+    """Lessons up to a threshold of a feature, and the others."""
 
-    def total(split: tuple[str, float]) -> float:
-        return sum(sum(_choose(side, recipes)[1]) for side in _sides(lessons, *split))
+    feature: str
+    low: float
+    """The largest value of the former."""
+    high: float
+    """The least of the latter."""
+    yes: tuple[Lesson, ...]
+    no: tuple[Lesson, ...]
 
-    feature, at_most = min(splits, key=total)
-    (yes, one), (no, other) = (_grown(side, recipes) for side in _sides(lessons, feature, at_most))
-    if one + other > leaf[1] - GAIN:
-        return leaf
-    return {"feature": feature, "at most": at_most, "yes": yes, "no": no}, one + other
+    @property
+    def at_most(self) -> float:
+        """A threshold halfway by ratio, in two digits, as nothing is known in between."""
+        middle = float(f"{math.sqrt(self.low * self.high):.2g}")
+        return middle if self.low <= middle < self.high else self.low
+
+    @property
+    def gap(self) -> float:
+        """How far apart both sides are, as a ratio: what lies between is the likelier to be served well."""
+        return math.inf if not self.low else self.high / self.low
 
 
-def _leaf(lessons: Sequence[Lesson], chosen: Sequence[Recipe]) -> dict[str, Any]:
-    return {"recipes": [recipe.written for recipe in chosen], "of": [lesson.at.name for lesson in lessons]}
+class _Trees:
+    """The cheapest tree of any lessons, of which each set is worked out once."""
+
+    def __init__(self, recipes: Sequence[Recipe]) -> None:
+        self._recipes = recipes
+        self._known: dict[tuple[int, ...], _Grown] = {}
+
+    def best(self, lessons: tuple[Lesson, ...]) -> _Grown:
+        """Return a leaf, unless it serves a lesson badly and a split is cheaper.
+
+        Of equal ones it is that of the earlier feature, which says more of other problems, then of the widest gap.
+        """
+        key = tuple(map(id, lessons))
+        if key not in self._known:
+            self._known[key] = self._grow(lessons)
+        return self._known[key]
+
+    def _grow(self, lessons: tuple[Lesson, ...]) -> _Grown:
+        chosen, costs = _choose(lessons, self._recipes)
+        leaf = _Grown(
+            {"recipes": [recipe.written for recipe in chosen], "of": [lesson.at.name for lesson in lessons]}, sum(costs)
+        )
+        splits, names = list(_splits(lessons)), list(lessons[0].at.having)
+        if max(costs) <= math.log1p(CLOSE) or not splits:
+            return leaf
+        costing = {split: self.best(split.yes).cost + self.best(split.no).cost + GAIN for split in splits}
+        best = min(splits, key=lambda split: (round(costing[split], DIGITS), names.index(split.feature), -split.gap))
+        if costing[best] >= leaf.cost:
+            return leaf
+        yes, no = self.best(best.yes).tree, self.best(best.no).tree
+        return _Grown({"feature": best.feature, "at most": best.at_most, "yes": yes, "no": no}, costing[best])
 
 
-def _splits(lessons: Sequence[Lesson]) -> Iterator[tuple[str, float]]:
+def _splits(lessons: Sequence[Lesson]) -> Iterator[_Split]:
     for feature in lessons[0].at.having:
         values = sorted({lesson.at.having[feature] for lesson in lessons})
-        yield from ((feature, _between(low, high)) for low, high in pairwise(values))
-
-
-def _between(low: float, high: float) -> float:
-    """Return a threshold halfway by ratio, in two digits, as nothing is known in between."""
-    middle = float(f"{math.sqrt(low * high):.2g}")
-    return middle if low <= middle < high else low
-
-
-def _sides(lessons: Sequence[Lesson], feature: str, at_most: float) -> tuple[list[Lesson], list[Lesson]]:
-    low = [lesson for lesson in lessons if lesson.at.having[feature] <= at_most]
-    return low, [lesson for lesson in lessons if lesson not in low]
+        for low, high in pairwise(values):
+            sides: dict[bool, list[Lesson]] = {True: [], False: []}
+            for lesson in lessons:
+                sides[lesson.at.having[feature] <= low].append(lesson)
+            yield _Split(feature, low, high, tuple(sides[True]), tuple(sides[False]))
 
 
 def _choose(lessons: Sequence[Lesson], recipes: Sequence[Recipe]) -> tuple[list[Recipe], list[float]]:
     """Return the recipes that serve lessons best, and what each lesson then costs.
 
-    The first is the one of least cost altogether, the next the one of least cost for those that the first cannot serve.
+    The first is, of those within ``CLOSE`` of the least cost, the one that most workloads were timed with, the next
+    likewise for those that the first cannot serve: what one workload alone was timed with is seldom another's best.
     """
     chosen: list[Recipe] = []
     left = list(lessons)
     costs = dict.fromkeys(lessons, UNKNOWN)
     while left and len(chosen) < MOST_RECIPES:
-        recipe = min(recipes, key=lambda r: sum(UNKNOWN if (c := each.cost(r)) is None else c for each in left))
+        totals = [sum(UNKNOWN if (c := each.cost(r)) is None else c for each in left) for r in recipes]
+        within = min(totals) + math.log1p(CLOSE) * len(left)
+        recipe = next(r for r, total in zip(recipes, totals, strict=True) if total <= within)
         served = {each: cost for each in left if (cost := each.cost(recipe)) is not None}
         if not served:
             break

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from m2gen.kernels.options import MOST_REGISTERS
 from m2gen.schedule import AnySchedule, Schedule
 from m2gen.schedule.layer_knobs import Tiles
 from m2gen.tune.coordinates import Axes, axes_of, columns, distributions, indices, moved, place, values_of
@@ -78,8 +79,9 @@ def tiles(starts: Sequence[Schedule], points: Sequence[AnySchedule]) -> list[Any
         "forward.unroll": back.chunk,
         "forward.slots": True,
     }
+    several = [{**slots, "forward.registers": most} for most in (MOST_REGISTERS, 0)]
     for segments in (first.segments, MANY_SEGMENTS):
-        found += [moved(first, {**knobs, "segments": segments}) for knobs in (slots, pair, {})]
+        found += [moved(first, {**knobs, "segments": segments}) for knobs in (*several, pair, {})]
     every = set(points)
     return [point for point in dict.fromkeys(found) if point in every and point != first]
 

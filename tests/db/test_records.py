@@ -86,7 +86,7 @@ def test_a_record_holds_the_knobs_of_its_family(family: str) -> None:
     written = json.loads(encode(record))["schedule"]
     assert written.pop("family") == family
     knobs = {f"{a}.{b}" for a in ("forward", "backward") for b in written.pop(a)} | set(written)
-    assert knobs == set(schedule.AXES) - ({"forward.slots"} if family == "mma" else set())
+    assert knobs == set(schedule.AXES) - ({"forward.slots", "forward.registers"} if family == "mma" else set())
     assert decode(encode(record)) == record
 
 
@@ -103,6 +103,11 @@ def test_a_forward_with_slots_has_a_knob_more() -> None:
     told["schedule"]["forward"]["slots"] = False
     with pytest.raises(NotARecord, match="canonical"):
         decode(json.dumps(told, sort_keys=True))
+    assert "registers" not in json.loads(encode(record))["schedule"]["forward"]
+    more = winner(variant=variant, schedule=parse("mma_f64x2u8at255_b64x2c8at_i8_ptx"))
+    assert json.loads(encode(more))["schedule"]["forward"]["registers"] == 255
+    assert decode(encode(more)) == more
+    assert more.provenance.kernel != record.provenance.kernel
 
 
 def test_a_backward_that_clamps_by_one_instruction_has_a_knob_more() -> None:

@@ -113,9 +113,21 @@ def test_slots_serve_the_published_dims() -> None:
     published = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
     reasons = problems(published, parse("mma_f64x2u8at_b32x1c2as_i16_ptx"), TARGETS["sm_90"])
     assert "backward.scratch must be slots where the forward has slots, got shared" in reasons
-    cut = parse("mma_f64x2u8a_b64x2c8at_i8_s7_ptx")
-    reasons = problems(published, cut, TARGETS["sm_90"])
-    assert not reasons
+    for slug in ("mma_f64x2u8a_b64x2c8at_i8_s7_ptx", "mma_f64x2u8at168_b64x2c8at_i8_ptx"):
+        assert not problems(published, parse(slug), TARGETS["sm_90"])
+
+
+def test_registers_are_said_of_forwards_with_slots() -> None:
+    """As many as are searched; others have what their family gives them, and their slugs name none."""
+    published = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
+    schedule = parse("mma_f64x2u8at255_b64x2c8at_i8_ptx")
+    assert isinstance(schedule, Mma)
+    assert (schedule.forward.registers, parse(schedule.slug)) == (255, schedule)
+    reasons = problems(published, parse("mma_f64x2u8at64_b64x2c8at_i8_ptx"), TARGETS["sm_90"])
+    assert reasons == ("forward.registers must be 0 or 168 or 255, got 64",)
+    plain = replace(schedule, forward=replace(schedule.forward, slots=False))
+    reasons = problems(published, plain, TARGETS["sm_90"])
+    assert reasons == ("forward.registers must be 0 unless the forward has slots, got 255",)
 
 
 def test_every_reason_at_once() -> None:

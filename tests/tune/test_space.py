@@ -32,6 +32,7 @@ from m2gen.schedule import (
     problems,
 )
 from m2gen.schedule.knobs import SHORTEST_SEGMENT
+from m2gen.schedule.mma import FORWARD_REGISTERS
 from m2gen.spec import Objective
 from m2gen.tune.coordinates import AXES, indices, moved, values_of
 from m2gen.tune.knobs import importances, study_of
@@ -105,7 +106,8 @@ def test_a_sampler_learns_of_axes_with_a_choice() -> None:
     assert second is not None
     assert second.schedule in points
     assert second.asked is not None
-    assert set(second.asked.params) == set(AXES) - {"interval", "tanh", "segments", "forward.slots"}
+    constant = {"interval", "tanh", "segments", "forward.slots", "forward.registers"}
+    assert set(second.asked.params) == set(AXES) - constant
     other = next(point for point in POINTS if point.interval != BASE.interval)
     proposer.tell(None, _trial(other))  # of another run, beyond these points
     assert proposer.ask() is not None
@@ -210,6 +212,8 @@ def test_slots_are_points_where_they_serve() -> None:
         both = {(p.forward, p.backward.warps, p.backward.scratch) for p in points if p.forward.slots}
         tiles = {(f.rows, f.warps, f.unroll, f.warps == warps, scratch) for f, warps, scratch in both}
         assert tiles == ({(32, warps, 8, True, Scratch.SLOTS) for warps in (1, 2)} if serves else set())
+        registers = {(p.forward.slots, p.forward.registers) for p in points if isinstance(p, Mma)}
+        assert registers == {(False, 0)} | ({(True, most) for most in FORWARD_REGISTERS} if serves else set())
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
