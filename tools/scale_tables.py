@@ -4,8 +4,7 @@ python tools/scale_tables.py docs/scale.md --cpus docs/data/ranks_16_cpus.json -
 python tools/scale_tables.py docs/scale.md ... --from docs/data/ranks_4_h200.json --from docs/data/ranks_8_h200.json
 
 ``--from`` takes what ``m2gen bench --gpus N --out FILE`` wrote; what one file lacks, the next may have. Predictions are
-of the cases that this command runs by default, from docs/data/layers_h200.json and docs/data/speed_h200.json, which one
-GPU measured.
+of the cases that this command runs by default, from docs/data/layers_h200.json, which one GPU measured.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from m2gen import pipeline
-from m2gen.bench.document import Document, load_run, ranks_of
+from m2gen.bench.document import load_run, ranks_of
 from m2gen.bench.layers.document import LayerRow, load_layers
 from m2gen.bench.layers.kinds import LayerKind, Part
 from m2gen.bench.ranks.entries import Link, RankDocument, RankRow
@@ -40,22 +39,18 @@ COLUMNS = (
 
 
 def one_gpu() -> OneGpu:
-    """Return what docs/data has of one GPU: layers of the width of models, and the recurrence of one long sequence."""
-    document, speed = load_layers(DATA / "layers_h200.json"), load_run(DATA / "speed_h200.json")
+    """Return what docs/data has of one GPU: layers of the width of models, and the recurrences of all their workloads."""
+    document = load_layers(DATA / "layers_h200.json")
     assert document is not None
-    assert isinstance(speed, Document)
     sms = document.environment.sm_count
     rows = [row for row in document.layer_rows if not row.call.decodes]
     layers = fitted_layers(pipeline.plan(SPEC, None, ()), RanksRequest(2))
     heads = {name: variant.total_heads for name, (variant, _) in layers.items()}
+    rows.sort(key=lambda row: row.batch)  # of a layer's workloads that of most sequences is kept
+    timed = [_times(row, heads[row.layer]) for row in rows if row.kind is LayerKind.EAGER]
     ours = {row.layer: _times(row, heads[row.layer]) for row in rows if row.kind is LayerKind.EAGER}
     others = {row.layer: _times(row, 0) for row in rows if row.kind is LayerKind.ATTENTION}
-    points = [
-        (row.batch * heads[row.layer] / sms, 1e3 * row.step.median_ms / row.seq)
-        for row in speed.rows
-        if row.layer in heads and row.batch == 1 and row.implementation == "tuned" and row.step is not None
-    ]
-    points += [(t.batch * t.heads / sms, 1e3 * t.recurrence_ms / t.seq) for t in ours.values()]
+    points = [(t.batch * t.heads / sms, 1e3 * t.recurrence_ms / t.seq) for t in timed]
     return OneGpu(ours, others, sorted(points), sms)
 
 
