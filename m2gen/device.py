@@ -32,7 +32,8 @@ class Device:
     @property
     def has_xorsign(self) -> bool:
         """Whether one instruction takes the smaller size with the signs of both (PTX ISA: ``.xorsign``, from sm_86)."""
-        return self.is_nvidia and int(self.arch.removeprefix("sm_")) >= 86
+        number = self.arch.removeprefix("sm_").rstrip("af")  # sm_90a and sm_100f are parts of what others run, too
+        return self.is_nvidia and number.isdecimal() and int(number) >= 86
 
 
 def _nvidia(arch: str, sm_count: int, shared_kib: int) -> Device:

@@ -12,7 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,6 @@ SOURCE = re.compile(r"<dc:source>(.*?)</dc:source>")
 HEADING = {"x": 0.012, "ha": "left", "fontsize": 11.5, "weight": "bold"}
 
 
-FEWER = "_of_few"
-"""What the name of an adapter ends with that is another one, but chooses among fewer candidates."""
-
-
 def bench(plot: Plot) -> None:
     """Draw a run of ``m2gen bench``, as its ``--from`` and ``--plot`` do."""
     (path,) = plot.sources
@@ -44,8 +40,7 @@ def bench(plot: Plot) -> None:
         return
     run = load_run(path)
     if isinstance(run, Document):
-        rows = (replace(row, implementation=row.implementation.removesuffix(FEWER)) for row in run.rows)
-        draw_speed(replace(run, rows=tuple(rows)), plot)
+        draw_speed(run, plot)
     else:
         draw_sweeps(run, plot)
 

@@ -1,7 +1,6 @@
 """Write the tables of a run of ``m2gen bench --layers`` into a page, between two marks.
 
-python tools/layer_tables.py docs/data/layers_h200.json docs/model-step.md --apart docs/data/gated_deltanet_h200.json \
-    --apart docs/data/gated_deltanet_410m_h200.json --apart docs/data/layers_graph_h200.json
+python tools/layer_tables.py docs/data/layers_h200.json docs/model-step.md --apart docs/data/layers_published_h200.json
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from m2gen import pipeline
-from m2gen.bench.document import load_run, ranks_of
+from m2gen.bench.document import ranks_of
 from m2gen.bench.layers.document import LayerRow, load_layers
 from m2gen.bench.layers.kinds import LayerKind, Part
 from m2gen.bench.ranks.entries import Link, RankDocument, RankRow
@@ -39,7 +39,7 @@ COLUMNS = (
 
 
 def one_gpu() -> OneGpu:
-    """Return what docs/data has of one GPU: layers of the width of models, and the recurrences of all their workloads."""
+    """Return what docs/data has of one GPU: layers of the width of models, and recurrences of all their workloads."""
     document = load_layers(DATA / "layers_h200.json")
     assert document is not None
     sms = document.environment.sm_count

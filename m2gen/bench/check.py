@@ -54,7 +54,7 @@ def _cases(entry: Entry) -> tuple[SeededCase, ...]:
 def _prompt_cases(batch: int) -> tuple[SeededCase, ...]:
     """Return short prompts of the batch that is timed, from states, and prompts of any length from zeros."""
     short = replace(packed_problem(batch, 2 * TOKENS), initial_state=True)
-    fresh = Problem(0, 0, lengths=(0, 5, STEPS - 1, 1))
+    fresh = Problem(0, 0, lengths=(0, 5, 3 * STEPS - 1))  # of which the mean is more than a segment
     return (SeededCase(Case("prompts", short, Loss.Y), SEED), SeededCase(Case("new_prompts", fresh, Loss.Y), SEED + 1))
 
 

@@ -188,7 +188,7 @@ class Knobs:
         """Return the knobs that ``describe`` does not say, and that ``other`` has not alike."""
         names = [name for name in self.AXES if name.rpartition(".")[2] not in ("rows", "warps", "segments")]
         mine, others = ({name: attrgetter(name)(each) for name in names} for each in (self, other))
-        return [f"{name} {value}" for name, value in mine.items() if others[name] != value]
+        return [name if value is True else f"{name} {value}" for name, value in mine.items() if others[name] != value]
 
 
 def _both(forward: int, backward: int) -> str:

@@ -154,6 +154,11 @@ class Mma(Knobs):
         shared = {f"backward.{name}": values[f"forward.{name}"] for name in ("rows", "warps")}
         return {**shared, "backward.scratch": Scratch.SLOTS, "backward.chunk": SLOTS}
 
+    def _differing(self, other: Knobs) -> list[str]:
+        """Leave out that the forward has slots where its registers are said, which no other has."""
+        found = super()._differing(other)
+        return [knob for knob in found if not (self.forward.registers and knob.startswith("forward.slots"))]
+
     def on(self, device: Device) -> Self:
         """Return the schedule with the clamp that a device has."""
         return replace(self, backward=replace(self.backward, xorsign=device.has_xorsign))

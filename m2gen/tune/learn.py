@@ -24,7 +24,7 @@ from m2gen.tune.lessons import UNKNOWN, Lesson, written
 CLOSE = 0.03
 """Fraction of time over the best of every workload below which a leaf is not split."""
 GAIN = 0.05
-"""Least sum of logarithms that a split must save."""
+"""What a split costs: the sum of logarithms that it must save."""
 DIGITS = 6
 """Digits of costs that are compared; trees that differ by less cost the same."""
 MOST_RECIPES = 4
@@ -106,12 +106,12 @@ class _Trees:
         splits, names = list(_splits(lessons)), list(lessons[0].at.having)
         if max(costs) <= math.log1p(CLOSE) or not splits:
             return leaf
-        costing = {split: self.best(split.yes).cost + self.best(split.no).cost + GAIN for split in splits}
-        best = min(splits, key=lambda split: (round(costing[split], DIGITS), names.index(split.feature), -split.gap))
-        if costing[best] >= leaf.cost:
+        priced = [(self.best(split.yes).cost + self.best(split.no).cost + GAIN, split) for split in splits]
+        cost, best = min(priced, key=lambda one: (round(one[0], DIGITS), names.index(one[1].feature), -one[1].gap))
+        if round(cost, DIGITS) >= round(leaf.cost, DIGITS):
             return leaf
         yes, no = self.best(best.yes).tree, self.best(best.no).tree
-        return _Grown({"feature": best.feature, "at most": best.at_most, "yes": yes, "no": no}, costing[best])
+        return _Grown({"feature": best.feature, "at most": best.at_most, "yes": yes, "no": no}, cost)
 
 
 def _splits(lessons: Sequence[Lesson]) -> Iterator[_Split]:
@@ -131,19 +131,20 @@ def _choose(lessons: Sequence[Lesson], recipes: Sequence[Recipe]) -> tuple[list[
     likewise for those that the first cannot serve: what one workload alone was timed with is seldom another's best.
     """
     chosen: list[Recipe] = []
-    left = list(lessons)
-    costs = dict.fromkeys(lessons, UNKNOWN)
+    costs = [UNKNOWN] * len(lessons)
+    left = list(range(len(lessons)))
     while left and len(chosen) < MOST_RECIPES:
-        totals = [sum(UNKNOWN if (c := each.cost(r)) is None else c for each in left) for r in recipes]
+        totals = [sum(UNKNOWN if (c := lessons[i].cost(r)) is None else c for i in left) for r in recipes]
         within = min(totals) + math.log1p(CLOSE) * len(left)
         recipe = next(r for r, total in zip(recipes, totals, strict=True) if total <= within)
-        served = {each: cost for each in left if (cost := each.cost(recipe)) is not None}
+        served = {i: cost for i in left if (cost := lessons[i].cost(recipe)) is not None}
         if not served:
             break
         chosen.append(recipe)
-        costs |= served
-        left = [each for each in left if each not in served]
-    return chosen, list(costs.values())
+        for i, cost in served.items():
+            costs[i] = cost
+        left = [i for i in left if i not in served]
+    return chosen, costs
 
 
 def rules_of(lessons: Sequence[Lesson]) -> dict[str, Any]:
@@ -199,6 +200,7 @@ def _judge(lesson: Lesson, lessons: Sequence[Lesson], trees: dict[str, Any]) -> 
 def left_out(lessons: Sequence[Lesson], lesson: Lesson) -> Schedule | None:
     """Return the schedule for a lesson by its arch's rule, learned without its variant; None where that has none."""
     at = lesson.at
-    same = [other for other in lessons if other.at.device.arch == at.device.arch]
-    tree = fit([other for other in same if other.at.variant != at.variant]).get(str(at.kernels))
+    alike = at.device.arch, at.kernels
+    same = [o for o in lessons if (o.at.device.arch, o.at.kernels) == alike and o.at.variant != at.variant]
+    tree = fit(same).get(str(at.kernels))
     return next(serving(tree, at.variant, at.device, at.bucket), None) if tree else None

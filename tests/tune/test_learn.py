@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command_line import document, fails, run
@@ -194,33 +195,54 @@ def test_of_recipes_as_good_a_leaf_has_the_one_that_most_know(tmp_path: Path) ->
         assert recipe.at(first.at.variant, first.at.device).slug == expected
 
 
-def test_a_split_may_be_worth_it_further_down(tmp_path: Path) -> None:
-    """Few and many programs want one recipe, and those in between another: no first split of a greedy tree helps."""
-    ends, middle = [(SLUGS[0], 1.0, 1.0), (SLUGS[1], 2.0, 2.0)], [(SLUGS[0], 2.0, 2.0), (SLUGS[1], 1.0, 1.0)]
+def splits(tree: dict[str, Any]) -> int:
+    """Return how many splits a tree has."""
+    return 1 + splits(tree["yes"]) + splits(tree["no"]) if "feature" in tree else 0
+
+
+def wanting(folder: Path, wants: dict[int, str], times: dict[str, tuple[float, float]]) -> tuple[Lesson, ...]:
+    """Return lessons of a layer with 66 heads, each batch of a bucket, that want the recipes named in ``wants``."""
+    variant = HEADER["variant"].replace("132", "66")
     rest = [(SLUGS[2], 9.0, 9.0), ("mma_f64x4u8a_b64x4c8atx_i8_ptx", 9.0, 9.0)]
-    paths = [
-        compact(tmp_path / f"{batch}.jsonl", timed + rest, batch=batch)
-        for batch, timed in ((1, ends), (2, middle), (4, middle), (13, ends))
-    ]
-    lessons = read(paths)
+    paths = []
+    for batch, want in wants.items():
+        timed = [(slug, ms, ms) for slug, ms in zip(SLUGS, times[want], strict=False)]
+        paths.append(compact(folder / f"{batch}.jsonl", timed + rest, variant=variant, batch=batch))
+    return read(paths)
+
+
+def test_the_tree_is_the_cheapest(tmp_path: Path) -> None:
+    """Few and many programs want one recipe, those in between another: splitting where most is saved costs more."""
+    wants = dict(zip((1, 2, 4, 8, 16, 20), "AABBAA", strict=True))
+    lessons = wanting(tmp_path, wants, {"A": (1.0, 2.0), "B": (2.0, 1.0)})
+    assert len({lesson.at.bucket for lesson in lessons}) == len(wants)
     tree = fit(lessons)["slots"]
+    assert splits(tree) == 2
     for lesson in lessons:
         recipe = Recipe.read(leaf(tree, lesson.at.having)["recipes"][0])
         assert lesson.cost(recipe) == pytest.approx(0.0), lesson.at.name
 
 
 def test_a_threshold_lies_in_the_widest_gap(tmp_path: Path) -> None:
-    """Where two splits serve what was timed alike, a problem in between is taken for its nearer neighbour."""
-    ends, many = [(SLUGS[0], 1.0, 1.0), (SLUGS[1], 2.0, 2.0)], [(SLUGS[0], 2.0, 2.0), (SLUGS[1], 1.0, 1.0)]
-    rest = [(SLUGS[2], 9.0, 9.0), ("mma_f64x4u8a_b64x4c8atx_i8_ptx", 9.0, 9.0)]
-    both = [(SLUGS[0], 1.0, 1.0), (SLUGS[1], 1.0, 1.0)]
-    paths = [
-        compact(tmp_path / f"{batch}.jsonl", timed + rest, batch=batch)
-        for batch, timed in ((1, ends), (8, both), (13, many))
-    ]
-    having = {lesson.at.batch: lesson.at.having for lesson in read(paths)}
-    tree = fit(read(paths))["slots"]
-    assert leaf(tree, having[8]) == leaf(tree, having[13]) != leaf(tree, having[1])
+    """Where two splits serve what was timed alike, what either side may have goes with its nearer neighbour."""
+    times = {"A": (1.0, 2.0), "B": (2.0, 1.0), "either": (1.0, 1.0)}
+    for folder, wants in (("low", {1: "A", 2: "either", 20: "B"}), ("high", {1: "A", 8: "either", 20: "B"})):
+        (tmp_path / folder).mkdir()
+        lessons = wanting(tmp_path / folder, wants, times)
+        first, middle, last = (leaf(fit(lessons)["slots"], lesson.at.having) for lesson in by_batch(lessons))
+        assert first != last
+        assert middle == (first if folder == "low" else last)
+
+
+def by_batch(lessons: tuple[Lesson, ...]) -> list[Lesson]:
+    """Return lessons, that of fewest sequences first."""
+    return sorted(lessons, key=lambda lesson: lesson.at.batch)
+
+
+def test_leaves_that_serve_all_well_are_not_split(tmp_path: Path) -> None:
+    """Not even where what all of them lose together is more than a split costs."""
+    wants = dict(zip((1, 2, 4, 8, 16, 20), "AAABBB", strict=True))
+    assert splits(fit(wanting(tmp_path, wants, {"A": (1.0, 1.025), "B": (1.025, 1.0)}))["slots"]) == 0
 
 
 def test_searches_for_inference_are_no_lessons(tmp_path: Path) -> None:

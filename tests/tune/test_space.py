@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from itertools import islice, product
 from math import prod
@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import make_variant
 
+from m2gen.bench.check import _prompt_cases
 from m2gen.device import TARGETS
 from m2gen.kernels.lowering import Lowering
 from m2gen.measure.checks import STEPS, seeded_cases
@@ -42,7 +43,7 @@ from m2gen.tune.search import Proposer, best_combination, neighbours, tiles
 from m2gen.tune.select import select
 from m2gen.tune.space import Subject, enumerate_space, fits, space_hash
 from m2gen.tune.trial import Samples, Trial
-from m2gen.variant import parse_variant
+from m2gen.variant import Variant, parse_variant
 
 SMALL = parse_variant("k24_v16_q1_k1_v4_f4_w4_fp16_carry_approx")
 LARGE = parse_variant("k64_v16_q1_k1_v132_f132_w132_bf16_carry_approx")
@@ -117,7 +118,8 @@ def test_the_check_cuts_walks() -> None:
     """Its problems are longer than a segment of any interval, so what is timed in segments was verified in segments."""
     shortest = [replace(BASE, interval=interval, segments=3).shortest_segment for interval in AXES["interval"]]
     assert max(shortest) < STEPS
-    for asked in (*seeded_cases(SMALL, STEPS), *seeded_cases(SMALL, STEPS, held_out=True)):
+    prompts = _prompt_cases(64)[1]
+    for asked in (*seeded_cases(SMALL, STEPS), *seeded_cases(SMALL, STEPS, held_out=True), prompts):
         lengths = asked.case.problem.lengths or (asked.case.problem.seq,)
         assert sum(lengths) > len(lengths) * max(shortest)
 
@@ -196,6 +198,22 @@ def test_memory_is_that_of_the_equations() -> None:
     slots = default(LARGE, DEVICE)  # states of half the bytes, twice as often; one program writes y, dv and df
     assert slots.backward.scratch is Scratch.SLOTS
     assert extra(slots) == pytest.approx(0.563e9, rel=0.01)
+
+
+def test_forwards_with_slots_are_tried_early_with_either_registers() -> None:
+    """As many as ptxas likes, and all that there are: neither is one step of an axis from a forward without slots."""
+    subject = Subject(LARGE, DEVICE, Objective.TRAIN, 4, 4096, MemoryBound())
+    usual = default(LARGE, DEVICE)
+    early = tiles([usual], enumerate_space(subject).points)
+    assert {p.forward.registers for p in early if isinstance(p, Mma) and p.forward.slots} == {0, 255}
+    none = family_axes(SMALL)
+    assert none["forward.slots"] == (False,)
+    assert none["forward.registers"] == (0,)
+
+
+def family_axes(variant: Variant) -> Mapping[str, tuple[object, ...]]:
+    """Return the axes of ``mma`` for a variant."""
+    return dict(Mma.axes(variant, DEVICE))
 
 
 def test_slots_are_points_where_they_serve() -> None:
