@@ -14,7 +14,7 @@ from .snapshot import reload_older
 
 NAME: str = "examples"
 """Name of the package."""
-SPACE: Any = torch.ops.m2gen_examples_294f651a
+SPACE: Any = torch.ops.m2gen_examples_5c9cad08
 """Where torch has the operators of this content."""
 SPEC_FILE: str = "examples.yaml"
 """File name of the spec, without folders."""
@@ -37,7 +37,7 @@ LAYERS: Mapping[str, tuple[Point, ...]] = {
 """Layers of the spec, with the points of their grids."""
 KERNELS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "sm_90": {
-        "k16_v64_q4_k4_v4_f4_w4_fp32_carry_exact_softplus": ("k16_v64_n4_fp32_portable_70376a21b49e",),
+        "k16_v64_q4_k4_v4_f4_w4_fp32_carry_exact_softplus": ("k16_v64_n4_fp32_portable_f23e773a6045",),
         "k64_v16_q1_k1_v48_f48_w48_bf16_carry_exact_softplus": (
             "k64_v16_n48_bf16_mma_1a3a21c1e826",
             "k64_v16_n48_bf16_mma_1a3a21c1e826",

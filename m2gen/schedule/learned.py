@@ -48,8 +48,8 @@ def features(variant: Variant, bucket: Bucket) -> dict[str, float]:
     """Return what the rule asks of a problem, what is likelier to matter first: sizes, then how products are made."""
     single = variant.dtype is Dtype.FP32
     return {
-        "cols": variant.padded_cols,
         "rows": variant.padded_rows,
+        "cols": variant.padded_cols,
         "warps per SM": PER_SM[bucket] * variant.padded_rows * variant.padded_cols / 512,
         "programs per SM": PER_SM[bucket],
         "bits": 32 if single else 16,
