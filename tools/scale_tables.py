@@ -47,11 +47,10 @@ def one_gpu() -> OneGpu:
     layers = fitted_layers(pipeline.plan(SPEC, None, ()), RanksRequest(2))
     heads = {name: variant.total_heads for name, (variant, _) in layers.items()}
     rows.sort(key=lambda row: row.batch)  # of a layer's workloads that of most sequences is kept
-    timed = [_times(row, heads[row.layer]) for row in rows if row.kind is LayerKind.EAGER]
-    ours = {row.layer: _times(row, heads[row.layer]) for row in rows if row.kind is LayerKind.EAGER}
+    ours = [(row.layer, _times(row, heads[row.layer])) for row in rows if row.kind is LayerKind.EAGER]
     others = {row.layer: _times(row, 0) for row in rows if row.kind is LayerKind.ATTENTION}
-    points = [(t.batch * t.heads / sms, 1e3 * t.recurrence_ms / t.seq) for t in timed]
-    return OneGpu(ours, others, sorted(points), sms)
+    points = [(t.batch * t.heads / sms, 1e3 * t.recurrence_ms / t.seq) for _, t in ours]
+    return OneGpu(dict(ours), others, sorted(points), sms)
 
 
 def _times(row: LayerRow, heads: int) -> MeasuredLayer:

@@ -142,9 +142,9 @@ class Mma(Knobs):
     def axes(cls, variant: Variant, device: Device) -> Axes:
         """Return the axes without values that no schedule of the variant can have, or that only cost time."""
         found = {**super().axes(variant, device), "backward.xorsign": (device.has_xorsign,)}
-        return (
-            found if cls.has_slots(variant, device) else {**found, "forward.slots": (False,), "forward.registers": (0,)}
-        )
+        if not cls.has_slots(variant, device):
+            found |= {"forward.slots": (False,), "forward.registers": (0,)}
+        return found
 
     @classmethod
     def beside(cls, values: Mapping[str, Value]) -> Mapping[str, Value]:

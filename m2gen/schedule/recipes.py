@@ -61,14 +61,13 @@ class Recipe:
 
     def at(self, variant: Variant, device: Device) -> Mma | Portable | Wgmma:
         """Return the schedule for a variant on a device, which may not be valid there."""
-        best = {"tanh": best_tanh(variant, device), "backward.xorsign": device.has_xorsign}
-        values: dict[str, Any] = {**dict(self.knobs), **best}
+        values: dict[str, Any] = {**dict(self.knobs), "tanh": best_tanh(variant, device)}
         for side in ("forward", "backward"):
             if f"{side}.tile" in values:
                 rows = values[f"{side}.rows"] = min(values[f"{side}.rows"], variant.padded_rows)
                 warps = rows * variant.padded_cols // values.pop(f"{side}.tile")
                 values[f"{side}.warps"] = max(1, min(MOST_WARPS, warps))
-        return TYPES[self.family].of(values)
+        return TYPES[self.family].of(values).on(device)
 
 
 def _read(name: str, value: Any) -> Value:
