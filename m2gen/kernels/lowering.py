@@ -155,6 +155,14 @@ class Lowering:
         return self.forward.registers
 
     @property
+    def gates_by_lane(self) -> bool:
+        """Whether gates are loaded as if their address differed by lane: where a warp has registers for all of them.
+
+        Those that the kernel computes are used at once anyway.
+        """
+        return self.warps_have_slots and self.slot_rows == MIN_TILE and not self.computes_gate
+
+    @property
     def slot_rows(self) -> int:
         """Rows of a warp of such a backward."""
         return self.backward.rows // self.backward.warps

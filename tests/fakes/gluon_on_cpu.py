@@ -226,6 +226,9 @@ def exchange(x: np.ndarray, lanes: int) -> np.ndarray:
 def inline_asm_elementwise(text: str, constraints: str, operands: list[Any], dtype: Dtype, **_: Any) -> Any:
     if text.startswith("prefetch"):
         return operands[0].at(None)
+    if "%laneid" in text:  # times what is zero
+        assert not np.any(plain(operands[0]))
+        return 0
     x = operands[0].array
     if text.startswith("tanh.approx"):
         return Tensor(np.tanh(x))

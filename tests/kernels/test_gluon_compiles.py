@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support import ROOT, make_variant
 
 from m2gen.device import TARGETS
+from m2gen.kernels import compile
+from m2gen.kernels.arguments import arguments
 from m2gen.kernels.compile import Job, compiled, load_kernels
 from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.kernels.render import render_kernel
-from m2gen.kernels.resources import Resources, binary_of
+from m2gen.kernels.resources import Resources
 from m2gen.pipeline.check import compile_all
 from m2gen.schedule import Mma, Portable, Schedule, check, parse
 from m2gen.schedule.mma import slots_bytes
 from m2gen.schedule.wgmma import OPERANDS_BYTES
+from m2gen.spec import GateKind
 from m2gen.variant import Variant
 
 VARIANTS = {
@@ -27,15 +33,18 @@ VARIANTS = {
     "square": make_variant(64, 64, (2, 2, 2, 2, 2), "bf16", tanh="approx"),
 }
 
+GATES = ("bf16", "fp32")
+
 
 def start_worker() -> None:
     """Compile in this process, which is not that of the interpreter's tests."""
     os.environ.pop("TRITON_INTERPRET", None)
 
 
-def machine_code(job: Job) -> bytes:
-    """Return the machine code of a kernel."""
-    return binary_of(compiled(job), job.device)
+def assembly_with_gates(k: Lowering, direction: Direction, dtype: str) -> str:
+    """Return a kernel's PTX for sm_90 where gates are of this dtype and operands of the variant's."""
+    compile.arguments = lambda *of: [replace(x, type=f"*{dtype}") if x.name == "x" else x for x in arguments(*of)]
+    return str(compiled(Job(k, direction, TARGETS["sm_90"])).asm["ptx"])
 
 
 def mma(variant: Variant, arch: str) -> Schedule:
@@ -171,3 +180,28 @@ def test_loads_stay_ahead_of_a_branch() -> None:
     steps = text[text.index("for t in range(0, whole, UNROLL)") :]
     assert steps.index("next_values = gl.load") < steps.index("if SAVE:") < steps.index("elif t & 0x40000000 != 0")
     assert steps.index("elif t & 0x40000000 != 0") < steps.index("h = advance(")
+
+
+def test_float32_gates_are_loaded_by_lane() -> None:
+    """So ptxas does not wait for one as soon as it is loaded, which it moves to a uniform register otherwise.
+
+    What 16 bits hold is converted first, and its kernel is as it was.
+    """
+    variant = VARIANTS["published"]
+    k = Lowering(variant, check(variant, parse("mma_f64x4u8at_b64x4c8at_i8_ptx"), TARGETS["sm_90"]))
+    calls = [(k, direction, dtype) for direction in (Direction.FORWARD, Direction.BACKWARD) for dtype in GATES]
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), start_worker) as pool:
+        found = list(pool.map(assembly_with_gates, *zip(*calls, strict=True)))
+    assert ["%laneid" in text for text in found] == [dtype == "fp32" for _, _, dtype in calls]
+
+
+def test_gates_that_a_kernel_computes_are_loaded_as_they_are() -> None:
+    """They are used at once, and kernels of 32 rows a warp would spill."""
+    texts = {
+        (variant, warps): render_kernel(
+            Lowering(variant, check(variant, parse(f"mma_f64x{warps}u8at_b64x{warps}c8at_i8_ptx"), TARGETS["sm_90"]))
+        )
+        for variant in (VARIANTS["published"], replace(VARIANTS["published"], gate=GateKind.SOFTPLUS))
+        for warps in (2, 4)
+    }
+    assert [(v.gate, warps) for (v, warps), text in texts.items() if "by_lane" in text] == [(GateKind.GIVEN, 4)]
