@@ -3,59 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from m2gen.problem import Gates, Problem, Weights
 from m2gen.spec import ClipMode, Dtype
 from m2gen.variant import MIN_TILE, Variant
 from m2gen.verify.case import Case, Check, Feature, LayerForm, Layout, Loss
+from m2gen.verify.setting import Setting
 
 LONG = 4096
 DRIFT = 16384
-LONG_STATE = 1024
-"""Largest state, in elements N K V, for cases with thousands of steps, which the eager reference runs as well."""
+SEGMENT = 128
+"""Steps of a segment at most, but for what makes its intervals whole."""
 INTERPRETED_TILES = 64
 """Largest state, in 16x16 tiles, that the interpreter scans in reasonable time."""
 CHAOTIC_STEPS = 5
 """Steps under standard normal weights; more let errors of the last bit grow to the size of the state."""
 WAVES_OF_PROGRAMS = 4096
 """Several waves on any GPU: 31 programs for each of 132 SMs."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The facts from which the sizes of a variant's cases follow."""
-
-    variant: Variant
-    interval: int
-    """C, the steps between checkpoints."""
-    interpreted: bool
-
-    @property
-    def ragged(self) -> Problem:
-        """Two sequences (one in the interpreter) from initial states that end just after a checkpoint."""
-        return Problem(1 if self.interpreted else 2, self.interval + 3, initial_state=True)
-
-    @property
-    def brief(self) -> Problem:
-        """Two sequences within one interval, for cases that call the operator often."""
-        return Problem(2, min(self.interval, 6), initial_state=True)
-
-    @property
-    def narrow(self) -> bool:
-        return self.variant.dtype is not Dtype.FP32
-
-    @property
-    def large(self) -> float:
-        """Scale of gradients far over the clip's bound; float16 must hold what many heads add up."""
-        return 10.0 if self.variant.dtype is Dtype.FP16 else 100.0
-
-    @property
-    def long(self) -> bool:
-        """Whether sequences of thousands of steps take reasonable time."""
-        variant = self.variant
-        state = variant.total_heads * variant.state_expansion * variant.head_dim
-        return not self.interpreted and state <= LONG_STATE
 
 
 def cases(variant: Variant, interval: int, *, interpreted: bool) -> tuple[Case, ...]:
@@ -122,6 +87,10 @@ def _packed(s: Setting) -> Iterator[Case]:
         for state in (True, False):
             problem = Problem(0, 0, lengths=each, initial_state=state, long_offsets=state)
             yield Case(f"{name}{'_from_states' if state else ''}", problem, dy_scale=3.0)
+    if not s.interpreted:  # a batch is cut where the mean sequence is longer than a segment, and the schedule has some
+        longest = SEGMENT + c
+        several = Problem(0, 0, lengths=(2 * longest, 1), initial_state=True)
+        yield Case("segments_from_states", several, dy_scale=3.0)
     isolated = Problem(0, 0, lengths=(3, 0, c + 1, 1, 2), initial_state=True)
     yield Case("isolated", isolated, deterministic=True, check=Check.ISOLATED)
 

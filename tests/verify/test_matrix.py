@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from support import make_variant
 
 from m2gen.device import TARGETS
 from m2gen.pipeline import open_spec
 from m2gen.pipeline.verify import MATRIX
-from m2gen.schedule import Family, default
+from m2gen.schedule import Family, default, parse
 from m2gen.spec import ClipMode, Dtype, GateKind
 from m2gen.variant import expand
 from m2gen.verify import Check, Feature, cases, quick
@@ -43,6 +45,18 @@ def test_lengths_of_the_contract() -> None:
     found = cases(make_variant(), 16, interpreted=False)
     lengths = {case.problem.seq for case in found if case.name.startswith("steps_") and case.feature == "recurrence"}
     assert lengths == {0, 1, 2, 15, 16, 17, 63, 64, 65, 4096}
+
+
+@pytest.mark.parametrize("interval", [1, 3, 8, 10, 16, 64])
+def test_a_packed_batch_is_cut_into_segments(interval: int) -> None:
+    """On a GPU there is one whose mean sequence is longer than a segment, with a sequence that is shorter."""
+    schedule = replace(parse("mma_f64x2u8a_b64x2c1a_i16_s7_ptx"), interval=interval)
+    found = {case.name: case.problem for case in cases(make_variant(), interval, interpreted=False)}
+    lengths = found["segments_from_states"].lengths
+    assert lengths is not None
+    assert sum(lengths) > len(lengths) * schedule.shortest_segment
+    assert min(lengths) < schedule.shortest_segment
+    assert "segments_from_states" not in {case.name for case in cases(make_variant(), interval, interpreted=True)}
 
 
 def test_long_sequences_are_for_small_states() -> None:
