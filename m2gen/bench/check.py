@@ -33,9 +33,10 @@ def failure_of(entry: Entry, device: torch.device) -> Failure | None:
 
 
 def _cases(entry: Entry) -> tuple[SeededCase, ...]:
-    """Return the cases of an entry: those of tuning, packed ones only for generated operators.
+    """Return the cases of an entry: those of tuning, for others than generated operators the dense ones.
 
-    ``torch.compile`` unrolls a sequence, so its case has the size that is timed; calls of engines have their own batch.
+    A peer that is timed on packed sequences is asked some, from zeros as they are timed. ``torch.compile`` unrolls a
+    sequence, so its case has the size that is timed; calls of engines have their own batch.
     """
     workload = entry.timed
     if workload.call.prefills:
@@ -48,7 +49,11 @@ def _cases(entry: Entry) -> tuple[SeededCase, ...]:
         problem = Problem(workload.batch, workload.seq)
         return (SeededCase(Case("plain_clipped", problem, Loss.Y, dy_scale=3.0), SEED + 1),)
     asked = seeded_cases(workload.variant, STEPS)
-    return asked if entry.implementation.kind.generated else tuple(a for a in asked if a.case.problem.lengths is None)
+    if entry.implementation.kind.generated:
+        return asked
+    packed = SeededCase(Case("packed", Problem(0, 0, lengths=(5, 3 * STEPS - 1, 17)), Loss.Y), SEED + 2)
+    dense = tuple(each for each in asked if each.case.problem.lengths is None)
+    return (*dense, packed) if workload.packed else dense
 
 
 def _prompt_cases(batch: int) -> tuple[SeededCase, ...]:

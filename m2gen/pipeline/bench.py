@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from m2gen.bench.against import Baseline, Comparison, compare
 from m2gen.bench.entries import BenchContext, BenchWorkload, Implementation, serving_workloads
@@ -15,14 +14,14 @@ from m2gen.bench.side_by_side import Result, side_by_side
 from m2gen.bench.sweep import ROWS, SweepPoint, points
 from m2gen.bench.worker import GPU
 from m2gen.bucket import bucket_of
-from m2gen.cache import materialise
 from m2gen.db import Record
 from m2gen.db.choice import Choice, choose
 from m2gen.errors import UsageError
 from m2gen.measure import lock
 from m2gen.measure.context import this_context
 from m2gen.measure.workers import Worker
-from m2gen.pipeline.plan import Plan, Progress, relevant, render
+from m2gen.pipeline.packages import Packages
+from m2gen.pipeline.plan import Plan, Progress, relevant
 from m2gen.schedule import Family, default
 from m2gen.variant import BuiltVariant
 
@@ -69,15 +68,14 @@ def this_bench_context(command: str) -> Iterator[BenchContext]:
 class _Implementations:
     """The implementations to time: packages by their plans, PyTorch loops, and peers."""
 
-    plans: dict[Kind, Plan]
+    packages: dict[Kind, Packages]
     context: BenchContext
     request: BenchRequest
-    folders: dict[Kind, Path]
 
     def of(self, workload: BenchWorkload) -> list[Implementation]:
         """Return the implementations for a workload; other packages than the default only if their schedule differs."""
         variant, kinds = workload.variant, self.request.kinds
-        base, *others = (self._generated(kind, workload) for kind in self.plans)
+        base, *others = (self._generated(kind, workload) for kind in self.packages)
         loops = [Implementation(kind, default(variant, self.context.device)) for kind in (Kind.EAGER, Kind.COMPILED)]
         found = [base, *(other for other in others if _adds(other, base))]
         found += [] if workload.packed or workload.call.pooled else loops  # which have no offsets, and no slots
@@ -90,8 +88,8 @@ class _Implementations:
     def _generated(self, kind: Kind, workload: BenchWorkload) -> Implementation:
         device = self.context.device
         bucket = bucket_of(workload.batch, workload.variant.total_heads, device.sm_count)
-        (choice,) = (c for c in self.plans[kind].serving(workload.variant, device.arch) if bucket in c.buckets)
-        return Implementation(kind, choice.schedule, choice.source, self.folders[kind])
+        choice, folder = self.packages[kind].serving(workload.variant, device.arch, bucket)
+        return Implementation(kind, choice.schedule, choice.source, folder)
 
     def results(
         self, jobs: Sequence[tuple[str, BenchWorkload]], progress: Progress, stage: str = "bench", arms: int = 1
@@ -115,9 +113,8 @@ def _adds(other: Implementation, base: Implementation) -> bool:
 
 def _implementations(planned: Plan, context: BenchContext, request: BenchRequest) -> _Implementations:
     plans = {Kind.DEFAULT: planned.without_records(), Kind.PORTABLE: planned.portable(), Kind.TUNED: planned}
-    asked = {kind: plan for kind, plan in plans.items() if kind in (Kind.DEFAULT, *request.kinds)}
-    folders = {kind: materialise(f"packages/{plan.origin.name}", render(plan).files) for kind, plan in asked.items()}
-    return _Implementations(asked, context, request, folders)
+    asked = {kind: Packages(plan) for kind, plan in plans.items() if kind in (Kind.DEFAULT, *request.kinds)}
+    return _Implementations(asked, context, request)
 
 
 def workloads(planned: Plan, request: BenchRequest) -> list[BenchWorkload]:

@@ -13,12 +13,12 @@ from m2gen.bench.layers.side_by_side import LayerTimes, layers_side_by_side
 from m2gen.bench.layers.worker import GPU
 from m2gen.bench.peers import LAYERS, peers
 from m2gen.bucket import bucket_of
-from m2gen.cache import materialise
 from m2gen.errors import UsageError
 from m2gen.measure import lock
 from m2gen.measure.context import this_context
 from m2gen.measure.workers import Worker
-from m2gen.pipeline.plan import Plan, Progress, render
+from m2gen.pipeline.packages import Packages
+from m2gen.pipeline.plan import Plan, Progress
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,11 @@ def bench_layers(
 ) -> Iterator[tuple[LayerTimes, ...]]:
     """Yield the results of each workload as they are known."""
     jobs = layer_workloads(planned, request)
-    package = LayerUnderTest(
-        LayerKind.EAGER, package=materialise(f"packages/{planned.origin.name}", render(planned).files)
-    )
+    packages = Packages(planned)
     progress.start("bench layers", len(jobs))
     try:
         for workload in jobs:
-            layers = _layers(planned, workload, request, package, context)
+            layers = _layers(packages, workload, request, context)
             yield tuple(layers_side_by_side(workload, layers, context, request.seed))
             progress.advance(workload.name)
     finally:
@@ -96,13 +94,12 @@ def bench_layers(
 
 
 def _layers(
-    planned: Plan, workload: LayerWorkload, request: LayersRequest, package: LayerUnderTest, context: LayerContext
+    packages: Packages, workload: LayerWorkload, request: LayersRequest, context: LayerContext
 ) -> list[LayerUnderTest]:
     bucket = bucket_of(workload.batch, workload.variant.total_heads, context.device.sm_count)
-    serving = planned.serving(workload.variant, context.device.arch)
-    (source,) = {choice.source for choice in serving if bucket in choice.buckets}
-    folder, passed = package.package, request.timing_only
-    found = [LayerUnderTest(kind, source, folder) for kind in (LayerKind.EAGER, LayerKind.COMPILED)]
+    choice, folder = packages.serving(workload.variant, context.device.arch, bucket)
+    passed = request.timing_only
+    found = [LayerUnderTest(kind, choice.source, folder) for kind in (LayerKind.EAGER, LayerKind.COMPILED)]
     found += [
         LayerUnderTest(LayerKind.OPERATOR, adapter, folder, f"{name} in m2gen's layer", passed)
         for name, adapter in peers(request.operators).items()
