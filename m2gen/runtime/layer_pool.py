@@ -116,6 +116,8 @@ class M2RNNPool:
                 f"M2RNNPool.steps: x must be (B, T, hidden), indices (B, C) and out_indices (B, T), "
                 f"got {tuple(x.shape)}, {tuple(indices.shape)} and {tuple(table.shape)}"
             )
+        if not x.shape[0]:
+            return torch.empty_like(x)
         column = accepted.long() - 1
         there = (column >= 0) & (column < indices.shape[1])
         source = torch.where(there, indices.gather(1, column.clamp(0, indices.shape[1] - 1)[:, None])[:, 0], -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from collections.abc import Callable
@@ -37,6 +38,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint as recomputing
+from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from m2gen.bench.ranks.entries import RankCase, Shape
 from m2gen.bench.ranks.kinds import Form
@@ -341,6 +344,20 @@ def style_of_context(subject: Subject, how: str, micro_batches: int | None = Non
     for name, given in (("cache", whole.layer.allocate_cache(BATCH)), ("attention_mask", torch.ones(BATCH, EACH))):
         with pytest.raises(ValueError, match=f"{name} must be None where tokens lie over ranks"):
             model["mixer"](whole.part(whole.x), **{name: given})
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    assert not other["mixer"](whole.part(whole.x), **whole.call).any(), "a copy computes with its own parameters"
+
+
+def recomputed(subject: Subject, early_stop: bool) -> None:
+    """Activations of the mixer alone may be recomputed; no rank waits for gradients before it has sent its states."""
+    whole = Whole(subject, "shared", "batch")
+    scan = partial(subject.parallel.scan_over_ranks, whole.layer, micro_batches=2)
+    with set_checkpoint_early_stop(early_stop):
+        whole.compare(lambda x: recomputing(scan, x, use_reentrant=False))
+    whole.compare_sums()
 
 
 def compiled(subject: Subject, style: str, kind: str = "shared", numerics: Numerics = EXACT) -> None:
@@ -414,6 +431,13 @@ def errors(subject: Subject) -> None:
             subject.parallel.exchange_over_ranks(layer, x)
     spread = any_layer(subject, heads_of(subject.ranks, "shared"), EXACT)
     mesh = init_device_mesh("cpu", (subject.ranks,))
+    inputs = 2 if subject.ranks == 3 else 3
+    gated = any_layer(subject, {"q": 1, "k": 1, "v": 12, "f": 12, "w": 12}, EXACT, forget_inputs=inputs)
+    fits = f"forget_inputs must divide, or be divided by, {subject.ranks} ranks, got {inputs}"
+    with pytest.raises(ValueError, match=fits):
+        subject.parallel.exchange_over_ranks(gated, x)
+    with pytest.raises(ValueError, match=fits):
+        subject.parallel.HeadParallelM2RNN(gated, mesh)
     with pytest.raises(ValueError, match="sequence_parallel must be False where tokens are exchanged"):
         subject.parallel.HeadExchange(subject.parallel.HeadParallelM2RNN(spread, mesh, sequence_parallel=True))
     with pytest.raises(TypeError, match="tokens must be of an M2RNN to lie over ranks, got Linear"):
@@ -466,6 +490,7 @@ def checks(ranks: int) -> dict[str, Any]:
             (style_of_heads, {}),
             *((style_of_context, {"how": how}) for how in hows),
             (style_of_context, {"how": "batch", "micro_batches": 2}),
+            *((recomputed, {"early_stop": early}) for early in (False, True)),
             *((with_fsdp, {"how": how}) for how in hows),
             *((uneven, {**kernels, "how": how}) for how in hows),
             *((compiled, {"style": style, **how}) for style in ("M2RNNHeads", "M2RNNContext") for how in ({}, kernels)),

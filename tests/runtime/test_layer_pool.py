@@ -109,6 +109,7 @@ def test_tokens_and_drafts(package, device) -> None:
         again = torch.stack((x[0, 3:6], x[1, 5:8]))
         second = pool.steps(again, table, accepted)
         assert not pool.steps(again, table, slots(0, 4, device=device)).any()
+        assert pool.steps(again[:0], table[:0], accepted[:0]).shape == again[:0].shape  # a round with nobody in it
         whole = [alone(layer, text) for text in x]
     assert_close({"y": first}, {"y": torch.stack([y[2:5] for y in whole])}, 1e-5)
     assert_close({"y": second}, {"y": torch.stack((whole[0][3:6], whole[1][5:8]))}, 1e-5)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -69,6 +70,12 @@ class HeadExchange:
         if layer.backend == "kernels":
             check_built(layer.state_expansion, layer.head_dim, self.share.heads, layer.state_weight.dtype)
             check_ranks_agree(found)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeadExchange:
+        made = HeadExchange.__new__(HeadExchange)
+        memo[id(self.group)] = self.group  # the same ranks, of the copied layer
+        vars(made).update(copy.deepcopy(vars(self), memo))
+        return made
 
     def __call__(
         self,

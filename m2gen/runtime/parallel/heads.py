@@ -24,7 +24,7 @@ from .agreement import check_ranks_agree
 from .children import OwnConvolution, OwnGate, OwnLinear, OwnNorm, OwnOutput, OwnWeight
 from .normed import dims_of
 from .shards import local, sharded, whole
-from .share import share
+from .share import share, share_inputs
 
 
 class HeadParallelM2RNN(nn.Module):
@@ -61,7 +61,7 @@ class HeadParallelM2RNN(nn.Module):
             check_built(layer.state_expansion, layer.head_dim, self.heads, layer.state_weight.dtype)
             check_ranks_agree(mesh.get_group())
         self.hidden_size, self.state_expansion, self.head_dim = layer.hidden_size, layer.state_expansion, layer.head_dim
-        self.forget_inputs = max(layer.forget_inputs // ranks, 1)
+        self.forget_inputs = share_inputs(layer.forget_inputs, ranks)
         self.conv_width, self.clip = layer.conv_width, layer.clip
         self.activation, self.round_gate = layer.activation, layer.round_gate
         self.backend: Backend = layer.backend

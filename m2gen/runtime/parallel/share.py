@@ -30,6 +30,13 @@ def share(counts: Mapping[str, int], ranks: int) -> dict[str, int]:
     return {name: max(count // ranks, 1) for name, count in counts.items()}
 
 
+def share_inputs(inputs: int, ranks: int) -> int:
+    """Return how many ``forget_inputs`` one of ``ranks`` reads; raises ValueError where they do not fit."""
+    if inputs % ranks and ranks % inputs:
+        raise ValueError(f"M2RNN: forget_inputs must divide, or be divided by, {ranks} ranks, got {inputs}")
+    return max(inputs // ranks, 1)
+
+
 @dataclass(frozen=True)
 class RankOf:
     """One of several ranks."""
@@ -60,7 +67,7 @@ class HeadShare(nn.Module):
         self._layer = (layer,)  # no child, or its parameters would be here as well
         self.place = place
         self.total_heads, self.gate_heads = layer.total_heads // place.ranks, max(layer.gate_heads // place.ranks, 1)
-        self.forget_inputs = max(layer.forget_inputs // place.ranks, 1)
+        self.forget_inputs = share_inputs(layer.forget_inputs, place.ranks)
         self.hidden_size, self.state_expansion, self.head_dim = layer.hidden_size, layer.state_expansion, layer.head_dim
         self.conv_width, self.clip, self.backend = layer.conv_width, layer.clip, layer.backend
         self.activation, self.round_gate = layer.activation, layer.round_gate

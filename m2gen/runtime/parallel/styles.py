@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -13,6 +16,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from ..cache import M2RNNCache, States
 from ..forward import run
 from ..layer import M2RNN
+from ..mixer import Mixer
 from .exchange import HeadExchange
 from .heads import HeadParallelM2RNN
 from .sequence import pipelined
@@ -61,40 +65,43 @@ class M2RNNContext(ParallelStyle):
         if not isinstance(module, M2RNN | HeadParallelM2RNN):
             raise TypeError(f"M2RNN: tokens must be of an M2RNN to lie over ranks, got {type(module).__name__}")
         group = device_mesh.get_group()
-        if self.micro_batches is None:
-            vars(module)["forward"] = _refusing_others(HeadExchange(module, group))
-        else:
-            count = self.micro_batches
-
-            def scan(x: Tensor, conv: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-                return run(module, x, States(conv, state))
-
-            def piped(x: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> Tensor:
-                if cu_seqlens is not None or cu_seqlens_cpu is not None:
-                    raise ValueError("M2RNN: cu_seqlens must be None with micro_batches, which are of whole sequences")
-                return pipelined(module, scan, x, group, count)
-
-            vars(module)["forward"] = _refusing_others(piped)
+        call = HeadExchange(module, group) if self.micro_batches is None else _Piped(module, group, self.micro_batches)
+        vars(module)["forward"] = partial(_forward_of_tokens, call)  # no closure: a copy of the layer calls itself
         _place_tokens(module, device_mesh, sharded=True, local=self.use_local_output)
         return module
 
 
-def _refusing_others(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a forward with the layer's arguments of a call that has no cache and no mask."""
+class _Piped:
+    """``scan_over_ranks`` of one layer and group."""
 
-    def forward(
-        x: Tensor,
-        cache: M2RNNCache | None = None,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        cu_seqlens_cpu: Tensor | None = None,
-    ) -> Tensor:
-        for name, given in (("cache", cache), ("attention_mask", attention_mask)):
-            if given is not None:
-                raise ValueError(f"M2RNN: {name} must be None where tokens lie over ranks; pack with cu_seqlens")
-        return call(x, cu_seqlens, cu_seqlens_cpu)
+    def __init__(self, layer: Mixer, group: ProcessGroup, micro_batches: int) -> None:
+        self.layer, self.group, self.micro_batches = layer, group, micro_batches
 
-    return forward
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Piped:
+        return _Piped(copy.deepcopy(self.layer, memo), self.group, self.micro_batches)
+
+    def __call__(self, x: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> Tensor:
+        if cu_seqlens is not None or cu_seqlens_cpu is not None:
+            raise ValueError("M2RNN: cu_seqlens must be None with micro_batches, which are of whole sequences")
+        return pipelined(self.layer, self._scan, x, self.group, self.micro_batches)
+
+    def _scan(self, x: Tensor, conv: Tensor | None, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        return run(self.layer, x, States(conv, state))
+
+
+def _forward_of_tokens(
+    call: Callable[..., Tensor],
+    x: Tensor,
+    cache: M2RNNCache | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    cu_seqlens_cpu: Tensor | None = None,
+) -> Tensor:
+    """Be a forward with the layer's arguments of a call that has no cache and no mask."""
+    for name, given in (("cache", cache), ("attention_mask", attention_mask)):
+        if given is not None:
+            raise ValueError(f"M2RNN: {name} must be None where tokens lie over ranks; pack with cu_seqlens")
+    return call(x, cu_seqlens, cu_seqlens_cpu)
 
 
 def _place_tokens(module: nn.Module, mesh: DeviceMesh, *, sharded: bool, local: bool) -> None:
