@@ -118,6 +118,12 @@ def warn_of_faults(contents: Contents) -> tuple[Record, ...]:
     return contents.records
 
 
+def typed(ctx: typer.Context, name: str) -> bool:
+    """Return whether an option was given on the command line, and not by the environment."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def records_of(db: Path | None, no_db: bool) -> tuple[Record, ...]:
     """Return the records for builds: those of ``db`` or the shipped database, none with ``no_db``."""
     from m2gen.pipeline import open_database

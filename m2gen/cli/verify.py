@@ -24,6 +24,7 @@ from m2gen.cli.options import (
     records_of,
     reporting,
     terminal_progress,
+    typed,
 )
 from m2gen.errors import UsageError
 
@@ -38,6 +39,7 @@ EXAMPLES = examples(
 
 
 def verify(
+    ctx: typer.Context,
     spec: OptionalSpecOption = None,
     full: Annotated[
         bool, typer.Option("--full", help="Every case of the shipped matrix, without --spec; needs a GPU.")
@@ -70,7 +72,7 @@ def verify(
     with reporting(debug):
         if full == (spec is not None) or (full and quick):
             raise UsageError("verify must be given --spec, with or without --quick, or --full alone")
-        if full and (no_db or db is not None):
+        if full and (no_db or (db is not None and typed(ctx, "db"))):
             raise UsageError("--db and --no-db must be given with --spec: the full matrix says which schedules it has")
         check_output("--junit", junit)
         options = "" if spec is None else plan_options(spec, db, no_db)

@@ -35,7 +35,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
     A link is followed, a file keeps its mode, and what is no file, such as a pipe, is written to as it is.
     """
-    if _is_stream(path):
+    if is_stream(path):
         path.write_bytes(data)
         return
     real = _place(path)
@@ -52,11 +52,11 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def check_whole(path: Path) -> None:
     """Raise the errors of ``write_whole`` that can be found without writing, before work whose results go there."""
-    if not _is_stream(path):
+    if not is_stream(path):
         os.unlink(files.stage(_place(path), b""))
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Return whether a path is of a device, a pipe, or a descriptor, which has to be written to as it is."""
     by_the_system = path.absolute().parts[1:2] in (("dev",), ("proc",))
     return path.exists() and not path.is_dir() and (by_the_system or not path.is_file())

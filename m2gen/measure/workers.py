@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, resource_tracker
 from typing import Any, Generic, TypeVar
 
 Task = TypeVar("Task")
@@ -186,7 +186,12 @@ class Worker(Generic[Task, Result]):
         self.pipe, theirs = context.Pipe()
         arguments = (theirs, os.getpid(), self._service.prepare, self._service.serve)
         self._process = context.Process(target=_process, args=arguments, daemon=True)
-        self._process.start()
+        resource_tracker.ensure_running()  # which unblocks signals when it starts
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited, until ``_process`` ignores it
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def _reap(self) -> str:

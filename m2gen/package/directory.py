@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from m2gen.errors import PlaceError, os_errors_as
 from m2gen.package import owned
 from m2gen.package.owned import MANIFEST
-from m2gen.package.place import check_folder, exchanged, locked, resolved, write_file
+from m2gen.package.place import check_folder, check_new, exchanged, locked, resolved, write_file
 
 __all__ = ["MANIFEST", "Format", "check_place", "diff", "write"]
 
@@ -104,6 +104,7 @@ def check_place(directory: Path, files: Mapping[str, str]) -> None:
     """Raise the errors of ``write`` that can be found without writing."""
     check_folder(directory.parent)
     real = resolved(directory)
+    check_new(directory, real)
     with locked(real.parent):
         owned.refuse_others(directory, real, _encoded(files))
 

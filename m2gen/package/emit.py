@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Origin:
 
     @property
     def command(self) -> str:
-        return f"m2gen build --spec {self.spec_file}"
+        return f"m2gen build --spec {shlex.quote(self.spec_file)}"
 
     def header(self, *facts: str) -> str:
         """Return the lines that open every generated file."""

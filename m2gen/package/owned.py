@@ -169,6 +169,8 @@ def remove(folder: Path, paths: Iterable[str]) -> None:
     with contextlib.suppress(OSError):
         clean(folder)
         tree = scan(folder)
+        for path in ("", *tree.folders):  # a package may be write-protected
+            (folder / path).chmod((folder / path).stat().st_mode | 0o700)
         for path in [*sorted({*(tree.files & {*paths}), *tree.bytecode} - {MANIFEST}), MANIFEST]:
             (folder / path).unlink(missing_ok=True)
         prune(folder, tree.folders)

@@ -20,6 +20,13 @@ def check_folder(out: Path) -> None:
         raise PlaceError(f"--out {out} must be writable as a folder, got {what}")
 
 
+def check_new(shown: Path, real: Path) -> None:
+    """Raise PlaceError if ``real``, a path without links, is absent and cannot be made."""
+    there = next(path for path in real.parents if os.path.lexists(path))
+    if not os.path.lexists(real) and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise PlaceError(f"{shown} must be writable, got {there}, which is no folder that can be written")
+
+
 def resolved(path: Path) -> Path:
     """Return a path with its links followed, whether or not it exists."""
     return Path(os.path.realpath(path))

@@ -18,7 +18,7 @@ from m2gen.errors import EmitError, PlaceError, os_errors_as
 from m2gen.kernels.render import render_template, templates_dir
 from m2gen.package import owned
 from m2gen.package.emit import Origin, Package
-from m2gen.package.place import check_folder, locked, resolved, write_file
+from m2gen.package.place import check_folder, check_new, locked, resolved, write_file
 
 LICENSE = "Apache-2.0"
 TORCH = "torch>=2.10"
@@ -117,6 +117,7 @@ def _hatchling(project: Path, out: Path) -> None:
 def check_wheel(out: Path, package: Package) -> None:
     """Raise the errors of ``write_wheel`` that can be found without building."""
     check_folder(out)
+    check_new(out / wheel_name(package), resolved(out / wheel_name(package)))
     _refuse_other(out / wheel_name(package), package)
 
 

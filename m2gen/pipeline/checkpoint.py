@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from m2gen.db.exchange import is_stream, write_whole
 from m2gen.device import TARGETS, detect
 from m2gen.errors import UsageError, os_errors_as
 from m2gen.runtime.checkpoints import CheckpointError, dtype_of, read_config, spec_text
@@ -44,15 +45,11 @@ def spec_of_checkpoint(request: CheckpointRequest) -> str:
 def write_spec(path: Path, text: str) -> None:
     """Write a spec's file, unless it is there already; raises UsageError where it cannot be written, or differs."""
     with os_errors_as(UsageError, f"{path} must be writable"):
-        if path.exists():
+        if path.is_file() and not is_stream(path):
             if path.read_bytes() != text.encode():
                 raise UsageError(f"{path} must be absent or this spec, got another file, which may have been edited")
             return
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
+        write_whole(path, text.encode())
 
 
 def _name_of(folder: Path) -> str:

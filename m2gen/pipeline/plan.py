@@ -11,13 +11,14 @@ from m2gen.bucket import BUCKETS
 from m2gen.db import Database, Record
 from m2gen.db.choice import Choice, choose
 from m2gen.device import PORTABLE, Device, target
-from m2gen.errors import UsageError, among
+from m2gen.errors import SpecError, UsageError, among
 from m2gen.package import emit
 from m2gen.package.emit import Origin, Package
 from m2gen.schedule import Portable, Schedule
 from m2gen.schedule.tunable import keys_of
 from m2gen.shipped import shipped
 from m2gen.spec import Layer, Spec, find_spec, load_spec, spec_hash
+from m2gen.spec.problems import printable
 from m2gen.variant import BuiltVariant, Variant, expand, layer_names
 
 
@@ -118,6 +119,9 @@ def plan(name: str, arches: Iterable[str] | None = None, records: Iterable[Recor
     arch.
     """
     spec, path = open_spec(name)
+    if not path.name.isprintable() or {'"', "\\"} & {*path.name}:
+        contract = "a file whose name, which generated code states, is printable without double quotes and backslashes"
+        raise SpecError([f"{printable(name)}: $ must be {contract}, got {path.name!a}"])
     devices = [target(arch) for arch in dict.fromkeys(spec.targets if arches is None else arches)]
     variants = expand(spec)
     known = relevant(shipped_database().records() if records is None else records, variants)

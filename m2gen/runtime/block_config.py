@@ -121,7 +121,7 @@ def _check_options(given: Mapping[str, Any]) -> None:
         raise _error("kernel_size", "be null or an integer of at least 2", width)
     if width is None and activation is not None:
         raise _error("activation_function", "be null where kernel_size is null", activation)
-    if activation not in (None, "identity") and activation not in ACTIVATIONS:
+    if activation not in (None, "identity", *ACTIVATIONS):
         raise _error("activation_function", f"be null or one of identity, {', '.join(ACTIVATIONS)}", activation)
     if norm is not None and norm not in NORMS:
         raise _error("normalization_function", f"be null or one of {', '.join(NORMS)}", norm)

@@ -126,7 +126,7 @@ def dtype_of(folder: Path, config: Mapping[str, Any]) -> str:
     told = config.get("dtype") or config.get("torch_dtype")
     if told is None:
         return next((SHORT_DTYPES[dtype] for dtype in _stored_dtypes(folder)), "bf16")
-    if told not in SHORT_DTYPES:
+    if not isinstance(told, str) or told not in SHORT_DTYPES:
         raise CheckpointError(f"{folder / CONFIG}: $.dtype must be of {', '.join(SHORT_DTYPES)}, got {told!r}")
     return SHORT_DTYPES[told]
 

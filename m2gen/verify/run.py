@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from m2gen.spec.problems import printable
 from m2gen.variant import Variant
 from m2gen.verify.case import Case, CaseReport, TensorResult, report
 from m2gen.verify.checks import CHECKS
@@ -30,7 +31,7 @@ def run_case(package: GeneratedPackage, variant: Variant, case: Case, seed: int,
 
 def one_line(error: Exception) -> str:
     """Return an exception's type and message in one line of bounded length."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = printable(" ".join(f"{type(error).__name__}: {error}".split()))
     return (
         text if len(text) <= LONGEST_MESSAGE else f"{text[: LONGEST_MESSAGE // 2]} ... {text[-LONGEST_MESSAGE // 2 :]}"
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from command_line import fails, run
 from support import import_package
 
 from m2gen import pipeline
+from m2gen.errors import UsageError
 from m2gen.spec import parse_spec
 
 VARIANT = "k16_v16_q1_k1_v4_f4_w4_{dtype}_carry_{tanh}"
@@ -142,3 +145,36 @@ def test_a_spec_that_is_there_is_kept(tmp_path: Path) -> None:
     out.write_text(edited, encoding="utf-8")
     assert "must be absent or this spec, got another file" in fails(2, *command)
     assert out.read_text(encoding="utf-8") == edited
+
+
+SPEC = "schema: 1\n"
+
+
+def test_a_spec_goes_into_a_pipe() -> None:
+    """What is no file is written to as it is, and never read."""
+    ours, theirs = os.pipe()
+    writing = threading.Thread(target=pipeline.write_spec, args=(Path(f"/proc/self/fd/{theirs}"), SPEC), daemon=True)
+    writing.start()
+    writing.join(60)
+    assert not writing.is_alive()
+    os.close(theirs)
+    with open(ours, encoding="utf-8") as pipe:
+        assert pipe.read() == SPEC
+
+
+def test_a_link_that_leads_nowhere_is_kept(tmp_path: Path) -> None:
+    """A write that fails leaves what was there."""
+    link = tmp_path / "link.yaml"
+    link.symlink_to(tmp_path / "missing" / "x.yaml")
+    with pytest.raises(UsageError, match=r"link\.yaml must be writable"):
+        pipeline.write_spec(link, SPEC)
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("dtype", [["bf16"], {"a": 1}])
+def test_a_dtype_that_is_no_word(tmp_path: Path, dtype: object) -> None:
+    """It is named like any other that there is not."""
+    told = {"dtype": dtype, "sequence_mixer_blocks": []}
+    (tmp_path / "config.json").write_text(json.dumps(told), encoding="utf-8")
+    line = fails(2, "spec", "from-config", str(tmp_path), "--target", "sm_90")
+    assert "config.json: $.dtype must be of bfloat16" in line

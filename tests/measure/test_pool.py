@@ -176,3 +176,32 @@ def test_a_worker_is_quiet_at_its_end(capfd: pytest.CaptureFixture[str]) -> None
     service = Service(_serve_and_speak_at_exit, _prepare, 600.0, _lost, now=lambda: 0.0)
     assert dict(run_isolated([["a"]], service, 1)) == {"a": "a"}
     assert capfd.readouterr().err == "during\n"
+
+
+INTERRUPTED = """
+import time
+from m2gen.measure.workers import Service, Worker
+
+if __name__ == "__main__":
+    worker = Worker(Service(time.sleep, print, 60.0, lambda task, lost: lost))
+    worker.begin(5)
+    try:
+        print("begun", flush=True)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(1)
+        worker.stop()
+"""
+
+
+def test_ctrl_c_while_a_worker_starts(tmp_path: Path) -> None:
+    """A terminal interrupts the whole group; a worker that is still importing does not show where it was."""
+    (tmp_path / "main.py").write_text(INTERRUPTED, encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "main.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=120)[1] == ""

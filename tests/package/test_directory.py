@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -460,3 +462,36 @@ def test_the_package_and_its_manifest_come_last(package: Path, monkeypatch: pyte
     directory.write(package, files("new"))
     assert (targets[0], targets[-2:]) == (MANIFEST, ["__init__.py", MANIFEST])
     assert sorted(targets[1:-2]) == sorted(files("new").keys() - {MANIFEST, "__init__.py"})
+
+
+def test_what_cannot_be_made_is_refused_before_the_work(tmp_path: Path) -> None:
+    """A place below a file, or in a folder that cannot be written."""
+    (tmp_path / "file").touch()
+    with pytest.raises(PlaceError, match=r"must be writable, got .*file, which is no folder"):
+        directory.check_place(tmp_path / "file" / "x" / "wb", {"a.py": ""})
+
+
+WRITTEN_TWICE = """
+import json, sys
+from pathlib import Path
+from m2gen.package import directory
+from m2gen.package.owned import hashes
+folder = Path(sys.argv[1])
+for text in ("1", "2"):
+    files = {"sub/a.py": text, "__init__.py": ""}
+    manifest = {"name": "x", "m2gen": "1", "files": hashes(files)}
+    directory.write(folder, {**files, "MANIFEST.json": json.dumps(manifest)})
+    for path in (folder, folder / "sub"):
+        path.chmod(0o555)
+"""
+
+
+def test_a_write_protected_package_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Its place is exchanged, and the old one's files are removed, by whoever owns them."""
+    root = os.geteuid() == 0
+    if root and shutil.which("setpriv") is None:
+        pytest.skip("root writes to protected folders, and there is no setpriv to run without that")
+    without = "-dac_override,-dac_read_search"
+    drop = ["setpriv", f"--bounding-set={without}", f"--inh-caps={without}"] if root else []
+    subprocess.run([*drop, sys.executable, "-c", WRITTEN_TWICE, str(tmp_path / "x")], check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

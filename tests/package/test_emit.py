@@ -13,6 +13,7 @@ from support import ROOT, SCHEDULES, build_package, make_variant, variants
 
 from m2gen import pipeline
 from m2gen.device import PORTABLE
+from m2gen.errors import SpecError
 from m2gen.package import emit
 from m2gen.package.directory import MANIFEST, write
 from m2gen.variant import BuiltVariant
@@ -156,3 +157,26 @@ def test_an_edit_and_a_stray_file_are_found(tmp_path: Path) -> None:
     assert named == {"weights.bin", "notes.txt", "data/", "link"}
     assert not any(".git" in line for line in lines)
     assert len(lines) < 1000
+
+
+NAMED = """
+schema: 1
+name: named
+targets: [sm_90]
+layers:
+  a: {head_dim: 16, state_expansion: 16, heads: {q: 1, k: 1, v: 2, f: 2, w: 2}, dtypes: [fp32]}
+"""
+
+
+@pytest.mark.parametrize("name", ['a"""b.yaml', "a\\udef.yaml", "caf\udce9.yaml", "a\nb.yaml"])
+def test_names_of_specs_that_generated_code_cannot_state(tmp_path: Path, name: str) -> None:
+    """Every generated file says which spec it is of."""
+    (tmp_path / name).write_text(NAMED, encoding="utf-8")
+    with pytest.raises(SpecError, match="must be a file whose name"):
+        pipeline.plan(str(tmp_path / name), None, ())
+
+
+def test_the_command_can_be_typed(tmp_path: Path) -> None:
+    """Also where the spec's name has a space."""
+    (tmp_path / "my spec.yaml").write_text(NAMED, encoding="utf-8")
+    assert pipeline.plan(str(tmp_path / "my spec.yaml"), None, ()).origin.command == "m2gen build --spec 'my spec.yaml'"

@@ -17,6 +17,7 @@ from m2gen.verify import Case, Check, Feature, Layout, Loss, TensorResult, cases
 from m2gen.verify.checks.drop_in import published
 from m2gen.verify.checks.gradients import LAYOUTS
 from m2gen.verify.oracle import TENSORS, eager, own_arithmetic, same
+from m2gen.verify.run import one_line
 from m2gen.verify.subject import CaseContext, inputs_of
 
 CPU = torch.device("cpu")
@@ -239,3 +240,8 @@ def test_few_tokens_have_more_draws(seq, draws, monkeypatch) -> None:
     known = oracle(variant, Case("test", problem), make_inputs(variant, problem, 0), 5)
     assert seen == [(5 + i, i == 0) for i in range(draws)]
     assert known.budgets["state"] == 2.0 * (5 + draws - 1) + torch.finfo(torch.float32).eps / 2
+
+
+def test_messages_have_no_control_characters() -> None:
+    """They are shown by terminals, and XML has no place for them."""
+    assert one_line(ValueError("\x1b[31mred\x00\ud800")).isprintable()
