@@ -62,11 +62,12 @@ def main() -> None:
         usual = default(built.variant, context.device)
         named = [usual if slug == "default" else parse(slug) for slug in given.schedules]
         timed = [implementation(built, check(built.variant, s, context.device), context.device) for s in named]
-        print(f"{given.layer}, B{size.batch} S{size.seq}\n")
+        workload = BenchWorkload(given.layer, built.variant, size.batch, size.seq, packed=size.packed)
+        print(f"{workload.name}\n")
         print(
             "| schedule | forward ms | forward and backward ms | extra GB | host us |\n| --- | --- | --- | --- | --- |"
         )
-        for result in side_by_side(BenchWorkload(given.layer, built.variant, size.batch, size.seq), timed, context):
+        for result in side_by_side(workload, timed, context):
             print(line(result), flush=True)
 
 

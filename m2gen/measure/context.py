@@ -87,10 +87,10 @@ def _ptxas(device: Device) -> str:
     return found[1] if found else ""
 
 
-def gpu_name() -> str:
-    """Return a name of the GPU that torch uses: its UUID, or its index."""
+def gpu_name(index: int | None = None) -> str:
+    """Return a name of a GPU, that which torch uses if None: its UUID, or its index."""
     import torch
 
-    index = torch.cuda.current_device()
+    index = torch.cuda.current_device() if index is None else index
     uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
     return f"gpu-{uuid}" if uuid else f"gpu-{os.environ.get('CUDA_VISIBLE_DEVICES', '')}-{index}".replace(",", "-")

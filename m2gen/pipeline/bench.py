@@ -168,6 +168,8 @@ def sweep(
     built = [BuiltVariant(variant, (base.layer,)) for variant in dict.fromkeys(p.workload.variant for p in every)]
     grown = replace(planned, choices=_choices(planned, built, relevant(records, built)))
     kinds = tuple(kind for kind in request.kinds if kind.most_steps is None)
+    if not kinds:
+        raise UsageError(f"--only must have kernels or peers for --sweep, got {', '.join(request.kinds)}")
     timed = _implementations(grown, context, replace(request, kinds=kinds))
     jobs = [(f"{axis} {point.x}", point.workload) for point in every]
     found = Swept(axis, base.layer, ())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,8 @@ from m2gen.cache import materialise
 from m2gen.db import Record
 from m2gen.db.choice import choose
 from m2gen.errors import UsageError
+from m2gen.measure import lock
+from m2gen.measure.context import gpu_name
 from m2gen.pipeline.plan import Plan, Progress, relevant, render
 from m2gen.spec import Dtype, Heads
 from m2gen.variant import BuiltVariant, Variant
@@ -112,7 +115,9 @@ def _shape(name: str, variant: Variant, width: int, dtype: Dtype) -> Shape:
 def over_ranks(job: RankJob, progress: Progress) -> Iterator[RankDocument]:
     """Yield the results so far whenever there are more; raises RanksError once a rank fails, dies or hangs."""
     environment = LOOPBACK if job.cuda else {**LOOPBACK, **CPU}
-    with tempfile.TemporaryDirectory(prefix="m2gen-ranks-") as name:
+    with ExitStack() as held, tempfile.TemporaryDirectory(prefix="m2gen-ranks-") as name:
+        for gpu in sorted(map(gpu_name, range(job.ranks))) if job.cuda else ():
+            held.enter_context(lock.exclusive(gpu))
         folder = Path(name)
         write(folder / "job.json", job)
         commands = [worker_command(folder, rank) for rank in range(job.ranks)]

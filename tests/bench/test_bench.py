@@ -22,6 +22,7 @@ from m2gen.bench.entries import BenchWorkload, Implementation
 from m2gen.bench.kinds import Axis, Call, Kind
 from m2gen.bench.side_by_side import ROUNDS, side_by_side
 from m2gen.bucket import Bucket
+from m2gen.cli.show.speed import speed_groups
 from m2gen.db import Database, Estimate, Failure, Reason, Timing
 from m2gen.device import TARGETS
 from m2gen.errors import UsageError
@@ -653,3 +654,35 @@ def test_packed_workloads_are_timed_by_kernels_alone(spec: str, script: Script) 
     assert lengths is not None
     assert lengths == packed_problem(66, 256).lengths
     assert (len(lengths), min(lengths) >= 1, max(lengths) <= 256) == (66, True, True)
+
+
+def test_tuned_kernels_that_fail_are_not_drawn_as_the_default(spec: str, script: Script) -> None:
+    """A picture has no bar of tuned kernels where these have no times."""
+    script.broken = {"tuned": WRONG}
+    chosen = ("--only", "default", "--only", "tuned", "--only", "peer", "--peer", "a.b:c", "--decode", "0")
+    bench(*chosen, "--out", "run.json", status=1)
+    with pytest.raises(UsageError, match="--plot must have times of m2gen's kernels"):
+        speed_groups(load(Path("run.json")))
+
+
+def test_marks_of_peers_that_are_timed_only(spec: str, script: Script) -> None:
+    """They stand in sweeps and in pictures, with the reason beside a sweep."""
+    script.broken = {"a.b:c": WRONG}
+    chosen = ("--only", "tuned", "--only", "default", "--only", "peer", "--peer", "a.b:c", "--timing-only")
+    bench(*chosen, "--decode", "0", "--out", "run.json")
+    (group,) = speed_groups(load(Path("run.json")))
+    assert list(group.values) == ["m2gen, tuned", "c kernel (timing only)"]
+    text = run("bench", "--spec", spec, "--db", "db", "--quiet", *chosen, "--sweep", "seq").stdout
+    assert "c (timing only)" in text
+    assert f"wrong: {WRONG.message}" in " ".join(text.split())
+
+
+def test_sweeps_of_points_without_times(spec: str, script: Script) -> None:
+    """Where tuning has no other schedule there is no row; loops of PyTorch have no sweeps."""
+    result = run(
+        "bench", "--spec", spec, "--db", "db", "--quiet", "--only", "tuned", "--sweep", "rows", "--plot", "a.svg"
+    )
+    assert "unexpected" not in result.output
+    assert "--only must have kernels or peers for --sweep, got eager" in fails(
+        2, "bench", "--spec", spec, "--db", "db", "--only", "eager", "--sweep", "seq"
+    )

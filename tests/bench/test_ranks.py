@@ -8,7 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -30,8 +31,9 @@ from m2gen.bench.ranks.launch import CPU, LOOPBACK, failure, run_ranks, worker_c
 from m2gen.bench.ranks.model import model_bytes, predicted_ms, traffic
 from m2gen.bench.ranks.pulse import pid_of
 from m2gen.cli.show.report import TerminalProgress
-from m2gen.errors import RanksError, UsageError
+from m2gen.errors import RanksError, TuneError, UsageError
 from m2gen.pipeline import RanksRequest
+from m2gen.pipeline import ranks as several
 from m2gen.pipeline.ranks import fitting
 
 QUIET = TerminalProgress(quiet=True)
@@ -458,6 +460,10 @@ def test_forecasts_by_hand() -> None:
     assert alone.one_ms == pytest.approx(5.0 + 3.0 + 2 * mlp)
     assert alone.step_ms == pytest.approx(alone.one_ms, rel=1e-6)
     assert alone.efficiency == pytest.approx(1.0, rel=1e-6)
+    more = {name: 136 if count == 132 else count for name, count in hybrid.heads.items()}
+    plain = replace(hybrid, heads=more, blocks=(Mixing.ATTENTION,) * 2)
+    rounded = forecast(RankCase(plain, Form.FSDP, 32, 4096), 8, known, Link(1e9, 0.0))
+    assert rounded.one_ms == pytest.approx(2 * 3.0 + 2 * mlp), "however many heads other layers have"
     slow = forecast(RankCase(hybrid, Form.FSDP, 32, 4096), 8, known, Link(1e-3, 0.0))
     each = 7 / 8 * model_bytes(hybrid) / 2 / 1e3  # of a block, at 10^3 bytes a millisecond
     forward = (2.0 + 1.0 + 2 * mlp / 3) / 2
@@ -487,3 +493,23 @@ def test_the_model_by_hand() -> None:
     handed = predicted_ms(pipeline_case, row_of(Form.PIPELINE, 2, recurrence_ms=1.5), one, link, fused=True)
     assert handed == pytest.approx(3 * (4.0 / 2 / 2 + 1.5) + sends)
     assert predicted_ms(exchange, row_of(Form.EXCHANGE, 2), one, link, fused=True) is None
+
+
+def test_ranks_on_gpus_exclude_other_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each GPU has its lock, as for a tuner or a benchmark, before any rank starts."""
+    held: list[str] = []
+
+    @contextmanager
+    def exclusive(gpu: str) -> Iterator[None]:
+        held.append(gpu)
+        if gpu == "gpu-1":
+            raise TuneError("one tuner or benchmark at a time must use gpu-1")
+        yield
+
+    monkeypatch.setattr(several.lock, "exclusive", exclusive)
+    monkeypatch.setattr(several, "gpu_name", lambda index: f"gpu-{index}")
+    monkeypatch.setattr(several, "run_ranks", lambda *_: pytest.fail("a rank was started"))
+    job = planned(2, cuda=True, spec="h200.yaml", layer="m2rnn_7b")
+    with pytest.raises(TuneError, match="must use gpu-1"):
+        list(several.over_ranks(job, TerminalProgress(quiet=True)))
+    assert held == ["gpu-0", "gpu-1"]

@@ -30,7 +30,7 @@ def test_every_schedule_has_a_line(monkeypatch, capsys, tmp_path: Path) -> None:
     monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path))
     compared(monkeypatch, Script(), "default", SLUGS[1])
     title, _, *table = capsys.readouterr().out.splitlines()
-    assert title == "m2rnn_7b, B1 S16384"
+    assert title == "m2rnn_7b bf16 B1 S16384"
     assert [row.split("|")[1].strip() for row in table[2:]] == [f"`{slug}`" for slug in SLUGS]
     assert all(float(row.split("|")[2].split("(")[0]) > 0 for row in table[2:])
 
@@ -58,3 +58,16 @@ def test_a_schedule_that_is_not_valid_is_an_error(monkeypatch, tmp_path: Path) -
     monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(ScheduleError, match="interval must be a multiple"):
         compared(monkeypatch, Script(), "portable_f32x1u4a_b32x1c2a_i3_ptx")
+
+
+def test_packed_workloads_are_timed_packed(monkeypatch, capsys, tmp_path: Path) -> None:
+    """A spec's workload is timed as the spec has it."""
+    monkeypatch.setenv("M2GEN_CACHE_DIR", str(tmp_path))
+    script = Script()
+    monkeypatch.setattr(tool, "this_bench_context", scripted.given(script))
+    monkeypatch.setattr(
+        sys, "argv", ["compare_schedules.py", str(ROOT / "specs" / "tail.yaml"), "short", "0", "default"]
+    )
+    tool.main()
+    assert script.asked[0].entry.workload.packed
+    assert capsys.readouterr().out.startswith("short bf16 2048 packed, S1 to 200")

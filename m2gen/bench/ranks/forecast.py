@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from m2gen.bench.ranks.entries import PAIR, WIDER, Link, RankCase, RankRow, Shape
@@ -98,7 +98,8 @@ def _hybrid_ms(shape: Shape, tokens: int, layer: tuple[float, float], known: One
     """Return the forward and the step of a hybrid: its mixers, and its MLPs at the rate of the layer's projections."""
     name = _layer_of(shape, known)
     attention, of = known.attention[name], known.layers[name]
-    rate = _projection_flops(shape, of.tokens) / of.projections_ms
+    heads = {name: of.heads if count == shape.total_heads else count for name, count in shape.heads.items()}
+    rate = _projection_flops(replace(shape, heads=heads), of.tokens) / of.projections_ms
     mlp = 2 * 3 * 2 * tokens * WIDER * shape.hidden_size**2 / rate  # two products, each with two more backwards
     part = tokens / attention.tokens
     parts = {

@@ -13,7 +13,7 @@ from m2gen.bench.document import Document, Row, besides, dump, row_of, speed_ups
 from m2gen.bench.entries import sized
 from m2gen.bench.kinds import Call, Kind
 from m2gen.bench.side_by_side import Result, Times
-from m2gen.cli.show.names import implementation_names
+from m2gen.cli.show.names import MARK, implementation_names
 from m2gen.cli.show.report import Display, print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.db import Environment, Estimate
@@ -120,7 +120,7 @@ def sections(rows: Iterable[tuple[WorkloadKey, Sequence[Any]]]) -> list[Any]:
 def _time_cells(row: Row, name: str, speed: float | None) -> tuple[Any, ...]:
     host = "" if row.host_us is None else f"{row.host_us:.0f}"
     speed_up = "" if speed is None else f"{speed:.3g}x"
-    name += " (timing only)" if row.unverified else ""
+    name += MARK if row.unverified else ""
     return (
         name,
         row.steps,

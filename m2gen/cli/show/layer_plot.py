@@ -8,9 +8,10 @@ from m2gen.bench.layers.document import LayerDocument, LayerRow
 from m2gen.bench.layers.kinds import LayerKind
 from m2gen.cli.show.bars import FORWARD, MEMORY, STEP, Group, Panel, as_fast, bars_figure, names_of
 from m2gen.cli.show.figure import Plot, Quantity, write_figure
+from m2gen.cli.show.names import MARK
 from m2gen.errors import UsageError
 
-OURS, MARK = "m2gen", " (timing only)"
+OURS = "m2gen"
 NAMES = {"gated_deltanet": "Gated DeltaNet"}
 """Names of layers, by those of their adapters' functions, where these are not what one writes."""
 

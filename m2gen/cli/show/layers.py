@@ -11,6 +11,7 @@ from m2gen.bench.layers.document import LayerDocument, LayerRow, dump_layers, la
 from m2gen.bench.layers.kinds import Part
 from m2gen.bench.layers.side_by_side import LayerTimes
 from m2gen.cli.show.bench import median_cells, ms_text
+from m2gen.cli.show.names import MARK
 from m2gen.cli.show.report import Display, print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.db import Environment
@@ -94,7 +95,7 @@ def heading(row: LayerRow) -> str:
 
 def shown_name(row: LayerRow) -> str:
     """Return the name of a row's layer, marked if its times are times only."""
-    return row.name + (" (timing only)" if row.unverified else "")
+    return row.name + (MARK if row.unverified else "")
 
 
 def _time_cells(row: LayerRow) -> tuple[Any, ...]:

@@ -15,6 +15,9 @@ from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.schedule.tunable import Tunable, keys_of
 from m2gen.variant import BuiltVariant, Variant, expand, layer_names
 
+MARK = " (timing only)"
+"""Follows the name of an implementation that is timed although its results fail the check."""
+
 
 def counted(count: int, noun: str) -> str:
     """Return a count and its noun, in the plural but for one."""

@@ -56,9 +56,7 @@ def _heading(sweep: Sweep) -> str:
     """Return a panel's title: the layer, and what of a call's size stays the same along the axis."""
     rows = [row for point in sweep.points for row in point.rows]
     batches, lengths = {row.batch for row in rows}, {row.seq for row in rows}
-    same = [
-        f"{name}{least}" for name, (least, *others) in (("B", sorted(batches)), ("S", sorted(lengths))) if not others
-    ]
+    same = [f"{name}{of}" for name, every in (("B", batches), ("S", lengths)) if len(every) == 1 for of in every]
     return ", ".join([sweep.layer, *same])
 
 

@@ -84,7 +84,7 @@ def tables(document: RankDocument) -> Iterator[Table]:
     """Yield the table of times, and that of forms that have none."""
     there = document.environment.device if document.environment is not None else "CPU"
     rows: list[Any] = []
-    before, ranks = None, max(row.ranks for row in document.rows)
+    before, ranks = None, max((row.ranks for row in document.rows), default=0)
     for row, case in _cases(document):
         if row.failure or row.unfit:
             continue

@@ -10,7 +10,7 @@ from m2gen.bench.kinds import Call, Kind
 from m2gen.cli.show.bars import FORWARD, MEMORY, STEP, Group, Panel, bars_figure, names_of
 from m2gen.cli.show.bench import WorkloadKey, workload_names, workload_of
 from m2gen.cli.show.figure import Plot, Quantity, write_figure
-from m2gen.cli.show.names import implementation_names
+from m2gen.cli.show.names import MARK, implementation_names
 from m2gen.errors import UsageError
 
 OURS = "m2gen, tuned"
@@ -28,13 +28,18 @@ def speed_groups(document: Document, quantity: Quantity = Quantity.TIME) -> list
     without peers with the default. Raises UsageError if there is no such workload, and names on standard error those
     that are left out.
     """
-    timed: dict[WorkloadKey, dict[str, Row]] = {}
+    every: dict[WorkloadKey, dict[str, Row]] = {}
     for row in document.rows:
         if row.call is Call.SEQUENCE:
-            having = timed.setdefault(workload_of(row), {})
-            having |= {} if row.failure or row.step is None or row.forward is None else {row.implementation: row}
-    peers = dict.fromkeys(name for rows in timed.values() for name in rows if name not in set(Kind))
-    labels = {name: f"{short} kernel" for name, short in implementation_names(peers).items()}
+            every.setdefault(workload_of(row), {})[row.implementation] = row
+    failed = {where for where, rows in every.items() if (ours := rows.get(Kind.TUNED)) is not None and not _timed(ours)}
+    timed = {where: {name: row for name, row in rows.items() if _timed(row)} for where, rows in every.items()}
+    for where in failed:  # the default's times are not those of what tuning found
+        timed[where].pop(str(Kind.DEFAULT), None)
+    found = [row for rows in timed.values() for row in rows.values() if row.implementation not in set(Kind)]
+    marked = {row.implementation for row in found if row.unverified}
+    short = implementation_names(dict.fromkeys(row.implementation for row in found))
+    labels = {name: f"{words} kernel" + (MARK if name in marked else "") for name, words in short.items()}
     labels = labels or {str(Kind.DEFAULT): "m2gen, default schedule"}
     names = workload_names(timed)
     groups = {where: _group(names[where], rows, labels, quantity) for where, rows in timed.items()}
@@ -45,6 +50,10 @@ def speed_groups(document: Document, quantity: Quantity = Quantity.TIME) -> list
     if left_out:
         print(f"m2gen: not drawn, since there is no time to compare: {'; '.join(left_out)}", file=sys.stderr)
     return drawn
+
+
+def _timed(row: Row) -> bool:
+    return not row.failure and row.step is not None and row.forward is not None
 
 
 def _group(name: str, rows: dict[str, Row], labels: dict[str, str], quantity: Quantity) -> Group | None:
@@ -79,7 +88,7 @@ def check_comparable(kinds: Sequence[Kind], peers: Iterable[str]) -> None:
 def speed_title(document: Document, groups: Sequence[Group], quantity: Quantity = Quantity.TIME) -> str:
     """Return the title of the picture."""
     _, *others = names_of(groups)
-    beside = f"the {others[0]}" if len(others) == 1 else "other implementations"
+    beside = f"the {others[0].removesuffix(MARK)}" if len(others) == 1 else "other implementations"
     what = "Memory" if quantity is Quantity.MEMORY else "Time"
     return f"{what} of one call on an {document.environment.device}: m2gen's kernels beside {beside}"
 

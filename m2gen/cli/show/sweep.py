@@ -13,7 +13,7 @@ from m2gen.bench.kinds import Axis
 from m2gen.bench.side_by_side import Times
 from m2gen.bench.sweep import Fit, fit
 from m2gen.cli.show.bench import CALLS, ms_text
-from m2gen.cli.show.names import implementation_names
+from m2gen.cli.show.names import MARK, implementation_names
 from m2gen.cli.show.report import Display, print_json
 from m2gen.cli.show.table import Table, print_tables
 from m2gen.db import Environment
@@ -61,13 +61,10 @@ def curves(sweep: Sweep) -> list[Curve]:
 
 
 def _curve(sweep: Sweep, implementation: str, name: str, what: str) -> Curve | None:
-    timed = [
-        (point, times)
-        for point in sweep.points
-        for row in point.rows
-        if row.implementation == implementation
-        and (times := row.forward if what == "forward" else row.step) is not None
-    ]
+    own = [(point, row) for point in sweep.points for row in point.rows if row.implementation == implementation]
+    name += MARK if any(row.unverified for _, row in own) else ""
+    calls = [(point, row.forward if what == "forward" else row.step) for point, row in own]
+    timed = [(point, times) for point, times in calls if times is not None]
     if not timed:
         return None
     fitted = [(point.x, times.median_ms) for point, times in timed if point.fitted]
@@ -134,12 +131,15 @@ def sweep_tables(sweep: Sweep) -> Iterator[Table]:
     x_name, title = X_NAMES[sweep.axis], f"{sweep.layer} over {sweep.axis}"
     for what, call in CALLS.items():
         shown = [curve for curve in drawn if curve.what == what]
-        rows = [(p.x, _size(p), *(_cell(curve.median_at(p.x)) for curve in shown)) for p in sweep.points]
+        rows = [(p.x, _size(p), *(_cell(curve.median_at(p.x)) for curve in shown)) for p in sweep.points if p.rows]
         if shown:
             yield Table(f"{title}: {call}, ms", (x_name, "size", *(curve.name for curve in shown)), rows)
     failed = [(p.x, row.implementation, row.failure) for p in sweep.points for row in p.rows if row.failure]
     if failed:
         yield Table("Failed", (x_name, "kernels", "why"), failed)
+    unverified = [(p.x, row.implementation, row.unverified) for p in sweep.points for row in p.rows if row.unverified]
+    if unverified:
+        yield Table("Timing only: results failed the check", (x_name, "kernels", "why"), unverified)
     yield Table(f"Lines through {title}", FIT_COLUMNS, list(map(_fit_cells, drawn)))
 
 
