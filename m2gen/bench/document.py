@@ -196,6 +196,17 @@ def ranks_of(path: Path) -> RankDocument | None:
     return valid(TypeAdapter(RankDocument), content, path) if over_ranks else None
 
 
+def ranks_of_layers(run: RankDocument, layers: Sequence[str]) -> RankDocument:
+    """Return the part of a run over ranks that is about ``layers``, as ``of_layers`` does."""
+    having = dict.fromkeys(row.layer for row in run.rows)
+    for name in layers:
+        if name not in having:
+            raise UsageError(f"--layer must be {among(having)}, got {name!r}")
+    asked = layers or tuple(having)
+    kept = [(row, case) for row, case in zip(run.rows, run.cases, strict=False) if row.layer in asked]
+    return replace(run, rows=tuple(row for row, _ in kept), cases=tuple(case for _, case in kept))
+
+
 def read_json(path: Path) -> Any:
     """Read JSON; raises UsageError for a file that cannot be read or is none."""
     try:

@@ -22,6 +22,7 @@ from m2gen.bench.entries import BenchWorkload, Implementation
 from m2gen.bench.kinds import Axis, Call, Kind
 from m2gen.bench.side_by_side import ROUNDS, side_by_side
 from m2gen.bucket import Bucket
+from m2gen.cli.show import bench as shown
 from m2gen.cli.show.speed import speed_groups
 from m2gen.db import Database, Estimate, Failure, Reason, Timing
 from m2gen.device import TARGETS
@@ -686,3 +687,14 @@ def test_sweeps_of_points_without_times(spec: str, script: Script) -> None:
     assert "--only must have kernels or peers for --sweep, got eager" in fails(
         2, "bench", "--spec", spec, "--db", "db", "--only", "eager", "--sweep", "seq"
     )
+
+
+def test_a_run_is_kept_where_nothing_can_be_shown(spec: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes of a GPU are not lost to a full disk behind the standard output."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shown, "print_tables", full)
+    run("bench", "--spec", spec, "--db", "db", "--quiet", "--only", "default", "--decode", "0", "--out", "run.json")
+    assert load(Path("run.json")).rows

@@ -513,3 +513,13 @@ def test_ranks_on_gpus_exclude_other_measurements(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(TuneError, match="must use gpu-1"):
         list(several.over_ranks(job, TerminalProgress(quiet=True)))
     assert held == ["gpu-0", "gpu-1"]
+
+
+def test_layers_of_an_earlier_run() -> None:
+    """``--from`` shows those that are asked for, and says which there are."""
+    earlier = str(ROOT / "docs" / "data" / "ranks_2_h200.json")
+    text = run("bench", "--from", earlier, "--layer", "m2rnn_410m").stdout
+    assert "m2rnn_410m bf16, hidden 1024" in text
+    assert "m2rnn_7b" not in text
+    line = fails(2, "bench", "--from", earlier, "--layer", "nosuch")
+    assert "--layer must be among m2rnn_7b, m2rnn_410m, got 'nosuch'" in line

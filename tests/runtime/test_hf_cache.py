@@ -170,3 +170,21 @@ def test_a_cache_whose_entries_keep_states_elsewhere(hf: Any) -> None:
             expected = model(torch.cat((text, after[i : i + 1]), 1), use_cache=False).logits
             assert distance(prompts.logits[:, place], expected[:, :-1]) < ROUNDING
             assert distance(tokens.logits[i], expected[0, -1:]) < ROUNDING
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (1, 7), (3, 9), (2, 7), (3, 7, 1)])
+def test_masks_of_other_shapes(model: Any, shape: tuple[int, ...]) -> None:
+    """A mask has a row of each sequence and all of its tokens, be they ones; no columns are cut off."""
+    for mask in (torch.ones(shape), torch.zeros(shape)):
+        with torch.no_grad(), pytest.raises(ValueError, match=r"attention_mask must be \(3, past \+ 7\), got"):
+            model(ids(), attention_mask=mask, use_cache=False)
+
+
+def test_masks_without_what_a_cache_has_seen(model: Any) -> None:
+    """Of new tokens alone; those of the past count as well."""
+    cache, after = begun(model, ids()), ids()[:, AFTER]
+    with torch.no_grad(), pytest.raises(ValueError, match=r"attention_mask must be \(3, past \+ 3\), got \(3, 3\)"):
+        model(after, attention_mask=torch.ones(3, 3), cache=cache)
+    with torch.no_grad():
+        found = model(after, attention_mask=torch.ones(3, 7), cache=cache)
+    assert distance(found.logits, full(model, ids())) < ROUNDING

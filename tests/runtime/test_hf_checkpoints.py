@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from calls import distance
-from checkpoints import MODEL_NAMES, arrays_of, config_of, hf_of, models_package
+from checkpoints import MODEL_NAMES, arrays_of, config_of, hf_of, models_package, write_checkpoint
+from safetensors.torch import load_file, save_file
 from support import ROOT, SCHEDULES, build_package, import_package, make_variant
 
 from m2gen.package.directory import write
@@ -188,3 +189,18 @@ def test_decay_parameters_stay_wide(hf: Any, folders: Any, backend: str) -> None
     if backend == "reference":  # the package has kernels for float32 alone
         with torch.no_grad():
             assert distance(model(facts["input_ids"]).logits, facts["logits"]) < 0.05
+
+
+@pytest.mark.parametrize(("kind", "name"), [("missing", "state_weight"), ("unexpected", "nonsense")])
+def test_weights_that_are_not_the_models(hf: Any, tmp_path: Path, kind: str, name: str) -> None:
+    """A weight that transformers would draw anew, and one that it would leave out, are errors that name it."""
+    folder = write_checkpoint(tmp_path / "changed", "hybrid_nope")
+    weights = load_file(folder / "model.safetensors")
+    place = "transformer.h.0.sequence_mixer"
+    if kind == "missing":
+        del weights[f"{place}.{name}"]
+    else:
+        weights[f"{place}.{name}"] = torch.ones(3)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=f"weights must be those of the model, {kind} {place}.{name}"):
+        hf.M2RNNForCausalLM.from_pretrained(folder, backend="reference")

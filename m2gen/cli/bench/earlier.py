@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def show_earlier(path: Path, layers: tuple[str, ...], display: Display, picture: Picture) -> None:
     """Show and draw the document of an earlier run, for some layers or all."""
-    from m2gen.bench.document import Document, load_run, of_layers, ranks_of
+    from m2gen.bench.document import Document, load_run, of_layers, ranks_of, ranks_of_layers
     from m2gen.cli.show.bench import show_bench
     from m2gen.cli.show.ranks import show_ranks
     from m2gen.cli.show.sweep import show_sweeps
@@ -26,7 +26,7 @@ def show_earlier(path: Path, layers: tuple[str, ...], display: Display, picture:
     if over_ranks is not None:
         if picture.plot is not None:
             raise UsageError(f"--plot must be of workloads or sweeps, got {path}, which is of layers over ranks")
-        show_ranks(over_ranks, display)
+        show_ranks(ranks_of_layers(over_ranks, layers), display)
         return
     found = of_layers(load_run(path), layers)
     if isinstance(found, Document):

@@ -46,14 +46,19 @@ def run_bench(
             rows += map(row_of, found)
     except BaseException:
         if rows:
-            show_bench(Document(environment, tuple(rows)), display)
             with suppress(UsageError):  # the error that ended the run matters more
-                draw(Document(environment, tuple(rows)))
+                _show_and_draw(Document(environment, tuple(rows)), display, draw)
         raise
-    document = Document(environment, tuple(rows))
-    show_bench(document, display)
-    draw(document)
+    _show_and_draw(Document(environment, tuple(rows)), display, draw)
     return 1 if any(row.failure and row.schedule for row in rows) else 0
+
+
+def _show_and_draw(document: Document, display: Display, draw: Callable[[Document], None]) -> None:
+    """Show a run, and draw and keep it also where nothing can be shown, as on a full disk."""
+    try:
+        show_bench(document, display)
+    finally:
+        draw(document)
 
 
 def show_bench(document: Document, display: Display) -> None:

@@ -25,8 +25,8 @@ def masks_of(
     attention_mask (B, past + S) is true, or not 0, at tokens. Raises ValueError for one of another shape. ``numbers``
     (B, S) are of the sequences that tokens are of; with them positions are not asked, which would wait for the device.
     """
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError(f"M2RNN: attention_mask must be (B, past + S), got {tuple(attention_mask.shape)}")
+    if attention_mask is not None:
+        _check_shape(attention_mask, inputs_embeds.shape[0], inputs_embeds.shape[1], cache)
     masks: dict[str, Any] = {M2RNN_LAYER: _tokens(attention_mask, inputs_embeds.shape[1])}
     if FULL_ATTENTION in config.layer_types:
         packed: dict[str, Any] = (
@@ -37,6 +37,18 @@ def masks_of(
             config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=cache, **packed
         )
     return masks
+
+
+def _check_shape(attention_mask: Tensor, batch: int, steps: int, cache: Cache | None) -> None:
+    """Raise ValueError unless there is a row of each sequence, with its past and these tokens.
+
+    With a cache there may be more, as a cache of a fixed length has them; one that counts on the device is not asked.
+    """
+    past = 0 if cache is None else cache.get_seq_length()
+    least = steps + (past if isinstance(past, int) else 0)
+    rows, columns = attention_mask.shape if attention_mask.dim() == 2 else (-1, -1)
+    if rows != batch or columns < least or (cache is None and columns > least):
+        raise ValueError(f"M2RNN: attention_mask must be ({batch}, past + {steps}), got {tuple(attention_mask.shape)}")
 
 
 def _tokens(attention_mask: Tensor | None, steps: int) -> Tensor | None:

@@ -19,6 +19,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from ..checkpoints import CheckpointError
 from ..optimizer import MarksNoWeightDecay
 from .attention import SoftmaxAttention, rotations
 from .block import M2RNNBlock, norm_of
@@ -143,6 +144,18 @@ class M2RNNForCausalLM(M2RNNPreTrainedModel, GenerationMixin):
         self.transformer = M2RNNModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *arguments: Any, output_loading_info: bool = False, **options: Any
+    ) -> Any:
+        """Do what transformers' method does; raises CheckpointError for a missing or an unexpected weight."""
+        place = pretrained_model_name_or_path
+        model, report = super().from_pretrained(place, *arguments, output_loading_info=True, **options)
+        for kind in ("missing", "unexpected"):
+            if found := sorted(report[f"{kind}_keys"]):
+                raise CheckpointError(f"{place}: weights must be those of the model, {kind} {', '.join(found[:3])}")
+        return (model, report) if output_loading_info else model
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
