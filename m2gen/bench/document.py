@@ -14,6 +14,7 @@ from m2gen import __version__
 from m2gen.bench.kinds import Axis, Call
 from m2gen.bench.ranks.entries import RankDocument
 from m2gen.bench.side_by_side import Result, Times
+from m2gen.bench.values import VariantName, check_times
 from m2gen.db import Environment, message_of
 from m2gen.errors import UsageError, among, os_errors_as
 
@@ -26,7 +27,7 @@ class Row:
     """The times of one implementation on one workload."""
 
     layer: str
-    variant: str
+    variant: VariantName
     call: Call
     batch: _Count
     seq: _Count
@@ -186,7 +187,9 @@ def load_run(path: Path) -> Document | SweepDocument:
     content = read_json(path)
     if isinstance(content, dict) and "sweeps" in content:
         return valid(_SWEEPS, content, path)
-    return valid(_DOCUMENT, content, path)
+    found = valid(_DOCUMENT, content, path)
+    check_times(found.rows, "rows", path)
+    return found
 
 
 def ranks_of(path: Path) -> RankDocument | None:

@@ -316,3 +316,50 @@ def test_both_styles_can_be_told_apart_in_print() -> None:
             ends = sorted((lightness(color), lightness(theme.page)), reverse=True)
             assert (ends[0] + 0.05) / (ends[1] + 0.05) > 4.5, "text can be read"
     assert isinstance(load(NUMBERS), Document)
+
+
+DAMAGED: dict[str, tuple[str, Callable[[Any], object], str]] = {
+    "variant": (
+        "speed_h200.json",
+        lambda run: run["rows"][0].update(variant="nonsense"),
+        "$.rows[0].variant must be the key of a variant, got 'nonsense'",
+    ),
+    "times": (
+        "speed_h200.json",
+        lambda run: run["rows"][1].update(forward=None),
+        "$.rows[1].forward must have times where failure is empty, got null",
+    ),
+    "times of layers": (
+        "layers_h200.json",
+        lambda run: run["layer_rows"][0].update(forward=None),
+        "$.layer_rows[0].forward must have times where failure is empty, got null",
+    ),
+    "dtype": (
+        "ranks_2_h200.json",
+        lambda run: run["cases"][0]["shape"].update(dtype="fp8"),
+        "$.cases[0].shape.dtype must be among bf16, fp16, fp32, got 'fp8'",
+    ),
+    "heads": (
+        "ranks_2_h200.json",
+        lambda run: run["cases"][1]["shape"].update(heads={}),
+        "$.cases[1].shape.heads must have a count of q, k, v, f, w, g, got {}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_run_says_what_is_wrong(
+    name: str, damage: Callable[[Any], object], message: str, tmp_path: Path
+) -> None:
+    """In one line, with the place in the file."""
+    content = json.loads(NUMBERS.with_name(name).read_text(encoding="utf-8"))
+    damage(content)
+    (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    assert message in fails(2, "bench", "--from", str(tmp_path / name))
+
+
+def test_a_run_over_ranks_that_has_no_rows_yet(tmp_path: Path) -> None:
+    """It was ended before the first, and is shown as it is."""
+    content = json.loads(NUMBERS.with_name("ranks_2_h200.json").read_text(encoding="utf-8"))
+    (tmp_path / "begun.json").write_text(json.dumps({**content, "rows": []}), encoding="utf-8")
+    assert run("bench", "--from", str(tmp_path / "begun.json")).exit_code == 0

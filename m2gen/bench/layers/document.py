@@ -15,6 +15,7 @@ from m2gen.bench.kinds import Call
 from m2gen.bench.layers.breakdown import KernelTime, parts_ms
 from m2gen.bench.layers.kinds import LayerKind, Part
 from m2gen.bench.layers.side_by_side import LayerTimes
+from m2gen.bench.values import VariantName, check_times
 from m2gen.db import Environment, Estimate
 from m2gen.errors import UsageError, among
 
@@ -27,7 +28,7 @@ class LayerRow:
     """The times of one layer on one workload."""
 
     layer: str
-    variant: str
+    variant: VariantName
     hidden: _Count
     call: Call
     batch: _Count
@@ -118,7 +119,9 @@ def load_layers(path: Path) -> LayerDocument | None:
     content = read_json(path)
     if not isinstance(content, dict) or "layer_rows" not in content:
         return None
-    return valid(_DOCUMENT, content, path)
+    found = valid(_DOCUMENT, content, path)
+    check_times(found.layer_rows, "layer_rows", path)
+    return found
 
 
 def rows_of(document: LayerDocument, layers: Sequence[str]) -> LayerDocument:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, TypeAdapter
 
 from m2gen.bench.ranks.kinds import Form, Mixing
+from m2gen.bench.values import DtypeName, HeadsByRole
 from m2gen.db import Environment
 
 SCHEMA = 1
@@ -34,9 +35,9 @@ class Shape:
     hidden_size: int
     state_expansion: int
     head_dim: int
-    heads: dict[str, int]
+    heads: HeadsByRole
     """Heads of q, k, v, f, w and g by role."""
-    dtype: str
+    dtype: DtypeName
     blocks: tuple[Mixing, ...] = ()
     """Mixers of the blocks of a hybrid model with such layers; none for a layer by itself."""
 
