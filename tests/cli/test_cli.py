@@ -9,6 +9,7 @@ import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
@@ -385,3 +386,17 @@ def test_full_verification_with_a_database_in_the_environment(monkeypatch: pytes
     monkeypatch.setenv("M2GEN_TUNING_DB", "/nowhere")
     assert "--db" not in fails(2, "verify", "--full", "--case", "none")
     assert "--db and --no-db must be given with --spec" in fails(2, "verify", "--full", "--db", "/nowhere")
+
+
+def test_ctrl_c_while_m2gen_is_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends as it does later: in one line, with the status of a signal."""
+
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "m2gen.cli.app", Interrupted("m2gen.cli.app"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "m2gen: interrupted\n"
