@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -199,13 +199,18 @@ def ranks_of(path: Path) -> RankDocument | None:
     return valid(TypeAdapter(RankDocument), content, path) if over_ranks else None
 
 
-def ranks_of_layers(run: RankDocument, layers: Sequence[str]) -> RankDocument:
-    """Return the part of a run over ranks that is about ``layers``, as ``of_layers`` does."""
-    having = dict.fromkeys(row.layer for row in run.rows)
+def asked_of(names: Iterable[str], layers: Sequence[str]) -> Sequence[str]:
+    """Return ``layers``, or all of a run's ``names`` if none is given; raises UsageError for one that is not there."""
+    having = dict.fromkeys(names)
     for name in layers:
         if name not in having:
             raise UsageError(f"--layer must be {among(having)}, got {name!r}")
-    asked = layers or tuple(having)
+    return layers or tuple(having)
+
+
+def ranks_of_layers(run: RankDocument, layers: Sequence[str]) -> RankDocument:
+    """Return the part of a run over ranks that is about ``layers``, as ``of_layers`` does."""
+    asked = asked_of((row.layer for row in run.rows), layers)
     kept = [(row, case) for row, case in zip(run.rows, run.cases, strict=False) if row.layer in asked]
     return replace(run, rows=tuple(row for row, _ in kept), cases=tuple(case for _, case in kept))
 
@@ -232,11 +237,7 @@ def of_layers(run: Document | SweepDocument, layers: Sequence[str]) -> Document 
 
     Raises UsageError for a layer that the run does not have.
     """
-    having = dict.fromkeys(each.layer for each in (run.rows if isinstance(run, Document) else run.sweeps))
-    for name in layers:
-        if name not in having:
-            raise UsageError(f"--layer must be {among(having)}, got {name!r}")
-    asked = layers or tuple(having)
+    asked = asked_of((each.layer for each in (run.rows if isinstance(run, Document) else run.sweeps)), layers)
     if isinstance(run, Document):
         return replace(run, rows=tuple(row for row in run.rows if row.layer in asked))
     return replace(run, sweeps=tuple(sweep for sweep in run.sweeps if sweep.layer in asked))

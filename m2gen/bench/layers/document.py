@@ -10,14 +10,13 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 
 from m2gen import __version__
-from m2gen.bench.document import read_json, valid
+from m2gen.bench.document import asked_of, read_json, valid
 from m2gen.bench.kinds import Call
 from m2gen.bench.layers.breakdown import KernelTime, parts_ms
 from m2gen.bench.layers.kinds import LayerKind, Part
 from m2gen.bench.layers.side_by_side import LayerTimes
 from m2gen.bench.values import VariantName, check_times
 from m2gen.db import Environment, Estimate
-from m2gen.errors import UsageError, among
 
 SCHEMA = 1
 _Count = Annotated[int, Field(ge=1)]
@@ -129,8 +128,5 @@ def rows_of(document: LayerDocument, layers: Sequence[str]) -> LayerDocument:
 
     Raises UsageError for a layer that the run does not have.
     """
-    having = dict.fromkeys(row.layer for row in document.layer_rows)
-    for name in layers:
-        if name not in having:
-            raise UsageError(f"--layer must be {among(having)}, got {name!r}")
-    return replace(document, layer_rows=tuple(row for row in document.layer_rows if row.layer in (layers or having)))
+    asked = asked_of((row.layer for row in document.layer_rows), layers)
+    return replace(document, layer_rows=tuple(row for row in document.layer_rows if row.layer in asked))
