@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,8 +24,10 @@ def check_folder(out: Path) -> None:
 def check_new(shown: Path, real: Path) -> None:
     """Raise PlaceError if ``real``, a path without links, is absent and cannot be made."""
     there = next(path for path in real.parents if os.path.lexists(path))
-    if not os.path.lexists(real) and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise PlaceError(f"{shown} must be writable, got {there}, which is no folder that can be written")
+    if os.path.lexists(real) or (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        return
+    reason = os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR)
+    raise PlaceError(f"{shown} must be writable: {reason}, {there}")
 
 
 def resolved(path: Path) -> Path:

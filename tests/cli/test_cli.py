@@ -382,7 +382,7 @@ def test_what_the_parser_refuses_is_said_as_other_errors(command, message, monke
 
 
 def test_full_verification_with_a_database_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which it has no use for; only one that is typed is refused."""
+    """Only a database that is typed is refused; the matrix has no use for one."""
     monkeypatch.setenv("M2GEN_TUNING_DB", "/nowhere")
     assert "--db" not in fails(2, "verify", "--full", "--case", "none")
     assert "--db and --no-db must be given with --spec" in fails(2, "verify", "--full", "--db", "/nowhere")

@@ -467,7 +467,7 @@ def test_the_package_and_its_manifest_come_last(package: Path, monkeypatch: pyte
 def test_what_cannot_be_made_is_refused_before_the_work(tmp_path: Path) -> None:
     """A place below a file, or in a folder that cannot be written."""
     (tmp_path / "file").touch()
-    with pytest.raises(PlaceError, match=r"must be writable, got .*file, which is no folder"):
+    with pytest.raises(PlaceError, match=r"must be writable: Not a directory, .*file"):
         directory.check_place(tmp_path / "file" / "x" / "wb", {"a.py": ""})
 
 

@@ -181,7 +181,7 @@ def test_masks_of_other_shapes(model: Any, shape: tuple[int, ...]) -> None:
 
 
 def test_masks_without_what_a_cache_has_seen(model: Any) -> None:
-    """Of new tokens alone; those of the past count as well."""
+    """A mask of new tokens alone is refused; those of the past count as well."""
     cache, after = begun(model, ids()), ids()[:, AFTER]
     with torch.no_grad(), pytest.raises(ValueError, match=r"attention_mask must be \(3, past \+ 3\), got \(3, 3\)"):
         model(after, attention_mask=torch.ones(3, 3), cache=cache)
