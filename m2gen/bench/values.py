@@ -42,7 +42,7 @@ DtypeName = Annotated[str, AfterValidator(_dtype)]
 HeadsByRole = Annotated[dict[str, int], AfterValidator(_heads)]
 
 
-class Timed(Protocol):
+class TimedRow(Protocol):
     """A row of a document."""
 
     @property
@@ -54,7 +54,7 @@ class Timed(Protocol):
         """The times of a forward, if there are any."""
 
 
-def check_times(rows: Sequence[Timed], name: str, path: Path) -> None:
+def check_times(rows: Sequence[TimedRow], name: str, path: Path) -> None:
     """Raise UsageError for a row that neither failed nor has times."""
     for i, row in enumerate(rows):
         if not row.failure and row.forward is None:
