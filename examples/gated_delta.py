@@ -58,14 +58,12 @@ class ChunkScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u0: Tensor, w: Tensor, k: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
         """Return every chunk's U (n, B, C, V) and S before it (n, B, K, V), both in u0's dtype."""
-        state = decay.new_zeros(w.shape[1], w.shape[-1], u0.shape[-1])
-        factors = decay[..., None, None].unbind()
-        writes, before = [], []
-        for start, read, key, factor in zip(u0.unbind(), w.unbind(), k.mT.unbind(), factors, strict=True):
-            before.append(state.to(u0.dtype))
-            writes.append(torch.baddbmm(start, read, before[-1], alpha=-1))
-            state = torch.addcmul(torch.bmm(key, writes[-1]).to(decay.dtype), state, factor)
-        u, states = torch.stack(writes), torch.stack(before)
+        u, states = torch.empty_like(u0), u0.new_empty(*w.shape[:2], w.shape[-1], u0.shape[-1])
+        state = decay.new_zeros(states.shape[1:])
+        for i, factor in enumerate(decay[..., None, None].unbind()):
+            states[i].copy_(state)
+            torch.baddbmm(u0[i], w[i], states[i], alpha=-1, out=u[i])
+            state = torch.addcmul(torch.bmm(k[i].mT, u[i]), state, factor)  # in decay's dtype
         ctx.save_for_backward(u, states, w, k, decay)
         return u, states
 
@@ -73,16 +71,14 @@ class ChunkScan(torch.autograd.Function):
     def backward(ctx: Any, du: Tensor, dstates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the gradients of the arguments."""
         u, states, w, k, decay = ctx.saved_tensors
+        dwrites, dafter = torch.empty_like(u), torch.empty_like(states)
         carried = decay.new_zeros(states.shape[1:])
-        factors = decay[..., None, None].unbind()
-        writes, after = [], []
-        for i in range(len(factors) - 1, -1, -1):
-            after.append(carried.to(u.dtype))
-            writes.append(torch.baddbmm(du[i], k[i], after[-1]))
-            from_u = torch.baddbmm(dstates[i], w[i].mT, writes[-1], alpha=-1)
-            carried = torch.addcmul(from_u.to(decay.dtype), carried, factors[i])
-        dwrites, dafter = torch.stack(writes[::-1]), torch.stack(after[::-1])
-        ddecay = (dafter.to(decay.dtype) * states.to(decay.dtype)).sum((-2, -1))
+        for i, factor in reversed(list(enumerate(decay[..., None, None].unbind()))):
+            dafter[i].copy_(carried)
+            torch.baddbmm(du[i], k[i], dafter[i], out=dwrites[i])
+            from_u = torch.baddbmm(dstates[i], w[i].mT, dwrites[i], alpha=-1)
+            carried = torch.addcmul(from_u, carried, factor)
+        ddecay = (dafter * states).sum((-2, -1), dtype=decay.dtype)
         return dwrites, -(dwrites @ states.mT), u @ dafter.mT, ddecay
 
 
@@ -132,14 +128,14 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: T
 
     with torch.autocast(v.device.type, enabled=False):
         q, k, v = chunks(q.to(narrow)), chunks(k.to(narrow)), chunks(v)
-        g, beta = chunks(log_decay).cumsum(-1), chunks(beta.to(wide))[..., None]
+        g, beta = chunks(log_decay).cumsum(-1), chunks(beta.to(wide))
         lower = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).tril()
         between = (g[..., :, None] - g[..., None, :]).masked_fill(~lower, float("-inf")).exp()
         from_start, to_end = g.exp()[..., None], (g[..., -1:] - g).exp()[..., None]
-        a = (beta * between * (k.to(wide) @ k.to(wide).mT)).tril(-1)
-        inverse = UnitLowerInverse.apply(a).to(narrow)
-        u0 = inverse @ (beta * v).to(narrow)
-        w = inverse @ (beta * from_start * k).to(narrow)
+        a = (beta[..., None] * between * (k.to(wide) @ k.to(wide).mT)).tril(-1)
+        inverse = UnitLowerInverse.apply(a) * beta[..., None, :]  # tokens' factors on its columns, which are fewer
+        u0 = inverse.to(narrow) @ v
+        w = (inverse * from_start.mT).to(narrow) @ k
         u, states = ChunkScan.apply(u0, w, (to_end * k).to(narrow), g[..., -1].exp())
         scores = ((q @ k.mT).to(wide) * between).to(narrow)
         y = scores @ u + (from_start * q).to(narrow) @ states
@@ -181,14 +177,18 @@ class GatedDelta(nn.Module):
         q, k, v = (part.unflatten(-1, (self.heads, -1)) for part in self._convolved(x))
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            q, k = (part.to(wide) * (part.to(wide).square().sum(-1, keepdim=True) + 1e-6).rsqrt() for part in (q, k))
-            q = q * self.rows**-0.5
+            q, k = self._unit(q, self.rows**-0.5), self._unit(k)
         log_decay = -self.A_log.to(wide).exp() * F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide))
         y = gated_delta_rule(q, k, v, log_decay, self.b_proj(x).to(wide).sigmoid())
         with torch.autocast(x.device.type, enabled=False):
             y = F.rms_norm(y.to(wide), (self.columns,), self.o_norm.weight.to(wide), self.eps)
         gate = F.silu(self.g_proj(x)).unflatten(-1, (self.heads, -1))
         return self.o_proj((y.to(gate.dtype) * gate).flatten(-2))
+
+    def _unit(self, x: Tensor, size: float = 1.0) -> Tensor:
+        """Return x (B, S, N, K) over its length, times ``size``; it is that of RMSNorm, but for a factor sqrt(K)."""
+        weight = x.new_full((self.rows,), size * self.rows**-0.5)
+        return F.rms_norm(x, (self.rows,), weight, 1e-6 / self.rows)
 
     def _convolved(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return q, k and v after their convolutions, which are one."""

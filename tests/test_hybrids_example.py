@@ -433,7 +433,8 @@ def test_models_of_a_size_are_equally_large(example, tmp_path) -> None:
 def test_steps_that_are_captured_train_as_others_do(example, device) -> None:
     """A tensor of the learning rate, batches at one place and, on a GPU, replays give an eager trainer's losses.
 
-    That holds as well for one that goes on from another's state.
+    That holds as well for one that goes on from another's state, and for the losses of batches that it is asked about,
+    of which the last is shorter.
     """
     plan, captured = sys.modules["plan"], sys.modules["captured"]
     changes = {**example.SMOKE, "variants": {"both": ["gated_deltanet", "attention"]}, "compare": [], "steps": 12}
@@ -446,8 +447,11 @@ def test_steps_that_are_captured_train_as_others_do(example, device) -> None:
         found = [first.step(*rows).item() for rows in batches[:2]]
         other.restore(first.state())
         found += [other.step(*rows).item() for rows in batches[2:]]
+        judged = [other.judged(*rows).item() for rows in (*batches[:3], batches[3][:, :, :-1])]
     assert found == pytest.approx(expected, rel=1e-4)
-    assert (other._graph is not None) == (device.type == "cuda")
+    expected = [eager.judged(*rows).item() for rows in (*batches[:3], batches[3][:, :, :-1])]
+    assert judged == pytest.approx(expected, rel=1e-4)
+    assert [one.graph is not None for one in (other.training, other.judging)] == 2 * [device.type == "cuda"]
 
 
 @pytest.mark.gpu

@@ -143,6 +143,13 @@ class Trainer:
         self.optimizer.step()
         return loss.detach()
 
+    @torch.no_grad()
+    def judged(self, tokens: Tensor, following: Tensor) -> Tensor:
+        """Return the sum of the losses of a batch, in nats."""
+        with self.autocast():
+            logits = self.called(tokens)
+        return F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum")
+
     def rate(self) -> float:
         """Return the part of the learning rate at this step: a linear rise, and half a cosine down to a tenth."""
         config = self.config

@@ -21,7 +21,6 @@ from finished import Known
 from loop import device_at_hand
 from model import Trainer
 from plan import Run, hidden_of, parameters_of, state_of
-from torch.nn import functional as F
 
 WARM_UP = 3
 """Steps of a model that is thrown away, in which kernels are compiled."""
@@ -145,14 +144,11 @@ class Runner:
                 progress.recent = []
             yield
 
-    @torch.no_grad()
     def evaluate(self, run: Run, trainer: Trainer, limit: int) -> float:
         """Return the mean loss over at most ``limit`` bytes of the validation text, in nats a byte."""
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for tokens, following in corpus.windows(self.text.validation, limit, run.plan.batch, run.plan.seq):
-            with trainer.autocast():
-                logits = trainer.called(tokens)
-            total += F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum")
+            total += trainer.judged(tokens, following)
             count += following.numel()
         return total.item() / count
 
