@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -17,7 +19,19 @@ from torch import nn
 from m2gen.kernels.compile import load_module
 
 EXAMPLE = ROOT / "examples" / "state_tracking"
-LOCAL = ("construct", "decoder", "files", "gated_delta", "many", "stack", "step", "streams", "tracker", "words")
+LOCAL = (
+    "construct",
+    "decoder",
+    "files",
+    "gated_delta",
+    "learned",
+    "many",
+    "stack",
+    "step",
+    "streams",
+    "tracker",
+    "words",
+)
 """Modules that the example finds beside it."""
 
 
@@ -189,6 +203,43 @@ def parity_of_two_seeds() -> dict[str, Any]:
         "package": "generated.tiny", "evaluate": {"words": 4, "length": 40}, "defaults": config["defaults"] | small,
         "recipes": [{"name": "parity", "seeds": [0, 1]}],
     }  # fmt: skip
+
+
+def test_several_runs_at_a_time(tmp_path) -> None:
+    """Runs side by side are those of one after the other, but for seconds; what is there is not run again."""
+    config = parity_of_two_seeds()
+    config["defaults"] |= {"steps": 20, "settle": 20}
+    place = tmp_path / "learn.yaml"
+    place.write_text(yaml.safe_dump(config), encoding="utf-8")
+
+    def learnt(folder: str, *options: str) -> tuple[list[dict[str, Any]], str]:
+        command = [sys.executable, str(EXAMPLE / "learn.py"), "--config", str(place), "--out", str(tmp_path / folder)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*command, "--device", "cpu", *options], capture_output=True, text=True, timeout=1800, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        rows = json.loads((tmp_path / folder / "summary.json").read_text(encoding="utf-8"))["runs"]
+        return [row | {"seconds": None} for row in rows], done.stderr
+
+    assert "2 runs are left" in learnt("both", "--jobs", "2", "--minutes", "0")[1]
+    rows, _ = learnt("both", "--jobs", "2")
+    assert [row["seed"] for row in rows] == [0, 1]
+    assert rows == learnt("one")[0]
+    assert learnt("both", "--jobs", "2") == (rows, "")
+
+
+def test_jobs_are_of_a_cpu(example, monkeypatch, capsys) -> None:
+    """Runs side by side on a GPU, or none at a time, are refused."""
+    learn = example()
+    for options, message in (
+        (["--jobs", "2", "--device", "cuda"], "--jobs must be 1 with --device cuda, got 2"),
+        (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["learn.py", *options])
+        with pytest.raises(SystemExit, match="2"):
+            learn.main()
+        assert message in capsys.readouterr().err
 
 
 def test_parity_is_learnt_and_kept(example, monkeypatch, tmp_path, capsys) -> None:

@@ -2,6 +2,7 @@
 
     m2gen build --spec examples/state_tracking/spec.yaml
     python examples/state_tracking/learn.py
+    python examples/state_tracking/learn.py --device cpu --jobs 14 --minutes 60     # the same without a GPU
 
 Every line of learn.yaml's table is a recipe: what it changes in the defaults, and its seeds. Finished runs lie in --out
 with the weights that they learned, and are not run again. It prints the table, and writes table.md and summary.json.
@@ -10,14 +11,15 @@ with the weights that they learned, and are not run again. It prints the table, 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +35,7 @@ if not torch.cuda.is_available():
 from construct import points_of  # noqa: E402
 from decoder import package_of  # noqa: E402
 from files import alone, store, write_json, write_text  # noqa: E402
+from learned import rows_of, table  # noqa: E402
 from many import Answers  # noqa: E402
 from step import own_stream  # noqa: E402
 from streams import Plan, Streams, fit, judge  # noqa: E402
@@ -134,46 +137,48 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
     }, {name: value.cpu() for name, value in layer.state_dict().items()}
 
 
-def rows_of(runs: list[Run], out: Path) -> Iterator[dict[str, Any]]:
-    """Yield what is recorded of the runs that are there; ends the program where one is of other settings."""
-    for run in runs:
-        place = out / f"{run.name}.json"
-        if place.is_file():
-            row = json.loads(place.read_text(encoding="utf-8"))
-            if row["settings"] != json.loads(json.dumps(run.settings)):
-                raise SystemExit(f"{place} must be of {run.recipe}'s settings, but is of others; give another --out")
-            yield row
+@dataclass(frozen=True)
+class Call:
+    """What a call of the command does: where runs are kept, on what they train, how many at a time, and until when."""
 
+    config: dict[str, Any]
+    out: Path
+    device: str
+    jobs: int
+    until: float
+    """Seconds of the clock that all processes have, after which no run begins."""
 
-def table(runs: list[Run], rows: list[dict[str, Any]]) -> str:
-    """Return the results as Markdown: a line for each recipe, a number for each seed."""
-    names = (
-        "recipe", "what it changes", "group", "heads", "V", "parameters", "steps", "seconds", "letters known",
-        "accuracy to the end", "right to position", "perfect seeds",
-    )  # fmt: skip
-    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
-    for recipe in dict.fromkeys(run.recipe for run in runs):
-        asked = [run for run in runs if run.recipe == recipe]
-        found = [row for row in rows if row["recipe"] == recipe]
-        settings = asked[0].settings
-        shown = {key: value for key, value in asked[0].changes.items() if key not in ("group", "heads", "columns")}
-        letters = [settings["letters"][: len(row["known_at"])] for row in found]
-        cells = [
-            recipe,
-            ", ".join(f"{key} {value}" for key, value in shown.items()) or "nothing",
-            *(str(settings[key]) for key in ("group", "heads", "columns")),
-            f"{found[0]['parameters']:,}" if found else "",
-            ", ".join(f"{row['steps']:,}" for row in found),
-            ", ".join(f"{row['seconds']:.0f}" for row in found),
-            ", ".join(str(known[-1] or "all") if known else "none" for known in letters),
-            ", ".join(f"{100 * list(row['accuracy'].values())[-1]:.2f}" if row["accuracy"] else "" for row in found),
-            ", ".join(str(row["perfect_to"]) for row in found),
-            f"{sum(row['perfect_to'] == row['length'] for row in found)} of {len(found)}",
-        ]
-        if len(found) < len(asked):
-            cells[-1] += f" ({len(asked) - len(found)} not run)"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    def missing(self, runs: list[Run]) -> list[Run]:
+        """Return the runs that have no file yet."""
+        return [run for run in runs if not (self.out / f"{run.name}.json").is_file()]
+
+    def do(self, run: Run) -> None:
+        """Train one layer and keep it, unless the time is over."""
+        if time.monotonic() >= self.until:
+            return
+        torch.set_flush_denormal(True)  # gradients of saturated units are such, and CPUs slow with them
+        if self.jobs > 1:
+            torch.set_num_threads(1)
+        package, device = package_of(self.config["package"]), torch.device(self.device)
+        row, weights = train(run, package, self.config["evaluate"], device)
+        store(self.out / f"{run.name}.pt", partial(torch.save, weights))  # before the row: that says the run is done
+        write_json(row, self.out / f"{run.name}.json")
+        print(f"{run.name}: {row['steps']} steps, right to {row['perfect_to']}, {row['seconds']} s", file=sys.stderr)
+
+    def do_all(self, runs: list[Run]) -> None:
+        """Do the runs that have no file yet, while the time lasts; say how many are left."""
+        left = self.missing(runs)
+        if self.jobs == 1:
+            for run in left:
+                self.do(run)
+        else:
+            with ProcessPoolExecutor(self.jobs, get_context("spawn")) as pool:
+                try:
+                    list(pool.map(self.do, left))
+                except BrokenProcessPool:
+                    raise SystemExit("a process of a run was ended; the same command goes on with the rest") from None
+        if count := len(self.missing(left)):
+            print(f"the minutes are over, {count} runs are left; the same command goes on", file=sys.stderr)
 
 
 def parsed() -> argparse.Namespace:
@@ -183,23 +188,15 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "learn", help="folder of runs and table")
     parser.add_argument("--recipes", default="", help="names, with commas; all if none")
     parser.add_argument("--minutes", type=float, default=20.0, help="no run begins after these; 0: only the table")
-    return parser.parse_args()
-
-
-def run_all(config: dict[str, Any], runs: list[Run], out: Path, minutes: float) -> None:
-    """Do the runs that have no file yet, while the minutes last."""
-    until, device = time.monotonic() + 60 * minutes, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_flush_denormal(True)  # gradients of saturated units are such, and CPUs slow with them
-    package = package_of(config["package"])
-    left = [run for run in runs if not (out / f"{run.name}.json").is_file()]
-    for i, run in enumerate(left):
-        if time.monotonic() >= until:
-            print(f"the minutes are over, {len(left) - i} runs are left; the same command goes on", file=sys.stderr)
-            return
-        row, weights = train(run, package, config["evaluate"], device)
-        store(out / f"{run.name}.pt", partial(torch.save, weights))  # before the row, which says that the run is done
-        write_json(row, out / f"{run.name}.json")
-        print(f"{run.name}: {row['steps']} steps, right to {row['perfect_to']}, {row['seconds']} s", file=sys.stderr)
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is a GPU, if not given")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one of a CPU's cores")
+    arguments = parser.parse_args()
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
+    if arguments.jobs > 1 and arguments.device == "cuda":
+        parser.error(f"--jobs must be 1 with --device cuda, got {arguments.jobs}")
+    return arguments
 
 
 def main() -> None:
@@ -208,7 +205,8 @@ def main() -> None:
     config, out = yaml.safe_load(arguments.config.read_text(encoding="utf-8")), arguments.out
     runs = runs_of(config, {name for name in arguments.recipes.split(",") if name})
     with alone(out):
-        run_all(config, runs, out, arguments.minutes)
+        until = time.monotonic() + 60 * arguments.minutes
+        Call(config, out, arguments.device, arguments.jobs, until).do_all(runs)
         rows = list(rows_of(runs, out))
         text = table(runs, rows)
         write_text(text, out / "table.md")
