@@ -179,7 +179,7 @@ class Mma(Knobs):
                 yield f"{direction}.warps must be at most {most}, each with a 16 x 8 tile, got {part.warps}"
         if self.backward.xorsign and not device.has_xorsign:
             yield f"backward.xorsign must be false on {device.arch}, got true"
-        if self.backward.scratch is Scratch.SHARED:
+        if self.backward.scratch is Scratch.SHARED and self.backward.chunk > 0:
             yield from self._shared_problems(variant, device)
         if self.slots:
             yield from self._slot_problems(variant, device)

@@ -61,6 +61,10 @@ INVALID: dict[str, tuple[Schedule, str]] = {
         as_mma(make_schedule(interval=2), Scratch.SHARED),
         "backward.scratch must be l2 unless interval is above backward.chunk = 2, got shared",
     ),
+    "shared_for_no_chunk": (
+        as_mma(replace(make_schedule(), backward=replace(make_schedule().backward, chunk=0)), Scratch.SHARED),
+        "backward.chunk must be from 1 to 16, got 0",
+    ),
     "no_segments": (replace(make_schedule(), segments=0), "segments must be from 1 to 64, got 0"),
     "shared_for_too_much": (
         as_mma(make_schedule(interval=64, backward_rows=64), Scratch.SHARED),
