@@ -3,6 +3,7 @@
 from m2gen.db.database import Change, Database, merged
 from m2gen.db.exchange import export_text, read_export, read_other, write_export
 from m2gen.db.fields import (
+    LASTING,
     POLICY,
     Clocks,
     Environment,
@@ -24,6 +25,7 @@ from m2gen.db.rank import failures, flag, slot, stale, verdict
 from m2gen.db.record import SCHEMA, NotARecord, Record, decode, encode, message_of
 
 __all__ = [
+    "LASTING",
     "POLICY",
     "SCHEMA",
     "Change",

@@ -78,7 +78,7 @@ def choose(built: BuiltVariant, device: Device, objective: Objective, records: I
     if device == PORTABLE:
         return (Choice(built, device, default(built.variant, device)),)
     records = tuple(records)
-    product = usual_device(records, device.arch)
+    product = usual_device(records, device.arch, objective)
     tuned = _tile_records(built.variant, Query("", objective, device.arch, product, BUCKETS[-1]), records)
     tiles = LayerTiles.of(_tiles_of(record) for record in tuned)
     same = [record for record in records if record.key.variant == built.variant.key]

@@ -23,7 +23,8 @@ _Bytes = Annotated[int, Field(ge=0, lt=2**53)]
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 _Fact = Annotated[str, Field(pattern=r"^[ -~]{0,100}$")]
 """A version or a name: printable ASCII, empty if it is not known."""
-_Message = Annotated[str, Field(pattern=r"^[ -~]{0,500}$")]
+LONGEST_MESSAGE = 500
+_Message = Annotated[str, Field(pattern=rf"^[ -~]{{0,{LONGEST_MESSAGE}}}$")]
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,10 @@ class Reason(StrEnum):
     MEMORY = "memory"
 
 
+LASTING = (Reason.HANG, Reason.CRASH, Reason.WRONG, Reason.LAUNCH)
+"""Failures that a schedule has on every problem; running out of memory depends on the problem and the limit."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a schedule must not be used: the reason, and one line of detail."""
@@ -186,7 +191,11 @@ class Failure:
     def of(cls, reason: Reason, text: str) -> Failure:
         """Return a failure whose message is ``text`` as one printable line of bounded length."""
         line = " ".join(text.split()).encode("ascii", "backslashreplace").decode()
-        return cls(reason, "".join(c if " " <= c <= "~" else "?" for c in line)[:500])
+        return cls(reason, "".join(c if " " <= c <= "~" else "?" for c in line)[:LONGEST_MESSAGE])
+
+    def noting(self, remark: str) -> Failure:
+        """Return the failure with a remark at the end of its message, of which a long one loses as much."""
+        return Failure(self.reason, f"{self.message[: LONGEST_MESSAGE - len(remark)]}{remark}")
 
 
 class Status(StrEnum):

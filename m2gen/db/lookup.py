@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from m2gen.bucket import Bucket
-from m2gen.db.rank import failures, preference, stale, verdict
+from m2gen.db.rank import TOOLS, failures, newest_first, preference, stale, verdict
 from m2gen.db.record import Record
 from m2gen.spec import Objective
 
@@ -56,13 +56,15 @@ class Served:
     """Records that could serve, in order of preference, then those that cannot."""
 
 
-def usual_device(records: Iterable[Record], arch: str) -> str:
+def usual_device(records: Iterable[Record], arch: str, objective: Objective) -> str:
     """Return the device of ``arch`` that packages are built for: the one with most usable winners, the first by name.
 
     A package must be the same on every machine, so the GPU at hand plays no part. Records of kernels around a
-    recurrence count where there are no others.
+    recurrence count where there are no others. Usable is what ``look_up`` could serve.
     """
-    usable = [r for r in records if r.environment.arch == arch and r.failure is None and not stale(r)]
+    records = tuple(records)
+    known = failures(records)
+    usable = [record for record in records if not _unusable(record, arch, objective, known)]
     recurrences = [record for record in usable if record.tunable.kernel is None]
     counts = Counter(record.environment.device for record in recurrences or usable)
     return min(counts, key=lambda device: (-counts[device], device), default=arch)
@@ -72,7 +74,7 @@ def look_up(records: Iterable[Record], query: Query) -> Served:
     """Return the record that serves ``query``, by tiers, and the reasons why others of the variant do not."""
     same = [record for record in dict.fromkeys(records) if record.key.variant == query.variant]
     known = failures(same)
-    reasons = {record: _disqualified(record, query) or _known_failure(record, known) for record in same}
+    reasons = {record: _unusable(record, query.arch, query.objective, known) for record in same}
     usable = sorted((r for r in same if not reasons[r]), key=lambda record: _distance(record, query))
     winner = usable[0] if usable else None
     outranked = [Rejection(record, _outranked(record, usable[0], query)) for record in usable[1:]]
@@ -80,14 +82,15 @@ def look_up(records: Iterable[Record], query: Query) -> Served:
     return Served(_tier(winner, query), winner, (*outranked, *others))
 
 
-def _disqualified(record: Record, query: Query) -> str:
-    if record.environment.arch != query.arch:
-        return f"for {record.environment.arch}, not {query.arch}"
+def _unusable(record: Record, arch: str, objective: Objective, known: dict[object, Record]) -> str:
+    """Return why a record can serve no call of its variant for an arch and an objective, or an empty string."""
+    if record.environment.arch != arch:
+        return f"for {record.environment.arch}, not {arch}"
     if record.failure is not None:
         return f"records a failure: {record.failure.reason}"
-    if record.key.objective != query.objective:
-        return f"tuned for objective {record.key.objective}, not {query.objective}"
-    return stale(record)
+    if record.key.objective != objective:
+        return f"tuned for objective {record.key.objective}, not {objective}"
+    return stale(record) or _known_failure(record, known)
 
 
 def _known_failure(record: Record, known: dict[object, Record]) -> str:
@@ -116,9 +119,10 @@ def _outranked(record: Record, winner: Record, query: Query) -> str:
         return f"of another device, {record.environment.device}"
     if _bucket_distance(record, query) != _bucket_distance(winner, query):
         return f"bucket {record.key.bucket} is further than {winner.key.bucket}"
-    for name in ("triton", "ptxas", "torch", "driver"):
+    versions = (newest_first(record), newest_first(winner))
+    for name, *both in zip(TOOLS, *versions, strict=True):
         mine, other = (getattr(r.environment, name) for r in (record, winner))
-        if mine != other:
+        if both[0] != both[1]:
             return f"measured with an earlier toolchain: {name} {mine or 'unknown'}, not {other or 'unknown'}"
     assert record.timing is not None
     assert winner.timing is not None

@@ -7,12 +7,15 @@ from collections.abc import Hashable, Iterable
 from functools import cache
 
 from m2gen.bucket import Bucket
-from m2gen.db.fields import POLICY
+from m2gen.db.fields import LASTING, POLICY
 from m2gen.db.record import Record
 from m2gen.device import limits
 from m2gen.kernels.identity import identity_of
 from m2gen.schedule import AnySchedule
 from m2gen.schedule.tunable import Tunable
+
+TOOLS = ("triton", "ptxas", "torch", "driver")
+"""What of a toolchain decides, the first that differs: fields of ``Environment``."""
 
 
 def slot(record: Record) -> Hashable:
@@ -53,8 +56,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 def newest_first(record: Record) -> tuple[tuple[int, ...], ...]:
     """Return the toolchain's versions, negated so that later ones sort first."""
-    environment = record.environment
-    parts = (environment.triton, environment.ptxas, environment.torch, environment.driver)
+    parts = (getattr(record.environment, name) for name in TOOLS)
     return tuple((*(-number for number in _version(part)), 1) for part in parts)
 
 
@@ -78,8 +80,12 @@ def preference_in_slot(record: Record) -> tuple[object, ...]:
 
 
 def failures(records: Iterable[Record]) -> dict[Hashable, Record]:
-    """Return the failures that still count by their ``verdict``, which disqualifies winners with the same one."""
-    return {verdict(record): record for record in records if record.failure is not None and not stale(record)}
+    """Return the failures that still count by their ``verdict``, which disqualifies winners with the same one.
+
+    Those of memory do not, which others may have had, or a larger problem needed.
+    """
+    lasting = (record for record in records if record.failure is not None and record.failure.reason in LASTING)
+    return {verdict(record): record for record in lasting if not stale(record)}
 
 
 def verdict(record: Record) -> Hashable:

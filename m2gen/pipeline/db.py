@@ -76,7 +76,7 @@ def why(database: Database, question: Question) -> list[Answer]:
     """Return the record that serves each bucket in question, and the reasons against every other record."""
     everything = database.records()
     asked, objective, records = _asked(question, everything)
-    arch, device, sm_count = _device(question, everything, records)
+    arch, device, sm_count = _device(question, objective, everything, records)
     return [
         Answer(query, sm_count, look_up(records, query))
         for tunable in asked
@@ -123,7 +123,9 @@ def _buckets(question: Question, tunable: Tunable, sm_count: int) -> tuple[Bucke
     return (tunable.bucket(question.batch or 1, sm_count),)
 
 
-def _device(question: Question, everything: Iterable[Record], same: Iterable[Record]) -> tuple[str, str, int]:
+def _device(
+    question: Question, objective: Objective, everything: Iterable[Record], same: Iterable[Record]
+) -> tuple[str, str, int]:
     """Return arch, product name and SM count of the GPU in question."""
     known = {r.environment.device: r.environment for r in everything if question.arch in (None, r.environment.arch)}
     here = detect()
@@ -139,7 +141,7 @@ def _device(question: Question, everything: Iterable[Record], same: Iterable[Rec
     if question.arch is None and here is not None:
         return here.arch, recorded_name(here), here.sm_count
     arch = question.arch or min((where.arch for where in known.values()), default="sm_90")
-    usual = usual_device(same, arch)
+    usual = usual_device(same, arch, objective)
     return arch, usual, known[usual].sm_count if usual in known else target(arch).sm_count
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from m2gen import __version__
-from m2gen.db import POLICY, Environment, Key, Provenance, Reason, Record, Sizes, Timing
+from m2gen.db import LASTING, POLICY, Environment, Key, Provenance, Record, Sizes, Timing
 from m2gen.db.rank import failures, preference
 from m2gen.kernels.identity import identity_of
 from m2gen.measure.context import Context
@@ -16,8 +16,6 @@ from m2gen.tune.space import fits, space_hash
 from m2gen.tune.subject import Subject
 from m2gen.tune.trial import KNOWN, Trial
 
-LASTING = (Reason.HANG, Reason.CRASH, Reason.WRONG, Reason.LAUNCH)
-"""Failures that a schedule has on every problem; running out of memory depends on the problem and the limit."""
 NEIGHBOURS = 6
 """Most seeds from records of other problems, and from other GPUs."""
 

@@ -138,7 +138,7 @@ def test_records_that_cannot_be_trusted_do_not_serve() -> None:
     other = tiled(FinishTiles(rows=8), device=H100, high=0.5)
     assert tiles(record, other, winner()) == replace(USUAL, finish=FINISH), "packages are built for one device"
     both = [other, replace(other, problem=Sizes(8, 4096)), winner()]
-    assert usual_device(both, "sm_90") == H200, "records of kernels around do not outvote recurrences"
+    assert usual_device(both, "sm_90", Objective.TRAIN) == H200, "records of kernels around do not outvote recurrences"
 
 
 @pytest.fixture(scope="module")

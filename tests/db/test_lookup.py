@@ -30,6 +30,7 @@ def reasons(records: Sequence[Record], asked: Query) -> dict[Record, str]:
     return {rejection.record: rejection.reason for rejection in look_up(records, asked).rejected}
 
 
+TRAIN = Objective.TRAIN
 NEAR, FAR = winner(Bucket.TWO), winner(Bucket.HALF)
 OTHER = winner(where=environment(H100))
 EXACT = winner()
@@ -95,6 +96,7 @@ def test_a_failure_disqualifies_the_same_kernels() -> None:
     assert reasons([EXACT, hung], query())[EXACT] == f"its kernels failed on this device: hang, record {hung.id}"
     for other in (OTHER, winner(where=environment(triton="3.7.1")), winner(schedule=make_schedule())):
         assert look_up([other, hung], query()).record == other
+    assert look_up([EXACT, failed(Reason.MEMORY, bucket=Bucket.ONE)], query()).record == EXACT, "others may have had it"
     forgotten = replace(hung, provenance=replace(hung.provenance, kernel="0" * 12))
     assert look_up([EXACT, forgotten], query()).record == EXACT
 
@@ -137,6 +139,12 @@ def test_a_later_toolchain_is_preferred_by_triton_first(name: str) -> None:
     assert reasons([other, later], query())[other].startswith(f"measured with an earlier toolchain: {name} ")
 
 
+def test_builds_of_one_version_are_no_earlier_toolchain() -> None:
+    """What is said of a record that lost by its time is its time, however the builds of its tools are named."""
+    named = winner(where=replace(environment(), torch="2.11.0+cpu"), high=0.95)
+    assert reasons([EXACT, named], query())[named] == "at most 0.950 of the default's time, not 0.900"
+
+
 def test_other_variants_are_not_mentioned() -> None:
     """An explanation is about one variant."""
     other = winner(variant=make_variant(rows=32))
@@ -145,11 +153,15 @@ def test_other_variants_are_not_mentioned() -> None:
 
 def test_the_device_that_packages_are_built_for() -> None:
     """It is the arch's device with most usable winners, the first by name of two; without any, the arch itself."""
-    assert usual_device([EXACT, NEAR, OTHER], "sm_90") == H200
-    assert usual_device([OTHER, EXACT], "sm_90") == usual_device([EXACT, OTHER], "sm_90") == H100
-    assert usual_device([STALE, replace(STALE, problem=NEAR.problem, key=NEAR.key), OTHER], "sm_90") == H100
-    assert usual_device([failed(), failed(bucket=Bucket.ONE), OTHER], "sm_90") == H100
-    assert usual_device([EXACT], "sm_80") == usual_device([], "sm_80") == "sm_80"
+    assert usual_device([EXACT, NEAR, OTHER], "sm_90", TRAIN) == H200
+    assert usual_device([OTHER, EXACT], "sm_90", TRAIN) == usual_device([EXACT, OTHER], "sm_90", TRAIN) == H100
+    assert usual_device([STALE, replace(STALE, problem=NEAR.problem, key=NEAR.key), OTHER], "sm_90", TRAIN) == H100
+    assert usual_device([failed(), failed(bucket=Bucket.ONE), OTHER], "sm_90", TRAIN) == H100
+    assert usual_device([EXACT], "sm_80", TRAIN) == usual_device([], "sm_80", TRAIN) == "sm_80"
+    assert usual_device([EXACT, NEAR, failed(), OTHER], "sm_90", TRAIN) == H100, "what failed since can serve nothing"
+    forwards = [INFER, replace(INFER, problem=NEAR.problem, key=replace(INFER.key, bucket=Bucket.TWO))]
+    assert usual_device([*forwards, OTHER], "sm_90", TRAIN) == H100, "nor can what is for the forward alone"
+    assert usual_device([*forwards, OTHER], "sm_90", Objective.INFER) == H200
 
 
 def test_staleness_and_flags() -> None:
@@ -172,5 +184,5 @@ def test_a_gpu_is_asked_for_by_the_name_that_records_have(monkeypatch: pytest.Mo
     """A product's name may have characters that no record has."""
     device = replace(target("sm_90"), name="Maker's X / Y é")
     monkeypatch.setattr(asked, "detect", lambda: device)
-    assert asked._device(asked.Question("base"), [], [])[:2] == ("sm_90", recorded_name(device))
+    assert asked._device(asked.Question("base"), TRAIN, [], [])[:2] == ("sm_90", recorded_name(device))
     assert recorded_name(device) == "Maker's X _ Y _"
