@@ -157,9 +157,16 @@ def _impossible(estimate: Estimate, name: str) -> Iterator[str]:
 
 def _written(record: Record) -> tuple[str, str]:
     try:
-        return _line(_checked(record))
+        identity, line = _line(_checked(record))
+        _check_length(line)
+        return identity, line
     except NotARecord as error:
         raise DatabaseError(f"a record of {record.key.variant}: {error}") from error
+
+
+def _check_length(line: str) -> None:
+    if len(line) > LONGEST_LINE:
+        raise NotARecord(f"$ must take at most {LONGEST_LINE} characters, got {len(line)}")
 
 
 def encode(record: Record) -> str:
@@ -179,8 +186,7 @@ def _object(line: str) -> dict[str, Any]:
 
 def decode(line: str) -> Record:
     """Return the record of a line; raises NotARecord for anything that ``encode`` would not have written."""
-    if len(line) > LONGEST_LINE:
-        raise NotARecord(f"$ must take at most {LONGEST_LINE} characters, got {len(line)}")
+    _check_length(line)
     value = _object(line)
     schema, identity = value.pop("schema", None), value.pop("id", None)
     if schema != SCHEMA:

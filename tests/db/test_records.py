@@ -216,11 +216,13 @@ def test_another_spelling_of_a_record_is_refused() -> None:
 
 
 def test_a_record_that_could_not_be_read_cannot_be_written() -> None:
-    """Records that a program makes are checked like those in a file."""
+    """Records that a program makes are checked like those in a file, whose lines have a longest one."""
+    many = winner()
     for record in (
         replace(winner(), errors=(TensorError("y", float("inf"), 1.0),)),
         replace(winner(), schedule=make_schedule(warps=3)),
         replace(winner(), environment=replace(environment(), device="\x1b[2J")),
+        replace(many, problem=Sizes(1, 64, (64,) * 4000), key=replace(many.key, bucket=Bucket.MORE)),
     ):
         with pytest.raises(DatabaseError, match=r"a record of k16_v16_.*\$"):
             encode(record)
@@ -233,6 +235,9 @@ def test_messages_of_failures_fit_a_line() -> None:
     assert decode(line).failure == failure
     assert failure.message.isprintable()
     assert len(failure.message) == 500
+    noted = failure.noting(", here")
+    assert (noted.message[-10:], len(noted.message)) == ("xxxx, here", 500)
+    assert Failure(Reason.HANG, "slow").noting(", here") == Failure(Reason.HANG, "slow, here")
 
 
 @pytest.mark.parametrize("variant", [*variants("carry"), *variants("total"), make_variant(products="tf32")], ids=str)
