@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 
-from m2gen.db import Database, Estimate, Record, failures, stale, verdict
+from m2gen.db import LASTING, Database, Estimate, Failure, Record, failures, stale, verdict
 from m2gen.errors import UsageError, VerifyError
 from m2gen.measure import lock
 from m2gen.measure.rounds import in_rounds
@@ -13,7 +14,6 @@ from m2gen.measure.workers import run_isolated
 from m2gen.pipeline.plan import Progress
 from m2gen.schedule import AnySchedule
 from m2gen.tune.final import ROUNDS
-from m2gen.tune.records import LASTING
 from m2gen.tune.select import select
 from m2gen.tune.services import TuningContext
 from m2gen.tune.subject import Subject
@@ -48,8 +48,6 @@ class Replayed:
 
 
 def _subject(record: Record, context: TuningContext) -> Subject:
-    if record.problem.lengths:
-        raise UsageError(f"record {record.id} must be of equal sequences to be measured, got a packed batch")
     tunable, sizes = record.tunable, (record.problem.batch, record.problem.seq)
     return Subject(tunable.variant, context.device, record.key.objective, *sizes, kernel=tunable.kernel)
 
@@ -59,25 +57,30 @@ def _elsewhere(record: Record, context: TuningContext) -> str:
     here = context.environment
     if (record.environment.arch, record.environment.device) != (here.arch, here.device):
         return f"of another device: {record.environment.device}, here {here.device}"
-    return stale(record)
+    if record.failure is not None:
+        return "records a failure"
+    return "of a packed batch, not of equal sequences" if record.problem.lengths else stale(record)
 
 
 def verify_records(database: Database, ids: Sequence[str], context: TuningContext, progress: Progress) -> list[Recheck]:
     """Check the winners of this device again, or only those of ``ids``, and add failures to the database.
 
     A record that fails serves no build from then on, whatever Triton measured it, and searches here do not try its
-    schedule again. Running out of memory says nothing of a record: others may have had the GPU.
+    schedule again. Running out of memory says nothing of a record: others may have had the GPU. Each failure is in the
+    database before the next check begins.
     """
-    asked = [database.find(prefix) for prefix in ids] if ids else list(database.records())
-    winners = [record for record in asked if record.failure is None]
-    known = failures(database.records())
-    skipped = {record: _elsewhere(record, context) or _failed_before(record, known) for record in winners}
-    chosen = [record for record in winners if not skipped[record]]
-    with lock.exclusive(context.gpu):
-        found = _checked(chosen, context, progress)
-    broken = [record for record in chosen if (failure := found[record].failure) and failure.reason in LASTING]
-    database.add(each for record in broken for each in _failures(record, found[record], context))
-    return [Recheck(record, skipped[record], found.get(record)) for record in winners]
+    every = database.records()
+    asked = [database.find(prefix) for prefix in ids] if ids else [each for each in every if each.failure is None]
+    known = failures(every)
+    skipped = {record: _elsewhere(record, context) or _failed_before(record, known) for record in asked}
+    chosen = [record for record in skipped if not skipped[record]]
+    found: dict[Record, Measurement] = {}
+    with lock.exclusive(context.gpu), closing(_checked(chosen, context, progress)) as checked:
+        for records, result in checked:
+            found |= dict.fromkeys(records, result)
+            if result.failure is not None and result.failure.reason in LASTING:
+                database.add(each for record in records for each in _failures(record, result.failure, context))
+    return [Recheck(record, skipped[record], found.get(record)) for record in asked]
 
 
 def _failed_before(record: Record, known: dict[object, Record]) -> str:
@@ -85,36 +88,36 @@ def _failed_before(record: Record, known: dict[object, Record]) -> str:
     return f"its kernels failed already, record {failed.id}" if failed else ""
 
 
-def _checked(records: Sequence[Record], context: TuningContext, progress: Progress) -> dict[Record, Measurement]:
-    """Return the result of the whole check for each record; equal tasks run once."""
+def _checked(
+    records: Sequence[Record], context: TuningContext, progress: Progress
+) -> Generator[tuple[list[Record], Measurement]]:
+    """Yield records with the result of the whole check as it is known; equal tasks run once."""
     services = context.services
-    tasks = {record: Task(_subject(record, context), record.schedule, Step.VERIFY) for record in records}
-    compiling = [[CompileTask(task.subject, task.schedule)] for task in dict.fromkeys(tasks.values())]
+    tasks: dict[Task, list[Record]] = {}
+    for record in records:
+        tasks.setdefault(Task(_subject(record, context), record.schedule, Step.VERIFY), []).append(record)
+    compiling = [[CompileTask(task.subject, task.schedule)] for task in tasks]
     progress.start("compile", len(compiling))
     for compiled, _ in run_isolated(compiling, services.compile, services.compilers):
         progress.advance(compiled.schedule.describe())
     progress.finish()
     progress.start("verify", len(compiling))
-    measured: dict[Task, Measurement] = {}
-    for task, result in run_isolated([list(dict.fromkeys(tasks.values()))], services.measure, 1):
+    for task, result in run_isolated([tasks], services.measure, 1):
         go_on(result)
-        measured[task] = result
+        yield tasks[task], result
         progress.advance(task.schedule.describe())
     progress.finish()
-    return {record: measured[task] for record, task in tasks.items()}
 
 
-def _failures(record: Record, found: Measurement, context: TuningContext) -> list[Record]:
+def _failures(record: Record, failure: Failure, context: TuningContext) -> list[Record]:
     """Return the failure for searches with the toolchain at hand, and for the record, which may be of another."""
-    assert found.failure is not None
     here, provenance = context.environment, replace(record.provenance, worker=context.worker)
-    failed = replace(
-        record, environment=here, provenance=provenance, timing=None, errors=(), failure=found.failure, clocks=None
-    )
+    failed = replace(record, provenance=provenance, timing=None, errors=(), failure=failure, clocks=None)
+    bucket = record.tunable.bucket(record.problem.sequences, here.sm_count)  # one product name may be of several sizes
+    found = replace(failed, key=replace(record.key, bucket=bucket), environment=here)
     if here.triton == record.environment.triton:
-        return [failed]
-    message = f"{found.failure.message}, with triton {here.triton}"
-    return [failed, replace(failed, environment=record.environment, failure=replace(found.failure, message=message))]
+        return [found]
+    return [found, replace(failed, failure=failure.noting(f", with triton {here.triton}"))]
 
 
 def replay(record: Record, context: TuningContext, progress: Progress) -> Replayed:
@@ -123,7 +126,7 @@ def replay(record: Record, context: TuningContext, progress: Progress) -> Replay
     Raises UsageError for a record of another device, a stale one or a failure, and VerifyError if one of the two
     schedules fails now.
     """
-    reason = _elsewhere(record, context) or ("records a failure" if record.failure else "")
+    reason = _elsewhere(record, context)
     if reason:
         raise UsageError(f"record {record.id} must be one that can be measured here, got: {reason}")
     subject = _subject(record, context)

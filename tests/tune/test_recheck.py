@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import simulated
-from searches import SPEC, Silent
+from searches import NEIGHBOUR, SPEC, Silent
 
 from m2gen import pipeline
-from m2gen.db import Database, Query, Record, look_up
+from m2gen.db import Database, Failure, Query, Reason, Record, Sizes, look_up
+from m2gen.errors import TuneError
+from m2gen.kernels.identity import identity_of
+from m2gen.pipeline import recheck
 from m2gen.pipeline.goals import TuneRequest
+from m2gen.schedule import parse
 from m2gen.tune.records import known_failures
+from m2gen.tune.trial import Measurement, Task
 
 
 class Unseen:
@@ -70,3 +77,87 @@ def test_memory_that_others_had_says_nothing_of_a_record(tuned: tuple[Database, 
     assert checked.failed
     assert list(database.records()) == [record]
     assert served(database, record) == record
+
+
+WRONG = Failure.of(Reason.WRONG, "y must be within 1e-3, got 2e-1" + ", and so on" * 99)
+
+
+def beside(record: Record) -> Record:
+    """Return a record of other calls with another schedule."""
+    schedule = parse(NEIGHBOUR)
+    kernel = identity_of(record.tunable.variant, schedule)
+    provenance = replace(record.provenance, kernel=kernel)
+    return replace(record, schedule=schedule, provenance=provenance, problem=replace(record.problem, seq=2048))
+
+
+def finding(patch: pytest.MonkeyPatch, *results: Measurement | BaseException) -> None:
+    """Have checks give these results, one after the other."""
+    left = iter(results)
+
+    def run(groups: Iterable[Iterable[Any]], *_: object) -> Iterator[tuple[Any, Any]]:
+        for task in (task for group in groups for task in group):
+            result = next(left) if isinstance(task, Task) else None
+            if isinstance(result, BaseException):
+                raise result
+            yield task, result
+
+    patch.setattr(recheck, "run_isolated", run)
+
+
+def test_a_long_message_is_kept_as_far_as_it_fits(
+    tuned: tuple[Database, Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is noted of the Triton that found a record wrong makes its message no longer than a line may have."""
+    database, record = tuned
+    context = simulated.context()
+    finding(monkeypatch, Measurement(failure=WRONG))
+    other = replace(context, environment=replace(context.environment, triton="9.9.9"))
+    pipeline.verify_records(database, [], other, Unseen())
+    assert served(database, record) is None
+    messages = sorted(each.failure.message for each in database.records() if each.failure)
+    assert messages == sorted([WRONG.message, f"{WRONG.message[:-19]}, with triton 9.9.9"])
+
+
+def test_a_gpu_of_another_size_finds_a_record_wrong(
+    tuned: tuple[Database, Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One product name may be of GPUs with fewer multiprocessors, for which the same problem is of other calls."""
+    database, record = tuned
+    context = simulated.context(replace(simulated.DEVICE, sm_count=20))
+    finding(monkeypatch, Measurement(failure=WRONG))
+    (checked,) = pipeline.verify_records(database, [], context, Unseen())
+    assert checked.failed
+    assert served(database, record) is None
+    (failed,) = [each for each in database.records() if each.failure]
+    assert (failed.environment.sm_count, failed.key.bucket) == (20, ">8")
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), Measurement(stopped="No space left on device")], ids=str)
+def test_what_was_found_before_the_end_is_kept(
+    tuned: tuple[Database, Record], monkeypatch: pytest.MonkeyPatch, end: Measurement | BaseException
+) -> None:
+    """Ctrl-C or a full disk in the middle of the checks: what an earlier one found wrong serves nothing."""
+    database, record = tuned
+    database.add([beside(record)])
+    finding(monkeypatch, Measurement(failure=WRONG), end)
+    with pytest.raises((KeyboardInterrupt, TuneError)):
+        pipeline.verify_records(database, [], simulated.context(), Unseen())
+    (failed,) = [each for each in database.records() if each.failure]
+    assert failed.schedule in (record.schedule, beside(record).schedule)
+
+
+def test_what_cannot_be_checked_is_skipped(tuned: tuple[Database, Record], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record of a packed batch keeps no other from its check; a failure that is asked for by its id is told."""
+    database, record = tuned
+    packed = replace(beside(record), problem=Sizes(1, 64, (64,) * record.problem.batch))
+    failed = replace(beside(record), timing=None, errors=(), failure=WRONG, schedule=parse(NEIGHBOUR))
+    database.add([packed])
+    finding(monkeypatch, *[Measurement()] * 2)
+    found = {each.record: each for each in pipeline.verify_records(database, [], simulated.context(), Unseen())}
+    assert found[packed].skipped == "of a packed batch, not of equal sequences"
+    assert found[record].found == Measurement()
+    database.add([failed])
+    ids = [failed.id, record.id]
+    told, other = pipeline.verify_records(database, ids, simulated.context(), Unseen())
+    assert (told.record, told.skipped) == (failed, "records a failure")
+    assert other.found == Measurement()
