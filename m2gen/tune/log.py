@@ -99,7 +99,12 @@ class TrialLog:
         return self.limits.now() - self._start
 
     def learn(self, trial: Trial) -> None:
-        """Add a trial that the ledger already has; a copy is as wrong as the trial that was measured for it."""
+        """Add a trial that the ledger already has; a copy is as wrong as the trial that was measured for it.
+
+        One that passed before the database had a failure of its schedule does not count: its record would not serve.
+        """
+        if trial.failure is None:
+            trial = self.known_failure(trial.schedule) or trial
         twin = self._twin(trial)
         if twin is not None and twin.failure is not None:
             trial = replace(trial, failure=twin.failure)
@@ -109,6 +114,11 @@ class TrialLog:
         if fits(self.subject, trial.schedule):
             self._fitting.add(trial.schedule)
         self.watcher.trial(trial, self.progress())
+
+    def known_failure(self, schedule: AnySchedule) -> Trial | None:
+        """Return the trial of a failure that the database has."""
+        trial = self.trials.get(schedule)
+        return trial if trial is not None and trial.origin == KNOWN else None
 
     def amend(self, trial: Trial, found: Measurement) -> Trial:
         """Add a result of the final to a trial, and record the trial if it failed after all."""

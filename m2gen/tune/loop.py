@@ -49,7 +49,8 @@ class Search:
     def run(self, seed: int, known: Iterable[Trial] = ()) -> Outcome:
         """Search until the limits, then run the final; Ctrl-C ends either, and keeps the results so far.
 
-        ``known`` are failures from the database, which are neither tried again nor written to the ledger.
+        ``known`` are failures from the database, which are not tried again. The ledger has those alone that another
+        worker gave up.
         """
         points, interrupted = self._proposer.left, False
         finals: dict[AnySchedule, Samples] = {}
@@ -134,7 +135,11 @@ class Search:
             return None
         for schedule in self._log.ledger.adopt():
             self._proposer.skip(schedule)
-            self._adopted.append(Proposal(schedule, "adopted"))
+            known = self._log.known_failure(schedule)
+            if known is None:
+                self._adopted.append(Proposal(schedule, "adopted"))
+            else:
+                self._log.ledger.record(known)
         while not self._full:
             if self._adopted:
                 return self._adopted.pop()

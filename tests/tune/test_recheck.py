@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from m2gen.errors import TuneError
 from m2gen.kernels.identity import identity_of
 from m2gen.pipeline import recheck
 from m2gen.pipeline.goals import TuneRequest
+from m2gen.pipeline.tune import header_of
 from m2gen.schedule import parse
+from m2gen.tune.ledger import open_ledger
 from m2gen.tune.records import known_failures
-from m2gen.tune.trial import Measurement, Task
+from m2gen.tune.trial import KNOWN, Measurement, Task
 
 
 class Unseen:
@@ -161,3 +164,39 @@ def test_what_cannot_be_checked_is_skipped(tuned: tuple[Database, Record], monke
     told, other = pipeline.verify_records(database, ids, simulated.context(), Unseen())
     assert (told.record, told.skipped) == (failed, "records a failure")
     assert other.found == Measurement()
+
+
+def test_a_search_that_goes_on_knows_what_was_found_wrong_since(tuned: tuple[Database, Record], tmp_path: Path) -> None:
+    """Its journal says that the schedule passed; it wins no more, since its record would serve nothing."""
+    database, record = tuned
+    simulated.script(tmp_path / "script.json", wrong=[record.schedule.slug])
+    pipeline.verify_records(database, [], simulated.context(), Unseen())
+    log = simulated.script(tmp_path / "later.json")
+    request = TuneRequest(database, seconds=60.0, trials=12)
+    (again,) = pipeline.tune(pipeline.plan("one.yaml"), request, simulated.context(), Silent())
+    assert again.outcome.choice is not None
+    assert again.outcome.choice.winner != record.schedule
+    (won,) = [each for each in again.records if not each.failure]
+    assert served(database, record) == won
+    assert not [line for line in simulated.lines(log) if line.endswith(record.schedule.slug)]
+
+
+def test_a_search_takes_over_nothing_that_is_known_to_fail(tuned: tuple[Database, Record], tmp_path: Path) -> None:
+    """What a search gave up before its schedule failed elsewhere is not tried, and waits for nobody."""
+    database, record = tuned
+    context, request = simulated.context(), TuneRequest(database, seconds=60.0, trials=14)
+    planned = pipeline.plan("one.yaml")
+    subject = pipeline.goals.goals(planned, request, context.device)[0].subject
+    left = replace(record.schedule, interval=2 * record.schedule.interval)
+    (journal,) = (tmp_path / "cache" / "tune").glob("*.log")
+    header = header_of(subject, context)
+    with closing(open_ledger(journal, header, "other")) as ledger:
+        assert ledger.claim(left)
+    kernel = replace(record.provenance, kernel=identity_of(record.tunable.variant, left))
+    database.add([replace(record, schedule=left, provenance=kernel, timing=None, errors=(), failure=WRONG)])
+    log = simulated.script(tmp_path / "later.json")
+    (again,) = pipeline.tune(planned, request, context, Silent())
+    assert not [line for line in simulated.lines(log) if line.endswith(left.slug)]
+    assert [trial.origin for trial in again.outcome.trials if trial.schedule == left] == [KNOWN]
+    with closing(open_ledger(journal, header, "other")) as ledger:
+        assert ledger.adopt() == []
