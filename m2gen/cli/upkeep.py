@@ -23,8 +23,8 @@ from m2gen.errors import DatabaseError, UsageError
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Only say what would change.")]
 POLICY = (
     "Of two records of the same calls, environment and problem, the one stays whose kernels are still rendered; then "
-    "the one whose confidence interval ends lower, as a part of the default's time; then the default schedule; then "
-    "the smaller id. Whatever the order of merging, the files are the same."
+    "the one whose confidence interval ends lower, in milliseconds; then the default schedule; then the smaller id. "
+    "Whatever the order of merging, the files are the same."
 )
 
 

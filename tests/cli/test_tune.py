@@ -95,6 +95,25 @@ def test_a_dry_run_says_what_would_be_tried_first(context: TuningContext, monkey
     assert "record" in {each["origin"] for each in again["first"]}
 
 
+def test_a_dry_run_where_all_is_known_to_fail(context: TuningContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random search begins with the default alone, which failed: nothing comes first, and that is said."""
+    monkeypatch.setattr(sys.modules["m2gen.pipeline.tune"], "detect", lambda: context.device)
+    monkeypatch.setattr(sys.modules["m2gen.pipeline.tune"], "environment", lambda device: context.environment)
+    simulated.script(Path("script.json"), wrong=[DEFAULT])
+    assert run(*TUNE, *DB, "--trials", "1", "--budget", "60s").exit_code == 1
+    asked = (*TUNE, *DB, "--dry-run", "--sampler", "random")
+    (size,) = document(*asked)
+    assert size["first"] == []
+    assert "each of these is known to fail" in run(*asked).stdout
+
+
+def test_no_winner_within_the_memory_bound(context: TuningContext) -> None:
+    """It is said that the bound excludes all that passed, and not that there was no time."""
+    found = run(*TUNE, *DB, "--trials", "5", "--budget", "60s", "--max-memory", "10", "--quiet")
+    assert found.exit_code == 1
+    assert "m2gen: base fp16: no schedule that passed is within --max-memory" in found.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 @pytest.mark.parametrize("command", [TUNE, ("db", "replay"), ("db", "verify")], ids=" ".join)
 def test_without_a_gpu(

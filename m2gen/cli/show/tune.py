@@ -84,9 +84,11 @@ def size_table(size: Size, name: str) -> Table:
 
 def first_table(size: Size, name: str) -> Table:
     """Return the table of the candidates that would be tried first, in order; knobs are said beside the default."""
-    default, subject = size.first[0][0], size.goal.subject
+    subject = size.goal.subject
+    default = subject.tunable.default(subject.device, subject.bucket)
     rows = [(schedule.describe(default), ORIGINS[origin]) for schedule, origin in size.first]
-    return Table(f"{name}, first on {subject.device.arch}", ("schedule", "why"), rows)
+    notes = [] if size.first else ["each of these is known to fail"]
+    return Table(f"{name}, first on {subject.device.arch}", ("schedule", "why") if rows else (), rows, notes)
 
 
 def _size_json(size: Size) -> dict[str, Any]:
@@ -138,6 +140,8 @@ def _no_winner(tuned: Tuned) -> str:
     default = next((t for t in tuned.outcome.trials if t.schedule == tuned.outcome.default), None)
     if default is not None and default.failure is not None:
         return f"the default schedule failed ({default.failure.reason}: {default.failure.message}): nothing to compare"
+    if default is not None:
+        return "no schedule that passed is within --max-memory"
     return "interrupted or out of time before the default schedule was measured; the trials so far are kept"
 
 
