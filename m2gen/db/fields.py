@@ -15,6 +15,7 @@ POLICY = "float64_draws4_x2"
 """The numerics policy that records must have passed (docs/design.md, section 6). If budgets are derived in another way,
 the policy gets another name, and every record is measured again."""
 
+ARCHES = r"^(sm_[0-9]{2,3}|gfx[0-9a-f]{3,4})$"
 _Count = Annotated[int, Field(ge=1, lt=2**31)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
 _Ms = Annotated[float, Field(gt=0, lt=1e9, allow_inf_nan=False)]
@@ -43,7 +44,7 @@ class Key:
 class Environment:
     """The GPU and the toolchain of a measurement."""
 
-    arch: Annotated[str, Field(pattern=r"^(sm_[0-9]{2,3}|gfx[0-9a-f]{3,4})$")]
+    arch: Annotated[str, Field(pattern=ARCHES)]
     device: Annotated[str, Field(pattern=r"^[A-Za-z0-9][ -~]{0,79}$")]
     """Product name, as the driver gives it."""
     sm_count: _Count

@@ -12,9 +12,11 @@ from pathlib import Path, PurePath, PurePosixPath
 
 from filelock import FileLock, Timeout
 
+from m2gen.db.fields import ARCHES
 from m2gen.db.record import NotARecord, Record, decode, encode
 from m2gen.errors import DatabaseError, os_errors_as
 
+ARCH = re.compile(ARCHES)
 LOCK = ".lock"
 LOCK_SECONDS = 60.0
 """Longest that a writer waits for another, which holds the lock while it writes a few files."""
@@ -94,10 +96,23 @@ def read(root: Path, name: PurePosixPath) -> Contents:
 
 
 def names(root: Path) -> list[PurePosixPath]:
-    """Return the files of a database, sorted; raises DatabaseError if ``root`` is not a folder."""
+    """Return the files of a database, sorted; raises DatabaseError if ``root`` is no folder.
+
+    A folder that cannot be read is an error, not an empty one, unless its name is no arch's, such as lost+found.
+    """
     if root.exists() and not root.is_dir():
         raise DatabaseError(f"{root} must be a folder, got a file")
-    return sorted(PurePosixPath(path.relative_to(root).as_posix()) for path in root.glob("*/*/*.jsonl"))
+    arches = [path for path in _inside(root) if ARCH.fullmatch(path.name) or os.access(path, os.R_OK | os.X_OK)]
+    devices = [path for arch in arches for path in _inside(arch)]
+    found = [path for device in devices for path in _inside(device) if path.name.endswith(".jsonl")]
+    return sorted(PurePosixPath(path.relative_to(root).as_posix()) for path in found)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Return what is in a folder, nothing if it is a file or missing; raises DatabaseError if it cannot be read."""
+    with os_errors_as(DatabaseError, f"{folder} must be readable"), suppress(FileNotFoundError, NotADirectoryError):
+        return list(folder.iterdir())
+    return []
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +90,29 @@ def test_a_database_that_is_not_there_is_empty(tmp_path: Path) -> None:
         Database(tmp_path / "file").records()
     with pytest.raises(DatabaseError, match="file must be writable"):
         Database(tmp_path / "file").add(RECORDS)
+
+
+@pytest.mark.parametrize("place", [".", "sm_90", "sm_90/nvidia_h200"])
+def test_a_folder_that_cannot_be_read_is_not_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """A build without its records would be another package, and nobody would know."""
+    held = database(tmp_path)
+    listed, access = Path.iterdir, os.access
+
+    def closing(*folders: Path) -> None:
+        def iterdir(self: Path) -> Iterator[Path]:
+            if self in folders:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return listed(self)
+
+        monkeypatch.setattr(Path, "iterdir", iterdir)
+        monkeypatch.setattr(os, "access", lambda path, mode: path not in folders and access(path, mode))
+
+    closing(tmp_path / place)
+    with pytest.raises(DatabaseError, match=f"{tmp_path / place} must be readable: Permission denied"):
+        held.records()
+    (tmp_path / "lost+found").mkdir()
+    closing(tmp_path / "lost+found")
+    assert set(held.records()) == set(RECORDS)
 
 
 def test_a_slot_keeps_the_preferred_record(tmp_path: Path) -> None:
