@@ -202,13 +202,16 @@ class Ledger:
     def take_back(self) -> None:
         """Leave the candidates of workers that are gone to whoever asks, but none that a machine went down with.
 
-        Workers that share a database are gone if they are silent; a journal has no heartbeats, so that the processes
-        of this host alone are known to be gone.
+        Processes of this host are known to be gone, and whether its machine went down. Other workers that share a
+        database are gone if they are silent; a journal has no heartbeats.
         """
-        from optuna.trial import TrialState
-
+        self._take_back_here()
         with self._place.errors():
             self._place.fail_stale(self._study)
+
+    def _take_back_here(self) -> None:
+        from optuna.trial import TrialState
+
         mine = set(self._claims.values())
         for frozen in self._frozen():
             if frozen.state is not TrialState.RUNNING or frozen._trial_id in mine:

@@ -6,9 +6,11 @@ import json
 import os
 import resource
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
+from contextlib import closing
 from datetime import UTC, datetime, timedelta, tzinfo
 from itertools import pairwise
 from pathlib import Path
@@ -383,21 +385,26 @@ def test_of_two_claims_the_first_counts(tmp_path: Path, monkeypatch: pytest.Monk
     assert all(RESULT not in t.user_attrs for t in optunas(path)[1:])
 
 
+@pytest.mark.parametrize("storage", ["journal", "database"])
 def test_a_candidate_that_took_the_machine_down_is_not_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: str
 ) -> None:
     """Begun before the last start of this host and never finished; one that had not reached the GPU is free."""
-    boot = tmp_path / "boot_id"
+    boot, data = tmp_path / "boot_id", tmp_path / "x.db"
+    place = tmp_path / "j.log" if storage == "journal" else f"sqlite:///{data}"
     monkeypatch.setattr(claim, "BOOT", boot)
     boot.write_text("first", encoding="ascii")
-    before = ledger(tmp_path / "j.log")
+    before = open_ledger(place, HEADER, "host:0")
     for point in POINTS[:3]:
         assert before.claim(point)
     before.begin(POINTS[0])
     before.begin(POINTS[1])
     before.record(trial(POINTS[1]))
     boot.write_text("second", encoding="ascii")
-    after = ledger(tmp_path / "j.log")
+    if storage == "database":
+        with closing(sqlite3.connect(data)) as known, known:
+            known.execute("UPDATE trial_heartbeats SET heartbeat = '2026-01-01 00:00:00'")
+    after = open_ledger(place, HEADER, "host:0")
     failures = {t.schedule: t.failure for t in after.trials() if t.failure}
     assert failures == {POINTS[0]: Failure(Reason.CRASH, "the machine went down while this candidate ran")}
     assert not after.claim(POINTS[0])
