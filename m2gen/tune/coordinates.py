@@ -42,10 +42,11 @@ def values_of(schedule: AnySchedule) -> dict[str, Coordinate]:
 
 
 def place(values: Sequence[Coordinate], value: Coordinate) -> int:
-    """Return where a value is among those of an axis; one between two of them is at the lower."""
+    """Return where a value is among those of an axis; one between two of them is at the lower, one below all first."""
     if value in values:
         return values.index(value)
-    return sum(isinstance(other, int) and isinstance(value, int) and other < value for other in values) - 1
+    lower = sum(isinstance(other, int) and isinstance(value, int) and other < value for other in values)
+    return max(0, lower - 1)
 
 
 def indices(schedule: AnySchedule) -> dict[str, int]:

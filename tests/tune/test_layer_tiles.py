@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ from m2gen.schedule.layer_knobs import LayerKernel
 from m2gen.schedule.slugs import parse_tiles
 from m2gen.schedule.tunable import Tunable, keys_of
 from m2gen.spec import Objective
+from m2gen.tune.coordinates import labels
 from m2gen.tune.kernels import SearchedKernels
 from m2gen.tune.lessons import read
 from m2gen.tune.space import enumerate_space, space_hash
@@ -212,6 +214,18 @@ def test_the_rule_for_defaults_learns_nothing_of_tiles(spec: Path) -> None:
     simulated.script(spec.parent / "script.json")
     search(spec, trials=6)
     assert read(sorted((spec.parent / "cache" / "tune").glob("*.log"))) == ()
+
+
+def test_a_record_beyond_the_axes_is_tried(spec: Path) -> None:
+    """Valid tiles of fewer rows than a search proposes, of a record that somebody made: the fewest stand for them."""
+    log = simulated.script(spec.parent / "script.json")
+    found = [record for tuned in search(spec, trials=4) for record in tuned.records]
+    (usual,) = [record for record in found if isinstance(record.schedule, ConvolveTiles)]
+    rare = ConvolveTiles(rows=2)
+    Database(spec.parent / "db").add([replace(usual, schedule=rare, problem=replace(usual.problem, seq=1))])
+    search(spec, trials=8)
+    assert f"screen {rare.slug}" in lines(log)
+    assert labels(rare)["rows"] == ConvolveTiles.AXES["rows"][0]
 
 
 def test_dry_run_says_what_would_be_tried(spec: Path) -> None:
