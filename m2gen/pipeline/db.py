@@ -60,7 +60,7 @@ class Question:
     """Number of sequences; every bucket if None."""
     arch: str | None = None
     device: str | None = None
-    """Product name; if None the GPU at hand, or else the device that packages are built for."""
+    """Product name; if None the GPU at hand, or else the device that packages for the first target are built for."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +75,28 @@ class Answer:
 def why(database: Database, question: Question) -> list[Answer]:
     """Return the record that serves each bucket in question, and the reasons against every other record."""
     everything = database.records()
-    asked, objective, records = _asked(question, everything)
-    arch, device, sm_count = _device(question, objective, everything, records)
+    asked = _asked(question, everything)
+    arch, device, sm_count = _device(question, asked, everything)
     return [
-        Answer(query, sm_count, look_up(records, query))
-        for tunable in asked
+        Answer(query, sm_count, look_up(asked.records, query))
+        for tunable in asked.tunables
         for bucket in _buckets(question, tunable, sm_count)
-        for query in [Query(tunable.key, objective, arch, device, bucket)]
+        for query in [Query(tunable.key, asked.objective, arch, device, bucket)]
     ]
 
 
-_Asked = tuple[list[Tunable], Objective, tuple[Record, ...]]
+@dataclass(frozen=True)
+class _Asked:
+    """What the name in question is of, the objective, and the records and arches of a build of that."""
+
+    tunables: tuple[Tunable, ...]
+    objective: Objective
+    records: tuple[Record, ...]
+    arches: tuple[str, ...]
 
 
 def _asked(question: Question, records: tuple[Record, ...]) -> _Asked:
-    """Return what the name in question is of, the objective, and the records that a build would use.
+    """Return what is asked about; without a spec, builds are for what has records.
 
     A layer's name is of its recurrences, and of the kernels around them that have records.
     """
@@ -99,14 +106,16 @@ def _asked(question: Question, records: tuple[Record, ...]) -> _Asked:
         except ValueError as error:
             raise UsageError(f"a layer must come with the --spec that has it; a variant {error}") from error
         only = relevant(records, [BuiltVariant(tunable.variant, ())])
-        return [tunable], question.objective or Objective.TRAIN, only
+        arches = tuple(sorted({record.environment.arch for record in only}))
+        return _Asked((tunable,), question.objective or Objective.TRAIN, only, arches)
     spec, _ = open_spec(question.spec)
     built = expand(spec)
     having = {record.key.variant for record in records}
     found = [Tunable.parse(key) for each in built for key in _keys(question.name, each, having)]
     if not found:
         raise UsageError(f"LAYER must be {among(spec.layers)}, or a variant, got {question.name!r}")
-    return list(dict.fromkeys(found)), question.objective or spec.tuning.objective, relevant(records, built)
+    objective = question.objective or spec.tuning.objective
+    return _Asked(tuple(dict.fromkeys(found)), objective, relevant(records, built), spec.targets)
 
 
 def _keys(name: str, built: BuiltVariant, having: Container[str]) -> list[str]:
@@ -123,9 +132,7 @@ def _buckets(question: Question, tunable: Tunable, sm_count: int) -> tuple[Bucke
     return (tunable.bucket(question.batch or 1, sm_count),)
 
 
-def _device(
-    question: Question, objective: Objective, everything: Iterable[Record], same: Iterable[Record]
-) -> tuple[str, str, int]:
+def _device(question: Question, asked: _Asked, everything: Iterable[Record]) -> tuple[str, str, int]:
     """Return arch, product name and SM count of the GPU in question."""
     known = {r.environment.device: r.environment for r in everything if question.arch in (None, r.environment.arch)}
     here = detect()
@@ -140,8 +147,8 @@ def _device(
         return question.arch, question.device, target(question.arch).sm_count
     if question.arch is None and here is not None:
         return here.arch, recorded_name(here), here.sm_count
-    arch = question.arch or min((where.arch for where in known.values()), default="sm_90")
-    usual = usual_device(same, arch, objective)
+    arch = question.arch or next(iter(asked.arches), "sm_90")
+    usual = usual_device(asked.records, arch, asked.objective)
     return arch, usual, known[usual].sm_count if usual in known else target(arch).sm_count
 
 

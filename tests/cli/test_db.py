@@ -111,6 +111,14 @@ def test_why_a_record_serves(db: str) -> None:
     assert any(line.startswith(FAST.id) and line.endswith("serves: exact") for line in text)
 
 
+def test_why_without_a_gpu_is_about_the_specs_first_target(db: str) -> None:
+    """A record of another arch in the database, whose name comes first, changes no arch and no answer."""
+    where = environment("AMD Instinct MI250X", "gfx90a")
+    Database(Path(db)).add([winner(where=where, schedule=make_schedule(tanh="exp"))])
+    (one, *_) = document("db", "why", "base", "--spec", TINY, "--batch", str(FAST.problem.batch), "--db", db)
+    assert (one["arch"], one["device"], one["record"]) == ("sm_90", H200, FAST.id)
+
+
 def test_why_of_a_layer_and_a_device(db: str) -> None:
     """A layer of a spec is all its variants, in every bucket; a device may be named as its folder is."""
     answers = document("db", "why", "base", "--spec", TINY, "--device", "nvidia_h100_80gb_hbm3", "--db", db)

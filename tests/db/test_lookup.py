@@ -184,5 +184,8 @@ def test_a_gpu_is_asked_for_by_the_name_that_records_have(monkeypatch: pytest.Mo
     """A product's name may have characters that no record has."""
     device = replace(target("sm_90"), name="Maker's X / Y é")
     monkeypatch.setattr(asked, "detect", lambda: device)
-    assert asked._device(asked.Question("base"), TRAIN, [], [])[:2] == ("sm_90", recorded_name(device))
+    assert asked._device(asked.Question("base"), asked._Asked((), TRAIN, (), ()), [])[:2] == (
+        "sm_90",
+        recorded_name(device),
+    )
     assert recorded_name(device) == "Maker's X _ Y _"
