@@ -34,7 +34,12 @@ def this_context(command: str) -> Context:
     if device is None:
         raise UsageError(f"{command} must run on a machine whose GPU torch can use, got none")
     gpu = gpu_name()
-    return Context(device, environment(device), gpu, f"{platform.node()}:{gpu}"[:100])
+    return Context(device, environment(device), gpu, worker_name(gpu))
+
+
+def worker_name(gpu: str) -> str:
+    """Return the name of this host with a GPU, as records may have it, whatever the host is called."""
+    return re.sub(r"[^ -~]", "_", f"{platform.node()}:{gpu}")[:100]
 
 
 def environment(device: Device) -> Environment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,7 @@ from m2gen.db import (
 )
 from m2gen.device import TARGETS
 from m2gen.errors import DatabaseError
+from m2gen.measure.context import worker_name
 from m2gen.schedule import defaults, parse
 from m2gen.spec import Objective
 from m2gen.variant import parse_variant
@@ -226,6 +228,13 @@ def test_a_record_that_could_not_be_read_cannot_be_written() -> None:
     ):
         with pytest.raises(DatabaseError, match=r"a record of k16_v16_.*\$"):
             encode(record)
+
+
+def test_a_host_of_any_name_writes_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a search has found is not lost for a name that a record cannot have."""
+    monkeypatch.setattr(platform, "node", lambda: "höst\x7f" * 30)
+    record = replace(winner(), provenance=replace(winner().provenance, worker=worker_name("gpu-1")))
+    assert decode(encode(record)).provenance.worker.startswith("h_st_h_st_")
 
 
 def test_messages_of_failures_fit_a_line() -> None:
