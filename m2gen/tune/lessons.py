@@ -154,9 +154,9 @@ def _parts_of(schedule: Schedule) -> tuple[object, object]:
 def read(paths: Iterable[Path]) -> tuple[Lesson, ...]:
     """Return the lessons of journals and compact files, of each workload one, in order of names.
 
-    Trials that failed, searches for inference, journals that do not say on what GPU they were made, and fewer than
-    ``FEWEST`` trials teach nothing. Of a schedule's times in several files the shortest counts. Raises TuneError, and
-    UsageError for a file that cannot be read.
+    Trials that failed, schedules that are not valid (any more), searches for inference, journals that do not say on
+    what GPU they were made, and fewer than ``FEWEST`` trials teach nothing. Of a schedule's times in several files the
+    shortest counts. Raises TuneError, and UsageError for a file that cannot be read.
     """
     found: dict[Workplace, dict[Schedule, TrialTimes]] = {}
     for path in paths:
@@ -164,6 +164,8 @@ def read(paths: Iterable[Path]) -> tuple[Lesson, ...]:
             known = found.setdefault(at, {})
             for trial in timed.values():
                 schedule = trial.schedule.on(at.device)  # some are from before this GPU's clamp was used
+                if problems(at.variant, schedule, at.device):
+                    continue
                 same = known.get(schedule, trial)
                 known[schedule] = min(replace(trial, schedule=schedule), same, key=lambda t: (t.ms, t.forward_ms))
     enough = {at: by for at, by in found.items() if len(by) >= FEWEST}

@@ -120,6 +120,14 @@ def compact(path: Path, timed: list[tuple[str, float, float]], **header: object)
     return path
 
 
+def test_schedules_that_are_not_valid_teach_nothing(tmp_path: Path) -> None:
+    """Those of a file that was edited, or of an m2gen that had other rules: no recipe could be as fast as they are."""
+    timed = [(slug, 1.0 + i, 2.0) for i, slug in enumerate(SLUGS)] + [("portable_f16x1u4a_b16x1c2a_i16_ptx", 5.0, 5.0)]
+    wrong = [(slug, 0.1, 0.1) for slug in ("mma_f32x0u8p_b32x0c2as_i32_ptx", "portable_f0x1u8p_b16x1c0p_i0_ptx")]
+    (lesson,) = read([compact(tmp_path / "right.jsonl", timed)])
+    assert read([compact(tmp_path / "both.jsonl", wrong + timed)]) == (lesson,)
+
+
 def test_trials_from_before_a_clamp_are_those_of_the_schedule_with_it(tmp_path: Path) -> None:
     """In one file or in two, in either order: of both times the shorter counts, and the name is that of today."""
     before = [slug.replace("x_i8", "_i8") for slug in SLUGS]
