@@ -17,10 +17,19 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from m2gen.db import Failure, Reason
-from m2gen.errors import TuneError
+from m2gen.errors import ScheduleError, TuneError
 from m2gen.schedule import AnySchedule, parse_any
 from m2gen.tune.claim import Claim
-from m2gen.tune.storage import HEARTBEAT_SECONDS, SearchStorage, open_database, open_journal, raced, retry
+from m2gen.tune.storage import (
+    HEARTBEAT_SECONDS,
+    UNREADABLE,
+    Made,
+    SearchStorage,
+    open_database,
+    open_journal,
+    raced,
+    retry,
+)
 from m2gen.tune.study import RESULT, SCHEDULE, SEARCH, created, decode_trial, encode_trial, in_order, state_of
 from m2gen.tune.trial import Trial
 
@@ -109,7 +118,7 @@ class Ledger:
         """Claim and return the candidates that nobody has any more."""
         self.take_back()
         waiting = [frozen for frozen in self._frozen() if frozen.state.name == "WAITING"]
-        having = [(frozen, parse_any(frozen.user_attrs[SCHEDULE])) for frozen in waiting]
+        having = [(frozen, self._scheduled(frozen)) for frozen in waiting]
         return [schedule for frozen, schedule in having if self._resume(frozen, schedule)]
 
     def pending(self) -> int:
@@ -216,16 +225,14 @@ class Ledger:
         for frozen in self._frozen():
             if frozen.state is not TrialState.RUNNING or frozen._trial_id in mine:
                 continue
-            claim = _CLAIM.validate_python(frozen.user_attrs[CLAIM])
+            claim = self._read(frozen, CLAIM, _CLAIM.validate_python)
             if not claim.gone(self._here):
                 continue
             if RESULT in frozen.user_attrs:
                 self._ended(frozen._trial_id, *state_of(self._decoded(frozen)))
             elif claim.begun and claim.rebooted(self._here):
                 failure = Failure(Reason.CRASH, "the machine went down while this candidate ran")
-                self._finish(
-                    frozen._trial_id, Trial(parse_any(frozen.user_attrs[SCHEDULE]), "resumed", failure=failure)
-                )
+                self._finish(frozen._trial_id, Trial(self._scheduled(frozen), "resumed", failure=failure))
             elif self._ended(frozen._trial_id, TrialState.FAIL):
                 with self._place.errors():
                     retry(self._study, frozen)
@@ -252,9 +259,15 @@ class Ledger:
             return False
 
     def _decoded(self, frozen: FrozenTrial) -> Trial:
+        return self._read(frozen, RESULT, decode_trial)
+
+    def _scheduled(self, frozen: FrozenTrial) -> AnySchedule:
+        return self._read(frozen, SCHEDULE, parse_any)
+
+    def _read(self, frozen: FrozenTrial, attribute: str, parse: Callable[[Any], Made]) -> Made:
         try:
-            return decode_trial(frozen.user_attrs[RESULT])
-        except ValueError as error:
+            return parse(frozen.user_attrs[attribute])
+        except (*UNREADABLE, ScheduleError) as error:
             where = f"{self._place.shown}: trial {frozen.number} of study {self._study.study_name}"
             raise TuneError(f"{where} must be one that this m2gen reads; --fresh starts anew") from error
 

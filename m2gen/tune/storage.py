@@ -39,7 +39,7 @@ RACES = 10
 """Attempts to create tables or the study while other workers create them as well."""
 RACED = ("already exists", "database is locked")
 """What SQLite says then, by the error that it also has for a file that cannot be opened."""
-_UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError)
 """What Optuna raises for lines that it did not write."""
 
 Made = TypeVar("Made")
@@ -109,11 +109,11 @@ def _journal(path: Path) -> BaseStorage:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             int(json.loads(line)["op_code"])
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise _no_journal(f"{path}:{number}", "a line of Optuna's journal", repr(line[:40])) from error
     try:
         return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _no_journal(str(path), "a journal of Optuna's", f"{type(error).__name__}: {error}") from error
 
 

@@ -234,6 +234,25 @@ def test_a_trial_of_another_shape_is_named(tmp_path: Path) -> None:
         ledger(path).trials()
 
 
+@pytest.mark.parametrize("attributes", [{"claim": {"worker": 5}}, {"claim": []}, {"schedule": "none"}, {"schedule": 5}])
+def test_a_claim_of_another_shape_is_named(tmp_path: Path, attributes: dict[str, Any]) -> None:
+    """What somebody wrote into a trial that is nobody's any more is an error that says where, and what to do."""
+    path = tmp_path / "j.log"
+    one = ledger(path)
+    assert one.claim(POINTS[0])
+    if "schedule" in attributes:
+        one.release(POINTS[0])
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        if "claim" in line.get("user_attrs", {}):
+            line["user_attrs"] |= attributes
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with pytest.raises(
+        TuneError, match=r"j\.log: trial 0 of study one must be one that this m2gen reads; --fresh starts"
+    ):
+        ledger(path, "other").adopt()
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("place", ["folder", "file/j.log"])
 def test_a_journal_that_has_no_place(tmp_path: Path, place: str, fresh: bool) -> None:
