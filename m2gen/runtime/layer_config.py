@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from .activations import ACTIVATIONS
+from .checks import checked_bound
 from .facts import HeadCounts
 from .init import Initialisation
 
@@ -43,6 +44,12 @@ class LayerConfig:
         return max(self.heads)
 
     def __post_init__(self) -> None:
+        for name in ("hidden_size", "state_expansion", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"M2RNN: {name} must be at least 1, got {getattr(self, name)}")
+        if not self.norm_eps >= 0:
+            raise ValueError(f"M2RNN: norm_eps must be at least 0, got {self.norm_eps}")
+        checked_bound(self.clip)
         for name, count in (*self.heads._asdict().items(), ("g", self.gate_heads)):
             if count < 1 or self.total_heads % count:
                 raise ValueError(f"M2RNN: heads of {name} must divide {self.total_heads}, got {count}")

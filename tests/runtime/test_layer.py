@@ -390,6 +390,10 @@ def _with(**changes: Any) -> dict[str, Any]:
         (_with(activation="swiglu"), "activation must be None or one of"),
         (_with(norm="p_norm"), "norm must be None, rmsnorm or layernorm, got 'p_norm'"),
         (_with(forget_inputs=3), "forget_inputs must divide the 2 heads of f, got 3"),
+        (_with(hidden_size=0), "hidden_size must be at least 1, got 0"),
+        (_with(state_expansion=0), "state_expansion must be at least 1, got 0"),
+        (_with(norm_eps=-1e-5), "norm_eps must be at least 0, got -1e-05"),
+        (_with(clip=-1.0), "clip must be a bound of at least 0 or None, got -1.0"),
         (_with(backend="cuda"), "backend must be kernels or reference, got 'cuda'"),
     ],
 )
