@@ -12,6 +12,7 @@ from calls import distance
 from checkpoints import small_model
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 ROUNDING = 1e-5
 KINDS = ("hybrid_rope", "recurrent")
@@ -188,3 +189,14 @@ def test_masks_without_what_a_cache_has_seen(model: Any) -> None:
     with torch.no_grad():
         found = model(after, attention_mask=torch.ones(3, 7), cache=cache)
     assert distance(found.logits, full(model, ids())) < ROUNDING
+
+
+def test_caches_that_are_not_of_the_models_config(hf_built: Any) -> None:
+    """One without entries, or with keys and values where a layer has states, is refused in one line."""
+    model = small_model(hf_built, "recurrent")
+    with pytest.raises(ValueError, match=r"^M2RNN: cache must be made from .* got nothing for layer 0$"):
+        model(ids(), cache=DynamicCache())
+    other = DynamicCache(config=model.config)
+    other.layers[0] = DynamicLayer()
+    with pytest.raises(ValueError, match=r"^M2RNN: cache must be made from .* got DynamicLayer for layer 0$"):
+        model(ids(), cache=other)

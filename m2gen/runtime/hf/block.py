@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -15,7 +15,7 @@ from ..layer import M2RNN
 from ..norm import RMSNorm
 from .attention import SoftmaxAttention
 from .blocks import ExpertsBlock, attention_block, mlp_block
-from .caching import M2RNNCacheLayer, mix
+from .caching import entry_of, mix
 from .configuration import M2RNN_LAYER, M2RNNConfig
 from .experts import MixtureOfExperts
 from .mixing import m2rnn_of
@@ -62,7 +62,7 @@ class M2RNNBlock(GradientCheckpointingLayer):
         x, mask = self.ln_1(hidden_states), (masks or {}).get(self.kind)
         mixer = self.sequence_mixer
         if isinstance(mixer, M2RNN):
-            entry = None if cache is None else cast(M2RNNCacheLayer, cache.layers[self.number])
+            entry = None if cache is None else entry_of(cache, self.number)
             mixed = mix(mixer, x, entry, mask, packed)
         else:
             mixed, _ = mixer(x, mask, position_embeddings, cache, **kwargs)

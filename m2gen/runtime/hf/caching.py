@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
 from ..cache import States
 from ..layer import M2RNN, M2RNNCache
@@ -156,6 +156,17 @@ class StaticM2RNNCacheLayer(M2RNNCacheLayer):
 
 DYNAMIC_LAYER_TYPE_MAPPING[M2RNN_LAYER] = M2RNNCacheLayer
 STATIC_LAYER_TYPE_MAPPING[M2RNN_LAYER] = StaticM2RNNCacheLayer
+
+
+def entry_of(cache: Cache, number: int) -> M2RNNCacheLayer:
+    """Return what a cache holds for a layer; raises ValueError for a cache that has no states for it."""
+    entry = cache.layers[number] if number < len(cache.layers) else None
+    if not hasattr(entry, "mix"):
+        raise ValueError(
+            f"M2RNN: cache must be made from the model's config, as DynamicCache(config=model.config) is, "
+            f"got {'nothing' if entry is None else type(entry).__name__} for layer {number}"
+        )
+    return cast(M2RNNCacheLayer, entry)
 
 
 def mix(layer: M2RNN, x: Tensor, entry: M2RNNCacheLayer | None, mask: Tensor | None, packed: Packed | None) -> Tensor:
