@@ -135,8 +135,11 @@ def chosen(layers: Iterable[str], dtypes: Iterable[torch.dtype]) -> list[Variant
 def scenes_of(arch: str, variants: Iterable[VariantKey], calls: Calls) -> list[list[Scene]]:
     """Return what reaches every kernel of the variants on an arch, in groups that may share some; the longest first.
 
-    Raises ValueError for a use or operands that there are not.
+    Raises ValueError for a use or operands that there are not, and for lengths below 1.
     """
+    for steps in calls.lengths:
+        if steps < 1:
+            raise ValueError(f"warm_up: lengths must be at least 1, got {steps}")
     for given, known in ((calls.uses, USES), (calls.operands, OPERANDS)):
         for name in given:
             if name not in known:

@@ -337,6 +337,7 @@ def test_an_assembler_that_never_ends_is_each_kernels_error(folder: Path, tmp_pa
     ("options", "message"),
     [
         (("--layer", "other"), "layers must be of base or keys of variants, got 'other'"),
+        (("--device", "sm_90", "--length", "-1"), "lengths must be at least 1, got -1"),
         (("--device", "sm_x"), "arch must be one such as sm_90 or gfx942, got 'sm_x'"),
         (("--device", "cuda"), "device must be an arch such as sm_90 where there is no GPU, got 'cuda'"),
         (("--device", "cpu"), "device must be a GPU, or an arch such as sm_90, got 'cpu'"),
