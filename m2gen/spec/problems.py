@@ -126,6 +126,8 @@ def _messages(data: object, error: ErrorDetails) -> Iterator[SpecProblem]:
             yield SpecProblem(path, must("have at least one entry", error["input"]))
         case "model_type" | "dict_type" | "mapping_type":
             yield SpecProblem(path, must("be a mapping", error["input"]))
+        case "bool_type":
+            yield SpecProblem(path, must("be true or false", error["input"]))
         case _:
             yield SpecProblem(path, f"must be valid ({printable(error['msg'])}), got {short(error['input'])}")
 

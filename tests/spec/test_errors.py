@@ -147,6 +147,7 @@ EDITS = [
     ("[bf16]", "[[bf16]]", "$.layers.x.dtypes[0] must be one of bf16, fp16, fp32, got ['bf16']"),
     ("batch: 4", "batch: 0", f"$.layers.x.workloads[0].batch {integer(2**31 - 1)}, got 0"),
     ("batch: 4, ", "", "$.layers.x.workloads[0].batch is missing"),
+    ("batch: 4", "batch: 4, packed: yes", "$.layers.x.workloads[0].packed must be true or false, got 'yes'"),
     ("[{batch: 4, seq: 4096}]", "[]", "$.layers.x.workloads must have at least one entry, got []"),
     ("[{batch: 4, seq: 4096}]", "[7]", "$.layers.x.workloads[0] must be a mapping, got 7"),
     ("seq: 4096}", "seq: 4096, sep: 1}", "$.layers.x.workloads[0].sep is not a known key (did you mean seq?)"),
