@@ -239,4 +239,7 @@ def m2rnn(
     runs = list(_sequences(operands, matrix, starts, spans, rules))
     y = torch.cat([run[0] for run in runs], 1) if runs else operands[2]
     state = torch.cat([run[1] for run in runs], 0) if runs else initial_state
+    if not q.shape[0 if packed else 1]:  # gradients of all operands are 0, as those of kernels, and not missing
+        nothing = torch.stack([x[:0].sum() for x in (*operands, matrix)]).sum()
+        y, state = y + nothing, state + nothing
     return (y.squeeze(0) if packed else y).to(q.dtype), state

@@ -54,6 +54,23 @@ def test_packed_with_a_computed_gate(package, device) -> None:
     assert_same(differentiate(package.m2rnn, inputs, backend="reference"), eager(inputs))
 
 
+@pytest.mark.parametrize("sequences", [None, 0, 2])
+def test_without_tokens_gradients_are_zeros_as_those_of_kernels(package, device, sequences) -> None:
+    """Results of no tokens are differentiable, so that no parameter goes without a gradient."""
+    inputs = make_inputs(make_variant(), Problem(2, 0), seed=3).to(device)
+    operands = [getattr(inputs, name).requires_grad_() for name in ("q", "k", "v", "weight", "forget")]
+    given = list(operands)
+    offsets = None
+    if sequences is not None:
+        given = [x if name == 3 else x[0] for name, x in enumerate(operands)]
+        offsets = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
+    for backend in ("kernels", "reference"):
+        y, state = package.m2rnn(*given, cu_seqlens=offsets, backend=backend)
+        for result in (y, state):
+            gradients = torch.autograd.grad(result.sum(), operands, retain_graph=True)
+            assert all(not gradient.any() for gradient in gradients)
+
+
 def test_wrong_operands_are_refused_as_for_kernels(package, operands) -> None:
     """The reference is behind the same checks of shapes and dtypes."""
     with pytest.raises(ValueError, match=r"^m2rnn: k must begin with"):
