@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -111,11 +113,13 @@ class M2RNNPool:
         states after each token; a request's own slots are apart.
         """
         table = indices if out_indices is None else out_indices
+        _check_tensors("M2RNNPool.steps", indices=indices, out_indices=table)
         if x.dim() != 3 or indices.dim() != 2 or table.shape != x.shape[:2]:
             raise ValueError(
                 f"M2RNNPool.steps: x must be (B, T, hidden), indices (B, C) and out_indices (B, T), "
                 f"got {tuple(x.shape)}, {tuple(indices.shape)} and {tuple(table.shape)}"
             )
+        _check_numbers("M2RNNPool.steps", x.shape[0], self.state.device, accepted=accepted)
         if not x.shape[0]:
             return torch.empty_like(x)
         column = accepted.long() - 1
@@ -152,16 +156,28 @@ class M2RNNPool:
             raise RuntimeError(f"{caller} computes no gradients; call it under torch.no_grad()")
         fused.check_projected(caller, self.layer, x)
         out = indices if out_indices is None else out_indices
-        for name, given in (("indices", indices), ("out_indices", out)):
-            if given.shape != (batch,):
-                raise ValueError(f"{caller}: {name} must be ({batch},), got {tuple(given.shape)}")
-            if given.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"{caller}: {name} must be torch.int32 or torch.int64, got {given.dtype}")
-            if given.device != self.state.device:
-                raise ValueError(f"{caller}: {name} must be on {self.state.device}, got {given.device}")
+        _check_numbers(caller, batch, self.state.device, indices=indices, out_indices=out)
         if pool_checks.DEBUG:
             pool_checks.check_slots("m2rnn" if call == "prefill" else caller, self.state.shape[0], indices, out)
         return out
+
+
+def _check_tensors(caller: str, **given: Any) -> None:
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{caller}: {name} must be a tensor, got {type(x).__name__}")
+
+
+def _check_numbers(caller: str, batch: int, device: torch.device, **given: Tensor) -> None:
+    """Raise an error for the first that is not an integer for each of ``batch`` requests, on the pool's device."""
+    _check_tensors(caller, **given)
+    for name, x in given.items():
+        if x.shape != (batch,):
+            raise ValueError(f"{caller}: {name} must be ({batch},), got {tuple(x.shape)}")
+        if x.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{caller}: {name} must be torch.int32 or torch.int64, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"{caller}: {name} must be on {device}, got {x.device}")
 
 
 def _within(indices: Tensor, slots: int) -> Tensor:

@@ -180,6 +180,14 @@ def test_misuse(package, device, monkeypatch) -> None:
             pool.prefill(x[:, None], two, out_indices=two.float())
         with pytest.raises(ValueError, match=r"M2RNNPool.steps: x must be \(B, T, hidden\), indices \(B, C\) and out_"):
             pool.steps(x[:, None], two, two)
+        with pytest.raises(TypeError, match=r"M2RNNPool.step: indices must be a tensor, got list"):
+            pool.step(x, [0, 1])
+        with pytest.raises(TypeError, match=r"M2RNNPool.steps: indices must be a tensor, got list"):
+            pool.steps(x[:, None], [[0], [1]], two)
+        with pytest.raises(TypeError, match=r"M2RNNPool.steps: accepted must be torch.int32 or .*, got torch.float32"):
+            pool.steps(x[:, None], two[:, None], torch.ones(2, device=device))
+        with pytest.raises(ValueError, match=r"M2RNNPool.steps: accepted must be \(2,\), got \(1,\)"):
+            pool.steps(x[:, None], two[:, None], slots(1, device=device))
         with pytest.raises(TypeError, match=r"M2RNNPool.steps: indices must be torch.int32 or torch.int64, got"):
             pool.steps(x[:, None], two[:, None].float(), slots(1, 1, device=device))
         with pytest.raises(ValueError, match=r"M2RNNPool.step: x must be \(B, 24\), got \(2, 1, 24\)"):
