@@ -217,7 +217,7 @@ def test_chances_are_corrected_for_their_number(example, count) -> None:
 def test_a_difference_counts_beside_all_others(example) -> None:
     """One that would count alone does not among four, a large one does, and one seed is no test."""
     report = sys.modules["report"]
-    measured = json.loads((ROOT / "docs" / "data" / "hybrids_h200.json").read_text(encoding="utf-8"))
+    measured = json.loads((ROOT / "docs" / "data" / "hybrids_rate_1e-3_h200.json").read_text(encoding="utf-8"))
 
     def rows(data: dict[str, Any]) -> list[list[str]]:
         lines = [line.strip("|").split("|") for line in report.table(data).splitlines() if " less " in line]
@@ -401,13 +401,15 @@ def test_the_pages_have_what_was_measured(example) -> None:
     pair = measured["compare"][0]
     for rate, name in (
         ("3e-4", "hybrids_rate_3e-4_h200"),
-        ("1e-3", "hybrids_h200"),
+        ("1e-3", "hybrids_rate_1e-3_h200"),
+        ("3e-3", "hybrids_h200"),
         ("3e-3", "hybrids_rate_3e-3_h200"),
     ):
         found = runs(name)
         means = (fmean(perplexities(found, "11M", variant)) for variant in pair)
         seeds = ", ".join(str(run["seed"]) for run in report.runs_of(found, "11M", pair[0]))
-        assert f"| {rate} | {' | '.join(f'{x:.4f}' for x in means)} | {seeds} |" in claims
+        steps = found["plan"]["steps"]
+        assert f"| {rate} | {steps} | {' | '.join(f'{x:.4f}' for x in means)} | {seeds} |" in claims
         assert found["plan"]["learning_rate"] == float(rate)
 
 

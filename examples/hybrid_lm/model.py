@@ -147,8 +147,8 @@ class Trainer:
     def judged(self, tokens: Tensor, following: Tensor) -> Tensor:
         """Return the sum of the losses of a batch, in nats."""
         with self.autocast():
-            logits = self.called(tokens)
-        return F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), reduction="sum")
+            logits = self.called(tokens.to(self.device))
+        return F.cross_entropy(logits.flatten(0, 1).float(), following.to(self.device).flatten(), reduction="sum")
 
     def rate(self) -> float:
         """Return the part of the learning rate at this step: a linear rise, and half a cosine down to a tenth."""

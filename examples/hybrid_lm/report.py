@@ -16,6 +16,8 @@ from pictures import light_and_dark, picture
 COLOURS = ("#7f7f7f", "#d95f02", "#1f78b4", "#74a9cf", "#8b6fc6", "#e7298a", "#1b9e77")
 SAID = "validation perplexity against tokens and against seconds of training"
 """What the figure shows, for who does not see it."""
+TICKS = (1.0, 1.5, 2.0, 2.2, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+"""Perplexities at which the figure has a line, and ten times as much."""
 LEVEL = 0.05
 """Chance of a table that says of some difference, where there is none, that it is more than seeds make."""
 
@@ -193,9 +195,10 @@ def _figure(data: dict[str, Any], faint: str) -> Any:
                     _curve(axes, runs, variant, colour, label == "million bytes")
             axes.set(xlabel=label, yscale="log")
             axes.set_ylim(top=_top(data, size))
-            axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%.2f"))
-            axes.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%.2f"))
-            axes.grid(color=faint, linewidth=0.4, which="both")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=TICKS))
+            axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            axes.yaxis.set_minor_locator(ticker.NullLocator())
+            axes.grid(color=faint, linewidth=0.4)
             axes.set_facecolor("none")
         row[0].set_ylabel(f"perplexity of a byte, {size}")
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="lower center", ncol=3, fontsize=8, frameon=False)
@@ -204,12 +207,12 @@ def _figure(data: dict[str, Any], faint: str) -> Any:
 
 
 def _top(data: dict[str, Any], size: str) -> float | None:
-    """Return the worst perplexity after a quarter of the steps: what comes before would hide how models differ.
+    """Return the worst perplexity in the middle of the steps: what comes before would hide how models differ.
 
     Runs that have diverged do not count; None where all have.
     """
     curves = [run["curve"] for run in data["runs"] if run["size"] == size]
-    found = [curve[(len(curve) - 1) // 4][3] for curve in curves]
+    found = [curve[(len(curve) - 1) // 2][3] for curve in curves]
     return max((words(nats) for nats in found if math.isfinite(nats)), default=None)
 
 
