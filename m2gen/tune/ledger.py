@@ -14,31 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
-
 from m2gen.db import Failure, Reason
-from m2gen.errors import ScheduleError, TuneError
-from m2gen.schedule import AnySchedule, parse_any
+from m2gen.errors import TuneError
+from m2gen.schedule import AnySchedule
 from m2gen.tune.claim import Claim
-from m2gen.tune.storage import (
-    HEARTBEAT_SECONDS,
-    UNREADABLE,
-    Made,
-    SearchStorage,
-    open_database,
-    open_journal,
-    raced,
-    retry,
-)
-from m2gen.tune.study import RESULT, SCHEDULE, SEARCH, created, decode_trial, encode_trial, in_order, state_of
+from m2gen.tune.entries import CLAIM, Entries
+from m2gen.tune.storage import HEARTBEAT_SECONDS, SearchStorage, open_database, open_journal, raced, retry
+from m2gen.tune.study import RESULT, SEARCH, created, encode_trial, in_order, state_of
 from m2gen.tune.trial import Trial
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
-
-CLAIM = "claim"
-"""Attribute of Optuna's trials that says who has the candidate."""
-_CLAIM = TypeAdapter(Claim)
 
 
 @dataclass(frozen=True)
@@ -85,6 +71,7 @@ class Ledger:
             self._study = raced(
                 lambda: optuna.create_study(storage=self._storage, study_name=name, load_if_exists=True)
             )
+            self._entries = Entries(place, self._study)
             self._number = self._storage.get_study_id_from_name(name)
             if SEARCH not in self._study.user_attrs:
                 self._study.set_user_attr(SEARCH, dict(search))
@@ -109,28 +96,28 @@ class Ledger:
 
     def unseen(self) -> list[Trial]:
         """Return the trials that are new and that this worker did not record, however lately it looked."""
-        ended = [t for t in self._frozen() if RESULT in t.user_attrs and t.state.is_finished()]
+        ended = [t for t in self._entries.every() if RESULT in t.user_attrs and t.state.is_finished()]
         new = [frozen for frozen in in_order(ended) if frozen.number not in self._known]
         self._known.update(frozen.number for frozen in new)
-        return [trial for trial in map(self._decoded, new) if trial.schedule not in self._recorded]
+        return [trial for trial in map(self._entries.result, new) if trial.schedule not in self._recorded]
 
     def adopt(self) -> list[AnySchedule]:
         """Claim and return the candidates that nobody has any more."""
         self.take_back()
-        waiting = [frozen for frozen in self._frozen() if frozen.state.name == "WAITING"]
-        having = [(frozen, self._scheduled(frozen)) for frozen in waiting]
+        waiting = [frozen for frozen in self._entries.every() if frozen.state.name == "WAITING"]
+        having = [(frozen, self._entries.schedule(frozen)) for frozen in waiting]
         return [schedule for frozen, schedule in having if self._resume(frozen, schedule)]
 
     def pending(self) -> int:
         """Return the number of candidates that other workers have."""
         mine = set(self._claims.values())
-        return sum(frozen.state.name == "RUNNING" and frozen._trial_id not in mine for frozen in self._frozen())
+        return sum(frozen.state.name == "RUNNING" and frozen._trial_id not in mine for frozen in self._entries.every())
 
     def claim(self, schedule: AnySchedule) -> bool:
         """Claim a candidate; return False if another worker has it, or it was tried."""
         from optuna.trial import TrialState
 
-        live = self._of(schedule)
+        live = self._entries.of(schedule)
         if live:
             return live[0].state is TrialState.WAITING and self._resume(live[0], schedule)
         with self._place.errors():
@@ -171,22 +158,13 @@ class Ledger:
                 self.release(schedule)
         self._place.close()
 
-    def _frozen(self) -> list[FrozenTrial]:
-        with self._place.errors():
-            return [t for t in self._study.get_trials(deepcopy=False) if SCHEDULE in t.user_attrs]
-
-    def _of(self, schedule: AnySchedule) -> list[FrozenTrial]:
-        """Return the trials that have a candidate or its result, in the study's order."""
-        same = [frozen for frozen in self._frozen() if frozen.user_attrs[SCHEDULE] == schedule.slug]
-        return [frozen for frozen in same if RESULT in frozen.user_attrs or not frozen.state.is_finished()]
-
     def _settle(self, number: int, schedule: AnySchedule) -> bool:
         """Keep the claim of a running trial if no other of its candidate is before it."""
         from optuna.trial import TrialState
 
         with self._place.errors():
             self._place.beat(number)
-        first = next(iter(self._of(schedule)), None)
+        first = next(iter(self._entries.of(schedule)), None)
         if first is None or first._trial_id != number:
             self._ended(number, TrialState.FAIL)
             return False
@@ -222,17 +200,17 @@ class Ledger:
         from optuna.trial import TrialState
 
         mine = set(self._claims.values())
-        for frozen in self._frozen():
+        for frozen in self._entries.every():
             if frozen.state is not TrialState.RUNNING or frozen._trial_id in mine:
                 continue
-            claim = self._read(frozen, CLAIM, _CLAIM.validate_python)
+            claim = self._entries.claim(frozen)
             if not claim.gone(self._here):
                 continue
             if RESULT in frozen.user_attrs:
-                self._ended(frozen._trial_id, *state_of(self._decoded(frozen)))
+                self._ended(frozen._trial_id, *state_of(self._entries.result(frozen)))
             elif claim.begun and claim.rebooted(self._here):
                 failure = Failure(Reason.CRASH, "the machine went down while this candidate ran")
-                self._finish(frozen._trial_id, Trial(self._scheduled(frozen), "resumed", failure=failure))
+                self._finish(frozen._trial_id, Trial(self._entries.schedule(frozen), "resumed", failure=failure))
             elif self._ended(frozen._trial_id, TrialState.FAIL):
                 with self._place.errors():
                     retry(self._study, frozen)
@@ -257,19 +235,6 @@ class Ledger:
                 return self._storage.set_trial_state_values(number, state, values)
         except UpdateFinishedTrialError:
             return False
-
-    def _decoded(self, frozen: FrozenTrial) -> Trial:
-        return self._read(frozen, RESULT, decode_trial)
-
-    def _scheduled(self, frozen: FrozenTrial) -> AnySchedule:
-        return self._read(frozen, SCHEDULE, parse_any)
-
-    def _read(self, frozen: FrozenTrial, attribute: str, parse: Callable[[Any], Made]) -> Made:
-        try:
-            return parse(frozen.user_attrs[attribute])
-        except (*UNREADABLE, ScheduleError) as error:
-            where = f"{self._place.shown}: trial {frozen.number} of study {self._study.study_name}"
-            raise TuneError(f"{where} must be one that this m2gen reads; --fresh starts anew") from error
 
     def _forget(self, name: str) -> None:
         if name in [study.study_name for study in self._storage.get_all_studies()]:

@@ -30,6 +30,7 @@ from m2gen.errors import TuneError
 from m2gen.schedule import Schedule
 from m2gen.spec import Objective
 from m2gen.tune import claim
+from m2gen.tune.entries import Entries
 from m2gen.tune.ledger import Ledger, open_ledger
 from m2gen.tune.space import Subject, enumerate_space
 from m2gen.tune.study import RESULT, decode_trial, encode_trial, read_journal
@@ -392,10 +393,10 @@ def test_of_two_claims_the_first_counts(tmp_path: Path, monkeypatch: pytest.Monk
     """Two that ask at the same time, when neither sees the other's claim."""
     path = tmp_path / "j.log"
     one, two = ledger(path, "one"), ledger(path, "two")
-    real = Ledger._of
+    real = Entries.of
     with monkeypatch.context() as patch:
         looks = iter([lambda *_: [], real])
-        patch.setattr(Ledger, "_of", lambda self, schedule: next(looks)(self, schedule))
+        patch.setattr(Entries, "of", lambda self, schedule: next(looks)(self, schedule))
         assert one.claim(POINTS[0])
         looks = iter([lambda *_: [], real])
         assert not two.claim(POINTS[0])
