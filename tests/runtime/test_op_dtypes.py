@@ -138,3 +138,27 @@ def test_float32_products_are_ieee_unless_the_spec_asks_for_tf32(device, tmp_pat
         module = import_package(tmp_path / products, rendered, f"m2gen_test_products_{products}")
         report = run_case(module, variant, case, 0, device)
         assert report.passed, report
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000], ids=["gpu", "negative", "quiet"])
+def test_no_nan_becomes_a_number_in_tf32(device, tmp_path, bits) -> None:
+    """A NaN reaches what its products make, whatever its bits: those of a GPU's NaN are all set but the sign."""
+    built = build_package("nan_tf32", [make_variant(heads=(1,) * 5, products="tf32")], make_schedule("partial"))
+    package = import_package(tmp_path / "nan", built, f"m2gen_test_nan_tf32_{bits}")
+    inputs = make_inputs(make_variant(heads=(1,) * 5), Problem(1, 2, initial_state=True), seed=0).to(device)
+    operands = {name: getattr(inputs, name) for name in ("q", "k", "v", "weight", "forget")}
+
+    def spoiled(x: torch.Tensor) -> torch.Tensor:
+        found = x.clone()
+        found.view(torch.int32).flatten()[0] = bits
+        return found
+
+    wrong, first = {**operands, "weight": spoiled(operands["weight"])}, inputs.initial_state
+    y, _ = package.m2rnn(**wrong, initial_state=first)
+    assert y[..., 0].isnan().all()
+    tokens, _ = package.m2rnn_steps(**wrong, pool=first.clone(), indices=torch.zeros(1, dtype=torch.int64).to(device))
+    assert tokens[..., 0].isnan().all()
+    weight = operands["weight"].requires_grad_()
+    _, last = package.m2rnn(**{**operands, "weight": weight})
+    last.backward(spoiled(inputs.dstate))
+    assert weight.grad.isnan().any()
