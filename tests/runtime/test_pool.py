@@ -415,6 +415,16 @@ def test_states_every_so_many_tokens(package, device, name, dtype, packs) -> Non
     assert untouched(others(pool, 0, 1, 2, 3, 4, *kept.values()))
 
 
+@pytest.mark.parametrize("every", [384 * 2**22, 6 * 2**30])
+def test_states_after_more_tokens_than_there_are(package, inputs, every) -> None:
+    """Multiples beyond 32 bits are as far off as any that no sequence reaches: nothing is read or left."""
+    pool = poisoned(8, inputs, torch.float32)
+    pool[:3] = 0.0
+    slots = {"indices": ints(0, 1, 2, like=pool), "states_indices": ints([3, 4], [5, 6], [-1, 7], like=pool)}
+    package.m2rnn(**operands_of(inputs), pool=pool, states_every=every, **slots)
+    assert untouched(others(pool, 0, 1, 2))
+
+
 WRONG_STATES: dict[str, tuple[dict[str, Any], str]] = {
     "between": (
         {"states_every": 4},
