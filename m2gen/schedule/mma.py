@@ -177,6 +177,9 @@ class Mma(Knobs):
             most = most_warps(variant, part.rows)
             if part.warps > most:
                 yield f"{direction}.warps must be at most {most}, each with a 16 x 8 tile, got {part.warps}"
+        taken = sums_bytes(variant, self.forward)
+        if taken > device.shared_bytes:
+            yield f"forward.unroll must take at most {device.shared_bytes} bytes of shared memory for y, got {taken}"
         if self.backward.xorsign and not device.has_xorsign:
             yield f"backward.xorsign must be false on {device.arch}, got true"
         if self.backward.scratch is Scratch.SHARED and self.backward.chunk > 0:
@@ -221,6 +224,17 @@ class Mma(Knobs):
         taken = self.scratch_bytes(variant)
         if taken > device.shared_bytes:
             yield f"backward.scratch must take at most {device.shared_bytes} bytes of shared memory, got {taken}"
+
+
+def sums_bytes(variant: Variant, part: MmaForward) -> int:
+    """Return the shared memory in which a forward's warps meet with what they have summed of y, 8 rows a warp and step.
+
+    Only warps that all have rows of their own, and steps that share their sums, meet there.
+    """
+    together = part.unroll > 1 and not part.unroll & (part.unroll - 1)
+    if part.slots or not together or not 1 < part.warps <= part.rows // MIN_TILE:
+        return 0
+    return part.unroll * part.warps * 8 * variant.padded_cols * 4
 
 
 def slots_bytes(warps: int, rows: int) -> int:

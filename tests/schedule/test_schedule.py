@@ -13,6 +13,7 @@ from support import SCHEDULES, as_mma, make_schedule, make_variant
 
 from m2gen.device import PORTABLE, TARGETS, limits, target
 from m2gen.errors import ScheduleError
+from m2gen.kernels.reductions import Reductions, Sums
 from m2gen.schedule import (
     FAMILIES,
     Family,
@@ -28,7 +29,7 @@ from m2gen.schedule import (
     parse,
     problems,
 )
-from m2gen.schedule.mma import slots_bytes
+from m2gen.schedule.mma import slots_bytes, sums_bytes
 from m2gen.variant import Variant
 
 DEVICES = (*TARGETS.values(), PORTABLE)
@@ -79,6 +80,35 @@ def test_each_reason_is_given(schedule: Schedule, reason: str) -> None:
     assert reason in problems(WIDE, schedule, PORTABLE)
     with pytest.raises(ScheduleError, match="portable"):
         check(WIDE, schedule, PORTABLE)
+
+
+@pytest.mark.parametrize(
+    ("cols", "slug", "arch", "fits"),
+    [
+        (128, "mma_f128x8u8a_b16x8c2a_i8_exp", "sm_90", False),
+        (128, "mma_f128x8u4a_b16x8c2a_i8_exp", "sm_90", True),
+        (64, "mma_f128x8u8a_b16x8c2a_i8_exp", "sm_86", False),
+        (64, "mma_f128x8u8a_b16x8c2a_i8_exp", "sm_90", True),
+        (64, "mma_f64x4u16p_b16x4c2a_i16_exp", "sm_86", False),
+        (64, "mma_f16x4u16p_b16x4c2a_i16_exp", "sm_86", True),
+    ],
+)
+def test_what_warps_sum_of_y_fits_shared_memory(cols, slug, arch, fits) -> None:
+    """A forward whose warps meet in more shared memory than a program may have is refused before it is compiled."""
+    reasons = problems(make_variant(128, cols, dtype="bf16"), parse(slug), TARGETS[arch])
+    assert [reason.partition(" must")[0] for reason in reasons] == ([] if fits else ["forward.unroll"])
+
+
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
+@pytest.mark.parametrize("unroll", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [16, 32, 128])
+def test_the_memory_of_sums_is_that_of_kernels_that_have_it(rows, unroll, warps) -> None:
+    """The predicate counts what the kernels allocate, and nothing where no warps meet."""
+    variant, base = make_variant(128, 64, dtype="bf16"), as_mma(make_schedule())
+    schedule = replace(base, forward=replace(base.forward, rows=rows, unroll=unroll, warps=warps), interval=unroll)
+    sums = Reductions(variant, schedule)
+    expected = unroll * sums.y_parts * 64 * 4 if sums.y is Sums.MEMORY else 0
+    assert sums_bytes(variant, schedule.forward) == expected
 
 
 def test_the_scratch_is_in_shared_memory_where_that_costs_no_programs() -> None:
