@@ -23,8 +23,8 @@ class Family(StrEnum):
     iteration's earlier steps, since one product makes every step's k v^T."""
     WGMMA = "wgmma"
     """Gluon, and products by ``wgmma``: a warpgroup has 64 rows, and reads right operands from shared memory, where an
-    interval's vectors are loaded together. States of 64 columns on Hopper only. A NaN or an infinity in k or v may
-    reach the y of all steps whose operands are loaded with its own, up to sixteen."""
+    interval's vectors are loaded together. States of 64 columns on Hopper only. A NaN or an infinity in v may reach the
+    y of all steps whose operands are loaded with its own, up to fifteen before it, whatever the interval."""
 
 
 class Tanh(StrEnum):

@@ -196,6 +196,18 @@ def test_both_clamp_what_is_no_usual_number(bound: float) -> None:
             assert not clamped[numbers].any()
 
 
+@pytest.mark.parametrize("interval", [4, 8])
+@pytest.mark.parametrize(("name", "back"), [("k", 0), ("v", 15)])
+def test_how_far_a_nan_reaches_back_among_warpgroups(interval: int, name: str, back: int) -> None:
+    """One in v reaches y of steps whose operands are loaded with its own, as the documents say, and one in k none."""
+    module = load_module(render_kernel(Lowering(SQUARE, parse(f"wgmma_aa_i{interval}_ptx"))))
+    case, step = Case("nan", Problem(1, 24)), interval + 15  # the last that is loaded with the second interval
+    inputs = inputs_of(SQUARE, case, 0, torch.device("cpu"))
+    getattr(inputs, name)[:, step] = torch.nan
+    spoiled = call_of(module, Objective.INFER, case, inputs).results()["y"].isnan().flatten(2).any(2)
+    assert spoiled[0].tolist() == [t >= step - back for t in range(24)]
+
+
 def test_the_cases_have_every_way_to_sum() -> None:
     """The cases sum y and gradients by shuffles, products and shared memory."""
     every = [Reductions(variant, parse(slug)) for variant, slug in CASES.values()]
