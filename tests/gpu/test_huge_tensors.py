@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from calls import Results, assert_same, changed, differentiate, packed
+from layer import HIDDEN, PLAIN, layered
 from support import make_variant
 from torch import Tensor
 
@@ -105,6 +106,26 @@ def test_a_step_on_a_state_with_far_strides(built, device, dim, dtype, reach) ->
     assert all(x.isfinite().all() for x in results["far"].values())
     memory = far.as_strided((far.untyped_storage().nbytes() // dtype.itemsize,), (1,))
     assert sum(int(part.isnan().logical_not().sum()) for part in memory.split(2**28)) == far.numel()
+
+
+@pytest.mark.parametrize("reach", SIZES)
+@pytest.mark.parametrize("dim", [0, 1, 2], ids=["slot", "tap", "channel"])
+def test_a_layers_step_on_inputs_with_far_strides(tmp_path, device, dim, reach) -> None:
+    """The convolution's last inputs in a pool whose one dim reaches beyond 2^32 elements are moved where they lie."""
+    needs(device, 4 * (reach + reach // 8) + GIB)
+    torch.manual_seed(dim)
+    package = layered(tmp_path)
+    layer = package.M2RNN(HIDDEN, **PLAIN).to(device)
+    cache, x = layer.allocate_cache(3, device=device), torch.randn(2, HIDDEN, device=device)
+    near = torch.randn(cache.conv.shape, device=device)
+    far, results = far_apart(near, dim, reach), {}
+    for name, conv in (("far", far), ("near", near)):
+        pool = package.M2RNNPool(layer, conv, torch.zeros_like(cache.state))
+        with torch.no_grad():
+            y = pool.step(x, torch.tensor([2, 0], device=device))
+        results[name] = {"y": y, "conv": conv.contiguous()}
+    assert_same(results["far"], results["near"])
+    assert all(each.isfinite().all() for each in results["far"].values())
 
 
 def check(package: ModuleType, far: Inputs, near: Inputs) -> None:
