@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from m2gen.cli.verify import LARGEST_SEED
 from m2gen.device import TARGETS
 from m2gen.kernels.resources import Resources
 from m2gen.measure import context
+from m2gen.verify import TensorResult
 
 
 def test_the_installed_command_and_the_module_are_the_same() -> None:
@@ -247,6 +249,19 @@ def test_a_failing_verification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (case,) = document("verify", "--spec", TINY, "--quiet", status=1)["cases"]
     assert (case["passed"], case["reproduce"], case["feature"]) == (False, AGAIN, "recurrence")
     assert [result["error"] for result in case["results"]] == [1e-4, 2e-3, "nan"]
+
+
+def test_a_document_has_no_number_that_json_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The budget of a reference that overflows is a string, as are such errors: JSON has neither infinities nor NaN."""
+    found = outcome(math.inf, 1e-4)
+    (report,) = found.reports
+    results = (*report.results, TensorResult("t2", 1e-4, math.inf), TensorResult("t3", 1e-4, math.nan))
+    found = replace(found, reports=(replace(report, results=results),))
+    monkeypatch.setattr(pipeline, "verify", lambda *_: found)
+    result = run("verify", "--spec", TINY, "--json")
+    (case,) = json.loads(result.stdout, parse_constant=pytest.fail)["cases"]
+    assert [x["error"] for x in case["results"]] == ["inf", 1e-4, 1e-4, 1e-4]
+    assert [x["budget"] for x in case["results"]] == [1e-3, 1e-3, "inf", "nan"]
 
 
 def test_a_case_that_broke_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

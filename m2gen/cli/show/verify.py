@@ -120,7 +120,10 @@ def _document(outcome: VerifyOutcome) -> dict[str, Any]:
 
 
 def _case(report: CaseReport, options: str) -> dict[str, Any]:
-    results = [{**asdict(r), "error": _number(r.error), "passed": r.passed} for r in report.results]
+    results = [
+        {**asdict(r), "error": _number(r.error), "budget": _number(r.budget), "passed": r.passed}
+        for r in report.results
+    ]
     return {**asdict(report), "results": results, "passed": report.passed, "reproduce": reproduce(report, options)}
 
 
