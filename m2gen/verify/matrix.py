@@ -9,7 +9,7 @@ from m2gen.problem import Gates, Problem, Weights
 from m2gen.spec import ClipMode, Dtype
 from m2gen.variant import MIN_TILE, Variant
 from m2gen.verify.case import Case, Check, Feature, LayerForm, Layout, Loss
-from m2gen.verify.setting import Setting
+from m2gen.verify.setting import MANY_TOKENS, Setting
 
 LONG = 4096
 DRIFT = 16384
@@ -59,6 +59,8 @@ def _recurrence(s: Setting) -> Iterator[Case]:
     for seq in dict.fromkeys((0, 1, 2, c - 1, c, c + 1, 63, 64, 65)):
         if not (s.interpreted and seq > c + 1):
             yield Case(f"steps_{seq}", Problem(1, seq, initial_state=seq % 2 == 0))
+    if s.interpreted and s.variant.padded_rows > MIN_TILE:  # no other case there is of as many tokens
+        yield Case("many_tokens", Problem(5, -(-MANY_TOKENS // 5), initial_state=True), check=Check.INFERENCE)
     if s.long:
         yield Case(f"steps_{LONG}", Problem(1, LONG, initial_state=True))
     if not s.variant.computes_gate:

@@ -10,6 +10,8 @@ from m2gen.variant import Variant
 
 LONG_STATE = 1024
 """Largest state, in elements N K V, for cases with thousands of steps, which the eager reference runs as well."""
+MANY_TOKENS = 65
+"""Fewest tokens of a call in which programs that share a head's rows may add up y by atomics."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class Setting:
 
     @property
     def ragged(self) -> Problem:
-        """Two sequences (one in the interpreter) from initial states that end just after a checkpoint."""
-        return Problem(1 if self.interpreted else 2, self.interval + 3, initial_state=True)
+        """Sequences of many tokens (one in the interpreter) from initial states that end just after a checkpoint."""
+        steps = self.interval + 3
+        return Problem(1 if self.interpreted else max(2, -(-MANY_TOKENS // steps)), steps, initial_state=True)
 
     @property
     def brief(self) -> Problem:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 from support import make_variant
 
 from m2gen.device import TARGETS
+from m2gen.kernels.launch import SHORT
 from m2gen.pipeline import open_spec
 from m2gen.pipeline.verify import MATRIX
 from m2gen.schedule import Family, default, parse
@@ -57,6 +59,20 @@ def test_a_packed_batch_is_cut_into_segments(interval: int) -> None:
     assert sum(lengths) > len(lengths) * schedule.shortest_segment
     assert min(lengths) < schedule.shortest_segment
     assert "segments_from_states" not in {case.name for case in cases(make_variant(), interval, interpreted=True)}
+
+
+@pytest.mark.parametrize("interval", [1, 4, 16, 64])
+@pytest.mark.parametrize("interpreted", [True, False])
+def test_y_is_added_up_by_atomics(interval: int, interpreted: bool) -> None:
+    """Where programs share a head's rows, a case that asks for no determinism has more tokens than short calls have.
+
+    On a GPU that is the first case, which quick runs have for every variant.
+    """
+    found = cases(make_variant(64, 16, (1, 1, 2, 2, 2)), interval, interpreted=interpreted)
+    long = [case for case in found if math.prod(case.problem.lead) > SHORT and not case.deterministic]
+    assert long
+    if not interpreted:
+        assert long[0] == found[0]
 
 
 def test_long_sequences_are_for_small_states() -> None:
