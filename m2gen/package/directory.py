@@ -44,7 +44,7 @@ def diff(directory: Path, expected: Mapping[str, str]) -> list[str]:
     """Return a unified diff from the files on disk to ``expected``, aside from what depends on the toolchain.
 
     It is empty only if the bytes are the same, as ``write`` compares them. A file that should not be there is shown if
-    it is a short text, and named otherwise.
+    it is a short text, and named otherwise. Compiled kernels need only be those that the manifest on disk lists.
     """
     strays = owned.scan(directory).others(expected) if directory.is_dir() else []
     lines: list[str] = []
@@ -54,7 +54,30 @@ def diff(directory: Path, expected: Mapping[str, str]) -> list[str]:
             lines += _unified(directory, path, text, "") if text else [f"Only in committed/{directory.name}: {path}"]
         else:
             lines += _changes(directory, path, expected[path])
+    return lines + _compiled_changes(directory, strays)
+
+
+def _compiled_changes(directory: Path, strays: Iterable[str]) -> list[str]:
+    """Return a line for each compiled kernel on disk that the manifest there lists otherwise, or that either lacks."""
+    manifest = directory / MANIFEST
+    try:
+        every = owned.listed_hashes(manifest.read_bytes())
+    except OSError:  # which is a change itself
+        every = {}
+    listed = {path: digest for path, digest in every.items() if path.startswith(COMPILED)}
+    here = {path for path in strays if path.startswith(COMPILED) and not path.endswith("/")}
+    lines = [f"Only in committed/{directory.name}: {path}" for path in sorted(here - listed.keys())]
+    for path, digest in sorted(listed.items()):
+        if not _has_hash(directory / path, digest):
+            lines.append(f"committed/{directory.name}/{path}: must have the hash that {MANIFEST} lists, {digest}")
     return lines
+
+
+def _has_hash(path: Path, digest: str) -> bool:
+    try:
+        return not path.is_symlink() and owned.hash_of(path.read_bytes()) == digest
+    except OSError:
+        return False
 
 
 def _changes(directory: Path, path: str, text: str) -> list[str]:

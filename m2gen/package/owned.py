@@ -27,26 +27,37 @@ NAMED = 3
 
 def hashes(files: Mapping[str, str]) -> dict[str, str]:
     """Return the hash of each file, as manifests list them."""
-    return {path: hashlib.sha256(text.encode()).hexdigest()[:16] for path, text in files.items()}
+    return {path: hash_of(text.encode()) for path, text in files.items()}
+
+
+def hash_of(data: bytes) -> str:
+    """Return the hash of a file with this content, as manifests list it."""
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def listed(manifest: bytes) -> frozenset[str]:
-    """Return the files that a manifest lists, itself included; empty if it is not m2gen's.
+    """Return the files that a manifest lists, itself included; empty if it is not m2gen's."""
+    files = listed_hashes(manifest)
+    return frozenset({MANIFEST, *files}) if files else frozenset()
+
+
+def listed_hashes(manifest: bytes) -> Mapping[str, str]:
+    """Return the files that a manifest lists with their hashes; empty if it is not m2gen's.
 
     A manifest that lists a file outside its folder or in a repository is not m2gen's.
     """
     try:
         parsed = json.loads(manifest)
     except (ValueError, RecursionError):
-        return frozenset()
+        return {}
     if not isinstance(parsed, dict) or not all(isinstance(parsed.get(key), str) for key in ("name", "m2gen")):
-        return frozenset()
+        return {}
     files = parsed.get("files")
-    if not isinstance(files, dict) or not files:
-        return frozenset()
-    if not all(isinstance(value, str) and HASH.fullmatch(value) for value in files.values()):
-        return frozenset()
-    return frozenset({MANIFEST, *files}) if all(map(_within, files)) else frozenset()
+    if not isinstance(files, dict) or not all(
+        isinstance(value, str) and HASH.fullmatch(value) for value in files.values()
+    ):
+        return {}
+    return files if all(map(_within, files)) else {}
 
 
 def _within(path: str) -> bool:

@@ -6,7 +6,7 @@ import shlex
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -219,7 +219,7 @@ def brought(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("brought")
 def test_compiled_kernels_come_and_go_with_a_build(built: Path) -> None:
-    """They are m2gen's files; a check leaves them out, since they depend on the toolchain; a build without has none."""
+    """They are m2gen's files; a check renders none, since they depend on the toolchain; a build without has none."""
     assert run(*BUILD, "--compiled").exit_code == 0
     assert (built / KERNEL).read_text(encoding="utf-8") == "{}\n"
     assert KERNEL in listed_in(built)
@@ -228,6 +228,28 @@ def test_compiled_kernels_come_and_go_with_a_build(built: Path) -> None:
     assert run("build", "--spec", "one.yaml", "--check").exit_code == 1
     assert run(*BUILD).exit_code == 0
     assert not (built / "compiled").exists()
+
+
+@pytest.mark.usefixtures("brought")
+def test_a_check_sees_compiled_kernels_that_are_not_those_of_the_build(built: Path) -> None:
+    """A file that was altered, that is missing, or that no build brought along makes a package stale."""
+    assert run(*BUILD, "--compiled").exit_code == 0
+    changes: list[tuple[Callable[[], object], str]] = [
+        (lambda: (built / KERNEL).write_text("{ }\n", encoding="utf-8"), f"one/{KERNEL}: must have the hash that"),
+        ((built / KERNEL).unlink, f"one/{KERNEL}: must have the hash that"),
+        (
+            lambda: (built / KERNEL).with_name("x-1.json").touch(),
+            f"Only in committed/one: {Path(KERNEL).parent}/x-1.json",
+        ),
+    ]
+    for change, said in changes:
+        assert run(*BUILD, "--compiled").exit_code == 0
+        assert run("build", "--spec", "one.yaml", "--check").exit_code == 0
+        change()
+        result = run("build", "--spec", "one.yaml", "--check")
+        assert result.exit_code == 1
+        assert said in result.stdout
+        (built / KERNEL).with_name("x-1.json").unlink(missing_ok=True)
 
 
 @pytest.mark.usefixtures("brought")
