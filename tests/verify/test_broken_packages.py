@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from calls import operators_of
 from reference_package import reference_package
 from support import make_variant
 from torch import Tensor
@@ -188,3 +189,21 @@ def test_a_control_that_is_within_budget_fails() -> None:
     case = Case("test", Problem(1, 4), check=Check.DRIFT)
     report = run_case(reference_package(variant), variant, case, 0, torch.device("cpu"))
     assert "y_of_bf16_loop" in missed(report)
+
+
+def test_a_layer_that_is_wrong_unless_deterministic_is_seen(modules, device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer is judged as training calls it, too: its kernels may sum by atomics then, and not where memory is NaN."""
+    package = modules("one_level_atomic", "carry")
+    launches = operators_of(package).launches
+    right = launches.forward
+
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        y, *states = right(*arguments)
+        return (y if arguments[4] else 2 * y, *states)
+
+    case = Case("test", Problem(2, 3), check=Check.LAYER)
+    assert run_case(package, VARIANT, case, 0, device).passed
+    monkeypatch.setattr(launches, "forward", forward)
+    wrong = missed(run_case(package, VARIANT, case, 0, device))
+    assert "y_as_usual" in wrong
+    assert all(name.endswith("_as_usual") for name in wrong)
