@@ -11,9 +11,12 @@ import torch
 from support import DIMS, DTYPES, GATED_HEADS, HEADS, SCHEDULES, make_variant
 
 from m2gen.kernels.launch import SHORT
-from m2gen.problem import Gates, Problem
+from m2gen.problem import Gates, Problem, make_inputs
+from m2gen.runtime import launchers
+from m2gen.tune.candidate import load
 from m2gen.variant import Variant
 from m2gen.verify import TENSORS, Case, CaseReport, Loss, run_case
+from m2gen.verify.subject import poisoned
 
 Modules = Callable[[str, str], ModuleType]
 RAGGED = Problem(1, 7, initial_state=True)
@@ -146,6 +149,25 @@ def test_slow_gates_in_float32(run, dtype) -> None:
     """Gates of 1 - 1e-4, which bfloat16 rounds to 1, still let the head write when they come in float32."""
     report = run(make_variant(dtype=dtype), "two_level_partial", Problem(1, 9, initial_state=True), gates=Gates.SLOW)
     assert_within_budget(report)
+
+
+@pytest.mark.parametrize("schedule", ["one_level_atomic", "two_level_partial", "one_step_partial"])
+@pytest.mark.parametrize("dims", [(16, 16), (24, 17)])
+def test_nothing_is_written_beyond_the_last_sequence(device, schedule, dims) -> None:
+    """What tokens have that no sequence has stays as memory is: no kernel writes behind a sequence's end."""
+    variant, ends = make_variant(*dims), 5
+    x = make_inputs(variant, Problem(0, 0, lengths=(3, 2, 4), initial_state=True), 0).to(device)
+    assert None not in (x.cu_seqlens, x.initial_state)
+    kernels, offsets = load(variant, SCHEDULES[schedule]), x.cu_seqlens[:3]
+    operands = (x.q, x.k, x.v, x.weight, x.forget, None, None)
+    with poisoned():
+        y, _, saved = launchers.forward(kernels, operands, x.initial_state[:2], offsets, True, True)
+        wanted = [True] * 5 + [False] * 3
+        found = launchers.backward(kernels, x.dy, x.dstate[:2], operands, saved, offsets, 1.0, wanted, True)
+    dq, dk, dv, _, dforget = found
+    for result in (y, dq, dk, dv, dforget):
+        assert not result[:ends].isnan().any()
+        assert result[ends:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
