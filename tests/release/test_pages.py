@@ -31,7 +31,8 @@ KINDS = {"console", "dockerfile", "python", "text", "yaml"}
 """Kinds of blocks: commands of the first two, and ``text`` for what nobody types."""
 TYPED = re.compile(r"^\W*(?:m2gen|python3?|pip|make|pytest|torchrun|srun)\b", re.MULTILINE)
 NEEDED = re.compile(
-    r"(a GPU|\d+ GPUs|another worker|a checkpoint|a contribution|a network|a search|PostgreSQL|Slurm)\b.*"
+    r"(a GPU|\d+ GPUs|hours of a CPU|another worker|a checkpoint|a contribution|a network|a search|PostgreSQL|Slurm)"
+    r"\b.*"
 )
 """What tests cannot have, as a remark names it."""
 ELSEWHERE = {
