@@ -239,6 +239,28 @@ def test_jobs_are_of_a_cpu(example, monkeypatch, capsys) -> None:
         assert message in capsys.readouterr().err
 
 
+def test_runs_of_two_devices_are_kept_apart(example, monkeypatch, tmp_path, capsys) -> None:
+    """A folder takes no runs beside those of another device; the table of finished ones is made anywhere."""
+    learn = example()
+    config = parity_of_two_seeds()
+    place, out = tmp_path / "learn.yaml", tmp_path / "out"
+    place.write_text(yaml.safe_dump(config), encoding="utf-8")
+    out.mkdir()
+    monkeypatch.setattr(sys, "argv", ["learn.py", "--config", str(place), "--out", str(out)])
+    measured = json.loads((ROOT / "docs" / "data" / "learn_h200.json").read_text(encoding="utf-8"))["runs"][0]
+    for run in learn.runs_of(config, set()):
+        row = measured | {"recipe": run.recipe, "seed": run.seed, "settings": run.settings}
+        (out / f"{run.name}.json").write_text(json.dumps(row), encoding="utf-8")
+    learn.main()
+    assert "| 2 of 2 |" in capsys.readouterr().out
+    (out / "parity_1.json").unlink()
+    with pytest.raises(SystemExit, match=r"must have runs of CPU, .*, but has those of NVIDIA H200; give another"):
+        learn.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--minutes", "0"])
+    learn.main()
+    assert "(1 not run) |" in capsys.readouterr().out
+
+
 def test_parity_is_learnt_and_kept(example, monkeypatch, tmp_path, capsys) -> None:
     """The command trains until words of 40 are right, keeps the weights, and trains nothing again.
 

@@ -103,6 +103,11 @@ def layer_of(run: Run, said: Answers, package: ModuleType, backend: str) -> nn.M
     return layer
 
 
+def name_of(device: torch.device) -> str:
+    """Name a device as runs record it."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {platform.machine()}"
+
+
 def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch.device) -> tuple[dict[str, Any], Any]:
     """Train one layer and judge it; return what is recorded of it, and its weights."""
     began = time.perf_counter()
@@ -124,7 +129,7 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
         "recipe": run.recipe,
         "seed": run.seed,
         "settings": run.settings,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {platform.machine()}",
+        "device": name_of(device),
         "torch": torch.__version__,
         "parameters": sum(p.numel() for p in layer.parameters()),
         "steps": steps,
@@ -168,6 +173,8 @@ class Call:
     def do_all(self, runs: list[Run]) -> None:
         """Do the runs that have no file yet, while the time lasts; say how many are left."""
         left = self.missing(runs)
+        if left and time.monotonic() < self.until:
+            self._check_device(runs)
         if self.jobs == 1:
             for run in left:
                 self.do(run)
@@ -179,6 +186,13 @@ class Call:
                     raise SystemExit("a process of a run was ended; the same command goes on with the rest") from None
         if count := len(self.missing(left)):
             print(f"the minutes are over, {count} runs are left; the same command goes on", file=sys.stderr)
+
+    def _check_device(self, runs: list[Run]) -> None:
+        """End the program where this would add runs to those of another device: a table has the seconds of one."""
+        here = name_of(torch.device(self.device))
+        others = {row["device"] for row in rows_of(runs, self.out)} - {here}
+        if others:
+            raise SystemExit(f"{self.out} must have runs of {here}, but has those of {min(others)}; give another --out")
 
 
 def parsed() -> argparse.Namespace:
