@@ -182,12 +182,25 @@ def test_the_pages_have_what_was_measured(example) -> None:
     learn = example()
     config = yaml.safe_load((EXAMPLE / "learn.yaml").read_text(encoding="utf-8"))
     page = (EXAMPLE / "README.md").read_text(encoding="utf-8")
-    for name, recipes in (("learn_cpu", set()), ("learn_h200", {"a5"})):
+    runs = learn.runs_of(config, set())
+    for name in ("learn_cpu", "learn_h200"):
         rows = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))["runs"]
-        runs = learn.runs_of(config, recipes)
         assert [(row["recipe"], row["seed"]) for row in rows] == [(run.recipe, run.seed) for run in runs]
         assert [row["settings"] for row in rows] == [run.settings for run in runs]
         assert learn.table(runs, rows) in page
+
+
+def test_the_page_has_what_published_initial_values_do() -> None:
+    """The example's page has the accuracies and positions of the committed runs with published initial values."""
+    kept = json.loads((ROOT / "docs" / "data" / "state_tracking_published_h200.json").read_text(encoding="utf-8"))
+    page = (EXAMPLE / "README.md").read_text(encoding="utf-8")
+    for group in ("S3", "A5", "S5"):
+        runs = [run for run in kept["runs"] if run["group"] == group]
+        assert [run["seed"] for run in runs] == [0, 1, 2]
+        seen = ", ".join(f"{100 * run['accuracy_seen']:.2f}" for run in runs)
+        asked = ", ".join(f"{100 * run['accuracy_asked']:.2f}" for run in runs)
+        right = ", ".join(str(run["right_to"]) for run in runs)
+        assert f"| {group} | m2rnn | {seen} | {asked} | {right} | 0 of 3 |" in page
 
 
 def parity_of_two_seeds() -> dict[str, Any]:
