@@ -27,6 +27,7 @@ class Feature(StrEnum):
     PYTORCH = "pytorch"
     DROP_IN = "drop_in"
     LAYER = "layer"
+    POOLS = "pools"
     DRIFT = "drift"
 
 
@@ -86,6 +87,11 @@ class Check(StrEnum):
     LAYER = "layer"
     """Compare results and all gradients of the package's layer with float64."""
     LAYER_DECODING = "layer_decoding"
+    POOL = "pool"
+    """Compare a prompt, a token and drafts on slots of a pool with float64."""
+    POOL_PROMPTS = "pool_prompts"
+    POOL_KEPT = "pool_kept"
+    LAYER_POOL = "layer_pool"
     DRIFT = "drift"
 
     @property

@@ -19,6 +19,8 @@ INTERPRETED_TILES = 64
 """Largest state, in 16x16 tiles, that the interpreter scans in reasonable time."""
 CHAOTIC_STEPS = 5
 """Steps under standard normal weights; more let errors of the last bit grow to the size of the state."""
+REQUEST = 6
+"""Tokens of a request: half of them a prompt, one alone, one with a draft, and one more."""
 WAVES_OF_PROGRAMS = 4096
 """Several waves on any GPU: 31 programs for each of 132 SMs."""
 
@@ -200,6 +202,18 @@ def _layer(s: Setting) -> Iterator[Case]:
     yield Case("layer_many_tokens", Problem(10, 60), check=Check.LAYER)  # enough for aligned projections
 
 
+def _pools(s: Setting) -> Iterator[Case]:
+    """Yield calls on slots of a pool, of the operator and of the layer."""
+    requests = Problem(3, REQUEST, initial_state=True)
+    yield Case("pool", requests, check=Check.POOL)
+    yield Case("pool_of_bf16", requests, narrow_state=True, check=Check.POOL)
+    packed = Problem(0, 0, lengths=(2, 0, s.interval + 1), initial_state=True)
+    yield Case("pool_prompts", packed, check=Check.POOL_PROMPTS)
+    yield Case("pool_prompts_from_zeros", replace(packed, initial_state=False), check=Check.POOL_PROMPTS)
+    yield Case("pool_keeps_states", Problem(2, 2 * s.interval, initial_state=True), check=Check.POOL_KEPT)
+    yield Case("pool_of_layer", Problem(2, REQUEST), check=Check.LAYER_POOL)
+
+
 def _drift(s: Setting) -> Iterator[Case]:
     if s.long and s.variant.dtype is Dtype.BF16:
         yield Case(f"steps_{DRIFT}", Problem(1, DRIFT), gates=Gates.SLOW, check=Check.DRIFT)
@@ -219,6 +233,7 @@ FEATURES = {
     Feature.PYTORCH: _pytorch,
     Feature.DROP_IN: _drop_in,
     Feature.LAYER: _layer,
+    Feature.POOLS: _pools,
     Feature.DRIFT: _drift,
 }
 

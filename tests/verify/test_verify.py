@@ -28,8 +28,12 @@ VARIANTS = {
     "tf32": make_variant(dtype="fp32", products="tf32", clip="total"),
     "softplus": make_variant(9, 9, (1, 1, 4, 2, 4), "bf16", gate="softplus"),
 }
-WITHOUT_KERNELS = {Check.OPCHECK, Check.COMPILE, Check.ISOLATED, Check.LAYER, Check.LAYER_DECODING}
-"""Checks that the eager reference does not pass: it is no operator, unrolls its steps, sums by shape, has no layer."""
+WITHOUT_KERNELS = {
+    Check.OPCHECK, Check.COMPILE, Check.ISOLATED, Check.LAYER, Check.LAYER_DECODING, Check.POOL, Check.POOL_PROMPTS,
+    Check.POOL_KEPT, Check.LAYER_POOL,
+}  # fmt: skip
+"""Checks that the eager reference does not pass: it is no operator, unrolls its steps, sums by shape, has no layer and
+no pools."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())

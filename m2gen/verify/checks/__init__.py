@@ -10,6 +10,7 @@ from m2gen.verify.checks.drift import drift
 from m2gen.verify.checks.drop_in import drop_in
 from m2gen.verify.checks.gradients import autocast, gradients, inference, single
 from m2gen.verify.checks.layer import layer, layer_decoding
+from m2gen.verify.checks.pools import layer_pool, pool, pool_kept, pool_prompts
 from m2gen.verify.checks.pytorch import checkpoint, compiled, graph, opcheck, step_graph
 from m2gen.verify.checks.states import chunked, decoding, isolated
 from m2gen.verify.subject import CaseContext
@@ -31,5 +32,9 @@ CHECKS: dict[Check, Callable[[CaseContext], Iterable[TensorResult]]] = {
     Check.DROP_IN: drop_in,
     Check.LAYER: layer,
     Check.LAYER_DECODING: layer_decoding,
+    Check.POOL: pool,
+    Check.POOL_PROMPTS: pool_prompts,
+    Check.POOL_KEPT: pool_kept,
+    Check.LAYER_POOL: layer_pool,
     Check.DRIFT: drift,
 }
