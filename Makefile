@@ -3,6 +3,8 @@
 PYTHON ?= python3
 SPEC ?= h100.yaml
 BIN := .venv/bin
+# Processes that run tests side by side.
+JOBS ?= 2
 
 .PHONY: build test lint types tests verify tritons docs figures golden gpu sanitize clean
 
@@ -19,7 +21,7 @@ types: .venv/installed
 	$(BIN)/mypy
 
 tests: .venv/installed
-	$(BIN)/pytest -n 2 --dist loadfile -q
+	$(BIN)/pytest -n $(JOBS) --dist loadfile -q
 
 # On the GPU, else in Triton's interpreter.
 verify: .venv/installed
