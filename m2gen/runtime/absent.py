@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-
 _NVIDIA = re.compile(r"sm_([7-9][0-9]|1[0-9]{2})")
 """Compute capabilities from 7.0, the first that Triton compiles for; of others each kernel would fail by itself."""
 _AMD = re.compile(r"gfx(9|1[0-9])[0-9a-f]{2}")
