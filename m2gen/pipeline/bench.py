@@ -94,14 +94,30 @@ class _Implementations:
     def results(
         self, jobs: Sequence[tuple[str, BenchWorkload]], progress: Progress, stage: str = "bench", arms: int = 1
     ) -> Iterator[tuple[Result, ...]]:
-        """Yield the results of each (name, workload) as they are known."""
+        """Yield the results of each (name, workload) as they are known; raises UsageError if there is none to time."""
         progress.start(stage, len(jobs))
         try:
-            for name, workload in jobs:
-                yield tuple(side_by_side(workload, self.of(workload), self.context, seed=self.request.seed, arms=arms))
+            timed = [self.of(workload) for _, workload in jobs]
+            if not any(timed):
+                raise UsageError(f"--only must have something to time, got {_nothing(self.request.kinds)}")
+            for (name, workload), found in zip(jobs, timed, strict=True):
+                yield tuple(side_by_side(workload, found, self.context, seed=self.request.seed, arms=arms))
                 progress.advance(name)
         finally:
             progress.finish()
+
+
+def _nothing(kinds: Sequence[Kind]) -> str:
+    """Say why there is nothing of these kinds."""
+    reasons = {
+        Kind.PORTABLE: "the default schedules are portable ones",
+        Kind.TUNED: "no tuned schedule differs from the default",
+        Kind.EAGER: "loops have no packed workloads",
+        Kind.COMPILED: "loops have no packed workloads",
+        Kind.PEER: "there is no peer",
+    }
+    whys = dict.fromkeys(reasons[kind] for kind in kinds if kind in reasons)
+    return f"{', '.join(kinds)} ({'; '.join(whys)})"
 
 
 def _adds(other: Implementation, base: Implementation) -> bool:

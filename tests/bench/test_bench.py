@@ -23,6 +23,7 @@ from m2gen.bench.kinds import Axis, Call, Kind
 from m2gen.bench.side_by_side import ROUNDS, side_by_side
 from m2gen.bucket import Bucket
 from m2gen.cli.show import bench as shown
+from m2gen.cli.show import sweep as shown_sweeps
 from m2gen.cli.show.speed import speed_groups
 from m2gen.db import Database, Estimate, Failure, Reason, Timing
 from m2gen.device import TARGETS
@@ -565,6 +566,7 @@ def test_a_figure_needs_matplotlib(spec: str, script: Script, monkeypatch: pytes
         (("--plot", "a.svg", "--only", "tuned"), "--plot must have times of m2gen's kernels beside"),
         (("--sweep", "seq", "--plot", "a.pdf"), "--plot must end in .png or .svg, got 'a.pdf'"),
         (("--sweep", "seq", "--against", "x"), "--against must be given without --sweep"),
+        (("--only", "tuned", "--peer", "a.b:c", "--against", "x"), "--against must be given without --only, --peer"),
         (("--peer", "nothing"), "--peer must be module:function, got 'nothing'"),
         (("--sweep", "time"), "--sweep"),
         (("--only", "best"), "--only"),
@@ -679,14 +681,66 @@ def test_marks_of_peers_that_are_timed_only(spec: str, script: Script) -> None:
 
 
 def test_sweeps_of_points_without_times(spec: str, script: Script) -> None:
-    """Where tuning has no other schedule there is no row; loops of PyTorch have no sweeps."""
-    result = run(
-        "bench", "--spec", spec, "--db", "db", "--quiet", "--only", "tuned", "--sweep", "rows", "--plot", "a.svg"
-    )
-    assert "unexpected" not in result.output
+    """Where tuning has no other schedule there is nothing to time; loops of PyTorch have no sweeps."""
+    line = fails(2, "bench", "--spec", spec, "--no-db", "--quiet", "--only", "tuned", "--sweep", "rows")
+    assert line == "m2gen: --only must have something to time, got tuned (no tuned schedule differs from the default)"
     assert "--only must have kernels or peers for --sweep, got eager" in fails(
         2, "bench", "--spec", spec, "--db", "db", "--only", "eager", "--sweep", "seq"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--only", "tuned"), "got tuned (no tuned schedule differs from the default)"),
+        (("--only", "portable"), "got portable (the default schedules are portable ones)"),
+        (("--only", "portable", "--only", "tuned"), "portable ones; no tuned schedule differs from the default)"),
+        (("--only", "peer"), "--only peer must come with a --peer"),
+        (("--only", "default", "--only", "peer"), "--only peer must come with a --peer"),
+        (("--only", "peer", "--sweep", "seq"), "--only peer must come with a --peer"),
+        (("--only", "default", "--peer", "a.b:c"), "--peer must be given with --only peer, or without --only"),
+    ],
+)
+def test_a_run_of_nothing_is_refused(spec: str, script: Script, options: tuple[str, ...], message: str) -> None:
+    """An empty table would look as if everything asked for had been timed."""
+    assert message in fails(2, "bench", "--spec", spec, "--no-db", "--quiet", *options)
+    assert script.asked == []
+
+
+def test_loops_of_packed_workloads_are_nothing(spec: str, script: Script) -> None:
+    """A spec whose every workload is packed has nothing for them."""
+    Path(spec).write_text(SPEC.replace("seq: 256}", "seq: 256, packed: true}"), encoding="utf-8")
+    line = fails(2, "bench", "--spec", spec, "--no-db", "--quiet", "--only", "eager", "--decode", "0")
+    assert line.endswith("got eager (loops have no packed workloads)")
+
+
+def test_an_interrupted_comparison_shows_what_there_is(spec: str, script: Script, monkeypatch) -> None:
+    """Ctrl-C in the second workload leaves the first one's times, as a table and as JSON."""
+    recorded(script)
+    interrupt(script, monkeypatch, lambda workload: workload.call is Call.DECODE)
+    command = ("bench", "--spec", spec, "--db", "db", "--quiet", "--decode", "4", "--against", "before.json")
+    shown = run(*command)
+    assert shown.exit_code == 130
+    assert "B66 S256" in shown.stdout
+    assert "B4 token" not in shown.stdout
+    assert len(document(*command, status=130)["comparisons"]) == 4
+
+
+def test_the_file_of_a_sweep_is_its_json(spec: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the lines, and it is kept where nothing can be shown, as on a full disk."""
+    chosen = ("--only", "default", "--sweep", "seq")
+    found = bench(*chosen, "--out", "sweep.json")
+    assert found["sweeps"][0]["lines"]
+    assert json.loads(Path("sweep.json").read_text(encoding="utf-8")) == found
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    Path("sweep.json").unlink()
+    monkeypatch.setattr(shown_sweeps, "print_json", full)
+    result = run("bench", "--spec", spec, "--db", "db", "--quiet", *chosen, "--json", "--out", "sweep.json")
+    assert result.exit_code == 1
+    assert json.loads(Path("sweep.json").read_text(encoding="utf-8"))["sweeps"]
 
 
 def test_a_run_is_kept_where_nothing_can_be_shown(spec: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,8 @@ def _check(spec: str | None, earlier: Path | None, plot: Path | None, timed: lis
         )
     if "--layers" not in timed and (extra := sorted({"--layer-kind", "--peer-layer"} & set(timed))):
         raise UsageError(f"{', '.join(extra)} must be given with --layers")
+    if "--against" in timed and (other := [each for each in ("--only", "--peer", "--timing-only") if each in timed]):
+        raise UsageError(f"--against must be given without {', '.join(other)}: it times default and tuned kernels")
     if "--against" in timed and "--out" in timed:
         raise UsageError("--out must be given without --against, which compares with times and keeps none")
     if "--against" in timed and plot is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2gen.bench.kinds import Axis
+from m2gen.bench.kinds import Axis, Kind
 from m2gen.cli.options import terminal_progress
 from m2gen.cli.show.figure import Plot
+from m2gen.errors import UsageError
 
 if TYPE_CHECKING:
     from m2gen.bench.document import Document, SweepDocument
@@ -40,12 +41,21 @@ class Picture:
         """Write and draw a run's sweeps."""
         if self.out is not None:
             from m2gen.cli.show.report import write_json
+            from m2gen.cli.show.sweep import sweeps_document
 
-            write_json(asdict(document), self.out)
+            write_json(sweeps_document(document), self.out)
         if self.plot is not None:
             from m2gen.cli.show.plot import draw_sweeps
 
             draw_sweeps(document, self.plot)
+
+
+def _check_peers(request: BenchRequest, *, any_peer: bool) -> None:
+    """Raise UsageError where --only and --peer contradict each other."""
+    if Kind.PEER in request.kinds and not any_peer:
+        raise UsageError("--only peer must come with a --peer, or an installed package that has one, got none")
+    if Kind.PEER not in request.kinds and request.peers:
+        raise UsageError(f"--peer must be given with --only peer, or without --only, got {', '.join(request.peers)}")
 
 
 def time_operators(
@@ -66,6 +76,8 @@ def time_operators(
 
     planned = pipeline.plan(spec, None, records)
     found = peers(request.peers)
+    if request.kinds != tuple(Kind):  # of which all are timed that there are
+        _check_peers(request, any_peer=bool(found))
     if picture.plot is not None and not axes:
         check_comparable(request.kinds, found)
     pipeline.workloads(planned, request)  # raises errors of the request before a GPU is looked for
