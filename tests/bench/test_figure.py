@@ -329,6 +329,16 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], object], str]] = {
         lambda run: run["rows"][1].update(forward=None),
         "$.rows[1].forward must have times where failure is empty, got null",
     ),
+    "intervals": (
+        "speed_h200.json",
+        lambda run: run["rows"][1]["forward"].update(high_ms=1e-3),
+        "$.rows[1].forward must have low_ms <= median_ms <= high_ms, got {",
+    ),
+    "intervals of a sweep": (
+        "cost_h200.json",
+        lambda run: run["sweeps"][1]["points"][2]["rows"][0]["step"].update(low_ms=1e9),
+        "$.sweeps[1].points[2].rows[0].step must have low_ms <= median_ms <= high_ms, got {",
+    ),
     "times of layers": (
         "layers_h200.json",
         lambda run: run["layer_rows"][0].update(forward=None),
