@@ -462,7 +462,7 @@ def test_records_that_cannot_be_used(spec: str, script: Script) -> None:
     Path("empty").mkdir()
     assert "must have records of NVIDIA H200, got none" in fails(2, *command, "empty")
     other = ("bench", "--spec", TINY, "--quiet", "--against", str(recorded(script)))
-    assert "--against must have times of the spec's workloads, got none" in fails(2, *other)
+    assert "--against must have times of default or tuned on the spec's workloads, got none" in fails(2, *other)
     assert script.asked == []
 
 
@@ -566,7 +566,10 @@ def test_a_figure_needs_matplotlib(spec: str, script: Script, monkeypatch: pytes
         (("--plot", "a.svg", "--only", "tuned"), "--plot must have times of m2gen's kernels beside"),
         (("--sweep", "seq", "--plot", "a.pdf"), "--plot must end in .png or .svg, got 'a.pdf'"),
         (("--sweep", "seq", "--against", "x"), "--against must be given without --sweep"),
-        (("--only", "tuned", "--peer", "a.b:c", "--against", "x"), "--against must be given without --only, --peer"),
+        (
+            ("--peer", "a.b:c", "--timing-only", "--against", "x"),
+            "--against must be given without --peer, --timing-only",
+        ),
         (("--peer", "nothing"), "--peer must be module:function, got 'nothing'"),
         (("--sweep", "time"), "--sweep"),
         (("--only", "best"), "--only"),
@@ -681,9 +684,9 @@ def test_marks_of_peers_that_are_timed_only(spec: str, script: Script) -> None:
 
 
 def test_sweeps_of_points_without_times(spec: str, script: Script) -> None:
-    """Where tuning has no other schedule there is nothing to time; loops of PyTorch have no sweeps."""
-    line = fails(2, "bench", "--spec", spec, "--no-db", "--quiet", "--only", "tuned", "--sweep", "rows")
-    assert line == "m2gen: --only must have something to time, got tuned (no tuned schedule differs from the default)"
+    """Where tuning has no other schedule there is no row beside the default's; loops of PyTorch have no sweeps."""
+    (swept,) = bench("--only", "tuned", "--only", "default", "--sweep", "rows")["sweeps"]
+    assert {len(point["rows"]) for point in swept["points"]} == {1, 2}
     assert "--only must have kernels or peers for --sweep, got eager" in fails(
         2, "bench", "--spec", spec, "--db", "db", "--only", "eager", "--sweep", "seq"
     )
@@ -692,9 +695,11 @@ def test_sweeps_of_points_without_times(spec: str, script: Script) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--only", "tuned"), "got tuned (no tuned schedule differs from the default)"),
         (("--only", "portable"), "got portable (the default schedules are portable ones)"),
-        (("--only", "portable", "--only", "tuned"), "portable ones; no tuned schedule differs from the default)"),
+        (
+            ("--only", "eager", "--only", "portable", "--sweep", "seq"),
+            "portable (the default schedules are portable ones)",
+        ),
         (("--only", "peer"), "--only peer must come with a --peer"),
         (("--only", "default", "--only", "peer"), "--only peer must come with a --peer"),
         (("--only", "peer", "--sweep", "seq"), "--only peer must come with a --peer"),
@@ -707,11 +712,53 @@ def test_a_run_of_nothing_is_refused(spec: str, script: Script, options: tuple[s
     assert script.asked == []
 
 
+def test_layers_that_would_be_left_out_are_refused(spec: str, script: Script) -> None:
+    """Every layer that was asked for is timed, or the command says that it cannot be; a batch given twice is one."""
+    other = "  {0}: {{head_dim: 16, state_expansion: 32, heads: {{q: 1, k: 1, v: 1, f: 1, w: 1}}, dtypes: fp32{1}}}\n"
+    more = other.format("narrow", ", workloads: {batch: 1, seq: 8}") + other.format("bare", "")
+    Path(spec).write_text(SPEC.replace("numerics", more + "numerics"), encoding="utf-8")
+    command = ("bench", "--spec", spec, "--no-db", "--quiet", "--only", "default", "--layer", "narrow", "--layer")
+    assert "bare must have workloads to be timed, got none" in fails(2, *command, "bare")
+    assert "--sweep must be of one --layer, got narrow, wide" in fails(2, *command, "wide", "--sweep", "seq")
+    assert script.asked == []
+    chosen = ("--only", "default", "--layer", "narrow", "--decode", "8")
+    assert bench(*chosen, "--sweep", "seq")["sweeps"][0]["layer"] == "narrow"
+    assert len(bench(*chosen, "--decode", "8")["rows"]) == len(bench(*chosen)["rows"])
+
+
 def test_loops_of_packed_workloads_are_nothing(spec: str, script: Script) -> None:
     """A spec whose every workload is packed has nothing for them."""
     Path(spec).write_text(SPEC.replace("seq: 256}", "seq: 256, packed: true}"), encoding="utf-8")
     line = fails(2, "bench", "--spec", spec, "--no-db", "--quiet", "--only", "eager", "--decode", "0")
     assert line.endswith("got eager (loops have no packed workloads)")
+
+
+def test_tuned_by_itself_is_timed_whatever_it_is(spec: str, script: Script) -> None:
+    """Without a record, too: what a pipeline records by ``--only tuned`` it can compare with, and with nothing else."""
+    script.ms = lambda entry: 1.0  # both are the default schedule
+    command = ("bench", "--spec", spec, "--no-db", "--quiet", "--decode", "4")
+    found = document(*command, "--only", "tuned")
+    assert {row["implementation"] for row in found["rows"]} == {"tuned"}
+    assert {row["source"] for row in found["rows"]} == {"default"}
+    Path("run.json").write_text(json.dumps(found), encoding="utf-8")
+    for only in ((), ("--only", "tuned")):
+        script.asked.clear()
+        compared = document(*command, *only, "--against", "run.json")["comparisons"]
+        assert [c["place"]["implementation"] for c in compared] == ["tuned"] * 10
+        assert set(script.sampled()) == {"tuned" if only else "default"}
+    line = fails(2, *command, "--only", "default", "--against", "run.json")
+    assert line == "m2gen: --against must have times of default on the spec's workloads, got none"
+    line = fails(2, *command, "--only", "eager", "--against", "run.json")
+    assert line == "m2gen: --only must have default or tuned for --against, got eager"
+
+
+def test_a_comparison_is_of_what_is_asked_for(spec: str, script: Script) -> None:
+    """With ``--only`` a recorded time is held against its own kind alone."""
+    recorded(script)
+    for kind in ("default", "tuned"):
+        script.asked.clear()
+        assert {c["place"]["implementation"] for c in against("before.json", 0, "--only", kind)} == {kind}
+        assert set(script.sampled()) == {kind}
 
 
 def test_an_interrupted_comparison_shows_what_there_is(spec: str, script: Script, monkeypatch) -> None:

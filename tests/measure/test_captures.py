@@ -17,10 +17,7 @@ def test_a_capture_without_room_is_made_again_where_all_others_have_gone() -> No
     """Neither the captures from before nor the operands of the one that failed are held by then."""
     held: list[weakref.ref[Operands]] = []
     captures: Captures[Operands] = Captures()
-    first = Operands()
-    captures.get("first", lambda: first)
-    held.append(weakref.ref(first))
-    del first
+    held.append(weakref.ref(captures.get("first", Operands)))
 
     def capture() -> Operands:
         mine = Operands()

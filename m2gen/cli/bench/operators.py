@@ -50,14 +50,6 @@ class Picture:
             draw_sweeps(document, self.plot)
 
 
-def _check_peers(request: BenchRequest, *, any_peer: bool) -> None:
-    """Raise UsageError where --only and --peer contradict each other."""
-    if Kind.PEER in request.kinds and not any_peer:
-        raise UsageError("--only peer must come with a --peer, or an installed package that has one, got none")
-    if Kind.PEER not in request.kinds and request.peers:
-        raise UsageError(f"--peer must be given with --only peer, or without --only, got {', '.join(request.peers)}")
-
-
 def time_operators(
     spec: str,
     records: tuple[Record, ...],
@@ -69,7 +61,7 @@ def time_operators(
 ) -> int:
     """Time on the GPU at hand, show the results, and return the exit status."""
     from m2gen import pipeline
-    from m2gen.bench.peers import peers
+    from m2gen.bench.peers import check_chosen, peers
     from m2gen.cli.show.bench import run_against, run_bench
     from m2gen.cli.show.speed import check_comparable
     from m2gen.cli.show.sweep import run_sweeps
@@ -77,7 +69,9 @@ def time_operators(
     planned = pipeline.plan(spec, None, records)
     found = peers(request.peers)
     if request.kinds != tuple(Kind):  # of which all are timed that there are
-        _check_peers(request, any_peer=bool(found))
+        check_chosen("--only peer", Kind.PEER in request.kinds, request.peers)
+    if axes and len(set(request.layers)) > 1:
+        raise UsageError(f"--sweep must be of one --layer, got {', '.join(request.layers)}")
     if picture.plot is not None and not axes:
         check_comparable(request.kinds, found)
     pipeline.workloads(planned, request)  # raises errors of the request before a GPU is looked for
