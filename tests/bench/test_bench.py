@@ -336,6 +336,7 @@ def test_the_floor_of_decoding_is_the_states_there_and_back(width: int) -> None:
         ("NVIDIA H200", 4.8), ("NVIDIA H100 80GB HBM3", 3.35), ("NVIDIA A100-SXM4-80GB", 2.04), ("NVIDIA B200", 8.0),
         ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA GH200 480GB", None), ("NVIDIA GB200", None),
         ("NVIDIA A100-PCIE-40GB", None), ("NVIDIA A100-SXM4-40GB", None), ("AMD Instinct MI300X", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )  # fmt: skip
 def test_peaks_are_those_of_the_product(product: str, terabytes: float | None) -> None:
@@ -541,6 +542,25 @@ def test_failures_along_a_sweep(spec: str, script: Script) -> None:
     assert result.exit_code == 1
     assert "memory: 80 GiB" in result.stdout
     assert "wide over seq: forward, ms" in result.stdout
+
+
+@pytest.mark.filterwarnings("error")
+def test_sweeps_without_any_time_are_not_drawn(spec: str, script: Script) -> None:
+    """The failures are shown and kept, and no empty picture is left; beside another sweep the panel stays empty."""
+    script.broken = {"default": Failure(Reason.MEMORY, "80 GiB")}
+    chosen = ("--only", "default", "--sweep", "seq", "--plot", "a.svg")
+    result = run("bench", "--spec", spec, "--no-db", "--quiet", *chosen, "--out", "sweep.json")
+    assert (result.exit_code, result.stderr) == (2, "m2gen: --plot must have times along an axis, got none\n")
+    assert "memory: 80 GiB" in result.stdout
+    assert not Path("a.svg").exists()
+    content = json.loads(Path("sweep.json").read_text(encoding="utf-8"))
+    Path("none.json").write_text(json.dumps({**content, "sweeps": []}), encoding="utf-8")
+    for name in ("sweep.json", "none.json"):
+        assert "--plot must have times" in run("bench", "--from", name, "--plot", "a.svg").stderr
+    script.broken = {}
+    content["sweeps"] += bench("--only", "default", "--sweep", "batch")["sweeps"]
+    Path("both.json").write_text(json.dumps(content), encoding="utf-8")
+    assert run("bench", "--from", "both.json", "--plot", "a.svg").stderr == ""
 
 
 @pytest.mark.parametrize("suffix", [".svg", ".png"])

@@ -113,7 +113,8 @@ def bench(
         check_output("--out", out)
         check_output("--plot", plot)
         display = Display(json, quiet, verbose, debug)
-        picture = Picture(Plot(plot, style, quantity, (earlier,) if earlier else ()) if plot else None, out)
+        sources = (earlier,) if earlier and earlier.is_file() else ()  # of a pipe there is nothing to say
+        picture = Picture(Plot(plot, style, quantity, sources) if plot else None, out)
         batches = tuple(batch for batch in dict.fromkeys([TOKENS_OF] if decode is None else decode) if batch)
         if layers and spec is not None:
             asked = LayersRequest(
