@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from m2gen.bench.document import load
+from m2gen.bench.document import Document, read_json, run_of
 from m2gen.bench.entries import BenchWorkload
 from m2gen.bench.kinds import Call, Kind
 from m2gen.bench.side_by_side import Result
@@ -21,6 +21,9 @@ BETWEEN_SESSIONS = 0.01
 """Fraction by which medians of one binary differ between sessions (docs/performance.md), which no single run shows."""
 SAMPLES = {"forward": "forward_ms", "forward+backward": "step_ms"}
 """The attribute of ``TimerResult`` with the samples of each call that is compared."""
+
+_OTHER_RUNS = {"sweeps": "sweeps", "layer_rows": "whole layers", "link": "layers over ranks"}
+"""What documents of other runs are of, by a key that they alone have."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,12 @@ def baseline(path: Path, here: Environment) -> Baseline:
     """
     if path.is_dir():
         return _of_database(Database(path), here)
-    read = load(path)
+    content = read_json(path)
+    for key, what in _OTHER_RUNS.items():
+        if isinstance(content, dict) and key in content:
+            raise UsageError(f"--against {path} must be a run of workloads, got one of {what}")
+    read = run_of(content, path)
+    assert isinstance(read, Document)
     if read.environment.device != here.device:
         raise UsageError(f"--against {path} must be of {here.device}, got one of {read.environment.device}")
     times: dict[TimedCall, Estimate] = {}

@@ -13,7 +13,7 @@ import scripted
 from command_line import TINY, document, fails, run
 from records import H100, VARIANT, environment, winner
 from scripted import WRONG, Script
-from support import make_schedule, make_variant
+from support import ROOT, make_schedule, make_variant
 
 from m2gen import pipeline
 from m2gen.bench import peers, sweep
@@ -446,6 +446,19 @@ def test_against_a_database(spec: str, script: Script) -> None:
     assert not any(c["slower"] for c in bench("--against", "db")["comparisons"]), "kernels of before are held against"
 
 
+def test_lines_of_a_database_that_are_no_records_are_named(spec: str, script: Script) -> None:
+    """They are compared with nothing, which would look as if there were none."""
+    sizes = RECORD.problem
+    text = SPEC.replace("{batch: 66, seq: 256}", f"{{batch: {sizes.batch}, seq: {sizes.seq}}}")
+    Path("timed.yaml").write_text(text, encoding="utf-8")
+    (lines,) = Path("db").rglob("*.jsonl")
+    with lines.open("a", encoding="utf-8") as stream:
+        stream.write("torn\n")
+    result = run("bench", "--spec", spec, "--no-db", "--quiet", "--against", "db", "--json")
+    assert f"m2gen: warning: not used: {lines}:2: $ must be JSON" in result.stderr
+    assert json.loads(result.stdout)["comparisons"]
+
+
 def test_records_that_cannot_be_used(spec: str, script: Script) -> None:
     """Each is one line that says what is wrong and where; nothing is timed."""
     command = ("bench", "--spec", spec, "--quiet", "--against")
@@ -460,6 +473,10 @@ def test_records_that_cannot_be_used(spec: str, script: Script) -> None:
         2, *command, "negative.json"
     )
     assert "none.json must be readable" in fails(2, *command, "none.json")
+    for name, what in (("cost", "sweeps"), ("layers", "whole layers"), ("ranks_2", "layers over ranks")):
+        other = ROOT / "docs" / "data" / f"{name}_h200.json"
+        line = fails(2, *command, str(other))
+        assert line == f"m2gen: --against {other} must be a run of workloads, got one of {what}"
     Path("empty").mkdir()
     assert "must have records of NVIDIA H200, got none" in fails(2, *command, "empty")
     other = ("bench", "--spec", TINY, "--quiet", "--against", str(recorded(script)))

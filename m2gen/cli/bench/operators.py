@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from m2gen.bench.kinds import Axis, Kind
-from m2gen.cli.options import terminal_progress
+from m2gen.cli.options import terminal_progress, warn_of_faults
 from m2gen.cli.show.figure import Plot
 from m2gen.errors import UsageError
 
@@ -65,6 +65,7 @@ def time_operators(
     from m2gen.cli.show.bench import run_against, run_bench
     from m2gen.cli.show.speed import check_comparable
     from m2gen.cli.show.sweep import run_sweeps
+    from m2gen.db import Database
 
     planned = pipeline.plan(spec, None, records)
     found = peers(request.peers)
@@ -81,6 +82,8 @@ def time_operators(
             swept = (pipeline.sweep(planned, axis, request, context, records, progress) for axis in axes)
             return run_sweeps(swept, context.environment, display, picture.sweeps)
         if against is not None:
+            if against.is_dir():
+                warn_of_faults(Database(against).contents())
             before = pipeline.baseline(against, context.environment)
             compared = pipeline.regressions(planned, request, context, before, progress)
             return run_against(compared, before, context.environment, as_json=display.as_json)
