@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from m2gen.bench.document import Document, load_run
+from m2gen.bench.document import Document, read_json, run_of
 from m2gen.bench.layers.document import load_layers
 from m2gen.cli.show.figure import Plot, Quantity, Style, Theme, new_figure, source_of, write_figure
 from m2gen.cli.show.layer_plot import draw_layers
@@ -38,7 +38,7 @@ def bench(plot: Plot) -> None:
     if layers is not None:
         draw_layers(layers, plot)
         return
-    run = load_run(path)
+    run = run_of(read_json(path), path)
     if isinstance(run, Document):
         draw_speed(run, plot)
     else:

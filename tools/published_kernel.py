@@ -2,7 +2,7 @@
 
 They are in github.com/open-lm-engine/accelerated-model-architectures, whose package ``xma`` must be importable:
 
-    m2gen bench --spec h200.yaml --only tuned --peer tools.published_kernel:published
+    m2gen bench --spec h200.yaml --only tuned --only peer --peer tools.published_kernel:published
 
 They keep every state (B, S, N, K, V) in the operands' dtype for their backward, and take the forget gate itself.
 Triton's autotuner times 24 candidates of each kernel; with ``published_of_few`` those of 1 to 8 warps and 1 or 2

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from m2gen import pipeline
-from m2gen.bench.document import ranks_of
+from m2gen.bench.document import ranks_of, read_json
 from m2gen.bench.layers.document import LayerRow, load_layers
 from m2gen.bench.layers.kinds import LayerKind, Part
 from m2gen.bench.ranks.entries import Link, RankDocument, RankRow
@@ -146,7 +146,7 @@ def written(page: str, measured: Sequence[RankDocument]) -> str:
 
 
 def _read(path: Path) -> RankDocument:
-    document = ranks_of(path)
+    document = ranks_of(read_json(path), path)
     if document is None:
         raise UsageError(f"{path}: $ must be what `m2gen bench --gpus N --out FILE` writes")
     return document

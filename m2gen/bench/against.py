@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from m2gen.bench.document import load
+from m2gen.bench.document import Document, read_json, run_of
 from m2gen.bench.entries import BenchWorkload
-from m2gen.bench.kinds import Call
+from m2gen.bench.kinds import Call, Kind
 from m2gen.bench.side_by_side import Result
 from m2gen.db import Database, Environment, Estimate, failures, verdict
 from m2gen.db.rank import preference
@@ -21,6 +21,9 @@ BETWEEN_SESSIONS = 0.01
 """Fraction by which medians of one binary differ between sessions (docs/performance.md), which no single run shows."""
 SAMPLES = {"forward": "forward_ms", "forward+backward": "step_ms"}
 """The attribute of ``TimerResult`` with the samples of each call that is compared."""
+
+_OTHER_RUNS = {"sweeps": "sweeps", "layer_rows": "whole layers", "link": "layers over ranks"}
+"""What documents of other runs are of, by a key that they alone have."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,11 @@ class Baseline:
     times: Mapping[TimedCall, Estimate]
     toolchains: tuple[str, ...] = ()
 
-    def has(self, workload: BenchWorkload) -> bool:
-        """Return whether there is a time of a workload."""
+    def has(self, workload: BenchWorkload, kinds: Collection[Kind]) -> bool:
+        """Return whether there is a time of a workload on implementations of such kinds."""
         asked = (workload.variant.key, workload.call, workload.batch, workload.seq, workload.packed)
-        return any((place.variant, place.call, place.batch, place.seq, place.packed) == asked for place in self.times)
+        places = (place for place in self.times if place.implementation in kinds)
+        return any((place.variant, place.call, place.batch, place.seq, place.packed) == asked for place in places)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,12 @@ def baseline(path: Path, here: Environment) -> Baseline:
     """
     if path.is_dir():
         return _of_database(Database(path), here)
-    read = load(path)
+    content = read_json(path)
+    for key, what in _OTHER_RUNS.items():
+        if isinstance(content, dict) and key in content:
+            raise UsageError(f"--against {path} must be a run of workloads, got one of {what}")
+    read = run_of(content, path)
+    assert isinstance(read, Document)
     if read.environment.device != here.device:
         raise UsageError(f"--against {path} must be of {here.device}, got one of {read.environment.device}")
     times: dict[TimedCall, Estimate] = {}
@@ -120,8 +129,8 @@ def _of_database(database: Database, here: Environment) -> Baseline:
     return Baseline(here.device, times, tuple(toolchains))
 
 
-def compare(results: Sequence[Result], before: Baseline, seed: int = 0) -> list[Comparison]:
-    """Compare a workload's results, each implementation twice (``side_by_side(..., arms=2)``), with recorded times.
+def compare(results: Sequence[Result], before: Baseline, kinds: Collection[Kind], seed: int = 0) -> list[Comparison]:
+    """Compare a workload's results, each implementation twice (``side_by_side(..., arms=2)``), with times of ``kinds``.
 
     If nothing is tuned any more, the default, which serves now, is compared with the recorded tuned time.
     """
@@ -130,7 +139,7 @@ def compare(results: Sequence[Result], before: Baseline, seed: int = 0) -> list[
         by_name.setdefault(result.entry.implementation.name, []).append(result)
     workload = results[0].entry.workload
     found = []
-    for name in ("default", "tuned"):
+    for name in (kind for kind in (Kind.DEFAULT, Kind.TUNED) if kind in kinds):
         arms = by_name.get(name) or by_name.get("default", [])
         for what in SAMPLES:
             sizes = (workload.variant.key, workload.call, workload.batch, workload.seq)

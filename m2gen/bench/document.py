@@ -182,9 +182,8 @@ def load(path: Path) -> Document:
     return valid(_DOCUMENT, read_json(path), path)
 
 
-def load_run(path: Path) -> Document | SweepDocument:
-    """Read a document of workloads or of sweeps; raises UsageError with what is wrong with it, and where."""
-    content = read_json(path)
+def run_of(content: Any, path: Path) -> Document | SweepDocument:
+    """Return the document of workloads or of sweeps that a file's JSON is; raises UsageError with what is wrong."""
     if isinstance(content, dict) and "sweeps" in content:
         return valid(_SWEEPS, content, path)
     found = valid(_DOCUMENT, content, path)
@@ -192,9 +191,8 @@ def load_run(path: Path) -> Document | SweepDocument:
     return found
 
 
-def ranks_of(path: Path) -> RankDocument | None:
-    """Read a document of layers over ranks; None for one of anything else. Raises UsageError as ``load_run`` does."""
-    content = read_json(path)
+def ranks_of(content: Any, path: Path) -> RankDocument | None:
+    """Return the document of layers over ranks that a file's JSON is, None for another; raises as ``run_of`` does."""
     over_ranks = isinstance(content, dict) and "link" in content
     return valid(TypeAdapter(RankDocument), content, path) if over_ranks else None
 

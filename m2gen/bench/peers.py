@@ -19,7 +19,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -59,6 +59,15 @@ def peers(named: Iterable[str] = (), place: Place = OPERATORS) -> dict[str, str]
             raise UsageError(f"{place.option} must be module:function, got {adapter!r}")
         found[adapter] = adapter
     return found
+
+
+def check_chosen(choice: str, chosen: bool, named: Sequence[str], place: Place = OPERATORS) -> None:
+    """Raise UsageError where a ``choice`` of kinds, such as ``--only peer``, contradicts which peers there are."""
+    if chosen and not peers(named, place):
+        raise UsageError(f"{choice} must come with a {place.option}, or an installed package that has one, got none")
+    if named and not chosen:
+        option, _, _ = choice.partition(" ")
+        raise UsageError(f"{place.option} must be given with {choice}, or without {option}, got {', '.join(named)}")
 
 
 def operator_of(adapter: str, variant: Variant) -> Callable[..., Any] | None:

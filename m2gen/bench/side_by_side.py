@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from pydantic import Field
+from pydantic_core import PydanticCustomError
 
 from m2gen.bench.entries import BenchContext, BenchWorkload, Entry, Implementation, TimerResult, TimerTask
 from m2gen.bench.kinds import TimerStep
@@ -31,6 +32,10 @@ class Times:
     high_ms: _Ms
     floors_ms: dict[str, float]
     """Milliseconds that each limit of the GPU alone makes the call take."""
+
+    def __post_init__(self) -> None:
+        if not self.low_ms <= self.median_ms <= self.high_ms:  # a damaged document, which nobody could draw or compare
+            raise PydanticCustomError("interval", "must have low_ms <= median_ms <= high_ms")
 
     @property
     def estimate(self) -> Estimate:

@@ -99,10 +99,15 @@ def _limited(path: Path) -> bytes:
 
 
 def read_other(path: Path) -> tuple[Record, ...]:
-    """Return the records of another database or of an export; raises DatabaseError unless all can be read."""
+    """Return the records of another database or of an export; raises DatabaseError unless all can be read.
+
+    A folder without records is none: whoever names one means another.
+    """
     if not path.is_dir():
         return read_export(path)
     content = Database(path).contents()
     if content.faults:
         raise DatabaseError("\n".join(map(str, content.faults)))
+    if not content.records:
+        raise DatabaseError(f"{path} must be a database with at least one record, got none")
     return content.records

@@ -93,8 +93,9 @@ class Captures(Generic[Value]):
             except torch.OutOfMemoryError:
                 if not self._held:
                     raise
-                self.clear()
-                self._held[key] = capture()
+        if key not in self._held:  # below the handler, whose error holds what the failed capture had allocated
+            self.clear()
+            self._held[key] = capture()
         return self._held[key]
 
     def clear(self) -> None:

@@ -6,10 +6,8 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from m2gen.errors import TuneError, os_errors_as
 
@@ -25,19 +23,36 @@ def exclusive(gpu: str) -> Iterator[None]:
 
     The system drops the lock with the process, however that ends.
     """
+    import fcntl
+
     path = Path(tempfile.gettempdir()) / f"m2gen-{gpu}.lock"
-    lock = FileLock(path, mode=EVERYBODYS)
     with os_errors_as(TuneError, f"{path} must be writable"):
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            owner = _owner(path)
-            raise TuneError(f"one tuner or benchmark at a time must use {gpu}: process {owner} does ({path})") from None
-        path.write_text(f"{os.getpid()}\n", encoding="utf-8")
+        handle = _opened(path)
     try:
+        with os_errors_as(TuneError, f"{path} must be writable"):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = _owner(path)
+                words = f"one tuner or benchmark at a time must use {gpu}: process {owner} does ({path})"
+                raise TuneError(words) from None
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
-        lock.release()
+        os.close(handle)
+
+
+def _opened(path: Path) -> int:
+    """Return a descriptor of the file, which may be another user's from before.
+
+    filelock refuses such a file, and Linux does where it is opened to be made if it is missing (fs.protected_regular).
+    """
+    with suppress(FileExistsError):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, EVERYBODYS)
+        os.fchmod(handle, EVERYBODYS)  # whatever the umask is
+        return handle
+    return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
 
 
 def _owner(path: Path) -> str:

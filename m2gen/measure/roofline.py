@@ -54,8 +54,8 @@ PEAKS = {
     "A100": Peaks(1.41, 16, 128, 2048, 2.04e12),
     "B200": Peaks(1.97, 16, 256, 8192, 8.0e12),
 }
-OTHERS = {"PCIe", "PCIE", "NVL", "40GB", "64GB"}
-"""Words in the names of products with other clocks and memory."""
+OTHERS = {"PCIe", "PCIE", "NVL", "40GB", "64GB", "MIG"}
+"""Words in the names of products with other clocks and memory, and of slices of a GPU."""
 
 
 def peaks_of(product: str) -> Peaks | None:

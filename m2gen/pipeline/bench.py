@@ -73,11 +73,15 @@ class _Implementations:
     request: BenchRequest
 
     def of(self, workload: BenchWorkload) -> list[Implementation]:
-        """Return the implementations for a workload; other packages than the default only if their schedule differs."""
+        """Return the implementations for a workload; beside the default, other packages only if their schedule differs.
+
+        By itself, what tuning gives is timed whatever it is.
+        """
         variant, kinds = workload.variant, self.request.kinds
         base, *others = (self._generated(kind, workload) for kind in self.packages)
         loops = [Implementation(kind, default(variant, self.context.device)) for kind in (Kind.EAGER, Kind.COMPILED)]
-        found = [base, *(other for other in others if _adds(other, base))]
+        alone = Kind.DEFAULT not in kinds
+        found = [base, *(each for each in others if _adds(each, base) or (alone and each.kind is Kind.TUNED))]
         found += [] if workload.packed or workload.call.pooled else loops  # which have no offsets, and no slots
         if workload.call is Call.SEQUENCE:
             named = peers(self.request.peers).items()
@@ -94,14 +98,29 @@ class _Implementations:
     def results(
         self, jobs: Sequence[tuple[str, BenchWorkload]], progress: Progress, stage: str = "bench", arms: int = 1
     ) -> Iterator[tuple[Result, ...]]:
-        """Yield the results of each (name, workload) as they are known."""
+        """Yield the results of each (name, workload) as they are known; raises UsageError if there is none to time."""
         progress.start(stage, len(jobs))
         try:
-            for name, workload in jobs:
-                yield tuple(side_by_side(workload, self.of(workload), self.context, seed=self.request.seed, arms=arms))
+            timed = [self.of(workload) for _, workload in jobs]
+            if not any(timed):
+                raise UsageError(f"--only must have something to time, got {_nothing(self.request.kinds)}")
+            for (name, workload), found in zip(jobs, timed, strict=True):
+                yield tuple(side_by_side(workload, found, self.context, seed=self.request.seed, arms=arms))
                 progress.advance(name)
         finally:
             progress.finish()
+
+
+def _nothing(kinds: Sequence[Kind]) -> str:
+    """Say why there is nothing of these kinds."""
+    reasons = {
+        Kind.PORTABLE: "the default schedules are portable ones",
+        Kind.EAGER: "loops have no packed workloads",
+        Kind.COMPILED: "loops have no packed workloads",
+        Kind.PEER: "there is no peer",
+    }
+    whys = dict.fromkeys(reasons[kind] for kind in kinds if kind in reasons)
+    return f"{', '.join(kinds)} ({'; '.join(whys)})"
 
 
 def _adds(other: Implementation, base: Implementation) -> bool:
@@ -118,8 +137,13 @@ def _implementations(planned: Plan, context: BenchContext, request: BenchRequest
 
 
 def workloads(planned: Plan, request: BenchRequest) -> list[BenchWorkload]:
-    """Return all variants on their layers' workloads, then serving; raises UsageError for an unknown layer."""
+    """Return all variants on their layers' workloads, then serving.
+
+    Raises UsageError for a layer that is unknown or was asked for without workloads, and if none has any.
+    """
     layers = planned.layers(request.layers)
+    if bare := [name for name in request.layers if not layers[name].workloads]:
+        raise UsageError(f"{', '.join(dict.fromkeys(bare))} must have workloads to be timed, got none")
     named = [
         (name, built.variant)
         for built in planned.variants
@@ -138,7 +162,7 @@ def workloads(planned: Plan, request: BenchRequest) -> list[BenchWorkload]:
         for workload in serving_workloads(name, variant, batch)
     ]
     if not sequences:
-        raise UsageError(f"{', '.join(request.layers) or 'the spec'} must have workloads to be timed, got none")
+        raise UsageError("the spec must have workloads to be timed, got none")
     return sequences + serving
 
 
@@ -158,7 +182,7 @@ def sweep(
     records: Sequence[Record],
     progress: Progress,
 ) -> Iterator[Swept]:
-    """Time generated kernels and peers along an axis, from the first workload of the first requested layer.
+    """Time generated kernels and peers along an axis, from the first workload of the first layer in question.
 
     Yields the results so far after each point, so that an interruption loses none.
     """
@@ -189,11 +213,14 @@ def regressions(
 ) -> Iterator[Comparison]:
     """Yield the comparison of every recorded time with one of now, each binary timed twice.
 
-    Raises UsageError if no workload of the plan has a recorded time.
+    Raises UsageError if no workload of the plan has a recorded time of what is asked for.
     """
-    jobs = [(workload.name, workload) for workload in workloads(planned, request) if before.has(workload)]
+    kinds = tuple(kind for kind in (Kind.DEFAULT, Kind.TUNED) if kind in request.kinds)
+    if not kinds:
+        raise UsageError(f"--only must have default or tuned for --against, got {', '.join(request.kinds)}")
+    jobs = [(workload.name, workload) for workload in workloads(planned, request) if before.has(workload, kinds)]
     if not jobs:
-        raise UsageError("--against must have times of the spec's workloads, got none")
-    timed = _implementations(planned, context, replace(request, kinds=(Kind.DEFAULT, Kind.TUNED)))
+        raise UsageError(f"--against must have times of {' or '.join(kinds)} on the spec's workloads, got none")
+    timed = _implementations(planned, context, replace(request, kinds=kinds))
     for results in timed.results(jobs, progress, arms=2):
-        yield from compare(results, before, request.seed)
+        yield from compare(results, before, kinds, request.seed)

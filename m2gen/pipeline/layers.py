@@ -11,7 +11,7 @@ from m2gen.bench.layers.entries import LayerContext, LayerUnderTest, LayerWorklo
 from m2gen.bench.layers.kinds import LayerKind
 from m2gen.bench.layers.side_by_side import LayerTimes, layers_side_by_side
 from m2gen.bench.layers.worker import GPU
-from m2gen.bench.peers import LAYERS, peers
+from m2gen.bench.peers import LAYERS, check_chosen, peers
 from m2gen.bucket import bucket_of
 from m2gen.errors import UsageError
 from m2gen.measure import lock
@@ -62,6 +62,11 @@ def layer_workloads(planned: Plan, request: LayersRequest) -> list[LayerWorkload
         for field in ("hidden", "workloads"):
             if not getattr(layers[name], field):
                 raise UsageError(f"$.layers.{name} must have {field} for its layer to be timed, got none")
+        if all(workload.packed for workload in layers[name].workloads):
+            raise UsageError(f"$.layers.{name} must have unpacked workloads for its layer to be timed, got none")
+    if request.kinds != tuple(LayerKind):  # of which all are timed that there are
+        check_chosen("--layer-kind operator", LayerKind.OPERATOR in request.kinds, request.operators)
+        check_chosen("--layer-kind peer", LayerKind.PEER in request.kinds, request.peers, LAYERS)
     found = []
     for built in planned.variants:
         for name in built.layers:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+_NVIDIA = re.compile(r"sm_([7-9][0-9]|1[0-9]{2})")
+"""Compute capabilities from 7.0, the first that Triton compiles for; of others each kernel would fail by itself."""
+_AMD = re.compile(r"gfx(9|1[0-9])[0-9a-f]{2}")
+"""Generation, then a digit each for the chip and its stepping."""
 
 
 class Target(NamedTuple):
@@ -18,9 +24,9 @@ class Target(NamedTuple):
 
 def target_of(arch: str) -> Target:
     """Return the target of an arch such as ``sm_90`` or ``gfx942``; raises ValueError for what is neither."""
-    if arch.startswith("sm_") and arch[3:].isdecimal():
-        return Target("cuda", int(arch[3:]), 32)
-    if arch.startswith("gfx") and arch[3:].isalnum():
+    if found := _NVIDIA.fullmatch(arch):
+        return Target("cuda", int(found[1]), 32)
+    if _AMD.fullmatch(arch):
         return Target("hip", arch, 64 if arch.startswith("gfx9") else 32)
     raise ValueError(f"arch must be one such as sm_90 or gfx942, got {arch!r}")
 

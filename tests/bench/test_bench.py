@@ -13,7 +13,7 @@ import scripted
 from command_line import TINY, document, fails, run
 from records import H100, VARIANT, environment, winner
 from scripted import WRONG, Script
-from support import make_schedule, make_variant
+from support import ROOT, make_schedule, make_variant
 
 from m2gen import pipeline
 from m2gen.bench import peers, sweep
@@ -23,6 +23,7 @@ from m2gen.bench.kinds import Axis, Call, Kind
 from m2gen.bench.side_by_side import ROUNDS, side_by_side
 from m2gen.bucket import Bucket
 from m2gen.cli.show import bench as shown
+from m2gen.cli.show import sweep as shown_sweeps
 from m2gen.cli.show.speed import speed_groups
 from m2gen.db import Database, Estimate, Failure, Reason, Timing
 from m2gen.device import TARGETS
@@ -335,6 +336,7 @@ def test_the_floor_of_decoding_is_the_states_there_and_back(width: int) -> None:
         ("NVIDIA H200", 4.8), ("NVIDIA H100 80GB HBM3", 3.35), ("NVIDIA A100-SXM4-80GB", 2.04), ("NVIDIA B200", 8.0),
         ("NVIDIA H100 PCIe", None), ("NVIDIA H100 NVL", None), ("NVIDIA GH200 480GB", None), ("NVIDIA GB200", None),
         ("NVIDIA A100-PCIE-40GB", None), ("NVIDIA A100-SXM4-40GB", None), ("AMD Instinct MI300X", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )  # fmt: skip
 def test_peaks_are_those_of_the_product(product: str, terabytes: float | None) -> None:
@@ -444,6 +446,19 @@ def test_against_a_database(spec: str, script: Script) -> None:
     assert not any(c["slower"] for c in bench("--against", "db")["comparisons"]), "kernels of before are held against"
 
 
+def test_lines_of_a_database_that_are_no_records_are_named(spec: str, script: Script) -> None:
+    """They are compared with nothing, which would look as if there were none."""
+    sizes = RECORD.problem
+    text = SPEC.replace("{batch: 66, seq: 256}", f"{{batch: {sizes.batch}, seq: {sizes.seq}}}")
+    Path("timed.yaml").write_text(text, encoding="utf-8")
+    (lines,) = Path("db").rglob("*.jsonl")
+    with lines.open("a", encoding="utf-8") as stream:
+        stream.write("torn\n")
+    result = run("bench", "--spec", spec, "--no-db", "--quiet", "--against", "db", "--json")
+    assert f"m2gen: warning: not used: {lines}:2: $ must be JSON" in result.stderr
+    assert json.loads(result.stdout)["comparisons"]
+
+
 def test_records_that_cannot_be_used(spec: str, script: Script) -> None:
     """Each is one line that says what is wrong and where; nothing is timed."""
     command = ("bench", "--spec", spec, "--quiet", "--against")
@@ -458,10 +473,14 @@ def test_records_that_cannot_be_used(spec: str, script: Script) -> None:
         2, *command, "negative.json"
     )
     assert "none.json must be readable" in fails(2, *command, "none.json")
+    for name, what in (("cost", "sweeps"), ("layers", "whole layers"), ("ranks_2", "layers over ranks")):
+        other = ROOT / "docs" / "data" / f"{name}_h200.json"
+        line = fails(2, *command, str(other))
+        assert line == f"m2gen: --against {other} must be a run of workloads, got one of {what}"
     Path("empty").mkdir()
     assert "must have records of NVIDIA H200, got none" in fails(2, *command, "empty")
     other = ("bench", "--spec", TINY, "--quiet", "--against", str(recorded(script)))
-    assert "--against must have times of the spec's workloads, got none" in fails(2, *other)
+    assert "--against must have times of default or tuned on the spec's workloads, got none" in fails(2, *other)
     assert script.asked == []
 
 
@@ -542,6 +561,25 @@ def test_failures_along_a_sweep(spec: str, script: Script) -> None:
     assert "wide over seq: forward, ms" in result.stdout
 
 
+@pytest.mark.filterwarnings("error")
+def test_sweeps_without_any_time_are_not_drawn(spec: str, script: Script) -> None:
+    """The failures are shown and kept, and no empty picture is left; beside another sweep the panel stays empty."""
+    script.broken = {"default": Failure(Reason.MEMORY, "80 GiB")}
+    chosen = ("--only", "default", "--sweep", "seq", "--plot", "a.svg")
+    result = run("bench", "--spec", spec, "--no-db", "--quiet", *chosen, "--out", "sweep.json")
+    assert (result.exit_code, result.stderr) == (2, "m2gen: --plot must have times along an axis, got none\n")
+    assert "memory: 80 GiB" in result.stdout
+    assert not Path("a.svg").exists()
+    content = json.loads(Path("sweep.json").read_text(encoding="utf-8"))
+    Path("none.json").write_text(json.dumps({**content, "sweeps": []}), encoding="utf-8")
+    for name in ("sweep.json", "none.json"):
+        assert "--plot must have times" in run("bench", "--from", name, "--plot", "a.svg").stderr
+    script.broken = {}
+    content["sweeps"] += bench("--only", "default", "--sweep", "batch")["sweeps"]
+    Path("both.json").write_text(json.dumps(content), encoding="utf-8")
+    assert run("bench", "--from", "both.json", "--plot", "a.svg").stderr == ""
+
+
 @pytest.mark.parametrize("suffix", [".svg", ".png"])
 def test_a_figure(spec: str, script: Script, suffix: str) -> None:
     """Sweeps side by side in one file, of the format that its name says."""
@@ -565,6 +603,10 @@ def test_a_figure_needs_matplotlib(spec: str, script: Script, monkeypatch: pytes
         (("--plot", "a.svg", "--only", "tuned"), "--plot must have times of m2gen's kernels beside"),
         (("--sweep", "seq", "--plot", "a.pdf"), "--plot must end in .png or .svg, got 'a.pdf'"),
         (("--sweep", "seq", "--against", "x"), "--against must be given without --sweep"),
+        (
+            ("--peer", "a.b:c", "--timing-only", "--against", "x"),
+            "--against must be given without --peer, --timing-only",
+        ),
         (("--peer", "nothing"), "--peer must be module:function, got 'nothing'"),
         (("--sweep", "time"), "--sweep"),
         (("--only", "best"), "--only"),
@@ -679,14 +721,110 @@ def test_marks_of_peers_that_are_timed_only(spec: str, script: Script) -> None:
 
 
 def test_sweeps_of_points_without_times(spec: str, script: Script) -> None:
-    """Where tuning has no other schedule there is no row; loops of PyTorch have no sweeps."""
-    result = run(
-        "bench", "--spec", spec, "--db", "db", "--quiet", "--only", "tuned", "--sweep", "rows", "--plot", "a.svg"
-    )
-    assert "unexpected" not in result.output
+    """Where tuning has no other schedule there is no row beside the default's; loops of PyTorch have no sweeps."""
+    (swept,) = bench("--only", "tuned", "--only", "default", "--sweep", "rows")["sweeps"]
+    assert {len(point["rows"]) for point in swept["points"]} == {1, 2}
     assert "--only must have kernels or peers for --sweep, got eager" in fails(
         2, "bench", "--spec", spec, "--db", "db", "--only", "eager", "--sweep", "seq"
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--only", "portable"), "got portable (the default schedules are portable ones)"),
+        (
+            ("--only", "eager", "--only", "portable", "--sweep", "seq"),
+            "portable (the default schedules are portable ones)",
+        ),
+        (("--only", "peer"), "--only peer must come with a --peer"),
+        (("--only", "default", "--only", "peer"), "--only peer must come with a --peer"),
+        (("--only", "peer", "--sweep", "seq"), "--only peer must come with a --peer"),
+        (("--only", "default", "--peer", "a.b:c"), "--peer must be given with --only peer, or without --only"),
+    ],
+)
+def test_a_run_of_nothing_is_refused(spec: str, script: Script, options: tuple[str, ...], message: str) -> None:
+    """An empty table would look as if everything asked for had been timed."""
+    assert message in fails(2, "bench", "--spec", spec, "--no-db", "--quiet", *options)
+    assert script.asked == []
+
+
+def test_layers_that_would_be_left_out_are_refused(spec: str, script: Script) -> None:
+    """Every layer that was asked for is timed, or the command says that it cannot be; a batch given twice is one."""
+    other = "  {0}: {{head_dim: 16, state_expansion: 32, heads: {{q: 1, k: 1, v: 1, f: 1, w: 1}}, dtypes: fp32{1}}}\n"
+    more = other.format("narrow", ", workloads: {batch: 1, seq: 8}") + other.format("bare", "")
+    Path(spec).write_text(SPEC.replace("numerics", more + "numerics"), encoding="utf-8")
+    command = ("bench", "--spec", spec, "--no-db", "--quiet", "--only", "default", "--layer", "narrow", "--layer")
+    assert "bare must have workloads to be timed, got none" in fails(2, *command, "bare")
+    assert "--sweep must be of one --layer, got narrow, wide" in fails(2, *command, "wide", "--sweep", "seq")
+    assert script.asked == []
+    chosen = ("--only", "default", "--layer", "narrow", "--decode", "8")
+    assert bench(*chosen, "--sweep", "seq")["sweeps"][0]["layer"] == "narrow"
+    assert len(bench(*chosen, "--decode", "8")["rows"]) == len(bench(*chosen)["rows"])
+
+
+def test_loops_of_packed_workloads_are_nothing(spec: str, script: Script) -> None:
+    """A spec whose every workload is packed has nothing for them."""
+    Path(spec).write_text(SPEC.replace("seq: 256}", "seq: 256, packed: true}"), encoding="utf-8")
+    line = fails(2, "bench", "--spec", spec, "--no-db", "--quiet", "--only", "eager", "--decode", "0")
+    assert line.endswith("got eager (loops have no packed workloads)")
+
+
+def test_tuned_by_itself_is_timed_whatever_it_is(spec: str, script: Script) -> None:
+    """Without a record, too: what a pipeline records by ``--only tuned`` it can compare with, and with nothing else."""
+    script.ms = lambda entry: 1.0  # both are the default schedule
+    command = ("bench", "--spec", spec, "--no-db", "--quiet", "--decode", "4")
+    found = document(*command, "--only", "tuned")
+    assert {row["implementation"] for row in found["rows"]} == {"tuned"}
+    assert {row["source"] for row in found["rows"]} == {"default"}
+    Path("run.json").write_text(json.dumps(found), encoding="utf-8")
+    for only in ((), ("--only", "tuned")):
+        script.asked.clear()
+        compared = document(*command, *only, "--against", "run.json")["comparisons"]
+        assert [c["place"]["implementation"] for c in compared] == ["tuned"] * 10
+        assert set(script.sampled()) == {"tuned" if only else "default"}
+    line = fails(2, *command, "--only", "default", "--against", "run.json")
+    assert line == "m2gen: --against must have times of default on the spec's workloads, got none"
+    line = fails(2, *command, "--only", "eager", "--against", "run.json")
+    assert line == "m2gen: --only must have default or tuned for --against, got eager"
+
+
+def test_a_comparison_is_of_what_is_asked_for(spec: str, script: Script) -> None:
+    """With ``--only`` a recorded time is held against its own kind alone."""
+    recorded(script)
+    for kind in ("default", "tuned"):
+        script.asked.clear()
+        assert {c["place"]["implementation"] for c in against("before.json", 0, "--only", kind)} == {kind}
+        assert set(script.sampled()) == {kind}
+
+
+def test_an_interrupted_comparison_shows_what_there_is(spec: str, script: Script, monkeypatch) -> None:
+    """Ctrl-C in the second workload leaves the first one's times, as a table and as JSON."""
+    recorded(script)
+    interrupt(script, monkeypatch, lambda workload: workload.call is Call.DECODE)
+    command = ("bench", "--spec", spec, "--db", "db", "--quiet", "--decode", "4", "--against", "before.json")
+    shown = run(*command)
+    assert shown.exit_code == 130
+    assert "B66 S256" in shown.stdout
+    assert "B4 token" not in shown.stdout
+    assert len(document(*command, status=130)["comparisons"]) == 4
+
+
+def test_the_file_of_a_sweep_is_its_json(spec: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the lines, and it is kept where nothing can be shown, as on a full disk."""
+    chosen = ("--only", "default", "--sweep", "seq")
+    found = bench(*chosen, "--out", "sweep.json")
+    assert found["sweeps"][0]["lines"]
+    assert json.loads(Path("sweep.json").read_text(encoding="utf-8")) == found
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    Path("sweep.json").unlink()
+    monkeypatch.setattr(shown_sweeps, "print_json", full)
+    result = run("bench", "--spec", spec, "--db", "db", "--quiet", *chosen, "--json", "--out", "sweep.json")
+    assert result.exit_code == 1
+    assert json.loads(Path("sweep.json").read_text(encoding="utf-8"))["sweeps"]
 
 
 def test_a_run_is_kept_where_nothing_can_be_shown(spec: str, script: Script, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,15 @@ def test_what_is_refused(script: Script) -> None:
     assert "--peer-layer must be given with --layers" in fails(2, *COMMAND[:-1], "--peer-layer", "a:b")
     assert "--peer-layer must be module:function, got 'a'" in fails(2, *COMMAND, "--peer-layer", "a")
     assert "$.layers.bare must have hidden for its layer" in fails(2, *COMMAND, "--layer", "bare")
+    for kind, option in (("operator", "--peer"), ("peer", "--peer-layer")):
+        line = fails(2, *COMMAND, "--layer-kind", "eager", "--layer-kind", kind)
+        assert f"--layer-kind {kind} must come with a {option}, or an installed package that has one" in line
+        line = fails(2, *COMMAND, "--layer-kind", "eager", option, "a.b:c")
+        assert f"{option} must be given with --layer-kind {kind}, or without --layer-kind, got a.b:c" in line
+    packed = SPEC.replace("workloads: {batch: 1, seq: 8}", "hidden: 8, workloads: {batch: 1, seq: 8, packed: true}")
+    Path("timed.yaml").write_text(packed, encoding="utf-8")
+    line = fails(2, *COMMAND, "--layer", "wide", "--layer", "bare")
+    assert "$.layers.bare must have unpacked workloads for its layer to be timed, got none" in line
     Path("timed.yaml").write_text(SPEC.replace("    hidden: 64\n", ""), encoding="utf-8")
     assert "the spec must have layers with hidden" in fails(2, *COMMAND)
     assert not script.asked

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import resource
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -329,6 +331,16 @@ DAMAGED: dict[str, tuple[str, Callable[[Any], object], str]] = {
         lambda run: run["rows"][1].update(forward=None),
         "$.rows[1].forward must have times where failure is empty, got null",
     ),
+    "intervals": (
+        "speed_h200.json",
+        lambda run: run["rows"][1]["forward"].update(high_ms=1e-3),
+        "$.rows[1].forward must have low_ms <= median_ms <= high_ms, got {",
+    ),
+    "intervals of a sweep": (
+        "cost_h200.json",
+        lambda run: run["sweeps"][1]["points"][2]["rows"][0]["step"].update(low_ms=1e9),
+        "$.sweeps[1].points[2].rows[0].step must have low_ms <= median_ms <= high_ms, got {",
+    ),
     "times of layers": (
         "layers_h200.json",
         lambda run: run["layer_rows"][0].update(forward=None),
@@ -356,6 +368,31 @@ def test_a_damaged_run_says_what_is_wrong(
     damage(content)
     (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
     assert message in fails(2, "bench", "--from", str(tmp_path / name))
+
+
+def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A full disk leaves the picture from before."""
+    picture = tmp_path / "a.svg"
+    picture.write_text("from before", encoding="utf-8")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        line = fails(2, "bench", "--from", str(NUMBERS), "--json", "--plot", str(picture))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert line == f"m2gen: --plot {picture} must be writable: File too large"
+    assert picture.read_text(encoding="utf-8") == "from before"
+    assert list(tmp_path.iterdir()) == [picture]
+
+
+@pytest.mark.parametrize("name", ["speed_h200.json", "cost_h200.json", "layers_h200.json", "ranks_2_h200.json"])
+def test_a_run_that_comes_by_a_pipe(name: str) -> None:
+    """It can be read once, as that of ``--from <(gunzip -c run.json.gz)``."""
+    path = NUMBERS.with_name(name)
+    with subprocess.Popen(["cat", str(path)], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        given = f"/dev/fd/{writer.stdout.fileno()}"
+        assert run("bench", "--from", given).stdout == run("bench", "--from", str(path)).stdout != ""
 
 
 def test_a_run_over_ranks_that_has_no_rows_yet(tmp_path: Path) -> None:

@@ -187,6 +187,17 @@ def test_merge(db: str, tmp_path: Path) -> None:
     assert "must be JSON" in fails(2, "db", "merge", str(tmp_path / "other"), "--db", db)
 
 
+def test_a_folder_without_records_is_no_database_to_merge(db: str, tmp_path: Path) -> None:
+    """A mistyped folder is an error, be it of something else or below a database's own folder."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "readme").write_text("no record", encoding="utf-8")
+    for other in (tmp_path / "notes", Path(db) / "sm_90"):
+        line = fails(2, "db", "merge", str(other), "--db", str(tmp_path / "fresh"))
+        assert line == f"m2gen: {other} must be a database with at least one record, got none"
+        assert "must be a database with at least one record" in fails(2, "db", "diff", db, str(other))
+    assert not (tmp_path / "fresh").exists()
+
+
 def test_prune(db: str, tmp_path: Path) -> None:
     """Superfluous records go, with the reason; failures and broken lines only on request; a dry run changes nothing."""
     dead = failed(Reason.WRONG, where=environment(H100))

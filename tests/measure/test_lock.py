@@ -95,6 +95,31 @@ def test_the_file_is_everybodys(folder: Path) -> None:
         os.umask(before)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file to another user")
+def test_the_file_of_another_user_is_no_obstacle(folder: Path) -> None:
+    """In /tmp it stays after the first user of a machine has used the GPU; then another user does."""
+    folder.chmod(0o1777)
+    path = folder / "m2gen-gpu-1.lock"
+    path.write_text("another user's process", encoding="utf-8")
+    path.chmod(0o666)
+    os.chown(path, 65534, 65534)
+    with lock.exclusive("gpu-1"):
+        assert path.read_text(encoding="utf-8") == f"{os.getpid()}\n"
+        with pytest.raises(TuneError, match=f"process {os.getpid()} does"), lock.exclusive("gpu-1"):
+            pass
+    with lock.exclusive("gpu-1"):
+        pass
+
+
+def test_a_link_in_place_of_the_file_is_not_followed(folder: Path) -> None:
+    """Whoever put it there would have another file overwritten."""
+    (folder / "mine").write_text("kept", encoding="utf-8")
+    (folder / "m2gen-gpu-1.lock").symlink_to(folder / "mine")
+    with pytest.raises(TuneError, match="must be writable"), lock.exclusive("gpu-1"):
+        pass
+    assert (folder / "mine").read_text(encoding="utf-8") == "kept"
+
+
 def test_an_error_frees_the_gpu(folder: Path) -> None:
     """A search that fails leaves nothing behind that the next would wait for."""
     with pytest.raises(ZeroDivisionError), lock.exclusive("gpu-1"):

@@ -115,7 +115,11 @@ def dump_layers(document: LayerDocument) -> dict[str, Any]:
 
 def load_layers(path: Path) -> LayerDocument | None:
     """Read a document of layers, or None if it is another one; raises UsageError with what is wrong, and where."""
-    content = read_json(path)
+    return layers_of(read_json(path), path)
+
+
+def layers_of(content: Any, path: Path) -> LayerDocument | None:
+    """Return the document of layers that a file's JSON is, None for another; raises as ``load_layers`` does."""
     if not isinstance(content, dict) or "layer_rows" not in content:
         return None
     found = valid(_DOCUMENT, content, path)

@@ -113,8 +113,9 @@ def bench(
         check_output("--out", out)
         check_output("--plot", plot)
         display = Display(json, quiet, verbose, debug)
-        picture = Picture(Plot(plot, style, quantity, (earlier,) if earlier else ()) if plot else None, out)
-        batches = tuple(batch for batch in ([TOKENS_OF] if decode is None else decode) if batch)
+        sources = (earlier,) if earlier and earlier.is_file() else ()  # of a pipe there is nothing to say
+        picture = Picture(Plot(plot, style, quantity, sources) if plot else None, out)
+        batches = tuple(batch for batch in dict.fromkeys([TOKENS_OF] if decode is None else decode) if batch)
         if layers and spec is not None:
             asked = LayersRequest(
                 tuple(layer or ()),
@@ -159,6 +160,8 @@ def _check(spec: str | None, earlier: Path | None, plot: Path | None, timed: lis
         )
     if "--layers" not in timed and (extra := sorted({"--layer-kind", "--peer-layer"} & set(timed))):
         raise UsageError(f"{', '.join(extra)} must be given with --layers")
+    if "--against" in timed and (other := [each for each in ("--peer", "--timing-only") if each in timed]):
+        raise UsageError(f"--against must be given without {', '.join(other)}: it times default and tuned kernels")
     if "--against" in timed and "--out" in timed:
         raise UsageError("--out must be given without --against, which compares with times and keeps none")
     if "--against" in timed and plot is not None:

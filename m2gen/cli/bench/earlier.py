@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from m2gen.cli.bench.operators import Picture
 from m2gen.errors import UsageError
@@ -15,20 +15,21 @@ if TYPE_CHECKING:
 
 def show_earlier(path: Path, layers: tuple[str, ...], display: Display, picture: Picture) -> None:
     """Show and draw the document of an earlier run, for some layers or all."""
-    from m2gen.bench.document import Document, load_run, of_layers, ranks_of, ranks_of_layers
+    from m2gen.bench.document import Document, of_layers, ranks_of, ranks_of_layers, read_json, run_of
     from m2gen.cli.show.bench import show_bench
     from m2gen.cli.show.ranks import show_ranks
     from m2gen.cli.show.sweep import show_sweeps
 
-    if _shown_layers(path, layers, display, picture.plot):
+    content = read_json(path)  # once, since a pipe has it no second time
+    if _shown_layers(content, path, layers, display, picture.plot):
         return
-    over_ranks = ranks_of(path)
+    over_ranks = ranks_of(content, path)
     if over_ranks is not None:
         if picture.plot is not None:
             raise UsageError(f"--plot must be of workloads or sweeps, got {path}, which is of layers over ranks")
         show_ranks(ranks_of_layers(over_ranks, layers), display)
         return
-    found = of_layers(load_run(path), layers)
+    found = of_layers(run_of(content, path), layers)
     if isinstance(found, Document):
         show_bench(found, display)
         picture.workloads(found)
@@ -37,13 +38,13 @@ def show_earlier(path: Path, layers: tuple[str, ...], display: Display, picture:
         picture.sweeps(found)
 
 
-def _shown_layers(path: Path, layers: tuple[str, ...], display: Display, plot: Plot | None) -> bool:
+def _shown_layers(content: Any, path: Path, layers: tuple[str, ...], display: Display, plot: Plot | None) -> bool:
     """Show and draw an earlier run of layers, and return whether it is one."""
-    from m2gen.bench.layers.document import load_layers, rows_of
+    from m2gen.bench.layers.document import layers_of, rows_of
     from m2gen.cli.show.layer_plot import draw_layers
     from m2gen.cli.show.layers import show_layers
 
-    document = load_layers(path)
+    document = layers_of(content, path)
     if document is None:
         return False
     found = rows_of(document, layers)

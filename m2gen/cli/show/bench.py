@@ -208,8 +208,20 @@ def _short(limit: str) -> str:
 
 
 def run_against(found: Iterable[Comparison], before: Baseline, here: Environment, *, as_json: bool) -> int:
-    """Show every recorded time beside the new one; return 1 if one is slower beyond noise."""
-    comparisons = list(found)
+    """Show recorded times beside the new ones, also after an interruption; return 1 if one is slower beyond noise."""
+    comparisons: list[Comparison] = []
+    try:
+        for comparison in found:
+            comparisons += [comparison]
+    except BaseException:
+        if comparisons:
+            _show_against(comparisons, before, here, as_json=as_json)
+        raise
+    _show_against(comparisons, before, here, as_json=as_json)
+    return 1 if any(comparison.slower for comparison in comparisons) else 0
+
+
+def _show_against(comparisons: Sequence[Comparison], before: Baseline, here: Environment, *, as_json: bool) -> None:
     slower = [comparison for comparison in comparisons if comparison.slower]
     if as_json:
         documents = [{**asdict(c), "change": c.change, "slower": c.slower} for c in comparisons]
@@ -221,7 +233,6 @@ def run_against(found: Iterable[Comparison], before: Baseline, here: Environment
         print_tables([Table(f"Recorded times against those of now on {here.device}", AGAINST_COLUMNS, rows, notes)])
     if slower:
         print(f"m2gen: {len(slower)} of {len(comparisons)} times are slower beyond noise", file=sys.stderr)
-    return 1 if slower else 0
 
 
 def _workload(c: Comparison) -> WorkloadKey:

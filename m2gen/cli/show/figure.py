@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -94,8 +95,10 @@ def check_figure(path: Path) -> None:
 
 
 def write_figure(plot: Plot, title: str, draw: Callable[[Theme], Any]) -> None:
-    """Write the figure that ``draw`` returns; raises UsageError if the file cannot be written."""
+    """Write the figure that ``draw`` returns, whole or not at all; raises UsageError if the file cannot be written."""
     import matplotlib.style
+
+    from m2gen.db.exchange import write_whole
 
     metadata: dict[str, str | None] = {"Title": title}
     if plot.path.suffix == ".svg":
@@ -103,9 +106,10 @@ def write_figure(plot: Plot, title: str, draw: Callable[[Theme], Any]) -> None:
     if plot.sources:
         metadata["Source"] = source_of(plot.sources)
     with matplotlib.style.context(["default", _settings(plot.theme)]):
-        figure = draw(plot.theme)
-        with os_errors_as(UsageError, f"--plot {plot.path} must be writable"):
-            figure.savefig(plot.path, metadata=metadata)
+        picture = io.BytesIO()
+        draw(plot.theme).savefig(picture, format=plot.path.suffix.removeprefix("."), metadata=metadata)
+    with os_errors_as(UsageError, f"--plot {plot.path} must be writable"):
+        write_whole(plot.path, picture.getvalue())
 
 
 def new_figure(inches_high: float, width: float = 1.0) -> Any:

@@ -24,9 +24,11 @@ HIGH = 3.7
 
 
 def draw_sweeps(document: SweepDocument, plot: Plot) -> None:
-    """Draw sweeps into a file, two side by side."""
+    """Draw sweeps into a file, two side by side; raises UsageError if none has a time."""
     if plot.quantity is not Quantity.TIME:
         raise UsageError(f"--quantity must be time for sweeps, got {plot.quantity}")
+    if not any(map(curves, document.sweeps)):
+        raise UsageError("--plot must have times along an axis, got none")
     title = f"How the time of a call grows on an {document.environment.device}"
     write_figure(plot, title, lambda theme: sweeps_figure(document.sweeps, title, theme))
 
@@ -39,14 +41,16 @@ def sweeps_figure(sweeps: Sequence[Sweep], title: str, theme: Theme) -> Any:
     figure.suptitle(title, x=0.012, ha="left", fontsize=11.5, weight="bold")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, sweep in zip(panels, sweeps, strict=False):
-        for number, curve in enumerate(curves(sweep)):
+        drawn = curves(sweep)
+        for number, curve in enumerate(drawn):
             _draw_curve(axes, curve, theme.data[number % len(theme.data)])
         axes.set(xscale="log", yscale="log", xlabel=LABELS[sweep.axis], ylabel="milliseconds", title=_heading(sweep))
         axes.set_xticks(*_ticks(sweep))
         axes.minorticks_off()
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid()
-        axes.legend(fontsize="small")
+        if drawn:
+            axes.legend(fontsize="small")
     for axes in panels[len(sweeps) :]:
         axes.set_axis_off()
     return figure

@@ -110,10 +110,12 @@ def _finish(
     every: Sequence[Swept], environment: Environment, display: Display, draw: Callable[[SweepDocument], None]
 ) -> SweepDocument:
     document = SweepDocument(environment, tuple(map(sweep_of, every)))
-    if display.as_json and every:
-        print_json(sweeps_document(document))
-    if every:
-        draw(document)
+    try:
+        if display.as_json and every:
+            print_json(sweeps_document(document))
+    finally:  # also where nothing can be shown, as on a full disk
+        if every:
+            draw(document)
     return document
 
 

@@ -1,0 +1,31 @@
+"""Calls that stay captured on the GPU: of one group at a time, and without what a failed capture left."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from m2gen.measure.gpu import Captures
+
+
+class Operands:
+    """What a capture holds while it is made, as gigabytes of inputs."""
+
+
+def test_a_capture_without_room_is_made_again_where_all_others_have_gone() -> None:
+    """Neither the captures from before nor the operands of the one that failed are held by then."""
+    held: list[weakref.ref[Operands]] = []
+    captures: Captures[Operands] = Captures()
+    held.append(weakref.ref(captures.get("first", Operands)))
+
+    def capture() -> Operands:
+        mine = Operands()
+        if any(reference() is not None for reference in held):
+            held.append(weakref.ref(mine))
+            raise torch.OutOfMemoryError
+        return mine
+
+    assert isinstance(captures.get("second", capture), Operands)
+    assert list(captures) == ["second"]
+    assert len(held) == 2, "it failed once"
