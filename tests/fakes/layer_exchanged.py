@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from ranks import serve
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -414,6 +415,24 @@ def heads_with_fsdp(subject: Subject) -> None:
     whole.compare_shards(whole.layer)
 
 
+def heads_in_bf16(subject: Subject) -> None:
+    """Decay parameters over ranks stay float32, as on one: cast, read from a checkpoint, and in mixed precision."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))
+    model = nn.ModuleDict({"mixer": any_layer(subject, heads_of(subject.ranks, "halves"), EXACT).float()})
+    parallelize_module(model, mesh["heads"], {"mixer": subject.parallel.M2RNNHeads()})
+    gate, wide = model["mixer"].decay_gate, {torch.float32}
+    cast = copy.deepcopy(gate).bfloat16()
+    assert {p.dtype for p in cast.parameters()} == wide
+    cast.load_state_dict({name: x.bfloat16() for name, x in cast.state_dict().items()}, assign=True)
+    assert {p.dtype for p in cast.parameters()} == wide
+    importlib.import_module(f"{subject.package.__name__}.sharding").fully_shard_decay(model, mesh=mesh["data"])
+    fully_shard(model["mixer"], mesh=mesh["data"], mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    seen: set[torch.dtype] = set()
+    gate.register_forward_pre_hook(lambda module, _: seen.update(p.dtype for p in module.parameters()))
+    assert model["mixer"](any_tokens(torch.float32, BATCH, EACH)).dtype == torch.bfloat16
+    assert seen == wide
+
+
 def errors(subject: Subject) -> None:
     """What does not fit the ranks, was not built, is adapted or spreads tokens is named before anything is sent."""
     other = subject.ranks + 1
@@ -500,6 +519,7 @@ def checks(ranks: int) -> dict[str, Any]:
         cases += [
             (both, {}),
             (heads_with_fsdp, {}),
+            (heads_in_bf16, {}),
             (messages, {}),
             *((exchange, {**kernels, "how": how}) for how in hows),
         ]
