@@ -463,6 +463,18 @@ def errors(subject: Subject) -> None:
         parallelize_module(nn.Linear(2, 2), init_device_mesh("cpu", (subject.ranks,)), subject.parallel.M2RNNContext())
 
 
+def twice(subject: Subject) -> None:
+    """Gradients of gradients, for which ranks would have to exchange more, are refused."""
+    layer = any_layer(subject, heads_of(subject.ranks, "shared"), EXACT, norm=None)
+    mesh = init_device_mesh("cpu", (subject.ranks,))
+    sharded = [subject.parallel.HeadParallelM2RNN(copy.deepcopy(layer), mesh, outside) for outside in (False, True)]
+    for call in (*sharded, partial(subject.parallel.exchange_over_ranks, layer)):
+        x = any_tokens(torch.float64, BATCH, EACH).requires_grad_()
+        (gradient,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="trying to differentiate twice"):
+            gradient.square().sum().backward()
+
+
 def checkpoints(subject: Subject, folder: Path, write: bool) -> None:
     """What many ranks wrote, fewer read: the state dict of sharded heads, whatever their number."""
     layer = any_layer(subject, heads_of(subject.ranks, "kernels"), EXACT)
@@ -492,6 +504,7 @@ def checks(ranks: int) -> dict[str, Any]:
         *((call, {"kind": kind, "how": how}) for call in (heads, exchange) for kind in kinds for how in hows),
         *((uneven, {"how": how}) for how in hows),
         (errors, {}),
+        (twice, {}),
         (dense_copies, {}),
         (slabs, {}),
     ]
