@@ -463,6 +463,32 @@ def errors(subject: Subject) -> None:
         parallelize_module(nn.Linear(2, 2), init_device_mesh("cpu", (subject.ranks,)), subject.parallel.M2RNNContext())
 
 
+def style_of_uneven_tokens(subject: Subject) -> None:
+    """A DTensor of tokens that ranks do not divide is shared out as torch does it; offsets may be DTensors, too."""
+    total, mesh = EACH * subject.ranks + 1, init_device_mesh("cpu", (subject.ranks,))
+    layer = any_layer(subject, heads_of(subject.ranks, "shared"), EXACT)
+    for how, options in (("batch", {}), ("packed", {}), ("batch", {"micro_batches": 2})):
+        packed = how == "packed"
+        x = any_tokens(torch.float64, *((total,) if packed else (BATCH, total)))
+        offsets = offsets_of((2, 0, total - 2)) if packed else None
+        y, dx = backward(layer, x, cu_seqlens=offsets)
+        given = distribute_tensor(x, mesh, [Replicate()]).requires_grad_()
+        call = {"cu_seqlens": distribute_tensor(offsets, mesh, [Replicate()])} if packed else {}
+        model, style = copy.deepcopy(layer), subject.parallel.M2RNNContext(use_local_output=False, **options)
+        parallelize_module(model, mesh, style)
+        found = copy.deepcopy(model)(given, **call)
+        assert found.shape == y.shape
+        close(found.full_tensor(), y, "y")
+        found.backward(
+            distribute_tensor(loss_weights(y), mesh, [Replicate()]).redistribute(placements=found.placements)
+        )
+        close(given.grad.full_tensor(), dx, "dx")
+    parallelize_module(layer, mesh, subject.parallel.M2RNNHeads(sequence_parallel=True))
+    text = f"tokens of x must be divided by {subject.ranks} ranks with sequence_parallel, got {total}"
+    with pytest.raises(ValueError, match=text):
+        layer(distribute_tensor(any_tokens(torch.float64, BATCH, total), mesh, [Replicate()]))
+
+
 def twice(subject: Subject) -> None:
     """Gradients of gradients, for which ranks would have to exchange more, are refused."""
     layer = any_layer(subject, heads_of(subject.ranks, "shared"), EXACT, norm=None)
@@ -504,6 +530,7 @@ def checks(ranks: int) -> dict[str, Any]:
         *((call, {"kind": kind, "how": how}) for call in (heads, exchange) for kind in kinds for how in hows),
         *((uneven, {"how": how}) for how in hows),
         (errors, {}),
+        (style_of_uneven_tokens, {}),
         (twice, {}),
         (dense_copies, {}),
         (slabs, {}),
