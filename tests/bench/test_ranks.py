@@ -148,6 +148,12 @@ def test_options_that_do_not_fit(options: tuple[str, ...], message: str) -> None
     assert message in fails(2, "bench", "--spec", TINY, *options)
 
 
+def test_earlier_results_are_shown_and_not_run_on_ranks() -> None:
+    """Ranks beside the file of an earlier run are refused: none would be started."""
+    message = "--from must be given without --gpus: nothing is timed"
+    assert message in fails(2, "bench", "--from", str(ROOT / "docs" / "data" / "ranks_2_h200.json"), "--gpus", "4")
+
+
 # ------------------------------------------------------------------------------------------------------------ ranks
 
 FOREVER = "import time; time.sleep(1e6)"
