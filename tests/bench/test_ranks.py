@@ -521,6 +521,23 @@ def test_ranks_on_gpus_exclude_other_measurements(monkeypatch: pytest.MonkeyPatc
     assert held == ["gpu-0", "gpu-1"]
 
 
+def test_results_before_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ranks had written when one of them failed is given before the error, however soon after it that was."""
+    job = planned(2, cuda=False)
+    rows = (RankRow(job.cases[0].shape.name, Form.ONE, 1, 8, 1),)
+
+    def failing(commands: object, folder: Path, *_: object) -> Iterator[None]:
+        write(folder / "results.json", RankDocument(None, "gloo", Link(1.0, 1.0), job.cases, rows))
+        raise RanksError("rank 1 of 2 failed")
+        yield
+
+    monkeypatch.setattr(several, "run_ranks", failing)
+    found: list[RankDocument] = []
+    with pytest.raises(RanksError, match="rank 1 of 2 failed"):
+        found.extend(several.over_ranks(job, QUIET))
+    assert [document.rows for document in found] == [rows]
+
+
 def test_layers_of_an_earlier_run() -> None:
     """``--from`` shows those that are asked for, and says which there are."""
     earlier = str(ROOT / "docs" / "data" / "ranks_2_h200.json")
