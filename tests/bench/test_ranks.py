@@ -250,6 +250,28 @@ def test_of_ranks_that_speak_the_first_is_named(tmp_path: Path) -> None:
     assert failure([Ending(tmp_path, rank, 1) for rank in range(2)], tmp_path) == "rank 1 of 2 failed: ValueError: no"
 
 
+FULL_DISK = """
+import threading, time
+from pathlib import Path
+from m2gen.bench.ranks import worker
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+worker.write_error = full
+threading.Thread(target=time.sleep, args=(1e6,)).start()  # as of a backend, for which an interpreter that ends waits
+worker.main(Path({!r}), 0)
+"""
+
+
+def test_a_rank_that_cannot_say_why_ends(tmp_path: Path) -> None:
+    """A rank whose error there is no room for ends with a status, rather than waits in the interpreter's last steps."""
+    command = [sys.executable, "-c", FULL_DISK.format(str(tmp_path))]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert found.returncode == 1
+    assert "job.json" in found.stderr
+
+
 def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
     """Ranks that write no results for too long are ended, and named."""
     with pytest.raises(RanksError, match=r"within 0\.5 s, got none of rank 0, 1"):

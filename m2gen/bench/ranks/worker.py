@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import os
@@ -48,16 +49,19 @@ def main(folder: Path, rank: int) -> NoReturn:
         _Rank(job, folder, rank, pulse).serve()
     except BaseException as error:
         lines = f"{type(error).__name__}: {error}".splitlines()
-        write_error(folder, rank, lines[0])
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # of a full disk, say: the status says that it failed
+            write_error(folder, rank, lines[0])
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         _leave(1)
     _leave(0)
 
 
 def _leave(status: int) -> NoReturn:
     """End without the interpreter's last steps, in which a backend's threads may wait for other ranks, or abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 
