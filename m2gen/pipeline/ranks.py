@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 from m2gen.bench.ranks.entries import (
@@ -25,7 +24,7 @@ from m2gen.bench.ranks.launch import CPU, LOOPBACK, run_ranks, worker_command
 from m2gen.cache import materialise
 from m2gen.db import Record
 from m2gen.db.choice import choose
-from m2gen.errors import UsageError
+from m2gen.errors import RanksError, UsageError
 from m2gen.measure import lock
 from m2gen.measure.context import gpu_name
 from m2gen.pipeline.plan import Plan, Progress, relevant, render
@@ -124,7 +123,7 @@ def over_ranks(job: RankJob, progress: Progress) -> Iterator[RankDocument]:
         progress.start("ranks", len(job.cases))
         known = 0
         try:
-            for _ in chain(run_ranks(commands, folder, environment, job.quiet_seconds), (None,)):
+            for _ in _and_once_more(run_ranks(commands, folder, environment, job.quiet_seconds)):
                 document = _results(folder)
                 if document is not None and len(document.rows) > known:
                     for row in document.rows[known:]:
@@ -133,6 +132,16 @@ def over_ranks(job: RankJob, progress: Progress) -> Iterator[RankDocument]:
                     yield document
         finally:
             progress.finish()
+
+
+def _and_once_more(steps: Iterator[None]) -> Iterator[None]:
+    """Yield for each step, and after the last also where that raises, for what was written since."""
+    try:
+        yield from steps
+    except RanksError:
+        yield
+        raise
+    yield
 
 
 def _results(folder: Path) -> RankDocument | None:

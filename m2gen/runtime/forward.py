@@ -46,11 +46,7 @@ def run(
     cu_seqlens_cpu: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
     """Do what ``M2RNN.forward`` does, of any module with the attributes of an ``M2RNN``; for ``States``, ``scan``."""
-    lead = ("B", "S") if cu_seqlens is None else ("T",)
-    if x.dim() != len(lead) + 1 or x.shape[-1] != layer.hidden_size:
-        expected = ", ".join((*lead, str(layer.hidden_size)))
-        raise ValueError(f"M2RNN: x must be ({expected}), got {tuple(x.shape)}")
-    check_host_offsets(cu_seqlens, cu_seqlens_cpu)
+    check_tokens(layer, x, cu_seqlens, cu_seqlens_cpu)
     if cache is None:
         if attention_mask is not None:
             return _padded(layer, x, None, None, attention_mask, cu_seqlens)[0]
@@ -72,6 +68,15 @@ def run(
         y, conv, state = scan(layer, x, moved.conv, moved.state, cu_seqlens, cu_seqlens_cpu)
     commit(moved, conv, state)
     return y
+
+
+def check_tokens(layer: Mixer, x: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> None:
+    """Raise ValueError or TypeError unless x has a batch's shape, or a packed one's, and the offsets may be its own."""
+    lead = ("B", "S") if cu_seqlens is None else ("T",)
+    if x.dim() != len(lead) + 1 or x.shape[-1] != layer.hidden_size:
+        expected = ", ".join((*lead, str(layer.hidden_size)))
+        raise ValueError(f"M2RNN: x must be ({expected}), got {tuple(x.shape)}")
+    check_host_offsets(cu_seqlens, cu_seqlens_cpu)
 
 
 def _padded(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,30 @@ from .init import Initialisation, draw_gate
 from .mixer import Device, wide_dtype
 
 
-class DecayGate(nn.Module):
+class WideParameters(nn.Module):
+    """A module whose own parameters are float32, or wider, whatever it is moved to, and whatever a checkpoint has."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move and cast as any module, but to no dtype that is narrower than float32."""
+
+        def kept(x: Tensor) -> Tensor:
+            moved = fn(x)
+            wide = wide_dtype(moved)
+            return x.to(moved.device, wide) if moved.is_floating_point() and moved.dtype != wide else moved
+
+        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load entries of a narrower dtype as float32, also where they are assigned."""
+        for name, _ in self.named_parameters(recurse=False):
+            if prefix + name in state_dict:
+                found = state_dict[prefix + name]
+                state_dict[prefix + name] = found.to(wide_dtype(found))
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class DecayGate(WideParameters):
     """The parameters of the forget gate: A_log and dt_bias (Nf,).
 
     They are kept in float32, or wider, whatever dtype the module is made in or moved to, and whatever dtype a
@@ -37,25 +60,6 @@ class DecayGate(nn.Module):
     def reset_parameters(self) -> None:
         """Draw exp(A_log) uniform and softplus(dt_bias) log-uniform."""
         draw_gate(self.A_log, self.dt_bias, self.init)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DecayGate:
-        """Move and cast as any module, but to no dtype that is narrower than float32."""
-
-        def kept(x: Tensor) -> Tensor:
-            moved = fn(x)
-            wide = wide_dtype(moved)
-            return x.to(moved.device, wide) if moved.is_floating_point() and moved.dtype != wide else moved
-
-        super()._apply(kept, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Load entries of a narrower dtype as float32, also where they are assigned."""
-        for name in ("A_log", "dt_bias"):
-            if prefix + name in state_dict:
-                found = state_dict[prefix + name]
-                state_dict[prefix + name] = found.to(wide_dtype(found))
-        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor, in_kernel: bool = False) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         """Return f = exp(-exp(A_log) softplus(x + dt_bias)) of x (..., Nf) in float32 or wider.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from .gate import DecayGate
+from .gate import WideParameters
 
 __all__ = ["fully_shard_decay"]
 
@@ -21,5 +21,5 @@ def fully_shard_decay(model: nn.Module, *, reduce_dtype: Any = None, **options: 
     """
     policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     for module in list(model.modules()):
-        if isinstance(module, DecayGate):
+        if isinstance(module, WideParameters):
             fully_shard(module, mp_policy=policy, **{"reshard_after_forward": False, **options})

@@ -148,6 +148,12 @@ def test_options_that_do_not_fit(options: tuple[str, ...], message: str) -> None
     assert message in fails(2, "bench", "--spec", TINY, *options)
 
 
+def test_earlier_results_are_shown_and_not_run_on_ranks() -> None:
+    """Ranks beside the file of an earlier run are refused: none would be started."""
+    message = "--from must be given without --gpus: nothing is timed"
+    assert message in fails(2, "bench", "--from", str(ROOT / "docs" / "data" / "ranks_2_h200.json"), "--gpus", "4")
+
+
 # ------------------------------------------------------------------------------------------------------------ ranks
 
 FOREVER = "import time; time.sleep(1e6)"
@@ -242,6 +248,28 @@ def test_of_ranks_that_speak_the_first_is_named(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         os.utime(path, (0, 0))
     assert failure([Ending(tmp_path, rank, 1) for rank in range(2)], tmp_path) == "rank 1 of 2 failed: ValueError: no"
+
+
+FULL_DISK = """
+import threading, time
+from pathlib import Path
+from m2gen.bench.ranks import worker
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+worker.write_error = full
+threading.Thread(target=time.sleep, args=(1e6,)).start()  # as of a backend, for which an interpreter that ends waits
+worker.main(Path({!r}), 0)
+"""
+
+
+def test_a_rank_that_cannot_say_why_ends(tmp_path: Path) -> None:
+    """A rank whose error there is no room for ends with a status, rather than waits in the interpreter's last steps."""
+    command = [sys.executable, "-c", FULL_DISK.format(str(tmp_path))]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert found.returncode == 1
+    assert "job.json" in found.stderr
 
 
 def test_ranks_that_hang_are_ended(tmp_path: Path) -> None:
@@ -513,6 +541,23 @@ def test_ranks_on_gpus_exclude_other_measurements(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(TuneError, match="must use gpu-1"):
         list(several.over_ranks(job, TerminalProgress(quiet=True)))
     assert held == ["gpu-0", "gpu-1"]
+
+
+def test_results_before_a_failure_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ranks had written when one of them failed is given before the error, however soon after it that was."""
+    job = planned(2, cuda=False)
+    rows = (RankRow(job.cases[0].shape.name, Form.ONE, 1, 8, 1),)
+
+    def failing(commands: object, folder: Path, *_: object) -> Iterator[None]:
+        write(folder / "results.json", RankDocument(None, "gloo", Link(1.0, 1.0), job.cases, rows))
+        raise RanksError("rank 1 of 2 failed")
+        yield
+
+    monkeypatch.setattr(several, "run_ranks", failing)
+    found: list[RankDocument] = []
+    with pytest.raises(RanksError, match="rank 1 of 2 failed"):
+        found.extend(several.over_ranks(job, QUIET))
+    assert [document.rows for document in found] == [rows]
 
 
 def test_layers_of_an_earlier_run() -> None:

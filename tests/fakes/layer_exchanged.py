@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from ranks import serve
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -136,7 +137,7 @@ def uneven(subject: Subject, how: str, kind: str = "shared", numerics: Numerics 
     whole.compare(partial(subject.parallel.exchange_over_ranks, whole.layer, tokens=counts), counts)
     whole.compare_sums()
     with pytest.raises(ValueError, match=re.escape(f"of rank {subject.rank} as x has, got (1,)")):
-        subject.parallel.exchange_over_ranks(whole.layer, whole.part(whole.x, counts), tokens=[1])
+        subject.parallel.exchange_over_ranks(whole.layer, whole.part(whole.x, counts), **whole.call, tokens=[1])
 
 
 def dense_copies(subject: Subject) -> None:
@@ -276,6 +277,7 @@ def messages(subject: Subject) -> None:
     expected = traffic(case, ranks, fused=True)
     sums = 2 * (ranks - 1) / ranks * parameter_bytes(case.shape)  # of gradients, by whoever calls
     x, call = any_tokens(torch.float32, BATCH, EACH).requires_grad_(), subject.parallel.HeadExchange(layer)
+    call(x)  # the first of its kind, which is also compared
     with recorded() as calls:
         through_kernels(subject, KERNELS, partial(call, x)).sum().backward()
     assert {call.name for call in calls} == {"batch_isend_irecv"}
@@ -414,6 +416,24 @@ def heads_with_fsdp(subject: Subject) -> None:
     whole.compare_shards(whole.layer)
 
 
+def heads_in_bf16(subject: Subject) -> None:
+    """Decay parameters over ranks stay float32, as on one: cast, read from a checkpoint, and in mixed precision."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "heads"))
+    model = nn.ModuleDict({"mixer": any_layer(subject, heads_of(subject.ranks, "halves"), EXACT).float()})
+    parallelize_module(model, mesh["heads"], {"mixer": subject.parallel.M2RNNHeads()})
+    gate, wide = model["mixer"].decay_gate, {torch.float32}
+    cast = copy.deepcopy(gate).bfloat16()
+    assert {p.dtype for p in cast.parameters()} == wide
+    cast.load_state_dict({name: x.bfloat16() for name, x in cast.state_dict().items()}, assign=True)
+    assert {p.dtype for p in cast.parameters()} == wide
+    importlib.import_module(f"{subject.package.__name__}.sharding").fully_shard_decay(model, mesh=mesh["data"])
+    fully_shard(model["mixer"], mesh=mesh["data"], mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    seen: set[torch.dtype] = set()
+    gate.register_forward_pre_hook(lambda module, _: seen.update(p.dtype for p in module.parameters()))
+    assert model["mixer"](any_tokens(torch.float32, BATCH, EACH)).dtype == torch.bfloat16
+    assert seen == wide
+
+
 def errors(subject: Subject) -> None:
     """What does not fit the ranks, was not built, is adapted or spreads tokens is named before anything is sent."""
     other = subject.ranks + 1
@@ -442,6 +462,105 @@ def errors(subject: Subject) -> None:
         subject.parallel.HeadExchange(subject.parallel.HeadParallelM2RNN(spread, mesh, sequence_parallel=True))
     with pytest.raises(TypeError, match="tokens must be of an M2RNN to lie over ranks, got Linear"):
         parallelize_module(nn.Linear(2, 2), init_device_mesh("cpu", (subject.ranks,)), subject.parallel.M2RNNContext())
+
+
+def shapes(subject: Subject) -> None:
+    """Tokens of another shape, or a copy of offsets without these, are named as a layer on one rank names them."""
+    layer, offsets = any_layer(subject, heads_of(subject.ranks, "shared"), EXACT), offsets_of((EACH * subject.ranks,))
+    x = any_tokens(torch.float64, BATCH, EACH)
+    found: list[tuple[Tensor, dict[str, Tensor], str]] = [
+        (x[0], {}, f"x must be (B, S, {HIDDEN}), got ({EACH}, {HIDDEN})"),
+        (x[..., 1:], {}, f"x must be (B, S, {HIDDEN}), got ({BATCH}, {EACH}, {HIDDEN - 1})"),
+        (x, {"cu_seqlens": offsets}, f"x must be (T, {HIDDEN}), got ({BATCH}, {EACH}, {HIDDEN})"),
+        (x, {"cu_seqlens_cpu": offsets}, "cu_seqlens_cpu must come with cu_seqlens"),
+    ]
+    for given, call, text in found:
+        with pytest.raises(ValueError, match=re.escape(text)):
+            subject.parallel.exchange_over_ranks(layer, given, **call)
+
+
+def disagreeing(subject: Subject) -> None:
+    """What fails on one rank alone, or sends other messages there, is an error on every rank, which names it."""
+    parallel, last, ranks = subject.parallel, subject.ranks - 1, subject.ranks
+    agreement = sys.modules[f"{parallel.__name__}.agreement"]
+    odd, width = subject.rank == last, 1 + (subject.rank == last)
+    layer, hooked = (any_layer(subject, heads_of(ranks, "kernels"), numerics) for numerics in (EXACT, KERNELS))
+    if odd:
+        hooked.g_norm.register_forward_hook(lambda *_: None)
+    mesh, whole = init_device_mesh("cpu", (ranks,)), any_tokens(torch.float64, BATCH, 11)
+    sharded = parallel.HeadParallelM2RNN(layer, mesh, sequence_parallel=True)
+    exchanged, (x, alone) = partial(parallel.exchange_over_ranks, layer), (whole[:, :width], whole[0, :5])
+    few, counts = whole[odd:, :7], (*[7] * last, 6)
+    offsets = offsets_of((5 * ranks - odd, *[1] * odd))
+    calls: dict[str, Callable[[], object]] = {
+        f"got {tuple([2] * ranks)} on rank {last}": partial(exchanged, x),
+        f"got [0, {5 * ranks - 1}, {5 * ranks}] on rank {last}": partial(exchanged, alone, cu_seqlens=offsets),
+        f"got g_norm on rank {last}": partial(parallel.exchange_over_ranks, hooked, whole[:, :4].float()),
+        f"got (2, 2, {HIDDEN}) on rank {last}": partial(sharded, x),
+        f"got on rank {last}: M2RNN: tokens must be those": partial(exchanged, whole[:, :7], tokens=counts),
+        f"got on rank {last}: M2RNN: micro_batches must be 1": partial(
+            parallel.scan_over_ranks, layer, few, micro_batches=BATCH
+        ),
+    }
+    for text, call in calls.items():
+        agreement._CALLS.clear()
+        own = odd and ": " in text
+        with pytest.raises(ValueError if own else parallel.RanksDifferError) as raised:
+            call()
+        assert (text.partition(": ")[2] if own else text) in str(raised.value)
+    for _ in range(2):
+        exchanged(whole[:, :7])
+    with pytest.MonkeyPatch.context() as patch:  # calls that were alike are not compared again
+        patch.setattr(distributed, "all_reduce", None)
+        exchanged(whole[:, :7])
+        if odd:  # what is wrong on one rank alone later, when others may not ask, is said there at once
+            with pytest.raises(ValueError, match="tokens must be those"):
+                exchanged(whole[:, :8], tokens=counts)
+
+
+def style_of_uneven_tokens(subject: Subject) -> None:
+    """A DTensor of tokens that ranks do not divide is shared out as torch does it; offsets may be DTensors, too."""
+    total, mesh = EACH * subject.ranks + 1, init_device_mesh("cpu", (subject.ranks,))
+    layer = any_layer(subject, heads_of(subject.ranks, "shared"), EXACT)
+    for how, options in (("batch", {}), ("packed", {}), ("batch", {"micro_batches": 2})):
+        packed = how == "packed"
+        x = any_tokens(torch.float64, *((total,) if packed else (BATCH, total)))
+        offsets = offsets_of((2, 0, total - 2)) if packed else None
+        y, dx = backward(layer, x, cu_seqlens=offsets)
+        given = distribute_tensor(x, mesh, [Replicate()]).requires_grad_()
+        call = {"cu_seqlens": distribute_tensor(offsets, mesh, [Replicate()])} if packed else {}
+        model, style = copy.deepcopy(layer), subject.parallel.M2RNNContext(use_local_output=False, **options)
+        parallelize_module(model, mesh, style)
+        found = copy.deepcopy(model)(given, **call)
+        assert found.shape == y.shape
+        close(found.full_tensor(), y, "y")
+        found.backward(
+            distribute_tensor(loss_weights(y), mesh, [Replicate()]).redistribute(placements=found.placements)
+        )
+        close(given.grad.full_tensor(), dx, "dx")
+    parallelize_module(layer, mesh, subject.parallel.M2RNNHeads(sequence_parallel=True))
+    text = f"tokens of x must be divided by {subject.ranks} ranks with sequence_parallel, got {total}"
+    with pytest.raises(ValueError, match=text):
+        layer(distribute_tensor(any_tokens(torch.float64, BATCH, total), mesh, [Replicate()]))
+
+
+def twice(subject: Subject) -> None:
+    """Gradients of gradients, for which ranks would have to exchange more, are refused."""
+    layer = any_layer(subject, heads_of(subject.ranks, "shared"), EXACT, norm=None)
+    mesh = init_device_mesh("cpu", (subject.ranks,))
+    sharded = [subject.parallel.HeadParallelM2RNN(copy.deepcopy(layer), mesh, outside) for outside in (False, True)]
+    for call in (*sharded, partial(subject.parallel.exchange_over_ranks, layer)):
+        x = any_tokens(torch.float64, BATCH, EACH).requires_grad_()
+        (gradient,) = torch.autograd.grad(call(x).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="trying to differentiate twice"):
+            gradient.square().sum().backward()
+
+
+def frozen(subject: Subject) -> None:
+    """A frozen layer on tokens without gradients hands states on without any: no rank waits for them."""
+    layer = any_layer(subject, heads_of(subject.ranks, "shared"), EXACT).requires_grad_(False)
+    y = subject.parallel.scan_over_ranks(layer, any_tokens(torch.float64, BATCH, EACH))
+    assert not y.requires_grad
 
 
 def checkpoints(subject: Subject, folder: Path, write: bool) -> None:
@@ -473,11 +592,15 @@ def checks(ranks: int) -> dict[str, Any]:
         *((call, {"kind": kind, "how": how}) for call in (heads, exchange) for kind in kinds for how in hows),
         *((uneven, {"how": how}) for how in hows),
         (errors, {}),
+        (shapes, {}),
+        (style_of_uneven_tokens, {}),
+        (twice, {}),
+        (frozen, {}),
         (dense_copies, {}),
         (slabs, {}),
     ]
     if ranks == 2:
-        cases += [(slabs_under_way, {}), (messages, {})]
+        cases += [(slabs_under_way, {}), (messages, {}), (disagreeing, {})]
         kernels = {"kind": "kernels", "numerics": KERNELS}
         cases += [
             *((call, {**kernels, "how": how}) for call in (heads, exchange) for how in hows),
@@ -499,7 +622,9 @@ def checks(ranks: int) -> dict[str, Any]:
         kernels = {"kind": "kernels", "numerics": KERNELS}
         cases += [
             (both, {}),
+            (disagreeing, {}),
             (heads_with_fsdp, {}),
+            (heads_in_bf16, {}),
             (messages, {}),
             *((exchange, {**kernels, "how": how}) for how in hows),
         ]

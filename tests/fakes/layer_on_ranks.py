@@ -22,6 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -260,10 +261,13 @@ def ranks_differ(subject: Subject) -> None:
     for made in (
         lambda: subject.parallel.HeadParallelM2RNN(layer, mesh),
         lambda: subject.parallel.HeadExchange(layer, mesh.get_group()),
+        lambda: subject.parallel.scan_over_ranks(layer, tokens(torch.float32, 2, 3)),
+        lambda: parallelize_module(layer, mesh, subject.parallel.M2RNNContext(micro_batches=2)),
     ):
         with pytest.MonkeyPatch.context() as patch:
             if subject.rank == last:
                 patch.setattr(dispatch, "device_of", lambda _: ("portable", 7))
+                patch.setattr(dispatch.built, "VARIANTS", {})  # as of a package without the share
             with pytest.raises(subject.parallel.RanksDifferError) as raised:
                 made()
         sms = dispatch.device_of(torch.device("cpu"))[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import importlib
 import os
@@ -48,16 +49,19 @@ def main(folder: Path, rank: int) -> NoReturn:
         _Rank(job, folder, rank, pulse).serve()
     except BaseException as error:
         lines = f"{type(error).__name__}: {error}".splitlines()
-        write_error(folder, rank, lines[0])
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # of a full disk, say: the status says that it failed
+            write_error(folder, rank, lines[0])
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         _leave(1)
     _leave(0)
 
 
 def _leave(status: int) -> NoReturn:
     """End without the interpreter's last steps, in which a backend's threads may wait for other ranks, or abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 
@@ -154,6 +158,7 @@ class _Rank:
         x, weights = (torch.randn(size, **made) for _ in range(2))
         step, repeats = _step(over, x.requires_grad_(), weights), self.job.repeats
         if not repeats:
+            step()  # the first of its kind, which ranks also compare
             return _counted(row, step)[0]
         forward_ms = slowest_ms(lambda: _forward(over, x), self.device, repeats)
         step_ms = slowest_ms(step, self.device, repeats)

@@ -104,7 +104,8 @@ def bench(
             "--peer-layer": peer_layer,
             "--out": out,
         }
-        _check(spec, earlier, plot, [name for name, given in timed.items() if given])
+        asking = {**timed, "--gpus": gpus}
+        _check(spec, earlier, plot, [name for name, given in asking.items() if given])
         check_ranks(
             gpus,
             {"--size": size, "--tokens": tokens, "--form": form},

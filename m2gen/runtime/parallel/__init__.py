@@ -6,7 +6,8 @@ its part of the sequences, ``exchange_over_ranks`` gives each its share of the h
 ``torch.distributed.tensor.parallel.parallelize_module``.
 
 Every rank picks the same schedules: they depend on the number of sequences, the heads and the device alone. Ranks whose
-packages or GPUs differ would not, which is RanksDifferError when a layer is put over them.
+packages or GPUs differ would not, which is RanksDifferError when a layer is put over them. So is a call that differs
+from the first rank's, where it is the first of its kind.
 """
 
 from .agreement import RanksDifferError, check_ranks_agree

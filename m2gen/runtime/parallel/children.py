@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 
 from ..convolution import depthwise
 from ..fused import compute_dtype, laid_out
-from ..gate import DecayGate, forget_gate
+from ..gate import DecayGate, WideParameters, forget_gate
 from ..norm import RMSNorm
 from .collectives import scattered, summed
 from .normed import Normed, scaled, squared
@@ -109,7 +109,7 @@ class OwnConvolution(OwnRows):
         return depthwise(x, self.weight, self.bias)
 
 
-class OwnGate(nn.Module):
+class OwnGate(WideParameters):
     """The parameters of the forget gates that this rank's heads read."""
 
     parameter_group = "undecayed"

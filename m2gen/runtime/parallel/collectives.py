@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 WIDE = torch.complex128
@@ -107,6 +108,7 @@ class _Copied(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _all_reduce(gradient, ctx.group), None
 
@@ -119,6 +121,7 @@ class _Summed(torch.autograd.Function):
         return _all_reduce(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
@@ -132,6 +135,7 @@ class _Gathered(torch.autograd.Function):
         return all_gather(x, dim, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _reduce_scatter(gradient, ctx.dim, ctx.group), None, None
 
@@ -145,6 +149,7 @@ class _Scattered(torch.autograd.Function):
         return _reduce_scatter(x, dim, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return all_gather(gradient, ctx.dim, ctx.group), None, None
 

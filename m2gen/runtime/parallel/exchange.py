@@ -13,12 +13,13 @@ from torch.nn import functional as F
 
 from .. import fused
 from ..cache import States
+from ..forward import check_tokens
 from ..fused import Projected
 from ..mixer import Mixer, operand_sizes, split_sizes
 from ..norm import RMSNorm
 from ..not_built import check_built
 from ..scan import epilogue, recur
-from .agreement import check_ranks_agree
+from .agreement import check_calls_agree, check_ranks_agree, offsets_of
 from .normed import Normed, dims_of, scaled, squared
 from .share import HeadShare, RankOf
 from .slab_products import normed_from_heads, product_to_heads
@@ -68,8 +69,8 @@ class HeadExchange:
         self.share = HeadShare(layer, self.place)
         self.dims = dims_of(self.share)
         if layer.backend == "kernels":
+            check_ranks_agree(found)  # first: a rank with another package may not have the share
             check_built(layer.state_expansion, layer.head_dim, self.share.heads, layer.state_weight.dtype)
-            check_ranks_agree(found)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HeadExchange:
         made = HeadExchange.__new__(HeadExchange)
@@ -85,6 +86,16 @@ class HeadExchange:
         tokens: Sequence[int] | None = None,
     ) -> Tensor:
         """Do what ``exchange_over_ranks`` does."""
+
+        def check() -> None:
+            check_tokens(self.layer, x, cu_seqlens, cu_seqlens_cpu)
+            self._counts(x, tokens)
+
+        def facts() -> dict[str, str]:
+            return {**self._facts(x, tokens), "cu_seqlens": offsets_of(cu_seqlens, cu_seqlens_cpu)}
+
+        sizes = (tuple(x.shape[:-1]), None) if tokens is None else (tuple(x.shape[:-2]), tuple(tokens))
+        check_calls_agree(self.group, "exchange", (x.dtype, *sizes), check, facts)
         counts = self._counts(x, tokens)
         run = self._by_kernels if fused.computes(self.share, x) else self._by_modules
         if cu_seqlens is None:
@@ -145,15 +156,32 @@ class HeadExchange:
     def _normed(self, y: Tensor, counts: tuple[int, ...]) -> Tensor:
         """Return the output projection of the norm, of this rank's tokens, of y (B, S, C), all tokens of its heads."""
         norm, out = self.layer.g_norm, self.layer.output_projection
-        if not (fused.plain(norm, RMSNorm) and fused.plain(out, nn.Linear)) or isinstance(norm.weight, DTensor):
+        if not self._norms_after():
             mixed: Tensor = out(norm(to_tokens(y, counts, self.group)))
             return mixed
+        norm, out = cast(RMSNorm, norm), cast(nn.Linear, out)
         weight = (out.weight * norm.weight).to(y.dtype)
         if not torch.compiler.is_compiling():
             normed = Normed(norm.weight.numel(), norm.eps, self.dims)
             return normed_from_heads(y, weight, normed, Route(self.group, counts))
         y, squares = squared(to_tokens(y, counts, self.group))
         return scaled(F.linear(y, weight), squares, Normed(norm.weight.numel(), norm.eps))
+
+    def _norms_after(self) -> bool:
+        """Whether the norm's weight is read, and its scale taken after the output projection."""
+        norm, out = self.layer.g_norm, self.layer.output_projection
+        return fused.plain(norm, RMSNorm) and fused.plain(out, nn.Linear) and not isinstance(norm.weight, DTensor)
+
+    def _facts(self, x: Tensor, tokens: Sequence[int] | None) -> dict[str, str]:
+        """Return what decides on the messages of a call."""
+        reads = {"input_projection": fused.reads_projection(self.layer, x), "g_norm": self._norms_after()}
+        called = ", ".join(name for name, is_read in reads.items() if not is_read) or "none of them"
+        return {
+            "sequences": str(x.shape[0]) if x.dim() > 2 else "packed",
+            "tokens of the ranks": str(self._counts(x, tokens)),
+            "dtype": str(fused.compute_dtype(x)),
+            "modules that are called": called if fused.computes(self.share, x) else "all",
+        }
 
     def _counts(self, x: Tensor, tokens: Sequence[int] | None) -> tuple[int, ...]:
         if tokens is None:

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from .. import fused
 from ..cache import NUMBERS, M2RNNCache, States, allocate_cache
 from ..convolution import DepthwiseConv1d
 from ..facts import Backend, HeadCounts
-from ..forward import run
+from ..forward import check_tokens, run
 from ..gate import DecayGate
 from ..layer import M2RNN
 from ..mixer import Device, operand_sizes
 from ..norm import RMSNorm
 from ..not_built import check_built
 from ..optimizer import mark_no_weight_decay
-from .agreement import check_ranks_agree
+from .agreement import check_calls_agree, check_ranks_agree, offsets_of
 from .children import OwnConvolution, OwnGate, OwnLinear, OwnNorm, OwnOutput, OwnWeight
 from .normed import dims_of
 from .shards import local, sharded, whole
@@ -58,8 +59,8 @@ class HeadParallelM2RNN(nn.Module):
         self.sequence_parallel = sequence_parallel
         self.heads, self.total_heads = HeadCounts(**own), layer.total_heads // ranks
         if layer.backend == "kernels":
+            check_ranks_agree(mesh.get_group())  # first: a rank with another package may not have the share
             check_built(layer.state_expansion, layer.head_dim, self.heads, layer.state_weight.dtype)
-            check_ranks_agree(mesh.get_group())
         self.hidden_size, self.state_expansion, self.head_dim = layer.hidden_size, layer.state_expansion, layer.head_dim
         self.forget_inputs = share_inputs(layer.forget_inputs, ranks)
         self.conv_width, self.clip = layer.conv_width, layer.clip
@@ -112,6 +113,17 @@ class HeadParallelM2RNN(nn.Module):
         if self.sequence_parallel and (attention_mask is not None or getattr(cache, "in_place", False)):
             given = "cache" if attention_mask is None else "attention_mask"
             raise ValueError(f"M2RNN: {given} must be None with sequence_parallel; pack sequences with cu_seqlens")
+
+        def facts() -> dict[str, str]:
+            """Name what decides on what is sent: modules that are called have gradients summed in another order."""
+            dtype, offsets = str(fused.compute_dtype(x)), offsets_of(cu_seqlens, cu_seqlens_cpu)
+            ran = "kernels" if fused.serves(self, x) else "modules"
+            return {"shape of x": str(tuple(x.shape)), "dtype": dtype, "cu_seqlens": offsets, "what runs it": ran}
+
+        def check() -> None:
+            check_tokens(self, x, cu_seqlens, cu_seqlens_cpu)
+
+        check_calls_agree(self.mesh.get_group(), "heads", (x.dtype, tuple(x.shape[:-1])), check, facts)
         return run(self, x, cache, attention_mask, cu_seqlens, cu_seqlens_cpu)
 
     def scan(

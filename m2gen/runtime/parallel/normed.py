@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import dispatch, launches, layer_launches, layer_op
 from ..fused import DTYPES
@@ -47,6 +48,7 @@ class _Squared(torch.autograd.Function):
         return x.view_as(x), Normed.squares(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor, of_squares: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return torch.addcmul(gradient, x, (2 * of_squares).to(x.dtype))
@@ -63,6 +65,7 @@ class _Scaled(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, scale = ctx.saved_tensors
         return *scaled_backward(gradient, x, scale, ctx.norm), None

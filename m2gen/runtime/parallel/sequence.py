@@ -7,8 +7,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, distributed
+from torch.autograd.function import once_differentiable
 
-from ..mixer import Mixer, shapes_of, wide_dtype
+from ..forward import check_tokens
+from ..mixer import Mixer, shapes_of, wants_gradients, wide_dtype
+from .agreement import check_calls_agree, check_ranks_agree
 
 Scan = Callable[[Tensor, Tensor | None, Tensor | None], tuple[Tensor, Tensor, Tensor]]
 """The layer's scan of x after conv and state, None for zeros."""
@@ -31,7 +34,7 @@ def scan_over_ranks(
     on every rank, S_r need not. Gradients need ``backward`` on every rank, in any order of ranks; ``autograd.grad``
     of some inputs would leave out the states, and the rank before this one would wait for ever.
 
-    Raises ValueError for a batch of fewer sequences than ``micro_batches``.
+    Raises ValueError for a batch of fewer sequences than ``micro_batches``, and RanksDifferError.
     """
     return pipelined(layer, layer.scan, x, group, micro_batches)
 
@@ -40,9 +43,23 @@ def pipelined(
     layer: Mixer, scan: Scan, x: Tensor, group: distributed.ProcessGroup | None, micro_batches: int
 ) -> Tensor:
     """Do what ``scan_over_ranks`` does, with ``scan`` for the layer's."""
-    if not 1 <= micro_batches <= x.shape[0]:
-        raise ValueError(f"M2RNN: micro_batches must be 1 to the batch's {x.shape[0]}, got {micro_batches}")
-    ranks = distributed.get_process_group_ranks(group or distributed.group.WORLD)
+    found = group or distributed.group.WORLD
+    if found is None:
+        raise RuntimeError("M2RNN: torch.distributed must be initialised before states go over ranks")
+    if layer.backend == "kernels":
+        check_ranks_agree(found)
+
+    def check() -> None:
+        check_tokens(layer, x, None, None)
+        if not 1 <= micro_batches <= x.shape[0]:
+            raise ValueError(f"M2RNN: micro_batches must be 1 to the batch's {x.shape[0]}, got {micro_batches}")
+
+    def facts() -> dict[str, str]:
+        gradients = str(wants_gradients(layer, x))
+        return {"sequences": str(x.shape[0]), "micro_batches": str(micro_batches), "gradients": gradients}
+
+    check_calls_agree(found, "states", (x.dtype, x.shape[:1], micro_batches), check, facts)
+    ranks = distributed.get_process_group_ranks(found)
     place = ranks.index(distributed.get_rank())
     before = ranks[place - 1] if place > 0 else None
     after = ranks[place + 1] if place + 1 < len(ranks) else None
@@ -57,7 +74,7 @@ def _pass_on(layer: Mixer, scan: Scan, x: Tensor, link: _Link) -> Tensor:
     conv: Tensor | None = None
     state: Tensor | None = None
     if link.before is not None:
-        anchor = x.new_zeros((), dtype=wide_dtype(layer.state_weight), requires_grad=torch.is_grad_enabled())
+        anchor = x.new_zeros((), dtype=wide_dtype(layer.state_weight), requires_grad=wants_gradients(layer, x))
         conv, state = _received(anchor, link, *shapes_of(layer, x.shape[0]))
     y, conv, state = scan(x, conv, state)
     return y if link.after is None else _sent(y, conv.to(state.dtype), state, link)
@@ -100,6 +117,7 @@ class _Receive(torch.autograd.Function):
         return link.receive([anchor.new_empty(shape) for shape in shapes], link.before)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
         ctx.link.send(gradients, ctx.link.before)
         ctx.link.flush()
@@ -117,6 +135,7 @@ class _Send(torch.autograd.Function):
         return y.view_as(y)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         conv, state = ctx.link.receive([torch.empty(shape, **ctx.made) for shape in ctx.shapes], ctx.link.after)
         return dy, conv, state, None

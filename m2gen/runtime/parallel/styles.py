@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
@@ -17,6 +18,7 @@ from ..cache import M2RNNCache, States
 from ..forward import run
 from ..layer import M2RNN
 from ..mixer import Mixer
+from .agreement import check_ranks_agree
 from .exchange import HeadExchange
 from .heads import HeadParallelM2RNN
 from .sequence import pipelined
@@ -26,7 +28,7 @@ class M2RNNHeads(ParallelStyle):
     """Shard the heads of an ``M2RNN``, which becomes a ``HeadParallelM2RNN`` in its place.
 
     x may be a DTensor of any placement, or what this rank has of one that is replicated, or with ``sequence_parallel``
-    sharded by tokens. The result is as x should be, a DTensor without ``use_local_output``.
+    sharded by tokens, which ranks must divide. The result is as x should be, a DTensor without ``use_local_output``.
 
     Raises what ``HeadParallelM2RNN`` raises, and TypeError for a module that is no ``M2RNN``.
     """
@@ -41,7 +43,8 @@ class M2RNNHeads(ParallelStyle):
         hooks = {name: value for name, value in vars(module).items() if "_hooks" in name}
         module.__dict__ = {**vars(made), **hooks}
         object.__setattr__(module, "__class__", HeadParallelM2RNN)  # since what a style returns for a child is dropped
-        _place_tokens(module, device_mesh, sharded=self.sequence_parallel, local=self.use_local_output)
+        sharded = self.sequence_parallel
+        _Placed(device_mesh, sharded=sharded, uneven=False, local=self.use_local_output).watch(module)
         return module
 
 
@@ -65,9 +68,11 @@ class M2RNNContext(ParallelStyle):
         if not isinstance(module, M2RNN | HeadParallelM2RNN):
             raise TypeError(f"M2RNN: tokens must be of an M2RNN to lie over ranks, got {type(module).__name__}")
         group = device_mesh.get_group()
+        if module.backend == "kernels":
+            check_ranks_agree(group)
         call = HeadExchange(module, group) if self.micro_batches is None else _Piped(module, group, self.micro_batches)
         vars(module)["forward"] = partial(_forward_of_tokens, call)  # no closure: a copy of the layer calls itself
-        _place_tokens(module, device_mesh, sharded=True, local=self.use_local_output)
+        _Placed(device_mesh, sharded=True, uneven=True, local=self.use_local_output).watch(module)
         return module
 
 
@@ -80,7 +85,14 @@ class _Piped:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Piped:
         return _Piped(copy.deepcopy(self.layer, memo), self.group, self.micro_batches)
 
-    def __call__(self, x: Tensor, cu_seqlens: Tensor | None, cu_seqlens_cpu: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_cpu: Tensor | None = None,
+        tokens: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Do what ``scan_over_ranks`` does, which takes any ``tokens``."""
         if cu_seqlens is not None or cu_seqlens_cpu is not None:
             raise ValueError("M2RNN: cu_seqlens must be None with micro_batches, which are of whole sequences")
         return pipelined(self.layer, self._scan, x, self.group, self.micro_batches)
@@ -94,31 +106,67 @@ def _forward_of_tokens(
     x: Tensor,
     cache: M2RNNCache | None = None,
     attention_mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cu_seqlens_cpu: Tensor | None = None,
+    *packing: Tensor | None,
+    **named: Any,
 ) -> Tensor:
     """Be a forward with the layer's arguments of a call that has no cache and no mask."""
     for name, given in (("cache", cache), ("attention_mask", attention_mask)):
         if given is not None:
             raise ValueError(f"M2RNN: {name} must be None where tokens lie over ranks; pack with cu_seqlens")
-    return call(x, cu_seqlens, cu_seqlens_cpu)
+    return call(x, *packing, **named)
 
 
-def _place_tokens(module: nn.Module, mesh: DeviceMesh, *, sharded: bool, local: bool) -> None:
-    """Bring x to its placement before calls of a module, and make its results DTensors unless they stay ``local``."""
+class _Placed:
+    """Brings x to its placement before calls of a module, and makes its results DTensors unless they stay ``local``.
 
-    def placements(x: Tensor) -> Sequence[Shard | Replicate]:
-        return [Shard(x.dim() - 2) if sharded else Replicate()]
+    Where parts of x may be ``uneven``, the call is told which rank has how many tokens, unless they have equal ones.
+    """
 
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return tuple(map(at_home, args)), {name: at_home(value) for name, value in kwargs.items()}
+    def __init__(self, mesh: DeviceMesh, *, sharded: bool, uneven: bool, local: bool) -> None:
+        self.mesh, self.sharded, self.uneven, self.local = mesh, sharded, uneven, local
 
-    def at_home(x: Any) -> Any:
-        return x.redistribute(mesh, placements(x)).to_local() if isinstance(x, DTensor) else x
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Placed:
+        return self  # of a copied module the same: a mesh is not copied
 
-    def leave(_: nn.Module, __: Any, y: Any) -> Any:
-        return DTensor.from_local(y, mesh, placements(y), run_check=False) if isinstance(y, Tensor) else y
+    def watch(self, module: nn.Module) -> None:
+        """Have the module's calls come by here."""
+        module.register_forward_pre_hook(self._enter, with_kwargs=True)
+        if not self.local:
+            module.register_forward_hook(self._leave, with_kwargs=True)
 
-    module.register_forward_pre_hook(enter, with_kwargs=True)
-    if not local:
-        module.register_forward_hook(leave)
+    def _enter(
+        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = args[0] if args else kwargs.get("x")
+        tokens = self._tokens(x) if self.sharded and isinstance(x, DTensor) else None
+        placed = {name: self._here(value, value is x) for name, value in kwargs.items()}
+        return tuple(self._here(value, value is x) for value in args), placed | ({"tokens": tokens} if tokens else {})
+
+    def _here(self, value: Any, is_x: bool) -> Any:
+        """Return what this rank is to have of an argument, of any but x all."""
+        if not isinstance(value, DTensor):
+            return value
+        return value.redistribute(self.mesh, self._placements(value) if is_x else [Replicate()]).to_local()
+
+    def _placements(self, x: Tensor) -> Sequence[Shard | Replicate]:
+        return [Shard(x.dim() - 2) if self.sharded else Replicate()]
+
+    def _tokens(self, x: Tensor) -> tuple[int, ...] | None:
+        """Return how many tokens of x ranks get, as torch shards it; None for equal numbers."""
+        ranks, total = self.mesh.size(), x.shape[-2]
+        if total % ranks == 0:
+            return None
+        if not self.uneven:
+            raise ValueError(f"M2RNN: tokens of x must be divided by {ranks} ranks with sequence_parallel, got {total}")
+        each = -(-total // ranks)
+        return tuple(max(min(each, total - each * rank), 0) for rank in range(ranks))
+
+    def _leave(self, _: nn.Module, __: Any, kwargs: dict[str, Any], y: Any) -> Any:
+        if not isinstance(y, Tensor):
+            return y
+        place, tokens = self._placements(y), kwargs.get("tokens")
+        if tokens is None:
+            return DTensor.from_local(y, self.mesh, place, run_check=False)
+        shape = torch.Size((*y.shape[:-2], sum(tokens), y.shape[-1]))
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(y, self.mesh, place, run_check=False, shape=shape, stride=stride)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from .collectives import all_to_all, dense
@@ -46,6 +47,7 @@ class _ToHeads(torch.autograd.Function):
         return _to_heads(x, counts, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _to_tokens(gradient, ctx.counts, ctx.group), None, None
 
@@ -57,6 +59,7 @@ class _ToTokens(torch.autograd.Function):
         return _to_tokens(y, counts, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return _to_heads(gradient, ctx.counts, ctx.group), None, None
 
