@@ -147,10 +147,11 @@ def test_a_step_reads_nothing_but_its_tokens(run, package, model, texts) -> None
     assert chosen.tolist() == [text[len(request.text)] for request, text in zip(requests, texts, strict=False)]
 
 
-def test_an_end_of_text(run, package, model, texts, monkeypatch) -> None:
-    """A token that ends texts is the last one, and frees the slot."""
+@pytest.mark.parametrize("several", [False, True])
+def test_an_end_of_text(run, package, model, texts, monkeypatch, several) -> None:
+    """A token that ends texts is the last one, and frees the slot; ``generate`` has it from the same place."""
     end = texts[3][1]
-    monkeypatch.setattr(model.config, "eos_token_id", end)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [model.config.vocab_size, end] if several else end)
     engine, request = run.Engine(package, model, 1), run.Request(PROMPTS[3], NEW)
     engine.add(request)
     for _ in range(NEW):

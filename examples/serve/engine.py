@@ -142,7 +142,7 @@ class Engine:
         self.running: list[Request] = []
         self.decoders: dict[int, Decoder] = {}
         self.memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        ends = model.config.eos_token_id
+        ends = model.generation_config.eos_token_id  # where ``generate`` has them from
         self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
     @property
