@@ -124,6 +124,8 @@ class FlaGatedDeltaNet(nn.Module):
             raise SystemExit(
                 f"gated_deltanet_fla must have flash-linear-attention installed, got none ({error})"
             ) from None
+        except ValueError as error:  # a width that no number of heads makes
+            raise SystemExit(f"gated_deltanet_fla: {error}") from None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)[0]
@@ -133,7 +135,7 @@ def gated_delta(width: int) -> GatedDelta:
     """Return Gated DeltaNet in plain PyTorch, with the heads that flash-linear-attention's has here."""
     heads, rest = divmod(width, 2 * DELTA_ROWS)
     if rest or not heads:
-        raise ValueError(f"width must be a multiple of {2 * DELTA_ROWS} for gated_deltanet, got {width}")
+        raise SystemExit(f"width must be a multiple of {2 * DELTA_ROWS} for gated_deltanet, got {width}")
     return GatedDelta(width, heads, DELTA_ROWS, 2 * DELTA_ROWS)
 
 

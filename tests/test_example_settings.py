@@ -56,6 +56,7 @@ MODELS = [
     ("hybrid_lm/run.py train", "layer=nope", "M2RNN: name must be a layer (base, grouped)"),
     ("hybrid_lm/run.py train", "backend=eager", "M2RNN: backend must be kernels or reference, got 'eager'"),
     ("hybrid_lm/run.py train", "width=9", "width must be a multiple of 4, two channels of 2 heads, got 9"),
+    ("hybrid_lm/run.py train", "mixers=[gated_deltanet]", "width must be a multiple of 256 for gated_deltanet, got 8"),
     ("recall/run.py", "layer=nope", "M2RNN: name must be a layer (base, grouped)"),
 ]
 
