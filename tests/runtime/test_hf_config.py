@@ -31,6 +31,11 @@ BLOCKS = {
     "an activation": ("mlp_blocks", MIXER, {"activation_function": "prelu"}),
     "a size": ("mlp_blocks", MIXER, {"intermediate_size": 0}),
     "dropout": ("mlp_blocks", MIXER, {"dropout": "none"}),
+    "a shared expert": (
+        "mlp_blocks",
+        MIXER,
+        {"mlp_type": "MoE", "num_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": -3},
+    ),
 }
 SAID = {
     "a mixer of another kind": r"\[1\]\.sequence_mixer_type must be 'm2rnn' or 'softmax_attention', got 'mamba2'",
@@ -45,6 +50,7 @@ SAID = {
     "an MLP of another kind": r"\[1\].mlp_type must be 'MLP' or 'MoE', got 'KAN'",
     "an activation": r"\[1\]\.activation_function must be among .*, got 'prelu'",
     "a size": r"\[1\]\.intermediate_size must be a positive integer, got 0",
+    "a shared expert": r"\[1\]\.shared_intermediate_size must be null or a positive integer, got -3",
     "dropout": r"\[1\]\.dropout must be a number at least 0, got 'none'",
 }
 

@@ -175,6 +175,8 @@ def _experts(keys: Keys, mlp: MLPBlock) -> ExpertsBlock:
     if chosen > count:
         raise keys.error("num_experts_per_tok", f"be at most num_experts = {count}", chosen)
     shared, expert = keys.any("shared_intermediate_size"), replace(mlp, dropout=0)
+    if shared is not None and (type(shared) is not int or shared < 1):
+        raise keys.error("shared_intermediate_size", "be null or a positive integer", shared)
     gate = keys.flag("shared_expert_gating")
     if gate and shared is None:
         raise keys.error("shared_expert_gating", "be false where shared_intermediate_size is null", gate)
