@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from files import reachable, write_text
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -160,7 +161,10 @@ class CharacterModel(nn.Module):
 
 def read_text(path: Path) -> tuple[Tensor, int]:
     """Return the text as indices into its sorted alphabet, and the size of that."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SystemExit(f"--text {path} must be UTF-8: {error}") from None
     alphabet = {character: index for index, character in enumerate(sorted(set(text)))}
     return torch.tensor([alphabet[character] for character in text]), len(alphabet)
 
@@ -232,8 +236,16 @@ def write_json(path: Path, runs: dict[str, Run], facts: dict[str, object]) -> No
         "ms_per_step": {name: round(run.typical, 3) for name, run in runs.items()},
         "loss": {name: run.losses for name, run in runs.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(json.dumps(record, indent=1) + "\n", path)
+
+
+def read_curves(path: Path) -> tuple[dict[str, list[float]], str | None]:
+    """Return the curves and the package of an earlier run; a file of another form ends the program."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {name: [float(loss) for loss in losses] for name, losses in record["loss"].items()}, record["package"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise SystemExit(f"--redraw {path} must be the JSON of an earlier run, got {error!r}") from None
 
 
 def draw_figure(path: Path, losses: dict[str, list[float]], package: str | None) -> None:
@@ -312,13 +324,16 @@ def main() -> None:
     """Train what was asked for, then print, write and draw."""
     arguments = parse_arguments()
     if arguments.redraw:
-        earlier = json.loads(arguments.redraw.read_text(encoding="utf-8"))
-        draw_figure(arguments.out, earlier["loss"], earlier["package"])
+        losses, package = read_curves(arguments.redraw)
+        draw_figure(arguments.out, losses, package)
         return
     config = Config(**{name: getattr(arguments, name) for name in Config.__dataclass_fields__})
     device = choose_device(arguments.device)
     product = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     text, vocabulary = read_text(arguments.text)
+    curves = arguments.json or arguments.out.with_suffix(".json")
+    for place in (curves, arguments.out):  # before the training, whose curves it would not take
+        place.parent.mkdir(parents=True, exist_ok=True)
     runs = {}
     for name in (KERNELS, REFERENCE) if arguments.backend == "both" else (arguments.backend,):
         mixer = kernels_mixer(arguments.package) if name == KERNELS else reference_mixer()
@@ -327,7 +342,7 @@ def main() -> None:
     print(", ".join([product, f"torch {torch.__version__}", *([f"kernels of {package}"] if package else [])]))
     print_table(runs)
     facts = {"package": package, "device": product, "torch": torch.__version__, "config": asdict(config)}
-    write_json(arguments.json or arguments.out.with_suffix(".json"), runs, facts)
+    write_json(curves, runs, facts)
     try:
         draw_figure(arguments.out, {name: run.losses for name, run in runs.items()}, package)
     except ModuleNotFoundError as error:
@@ -335,7 +350,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reachable():
         main()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise SystemExit(f"{error.filename} must be readable and writable: {error.strerror}") from None

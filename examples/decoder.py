@@ -33,11 +33,21 @@ def package_of(name: str) -> ModuleType:
         ) from None
 
 
+def layer_of(package: ModuleType, name: str, width: int, **options: object) -> nn.Module:
+    """Return an M2RNN layer of a package, or end with what is wrong with its name or its options."""
+    try:
+        return package.M2RNN.from_variant(name, width, **options)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
 class Attention(nn.Module):
     """Causal attention with rotary positions, so that it can be asked about lengths that it never saw."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
+        if width % (2 * heads):
+            raise SystemExit(f"width must be a multiple of {2 * heads}, two channels of {heads} heads, got {width}")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
@@ -114,6 +124,8 @@ class FlaGatedDeltaNet(nn.Module):
             raise SystemExit(
                 f"gated_deltanet_fla must have flash-linear-attention installed, got none ({error})"
             ) from None
+        except ValueError as error:  # a width that no number of heads makes
+            raise SystemExit(f"gated_deltanet_fla: {error}") from None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)[0]
@@ -123,16 +135,16 @@ def gated_delta(width: int) -> GatedDelta:
     """Return Gated DeltaNet in plain PyTorch, with the heads that flash-linear-attention's has here."""
     heads, rest = divmod(width, 2 * DELTA_ROWS)
     if rest or not heads:
-        raise ValueError(f"width must be a multiple of {2 * DELTA_ROWS} for gated_deltanet, got {width}")
+        raise SystemExit(f"width must be a multiple of {2 * DELTA_ROWS} for gated_deltanet, got {width}")
     return GatedDelta(width, heads, DELTA_ROWS, 2 * DELTA_ROWS)
 
 
 def mixer(kind: str, width: int, heads: int, package: ModuleType, layer: str, **options: object) -> nn.Module:
     """Return a mixer of one of ``KINDS``; ``layer`` is the M2RNN layer's name in the package, options are its own."""
     if kind == "m2rnn":
-        return package.M2RNN.from_variant(layer, width, **options)
+        return layer_of(package, layer, width, **options)
     if kind == "linear":
-        return Linear(package.M2RNN.from_variant(layer, width, **options))
+        return Linear(layer_of(package, layer, width, **options))
     if kind == "gru":
         return Gru(width)
     if kind == "gated_deltanet":

@@ -31,6 +31,16 @@ def write_json(values: dict[str, Any], place: Path) -> None:
 
 
 @contextlib.contextmanager
+def reachable() -> Iterator[None]:
+    """End the program in one line where a file or a folder cannot be read or written, as on a disk that is full."""
+    try:
+        yield
+    except OSError as error:
+        place, said = error.filename or "files", error.strerror or error
+        raise SystemExit(f"{place} must be readable and writable: {said}") from None
+
+
+@contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """Make a folder, and end the program where another process is within this context for the same one.
 

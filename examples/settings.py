@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +55,36 @@ def readable(path: Path) -> Iterator[None]:
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         said = f"{type(error).__name__}: {error}"
         raise SystemExit(f"{path} and --set must give values of the kinds that this command has, got {said}") from None
+
+
+def check(path: Path, config: Any, free: Collection[str] = (), empty: Collection[str] = (), where: str = "") -> None:
+    """End the program where a config, or one within it, has a value that is none of its field's.
+
+    Integers must be 1 or more, but for those in fields whose names are in ``free``, numbers 0 or more, and lists must
+    have entries, but for those in ``empty``. Fields of other types are not looked at.
+    """
+    for field in fields(config):
+        value, name = getattr(config, field.name), f"{where}{field.name}"
+        for key, part in value.items() if isinstance(value, Mapping) else [("", value)]:
+            if is_dataclass(part):
+                check(path, part, free, empty, f"{name}.{key}." if key else f"{name}.")
+        several = str(field.type).startswith("tuple[")
+        if several and not value and field.name not in empty:
+            raise SystemExit(f"{path} and --set: {name} must have entries, got none")
+        rule, fits = _rule(str(field.type).removeprefix("tuple[").removesuffix(", ...]"), field.name in free)
+        for x in value if several and isinstance(value, tuple) else (value,):
+            if not fits(x):
+                raise SystemExit(f"{path} and --set: {name} must be {rule}, got {x!r}")
+
+
+def _rule(kind: str, free: bool) -> tuple[str, Callable[[Any], bool]]:
+    """Return what a value of a type must be, and whether one is that."""
+    if kind == "int" and free:
+        return "an integer", lambda x: type(x) is int
+    if kind == "int":
+        return "an integer from 1 on", lambda x: type(x) is int and x >= 1
+    if kind == "float":
+        return "a number from 0 on", lambda x: type(x) in (int, float) and 0 <= x < math.inf
+    if kind in ("bool", "str"):
+        return {"bool": "true or false", "str": "a text"}[kind], lambda x: type(x).__name__ == kind
+    return "", lambda _: True

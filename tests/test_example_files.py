@@ -48,6 +48,51 @@ def held(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
+@pytest.mark.parametrize("out", ["file", "file/below"])
+@pytest.mark.parametrize("command", [*(name for name in COMMANDS if "state_tracking" not in name), "serve/run.py"])
+def test_an_out_that_is_no_folder_is_one_line(command: str, out: str, tmp_path: Path) -> None:
+    """The line names what stands in the way."""
+    (tmp_path / "file").touch()
+    name, *options = command.split()
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *options, "--smoke", "--out", str(tmp_path / out)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert f"{tmp_path / 'file'}" in done.stderr
+    assert "must be readable and writable: " in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--out", "file/below.png"), "file must be readable and writable: "),
+        (("--text", "bytes"), "--text bytes must be UTF-8: "),
+        (("--redraw", "file"), "--redraw file must be the JSON of an earlier run, got JSONDecodeError"),
+    ],
+)
+def test_files_of_the_character_model_are_looked_at_first(options: tuple[str, str], said: str, tmp_path: Path) -> None:
+    """What cannot be read or written is said in one line, before the steps whose curves would be lost."""
+    (tmp_path / "file").touch()
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "char_lm.py"), *options, "--steps", "1000000", "--backend", "reference"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("no reason")])
+def test_errors_without_a_file_are_one_line(files, error: OSError) -> None:
+    """A disk that is full has no name in its error; others have words alone."""
+    said = f"files must be readable and writable: {error.strerror or error}"
+    with pytest.raises(SystemExit, match=said), files.reachable():
+        raise error
+
+
 def test_two_writers_of_one_file(files, tmp_path) -> None:
     """One that writes while another does, as two processes may, takes nothing from it: the last to end has its way."""
     place = tmp_path / "losses.json"

@@ -22,6 +22,16 @@ REFUSED = [
     ("hybrid_lm/run.py train", "mixers=m2rnn", "--set mixers must be a list, got 'm2rnn'"),
     ("recall/run.py", "evaluate=3", "--set evaluate must be a mapping, got 3"),
     ("recall/run.py", "lengths=[", "--set lengths must be YAML, got '['"),
+    ("hybrid_lm/run.py train", "steps=", "--set: steps must be an integer from 1 on, got None"),
+    ("hybrid_lm/run.py train", "seq=-1", "--set: seq must be an integer from 1 on, got -1"),
+    ("hybrid_lm/run.py train", "deterministic=maybe", "--set: deterministic must be true or false, got 'maybe'"),
+    ("hybrid_lm/run.py train", "mixers=[]", "--set: mixers must have entries, got none"),
+    ("hybrid_lm/run.py train", "compare={seeds: [x], seq: 4, steps: 4}", "--set: compare.seeds must be an integer"),
+    ("hybrid_lm/hybrids.py", "text={limit: 9, validation: 0}", "--set: text.validation must be an integer from 1 on"),
+    ("recall/run.py", "steps=2.5", "--set: steps must be an integer from 1 on, got 2.5"),
+    ("recall/run.py", "tasks=[]", "--set: tasks must have entries, got none"),
+    ("recall/run.py", "dtype=fp16", "dtype must be bf16 or fp32, got 'fp16'"),
+    ("recall/run.py", "evaluate={lengths: [8], words: 0, tokens: 4}", "--set: evaluate.words must be an integer from"),
     ("state_tracking/run.py", "lengths=8", "--set lengths must be a list, got 8"),
     ("state_tracking/run.py", "stages=[8]", "config.yaml and --set must give values of the kinds"),
     ("state_tracking/run.py", "steps=true", "--set steps must be a number, got True"),
@@ -40,6 +50,28 @@ def test_values_of_no_sense_are_one_line(command: str, given: str, said: str, tm
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+MODELS = [
+    ("hybrid_lm/run.py train", "layer=nope", "M2RNN: name must be a layer (base, grouped)"),
+    ("hybrid_lm/run.py train", "backend=eager", "M2RNN: backend must be kernels or reference, got 'eager'"),
+    ("hybrid_lm/run.py train", "width=9", "width must be a multiple of 4, two channels of 2 heads, got 9"),
+    ("hybrid_lm/run.py train", "mixers=[gated_deltanet]", "width must be a multiple of 256 for gated_deltanet, got 8"),
+    ("recall/run.py", "layer=nope", "M2RNN: name must be a layer (base, grouped)"),
+]
+
+
+@pytest.mark.parametrize(("command", "given", "said"), MODELS)
+def test_models_that_cannot_be_made_are_one_line(command: str, given: str, said: str, tmp_path: Path) -> None:
+    """What a package or a mixer does not take ends the command without a traceback."""
+    name, *options = command.split()
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *options, "--smoke", "--out", str(tmp_path / "out"), "--set", given],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith(said)
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_values_that_configs_may_have_are_taken(tmp_path: Path) -> None:

@@ -392,6 +392,27 @@ def test_generate_smoke(example, monkeypatch, tmp_path, capfd) -> None:
     assert (tmp_path / "checkpoint" / "model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--steps", "-1", "--steps must be at least 1, got -1"),
+        ("--steps", "0", "--steps must be at least 1, got 0"),
+        ("--seconds", "-1", "--seconds must be at least 0, got -1.0"),
+        ("--seconds", "nan", "--seconds must be at least 0, got nan"),
+        ("--tokens", "0", "--tokens must be at least 1, got 0"),
+        ("--prompt", "", "--prompt must have a letter, got none"),
+    ],
+)
+def test_generate_refuses_what_would_never_end(example, monkeypatch, tmp_path, capsys, option, value, said) -> None:
+    """Steps that are never reached, and texts that cannot begin, are refused before anything is built or trained."""
+    run = example("generate")
+    monkeypatch.setattr(run, "hf_of", lambda *_: pytest.fail("went on"))
+    with pytest.raises(SystemExit, match="2"):
+        command(run, monkeypatch, "--smoke", "--out", str(tmp_path / "out"), f"{option}={value}")
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_generate_trains_on_as_many_bytes_as_it_says(example, monkeypatch) -> None:
     """Each word is ``seq`` bytes long; what only shows that all works has a folder of its own."""
     run, seen = example("generate"), []

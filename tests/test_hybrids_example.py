@@ -156,6 +156,12 @@ def test_text_is_split_by_file(example, tmp_path) -> None:
     assert set(train) & set(validation) == {b"="}
     (tmp_path / "m1.py").unlink()
     assert corpus.kept(choice, tmp_path / "text.pt").facts == facts  # what was gathered stays
+    with pytest.raises(SystemExit, match=r"text.pt must be of Choice\(limit=9, .*give another --out"):
+        corpus.kept(corpus.Choice(9, 5, choice.roots), tmp_path / "text.pt")
+    saved = torch.load(tmp_path / "text.pt", weights_only=True)
+    del saved["choice"]  # as files of before
+    torch.save(saved, tmp_path / "before.pt")
+    assert corpus.kept(corpus.Choice(9, 5, choice.roots), tmp_path / "before.pt").facts == facts
     assert corpus.gather(choice).facts != facts
     less = corpus.gather(corpus.Choice(50_000, 5, (str(tmp_path),))).facts
     assert less.train_bytes + less.validation_bytes <= 50_000
@@ -193,6 +199,8 @@ def test_students_t(example) -> None:
     assert (found.mean, found.half) == (pytest.approx(0.2), pytest.approx(4.3027 * 0.1 / math.sqrt(3), abs=1e-4))
     assert found.chance == pytest.approx(1 - 12**0.5 / 14**0.5, abs=1e-5)
     assert report.paired([1.0], [2.0]).half == math.inf
+    assert report.paired([1.1, 2.2], [1.1, 2.2]).chance == pytest.approx(1)  # equal: as likely as can be
+    assert report.paired([1.5, 2.5], [1.0, 2.0]).chance == 0
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 6])
@@ -360,10 +368,11 @@ def test_smoke_on_kernels_and_the_readme(example, monkeypatch, tmp_path, capsys)
     assert page.endswith("<!-- hybrids: end -->\nafter\n")
     assert page.count("| tiny | with M²RNN | 0, 1 |") == 1
     assert page.count("with M²RNN less with Gated DeltaNet | 2 |") == 1
-    for run in data["runs"]:  # diverged
-        run["final"], run["curve"][0][3] = math.nan, math.nan
-    sys.modules["report"].write(data, tmp_path / "page")
-    assert "| tiny | with M²RNN less with Gated DeltaNet | 2 | +nan | nan | nan | no |" in capsys.readouterr().out
+    for nats in (1e3, math.nan):  # diverged
+        for run in data["runs"]:
+            run["final"], run["curve"][0][3] = nats, nats
+        sys.modules["report"].write(data, tmp_path / "page")
+        assert "| tiny | with M²RNN less with Gated DeltaNet | 2 | +nan | nan | nan | no |" in capsys.readouterr().out
     for name in ("hybrids.svg", "hybrids-dark.svg"):
         assert (readme.parent / name).read_text(encoding="utf-8").startswith("<?xml")
     readme.write_text("nothing", encoding="utf-8")

@@ -41,7 +41,7 @@ def texts(package: ModuleType) -> list[list[int]]:
     return [by_hand(reference, prompt) for prompt in PROMPTS]
 
 
-LOCAL = ("engine", "decoder", "gated_delta")
+LOCAL = ("engine", "decoder", "files", "gated_delta")
 """Modules that the example finds beside it."""
 
 
@@ -147,10 +147,11 @@ def test_a_step_reads_nothing_but_its_tokens(run, package, model, texts) -> None
     assert chosen.tolist() == [text[len(request.text)] for request, text in zip(requests, texts, strict=False)]
 
 
-def test_an_end_of_text(run, package, model, texts, monkeypatch) -> None:
-    """A token that ends texts is the last one, and frees the slot."""
+@pytest.mark.parametrize("several", [False, True])
+def test_an_end_of_text(run, package, model, texts, monkeypatch, several) -> None:
+    """A token that ends texts is the last one, and frees the slot; ``generate`` has it from the same place."""
     end = texts[3][1]
-    monkeypatch.setattr(model.config, "eos_token_id", end)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", [model.config.vocab_size, end] if several else end)
     engine, request = run.Engine(package, model, 1), run.Request(PROMPTS[3], NEW)
     engine.add(request)
     for _ in range(NEW):
@@ -169,6 +170,12 @@ def test_misuse(run, package, model) -> None:
         engine.add(request)
     with pytest.raises(ValueError, match="must have a prompt and new tokens, got 0 and 3"):
         run.Request([], 3)
+    for slots, chunk in ((0, 1), (1, 0)):  # with which a step would do nothing for ever
+        with pytest.raises(ValueError, match=f"slots and chunk must be at least 1, got {slots} and {chunk}"):
+            run.Engine(package, model, slots, chunk)
+    for token in (-1, model.config.vocab_size):
+        with pytest.raises(ValueError, match=f"must have tokens from 0 to {model.config.vocab_size - 1}, got {token}"):
+            engine.add(run.Request([1, token], 1))
     hybrid = small_model(hf_of(package), "hybrid_nope")
     with pytest.raises(ValueError, match="every mixer must be an M2RNN, got M2RNN, SoftmaxAttention"):
         run.Engine(package, hybrid, 1)
@@ -192,3 +199,23 @@ def test_the_command(run, package, monkeypatch, tmp_path: Path, capsys) -> None:
     with pytest.raises(SystemExit, match="1"):
         run.main()
     assert "0 of 2 texts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["chunk", "batch", "steps", "prompt", "new", "requests", "layers", "vocabulary"])
+def test_sizes_of_nothing(run, monkeypatch, tmp_path: Path, capsys, option: str) -> None:
+    """A size of 0 is refused before anything is served: with some a step would do nothing for ever."""
+    monkeypatch.setattr(sys, "argv", ["run.py", "--smoke", f"--{option}", "0", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        run.main()
+    assert f"argument --{option}: must be at least 1, got 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be(run, package, monkeypatch, tmp_path: Path) -> None:
+    """Where results cannot be written nothing is served for them, and those of before stay whole."""
+    (tmp_path / "file").touch()
+    options = ["--smoke", "--package", package.__name__, "--layer", "layer", "--out", str(tmp_path / "file")]
+    monkeypatch.setattr(sys, "argv", ["run.py", *options])
+    monkeypatch.setattr(run, "check", lambda *_: pytest.fail("served"))
+    with pytest.raises(SystemExit, match=r"file must be readable and writable: File exists"):
+        run.main()

@@ -135,6 +135,21 @@ def test_the_trainer_of_transformers(example, package, tmp_path, mixed) -> None:
     assert again == whole
 
 
+@pytest.mark.parametrize("state", [None, '{"epoch": 0.'])
+def test_the_trainer_of_transformers_killed(example, package, tmp_path, state) -> None:
+    """Ended in the middle of writing a checkpoint, it goes on from the one before."""
+    hf_trainer = example("hf_trainer")
+    options = {"disable_tqdm": True, "bf16": False}
+    whole = hf_trainer.train(model_of(package), package, tmp_path, 4, **options)
+    torn = tmp_path / "checkpoint-4"
+    (torn / "optimizer.pt").unlink()
+    (torn / "trainer_state.json").unlink()
+    if state is not None:
+        (torn / "trainer_state.json").write_text(state, encoding="utf-8")
+    assert hf_trainer.train(model_of(package), package, tmp_path, 4, **options) == whole
+    assert (torn / "optimizer.pt").exists()
+
+
 def test_the_trainer_of_transformers_for_one_step(example, package, tmp_path) -> None:
     """Half of one step is none, after which no checkpoint can be."""
     losses = example("hf_trainer").train(model_of(package), package, tmp_path, 1, disable_tqdm=True, bf16=False)
@@ -154,6 +169,51 @@ def test_lightning(example, package, tmp_path, precision) -> None:
     first = snippet.train(model_of(package), package, tmp_path / "parts", HALF, **options)
     second = snippet.train(model_of(package), package, tmp_path / "parts", STEPS, **options)
     assert first + second == whole
+    assert snippet.train(model_of(package), package, tmp_path / "parts", STEPS, **options) == []
+
+
+class Called:
+    """A trainer with Lightning's arguments, which does the steps that it is told and calls callbacks after each."""
+
+    def __init__(self, max_steps: int, callbacks: list[Any], **_: Any) -> None:
+        self.max_steps, self.callbacks, self.global_step, self.saved = max_steps, callbacks, 0, list[int]()
+
+    def fit(self, module: Any, loader: Any, ckpt_path: str | None) -> None:
+        """Train, after what a checkpoint has."""
+        self.global_step = 0 if ckpt_path is None else int(Path(ckpt_path).read_text(encoding="utf-8"))
+        for number, batch in enumerate(loader):
+            if self.global_step >= self.max_steps:
+                break
+            module.training_step(batch, number)
+            self.global_step += 1
+            for callback in self.callbacks:
+                callback.on_train_batch_end(self, module, None, batch, number)
+
+    def save_checkpoint(self, place: Path) -> None:
+        """Write the number of the step alone."""
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(str(self.global_step), encoding="utf-8")
+
+
+@pytest.fixture
+def like_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have what the snippet imports of Lightning, whose own checkpoints are never due."""
+    made = {"lightning": ModuleType("lightning"), "lightning.pytorch": ModuleType("lightning.pytorch")}
+    made["lightning.pytorch.callbacks"] = ModuleType("lightning.pytorch.callbacks")
+    for name, module in made.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    silent = type("Silent", (), {"__init__": lambda *_, **__: None, "on_train_batch_end": lambda *_: None})
+    vars(made["lightning"]).update(LightningModule=torch.nn.Module, Callback=object, Trainer=Called)
+    vars(made["lightning.pytorch.callbacks"]).update(ModelCheckpoint=silent)
+
+
+def test_lightning_keeps_the_last_step(example, like_lightning, package, tmp_path) -> None:
+    """A run whose last step is between two checkpoints has one of it, and the same command then does nothing."""
+    snippet = example("with_lightning")
+    assert len(snippet.train(model_of(package), package, tmp_path, 3)) == 3
+    assert (tmp_path / "last.ckpt").read_text(encoding="utf-8") == "3"
+    assert snippet.train(model_of(package), package, tmp_path, 3) == []
+    assert len(snippet.train(model_of(package), package, tmp_path, 5)) == 2
 
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)

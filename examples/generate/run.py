@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import data  # noqa: E402  (of the example beside this one)
-from files import alone, write_text  # noqa: E402
+from files import alone, reachable, write_text  # noqa: E402
 
 NAME = "generate_example"
 """Name of the spec and of the package."""
@@ -156,6 +156,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="steps to train, in place of seconds")
     parser.add_argument("--smoke", action="store_true", help="sizes of seconds on a CPU")
     arguments = parser.parse_args()
+    for name, least in (("tokens", 1), ("steps", 1), ("seconds", 0)):
+        given = getattr(arguments, name)
+        if given is not None and not given >= least:
+            parser.error(f"--{name} must be at least {least}, got {given}")
+    if not arguments.prompt:
+        parser.error("--prompt must have a letter, got none")
     arguments.out = arguments.out or HERE / "results" / ("smoke" if arguments.smoke else "")
     return arguments
 
@@ -194,4 +200,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reachable():
+        main()

@@ -8,7 +8,7 @@ import site
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -88,12 +88,17 @@ def gather(choice: Choice) -> Text:
 
 
 def kept(choice: Choice, place: Path) -> Text:
-    """Return the text in a file, or gather it and write that file, so that all runs beside it have the same text."""
+    """Return the text in a file, or gather it and write that file, so that all runs beside it have the same text.
+
+    One that was gathered by another choice ends the program; a file from before files said by which is taken.
+    """
     if place.is_file():
         saved = torch.load(place, weights_only=True)
+        if saved.get("choice", asdict(choice)) != asdict(choice):
+            raise SystemExit(f"{place} must be of {choice}, but is of {saved['choice']}; give another --out")
         return Text(saved["train"], saved["validation"], Facts(**saved["facts"]))
     text = gather(choice)
-    saved = {"train": text.train, "validation": text.validation, "facts": vars(text.facts)}
+    saved = {"train": text.train, "validation": text.validation, "facts": vars(text.facts), "choice": asdict(choice)}
     store(place, lambda path: torch.save(saved, path))
     return text
 

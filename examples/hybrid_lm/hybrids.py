@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 
 import corpus  # noqa: E402
 import report  # noqa: E402
-from files import alone, write_json  # noqa: E402
+from files import alone, reachable, write_json  # noqa: E402
 from finished import Known, collected, read  # noqa: E402
 from plan import Plan, check_equal, load_plan  # noqa: E402
 from runs import Clock, Runner  # noqa: E402
@@ -111,7 +111,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reachable():
         main()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise SystemExit(f"{error.filename} must be readable and writable: {error.strerror}") from None

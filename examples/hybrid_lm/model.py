@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from data import TOKENS
 from decoder import UNCOMPILED, Decoder, groups_of, mixer, package_of
-from settings import merged, readable
+from settings import check, merged, readable
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -72,7 +72,9 @@ def load(path: Path, changes: dict[str, Any]) -> Config:
     for compiled in (values["compile"], bench.compile):
         if compiled not in (True, False, "blocks"):
             raise SystemExit(f"compile must be true, false or blocks, got {compiled!r}")
-    return replace(Config(**values), compare=compare, bench=bench)
+    config = replace(Config(**values), compare=compare, bench=bench)
+    check(path, config, free=("seed", "seeds", "warmup"), empty=("text",))
+    return config
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from corpus import Choice
 from data import TOKENS
-from decoder import Attention, Decoder, package_of
+from decoder import Attention, Decoder, layer_of, package_of
 from gated_delta import GatedDelta
 from model import Config, load
-from settings import merged, readable
+from settings import check, merged, readable
 from torch import nn
 
 TOLERANCE = 0.01
@@ -145,7 +145,7 @@ def mixer_of(kind: str, run: Run) -> nn.Module:
         return Attention(size.width, size.heads)
     if delta := size.delta.get(kind):
         return GatedDelta(size.width, delta.heads, delta.rows, delta.columns)
-    layer: nn.Module = package_of(run.plan.package).M2RNN.from_variant(size.layer, size.width)
+    layer: nn.Module = layer_of(package_of(run.plan.package), size.layer, size.width)
     return layer
 
 
@@ -195,6 +195,7 @@ def load_plan(path: Path, changes: Mapping[str, Any]) -> Plan:
             "validation": Validation(**values["validation"]), "compare": tuple(map(tuple, values["compare"])),
             "sizes": sizes,
         })  # fmt: skip
+    check(path, plan, free=("seeds", "warmup"), empty=("compile", "roots", "variants", "compare"))
     _check_names(path, plan)
     return plan
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,8 @@ SAID = "validation perplexity against tokens and against seconds of training"
 """What the figure shows, for who does not see it."""
 TICKS = (1.0, 1.5, 2.0, 2.2, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
 """Perplexities at which the figure has a line, and ten times as much."""
+LARGEST = math.log(sys.float_info.max)
+"""The nats of the largest perplexity that is a number."""
 LEVEL = 0.05
 """Chance of a table that says of some difference, where there is none, that it is more than seeds make."""
 
@@ -37,7 +40,7 @@ def paired(one: Sequence[float], other: Sequence[float]) -> Difference:
     if len(differences) < 2:
         return Difference(mean(differences), math.inf, 1.0)
     degrees, error = len(differences) - 1, deviation(differences) / math.sqrt(len(differences))
-    t = abs(mean(differences)) / error if error else math.inf
+    t = abs(mean(differences)) / error if error else math.inf if any(differences) else 0.0
     return Difference(mean(differences), quantile(degrees) * error, 2 * tail(t, degrees))
 
 
@@ -89,8 +92,8 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def words(nats: float) -> float:
-    """Return the perplexity of a byte."""
-    return math.exp(nats)
+    """Return the perplexity of a byte; infinity for one beyond all numbers, as of a run that has diverged."""
+    return math.inf if nats > LARGEST else math.exp(nats)
 
 
 def table(data: dict[str, Any]) -> str:
@@ -212,8 +215,8 @@ def _top(data: dict[str, Any], size: str) -> float | None:
     Runs that have diverged do not count; None where all have.
     """
     curves = [run["curve"] for run in data["runs"] if run["size"] == size]
-    found = [curve[(len(curve) - 1) // 2][3] for curve in curves]
-    return max((words(nats) for nats in found if math.isfinite(nats)), default=None)
+    found = [words(curve[(len(curve) - 1) // 2][3]) for curve in curves]
+    return max(filter(math.isfinite, found), default=None)
 
 
 def _curve(axes: Any, runs: list[dict[str, Any]], variant: str, colour: str, by_tokens: bool) -> None:

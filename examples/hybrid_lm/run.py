@@ -27,7 +27,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuB
 
 import compare  # noqa: E402
 import data  # noqa: E402
-from files import alone, write_json, write_text  # noqa: E402
+from files import alone, reachable, write_json, write_text  # noqa: E402
 from loop import device_at_hand, draw, facts_of, train  # noqa: E402
 from model import Config, Trainer, load  # noqa: E402
 from settings import changes_of  # noqa: E402
@@ -174,7 +174,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reachable():
         main()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise SystemExit(f"{error.filename} must be readable and writable: {error.strerror}") from None

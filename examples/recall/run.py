@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
 import curves  # noqa: E402
 import outcomes  # noqa: E402
 from decoder import package_of  # noqa: E402
-from files import alone, write_json  # noqa: E402
+from files import alone, reachable, write_json  # noqa: E402
 from outcomes import missing, place_of  # noqa: E402
 from settings import changes_of  # noqa: E402
 from train import Config, load, train  # noqa: E402
@@ -94,7 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reachable():
         main()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise SystemExit(f"{error.filename} must be readable and writable: {error.strerror}") from None

@@ -10,9 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from decoder import Attention, Decoder, groups_of, rotated
+from decoder import Attention, Decoder, groups_of, layer_of, rotated
 from gated_delta import GatedDelta
-from settings import merged, readable
+from settings import check, merged, readable
 from tasks import Task
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -73,7 +73,11 @@ def load(path: Path, changes: dict[str, Any]) -> Config:
     """Read a config file and change some of its values; what is missing, unknown or of no sense ends the program."""
     values = merged(path, changes, {field.name for field in fields(Config)})
     with readable(path):
-        return config_of(values)
+        config = config_of(values)
+    check(path, config, free=("seeds",))
+    if config.dtype not in ("bf16", "fp32"):
+        raise SystemExit(f"dtype must be bf16 or fp32, got {config.dtype!r}")
+    return config
 
 
 def config_of(found: dict[str, Any]) -> Config:
@@ -120,7 +124,7 @@ class Window(Attention):
 def mixer(config: Config, kind: str, package: ModuleType) -> nn.Module:
     """Return a mixer of a kind."""
     if kind == "m2rnn":
-        return package.M2RNN.from_variant(config.layer, config.width, backend=config.backend)
+        return layer_of(package, config.layer, config.width, backend=config.backend)
     if kind == "gated_deltanet":
         return GatedDelta(config.width, config.heads, config.rows, config.rows)
     if kind == "window":

@@ -128,6 +128,8 @@ class Engine:
     """
 
     def __init__(self, package: ModuleType, model: Any, slots: int, chunk: int = 512) -> None:
+        if slots < 1 or chunk < 1:
+            raise ValueError(f"slots and chunk must be at least 1, got {slots} and {chunk}")
         mixers = [block.sequence_mixer for block in model.transformer.h]
         if not all(isinstance(mixer, package.M2RNN) for mixer in mixers):
             raise ValueError(f"every mixer must be an M2RNN, got {', '.join(type(mixer).__name__ for mixer in mixers)}")
@@ -140,7 +142,7 @@ class Engine:
         self.running: list[Request] = []
         self.decoders: dict[int, Decoder] = {}
         self.memory = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        ends = model.config.eos_token_id
+        ends = model.generation_config.eos_token_id  # where ``generate`` has them from
         self.ends = frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
 
     @property
@@ -149,7 +151,10 @@ class Engine:
         return sum(x[0].numel() * x.element_size() for pool in self.pools for x in (pool.conv, pool.state))
 
     def add(self, request: Request) -> None:
-        """Have a new or an evicted request wait for a slot."""
+        """Have a new or an evicted request wait for a slot; a token that is none would fail everybody's step."""
+        tokens = self.model.config.vocab_size
+        if strange := [token for token in request.prompt if not 0 <= token < tokens]:
+            raise ValueError(f"a prompt must have tokens from 0 to {tokens - 1}, got {strange[0]}")
         if request.status not in (Status.WAITING, Status.EVICTED) or request in self.waiting:
             raise ValueError(f"a request must be new or evicted to be added, got one that is {request.status.name}")
         request.status = Status.WAITING

@@ -31,6 +31,7 @@ if not torch.cuda.is_available():
 
 from decoder import package_of  # noqa: E402
 from engine import Engine, Request, Status  # noqa: E402
+from files import reachable, write_text  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 LENGTHS = (256, 1024, 4096, 16384, 65536)
@@ -193,12 +194,21 @@ def report(results: dict[str, Any]) -> str:
     return "\n".join(rows) + "\n"
 
 
+def count(text: str) -> int:
+    """Parse a count of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return int(text)
+
+
+@reachable()
 def main() -> None:
     """Do what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for size in fields(Sizes):
-        several = {"nargs": "+", "type": int} if size.name == "batch" else {"type": type(size.default)}
-        parser.add_argument(f"--{size.name}", help=f"default: {size.default}", **several)
+        kind = str if isinstance(size.default, str) else count
+        several = {"nargs": "+"} if size.name == "batch" else {}
+        parser.add_argument(f"--{size.name}", help=f"default: {size.default}", type=kind, **several)
     parser.add_argument("--dtype", choices=DTYPES, help="of what is timed; default: bf16, and fp32 on a CPU")
     parser.add_argument("--check", action="store_true", help="compare texts with one-by-one generation first, in fp32")
     parser.add_argument("--smoke", action="store_true", help="check and time at sizes of seconds on a CPU")
@@ -212,13 +222,13 @@ def main() -> None:
     cuda, package = torch.cuda.is_available(), package_of(sizes.package)
     dtype = arguments.dtype or ("bf16" if cuda else "fp32")
     device = torch.cuda.get_device_name() if cuda else "CPU, interpreted"
+    arguments.out.mkdir(parents=True, exist_ok=True)  # before minutes of work whose results it would not take
     results: dict[str, Any] = {"device": device, "torch": torch.__version__, "dtype": dtype, **asdict(sizes)}
     results["check"] = checked = check(package, sizes) if arguments.check or arguments.smoke else None
     results |= measure(package, sizes, dtype)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     text, data = report(results), json.dumps(results, indent=2) + "\n"
-    (arguments.out / "serve.md").write_text(text, encoding="utf-8")
-    (arguments.out / "serve.json").write_text(data, encoding="utf-8")
+    write_text(text, arguments.out / "serve.md")
+    write_text(data, arguments.out / "serve.json")
     print(data if arguments.json else text, end="")
     if checked is not None and checked["equal"] < checked["requests"]:
         raise SystemExit(1)

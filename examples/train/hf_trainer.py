@@ -7,13 +7,28 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from documents import Packed, documents, small_model
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import sort_checkpoints
+
+
+def last_whole(out: Path) -> str | None:
+    """Return the last checkpoint that was written to its end, None without one.
+
+    The Trainer writes its own state last: a run that was ended before leaves a checkpoint with none, or a part of it.
+    """
+    for folder in reversed(sort_checkpoints(str(out))):
+        try:
+            json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return folder
+    return None
 
 
 def trainer_of(model: Any, package: str, out: Path, steps: int, **options: Any) -> Trainer:
@@ -34,7 +49,7 @@ def trainer_of(model: Any, package: str, out: Path, steps: int, **options: Any) 
 def train(model: Any, package: str, out: Path, steps: int, **options: Any) -> list[float]:
     """Train up to ``steps``, from the last checkpoint in ``out`` where there is one, and return all losses."""
     trainer = trainer_of(model, package, out, steps, **options)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(out)) if out.exists() else None)
+    trainer.train(resume_from_checkpoint=last_whole(out))
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 

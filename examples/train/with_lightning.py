@@ -62,6 +62,18 @@ class Batches:
         self.given = state["given"]
 
 
+class Ending(lightning.Callback):
+    """Writes the checkpoint of the last step, which ``ModelCheckpoint`` does not between two of its own."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Write it after the step."""
+        if trainer.global_step == trainer.max_steps:
+            trainer.save_checkpoint(self.place)
+
+
 def train(model: Any, package: str, out: Path, steps: int, **options: Any) -> list[float]:
     """Train up to ``steps``, from the checkpoint in ``out`` where there is one, and return the losses of this run."""
     on_gpu = torch.cuda.is_available()
@@ -70,12 +82,13 @@ def train(model: Any, package: str, out: Path, steps: int, **options: Any) -> li
     trainer = lightning.Trainer(
         **{
             "max_steps": steps, "precision": "bf16-mixed" if on_gpu else "32-true", "gradient_clip_val": 1.0,
-            "devices": 1, "logger": False, "enable_progress_bar": False, "callbacks": [saving], **options,
+            "devices": 1, "logger": False, "enable_progress_bar": False, "callbacks": [saving, Ending(place)],
+            **options,
         }
     )  # fmt: skip
     training = Training(model.train(), package, compiled=on_gpu)
     trainer.fit(training, Batches(), ckpt_path=str(place) if place.exists() else None)
-    return torch.stack(training.losses).tolist()
+    return torch.stack(training.losses).tolist() if training.losses else []
 
 
 if __name__ == "__main__":

@@ -126,6 +126,8 @@ class M2RNNPool:
         there = (column >= 0) & (column < indices.shape[1])
         source = torch.where(there, indices.gather(1, column.clamp(0, indices.shape[1] - 1)[:, None])[:, 0], -1)
         began = _within(source, self.state.shape[0])
+        if pool_checks.DEBUG:  # all columns at once, as requests may race at two of them
+            pool_checks.check_slots("M2RNNPool.steps", self.state.shape[0], source, table)
         places = [self._checked("steps", x, x.shape[0], source, table[:, t]) for t in range(x.shape[1])]
         conv, state = self._taken(source, began)
         moving = M2RNNPool(self.layer, conv, state.to(self.state.dtype))  # goes on where a token's state has no slot

@@ -282,3 +282,11 @@ def test_without_flame_nothing_is_replaced(flame, monkeypatch) -> None:
     """Importing the module elsewhere leaves everything as it is."""
     monkeypatch.delitem(sys.modules, "flame.models.parallelize_fla", raising=False)
     assert not flame.keep_decay()
+
+
+def test_a_default_mixer_is_each_configurations_own(flame) -> None:
+    """A change of one leaves others, and those to come, as they are."""
+    one = flame.FlameM2RNNConfig()
+    one.mixer["heads"]["q"], one.mixer["clip"] = 2, None
+    assert flame.FlameM2RNNConfig().mixer["heads"]["q"] == 1
+    assert "clip" not in flame.FlameM2RNNConfig().mixer

@@ -191,6 +191,23 @@ def test_masks_without_what_a_cache_has_seen(model: Any) -> None:
     assert distance(found.logits, full(model, ids())) < ROUNDING
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_masks_as_long_as_a_cache_of_a_fixed_length(model: Any, static: bool) -> None:
+    """Columns behind the tokens of a call, which are of positions to come, do not stand for these tokens."""
+    tokens, mask = ids(), torch.ones(3, 7, dtype=torch.long)
+    mask[1, :2] = 0  # padded on the left
+    whole = torch.cat((mask, torch.zeros(3, 1, dtype=torch.long)), 1)
+    cache = StaticCache(config=model.config, max_cache_len=8) if static else DynamicCache(config=model.config)
+    found = []
+    with torch.no_grad():
+        for part in (PROMPT, AFTER):
+            seen = whole.clone()
+            seen[:, part.stop :] = 0
+            found.append(model(tokens[:, part], attention_mask=seen, cache=cache).logits)
+        expected = model(tokens, attention_mask=mask, use_cache=False).logits
+    assert distance(torch.cat(found, 1)[mask.bool()], expected[mask.bool()]) < ROUNDING
+
+
 def test_caches_that_are_not_of_the_models_config(hf_built: Any) -> None:
     """One without entries, or with keys and values where a layer has states, is refused in one line."""
     model = small_model(hf_built, "recurrent")

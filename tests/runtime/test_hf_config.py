@@ -24,12 +24,18 @@ BLOCKS = {
     "sliding windows": ("sequence_mixer_blocks", ATTENTION, {"sliding_window": 128}),
     "an unknown key": ("sequence_mixer_blocks", ATTENTION, {"sinks": 4}),
     "heads": ("sequence_mixer_blocks", ATTENTION, {"num_key_value_heads": 3}),
+    "a head of no size": ("sequence_mixer_blocks", ATTENTION, {"head_dim": -8}),
     "a multiplier and a method": ("sequence_mixer_blocks", ATTENTION, {"attention_multiplier_method": "1 / head_dim"}),
     "a flag": ("sequence_mixer_blocks", ATTENTION, {"attention_gate": 1}),
     "an MLP of another kind": ("mlp_blocks", MIXER, {"mlp_type": "KAN"}),
     "an activation": ("mlp_blocks", MIXER, {"activation_function": "prelu"}),
     "a size": ("mlp_blocks", MIXER, {"intermediate_size": 0}),
     "dropout": ("mlp_blocks", MIXER, {"dropout": "none"}),
+    "a shared expert": (
+        "mlp_blocks",
+        MIXER,
+        {"mlp_type": "MoE", "num_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": -3},
+    ),
 }
 SAID = {
     "a mixer of another kind": r"\[1\]\.sequence_mixer_type must be 'm2rnn' or 'softmax_attention', got 'mamba2'",
@@ -38,11 +44,13 @@ SAID = {
     "sliding windows": r"\[0\]\.sliding_window must be None, got 128",
     "an unknown key": r"\[0\]\.sinks must not be given: nothing reads it, got 4",
     "heads": r"\[0\]\.num_key_value_heads must divide 4, got 3",
+    "a head of no size": r"\[0\]\.head_dim must be a positive integer, got -8",
     "a multiplier and a method": r"\[0\]\.attention_multiplier must be null .*, got 0\.25",
     "a flag": r"\[0\]\.attention_gate must be true or false, got 1",
     "an MLP of another kind": r"\[1\].mlp_type must be 'MLP' or 'MoE', got 'KAN'",
     "an activation": r"\[1\]\.activation_function must be among .*, got 'prelu'",
     "a size": r"\[1\]\.intermediate_size must be a positive integer, got 0",
+    "a shared expert": r"\[1\]\.shared_intermediate_size must be null or a positive integer, got -3",
     "dropout": r"\[1\]\.dropout must be a number at least 0, got 'none'",
 }
 
@@ -63,6 +71,10 @@ def test_what_a_block_cannot_be(hf: Any, case: str) -> None:
         ({"position_embedding_type": "learned_absolute"}, "position_embedding_type must be 'rope' or 'nope'"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling must be None"),
         ({"rope_dim": None}, "rope_dim must be a number where mixers differ"),
+        *(
+            ({"position_embedding_type": "rope", "rope_dim": size}, f"rope_dim must be an even number .*, got {size}")
+            for size in (0, 3, 100)
+        ),
         ({"normalization_function": "p_norm"}, "normalization_function must be 'rmsnorm' or 'layernorm'"),
         ({"num_layers": 3}, "sequence_mixer_blocks must have num_layers = 3 entries, got 2"),
         ({"init_method": "mup", "m_width": None}, "m_width must be a number"),

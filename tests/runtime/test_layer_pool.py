@@ -209,6 +209,9 @@ def test_misuse(package, device, monkeypatch) -> None:
             pool.step(x, slots(0, 4, device=device))
         with pytest.raises(ValueError, match=r"out_indices must name a slot for one request alone, got 1 for two"):
             pool.step(x, two, slots(1, 1, device=device))
+        table = slots(0, 1, 1, 2, device=device).view(2, 2)  # slot 1 is of either, after another token
+        with pytest.raises(ValueError, match=r"steps: out_indices must name a slot for one request alone, got 1 for"):
+            pool.steps(x[:, None].expand(-1, 2, -1), table, slots(1, 2, device=device))
     with pytest.raises(ValueError, match=r"M2RNNPool: conv must be \(4, 3, 64\), got \(4, 2, 64\)"):
         package.M2RNNPool(layer, cache.conv[:, 1:], cache.state)
     with pytest.raises(TypeError, match=r"M2RNNPool: state must be torch.float32 or .*, got torch.float64"):

@@ -84,8 +84,9 @@ class Keys:
         return value
 
     def count(self, key: str, default: int | None = None) -> int:
-        """Return a positive integer."""
-        value = self._left.pop(key, default)
+        """Return a positive integer; null is the default."""
+        value = self._left.pop(key, None)
+        value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.error(key, "be a positive integer", value)
         return value
@@ -131,7 +132,7 @@ def attention_block(block: Any, i: int, hidden_size: int) -> AttentionBlock:
         raise keys.error("num_key_value_heads", f"divide {heads}", kv_heads)
     if hidden_size % heads:
         raise keys.error("num_attention_heads", f"divide the hidden size {hidden_size}", heads)
-    head_dim = keys.any("head_dim") or hidden_size // heads
+    head_dim = keys.count("head_dim", hidden_size // heads)
     keys.only("sliding_window", None)
     made = AttentionBlock(
         heads, kv_heads, head_dim, _scale(keys, head_dim),
@@ -174,6 +175,8 @@ def _experts(keys: Keys, mlp: MLPBlock) -> ExpertsBlock:
     if chosen > count:
         raise keys.error("num_experts_per_tok", f"be at most num_experts = {count}", chosen)
     shared, expert = keys.any("shared_intermediate_size"), replace(mlp, dropout=0)
+    if shared is not None and (type(shared) is not int or shared < 1):
+        raise keys.error("shared_intermediate_size", "be null or a positive integer", shared)
     gate = keys.flag("shared_expert_gating")
     if gate and shared is None:
         raise keys.error("shared_expert_gating", "be false where shared_intermediate_size is null", gate)

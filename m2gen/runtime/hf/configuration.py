@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 from ..checkpoints import CONFIG, M2RNN_BLOCK, CheckpointError, spec_text
-from .blocks import mixer_kind
+from .blocks import attention_block, mixer_kind
 
 FULL_ATTENTION = "full_attention"
 M2RNN_LAYER = "m2rnn"
@@ -23,13 +23,6 @@ DEFAULT_MIXER: dict[str, Any] = {
     "A_init_min": 0, "A_init_max": 16, "dt_init_min": 1e-3, "dt_init_max": 0.1, "dt_init_floor": 1e-4,
 }  # fmt: skip
 """The mixer of the published 410M model."""
-
-
-def _head_dim(block: dict[str, Any], hidden_size: int) -> int:
-    """Return the size of an attention head; 0 for other mixers."""
-    if block.get("sequence_mixer_type") == M2RNN_BLOCK:
-        return 0
-    return int(block.get("head_dim") or hidden_size // block["num_attention_heads"])
 
 
 class M2RNNConfig(PreTrainedConfig):
@@ -108,7 +101,14 @@ class M2RNNConfig(PreTrainedConfig):
         if "mup" in (self.init_method, self.embedding_init_method) and self.m_width is None:
             raise CheckpointError(f"{CONFIG}: $.m_width must be a number where init_method is 'mup', got None")
         if self.position_embedding_type == "rope" and FULL_ATTENTION in self.layer_types:
-            _ = self.rotary_size  # raises
+            self._check_rotary()
+
+    def _check_rotary(self) -> None:
+        """Raise CheckpointError unless every head has as many dims as are rotated, in pairs."""
+        least, size = min(self._head_dims - {0}), self.rotary_size
+        if type(size) is not int or size % 2 or not 0 < size <= least:
+            rule = f"be an even number up to {least}, the least head_dim"
+            raise CheckpointError(f"{CONFIG}: $.rope_dim must {rule}, got {size!r}")
 
     @property
     def layer_types(self) -> list[str]:
@@ -119,11 +119,19 @@ class M2RNNConfig(PreTrainedConfig):
     @property
     def rotary_size(self) -> int:
         """Return how many dims of a head are rotated: ``rope_dim``, or a head where every layer's have one size."""
-        blocks = self.sequence_mixer_blocks or []
-        sizes = {_head_dim(block, self.hidden_size) for block in blocks}
+        sizes = self._head_dims
         if self.rope_dim is None and len(sizes) != 1:
             raise CheckpointError(f"{CONFIG}: $.rope_dim must be a number where mixers differ, got None")
-        return self.rope_dim or sizes.pop()
+        return sizes.pop() if self.rope_dim is None else self.rope_dim
+
+    @property
+    def _head_dims(self) -> set[int]:
+        """Return the sizes of attention heads, and 0 for M2RNN blocks."""
+        blocks = enumerate(self.sequence_mixer_blocks or ())
+        return {
+            0 if mixer_kind(block, i) == M2RNN_BLOCK else attention_block(block, i, self.hidden_size).head_dim
+            for i, block in blocks
+        }
 
     def validate(self) -> None:
         """Run the checks of every configuration but that of layer types, since transformers has no list of these."""

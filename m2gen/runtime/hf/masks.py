@@ -27,7 +27,7 @@ def masks_of(
     """
     if attention_mask is not None:
         _check_shape(attention_mask, inputs_embeds.shape[0], inputs_embeds.shape[1], cache)
-    masks: dict[str, Any] = {M2RNN_LAYER: _tokens(attention_mask, inputs_embeds.shape[1])}
+    masks: dict[str, Any] = {M2RNN_LAYER: _tokens(attention_mask, inputs_embeds.shape[1], cache)}
     if FULL_ATTENTION in config.layer_types:
         packed: dict[str, Any] = (
             {"position_ids": position_ids} if numbers is None
@@ -51,14 +51,23 @@ def _check_shape(attention_mask: Tensor, batch: int, steps: int, cache: Cache | 
         raise ValueError(f"M2RNN: attention_mask must be ({batch}, past + {steps}), got {tuple(attention_mask.shape)}")
 
 
-def _tokens(attention_mask: Tensor | None, steps: int) -> Tensor | None:
-    """Return where the last ``steps`` positions have tokens, (B, S), or None where all of them do.
+def _tokens(attention_mask: Tensor | None, steps: int, cache: Cache | None) -> Tensor | None:
+    """Return where the ``steps`` positions after a cache's have tokens, (B, S), or None where all of them do.
 
     Asking waits for the device, once a call; what is compiled does not ask.
     """
     if attention_mask is None:
         return None
-    here = attention_mask[:, -steps:].bool()
+    here = _after(attention_mask, steps, cache).bool()
     if not torch.compiler.is_compiling() and not here.is_meta and bool(here.all()):
         return None
     return here.contiguous()
+
+
+def _after(attention_mask: Tensor, steps: int, cache: Cache | None) -> Tensor:
+    """Return the columns of a mask that are of these tokens: those after the past, behind which there may be more."""
+    past, last = 0 if cache is None else cache.get_seq_length(), attention_mask.shape[1] - steps
+    if isinstance(past, int):
+        return attention_mask[:, past : past + steps]
+    first = past.to(attention_mask.device).clamp(max=last)  # counted on the device, where it stays
+    return attention_mask.index_select(1, first + torch.arange(steps, device=attention_mask.device))

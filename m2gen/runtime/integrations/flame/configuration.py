@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -51,7 +52,7 @@ class FlameM2RNNConfig(PretrainedConfig):
         if mixer is not None and not isinstance(mixer, dict):
             raise TypeError(f"config.json: $.mixer must be a mapping, got {mixer!r}")
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
-        self.mixer = DEFAULT_MIXER if mixer is None else mixer
+        self.mixer = copy.deepcopy(DEFAULT_MIXER) if mixer is None else mixer  # whoever changes it has their own
         self.hidden_ratio, self.intermediate_size = hidden_ratio, intermediate_size
         self.norm_eps, self.vocab_size = norm_eps, vocab_size
         self.initializer_range, self.use_depth_scaled_init = initializer_range, use_depth_scaled_init
