@@ -21,7 +21,7 @@ def operands_of(batch: int, device: torch.device) -> time_token.Operands:
 @pytest.mark.parametrize("batch", [1, 17, 64])
 @pytest.mark.parametrize("by", [time_token.Tiles(16, 64, 4, 2), time_token.Tiles(64, 128, 4, 2)], ids=str)
 def test_products_of_few_rows(device, batch, by) -> None:
-    """Of rows, depths and columns that fill no tile, within what float16 rounds; nothing else is written."""
+    """Rows, depths and columns that fill no tile come out within what float16 rounds, and nothing else is written."""
     operands = operands_of(batch, device)
     out = torch.full((batch + 1, SMALL.projected + 8), float("nan"), dtype=operands.x.dtype, device=device)
     found = time_token.few_rows(operands.x, operands.w_in, out[:batch, : SMALL.projected], by)
