@@ -80,6 +80,19 @@ def test_what_is_recorded_of_training_without_end(example: Example, monkeypatch:
     assert (row["known_at"], row["steps"]) == ([10], 20)
 
 
+def test_variants_of_a_search_are_lines_of_their_own(example: Example) -> None:
+    """Also those whose curricula begin and end alike: every line has the seeds of one variant."""
+    findings, members = example("state_tracking", "findings"), example("state_tracking", "members")
+    config = yaml.safe_load((EXAMPLES / "state_tracking" / "search.yaml").read_text(encoding="utf-8"))
+    for asked in config["stacks"]:
+        every = members.members_of(config, asked)
+        rows = [{"stack": asked["name"], "changes": one.changes, "seed": one.seed} for one in every]
+        kinds = findings.kinds_of(rows)
+        assert [kind[0]["changes"] for kind in kinds] == asked["variants"]
+        assert all([row["seed"] for row in kind] == list(range(len(kind))) for kind in kinds)
+        assert len({findings.recipe_of(kind[0]) for kind in kinds}) == len(kinds)
+
+
 def test_batches_are_of_the_whole_text(example: Example) -> None:
     """Each place with enough bytes after it begins some row, and what is to be told is the byte after each."""
     corpus = example("hybrid_lm", "corpus")
