@@ -255,6 +255,7 @@ def test_unknown_groups_and_settings_end_the_program(example, monkeypatch, tmp_p
         command(run, monkeypatch, "--out", str(tmp_path), "--set", "width_=3")
     with pytest.raises(SystemExit, match="must be a generated package, got none"):
         command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "package=generated.none")
+    command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "models=[gru]")  # no run has kept the folder
 
 
 def test_the_linear_mixer_is_the_recurrence_without_tanh_and_weight(example) -> None:
