@@ -350,3 +350,13 @@ def test_configs_of_no_sense_end_the_command_before_it_trains(example, monkeypat
     with pytest.raises(SystemExit, match=said):
         learn.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_that_cannot_be_is_one_line(example, monkeypatch, tmp_path) -> None:
+    """What the package says of its options, or of dims that are not built, names the run."""
+    learn, place = example(), tmp_path / "learn.yaml"
+    recipes = [{"name": "a", "seeds": [3], "norm": "batch"}]
+    place.write_text(yaml.safe_dump(parity_of_two_seeds() | {"recipes": recipes}), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["learn.py", "--config", str(place), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="a_3: M2RNN: norm must be"):
+        learn.main()

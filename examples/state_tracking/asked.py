@@ -68,8 +68,10 @@ def runs_of(config: dict[str, Any], only: set[str]) -> list[Run]:
 def check(run: Run) -> None:
     """Raise what a run would with settings of no sense; a group that is none ends the program."""
     elements_of(run.settings["group"])
-    if not (run.plan.letters and run.start.forget > 0):
-        raise ValueError(f"letters must be some and forget positive, got {run.plan.letters} and {run.start.forget}")
+    if not run.plan.letters:
+        raise ValueError("letters must have a stage, got none")
+    if not 0 < run.start.forget < 1:
+        raise ValueError(f"forget must be between 0 and 1, got {run.start.forget}")
     if run.settings["answers"] not in ANSWERS:
         raise ValueError(f"answers must be of {', '.join(ANSWERS)}, got {run.settings['answers']!r}")
 

@@ -70,7 +70,10 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
         problem = group(run.settings["group"]).to(device)
         said = Answers(problem, points_of(problem.name) if run.settings["answers"] == "points" else 0)
         torch.manual_seed(run.seed)
-        layer = layer_of(run, said, package, "kernels" if device.type == "cuda" else "reference").to(device)
+        try:
+            layer = layer_of(run, said, package, "kernels" if device.type == "cuda" else "reference").to(device)
+        except ValueError as error:  # dims that are not built, or options of no sense
+            raise SystemExit(f"{run.name}: {error}") from None
         if run.settings["keep_gates"]:
             keep_gates(layer)
         model = Tracker(layer, said.classes)
