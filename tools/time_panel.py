@@ -37,7 +37,7 @@ from m2gen.tune.lessons import Lesson, Workplace
 from m2gen.tune.search import best_combination
 from m2gen.tune.services import Processes, TuningContext, processes_of
 from m2gen.tune.space import CONSTRAINTS, Subject, fits
-from m2gen.tune.trial import Compiled, CompileTask, Step, Task, Trial
+from m2gen.tune.trial import Compiled, CompileTask, Step, Task, Trial, go_on
 from tools.panel import panel
 
 FASTEST = 2
@@ -93,17 +93,19 @@ class Panel:
     def run(self, processes: Processes) -> None:
         """Time every candidate, then the best pairs of a forward and a backward of different ones, while there is time.
 
-        Combinations compile while other workloads are timed.
+        Combinations compile while other workloads are timed. Raises TuneError where this machine cannot go on.
         """
-        for _ in range(1 + COMBINATIONS):
-            for subject, points in self._left.items():
-                self._exhaust(subject, processes)
-                promising = best_combination(self._trials[subject], _Untried(subject, self._trials[subject]))
-                if promising is not None and promising not in points:
-                    points.append(promising)
-                    self._waiting.appendleft(CompileTask(subject, promising))
-        for journal in self._journals.values():
-            journal.close()
+        try:
+            for _ in range(1 + COMBINATIONS):
+                for subject, points in self._left.items():
+                    self._exhaust(subject, processes)
+                    promising = best_combination(self._trials[subject], _Untried(subject, self._trials[subject]))
+                    if promising is not None and promising not in points:
+                        points.append(promising)
+                        self._waiting.appendleft(CompileTask(subject, promising))
+        finally:
+            for journal in self._journals.values():
+                journal.close()
 
     def _exhaust(self, subject: Subject, processes: Processes) -> None:
         """Time the candidates of a workload as they are compiled."""
@@ -125,6 +127,7 @@ class Panel:
         busy = [worker for worker in processes.busy if worker is not processes.gpu]
         for worker in finished(busy, seconds) if busy else ():
             task, result = worker.collect()
+            go_on(result)
             self._compiled[task.subject, task.schedule] = result
         for worker in processes.compilers:
             if worker.task is None and self._waiting:
@@ -140,6 +143,7 @@ class Panel:
         while not finished([processes.gpu], 0.1):
             self._compile(processes, 0.0)
         found = processes.gpu.collect()[1]
+        go_on(found)  # or candidates would count as tried that a full disk kept from it
         trial = Trial(point, "panel", compiled, found.errors, found.samples, found.failure, found.seconds)
         self._record(subject, trial)
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support import ROOT
 
 from m2gen.device import Device
+from m2gen.errors import TuneError
 from m2gen.schedule import default
 from m2gen.spec import Objective
 from m2gen.tune.learn import left_out
 from m2gen.tune.lessons import Lesson, read
 from m2gen.tune.subject import Subject
-from tools.time_panel import candidates, parsed
+from m2gen.tune.trial import Compiled, Measurement, Samples
+from tools import time_panel
+from tools.time_panel import Panel, candidates, parsed
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +49,53 @@ def test_trials_of_another_gpu_stand_for_none(lessons: tuple[Lesson, ...]) -> No
     found = candidates(subject(lesson, other), lessons)
     assert found[0] == default(lesson.at.variant, other)
     assert min(lesson.trials, key=lambda trial: trial.ms).schedule in found
+
+
+class Worker:
+    """A worker process that has its scripted result at once."""
+
+    def __init__(self, result: Any) -> None:
+        self.result, self.task = result, None
+
+    def begin(self, task: Any) -> None:
+        self.task = task
+
+    def collect(self) -> tuple[Any, Any]:
+        task, self.task = self.task, None
+        return task, self.result
+
+
+def timed(
+    lesson: Lesson, compiled: Compiled, measured: Measurement, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[Any]:
+    """Return what the panel records of a workload's default, with workers that have these results."""
+    kept: list[Any] = []
+    ledger = SimpleNamespace(record=kept.append, close=lambda: kept.append("closed"))
+    monkeypatch.setattr(time_panel, "open_ledger", lambda *_: ledger)
+    monkeypatch.setattr(time_panel, "header_of", lambda *_: {})
+    monkeypatch.setattr(time_panel, "finished", lambda workers, _: [each for each in workers if each.task])
+    compiler, gpu = Worker(compiled), Worker(measured)
+    asked = subject(lesson)
+    point = default(asked.variant, asked.device)
+    busy: Any = property(lambda self: [each for each in (compiler, gpu) if each.task])
+    processes = type("Processes", (), {"compilers": [compiler], "gpu": gpu, "busy": busy})()
+    panel = Panel({asked: [point]}, folder, SimpleNamespace(worker="host:0"), 600.0)  # type: ignore[arg-type]
+    try:
+        panel.run(processes)
+    except TuneError as error:
+        kept.append(str(error))
+    return kept
+
+
+def test_a_full_disk_ends_the_panel(lessons: tuple[Lesson, ...], tmp_path: Path, monkeypatch) -> None:
+    """Candidates that a worker could not compile or time for want of space are not recorded as tried."""
+    full = "[Errno 28] No space left on device"
+    samples = Samples((1.0,), (2.0,), 0)
+    (trial, closed) = timed(lessons[0], Compiled(), Measurement(samples=samples), tmp_path, monkeypatch)
+    assert (trial.median_ms, closed) == (3.0, "closed")
+    for compiled, measured in ((Compiled(stopped=full), Measurement()), (Compiled(), Measurement(stopped=full))):
+        kept = timed(lessons[0], compiled, measured, tmp_path, monkeypatch)
+        assert kept == ["closed", f"workers must be able to write their files: {full}"]
 
 
 def test_files_are_specs_or_trials() -> None:
