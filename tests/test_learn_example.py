@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from types import ModuleType
@@ -239,6 +241,27 @@ def test_several_runs_at_a_time(tmp_path) -> None:
     assert [row["seed"] for row in rows] == [0, 1]
     assert rows == learnt("one")[0]
     assert learnt("both", "--jobs", "2") == (rows, "")
+
+
+def test_jobs_end_with_their_command(tmp_path) -> None:
+    """Killed, it leaves no process that trains on in a folder that another may have by then."""
+    config = parity_of_two_seeds()
+    config["defaults"] |= {"steps": 10**6, "settle": 10**6}
+    place = tmp_path / "learn.yaml"
+    place.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, str(EXAMPLE / "learn.py"), "--config", str(place), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [*command, "--device", "cpu", "--jobs", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stderr is not None
+        try:
+            assert "parity_" in process.stderr.readline()  # a line on the way of one that trains
+            process.kill()
+            process.communicate(timeout=1800)  # until all that have its stderr are gone
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert not list((tmp_path / "out").glob("*.json"))
 
 
 def test_jobs_are_of_a_cpu(example, monkeypatch, capsys) -> None:

@@ -14,12 +14,13 @@ import argparse
 import os
 import platform
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -102,6 +103,18 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
     }, {name: value.cpu() for name, value in layer.state_dict().items()}
 
 
+def end_with_parent() -> None:
+    """Have this process end once its parent has, however that did: the folder is another's then."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 @dataclass(frozen=True)
 class Call:
     """What a call of the command does: where runs are kept, on what they train, how many at a time, and until when."""
@@ -139,7 +152,7 @@ class Call:
             for run in left:
                 self.do(run)
         else:
-            with ProcessPoolExecutor(self.jobs, get_context("spawn")) as pool:
+            with ProcessPoolExecutor(self.jobs, get_context("spawn"), end_with_parent) as pool:
                 try:
                     list(pool.map(self.do, left))
                 except BrokenProcessPool:
