@@ -29,14 +29,18 @@ def changes_of(given: Sequence[str]) -> dict[str, Any]:
     return changes
 
 
+def config_of(path: Path, known: set[str], others: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a config file that has all of ``known`` and may have ``others``; what is wrong with it ends the program."""
+    found = _mapping_of(path)
+    wrong = sorted((known - found.keys()) | (found.keys() - known - {*others}))
+    if wrong:
+        raise SystemExit(f"{path} must give {', '.join(sorted(known))}; see {', '.join(wrong)}")
+    return found
+
+
 def merged(path: Path, changes: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
     """Read a config file and change some of its values; what is wrong with either ends the program."""
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SystemExit(f"{path} must be YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise SystemExit(f"{path} must be a mapping, got {found!r}")
+    found = _mapping_of(path)
     wrong = sorted((found.keys() ^ known) | (changes.keys() - known))
     if wrong:
         raise SystemExit(f"{path} and --set must give {', '.join(sorted(known))}; see {', '.join(wrong)}")
@@ -47,14 +51,24 @@ def merged(path: Path, changes: Mapping[str, Any], known: set[str]) -> dict[str,
     return found | dict(changes)
 
 
+def _mapping_of(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path} must be YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise SystemExit(f"{path} must be a mapping, got {found!r}")
+    return found
+
+
 @contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """End the program in one line where values within others are not as a config needs them."""
+def readable(path: Path, given: str = " and --set") -> Iterator[None]:
+    """End the program in one line where values within others are not as a config, and what is ``given``, needs them."""
     try:
         yield
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         said = f"{type(error).__name__}: {error}"
-        raise SystemExit(f"{path} and --set must give values of the kinds that this command has, got {said}") from None
+        raise SystemExit(f"{path}{given} must give values of the kinds that this command has, got {said}") from None
 
 
 def check(path: Path, config: Any, free: Collection[str] = (), empty: Collection[str] = (), where: str = "") -> None:

@@ -157,3 +157,11 @@ def test_commands_leave_a_folder_in_use_alone(held, tmp_path, command) -> None:
         == f"{tmp_path / 'out'} must be used by one process at a time, got one that process {held.pid} uses\n"
     )
     assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("name", ["file", "file/within"])
+def test_a_folder_that_cannot_be_is_one_line(files, tmp_path, name) -> None:
+    """Where a file has the name, or one above it, nothing can be kept."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=rf"{name} must be a folder, or a path to make one at: "):
+        files.alone(tmp_path / name).__enter__()

@@ -80,6 +80,38 @@ def test_what_is_recorded_of_training_without_end(example: Example, monkeypatch:
     assert (row["known_at"], row["steps"]) == ([10], 20)
 
 
+def test_the_last_accuracy_is_that_to_the_end(example: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words of any length have one, which the table shows; a file of before, which has another, shows none."""
+    learn = example("state_tracking", "learn")
+    config = yaml.safe_load((EXAMPLES / "state_tracking" / "learn.yaml").read_text(encoding="utf-8"))
+    settings = config["defaults"] | {"group": "S2", "heads": 1, "columns": 8, "streams": 2}
+    run = learn.Run("test", {}, settings, 0)
+    monkeypatch.setattr(learn, "fit", lambda streams, say: ([10], 20))
+    for length, keys in ((40, ["40"]), (100, ["64", "100"])):
+        monkeypatch.setattr(
+            learn, "judge", lambda model, said, words, length: [0] * (length // 2) + [4] * (length // 2)
+        )
+        asked = {"words": 4, "length": length}
+        row, _ = learn.train(run, learn.package_of("generated.tiny"), asked, torch.device("cpu"))
+        assert list(row["accuracy"]) == keys
+        assert learn.table([run], [row]).splitlines()[-1].split(" | ")[9] == "50.00"
+        del row["accuracy"][str(length)]
+        assert learn.table([run], [row]).splitlines()[-1].split(" | ")[9] == ""
+
+
+def test_variants_of_a_search_are_lines_of_their_own(example: Example) -> None:
+    """Also those whose curricula begin and end alike: every line has the seeds of one variant."""
+    findings, members = example("state_tracking", "findings"), example("state_tracking", "members")
+    config = yaml.safe_load((EXAMPLES / "state_tracking" / "search.yaml").read_text(encoding="utf-8"))
+    for asked in config["stacks"]:
+        every = members.members_of(config, asked)
+        rows = [{"stack": asked["name"], "changes": one.changes, "seed": one.seed} for one in every]
+        kinds = findings.kinds_of(rows)
+        assert [kind[0]["changes"] for kind in kinds] == asked["variants"]
+        assert all([row["seed"] for row in kind] == list(range(len(kind))) for kind in kinds)
+        assert len({findings.recipe_of(kind[0]) for kind in kinds}) == len(kinds)
+
+
 def test_batches_are_of_the_whole_text(example: Example) -> None:
     """Each place with enough bytes after it begins some row, and what is to be told is the byte after each."""
     corpus = example("hybrid_lm", "corpus")

@@ -35,6 +35,13 @@ REFUSED = [
     ("state_tracking/run.py", "lengths=8", "--set lengths must be a list, got 8"),
     ("state_tracking/run.py", "stages=[8]", "config.yaml and --set must give values of the kinds"),
     ("state_tracking/run.py", "steps=true", "--set steps must be a number, got True"),
+    ("state_tracking/run.py", "steps=0", "got ValueError: steps must be at least 1, got 0"),
+    ("state_tracking/run.py", "lengths=[]", "got ValueError: lengths must be at least 1, got 0"),
+    ("state_tracking/run.py", "evaluate={length: 5, words: 2, at_once: 0}", "at_once must be at least 1, got 0"),
+    ("state_tracking/run.py", "groups=[S3, S9]", "groups must be S1 to S6 or A1 to A6, got 'S9'"),
+    ("state_tracking/run.py", "models=[gru, lstm]", "models must be of m2rnn, attention, linear, gru"),
+    ("state_tracking/run.py", "heads=3", "width must be a multiple of 6 for 3 heads, got 8"),
+    ("state_tracking/run.py", "forget=0.0", "forget must be between 0 and 1, or null, got 0.0"),
 ]
 
 
@@ -87,3 +94,19 @@ def test_values_that_configs_may_have_are_taken(tmp_path: Path) -> None:
         place.write_text(text, encoding="utf-8")
         with pytest.raises(SystemExit, match=rf"config.yaml {said}"):
             settings.merged(place, {}, known)
+
+
+@pytest.mark.parametrize(("command", "said"), [
+    (("run.py", "--smoke", "--out", "out", "--set", "layer=none"), "S3 m2rnn: M2RNN: name must be a layer (base, grou"),
+    (("construct.py", "--package", "generated.tiny", "--groups", "S3"), "M2RNN: no kernels for K=1, V=9, heads q: 2"),
+    (("construct.py", "--words", "0"), "--length and --words must be at least 1, got 65536 and 0"),
+])  # fmt: skip
+def test_layers_that_a_package_has_not_are_one_line(command: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    """What the package says of it is the message."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / "state_tracking" / command[0]), *command[1:]], cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert said in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

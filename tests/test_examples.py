@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from calls import distance
 from layer import by_hand
 from support import ROOT
@@ -189,7 +190,7 @@ def test_answers_by_points(example) -> None:
 def test_search_goes_on_and_shows_what_it_found(example, monkeypatch, tmp_path, capsys) -> None:
     """An interrupted stack goes on from its checkpoint; every model of it has a row, and the table a line a variant."""
     search = example("state_tracking", "search")
-    config = search.yaml.safe_load((EXAMPLES / "state_tracking" / "search.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((EXAMPLES / "state_tracking" / "search.yaml").read_text(encoding="utf-8"))
     small = {
         "rows": 1, "columns": 4, "heads": 2, "width": 8, "stages": [[2, 2], [0, 3]], "steps": 20, "settle": 1,
         "batch": 2, "evaluate": {"length": 5, "words": 2, "at_once": 1},
@@ -199,7 +200,7 @@ def test_search_goes_on_and_shows_what_it_found(example, monkeypatch, tmp_path, 
     variants = [{}, {"weights": "automaton", "learning_rate": 1e-3}]
     config["stacks"] = [{"name": "small", "seconds": 1e6, "activation": None, "bias": True, "variants": variants}]
     place = tmp_path / "search.yaml"
-    place.write_text(search.yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    place.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path), "--minutes", "0")
     assert not (tmp_path / "small.json").exists()
@@ -222,7 +223,7 @@ def test_search_goes_on_and_shows_what_it_found(example, monkeypatch, tmp_path, 
     assert is_figure(tmp_path / "search.png")
 
     def changed(**settings: Any) -> None:
-        place.write_text(search.yaml.safe_dump(config | settings, sort_keys=False), encoding="utf-8")
+        place.write_text(yaml.safe_dump(config | settings, sort_keys=False), encoding="utf-8")
         command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path))
 
     slower = {"defaults": {**config["defaults"], "learning_rate": 1e-4}}
@@ -255,6 +256,24 @@ def test_unknown_groups_and_settings_end_the_program(example, monkeypatch, tmp_p
         command(run, monkeypatch, "--out", str(tmp_path), "--set", "width_=3")
     with pytest.raises(SystemExit, match="must be a generated package, got none"):
         command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "package=generated.none")
+    command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "models=[gru]")  # no run has kept the folder
+    search = example("state_tracking", "search")
+    place = tmp_path / "search.yaml"
+    text = (EXAMPLES / "state_tracking" / "search.yaml").read_text(encoding="utf-8")
+    for wrong, said in (
+        (text.replace("stacks:", "stack:"), "must give .*; see stack, stacks"),
+        (text.replace("total: 96", "total: 8"), "stack letters_automaton: total must have room for a model of each"),
+        (text.replace("at_once: 4", "most: 4"), "evaluate must give at_once, length, words; see at_once, most"),
+        (text.replace("name: letters ", "name: points "), "stacks must have a name each, got points more than once"),
+        (text.replace("name: letters ", "title: letters "), "must give values of the kinds .*, got KeyError: 'name'"),
+    ):
+        assert wrong != text
+        place.write_text(wrong, encoding="utf-8")
+        with pytest.raises(SystemExit, match=said):
+            command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path / "search"))
+    with pytest.raises(SystemExit, match=r"--stacks must be of letters_automaton, .*, got typo"):
+        command(search, monkeypatch, "--stacks", "letters,typo", "--out", str(tmp_path / "search"))
+    assert not (tmp_path / "search").exists()
 
 
 def test_the_linear_mixer_is_the_recurrence_without_tanh_and_weight(example) -> None:

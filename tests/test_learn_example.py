@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from types import ModuleType
@@ -19,12 +21,14 @@ from m2gen.kernels.compile import load_module
 
 EXAMPLE = ROOT / "examples" / "state_tracking"
 LOCAL = (
+    "asked",
     "construct",
     "decoder",
     "files",
     "gated_delta",
     "learned",
     "many",
+    "settings",
     "stack",
     "step",
     "streams",
@@ -182,7 +186,7 @@ def test_the_pages_have_what_was_measured(example) -> None:
     learn = example()
     config = yaml.safe_load((EXAMPLE / "learn.yaml").read_text(encoding="utf-8"))
     page = (EXAMPLE / "README.md").read_text(encoding="utf-8")
-    runs = learn.runs_of(config, set())
+    runs = example("asked").runs_of(config, set())
     for name in ("learn_cpu", "learn_h200"):
         rows = json.loads((ROOT / "docs" / "data" / f"{name}.json").read_text(encoding="utf-8"))["runs"]
         assert [(row["recipe"], row["seed"]) for row in rows] == [(run.recipe, run.seed) for run in runs]
@@ -239,12 +243,34 @@ def test_several_runs_at_a_time(tmp_path) -> None:
     assert learnt("both", "--jobs", "2") == (rows, "")
 
 
+def test_jobs_end_with_their_command(tmp_path) -> None:
+    """Killed, it leaves no process that trains on in a folder that another may have by then."""
+    config = parity_of_two_seeds()
+    config["defaults"] |= {"steps": 10**6, "settle": 10**6}
+    place = tmp_path / "learn.yaml"
+    place.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, str(EXAMPLE / "learn.py"), "--config", str(place), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [*command, "--device", "cpu", "--jobs", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stderr is not None
+        try:
+            assert "parity_" in process.stderr.readline()  # a line on the way of one that trains
+            process.kill()
+            process.communicate(timeout=1800)  # until all that have its stderr are gone
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
 def test_jobs_are_of_a_cpu(example, monkeypatch, capsys) -> None:
-    """Runs side by side on a GPU, or none at a time, are refused."""
+    """Runs side by side on a GPU, none at a time, or on a GPU that is not there, are refused."""
     learn = example()
     for options, message in (
         (["--jobs", "2", "--device", "cuda"], "--jobs must be 1 with --device cuda, got 2"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
+        (["--device", "cuda"], "--device must be cpu where torch sees no GPU, got cuda"),
     ):
         monkeypatch.setattr(sys, "argv", ["learn.py", *options])
         with pytest.raises(SystemExit, match="2"):
@@ -255,13 +281,13 @@ def test_jobs_are_of_a_cpu(example, monkeypatch, capsys) -> None:
 def test_runs_of_two_devices_are_kept_apart(example, monkeypatch, tmp_path, capsys) -> None:
     """A folder takes no runs beside those of another device; the table of finished ones is made anywhere."""
     learn = example()
-    config = parity_of_two_seeds()
+    config = parity_of_two_seeds() | {"evaluate": {"words": 256, "length": 2048}}
     place, out = tmp_path / "learn.yaml", tmp_path / "out"
     place.write_text(yaml.safe_dump(config), encoding="utf-8")
     out.mkdir()
     monkeypatch.setattr(sys, "argv", ["learn.py", "--config", str(place), "--out", str(out)])
     measured = json.loads((ROOT / "docs" / "data" / "learn_h200.json").read_text(encoding="utf-8"))["runs"][0]
-    for run in learn.runs_of(config, set()):
+    for run in example("asked").runs_of(config, set()):
         row = measured | {"recipe": run.recipe, "seed": run.seed, "settings": run.settings}
         (out / f"{run.name}.json").write_text(json.dumps(row), encoding="utf-8")
     learn.main()
@@ -297,7 +323,7 @@ def test_parity_is_learnt_and_kept(example, monkeypatch, tmp_path, capsys) -> No
     assert capsys.readouterr().out == text
     assert json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))["runs"] == rows
     assert {row["torch"] for row in rows} == {torch.__version__}  # of who made the runs, whoever writes the summary
-    run = learn.runs_of(config, set())[0]
+    run = example("asked").runs_of(config, set())[0]
     said = learn.Answers(learn.group("S2"), 1)
     layer = learn.layer_of(run, said, learn.package_of("generated.tiny"), "reference")
     layer.load_state_dict(torch.load(tmp_path / "out" / f"parity_{best['seed']}.pt"))
@@ -313,10 +339,47 @@ def test_parity_is_learnt_and_kept(example, monkeypatch, tmp_path, capsys) -> No
     assert said.err == "the minutes are over, 3 runs are left; the same command goes on\n"
     ends = [line.rsplit(" | ", 1)[1] for line in said.out.splitlines()[2:]]
     assert ends == [f"{perfect} of 2 (1 not run) |", "0 of 0 (2 not run) |"]  # what was not run has not failed
+    config["evaluate"]["words"] = 5
+    place.write_text(yaml.safe_dump(config), encoding="utf-8")
+    refusal = r"parity_0.json must be judged on 5 words of 40, but is on 4 words of 40; give another --out"
+    with pytest.raises(SystemExit, match=refusal):
+        learn.main()
     config["defaults"]["columns"] = 9
     place.write_text(yaml.safe_dump(config), encoding="utf-8")
     with pytest.raises(SystemExit, match="must be of parity's settings"):
         learn.main()
     monkeypatch.setattr(sys, "argv", [*arguments, "--recipes", "none"])
     with pytest.raises(SystemExit, match="--recipes must be of later, parity, got none"):
+        learn.main()
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "key": ({"recipies": []}, "must give defaults, evaluate, package, recipes; see recipies"),
+    "evaluate": ({"evaluate": {"words": 4, "length": 40, "at_once": 1}}, "evaluate must give length, words; see at_on"),
+    "recipes": ({"recipes": {"name": "a"}}, "must give values of the kinds that this command has, got TypeError"),
+    "seeds": ({"recipes": [{"name": "a"}]}, "must give values of the kinds that this command has, got KeyError"),
+    "twice": ({"recipes": 2 * [{"name": "a", "seeds": [0]}]}, "recipes must have a name each, got a more than once"),
+    "answers": ({"recipes": [{"name": "a", "seeds": [0], "answers": "elements"}]}, "got 'elements'"),
+    "group": ({"recipes": [{"name": "a", "seeds": [0], "group": "Z9"}]}, "groups must be S1 to S6"),
+}
+
+
+@pytest.mark.parametrize(("changes", "said"), REFUSED.values(), ids=REFUSED.keys())
+def test_configs_of_no_sense_end_the_command_before_it_trains(example, monkeypatch, tmp_path, changes, said) -> None:
+    """What a run would fail with after its training, or would take for something else, is said at once."""
+    learn, place = example(), tmp_path / "learn.yaml"
+    place.write_text(yaml.safe_dump(parity_of_two_seeds() | changes), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["learn.py", "--config", str(place), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match=said):
+        learn.main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_layer_that_cannot_be_is_one_line(example, monkeypatch, tmp_path) -> None:
+    """What the package says of its options, or of dims that are not built, names the run."""
+    learn, place = example(), tmp_path / "learn.yaml"
+    recipes = [{"name": "a", "seeds": [3], "norm": "batch"}]
+    place.write_text(yaml.safe_dump(parity_of_two_seeds() | {"recipes": recipes}), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["learn.py", "--config", str(place), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="a_3: M2RNN: norm must be"):
         learn.main()

@@ -150,6 +150,9 @@ def test_a_folder_is_of_one_config_and_machine(example, monkeypatch, tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps(older), encoding="utf-8")
     command(run, monkeypatch, *smoke, "--set", "models=[attention]")
     assert capsys.readouterr().out.startswith("unknown device, torch unknown, fp32; 2 steps")
+    (tmp_path / "copy_attention_0.json").unlink()  # a folder without runs is of no config yet
+    command(run, monkeypatch, *smoke, "--set", "steps=3")
+    assert capsys.readouterr().out.startswith(f"another, torch {torch.__version__}, fp32; 3 steps")
 
 
 def test_the_page_is_of_the_committed_runs(example, monkeypatch, tmp_path: Path) -> None:

@@ -45,6 +45,8 @@ def ran(folder: Path, cache: Path, *arguments: str) -> str:
 
 def main(package: str = "generated/h100", layer: str = "m2rnn_7b") -> None:
     """Print a row for each state of the cache."""
+    if not Path(package).is_dir():
+        sys.exit(f"{package} must be the folder of a package, got none; m2gen build makes one")
     with tempfile.TemporaryDirectory(prefix="cold-start-") as place:
         root, name = Path(place), Path(package).name
         copytree(package, root / name, ignore=ignore_patterns("compiled", "__pycache__"))

@@ -16,12 +16,13 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from m2gen.cli.show.table import Table, print_tables
-from m2gen.errors import M2genError, UsageError
+from m2gen.errors import M2genError, UsageError, os_errors_as
 from m2gen.schedule import AnySchedule
 from m2gen.schedule.layer_knobs import Tiles
 from m2gen.tune.sampler import Sampler
@@ -34,12 +35,17 @@ CLOSE = 1.01
 
 
 def recorded(path: Path) -> list[Trial]:
-    """Return the trials of a journal in order, the last one of each candidate."""
-    if path.suffix == ".gz":
-        values = map(json.loads, gzip.decompress(path.read_bytes()).split(b"\n")[:-1])
-        found = [decode_trial(value["trial"]) for value in values if "trial" in value]
-    else:
-        found = [trial for _, trials in read_journal(path) for trial in trials]
+    """Return the trials of a journal in order, the last one of each candidate; raises UsageError if it is none."""
+    with os_errors_as(UsageError, f"{path} must be readable"):
+        content = path.read_bytes()  # Optuna makes a file that is not there
+        try:
+            if path.suffix == ".gz":
+                values = map(json.loads, gzip.decompress(content).split(b"\n")[:-1])
+                found = [decode_trial(value["trial"]) for value in values if "trial" in value]
+            else:
+                found = [trial for _, trials in read_journal(path) for trial in trials]
+        except (ValueError, LookupError, TypeError, AttributeError, AssertionError, EOFError, zlib.error) as error:
+            raise UsageError(f"{path} must be a journal of searches, got {type(error).__name__}: {error}") from error
     return list({trial.schedule: trial for trial in found}.values())
 
 
@@ -91,6 +97,8 @@ def main() -> None:
     parser.add_argument("journals", nargs="+", type=Path, metavar="JOURNAL")
     parser.add_argument("--seeds", type=int, default=20, help="searches of each sampler")
     given = parser.parse_args()
+    if given.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {given.seeds}")
     columns = ("sampler", *(f"after {count}" for count in AFTER), "trials to 1 %")
     for path in given.journals:
         trials = recorded(path)

@@ -135,7 +135,8 @@ def _groups_figure(found: dict[str, Any], title: str, theme: Theme) -> Any:
         for place, kind in enumerate(kinds):
             right = [run["right_to"] for run in found["runs"] if (run["group"], run["model"]) == (group, kind)]
             colour = theme.data[0] if kind == "m2rnn" else theme.muted
-            axes.hlines(place, 1, max(right), color=colour, linewidth=2, alpha=0.4)
+            if right:  # a run whose budget was over has none of some
+                axes.hlines(place, 1, max(right), color=colour, linewidth=2, alpha=0.4)
             for position, runs in Counter(right).items():
                 axes.plot([position], [place], "o", color=colour, markersize=6)
                 if runs > 1:

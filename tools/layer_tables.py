@@ -13,7 +13,8 @@ from m2gen.bench.layers.document import LayerDocument, LayerRow, load_layers
 from m2gen.bench.layers.kinds import Part
 from m2gen.cli.show.bench import ms_text
 from m2gen.cli.show.layers import heading, shown_name
-from m2gen.errors import UsageError
+from m2gen.db.exchange import write_whole
+from m2gen.errors import M2genError, UsageError, os_errors_as
 
 BEGIN, END = "<!-- tables of tools/layer_tables.py -->", "<!-- end of tables -->"
 LONGEST = 8
@@ -74,7 +75,9 @@ def written(page: str, run: Path | None, before: Path | None, apart: Sequence[Pa
 
     There are none if there is no run.
     """
-    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    start, end = page.find(BEGIN) + len(BEGIN), page.find(END)
+    if not len(BEGIN) <= start <= end:
+        raise UsageError(f"a page must have {BEGIN} and, below it, {END}, got none")
     lines: list[str] = []
     for path, title in ((before, "Before"), (run, "Now"), *((path, "On another machine") for path in apart)):
         if path is not None:
@@ -94,9 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--before", type=Path, help="an earlier run, whose tables come first")
     parser.add_argument("--apart", type=Path, action="append", default=[], help="a run elsewhere; its tables come last")
     given = parser.parse_args(arguments)
-    text = written(given.page.read_text(encoding="utf-8"), given.run, given.before, given.apart)
-    given.page.write_text(text, encoding="utf-8")
+    with os_errors_as(UsageError, f"{given.page} must be readable and writable"):
+        text = written(given.page.read_text(encoding="utf-8"), given.run, given.before, given.apart)
+        write_whole(given.page, text.encode())
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except M2genError as error:
+        raise SystemExit(f"layer_tables: {error}") from None

@@ -18,7 +18,8 @@ from tempfile import NamedTemporaryFile
 
 import triton.backends.nvidia
 
-from m2gen.device import TARGETS
+from m2gen.device import target
+from m2gen.errors import M2genError
 from m2gen.kernels.compile import Job, compiled
 from m2gen.kernels.lowering import Direction, Lowering
 from m2gen.kernels.resources import resources_of
@@ -50,9 +51,9 @@ def loops(text: str) -> Iterator[list[str]]:
         elif instruction := INSTRUCTION.search(line):
             opcode, operands = instruction[1], instruction[2]
             found.append(opcode)
-            target = re.search(r"\.L_x_\d+", operands) if opcode == "BRA" else None
-            if target and target[0] in places and len(found) - places[target[0]] > 1:
-                yield found[places[target[0]] :]
+            to = re.search(r"\.L_x_\d+", operands) if opcode == "BRA" else None
+            if to and to[0] in places and len(found) - places[to[0]] > 1:
+                yield found[places[to[0]] :]
 
 
 def main() -> None:
@@ -63,7 +64,9 @@ def main() -> None:
     parser.add_argument("schedule", nargs="?", default="default", help="as m2gen names it")
     parser.add_argument("--target", default="sm_90")
     given = parser.parse_args()
-    device = TARGETS[given.target]
+    device = target(given.target)
+    if not device.is_nvidia:
+        parser.error(f"--target must be of NVIDIA, whose machine code this reads, got {given.target!r}")
     spec = load_spec(given.spec)
     if given.layer not in spec.layers:
         parser.error(f"layer must be among {', '.join(spec.layers)}, got {given.layer!r}")
@@ -80,4 +83,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except M2genError as error:
+        raise SystemExit(f"loop_instructions: {error}") from None

@@ -22,7 +22,8 @@ from m2gen.bench.ranks.forecast import Forecast, MeasuredLayer, OneGpu, forecast
 from m2gen.bench.ranks.kinds import Form
 from m2gen.cli.show.bench import ms_text
 from m2gen.cli.show.ranks import NAMES, compared
-from m2gen.errors import UsageError
+from m2gen.db.exchange import write_whole
+from m2gen.errors import M2genError, UsageError, os_errors_as
 from m2gen.pipeline import RanksRequest
 from m2gen.pipeline.ranks import fitted_layers
 
@@ -138,7 +139,9 @@ def over_cpus(document: RankDocument) -> Iterator[str]:
 
 def written(page: str, measured: Sequence[RankDocument]) -> str:
     """Return a page with the tables of predictions, beside those of runs on GPUs and before those on CPUs."""
-    start, end = page.index(BEGIN) + len(BEGIN), page.index(END)
+    start, end = page.find(BEGIN) + len(BEGIN), page.find(END)
+    if not len(BEGIN) <= start <= end:
+        raise UsageError(f"a page must have {BEGIN} and, below it, {END}, got none")
     known = one_gpu()
     lines = [line for ranks in GPUS for line in over_gpus(ranks, known, measured)]
     lines += [line for document in measured if document.environment is None for line in over_cpus(document)]
@@ -160,8 +163,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cpus", type=Path, action="append", default=[], help="a run of tools/simulate_ranks.py")
     given = parser.parse_args(arguments)
     documents = [_read(path) for path in (*given.runs, *given.cpus)]
-    given.page.write_text(written(given.page.read_text(encoding="utf-8"), documents), encoding="utf-8")
+    with os_errors_as(UsageError, f"{given.page} must be readable and writable"):
+        text = written(given.page.read_text(encoding="utf-8"), documents)
+        write_whole(given.page, text.encode())
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except M2genError as error:
+        raise SystemExit(f"scale_tables: {error}") from None

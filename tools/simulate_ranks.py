@@ -24,7 +24,7 @@ from typing import NoReturn
 from m2gen.bench.ranks.entries import RankDocument, RankJob, read, write
 from m2gen.bench.ranks.kinds import Form
 from m2gen.bench.ranks.launch import CPU, LOOPBACK, failure
-from m2gen.errors import RanksError
+from m2gen.errors import M2genError, RanksError
 from m2gen.measure.workers import end_with_parent
 
 POLL_SECONDS = 0.2
@@ -88,9 +88,11 @@ def _serve(main: object, folder: Path, rank: int, parent: int) -> NoReturn:
 def checked(given: argparse.Namespace) -> int:
     """Show what every form of a layer gives, and return the exit status."""
     from m2gen import pipeline
+    from m2gen.cli.files import check_output
     from m2gen.cli.show.ranks import run_ranks
     from m2gen.cli.show.report import Display
 
+    check_output("--out", given.out)
     request = pipeline.RanksRequest(given.ranks, (given.layer,), forms=tuple(given.form or Form))
     job = pipeline.ranks_job(pipeline.plan(given.spec, None, ()), request, (), cuda=False)
     job = replace(job, cases=tuple(case for case in job.cases if case.form is not Form.ONE), repeats=0)
@@ -107,9 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--form", action="append", type=Form, help="may be repeated; all if not given")
     parser.add_argument("--out", type=Path, help="a file for the results as JSON")
     given = parser.parse_args(arguments)
+    if given.ranks < 2:
+        parser.error(f"--ranks must be at least 2, got {given.ranks}")
     os.environ.update({**CPU, **LOOPBACK})
     sys.exit(checked(given))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except M2genError as error:
+        raise SystemExit(f"simulate_ranks: {error}") from None

@@ -13,6 +13,7 @@ that was timed, and a new one those that are fastest on any workload with the sa
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections import deque
@@ -36,7 +37,7 @@ from m2gen.tune.lessons import Lesson, Workplace
 from m2gen.tune.search import best_combination
 from m2gen.tune.services import Processes, TuningContext, processes_of
 from m2gen.tune.space import CONSTRAINTS, Subject, fits
-from m2gen.tune.trial import Compiled, CompileTask, Step, Task, Trial
+from m2gen.tune.trial import Compiled, CompileTask, Step, Task, Trial, go_on
 from tools.panel import panel
 
 FASTEST = 2
@@ -51,7 +52,7 @@ def candidates(subject: Subject, known: Sequence[Lesson]) -> list[Schedule]:
     at = Workplace(variant, subject.batch, subject.seq, device)
     same = [lesson for lesson in known if lesson.at.kernels is at.kernels]
     for lesson in same:
-        if lesson.at.name == at.name:
+        if lesson.at == at:  # the same on another GPU says nothing of this one
             choice = left_out(known, lesson)
             return [] if choice is None or lesson.ms(choice) is not None else [choice]
     recipes = [recipe for lesson in same for recipe in _fastest(lesson)] or panel(variant)
@@ -92,17 +93,19 @@ class Panel:
     def run(self, processes: Processes) -> None:
         """Time every candidate, then the best pairs of a forward and a backward of different ones, while there is time.
 
-        Combinations compile while other workloads are timed.
+        Combinations compile while other workloads are timed. Raises TuneError where this machine cannot go on.
         """
-        for _ in range(1 + COMBINATIONS):
-            for subject, points in self._left.items():
-                self._exhaust(subject, processes)
-                promising = best_combination(self._trials[subject], _Untried(subject, self._trials[subject]))
-                if promising is not None and promising not in points:
-                    points.append(promising)
-                    self._waiting.appendleft(CompileTask(subject, promising))
-        for journal in self._journals.values():
-            journal.close()
+        try:
+            for _ in range(1 + COMBINATIONS):
+                for subject, points in self._left.items():
+                    self._exhaust(subject, processes)
+                    promising = best_combination(self._trials[subject], _Untried(subject, self._trials[subject]))
+                    if promising is not None and promising not in points:
+                        points.append(promising)
+                        self._waiting.appendleft(CompileTask(subject, promising))
+        finally:
+            for journal in self._journals.values():
+                journal.close()
 
     def _exhaust(self, subject: Subject, processes: Processes) -> None:
         """Time the candidates of a workload as they are compiled."""
@@ -124,6 +127,7 @@ class Panel:
         busy = [worker for worker in processes.busy if worker is not processes.gpu]
         for worker in finished(busy, seconds) if busy else ():
             task, result = worker.collect()
+            go_on(result)
             self._compiled[task.subject, task.schedule] = result
         for worker in processes.compilers:
             if worker.task is None and self._waiting:
@@ -139,6 +143,7 @@ class Panel:
         while not finished([processes.gpu], 0.1):
             self._compile(processes, 0.0)
         found = processes.gpu.collect()[1]
+        go_on(found)  # or candidates would count as tried that a full disk kept from it
         trial = Trial(point, "panel", compiled, found.errors, found.samples, found.failure, found.seconds)
         self._record(subject, trial)
 
@@ -159,14 +164,30 @@ class _Untried:
         return point not in self._tried and _searched(self._subject, point)
 
 
+def parsed(arguments: Sequence[str] | None = None) -> tuple[Path, float, list[str], list[Path]]:
+    """Return the folder of journals, the seconds, the specs, and the files of earlier trials."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the journals")
+    parser.add_argument("seconds", type=float, metavar="SECONDS", help="for compiling and timing together")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a spec (*.yaml), or earlier trials (*.jsonl, *.log)")
+    given = parser.parse_args(arguments)
+    specs = [name for name in given.files if name.endswith(".yaml")]
+    trials = [name for name in given.files if name.endswith((".jsonl", ".log"))]
+    if other := [name for name in given.files if name not in (*specs, *trials)]:
+        parser.error(f"FILE must end in .yaml, .jsonl or .log, got {', '.join(other)}")
+    if not specs:
+        parser.error(f"FILE... must have a spec, got {', '.join(given.files)}")
+    return given.folder, given.seconds, specs, [Path(name) for name in trials]
+
+
 def main() -> None:
     """Time the panel on the workloads of the given specs."""
-    folder, seconds, names = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3:]
-    known = lessons.read(Path(name) for name in names if name.endswith((".jsonl", ".log")))
+    folder, seconds, specs, trials = parsed()
+    known = lessons.read(trials)
     context = this_tuning_context("tools.time_panel")
     request = TuneRequest(pipeline.open_database(None))
     subjects: dict[Subject, None] = {}
-    for spec in (name for name in names if name.endswith(".yaml")):
+    for spec in specs:
         for goal in goals(pipeline.plan(spec, None, ()), request, context.device):
             subjects.setdefault(goal.subject)
     with lock.exclusive(context.gpu), processes_of(context.services) as processes:

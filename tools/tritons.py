@@ -65,7 +65,12 @@ def main(arguments: Sequence[str]) -> int:
     versions = parser.parse_args(own).versions
     said: list[str] = []
     for version in versions:
-        python = environment(version, ROOT / "build" / "tritons")
+        try:
+            python = environment(version, ROOT / "build" / "tritons")
+        except subprocess.CalledProcessError as error:
+            said.append(f"triton {version}: status {error.returncode}: pip install {error.cmd[-1]}")
+            print(said[-1], flush=True)
+            continue
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         for command in commands(python, pytest):
             status = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, check=False).returncode

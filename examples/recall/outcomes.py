@@ -72,7 +72,8 @@ def keep(config: Config, out: Path) -> Machine:
     for name in WHICH:
         del facts[name]
     place = out / "config.json"
-    before = UNKNOWN | json.loads(place.read_text(encoding="utf-8")) if place.is_file() else facts
+    has_runs = any(out.glob("*_*_*.json"))  # a command that ended before its first has left a config alone
+    before = UNKNOWN | json.loads(place.read_text(encoding="utf-8")) if has_runs and place.is_file() else facts
     if not missing(config, out):  # a table of finished runs can be made anywhere
         facts |= {name: before[name] for name in UNKNOWN}
     changed = sorted(name for name in {*facts, *before} if facts.get(name) != before.get(name))

@@ -143,6 +143,8 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=16)
     parser.add_argument("--backend", choices=("kernels", "reference"), default="kernels")
     asked = parser.parse_args()
+    if min(asked.length, asked.words) < 1:
+        parser.error(f"--length and --words must be at least 1, got {asked.length} and {asked.words}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     package = package_of(asked.package)
     print("| group | K | V | heads | dtype | parameters | words | length | right answers |")
@@ -162,4 +164,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ValueError as error:  # a group whose layer is not built
+        raise SystemExit(str(error)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ def recipe_of(row: Row) -> str:
 
 
 def said(value: Any) -> str:
-    """Say a value: a curriculum by its ends, anything else as it is."""
-    return f"{value[0]} to {value[-1]}" if isinstance(value, list) else str(value)
+    """Say a value: a curriculum by its ends and how many stages it has, anything else as it is."""
+    return f"{value[0]} to {value[-1]} in {len(value)}" if isinstance(value, list) else str(value)
 
 
 def kinds_of(rows: list[Row]) -> list[list[Row]]:
     """Return rows of one stack and variant together."""
     kinds: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        kinds.setdefault((row["stack"], recipe_of(row)), []).append(row)
+        changes = json.dumps(row["changes"], sort_keys=True)  # what is said of two curricula may be the same
+        kinds.setdefault((row["stack"], changes), []).append(row)
     return list(kinds.values())
 
 

@@ -14,82 +14,38 @@ import argparse
 import os
 import platform
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
+from asked import Run, asked_of  # noqa: E402
 from construct import points_of  # noqa: E402
 from decoder import package_of  # noqa: E402
 from files import alone, store, write_json, write_text  # noqa: E402
 from learned import rows_of, table  # noqa: E402
 from many import Answers  # noqa: E402
 from step import own_stream  # noqa: E402
-from streams import Plan, Streams, fit, judge  # noqa: E402
+from streams import Streams, fit, judge  # noqa: E402
 from torch import nn  # noqa: E402
-from tracker import Start, Tracker, begin, keep_gates  # noqa: E402
+from tracker import Tracker, begin, keep_gates  # noqa: E402
 from words import group  # noqa: E402
 
 SAID = (64, 128, 256, 512, 1024, 2048)
 """Lengths whose accuracy is recorded."""
-SHAPE = ("group", "heads", "columns", "answers", "norm", "residual", "keep_gates")
-"""Settings of a layer and its answers; all others are a ``Plan``'s or a ``Start``'s."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One layer to be trained: its recipe's name, what that changes, all settings, and the seed."""
-
-    recipe: str
-    changes: dict[str, Any]
-    settings: dict[str, Any]
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """The run's name, which its files have."""
-        return f"{self.recipe}_{self.seed}"
-
-    @property
-    def plan(self) -> Plan:
-        """How it is trained."""
-        values = {one.name: self.settings[one.name] for one in fields(Plan)}
-        return Plan(**values | {"letters": tuple(values["letters"])})
-
-    @property
-    def start(self) -> Start:
-        """What it begins with."""
-        return Start(**{one.name: self.settings[one.name] for one in fields(Start)})
-
-
-def runs_of(config: dict[str, Any], only: set[str]) -> list[Run]:
-    """Return the runs of the recipes named in ``only``, or of all; ends the program where settings are unknown."""
-    known = {*SHAPE, *(one.name for one in (*fields(Plan), *fields(Start)))}
-    names = {recipe["name"] for recipe in config["recipes"]}
-    if only - names:
-        raise SystemExit(f"--recipes must be of {', '.join(sorted(names))}, got {', '.join(sorted(only - names))}")
-    runs = []
-    for recipe in config["recipes"]:
-        changes = {key: value for key, value in recipe.items() if key not in ("name", "seeds")}
-        settings = config["defaults"] | changes
-        if {*settings} != known:
-            raise SystemExit(f"recipe {recipe['name']}: see {', '.join(sorted({*settings} ^ known))}")
-        if not only or recipe["name"] in only:
-            runs += [Run(recipe["name"], changes, settings, seed) for seed in recipe["seeds"]]
-    return runs
 
 
 def layer_of(run: Run, said: Answers, package: ModuleType, backend: str) -> nn.Module:
@@ -115,7 +71,10 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
         problem = group(run.settings["group"]).to(device)
         said = Answers(problem, points_of(problem.name) if run.settings["answers"] == "points" else 0)
         torch.manual_seed(run.seed)
-        layer = layer_of(run, said, package, "kernels" if device.type == "cuda" else "reference").to(device)
+        try:
+            layer = layer_of(run, said, package, "kernels" if device.type == "cuda" else "reference").to(device)
+        except ValueError as error:  # dims that are not built, or options of no sense
+            raise SystemExit(f"{run.name}: {error}") from None
         if run.settings["keep_gates"]:
             keep_gates(layer)
         model = Tracker(layer, said.classes)
@@ -136,10 +95,24 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
         "seconds": round(seconds, 1),
         "known_at": known_at,
         "words": words,
-        "accuracy": {str(n): 1 - sum(errors[:n]) / (n * words) for n in SAID if n <= len(errors)},
+        "accuracy": {
+            str(n): 1 - sum(errors[:n]) / (n * words) for n in sorted({*SAID, len(errors)}) if n <= len(errors)
+        },
         "perfect_to": next((i for i, wrong in enumerate(errors) if wrong), len(errors)),
         "length": len(errors),
     }, {name: value.cpu() for name, value in layer.state_dict().items()}
+
+
+def end_with_parent() -> None:
+    """Have this process end once its parent has, however that did: the folder is another's then."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @dataclass(frozen=True)
@@ -179,7 +152,7 @@ class Call:
             for run in left:
                 self.do(run)
         else:
-            with ProcessPoolExecutor(self.jobs, get_context("spawn")) as pool:
+            with ProcessPoolExecutor(self.jobs, get_context("spawn"), end_with_parent) as pool:
                 try:
                     list(pool.map(self.do, left))
                 except BrokenProcessPool:
@@ -190,7 +163,7 @@ class Call:
     def _check_device(self, runs: list[Run]) -> None:
         """End the program where this would add runs to those of another device: a table has the seconds of one."""
         here = name_of(torch.device(self.device))
-        others = {row["device"] for row in rows_of(runs, self.out)} - {here}
+        others = {row["device"] for row in rows_of(runs, self.out, self.config["evaluate"])} - {here}
         if others:
             raise SystemExit(f"{self.out} must have runs of {here}, but has those of {min(others)}; give another --out")
 
@@ -210,18 +183,20 @@ def parsed() -> argparse.Namespace:
         parser.error(f"--jobs must be at least 1, got {arguments.jobs}")
     if arguments.jobs > 1 and arguments.device == "cuda":
         parser.error(f"--jobs must be 1 with --device cuda, got {arguments.jobs}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device must be cpu where torch sees no GPU, got cuda")
     return arguments
 
 
 def main() -> None:
     """Train what is missing, then print the table."""
     arguments = parsed()
-    config, out = yaml.safe_load(arguments.config.read_text(encoding="utf-8")), arguments.out
-    runs = runs_of(config, {name for name in arguments.recipes.split(",") if name})
+    only = {name for name in arguments.recipes.split(",") if name}
+    (config, runs), out = asked_of(arguments.config, only), arguments.out
     with alone(out):
         until = time.monotonic() + 60 * arguments.minutes
         Call(config, out, arguments.device, arguments.jobs, until).do_all(runs)
-        rows = list(rows_of(runs, out))
+        rows = list(rows_of(runs, out, config["evaluate"]))
         text = table(runs, rows)
         write_text(text, out / "table.md")
         write_json({"runs": rows}, out / "summary.json")

@@ -8,18 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from learn import Run
+    from asked import Run
 
 
-def rows_of(runs: list[Run], out: Path) -> Iterator[dict[str, Any]]:
-    """Yield what is recorded of the runs that are there; ends the program where one is of other settings."""
+def rows_of(runs: list[Run], out: Path, evaluate: dict[str, int]) -> Iterator[dict[str, Any]]:
+    """Yield what is recorded of the runs that are there; ends the program where one is of other settings or words."""
     for run in runs:
         place = out / f"{run.name}.json"
         if place.is_file():
             row = json.loads(place.read_text(encoding="utf-8"))
             if row["settings"] != json.loads(json.dumps(run.settings)):
                 raise SystemExit(f"{place} must be of {run.recipe}'s settings, but is of others; give another --out")
+            judged = {name: row[name] for name in evaluate}
+            if judged != evaluate:
+                asked, got = (f"{on['words']} words of {on['length']}" for on in (evaluate, judged))
+                raise SystemExit(f"{place} must be judged on {asked}, but is on {got}; give another --out")
             yield row
+
+
+def to_the_end(row: dict[str, Any]) -> str:
+    """Say the accuracy to the end of the words, which files of before have not where that is no length they list."""
+    part = row["accuracy"].get(str(row["length"]))
+    return "" if part is None else f"{100 * part:.2f}"
 
 
 def table(runs: list[Run], rows: list[dict[str, Any]]) -> str:
@@ -43,7 +53,7 @@ def table(runs: list[Run], rows: list[dict[str, Any]]) -> str:
             ", ".join(f"{row['steps']:,}" for row in found),
             ", ".join(f"{row['seconds']:.0f}" for row in found),
             ", ".join(str(known[-1] or "all") if known else "none" for known in letters),
-            ", ".join(f"{100 * list(row['accuracy'].values())[-1]:.2f}" if row["accuracy"] else "" for row in found),
+            ", ".join(to_the_end(row) for row in found),
             ", ".join(str(row["perfect_to"]) for row in found),
             f"{sum(row['perfect_to'] == row['length'] for row in found)} of {len(found)}",
         ]

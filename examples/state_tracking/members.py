@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from many import Plan
+from settings import config_of, readable
 
 SHAPE = ("rows", "columns", "heads", "width", "layers", "activation", "bias", "answers", "batch", "tokens")
 """What all models of a stack have in common."""
@@ -16,6 +17,8 @@ START = ("forget", "weights", "spin", "scale", "embed")
 PLAN = tuple(field.name for field in fields(Plan))
 APART = ("name", "seconds", "variants", "group", "total")
 """What a stack has beside settings of its models."""
+ASKED = {"length", "words", "at_once"}
+"""What ``evaluate`` of a config has."""
 LATER = ("seconds", "evaluate")
 """Facts of a stack that training does not depend on until it is finished."""
 
@@ -35,6 +38,26 @@ class Member:
         return Plan(**values | {"stages": tuple((letters, length) for letters, length in values["stages"])})
 
 
+def load(path: Path, only: list[str]) -> dict[str, Any]:
+    """Read a config; what one of its stacks would fail with, or a name in ``only`` of none, ends the program."""
+    config = config_of(path, {"package", "total", "group", "evaluate", "defaults", "stacks"}, ("curricula",))
+    with readable(path, ""):
+        names = [asked["name"] for asked in config["stacks"]]
+        for asked in config["stacks"]:
+            facts_of(config, asked)
+            for member in members_of(config, asked):
+                member.plan  # noqa: B018
+        if wrong := sorted(ASKED ^ config["evaluate"].keys()):
+            raise ValueError(f"evaluate must give {', '.join(sorted(ASKED))}; see {', '.join(wrong)}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:  # they name the files of stacks
+        raise SystemExit(f"{path}: stacks must have a name each, got {', '.join(twice)} more than once")
+    unknown = sorted({*only} - {*names})
+    if unknown:
+        raise SystemExit(f"--stacks must be of {', '.join(names)}, got {', '.join(unknown)}")
+    return config
+
+
 def settings_of(config: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """Return what a stack's models have in common unless their variants change it."""
     return config["defaults"] | {name: value for name, value in asked.items() if name not in APART}
@@ -49,7 +72,10 @@ def members_of(config: dict[str, Any], asked: dict[str, Any]) -> list[Member]:
         raise SystemExit(
             f"stack {asked['name']}: settings must be known, and one shape's; see {', '.join(unknown + fixed)}"
         )
-    seeds = asked.get("total", config["total"]) // settings["heads"] // len(asked["variants"])
+    total, each = asked.get("total", config["total"]), settings["heads"] * len(asked["variants"])
+    if not 0 < each <= total:
+        raise SystemExit(f"stack {asked['name']}: total must have room for a model of each variant, got {total}")
+    seeds = total // settings["heads"] // len(asked["variants"])
     return [Member(changes, settings | changes, seed) for changes in asked["variants"] for seed in range(seeds)]
 
 

@@ -68,7 +68,8 @@ def keep(config: Config, out: Path) -> str:
     for name in ("groups", "models", "seeds", "budget"):  # which runs there are, and not what they do
         del facts[name]
     place = out / "config.json"
-    before = UNKNOWN | json.loads(place.read_text(encoding="utf-8")) if place.is_file() else facts
+    has_runs = any(out.glob("*_*_*.json"))  # a command that ended before its first has left a config alone
+    before = UNKNOWN | json.loads(place.read_text(encoding="utf-8")) if has_runs and place.is_file() else facts
     if all(place_of(out, *run).is_file() for run in wanted(config)):  # a table of finished runs can be made anywhere
         facts |= {name: before[name] for name in UNKNOWN}
     changed = sorted(name for name in {*facts, *before} if facts.get(name) != before.get(name))

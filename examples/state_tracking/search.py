@@ -21,7 +21,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import yaml
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -33,7 +32,7 @@ from decoder import Decoder, package_of  # noqa: E402
 from files import alone, store, write_text  # noqa: E402
 from findings import draw, table  # noqa: E402
 from many import Answers, Many, Progress, judge  # noqa: E402
-from members import LATER, SHAPE, Member, check, facts_of, members_of  # noqa: E402
+from members import LATER, SHAPE, Member, check, facts_of, load, members_of  # noqa: E402
 from stack import Stack  # noqa: E402
 from step import own_stream  # noqa: E402
 from words import group  # noqa: E402
@@ -236,11 +235,12 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     """Train what is missing, then print the table and draw the figure."""
     arguments = parsed()
-    config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    only = [name for name in arguments.stacks.split(",") if name]
+    config = load(arguments.config, only)
     with alone(arguments.out):
         rows = rows_of(config, arguments.out)  # before hours of training, if they are of other settings
         if arguments.minutes > 0:
-            search(config, arguments.out, arguments.minutes, [name for name in arguments.stacks.split(",") if name])
+            search(config, arguments.out, arguments.minutes, only)
             rows = rows_of(config, arguments.out)
         text = table(rows)
         write_text(text, arguments.out / "table.md")

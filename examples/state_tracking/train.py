@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import random
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from construct import begin_automaton
-from decoder import Decoder, mixer
+from decoder import KINDS, Decoder, mixer
 from settings import merged, readable
 from step import Recipe, Stepper, own_stream
 from torch import Tensor, nn
-from words import Group, group
+from words import Group, elements_of, group
 
 READ_EVERY = 10
 """Steps between looks at the accuracy, each of which waits for the GPU."""
@@ -85,7 +85,27 @@ def load(path: Path, changes: dict[str, Any]) -> Config:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
     with readable(path):
         values["stages"] = values["stages"] and tuple((letters, length) for letters, length in values["stages"])
-        return replace(Config(**values), evaluate=Evaluation(**values["evaluate"]))
+        config = replace(Config(**values), evaluate=Evaluation(**values["evaluate"]))
+        check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise ValueError for what a run would fail with, maybe after hours of others; a group that is none ends it."""
+    for name in config.groups:
+        elements_of(name)
+    if unknown := [kind for kind in config.models if kind not in KINDS]:
+        raise ValueError(f"models must be of {', '.join(KINDS)}, got {', '.join(map(str, unknown))}")
+    sizes = {name: getattr(config, name) for name in ("width", "layers", "heads", "steps", "batch", "tokens")}
+    sizes |= asdict(config.evaluate) | {f"length {n}": length for n, (_, length) in enumerate(config.curriculum)}
+    sizes |= {"groups": len(config.groups), "lengths": len(config.lengths)}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+    if "attention" in config.models and config.width % (2 * config.heads):
+        raise ValueError(f"width must be a multiple of {2 * config.heads} for {config.heads} heads, got {config.width}")
+    if config.forget is not None and not 0 < config.forget < 1:
+        raise ValueError(f"forget must be between 0 and 1, or null, got {config.forget}")
 
 
 @dataclass(frozen=True)
@@ -193,7 +213,10 @@ def train(config: Config, kind: str, name: str, seed: int, package: ModuleType, 
     with own_stream(device):
         problem = group(name).to(device)
         torch.manual_seed(seed)
-        model = make_model(config, kind, problem, package).to(device)
+        try:
+            model = make_model(config, kind, problem, package).to(device)
+        except ValueError as error:  # a layer that the package has not
+            raise SystemExit(f"{name} {kind}: {error}") from None
         stepper = Stepper(model, problem, config.recipe, torch.Generator(device).manual_seed(1000 + seed))
         curriculum, losses = Curriculum(config, seed), list[float]()
         step = fit(stepper, curriculum, config, losses)

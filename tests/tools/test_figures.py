@@ -18,7 +18,7 @@ from support import ROOT
 from m2gen.bench.kinds import Axis
 from m2gen.bench.layers.document import load_layers
 from m2gen.cli.show import bars, layer_plot
-from m2gen.cli.show.figure import THEMES, Plot, Style
+from m2gen.cli.show.figure import THEMES, Plot, Quantity, Style
 from tools import figures
 
 PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
@@ -157,6 +157,17 @@ def test_state_tracking_is_that_of_the_example() -> None:
         assert ", ".join(f"{100 * run['accuracy_seen']:.2f}" for run in found) == seen
         assert ", ".join(f"{100 * run['accuracy_asked']:.2f}" for run in found) == asked
         assert ", ".join(str(run["right_to"]) for run in found) == right
+
+
+def test_state_tracking_without_some_runs(tmp_path: Path) -> None:
+    """A mixer whose runs of a group the budget left out has no dot there."""
+    found = data("state_tracking_h200.json")
+    found["runs"] = [run for run in found["runs"] if (run["group"], run["model"]) != ("S5", "gru")]
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(found), encoding="utf-8")
+    plot = Plot(tmp_path / "drawn.svg", Style.LIGHT, Quantity.TIME, (path,))
+    figures.state_tracking(plot)
+    assert plot.path.is_file()
 
 
 def test_layers_are_bars_of_their_medians() -> None:

@@ -59,7 +59,7 @@ worker.main = lambda folder, rank: os.kill(os.getpid(), signal.SIGKILL) if rank 
 """
     done = simulated("--form", "exchange", start=start)
     assert done.returncode != 0
-    assert "RanksError: rank 2 of 4 ended with SIGKILL" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("simulate_ranks: rank 2 of 4 ended with SIGKILL")
 
 
 def test_a_fork_that_is_killed_is_named_though_others_are_seen_first() -> None:
@@ -86,4 +86,17 @@ def waited(pid, options):
 os.fork, os.waitpid = forked, waited
 """
     done = simulated("--form", "exchange", start=start)
-    assert "RanksError: rank 2 of 4 ended with SIGKILL" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("simulate_ranks: rank 2 of 4 ended with SIGKILL")
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (("--layer", "none"), "simulate_ranks: --layer must be among base, grouped, got 'none'"),
+    (("--ranks", "1"), "error: --ranks must be at least 2, got 1"),
+    (("--out", "none/here.json"), "--out none/here.json must be writable: No such file or directory"),
+])  # fmt: skip
+def test_what_cannot_be_run_is_one_line(arguments: tuple[str, ...], said: str) -> None:
+    """It is said before any rank begins."""
+    done = simulated(*arguments, start="import os; os.fork = None")
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -67,6 +67,28 @@ def test_every_version_has_its_turn(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert seen[-1][2:] == ["pytest", "-q", "tests/kernels", "-x"]
 
 
+def test_a_version_that_is_not_there_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Where pip finds none, the other versions have their turn, and the exit status is 1."""
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    monkeypatch.setattr(tool.venv, "create", lambda base, clear: None)
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if "triton==9.9.9" in command:
+            raise subprocess.CalledProcessError(1, command)
+        if "pip" in command:
+            Path(command[command.index("--target") + 1]).mkdir(parents=True)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert tool.main(["9.9.9", "3.9.0"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    lines = lines[lines.index("") + 1 :]
+    assert lines[0] == "triton 9.9.9: status 1: pip install triton==9.9.9"
+    assert [line.split(": ")[:2] for line in lines[1:]] == 4 * [["triton 3.9.0", "status 0"]]
+
+
 def test_the_versions_are_those_that_are_supported() -> None:
     """The least and the newest that pyproject.toml takes are among them, and so is the pinned one."""
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -330,8 +330,27 @@ def test_the_command(tmp_path: Path) -> None:
     """It writes the rule and the compact trials, and shows each workload."""
     rule, trials = tmp_path / "rule.json", tmp_path / "trials.jsonl"
     found = run("db", "learn", str(TRIALS), "--rule", str(rule), "--trials", str(trials))
-    assert "within 10 % of their best" in found.stdout
+    said = "of 25 are within 10 % of their best; 4 choose what was not timed there; the mean of the others is 1."
+    assert said in " ".join(found.stdout.split())
     assert rule.read_bytes() == FILE.read_bytes()
     assert trials.read_bytes() == TRIALS.read_bytes()
     assert len(document("db", "learn", str(TRIALS))) == 25
     assert "must be readable" in fails(2, "db", "learn", str(tmp_path / "none.jsonl"))
+
+
+def test_workloads_of_two_gpus_are_told_apart(tmp_path: Path) -> None:
+    """Rows of one workload name their GPUs; where no choice was timed, none has a mean."""
+    paths = [str(journal(tmp_path / "a.log")), str(journal(tmp_path / "b.log", device="NVIDIA H100 80GB HBM3"))]
+    text = " ".join(run("db", "learn", *paths).stdout.split())
+    assert "B4 S4096, NVIDIA H100 80GB HBM3" in text
+    assert "B4 S4096, NVIDIA H200" in text
+    assert [(row["arch"], row["device"]) for row in document("db", "learn", *paths)] == [
+        ("sm_90", "NVIDIA H100 80GB HBM3"),
+        ("sm_90", "NVIDIA H200"),
+    ]
+    parts = [("16x1", "16x1"), ("16x1", "32x1"), ("32x1", "16x1"), ("32x1", "32x1")]
+    timed = [(f"portable_f{f}u4a_b{b}c2a_i16_ptx", 1.0, 2.0) for f, b in parts]
+    text = " ".join(run("db", "learn", str(compact(tmp_path / "c.jsonl", timed))).stdout.split())
+    assert "NVIDIA" not in text
+    assert "0 of 1 are within 10 % of their best; 1 choose what was not timed there" in text
+    assert "the mean" not in text
