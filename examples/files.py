@@ -46,10 +46,7 @@ def alone(folder: Path) -> Iterator[None]:
 
     The system gives the lock back when a process ends, however it does.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise SystemExit(f"{folder} must be a folder, or a path to make one at: {error.strerror}") from None
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="ascii") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -97,7 +97,7 @@ def test_values_that_configs_may_have_are_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("command", "said"), [
-    (("run.py", "--smoke", "--out", "out", "--set", "layer=none"), "S3 m2rnn: M2RNN: name must be a layer (base, grou"),
+    (("run.py", "--smoke", "--out", "out", "--set", "layer=none"), "M2RNN: name must be a layer (base, grouped)"),
     (("construct.py", "--package", "generated.tiny", "--groups", "S3"), "M2RNN: no kernels for K=1, V=9, heads q: 2"),
     (("construct.py", "--words", "0"), "--length and --words must be at least 1, got 65536 and 0"),
 ])  # fmt: skip

@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
 from asked import Run, asked_of  # noqa: E402
 from construct import points_of  # noqa: E402
 from decoder import package_of  # noqa: E402
-from files import alone, store, write_json, write_text  # noqa: E402
+from files import alone, reachable, store, write_json, write_text  # noqa: E402
 from learned import rows_of, table  # noqa: E402
 from many import Answers  # noqa: E402
 from step import own_stream  # noqa: E402
@@ -204,7 +204,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reachable():
         main()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise SystemExit(f"{error.filename} must be readable and writable: {error.strerror}") from None

@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 from decoder import package_of  # noqa: E402
-from files import alone, write_json, write_text  # noqa: E402
+from files import alone, reachable, write_json, write_text  # noqa: E402
 from settings import changes_of  # noqa: E402
 from train import Config, Outcome, load, train  # noqa: E402
 
@@ -217,7 +217,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reachable():
         main()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise SystemExit(f"{error.filename} must be readable and writable: {error.strerror}") from None

@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 
 from construct import begin_automaton  # noqa: E402
 from decoder import Decoder, package_of  # noqa: E402
-from files import alone, store, write_text  # noqa: E402
+from files import alone, reachable, store, write_text  # noqa: E402
 from findings import draw, table  # noqa: E402
 from many import Answers, Many, Progress, judge  # noqa: E402
 from members import LATER, SHAPE, Member, check, facts_of, load, members_of  # noqa: E402
@@ -249,7 +249,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reachable():
         main()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise SystemExit(f"{error.filename} must be readable and writable: {error.strerror}") from None

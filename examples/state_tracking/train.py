@@ -213,10 +213,7 @@ def train(config: Config, kind: str, name: str, seed: int, package: ModuleType, 
     with own_stream(device):
         problem = group(name).to(device)
         torch.manual_seed(seed)
-        try:
-            model = make_model(config, kind, problem, package).to(device)
-        except ValueError as error:  # a layer that the package has not
-            raise SystemExit(f"{name} {kind}: {error}") from None
+        model = make_model(config, kind, problem, package).to(device)
         stepper = Stepper(model, problem, config.recipe, torch.Generator(device).manual_seed(1000 + seed))
         curriculum, losses = Curriculum(config, seed), list[float]()
         step = fit(stepper, curriculum, config, losses)
