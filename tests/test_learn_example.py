@@ -267,6 +267,7 @@ def test_jobs_end_with_their_command(tmp_path) -> None:
 def test_jobs_are_of_a_cpu(example, monkeypatch, capsys) -> None:
     """Runs side by side on a GPU, none at a time, or on a GPU that is not there, are refused."""
     learn = example()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for options, message in (
         (["--jobs", "2", "--device", "cuda"], "--jobs must be 1 with --device cuda, got 2"),
         (["--jobs", "0"], "--jobs must be at least 1, got 0"),
