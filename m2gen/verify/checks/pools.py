@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from m2gen.problem import Inputs, Problem
+from m2gen.spec import Dtype
 from m2gen.verify.case import TensorResult
 from m2gen.verify.checks.layer import LayerCall, decoded, drawn, known
 from m2gen.verify.oracle import judge, oracle, same
 from m2gen.verify.subject import CaseContext, poisoned
 
 CHECKPOINT_ROUNDING = torch.finfo(torch.float16).eps / 2
-"""Forwards may save the states that ``states_every`` keeps in float16."""
+"""Forwards on 16-bit operands may save the states that ``states_every`` keeps in float16."""
 PER_STEP = ("q", "k", "v", "forget", "dy")
 
 
@@ -130,9 +131,10 @@ def pool_kept(subject: CaseContext) -> Iterable[TensorResult]:
     with poisoned(), torch.no_grad():
         y, _ = subject.operator(*operands, **subject.gate, pool=slots.states, states_every=every, **where)
     yield from judge({"y": y, "state": slots.at(slots.table[:, 3])}, subject.known)
+    rounding = 0.0 if subject.variant.dtype is Dtype.FP32 else CHECKPOINT_ROUNDING
     for column, steps in enumerate((every, 2 * every)):
         answer = oracle(subject.variant, _until(subject, steps), _first_steps(subject.inputs, steps), subject.seed)
-        budgets = {"state": answer.budgets["state"] + CHECKPOINT_ROUNDING}
+        budgets = {"state": answer.budgets["state"] + rounding}
         (found,) = judge({"state": slots.at(pages[:, column])}, replace(answer, budgets=budgets))
         yield replace(found, tensor=f"state_after_{'half' if column == 0 else 'all'}")
     yield from slots.untouched(slots.table[:, 1:])
