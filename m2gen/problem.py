@@ -88,6 +88,10 @@ def packed_problem(sequences: int, longest: int) -> Problem:
     return Problem(0, 0, lengths=tuple(lengths))
 
 
+STEPWISE = ("q", "k", "v", "forget", "dy")
+"""Operands and gradients of a call that have a row for each step."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The operands of one call, and the gradients of its results."""

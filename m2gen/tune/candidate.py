@@ -11,7 +11,7 @@ from torch import Tensor
 from m2gen.kernels.compile import load_kernels
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.render import render_kernel
-from m2gen.problem import Inputs, Problem
+from m2gen.problem import STEPWISE, Inputs, Problem
 from m2gen.runtime import launchers
 from m2gen.runtime.buffers import Operands
 from m2gen.schedule import Schedule
@@ -21,7 +21,6 @@ from m2gen.verify import OPERANDS
 
 DIFFERENTIABLE = (*OPERANDS[:5], "A_log", "dt_bias", "initial_state")
 """Operands of the launchers that may have a gradient, in order."""
-PER_STEP = ("q", "k", "v", "forget", "dy")
 
 
 def load(variant: Variant, schedule: Schedule) -> ModuleType:
@@ -88,4 +87,4 @@ def blank(inputs: Inputs, problem: Problem) -> Inputs:
         return x.new_empty(*lead, *x.shape[len(lead) :])
 
     state = inputs.dstate.new_empty(problem.sequences, *inputs.dstate.shape[1:])
-    return replace(inputs, **{name: of_problem(name) for name in PER_STEP}, dstate=state)
+    return replace(inputs, **{name: of_problem(name) for name in STEPWISE}, dstate=state)

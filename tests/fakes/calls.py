@@ -14,11 +14,10 @@ import torch
 from support import OPERANDS
 from torch import Tensor
 
-from m2gen.problem import Inputs
+from m2gen.problem import STEPWISE, Inputs
 
 GATE = ("A_log", "dt_bias")
 DIFFERENTIABLE = (*OPERANDS, *GATE)
-PER_STEP = ("q", "k", "v", "forget", "dy")
 PER_SEQUENCE = ("initial_state", "dstate")
 GRADIENTS = tuple(f"d{name}" for name in DIFFERENTIABLE)
 
@@ -68,7 +67,7 @@ def packed(inputs: Inputs, dtype: torch.dtype = torch.int32) -> Inputs:
     """Return (B, S) sequences of one length as a packed batch."""
     batch, steps = inputs.q.shape[:2]
     offsets = torch.arange(batch + 1, device=inputs.q.device, dtype=dtype) * steps
-    return replace(changed(inputs, PER_STEP, lambda x: x.flatten(0, 1)), cu_seqlens=offsets)
+    return replace(changed(inputs, STEPWISE, lambda x: x.flatten(0, 1)), cu_seqlens=offsets)
 
 
 def spans(inputs: Inputs) -> list[tuple[int, int]]:
@@ -80,14 +79,14 @@ def spans(inputs: Inputs) -> list[tuple[int, int]]:
 def alone(inputs: Inputs, index: int) -> Inputs:
     """Return one sequence of a packed batch as a batch of one."""
     start, end = spans(inputs)[index]
-    one = changed(inputs, PER_STEP, lambda x: x[start:end].unsqueeze(0))
+    one = changed(inputs, STEPWISE, lambda x: x[start:end].unsqueeze(0))
     return replace(changed(one, PER_SEQUENCE, lambda x: x[index : index + 1]), cu_seqlens=None)
 
 
 def of_sequence(results: Results, inputs: Inputs, index: int) -> Results:
     """Return one sequence's part of a packed call's results, shaped as a batch of one; not what sequences share."""
     start, end = spans(inputs)[index]
-    steps = ("y", *(f"d{name}" for name in PER_STEP))
+    steps = ("y", *(f"d{name}" for name in STEPWISE))
     states = ("state", "dinitial_state")
     part = {name: results[name][start:end].unsqueeze(0) for name in steps if name in results}
     return part | {name: results[name][index : index + 1] for name in states if name in results}

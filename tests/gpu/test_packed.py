@@ -6,7 +6,7 @@ from math import inf, nan
 
 import pytest
 import torch
-from calls import PER_SEQUENCE, PER_STEP, assert_same, changed, differentiate, of_sequence, spans
+from calls import PER_SEQUENCE, STEPWISE, assert_same, changed, differentiate, of_sequence, spans
 from support import make_variant
 
 from m2gen.device import detect
@@ -29,7 +29,7 @@ CASES = [
 def with_one_of(inputs: Inputs, index: int, value: float) -> Inputs:
     """Return the batch with a value in place of every operand, state and incoming gradient of one sequence."""
     start, end = spans(inputs)[index]
-    every = {**dict.fromkeys(PER_STEP, slice(start, end)), **dict.fromkeys(PER_SEQUENCE, slice(index, index + 1))}
+    every = {**dict.fromkeys(STEPWISE, slice(start, end)), **dict.fromkeys(PER_SEQUENCE, slice(index, index + 1))}
     other = changed(inputs, every, torch.clone)
     for name, part in every.items():
         getattr(other, name)[part] = value

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from calls import DIFFERENTIABLE, PER_SEQUENCE, PER_STEP, Operator, arguments, assert_close, assert_same, changed
+from calls import DIFFERENTIABLE, PER_SEQUENCE, STEPWISE, Operator, arguments, assert_close, assert_same, changed
 from calls import differentiate as results_of
 from support import OPERANDS, build_package, import_package, make_schedule, make_variant
 from torch import Tensor
@@ -90,7 +90,7 @@ def test_any_strides_give_the_same_bits(package, inputs, plain, layout) -> None:
 
 def test_expanded_operands_of_stride_zero(package, inputs) -> None:
     """One step's operands, and one state, expanded over all steps, sequences and heads equal their copies."""
-    expanded = changed(inputs, PER_STEP, lambda x: x[:1, :1, :1].expand(x.shape))
+    expanded = changed(inputs, STEPWISE, lambda x: x[:1, :1, :1].expand(x.shape))
     expanded = changed(expanded, PER_SEQUENCE, lambda x: x[:1, :1].expand(x.shape))
     expanded = changed(expanded, ("weight",), lambda x: x[:1].expand(x.shape))
     assert not expanded.dy.is_contiguous()

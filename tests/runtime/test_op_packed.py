@@ -10,7 +10,7 @@ import pytest
 import torch
 from calls import (
     PER_SEQUENCE,
-    PER_STEP,
+    STEPWISE,
     Spy,
     alone,
     arguments,
@@ -94,7 +94,7 @@ def test_no_sequence_sees_its_neighbour(package, device, index, value) -> None:
     """Whatever one sequence's operands, state and gradients hold, no bit of the others changes."""
     inputs = draw((1, 0, 2, 0, 2), device)
     start, end = spans(inputs)[index]
-    other = changed(inputs, PER_STEP, lambda x: _in_sequence(x, start, end, value))
+    other = changed(inputs, STEPWISE, lambda x: _in_sequence(x, start, end, value))
     other = changed(other, PER_SEQUENCE, lambda x: _in_sequence(x, index, index + 1, value))
     before, after = (differentiate(package.m2rnn, x) for x in (inputs, other))
     assert not torch.equal(before["y"], after["y"])
@@ -179,7 +179,7 @@ def test_valid_offsets_for_another_number_of_tokens_are_refused(package, device)
     """Offsets that were right for one batch are checked against the next batch's tokens."""
     operands = arguments(draw((2, 3), device))
     package.m2rnn(**operands)
-    shorter = {name: x[:4] if name in PER_STEP else x for name, x in operands.items()}
+    shorter = {name: x[:4] if name in STEPWISE else x for name, x in operands.items()}
     with pytest.raises(ValueError, match=r"^m2rnn: cu_seqlens must end at the 4 tokens of q, got 5$"):
         package.m2rnn(**shorter)
 

@@ -43,22 +43,18 @@ def check_ranks_agree(group: ProcessGroup) -> None:
     _AGREED.add(group)
 
 
-def check_calls_agree(
-    group: ProcessGroup, form: str, kind: Hashable, check: Callable[[], object], facts: Callable[[], Mapping[str, str]]
-) -> None:
-    """Raise what ``check`` raises, and RanksDifferError where calls have other ``facts`` than the first rank's.
+def check_calls_agree(group: ProcessGroup, form: str, kind: Hashable, facts: Callable[[], Mapping[str, str]]) -> None:
+    """Raise RanksDifferError where calls have other ``facts`` than the first rank's: ranks would wait for each other.
 
-    Else ranks would wait for what none sends. They ask each other at the first call of each kind of a form alone; a
-    ``kind`` is what they have in common if they are right. What ``check`` raises at the first call of a form has the
+    They ask each other at the first call of each kind of a form alone, and nothing is looked at later; a ``kind`` is
+    what they have in common if they are right. What ``facts`` raises of a wrong call, at the first of a form, has the
     other ranks raise, too; later they may know their own kind of call and not ask, so that it is raised there alone.
     """
     seen = None if torch.compiler.is_compiling() else _CALLS.setdefault(group, {}).setdefault(form, set())
     if seen is None or kind in seen or len(seen) >= MOST_CALLS or _is_blind():
-        check()
         return
     fault: Exception | None = None
     try:
-        check()
         here = dict(facts())
     except (TypeError, ValueError) as error:
         if seen:

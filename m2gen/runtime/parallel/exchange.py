@@ -87,15 +87,13 @@ class HeadExchange:
     ) -> Tensor:
         """Do what ``exchange_over_ranks`` does."""
 
-        def check() -> None:
-            check_tokens(self.layer, x, cu_seqlens, cu_seqlens_cpu)
-            self._counts(x, tokens)
-
         def facts() -> dict[str, str]:
+            check_tokens(self.layer, x, cu_seqlens, cu_seqlens_cpu)
             return {**self._facts(x, tokens), "cu_seqlens": offsets_of(cu_seqlens, cu_seqlens_cpu)}
 
         sizes = (tuple(x.shape[:-1]), None) if tokens is None else (tuple(x.shape[:-2]), tuple(tokens))
-        check_calls_agree(self.group, "exchange", (x.dtype, *sizes), check, facts)
+        check_calls_agree(self.group, "exchange", (x.dtype, *sizes), facts)
+        check_tokens(self.layer, x, cu_seqlens, cu_seqlens_cpu)
         counts = self._counts(x, tokens)
         run = self._by_kernels if fused.computes(self.share, x) else self._by_modules
         if cu_seqlens is None:

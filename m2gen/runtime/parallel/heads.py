@@ -116,14 +116,12 @@ class HeadParallelM2RNN(nn.Module):
 
         def facts() -> dict[str, str]:
             """Name what decides on what is sent: modules that are called have gradients summed in another order."""
+            check_tokens(self, x, cu_seqlens, cu_seqlens_cpu)
             dtype, offsets = str(fused.compute_dtype(x)), offsets_of(cu_seqlens, cu_seqlens_cpu)
             ran = "kernels" if fused.serves(self, x) else "modules"
             return {"shape of x": str(tuple(x.shape)), "dtype": dtype, "cu_seqlens": offsets, "what runs it": ran}
 
-        def check() -> None:
-            check_tokens(self, x, cu_seqlens, cu_seqlens_cpu)
-
-        check_calls_agree(self.mesh.get_group(), "heads", (x.dtype, tuple(x.shape[:-1])), check, facts)
+        check_calls_agree(self.mesh.get_group(), "heads", (x.dtype, tuple(x.shape[:-1])), facts)
         return run(self, x, cache, attention_mask, cu_seqlens, cu_seqlens_cpu)
 
     def scan(

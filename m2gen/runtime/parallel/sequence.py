@@ -55,10 +55,12 @@ def pipelined(
             raise ValueError(f"M2RNN: micro_batches must be 1 to the batch's {x.shape[0]}, got {micro_batches}")
 
     def facts() -> dict[str, str]:
+        check()
         gradients = str(wants_gradients(layer, x))
         return {"sequences": str(x.shape[0]), "micro_batches": str(micro_batches), "gradients": gradients}
 
-    check_calls_agree(found, "states", (x.dtype, x.shape[:1], micro_batches), check, facts)
+    check_calls_agree(found, "states", (x.dtype, x.shape[:1], micro_batches), facts)
+    check()
     ranks = distributed.get_process_group_ranks(found)
     place = ranks.index(distributed.get_rank())
     before = ranks[place - 1] if place > 0 else None

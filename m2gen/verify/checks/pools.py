@@ -9,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m2gen.problem import Inputs, Problem
+from m2gen.problem import STEPWISE, Inputs
 from m2gen.spec import Dtype
-from m2gen.verify.case import TensorResult
+from m2gen.verify.case import Case, TensorResult
 from m2gen.verify.checks.layer import LayerCall, decoded, drawn, known
 from m2gen.verify.oracle import judge, oracle, same
 from m2gen.verify.subject import CaseContext, poisoned
 
 CHECKPOINT_ROUNDING = torch.finfo(torch.float16).eps / 2
 """Forwards on 16-bit operands may save the states that ``states_every`` keeps in float16."""
-PER_STEP = ("q", "k", "v", "forget", "dy")
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,8 @@ def pool(subject: CaseContext) -> Iterable[TensorResult]:
     q, k, v, _weight, forget, first, _ = subject.arguments
     operands, half = (q, k, v, forget), 0 if subject.case.narrow_state else q.shape[1] // 2
     slots = _Pool.of(subject, first, 3)
-    here, table = slots.table[:, int(bool(half))], slots.table[:, int(bool(half)) :][:, :2]
+    begin = 1 if half else 0
+    here, table = slots.table[:, begin], slots.table[:, begin : begin + 2]
     package: Any = subject.package
     with poisoned(), torch.no_grad():
         outputs = [_prompt(subject, slots, half)] if half else []
@@ -140,13 +140,12 @@ def pool_kept(subject: CaseContext) -> Iterable[TensorResult]:
     yield from slots.untouched(slots.table[:, 1:])
 
 
-def _until(subject: CaseContext, steps: int) -> Any:
-    problem = subject.case.problem
-    return replace(subject.case, problem=Problem(problem.batch, steps, initial_state=problem.initial_state))
+def _until(subject: CaseContext, steps: int) -> Case:
+    return replace(subject.case, problem=replace(subject.case.problem, seq=steps))
 
 
 def _first_steps(inputs: Inputs, steps: int) -> Inputs:
-    return replace(inputs, **{name: getattr(inputs, name)[:, :steps] for name in PER_STEP})
+    return replace(inputs, **{name: getattr(inputs, name)[:, :steps] for name in STEPWISE})
 
 
 def layer_pool(subject: CaseContext) -> Iterable[TensorResult]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2gen.problem import Inputs
+from m2gen.problem import STEPWISE, Inputs
 from m2gen.verify.case import TensorResult
 from m2gen.verify.oracle import Operator, differentiate, judge, same
 from m2gen.verify.subject import CaseContext, poisoned
@@ -47,7 +47,7 @@ def chunked(subject: CaseContext) -> Iterable[TensorResult]:
 
 def _alone(inputs: Inputs, index: int, start: int, end: int) -> Inputs:
     """Return one sequence of a packed batch as a batch of one."""
-    steps = {name: getattr(inputs, name)[start:end].unsqueeze(0) for name in ("q", "k", "v", "forget", "dy")}
+    steps = {name: getattr(inputs, name)[start:end].unsqueeze(0) for name in STEPWISE}
     state = inputs.initial_state
     return replace(
         inputs,
