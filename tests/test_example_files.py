@@ -17,7 +17,7 @@ from m2gen.kernels.compile import load_module
 EXAMPLES = ROOT / "examples"
 COMMANDS = (
     "hybrid_lm/run.py train", "hybrid_lm/hybrids.py", "recall/run.py", "state_tracking/run.py",
-    "generate/run.py", "state_tracking/learn.py --minutes 0", "state_tracking/search.py --minutes 0",
+    "generate/run.py", "state_tracking/learn.py --minutes 0",
 )  # fmt: skip
 """Commands that keep runs or checkpoints in ``--out``."""
 HOLDER = """

@@ -33,7 +33,6 @@ REFUSED = [
     ("recall/run.py", "dtype=fp16", "dtype must be bf16 or fp32, got 'fp16'"),
     ("recall/run.py", "evaluate={lengths: [8], words: 0, tokens: 4}", "--set: evaluate.words must be an integer from"),
     ("state_tracking/run.py", "lengths=8", "--set lengths must be a list, got 8"),
-    ("state_tracking/run.py", "stages=[8]", "config.yaml and --set must give values of the kinds"),
     ("state_tracking/run.py", "steps=true", "--set steps must be a number, got True"),
     ("state_tracking/run.py", "steps=0", "got ValueError: steps must be at least 1, got 0"),
     ("state_tracking/run.py", "lengths=[]", "got ValueError: lengths must be at least 1, got 0"),

@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from calls import distance
 from layer import by_hand
 from support import ROOT
@@ -31,8 +30,8 @@ from m2gen.kernels.compile import load_module
 
 EXAMPLES = ROOT / "examples"
 LOCAL = (
-    "decoder", "gated_delta", "words", "step", "train", "data", "model", "loop", "compare", "stack", "many", "findings",
-    "members", "settings", "construct", "files", "report", "pictures",
+    "decoder", "gated_delta", "words", "step", "train", "data", "model", "loop", "compare", "settings", "construct",
+    "files", "report", "pictures",
 )  # fmt: skip
 """Modules that the examples find beside them."""
 DELTA = ("all Gated DeltaNet of flash-linear-attention", "all Gated DeltaNet")
@@ -102,82 +101,10 @@ def test_a_layer_of_written_weights_tracks_a_group(example, name, dtype, options
     assert torch.equal(found.argmax(-1), answers)
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": None, "norm": None, "residual": False}])
-def test_a_stack_is_its_models(example, options) -> None:
-    """Every model of a stack gives the logits and the gradients that it gives alone."""
-    stacks = example("state_tracking", "stack")
-    decoder = load_module(EXAMPLES / "decoder.py", "example_decoder")
-    tiny = decoder.package_of("generated.tiny")
-    torch.manual_seed(0)
-    heads = dict.fromkeys("qkvfw", 2)
-    models = [
-        decoder.Decoder(
-            [tiny.M2RNN(8, 3, 5, heads, conv_width=None, backend="reference", **options) for _ in range(2)], 8, 6, 6
-        )
-        for _ in range(3)
-    ]
-    stack = stacks.Stack(models, tiny.m2rnn, "reference", torch.device("cpu"))
-    letters = torch.randint(6, (3, 2, 4))
-    logits = stack(letters)
-    found = torch.autograd.grad(logits.square().sum(), list(stack.parameters.values()))
-    for i, model in enumerate(models):
-        alone = model(letters[i])
-        alone.square().sum().backward()
-        assert torch.allclose(logits[i], alone, atol=1e-5)
-        for (name, parameter), gradient in zip(model.named_parameters(), found, strict=True):
-            assert torch.allclose(gradient[i], parameter.grad, atol=1e-3, rtol=1e-3), name
-        assert all(torch.equal(value, model.get_parameter(name)) for name, value in stack.state_of(i).items())
-
-
-def test_models_of_a_stack_train_as_they_would_alone(example, monkeypatch) -> None:
-    """Each goes where torch's AdamW takes it, with its own settings and the beginnings of rows that are its words."""
-    many = example("state_tracking", "many")
-    decoder = load_module(EXAMPLES / "decoder.py", "example_decoder")
-    tiny = decoder.package_of("generated.tiny")
-    torch.manual_seed(0)
-    options = {"conv_width": None, "bias": True, "backend": "reference"}
-    models = [decoder.Decoder([tiny.M2RNN(8, 1, 4, dict.fromkeys("qkvfw", 2), **options)], 8, 6, 6) for _ in range(2)]
-    stack = many.Stack(models, tiny.m2rnn, "reference", torch.device("cpu"))
-    words = example("state_tracking", "words")
-    said = many.Answers(words.group("S3"), points=0)
-    stages, shared = ((2, 2), (0, 5)), {"noise": 0.0, "steps": 100, "settle": 10, "caution": 0.5}
-    plans = [
-        many.Plan(stages, learning_rate=1e-2, weight_decay=0.1, clip=0.3, **shared),
-        many.Plan(stages, learning_rate=3e-3, weight_decay=1.0, clip=100.0, **shared),
-    ]
-    progress = [many.Progress(plan, seed, known_at=[1]) for seed, plan in enumerate(plans)]
-    trainer, steps = many.Many(stack, said, progress, batch=3, tokens=100), []
-    train = many.Many._train
-
-    def noted(self: Any, letters: torch.Tensor) -> None:
-        train(self, letters)
-        steps.append((self.facts.clone(), letters.clone()))
-
-    monkeypatch.setattr(many.Many, "_train", noted)
-    trainer.round()
-    assert len(steps) == 10
-    assert len({tuple(facts[2].tolist()) for facts, _ in steps}) > 2
-    for i, (model, plan) in enumerate(zip(models, plans, strict=True)):
-        groups = decoder.groups_of(model, plan.weight_decay)
-        optimizer = torch.optim.AdamW(groups, betas=many.BETAS, eps=many.EPS)
-        for facts, letters in steps:
-            own = letters[i, :, : int(facts[2, i])]
-            assert len(own.unique()) <= facts[1, i]
-            answers = words.products(own, said.problem.table)
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(own).flatten(0, 1), answers.flatten()).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
-            for part in optimizer.param_groups:
-                part["lr"] = float(facts[0, i])
-            optimizer.step()
-        for name, value in stack.state_of(i).items():
-            assert torch.allclose(value, model.get_parameter(name), atol=2e-4), name
-
-
 def test_answers_by_points(example) -> None:
     """The right permutation written out has no loss and is right; with one point elsewhere it is neither."""
-    many = example("state_tracking", "many")
-    said = many.Answers(example("state_tracking", "words").group("A4"), points=4)
+    words = example("state_tracking", "words")
+    said = words.Answers(words.group("A4"), points=4)
     answers = torch.arange(12)
     logits = 50.0 * nn.functional.one_hot(said.problem.images, 4).flatten(1)
     assert logits.shape[1] == said.classes
@@ -185,66 +112,6 @@ def test_answers_by_points(example) -> None:
     assert said.right(logits, answers).all()
     assert not said.right(logits.roll(1, -1), answers).any()
     assert not said.right(logits, answers.roll(1)).any()
-
-
-def test_search_goes_on_and_shows_what_it_found(example, monkeypatch, tmp_path, capsys) -> None:
-    """An interrupted stack goes on from its checkpoint; every model of it has a row, and the table a line a variant."""
-    search = example("state_tracking", "search")
-    config = yaml.safe_load((EXAMPLES / "state_tracking" / "search.yaml").read_text(encoding="utf-8"))
-    small = {
-        "rows": 1, "columns": 4, "heads": 2, "width": 8, "stages": [[2, 2], [0, 3]], "steps": 20, "settle": 1,
-        "batch": 2, "evaluate": {"length": 5, "words": 2, "at_once": 1},
-    }  # fmt: skip
-    config["evaluate"] = small.pop("evaluate")
-    config |= {"package": "generated.tiny", "total": 8, "group": "S3", "defaults": config["defaults"] | small}
-    variants = [{}, {"weights": "automaton", "learning_rate": 1e-3}]
-    config["stacks"] = [{"name": "small", "seconds": 1e6, "activation": None, "bias": True, "variants": variants}]
-    place = tmp_path / "search.yaml"
-    place.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path), "--minutes", "0")
-    assert not (tmp_path / "small.json").exists()
-    began = search.Many.round
-
-    def once(many: Any) -> None:
-        began(many)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(search.Many, "round", once)
-    with pytest.raises(KeyboardInterrupt):
-        command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path))
-    monkeypatch.setattr(search.Many, "round", began)
-    command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path))
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" | ")[2] for line in lines[-2:]] == ["defaults", "weights automaton, learning_rate 0.001"]
-    rows = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))["rows"]
-    assert [(row["seed"], row["steps"]) for row in rows] == [(0, 20), (1, 20), (0, 20), (1, 20)]
-    assert set(rows[0]["accuracy"]) == {"5"}
-    assert is_figure(tmp_path / "search.png")
-
-    def changed(**settings: Any) -> None:
-        place.write_text(yaml.safe_dump(config | settings, sort_keys=False), encoding="utf-8")
-        command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path))
-
-    slower = {"defaults": {**config["defaults"], "learning_rate": 1e-4}}
-    longer = {"stacks": [{**config["stacks"][0], "seconds": 2e6}]}
-    less = {"stacks": [{**config["stacks"][0], "variants": variants[:1]}]}
-    judged = {"evaluate": {**config["evaluate"], "words": 3}}
-    cases = {"learning_rate": slower, "seconds": longer, "variants": less, "evaluate": judged, "group": {"group": "A4"}}
-    for name, settings in cases.items():
-        refusal = rf"small.json must be of this config, but has another {name}; give another --out"
-        with pytest.raises(SystemExit, match=refusal):
-            changed(**settings)
-    (tmp_path / "small.json").unlink()
-    for name in ("learning_rate", "variants", "group"):
-        with pytest.raises(SystemExit, match=rf"small.pt must be of this config, but has another {name}; give another"):
-            changed(**cases[name])
-    assert not (tmp_path / "small.json").exists()
-    changed(**longer, **judged)  # which a model that is trained so far may have
-    assert (tmp_path / "small.json").is_file()
-    (tmp_path / "small.json").write_text(json.dumps(rows), encoding="utf-8")  # as files were before
-    with pytest.raises(SystemExit, match=r"small.json must be of this config, but does not say of which it is"):
-        changed()
 
 
 def test_unknown_groups_and_settings_end_the_program(example, monkeypatch, tmp_path) -> None:
@@ -257,23 +124,6 @@ def test_unknown_groups_and_settings_end_the_program(example, monkeypatch, tmp_p
     with pytest.raises(SystemExit, match="must be a generated package, got none"):
         command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "package=generated.none")
     command(run, monkeypatch, "--smoke", "--out", str(tmp_path), "--set", "models=[gru]")  # no run has kept the folder
-    search = example("state_tracking", "search")
-    place = tmp_path / "search.yaml"
-    text = (EXAMPLES / "state_tracking" / "search.yaml").read_text(encoding="utf-8")
-    for wrong, said in (
-        (text.replace("stacks:", "stack:"), "must give .*; see stack, stacks"),
-        (text.replace("total: 96", "total: 8"), "stack letters_automaton: total must have room for a model of each"),
-        (text.replace("at_once: 4", "most: 4"), "evaluate must give at_once, length, words; see at_once, most"),
-        (text.replace("name: letters ", "name: points "), "stacks must have a name each, got points more than once"),
-        (text.replace("name: letters ", "title: letters "), "must give values of the kinds .*, got KeyError: 'name'"),
-    ):
-        assert wrong != text
-        place.write_text(wrong, encoding="utf-8")
-        with pytest.raises(SystemExit, match=said):
-            command(search, monkeypatch, "--config", str(place), "--out", str(tmp_path / "search"))
-    with pytest.raises(SystemExit, match=r"--stacks must be of letters_automaton, .*, got typo"):
-        command(search, monkeypatch, "--stacks", "letters,typo", "--out", str(tmp_path / "search"))
-    assert not (tmp_path / "search").exists()
 
 
 def test_the_linear_mixer_is_the_recurrence_without_tanh_and_weight(example) -> None:
@@ -357,31 +207,6 @@ def test_state_tracking_folders_are_of_one_machine(example, monkeypatch, tmp_pat
         command(run, monkeypatch, *smoke)
     command(run, monkeypatch, *smoke, "--set", "models=[attention]")
     assert summary()["device"] == "unknown device"
-
-
-def test_state_tracking_smoke_with_letters(example, monkeypatch, tmp_path, capsys) -> None:
-    """The curriculum over letters, and state weights that begin as an automaton's, train every model."""
-    run = example("state_tracking")
-    place = str(EXAMPLES / "state_tracking" / "letters.yaml")
-    command(run, monkeypatch, "--config", place, "--smoke", "--out", str(tmp_path), "--set", "stages=[[2, 2], [0, 3]]")
-    table = capsys.readouterr().out
-    assert [line.split(" | ")[1] for line in table.splitlines()[2:]] == ["m2rnn", "attention", "linear", "gru"]
-
-
-def test_letters_of_a_stage_generate_the_group(example) -> None:
-    """A step of two letters has words of two elements, of which every element is a product."""
-    words, step = example("state_tracking", "words"), example("state_tracking", "step")
-    problem = words.group("A5")
-    recipe = step.Recipe(64, 8192, 1e-3, 0.0, 1.0, graphs=False)
-    model = nn.Sequential(nn.Embedding(60, 4), nn.Linear(4, 60))
-    for seed in range(5):
-        stepper = step.Stepper(model, problem, recipe, torch.Generator().manual_seed(seed))
-        stepper.step(6, 1.0, 2)
-        letters = stepper.words[6].letters.unique()
-        assert len(letters) == 2
-        assert problem.generated(letters.tolist()) == 60
-        stepper.step(6, 1.0, 96)
-        assert len(stepper.words[6].letters.unique()) > 50
 
 
 def test_generate_smoke(example, monkeypatch, tmp_path, capfd) -> None:
@@ -479,8 +304,7 @@ def test_a_run_ends_after_the_last_length_has_settled(example) -> None:
             self.loss = self.accuracy = torch.ones(())
             self.steps: list[tuple[int, float]] = []
 
-        def step(self, length: int, rate: float, letters: int) -> None:
-            assert letters == 0
+        def step(self, length: int, rate: float) -> None:
             self.steps.append((length, rate))
 
     known, losses = Known(), []

@@ -27,9 +27,7 @@ LOCAL = (
     "files",
     "gated_delta",
     "learned",
-    "many",
     "settings",
-    "stack",
     "step",
     "streams",
     "tracker",
@@ -63,23 +61,38 @@ def tracker_of(learn: ModuleType, **changes: Any) -> tuple[Any, Any, Any]:
     points = learn.points_of(problem.name) if run.settings["answers"] == "points" else 0
     said = learn.Answers(problem, points)
     torch.manual_seed(0)
-    layer = learn.layer_of(run, said, learn.package_of("generated.tiny"), "reference")
-    return run, said, learn.Tracker(layer, said.classes)
+    layers = learn.layers_of(run, said, learn.package_of("generated.tiny"), "reference")
+    return run, said, learn.Tracker(layers, said.classes, run.settings["repeats"])
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"norm": "rmsnorm", "residual": True, "answers": "element", "heads_apart": False}]
+    "options",
+    [
+        {},
+        {"norm": "rmsnorm", "residual": True, "answers": "element", "heads_apart": False},
+        {"layers": 3, "repeats": 2},
+        {"weights": "automaton", "layers": 2},
+    ],
 )
 def test_the_recurrence_on_a_cpu_is_the_layers(example, options) -> None:
-    """Logits, the state after them and the gradients of both are those of the layer's own scan."""
+    """Logits, the state after them and the gradients of both are those of the layers' own scans.
+
+    Each layer takes the letter and what those before it say, as often as it is repeated.
+    """
     _, said, model = tracker_of(example(), **options)
+    model.double()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
-    letters, state = torch.randint(12, (4, 7)), torch.randn(4, 2, 1, 5)
-    model.layer.clip = None
-    y, _, after = model.layer.scan(torch.eye(12)[letters], None, state)
-    expected = y[..., : said.classes], after
+    layers, repeats = model.layers, model.repeats
+    letters, state = torch.randint(12, (4, 7)), torch.randn(4, 2 * len(layers), 1, 5).double()
+    x, after = torch.eye(12).double()[letters.repeat_interleave(repeats, 1)], []
+    for i, layer in enumerate(layers):
+        layer.clip = None
+        y, _, last = layer.scan(x, None, state[:, 2 * i : 2 * i + 2])
+        x = x + y
+        after.append(last)
+    expected = y[:, repeats - 1 :: repeats, : said.classes], torch.cat(after, 1)
     weights = [torch.randn_like(x) for x in expected]
 
     def gradients(results: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -88,14 +101,14 @@ def test_the_recurrence_on_a_cpu_is_the_layers(example, options) -> None:
 
     found = model(letters, state)
     for one, other in zip((*found, *gradients(found)), (*expected, *gradients(expected)), strict=True):
-        assert torch.allclose(one, other, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(one, other, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("answers", ["points", "element"])
 def test_heads_begin_apart(example, answers) -> None:
     """Each head alone moves logits by where elements take its point, and the first logits are no constant."""
     _, said, model = tracker_of(example(), answers=answers)
-    out = model.layer.output_projection.weight.detach().unflatten(1, (2, 5))[: said.classes]
+    out = model.layers[-1].output_projection.weight.detach().unflatten(1, (2, 5))[: said.classes]
     for head in range(2):
         if answers == "points":
             used = torch.arange(said.classes) // 4 == head
@@ -107,6 +120,23 @@ def test_heads_begin_apart(example, answers) -> None:
                 torch.equal(out[i, head], out[j, head]) == bool(places[i] == places[j])
                 for i, j in torch.cartesian_prod(torch.arange(12), torch.arange(12)).tolist()
             )
+
+
+def test_an_automatons_layer_lacks_only_what_letters_do(example) -> None:
+    """With written letters in place of random ones, a layer that begins as an automaton tracks the group."""
+    options = {"columns": 16, "weights": "automaton", "gain": 8.0, "spread": 0.0, "forget": 1e-9}
+    _, said, model = tracker_of(example(), **options)
+    (layer,), construct = model.layers, example("construct")
+    elements = construct.elements_of("A4")
+    levels = torch.stack([construct.letter_levels(elements, point, 4) for point in range(2)], 1)
+    values = layer.input_projection.bias[4:36].unflatten(0, (2, 16))
+    layer.input_projection.weight.data[4:36] = (levels - values).flatten(1).mT
+    places = torch.tensor([[float(m == place) for _, m in construct.pairs(4)] for place in range(4)])
+    out = layer.output_projection.weight.data.zero_().unflatten(1, (2, 16))
+    for head in range(2):
+        out[4 * head : 4 * head + 4, head] = places
+    letters, answers = said.problem.words(3, 300, torch.Generator().manual_seed(0))
+    assert said.right(model(letters, model.first(3))[0], answers).all()
 
 
 def test_streams_go_on_until_the_model_errs(example) -> None:
@@ -141,7 +171,7 @@ def test_streams_that_the_model_does_not_know_are_lost(example) -> None:
     learn = example()
     for sure, lost in ((0.5, True), (0.0, False)):
         run, said, model = tracker_of(learn, sure=sure, restart=0.0)
-        nn.init.zeros_(model.layer.output_projection.weight)  # all places are as probable
+        nn.init.zeros_(model.layers[0].output_projection.weight)  # all places are as probable
         streams = learn.Streams(model, said, run.plan, 0)
         streams.step(0.0, 0)
         assert streams.lost.tolist() == 6 * [lost]
@@ -152,7 +182,7 @@ def test_gates_that_are_kept_stay_as_they_began(example) -> None:
     learn = example()
     for kept in (True, False):
         run, said, model = tracker_of(learn)
-        layer = model.layer
+        (layer,) = model.layers
         if kept:
             example("tracker").keep_gates(layer)
         before = {name: value.clone() for name, value in layer.state_dict().items()}
@@ -164,6 +194,29 @@ def test_gates_that_are_kept_stay_as_they_began(example) -> None:
         rows = (layer.input_projection.weight != before["input_projection.weight"]).any(1)
         assert rows[4:14].all()
         assert rows[:4].any() == rows[16:].any() == (not kept)
+
+
+def test_noise_is_added_to_gradients_that_train(example) -> None:
+    """A gradient has normal numbers of that size added before it is clipped, and none where gates are kept."""
+    learn = example()
+    tracker = example("tracker")
+    gradients = {}
+    for size in (0.0, 0.5):
+        *_, model = tracker_of(learn)
+        (layer,) = model.layers
+        if size:
+            tracker.add_noise(layer, size)
+        tracker.keep_gates(layer)
+        letters = torch.randint(12, (4, 7), generator=torch.Generator().manual_seed(0))
+        model(letters, model.first(4))[0].square().sum().backward()
+        gradients[size] = {name: p.grad for name, p in layer.named_parameters()}
+    added = {name: value - gradients[0.0][name] for name, value in gradients[0.5].items()}
+    assert 0.4 < added["state_weight"].std() < 0.6
+    rows = added["input_projection.weight"].abs().sum(1) > 0
+    assert rows[4:14].all()
+    assert not rows[:4].any()
+    assert not rows[14:].any()
+    assert not added["decay_gate.dt_bias"].any()
 
 
 def test_stages_are_known_in_turn(example) -> None:
@@ -326,8 +379,8 @@ def test_parity_is_learnt_and_kept(example, monkeypatch, tmp_path, capsys) -> No
     assert {row["torch"] for row in rows} == {torch.__version__}  # of who made the runs, whoever writes the summary
     run = example("asked").runs_of(config, set())[0]
     said = learn.Answers(learn.group("S2"), 1)
-    layer = learn.layer_of(run, said, learn.package_of("generated.tiny"), "reference")
-    layer.load_state_dict(torch.load(tmp_path / "out" / f"parity_{best['seed']}.pt"))
+    (layer,) = learn.layers_of(run, said, learn.package_of("generated.tiny"), "reference")
+    layer.load_state_dict(torch.load(tmp_path / "out" / f"parity_{best['seed']}.pt")[0])
     letters, answers = said.problem.words(3, 60, torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = layer(torch.eye(2)[letters])  # the package's layer by itself
@@ -361,6 +414,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "seeds": ({"recipes": [{"name": "a"}]}, "must give values of the kinds that this command has, got KeyError"),
     "twice": ({"recipes": 2 * [{"name": "a", "seeds": [0]}]}, "recipes must have a name each, got a more than once"),
     "answers": ({"recipes": [{"name": "a", "seeds": [0], "answers": "elements"}]}, "got 'elements'"),
+    "weights": (
+        {"recipes": [{"name": "a", "seeds": [0], "weights": "random"}]},
+        "weights must be of rotation, automat",
+    ),
+    "layers": ({"recipes": [{"name": "a", "seeds": [0], "layers": 0}]}, "layers must be at least 1, got 0"),
     "group": ({"recipes": [{"name": "a", "seeds": [0], "group": "Z9"}]}, "groups must be S1 to S6"),
 }
 

@@ -11,9 +11,10 @@ from streams import Plan
 from tracker import Start
 from words import elements_of
 
-SHAPE = ("group", "heads", "columns", "answers", "norm", "residual", "keep_gates")
-"""Settings of a layer and its answers; all others are a ``Plan``'s or a ``Start``'s."""
-ANSWERS = ("points", "element")
+SHAPE = ("group", "layers", "heads", "columns", "repeats", "answers", "norm", "residual", "keep_gates")
+"""Settings of layers and their answers; all others are a ``Plan``'s or a ``Start``'s."""
+CHOICES = {"answers": ("points", "element"), "weights": ("rotation", "automaton")}
+"""Settings that are words, and which."""
 ASKED = {"words", "length"}
 """What ``evaluate`` of a config has."""
 
@@ -72,8 +73,12 @@ def check(run: Run) -> None:
         raise ValueError("letters must have a stage, got none")
     if not 0 < run.start.forget < 1:
         raise ValueError(f"forget must be between 0 and 1, got {run.start.forget}")
-    if run.settings["answers"] not in ANSWERS:
-        raise ValueError(f"answers must be of {', '.join(ANSWERS)}, got {run.settings['answers']!r}")
+    for name, choices in CHOICES.items():
+        if run.settings[name] not in choices:
+            raise ValueError(f"{name} must be of {', '.join(choices)}, got {run.settings[name]!r}")
+    for name in ("layers", "heads", "repeats", "streams", "segment"):
+        if run.settings[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {run.settings[name]}")
 
 
 def asked_of(place: Path, only: set[str]) -> tuple[dict[str, Any], list[Run]]:

@@ -12,7 +12,6 @@ V = n^2 columns. Before the first letter the state is 0, so thresholds are such 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 from itertools import product
@@ -94,33 +93,15 @@ def state_weight(point: int, degree: int, margin: float = MARGIN) -> Tensor:
     return margin * weight
 
 
+def thresholds(point: int, degree: int) -> list[float]:
+    """Return what is added to every pair (V), in margins: a state of 0 reads as the point at its own place."""
+    return [0.0 if start == point else -2.0 for start, _ in pairs(degree)]
+
+
 def letter_levels(elements: list[tuple[int, ...]], point: int, degree: int) -> Tensor:
     """Return v (letters, V): what W's part lacks to be 1 margin above the threshold, or at least 1 below."""
-    levels = [
-        [(1 if p[start] == end else -1) - (0 if start == point else 2) for start, end in pairs(degree)]
-        for p in elements
-    ]
-    return MARGIN * torch.tensor(levels, dtype=torch.float32)
-
-
-@torch.no_grad()
-def begin_automaton(layer: nn.Module, margin: float, spread: float) -> None:
-    """Write the weights of an automaton of isqrt(V) states whose letters do random things, for training to choose.
-
-    The layer has biases and no activation. v is its thresholds and ``spread`` margins times a normal number; q and k
-    are about 1. Columns over the square of the states are as they were.
-    """
-    states, counts = math.isqrt(layer.head_dim), layer.heads
-    used = states**2
-    layer.state_weight[:, :used, :used] = state_weight(0, states, margin)
-    keys, gates = (counts.q + counts.k) * layer.state_expansion, layer.gate_heads * layer.head_dim
-    sizes = keys, counts.v * layer.head_dim, layer.forget_inputs, gates
-    for part, factor in zip(layer.input_projection.weight.split(sizes), (0.1, spread * margin, 1.0, 0.1), strict=True):
-        part *= factor
-    thresholds = torch.zeros(counts.v, layer.head_dim)
-    thresholds[:, :used] = torch.tensor([-2 * margin if start else 0.0 for start, _ in pairs(states)])
-    parts = [torch.ones(keys), thresholds.flatten(), torch.zeros(layer.forget_inputs), inverse_silu(torch.ones(gates))]
-    layer.input_projection.bias.copy_(torch.cat(parts))
+    arrows = torch.tensor([[1.0 if p[start] == end else -1.0 for start, end in pairs(degree)] for p in elements])
+    return MARGIN * (arrows + torch.tensor(thresholds(point, degree)))
 
 
 def inverse_silu(y: Tensor) -> Tensor:

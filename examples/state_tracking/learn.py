@@ -37,26 +37,29 @@ from construct import points_of  # noqa: E402
 from decoder import package_of  # noqa: E402
 from files import alone, reachable, store, write_json, write_text  # noqa: E402
 from learned import rows_of, table  # noqa: E402
-from many import Answers  # noqa: E402
 from step import own_stream  # noqa: E402
 from streams import Streams, fit, judge  # noqa: E402
 from torch import nn  # noqa: E402
-from tracker import Tracker, begin, keep_gates  # noqa: E402
-from words import group  # noqa: E402
+from tracker import Tracker, add_noise, begin, keep_gates  # noqa: E402
+from words import Answers, group  # noqa: E402
 
 SAID = (64, 128, 256, 512, 1024, 2048)
 """Lengths whose accuracy is recorded."""
 
 
-def layer_of(run: Run, said: Answers, package: ModuleType, backend: str) -> nn.Module:
-    """Return a run's layer with its initial values, on the CPU."""
-    settings = run.settings
-    layer: nn.Module = package.M2RNN(
-        said.problem.order, 1, settings["columns"], dict.fromkeys("qkvfw", settings["heads"]), conv_width=None,
-        activation=None, bias=True, norm=settings["norm"], residual=settings["residual"], backend=backend,
-    )  # fmt: skip
-    begin(layer, said.problem.images.cpu(), said.points, run.start)
-    return layer
+def layers_of(run: Run, said: Answers, package: ModuleType, backend: str) -> list[nn.Module]:
+    """Return a run's layers with their initial values, on the CPU; answers are read from the last."""
+    settings, layers = run.settings, list[nn.Module]()
+    for left in reversed(range(settings["layers"])):
+        layer: nn.Module = package.M2RNN(
+            said.problem.order, 1, settings["columns"], dict.fromkeys("qkvfw", settings["heads"]), conv_width=None,
+            activation=None, bias=True, norm=settings["norm"], residual=settings["residual"], backend=backend,
+        )  # fmt: skip
+        begin(layer, said.problem.images.cpu(), said.points, run.start)
+        if left:  # at first, the last layer is alone
+            nn.init.zeros_(layer.output_projection.weight)
+        layers.append(layer)
+    return layers
 
 
 def name_of(device: torch.device) -> str:
@@ -65,19 +68,22 @@ def name_of(device: torch.device) -> str:
 
 
 def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch.device) -> tuple[dict[str, Any], Any]:
-    """Train one layer and judge it; return what is recorded of it, and its weights."""
+    """Train a run's layers and judge them; return what is recorded of them, and the weights of each."""
     began = time.perf_counter()
     with own_stream(device):
         problem = group(run.settings["group"]).to(device)
         said = Answers(problem, points_of(problem.name) if run.settings["answers"] == "points" else 0)
         torch.manual_seed(run.seed)
         try:
-            layer = layer_of(run, said, package, "kernels" if device.type == "cuda" else "reference").to(device)
+            layers = layers_of(run, said, package, "kernels" if device.type == "cuda" else "reference")
         except ValueError as error:  # dims that are not built, or options of no sense
             raise SystemExit(f"{run.name}: {error}") from None
-        if run.settings["keep_gates"]:
-            keep_gates(layer)
-        model = Tracker(layer, said.classes)
+        model = Tracker(layers, said.classes, run.settings["repeats"]).to(device)
+        for layer in layers:  # noise first: gates that are kept get none
+            if run.plan.noise:
+                add_noise(layer, run.plan.noise)
+            if run.settings["keep_gates"]:
+                keep_gates(layer)
         known_at, steps = fit(
             Streams(model, said, run.plan, run.seed), lambda text: print(f"{run.name} {text}", file=sys.stderr)
         )
@@ -90,7 +96,7 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
         "settings": run.settings,
         "device": name_of(device),
         "torch": torch.__version__,
-        "parameters": sum(p.numel() for p in layer.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()),
         "steps": steps,
         "seconds": round(seconds, 1),
         "known_at": known_at,
@@ -100,7 +106,7 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
         },
         "perfect_to": next((i for i, wrong in enumerate(errors) if wrong), len(errors)),
         "length": len(errors),
-    }, {name: value.cpu() for name, value in layer.state_dict().items()}
+    }, [{name: value.cpu() for name, value in layer.state_dict().items()} for layer in layers]
 
 
 def end_with_parent() -> None:

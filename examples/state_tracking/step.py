@@ -10,7 +10,7 @@ import torch
 from decoder import groups_of
 from torch import Tensor, nn
 from torch.nn import functional as F
-from words import Group, alphabet, products
+from words import Group, products
 
 WARM = 2
 """Eager steps of each length before its capture: kernels are compiled, and the optimizer's state is made, in them."""
@@ -61,19 +61,16 @@ class Stepper:
             capturable=self.graphs,
         )
         self.words: dict[int, Words] = {}
-        self.alphabet = alphabet(problem, generator.initial_seed()).to(device)
 
-    def step(self, length: int, rate: float, count: int = 0) -> None:
-        """Train on fresh words of a length, of ``count`` letters or all, at a part of the learning rate."""
+    def step(self, length: int, rate: float) -> None:
+        """Train on fresh words of a length, at a part of the learning rate."""
         if length not in self.words:
             batch = max(1, min(self.recipe.batch, self.recipe.tokens // length))
             letters = torch.empty(batch, length, dtype=torch.long, device=self.rate.device)
             self.words[length] = Words(letters)
         words = self.words[length]
         self.rate.fill_(rate * self.recipe.learning_rate)
-        words.letters.random_(min(count, self.problem.order) or self.problem.order, generator=self.generator)
-        if count:
-            words.letters.copy_(self.alphabet[words.letters])
+        words.letters.random_(self.problem.order, generator=self.generator)
         if self.graphs and words.graph is None and words.uses >= WARM:
             self._capture(words)
         if words.graph is None:

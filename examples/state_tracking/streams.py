@@ -9,10 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from many import Answers
 from torch import Tensor, nn
 from tracker import Tracker
-from words import alphabet
+from words import Answers, alphabet
 
 READ_EVERY = 10
 """Steps between looks at the accuracy, which wait for the GPU."""
@@ -45,6 +44,8 @@ class Plan:
     """Probability that a stream ends in a step, whatever was answered."""
     learning_rate: float
     weight_decay: float
+    noise: float
+    """Standard deviation of what is added to every gradient."""
     clip: float
 
 

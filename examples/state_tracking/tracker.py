@@ -1,13 +1,14 @@
-"""A model that is one M2RNN layer: letters in, logits of their product out, and the state that it goes on from."""
+"""A model that is M2RNN layers alone: letters in, logits of their product out, and the state that it goes on from."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from construct import inverse_silu
+from construct import inverse_silu, state_weight, thresholds
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,8 +17,10 @@ from torch.nn import functional as F
 class Start:
     """What a layer begins with."""
 
+    weights: str
+    """What its state weights are: random ``rotation``s, or an ``automaton``'s, among whose arrows letters choose."""
     gain: float
-    """Size of the random rotations that are its state weights."""
+    """Size of the rotations; of an automaton, its margin."""
     spread: float
     """Standard deviation of what letters write."""
     forget: float
@@ -40,8 +43,7 @@ def begin(layer: nn.Module, images: Tensor, points: int, start: Start) -> None:
     layer.input_projection.bias.copy_(torch.cat(biases))
     layer.decay_gate.A_log.zero_()
     layer.decay_gate.dt_bias.fill_(math.log(math.expm1(-math.log(start.forget))))
-    for weight in layer.state_weight:
-        nn.init.orthogonal_(weight, gain=start.gain)
+    begin_states(layer, start)
     if layer.D is not None:
         layer.D.zero_()
     out = layer.output_projection.weight.normal_(std=cols**-0.5)
@@ -53,6 +55,19 @@ def begin(layer: nn.Module, images: Tensor, points: int, start: Start) -> None:
                 out[head * degree : (head + 1) * degree, head] = of_places
             elif not points:
                 out[:, head] = of_places[images[:, head % degree]]
+
+
+def begin_states(layer: nn.Module, start: Start) -> None:
+    """Write the state weights that a layer begins with, and for an automaton the thresholds, as biases of v."""
+    states, counts = math.isqrt(layer.head_dim), layer.heads
+    used = states**2
+    keys = (counts.q + counts.k) * layer.state_expansion
+    biases = layer.input_projection.bias[keys : keys + counts.v * layer.head_dim].unflatten(0, (counts.v, -1))
+    for head, weight in enumerate(layer.state_weight):
+        nn.init.orthogonal_(weight, gain=start.gain)
+        if start.weights == "automaton":
+            weight[:used, :used] = state_weight(head % states, states, start.gain)
+            biases[head, :used] = start.gain * torch.tensor(thresholds(head % states, states))
 
 
 def keep_gates(layer: nn.Module) -> None:
@@ -70,51 +85,76 @@ def keep_gates(layer: nn.Module) -> None:
         parameter.register_hook(torch.zeros_like)
 
 
-class Tracker(nn.Module):
-    """One M2RNN layer, whose hidden size is how many letters there are; ``classes`` of its outputs are the logits.
+def add_noise(layer: nn.Module, size: float) -> None:
+    """Add normal numbers of this standard deviation to every gradient.
 
-    Its state is the layer's, (B, N, 1, V) in float32. On a CPU the recurrence is ``Recurrence``, the same without what
-    the layer's reference does to answer for every dtype and clip, in a small part of the time.
+    ``keep_gates`` comes after it, and then takes them away from what it keeps.
+    """
+    for parameter in layer.parameters():
+        parameter.register_hook(lambda gradient: gradient + size * torch.randn_like(gradient))
+
+
+class Tracker(nn.Module):
+    """M2RNN layers, whose hidden size is how many letters there are.
+
+    Logits are the first ``classes`` of the last one's outputs. Each layer but the first takes the letter and what all
+    before it say. Each letter is taken ``repeats`` times, and answered after the last. The state is the layers', (B,
+    layers * N, 1, V) in float32. On a CPU the recurrence is ``Recurrence``, the same without what the layer's reference
+    does to answer for every dtype and clip, in a small part of the time.
     """
 
-    def __init__(self, layer: nn.Module, classes: int) -> None:
+    def __init__(self, layers: Sequence[nn.Module], classes: int, repeats: int = 1) -> None:
         super().__init__()
-        if layer.conv1d is not None or layer.activation is not None or layer.state_expansion != 1:
-            raise ValueError("a tracker's layer must have state_expansion=1, conv_width=None and activation=None")
-        self.layer, self.classes = layer, classes
+        if any(one.conv1d is not None or one.activation is not None or one.state_expansion != 1 for one in layers):
+            raise ValueError("a tracker's layers must have state_expansion=1, conv_width=None and activation=None")
+        self.layers, self.classes, self.repeats = nn.ModuleList(layers), classes, repeats
 
     def first(self, batch: int) -> Tensor:
         """Return the state before any letter."""
-        layer = self.layer
-        return torch.zeros(batch, layer.total_heads, 1, layer.head_dim, device=layer.state_weight.device)
+        layer = self.layers[0]
+        heads = len(self.layers) * layer.total_heads
+        return torch.zeros(batch, heads, 1, layer.head_dim, device=layer.state_weight.device)
 
     def decayed(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the parameters that weight decay is for, and the others."""
-        decayed = [self.layer.state_weight, self.layer.output_projection.weight]
+        decayed = [weight for one in self.layers for weight in (one.state_weight, one.output_projection.weight)]
         return decayed, [p for p in self.parameters() if all(p is not one for one in decayed)]
 
     def forward(self, letters: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Take letters (B, T) and the state before them to logits (B, T, classes) and the state after them."""
-        if not letters.is_cuda:
-            return self.on_cpu(letters, state)
-        one_hot = torch.eye(self.layer.hidden_size, device=letters.device)
-        y, _, state = self.layer.scan(F.embedding(letters, one_hot), None, state)
-        return y[..., : self.classes], state
+        if self.repeats > 1:
+            letters = letters.repeat_interleave(self.repeats, 1)
+        weight = self.layers[0].state_weight
+        said = F.embedding(letters, torch.eye(self.layers[0].hidden_size, dtype=weight.dtype, device=letters.device))
+        after = list[Tensor]()
+        for i, (layer, before) in enumerate(zip(self.layers, state.chunk(len(self.layers), 1), strict=True)):
+            if letters.is_cuda:
+                y, _, last = layer.scan(said, None, before)
+            else:
+                y, last = on_cpu(layer, said if i else letters, before)
+            said = said + y if i + 1 < len(self.layers) else y
+            after.append(last)
+        return said[:, self.repeats - 1 :: self.repeats, : self.classes], torch.cat(after, 1)
 
-    def on_cpu(self, letters: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Do the same without the layer's operator: every letter is projected once, and looked up where it stands."""
-        layer, heads, cols = self.layer, self.layer.total_heads, self.layer.head_dim
-        table = layer.input_projection.weight.mT + layer.input_projection.bias
-        q, k, v, f, g = table.split([heads, heads, heads * cols, heads, heads * cols], -1)
-        v, gate = v.unflatten(-1, (heads, cols)), F.silu(g).unflatten(-1, (heads, cols))
-        writes = of_letters(k[..., None] * v, letters.mT).transpose(1, 2)  # time first, then heads
-        forgets = of_letters(layer.decay_gate(f)[..., None], letters.mT).transpose(1, 2)
-        states = Recurrence.apply(writes, layer.state_weight, forgets, state[:, :, 0].transpose(0, 1))
-        y = states.permute(2, 0, 1, 3) * of_letters(q[..., None] * gate, letters)
-        if layer.D is not None:
-            y = y + of_letters(layer.D * v * gate, letters)
-        logits = layer.output_projection(layer.g_norm(y.flatten(-2)))
-        return logits[..., : self.classes], states[-1].transpose(0, 1)[:, :, None]
+
+def on_cpu(layer: nn.Module, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what a layer does without its operator, for x (B, T, D), or letters (B, T), which are projected once each."""
+    heads, cols = layer.total_heads, layer.head_dim
+    weight, bias = layer.input_projection.weight, layer.input_projection.bias
+    of: Callable[[Tensor], Tensor]
+    if x.dim() == 2:
+        projected, of = weight.mT + bias, lambda table: of_letters(table, x)
+    else:
+        projected, of = F.linear(x, weight, bias), lambda part: part
+    q, k, v, f, g = projected.split([heads, heads, heads * cols, heads, heads * cols], -1)
+    v, gate = v.unflatten(-1, (heads, cols)), F.silu(g).unflatten(-1, (heads, cols))
+    writes = of(k[..., None] * v).permute(1, 2, 0, 3)  # time first, then heads
+    forgets = of(layer.decay_gate(f)[..., None]).permute(1, 2, 0, 3)
+    states = Recurrence.apply(writes, layer.state_weight, forgets, state[:, :, 0].transpose(0, 1))
+    y = states.permute(2, 0, 1, 3) * of(q[..., None] * gate)
+    if layer.D is not None:
+        y = y + of(layer.D * v * gate)
+    return layer.output_projection(layer.g_norm(y.flatten(-2))), states[-1].transpose(0, 1)[:, :, None]
 
 
 def of_letters(table: Tensor, letters: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from construct import begin_automaton
 from decoder import KINDS, Decoder, mixer
 from settings import merged, readable
 from step import Recipe, Stepper, own_stream
@@ -20,8 +19,6 @@ from words import Group, elements_of, group
 
 READ_EVERY = 10
 """Steps between looks at the accuracy, each of which waits for the GPU."""
-SHORT = 8
-"""Length up to which words have the whole learning rate where stages are of few letters."""
 KNOWN, SETTLED = 0.97, 0.999
 """Accuracy at the longest words so far at which longer ones come, and at the longest of all at which a run settles."""
 
@@ -49,7 +46,6 @@ class Config:
     layers: int
     heads: int
     lengths: tuple[int, ...]
-    stages: tuple[tuple[int, int], ...] | None
     steps: int
     settle: int
     batch: int
@@ -60,18 +56,10 @@ class Config:
     graphs: bool
     forget: float | None
     orthogonal: bool
-    automaton: float | None
     conv_width: int | None
-    activation: str | None
-    bias: bool
     scale: float
     evaluate: Evaluation
     budget: float
-
-    @property
-    def curriculum(self) -> tuple[tuple[int, int], ...]:
-        """Letters (0: all) and length of each stage of training."""
-        return self.stages or tuple((0, length) for length in self.lengths)
 
     @property
     def recipe(self) -> Recipe:
@@ -84,7 +72,6 @@ def load(path: Path, changes: dict[str, Any]) -> Config:
     found = merged(path, changes, {field.name for field in fields(Config)})
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
     with readable(path):
-        values["stages"] = values["stages"] and tuple((letters, length) for letters, length in values["stages"])
         config = replace(Config(**values), evaluate=Evaluation(**values["evaluate"]))
         check(config)
     return config
@@ -97,7 +84,7 @@ def check(config: Config) -> None:
     if unknown := [kind for kind in config.models if kind not in KINDS]:
         raise ValueError(f"models must be of {', '.join(KINDS)}, got {', '.join(map(str, unknown))}")
     sizes = {name: getattr(config, name) for name in ("width", "layers", "heads", "steps", "batch", "tokens")}
-    sizes |= asdict(config.evaluate) | {f"length {n}": length for n, (_, length) in enumerate(config.curriculum)}
+    sizes |= asdict(config.evaluate) | {f"length {n}": length for n, length in enumerate(config.lengths)}
     sizes |= {"groups": len(config.groups), "lengths": len(config.lengths)}
     for name, size in sizes.items():
         if size < 1:
@@ -139,7 +126,7 @@ class Outcome:
 
 def make_model(config: Config, kind: str, problem: Group, package: ModuleType) -> Decoder:
     """Return an untrained model; kinds differ in nothing but the mixer."""
-    options = {name: getattr(config, name) for name in ("backend", "conv_width", "activation", "bias")}
+    options = {"backend": config.backend, "conv_width": config.conv_width}
     mixers = [mixer(kind, config.width, config.heads, package, config.layer, **options) for _ in range(config.layers)]
     for part in (part for one in mixers for part in one.modules()):
         begin(part, config)
@@ -155,54 +142,46 @@ def begin(part: nn.Module, config: Config) -> None:
     if hasattr(part, "state_weight") and config.orthogonal:
         for weight in part.state_weight:
             nn.init.orthogonal_(weight)
-    if hasattr(part, "state_weight") and config.automaton is not None:
-        begin_automaton(part, config.automaton, config.scale)
     if getattr(part, "conv1d", None) is not None and config.conv_width == 1:
         part.conv1d.weight.fill_(config.scale)  # no convolution
 
 
 class Curriculum:
-    """The stages to train on: the last so far more than half of the time, and those before."""
+    """The lengths to train on: the last so far more than half of the time, and those before."""
 
     def __init__(self, config: Config, seed: int) -> None:
-        self.stages = config.curriculum
+        self.lengths = config.lengths
         self.known_at: list[int] = []
         self.random = random.Random(seed)
-        self.short = SHORT if config.stages else 0
 
     @property
     def finished(self) -> bool:
-        """Whether the last stage has been known once; what remains is to settle."""
-        return len(self.known_at) == len(self.stages)
+        """Whether the last length has been known once; what remains is to settle."""
+        return len(self.known_at) == len(self.lengths)
 
     @property
     def index(self) -> int:
-        """Index of the last stage so far."""
-        return min(len(self.known_at), len(self.stages) - 1)
-
-    @property
-    def stage(self) -> tuple[int, int]:
-        """Letters and length of the last stage so far."""
-        return self.stages[self.index]
+        """Index of the last length so far."""
+        return min(len(self.known_at), len(self.lengths) - 1)
 
     @property
     def longest(self) -> int:
-        """The length of the last stage so far."""
-        return self.stage[1]
+        """The last length so far."""
+        return self.lengths[self.index]
 
     @property
     def caution(self) -> float:
         """The part of the learning rate that is left at these lengths: gradients of longer words vary more."""
-        return math.sqrt(min(1.0, max(self.stages[0][1], self.short) / self.longest))
+        return math.sqrt(min(1.0, self.lengths[0] / self.longest))
 
-    def draw(self) -> tuple[int, int]:
-        """Return the next step's stage."""
+    def draw(self) -> int:
+        """Return the length of the next step's words."""
         last = self.random.random() < 0.6
-        return self.stages[self.index if last else self.random.randint(0, self.index)]
+        return self.lengths[self.index if last else self.random.randint(0, self.index)]
 
     def see(self, step: int, accuracies: list[float]) -> None:
-        """Take the accuracies of the last steps of this stage; go on to the next if it is known."""
-        wanted = SETTLED if self.index + 1 == len(self.stages) else KNOWN
+        """Take the accuracies of the last steps of this length; go on to the next if it is known."""
+        wanted = SETTLED if self.index + 1 == len(self.lengths) else KNOWN
         if accuracies and sum(accuracies) / len(accuracies) >= wanted:
             self.known_at.append(step)
 
@@ -228,10 +207,10 @@ def fit(stepper: Stepper, curriculum: Curriculum, config: Config, losses: list[f
     seen: list[Tensor] = []
     step, end = 0, config.steps
     while step < end:
-        letters, length = drawn = curriculum.draw()
-        stepper.step(length, rate(step, end, config) * curriculum.caution, letters)
+        length = curriculum.draw()
+        stepper.step(length, rate(step, end, config) * curriculum.caution)
         step += 1
-        if drawn == curriculum.stage:
+        if length == curriculum.longest:
             seen.append(stepper.accuracy.clone())
         if step % READ_EVERY == 0 or step == end:
             losses.append(round(stepper.loss.item(), 5))

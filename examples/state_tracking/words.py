@@ -7,6 +7,7 @@ from itertools import permutations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 NAMES = ("S3", "A5", "S5")
 
@@ -43,6 +44,38 @@ class Group:
             new = [x for x in {int(self.table[a, b]) for a in new for b in letters} if x not in found]
             found.update(new)
         return len(found)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says: which element the product is; or, with ``points``, where it takes the first so many points.
+
+    All points but one tell a permutation, and all but two an even one.
+    """
+
+    problem: Group
+    points: int
+
+    @property
+    def classes(self) -> int:
+        """How many logits that takes."""
+        return self.points * self.problem.images.shape[1] if self.points else self.problem.order
+
+    def losses(self, logits: Tensor, answers: Tensor) -> Tensor:
+        """Return the cross entropy of each answer (...), of logits (..., classes)."""
+        logits, wanted = self._split(logits, answers)
+        losses = F.cross_entropy(logits.flatten(0, -2), wanted.flatten(), reduction="none")
+        return losses.view(*answers.shape, -1).sum(-1)
+
+    def right(self, logits: Tensor, answers: Tensor) -> Tensor:
+        """Return whether each answer is right, in all of its parts."""
+        logits, wanted = self._split(logits, answers)
+        return (logits.argmax(-1) == wanted).all(-1)
+
+    def _split(self, logits: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.points:
+            return logits[..., None, :], answers[..., None]
+        return logits.unflatten(-1, (self.points, -1)), self.problem.images[answers][..., : self.points]
 
 
 def products(letters: Tensor, table: Tensor) -> Tensor:
