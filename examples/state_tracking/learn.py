@@ -180,7 +180,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=HERE / "learn.yaml")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "learn", help="folder of runs and table")
     parser.add_argument("--recipes", default="", help="names, with commas; all if none")
-    parser.add_argument("--minutes", type=float, default=20.0, help="no run begins after these; 0: only the table")
+    parser.add_argument("--minutes", type=float, default=30.0, help="no run begins after these; 0: only the table")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="cuda where there is a GPU, if not given")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one of a CPU's cores")
     arguments = parser.parse_args()
