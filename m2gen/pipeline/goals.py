@@ -57,10 +57,12 @@ def goals(planned: Plan, request: TuneRequest, device: Device) -> list[Goal]:
     """Return a search for every variant and bucket of the plan's workloads, with the first workload of the bucket.
 
     Of the kernels around recurrences there is one for each kernel and variant, with the workload of most tokens. Raises
-    UsageError for an unknown layer, and if no layer has a workload.
+    UsageError for a layer that is unknown or was asked for without workloads, and if no layer has a workload.
     """
     objective = request.objective or planned.spec.tuning.objective
     every = list(_workloads(planned, request))
+    if bare := dict.fromkeys(request.layers).keys() - {name for name, *_ in every}:
+        raise UsageError(f"{', '.join(sorted(bare))} must have workloads of equal sequences to tune for, got none")
     if not every:
         raise UsageError(f"{planned.origin.spec_file} must have a layer with workloads to tune for, got none")
     found: dict[object, Goal] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -415,3 +416,39 @@ def test_ctrl_c_while_m2gen_is_imported(monkeypatch: pytest.MonkeyPatch, capsys:
         main()
     assert ended.value.code == 130
     assert capsys.readouterr().err == "m2gen: interrupted\n"
+
+
+def test_sigterm_is_an_interruption() -> None:
+    """What batch systems send before they end a job ends a command as Ctrl-C does, whatever it is at."""
+    command = [sys.executable, "-m", "m2gen", "verify", "--spec", TINY, "--feature", "recurrence"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            first = process.stderr.readline()  # progress: it is at work
+            process.terminate()
+            out, err = process.communicate(timeout=1800)
+        finally:
+            process.kill()
+    assert process.returncode == 130, first + err
+    assert out == ""
+    assert err.splitlines()[-1] == "m2gen: interrupted"
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_commands_leave_signals_as_they_were(monkeypatch: pytest.MonkeyPatch, before: signal.Handlers) -> None:
+    """A handler is there while a command runs, and only where nobody has said otherwise."""
+    seen = []
+
+    class Noted(ModuleType):
+        def main(self) -> None:
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    monkeypatch.setitem(sys.modules, "m2gen.cli.app", Noted("m2gen.cli.app"))
+    was = signal.signal(signal.SIGTERM, before)
+    try:
+        main()
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, was)
+    assert seen == [signal.default_int_handler if before is signal.SIG_DFL else before]

@@ -169,6 +169,16 @@ def test_a_spec_without_workloads(context: TuningContext) -> None:
     assert "must have a layer with workloads to tune for" in fails(2, *TUNE, *DB)
 
 
+def test_a_layer_without_workloads_among_others(context: TuningContext) -> None:
+    """One that was asked for by name is not left out in silence; workloads of packed batches have no searches."""
+    base = SPEC[SPEC.index("  base:") :]
+    bare = base.replace("base:", "bare:").replace("    workloads: [{batch: 8, seq: 4096}]\n", "")
+    packed = base.replace("base:", "short:").replace("seq: 4096", "seq: 4096, packed: true")
+    Path("one.yaml").write_text(SPEC + bare + packed, encoding="utf-8")
+    said = fails(2, *TUNE, *DB, "--layer", "base", "--layer", "bare", "--layer", "short")
+    assert "bare, short must have workloads of equal sequences to tune for, got none" in said
+
+
 def test_the_closing_table_and_progress(context: TuningContext) -> None:
     """Default against tuned, what the search cost, and a line a trial with the best so far."""
     result = run(*TUNE, *DB, "--trials", "30", "--budget", "60s")
