@@ -58,7 +58,7 @@ def test_words_are_right_up_to_the_first_wrong_answer(example: Example, errors: 
 def test_the_last_length_must_settle(example: Example) -> None:
     """Shorter words are known at 97 %, the longest of all at 99.9 %."""
     train = example("state_tracking", "train")
-    changes = {"stages": None, "lengths": [2, 4]}
+    changes = {"lengths": [2, 4]}
     curriculum = train.Curriculum(train.load(EXAMPLES / "state_tracking" / "config.yaml", changes), 0)
     for step, accuracy in ((10, 0.96), (20, 0.98), (30, 0.98), (40, 0.9995)):
         curriculum.see(step, [accuracy])
@@ -97,19 +97,6 @@ def test_the_last_accuracy_is_that_to_the_end(example: Example, monkeypatch: pyt
         assert learn.table([run], [row]).splitlines()[-1].split(" | ")[9] == "50.00"
         del row["accuracy"][str(length)]
         assert learn.table([run], [row]).splitlines()[-1].split(" | ")[9] == ""
-
-
-def test_variants_of_a_search_are_lines_of_their_own(example: Example) -> None:
-    """Also those whose curricula begin and end alike: every line has the seeds of one variant."""
-    findings, members = example("state_tracking", "findings"), example("state_tracking", "members")
-    config = yaml.safe_load((EXAMPLES / "state_tracking" / "search.yaml").read_text(encoding="utf-8"))
-    for asked in config["stacks"]:
-        every = members.members_of(config, asked)
-        rows = [{"stack": asked["name"], "changes": one.changes, "seed": one.seed} for one in every]
-        kinds = findings.kinds_of(rows)
-        assert [kind[0]["changes"] for kind in kinds] == asked["variants"]
-        assert all([row["seed"] for row in kind] == list(range(len(kind))) for kind in kinds)
-        assert len({findings.recipe_of(kind[0]) for kind in kinds}) == len(kinds)
 
 
 def test_batches_are_of_the_whole_text(example: Example) -> None:
