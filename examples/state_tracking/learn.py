@@ -1,4 +1,4 @@
-"""Train single M2RNN layers to track A5 and S5, on words without end, and show which recipes do.
+"""Train M2RNN layers with nothing around them to track A5 and S5, on words without end; show which recipes do.
 
     m2gen build --spec examples/state_tracking/spec.yaml
     python examples/state_tracking/learn.py
