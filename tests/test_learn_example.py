@@ -196,6 +196,22 @@ def test_gates_that_are_kept_stay_as_they_began(example) -> None:
         assert rows[:4].any() == rows[16:].any() == (not kept)
 
 
+def test_what_weight_decay_is_for(example) -> None:
+    """Steps without gradients shrink state weights and output projections, and input projections if asked to."""
+    learn = example()
+    for inputs in (False, True):
+        run, said, model = tracker_of(learn, weight_decay=0.5, decay_inputs=inputs, layers=2)
+        streams = learn.Streams(model, said, run.plan, 0)
+        before = {name: value.clone() for name, value in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        streams.rate.fill_(0.1)
+        streams.optimizer.step()
+        shrunk = ("state_weight", "output_projection.weight", *(["input_projection.weight"] if inputs else []))
+        for name, value in model.named_parameters():
+            assert torch.allclose(value, (0.95 if name.endswith(shrunk) else 1.0) * before[name]), name
+
+
 def test_noise_is_added_to_gradients_that_train(example) -> None:
     """A gradient has normal numbers of that size added before it is clipped, and none where gates are kept."""
     learn = example()
@@ -399,6 +415,16 @@ def test_parity_is_learnt_and_kept(example, monkeypatch, tmp_path, capsys) -> No
     assert said.err == "the minutes are over, 3 runs are left; the same command goes on\n"
     ends = [line.rsplit(" | ", 1)[1] for line in said.out.splitlines()[2:]]
     assert ends == [f"{perfect} of 2 (1 not run) |", "0 of 0 (2 not run) |"]  # what was not run has not failed
+    older = json.loads((tmp_path / "out" / "parity_0.json").read_text(encoding="utf-8"))
+    del older["settings"]["decay_inputs"]  # as if that had come later
+    (tmp_path / "out" / "parity_0.json").write_text(json.dumps(older), encoding="utf-8")
+    learn.main()
+    assert f"{perfect} of 2 (1 not run) |" in capsys.readouterr().out
+    config["recipes"][0]["decay_inputs"] = True
+    place.write_text(yaml.safe_dump(config), encoding="utf-8")
+    with pytest.raises(SystemExit, match="must be of parity's settings"):
+        learn.main()
+    del config["recipes"][0]["decay_inputs"]
     config["evaluate"]["words"] = 5
     place.write_text(yaml.safe_dump(config), encoding="utf-8")
     refusal = r"parity_0.json must be judged on 5 words of 40, but is on 4 words of 40; give another --out"

@@ -17,13 +17,20 @@ def rows_of(runs: list[Run], out: Path, evaluate: dict[str, int]) -> Iterator[di
         place = out / f"{run.name}.json"
         if place.is_file():
             row = json.loads(place.read_text(encoding="utf-8"))
-            if row["settings"] != json.loads(json.dumps(run.settings)):
+            if not is_of(row["settings"], run):
                 raise SystemExit(f"{place} must be of {run.recipe}'s settings, but is of others; give another --out")
             judged = {name: row[name] for name in evaluate}
             if judged != evaluate:
                 asked, got = (f"{on['words']} words of {on['length']}" for on in (evaluate, judged))
                 raise SystemExit(f"{place} must be judged on {asked}, but is on {got}; give another --out")
             yield row
+
+
+def is_of(settings: dict[str, Any], run: Run) -> bool:
+    """Say whether a file's settings are a run's; those that came later than the file were as the defaults are."""
+    asked = json.loads(json.dumps(run.settings))
+    later = {name: asked[name] for name in asked.keys() - settings.keys() - run.changes.keys()}
+    return bool(later | settings == asked)
 
 
 def to_the_end(row: dict[str, Any]) -> str:

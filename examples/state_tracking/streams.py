@@ -44,6 +44,8 @@ class Plan:
     """Probability that a stream ends in a step, whatever was answered."""
     learning_rate: float
     weight_decay: float
+    decay_inputs: bool
+    """Whether weight decay is for input projections, too, and not for state weights and output projections alone."""
     noise: float
     """Standard deviation of what is added to every gradient."""
     clip: float
@@ -66,7 +68,7 @@ class Streams:
         self.ages = torch.zeros(plan.streams, device=self.device)
         self.alphabet = alphabet(self.problem, seed).to(self.device)
         self.rate, self.letters, self.accuracy, self.loss = torch.zeros(4, device=self.device).unbind()
-        decayed, rest = model.decayed()
+        decayed, rest = model.decayed(plan.decay_inputs)
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=self.rate,  # a tensor, since a replay reads what is there then

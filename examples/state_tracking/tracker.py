@@ -115,9 +115,10 @@ class Tracker(nn.Module):
         heads = len(self.layers) * layer.total_heads
         return torch.zeros(batch, heads, 1, layer.head_dim, device=layer.state_weight.device)
 
-    def decayed(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the parameters that weight decay is for, and the others."""
-        decayed = [weight for one in self.layers for weight in (one.state_weight, one.output_projection.weight)]
+    def decayed(self, inputs: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the parameters that weight decay is for, and the others; ``inputs``: whether input projections are."""
+        parts = [(one.state_weight, one.output_projection.weight, one.input_projection.weight) for one in self.layers]
+        decayed = [weight for one in parts for weight in one[: 3 if inputs else 2]]
         return decayed, [p for p in self.parameters() if all(p is not one for one in decayed)]
 
     def forward(self, letters: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
