@@ -101,6 +101,17 @@ def test_a_layer_of_written_weights_tracks_a_group(example, name, dtype, options
     assert torch.equal(found.argmax(-1), answers)
 
 
+def test_the_first_letters_generate_the_group(example) -> None:
+    """An alphabet has every element once, and every element is a product of its first two."""
+    words = example("state_tracking", "words")
+    problem = words.group("A5")
+    for seed in range(5):
+        letters = words.alphabet(problem, seed).tolist()
+        assert sorted(letters) == list(range(60))
+        assert problem.generated(letters[:2]) == 60
+        assert problem.generated([0, letters[0]]) < 60
+
+
 def test_answers_by_points(example) -> None:
     """The right permutation written out has no loss and is right; with one point elsewhere it is neither."""
     words = example("state_tracking", "words")

@@ -121,12 +121,16 @@ class Tracker(nn.Module):
         decayed = [weight for one in parts for weight in one[: 3 if inputs else 2]]
         return decayed, [p for p in self.parameters() if all(p is not one for one in decayed)]
 
+    def one_hot(self, letters: Tensor) -> Tensor:
+        """Return letters (B, T) as what layers take, (B, T, D)."""
+        weight = self.layers[0].state_weight
+        return F.embedding(letters, torch.eye(self.layers[0].hidden_size, dtype=weight.dtype, device=weight.device))
+
     def forward(self, letters: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """Take letters (B, T) and the state before them to logits (B, T, classes) and the state after them."""
         if self.repeats > 1:
             letters = letters.repeat_interleave(self.repeats, 1)
-        weight = self.layers[0].state_weight
-        said = F.embedding(letters, torch.eye(self.layers[0].hidden_size, dtype=weight.dtype, device=letters.device))
+        said = self.one_hot(letters) if letters.is_cuda or len(self.layers) > 1 else letters
         after = list[Tensor]()
         for i, (layer, before) in enumerate(zip(self.layers, state.chunk(len(self.layers), 1), strict=True)):
             if letters.is_cuda:

@@ -9,8 +9,8 @@ def main() -> None:
 
     SIGTERM does what Ctrl-C does: batch systems send it before they end a job, whose results so far are to be kept.
     """
-    before = signal.getsignal(signal.SIGTERM)
-    if before is signal.SIG_DFL:
+    unhandled = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if unhandled:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         from m2gen.cli.app import main as run
@@ -20,7 +20,8 @@ def main() -> None:
         print("m2gen: interrupted", file=sys.stderr)
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if unhandled:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 __all__ = ["main"]
