@@ -538,6 +538,16 @@ def style_of_uneven_tokens(subject: Subject) -> None:
             distribute_tensor(loss_weights(y), mesh, [Replicate()]).redistribute(placements=found.placements)
         )
         close(given.grad.full_tensor(), dx, "dx")
+        local = x.chunk(subject.ranks, -2)
+        tokens = tuple(part.shape[-2] for part in local)
+        close(model(local[subject.rank], tokens=tokens, **call).full_tensor(), y, "y of parts")
+        here = x.split(tokens[::-1], -2)[subject.rank]
+        text = f"tokens must be {tokens} without use_local_output, as torch shards them, got {tokens[::-1]}"
+        with pytest.raises(ValueError, match=re.escape(text)):
+            model(here, tokens=tokens[::-1], **call)
+        text = f"none are said, must be {tokens[-1]} as on rank 0"
+        with pytest.raises(subject.parallel.RanksDifferError, match=text):
+            model(here, **call)
     parallelize_module(layer, mesh, subject.parallel.M2RNNHeads(sequence_parallel=True))
     text = f"tokens of x must be divided by {subject.ranks} ranks with sequence_parallel, got {total}"
     with pytest.raises(ValueError, match=text):

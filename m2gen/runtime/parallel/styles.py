@@ -18,7 +18,7 @@ from ..cache import M2RNNCache, States
 from ..forward import run
 from ..layer import M2RNN
 from ..mixer import Mixer
-from .agreement import check_ranks_agree
+from .agreement import check_calls_agree, check_ranks_agree
 from .exchange import HeadExchange
 from .heads import HeadParallelM2RNN
 from .sequence import pipelined
@@ -55,8 +55,9 @@ class M2RNNContext(ParallelStyle):
     are, whole on every rank or sharded by FSDP; each rank contributes to their gradients, whose sum is the batch's.
 
     x may be a DTensor of any placement, or this rank's tokens; the result is of these, a DTensor without
-    ``use_local_output``. A call takes ``cu_seqlens`` (of the whole batch) and ``cu_seqlens_cpu``, and neither a cache
-    nor a mask. A ``HeadParallelM2RNN`` of another mesh does as well as an ``M2RNN``.
+    ``use_local_output``, for which parts of unequal lengths must be those that torch makes, and be said by ``tokens``.
+    A call takes ``cu_seqlens`` (of the whole batch) and ``cu_seqlens_cpu``, and neither a cache nor a mask. A
+    ``HeadParallelM2RNN`` of another mesh does as well as an ``M2RNN``.
 
     Raises what ``HeadExchange`` raises, and TypeError for a module that is neither.
     """
@@ -139,6 +140,8 @@ class _Placed:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = args[0] if args else kwargs.get("x")
         tokens = self._tokens(x) if self.sharded and isinstance(x, DTensor) else None
+        if self.uneven and not self.local and isinstance(x, Tensor):
+            self._check_parts(x, tokens or kwargs.get("tokens"))
         placed = {name: self._here(value, value is x) for name, value in kwargs.items()}
         return tuple(self._here(value, value is x) for value in args), placed | ({"tokens": tokens} if tokens else {})
 
@@ -158,8 +161,22 @@ class _Placed:
             return None
         if not self.uneven:
             raise ValueError(f"M2RNN: tokens of x must be divided by {ranks} ranks with sequence_parallel, got {total}")
-        each = -(-total // ranks)
-        return tuple(max(min(each, total - each * rank), 0) for rank in range(ranks))
+        return self._parts(total)
+
+    def _parts(self, total: int) -> tuple[int, ...]:
+        """Return how many tokens ranks get of so many, as torch shards them."""
+        each, ranks = -(-total // self.mesh.size()), range(self.mesh.size())
+        return tuple(max(min(each, total - each * rank), 0) for rank in ranks)
+
+    def _check_parts(self, x: Tensor, tokens: Sequence[int] | None) -> None:
+        """Refuse parts of x that no DTensor can be made of: those of unequal lengths, unless as torch shards them."""
+        if tokens is not None:
+            if tuple(tokens) != self._parts(sum(tokens)):
+                expected = f"{self._parts(sum(tokens))} without use_local_output, as torch shards them"
+                raise ValueError(f"M2RNN: tokens must be {expected}, got {tuple(tokens)}")
+        elif not isinstance(x, DTensor):
+            facts = {"tokens of x, where none are said,": str(x.shape[-2])}
+            check_calls_agree(self.mesh.get_group(), "placed", x.shape, lambda: facts)
 
     def _leave(self, _: nn.Module, __: Any, kwargs: dict[str, Any], y: Any) -> Any:
         if not isinstance(y, Tensor):
