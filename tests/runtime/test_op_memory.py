@@ -148,6 +148,34 @@ def test_a_buffer_of_operands_and_state(package, call, device) -> None:
         assert torch.equal(y, expected)
 
 
+def test_pages_are_found_apart_only_where_they_are(package) -> None:
+    """What is said to lie in other parts of pages shares no byte, and parts of nested pages are found."""
+    memory, buffer, found = operators_of(package).memory, torch.zeros(128, dtype=torch.uint8), 0
+    one = buffer.view(torch.float32).as_strided((3, 2), (6, 2), 2)
+    of_one = set(memory._bytes(one).tolist())
+    for outer, inner, offset in itertools.product(range(14), range(5), range(30)):
+        other = buffer.view(torch.int16).as_strided((3, 2), (outer, inner), offset)
+        if memory.in_other_parts(one, other, other.data_ptr() - one.data_ptr()):
+            found += 1
+            assert not of_one & set(memory._bytes(other).tolist()), (outer, inner, offset)
+    assert found > 100
+
+
+def test_a_pool_in_pages_is_not_looked_at_byte_by_byte(package, monkeypatch) -> None:
+    """States and inputs of the convolution that share each request's page: looking at 100 slots' bytes took minutes."""
+    memory, page, slots = operators_of(package).memory, 600_000, 100
+    buffer = torch.empty(slots * page, dtype=torch.uint8)
+    state = buffer.view(torch.float32).as_strided((slots, 132, 64, 16), (page // 4, 1024, 16, 1), 8)
+    conv = buffer.view(torch.bfloat16).as_strided((slots, 3, 2240), (page // 2, 2240, 1), 280_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "_bytes", lambda x: pytest.fail("looked at every byte"))
+        memory.check_written("M2RNN", "cache.state", state, {"cache.conv": conv})
+    few = slice(0, 2)
+    below = buffer.view(torch.bfloat16).as_strided((slots, 3, 2240), (page // 2, 2240, 1), 2 * 135_176 - 1)
+    with pytest.raises(RuntimeError, match=ANOTHER):  # by its first element, which is half of the state's last one
+        memory.check_written("M2RNN", "cache.state", state[few], {"cache.conv": below[few]})
+
+
 def test_a_compiled_step_checks_its_state(package, call, device) -> None:
     """The compiler hands over the state it was given, which is looked at then."""
     compiled = torch.compile(package.m2rnn_step, fullgraph=True, backend="aot_eager")
