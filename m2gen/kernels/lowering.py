@@ -155,6 +155,11 @@ class Lowering:
         return self.forward.registers
 
     @property
+    def wide_slopes(self) -> bool:
+        """Whether a state's gradient is multiplied by its slope in float32, as float16 may hold the product alone."""
+        return self.variant.dtype is Dtype.FP16
+
+    @property
     def gates_by_lane(self) -> bool:
         """Whether gates are loaded as if their address differed by lane: where a warp has registers for all of them.
 

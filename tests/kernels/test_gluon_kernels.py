@@ -137,6 +137,26 @@ def test_segments_go_on_from_one_another(slug: str, monkeypatch: pytest.MonkeyPa
     assert verdict.failure is None, verdict.failure
 
 
+IN_HALF = [name for name, (variant, _) in CASES.items() if variant.dtype is HALF.dtype and not variant.computes_gate]
+
+
+@pytest.mark.parametrize("name", IN_HALF)
+def test_gradients_of_states_that_half_precision_does_not_hold(name: str) -> None:
+    """Those of states are float32, and 2^17 times as large where q dy^T is; those of operands fit and are so, too."""
+    variant, slug = CASES[name]
+    module = load_module(render_kernel(Lowering(variant, parse(slug))))
+    case = Case("large", Problem(1, STEPS), clip=None, wide=True)
+    inputs = inputs_of(variant, case, 0, torch.device("cpu"))
+    slow = torch.full_like(inputs.forget, 0.99)
+    small = replace(inputs, k=inputs.k / 16, v=inputs.v / 16, forget=slow, dstate=torch.zeros_like(inputs.dstate))
+    large = replace(small, q=small.q * 2.0**13, dy=small.dy * 2.0**4)
+    results = [call_of(module, Objective.TRAIN, case, each).results() for each in (small, large)]
+    for tensor in ("dk", "dv", "dweight", "dforget"):
+        of_small, of_large = (found[tensor].float() for found in results)
+        assert of_large.isfinite().all(), tensor
+        assert (of_large / 2.0**17 - of_small).norm() < 2e-3 * of_small.norm(), tensor
+
+
 def clamping(variant: Variant, slug: str) -> dict[bool, str]:
     """Return the kernels of a schedule whose carried gradient one instruction clamps (True), and two."""
     two = parse(slug)
