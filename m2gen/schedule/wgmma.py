@@ -86,6 +86,8 @@ class Wgmma(Knobs):
             return f"family must be portable or mma on {device.arch}"
         if variant.dtype is Dtype.FP32:
             return f"family must be portable for {variant.dtype} on {device.arch}"
+        if variant.dtype is Dtype.FP16 and variant.computes_gate:  # of gates near 1, float16 holds neither slopes nor D
+            return f"family must be portable or mma for {variant.dtype} where the kernel computes the gate"
         if variant.padded_cols != COLS or variant.padded_rows < ROWS:
             return "family must be portable or mma unless V is from 33 to 64 and K above 32"
         return ""

@@ -30,6 +30,7 @@ from m2gen.schedule import (
     problems,
 )
 from m2gen.schedule.mma import slots_bytes, sums_bytes
+from m2gen.spec import Dtype, GateKind
 from m2gen.variant import Variant
 
 DEVICES = (*TARGETS.values(), PORTABLE)
@@ -363,6 +364,11 @@ def test_which_family_is_preferred() -> None:
     assert [schedule.family for schedule in defaults(many, device)] == [Family.WGMMA, Family.MMA, Family.PORTABLE]
     assert default(many, TARGETS["sm_80"]) == Mma.default(many, TARGETS["sm_80"])
     assert default(make_variant(64, 128, dtype="bf16"), device).family is Family.PORTABLE
+    half = replace(many, dtype=Dtype.FP16)
+    assert default(half, device).family is Family.WGMMA
+    gated = replace(half, gate=GateKind.SOFTPLUS)  # whose slopes and D may be below what float16 holds
+    assert [schedule.family for schedule in defaults(gated, device)] == [Family.MMA, Family.PORTABLE]
+    assert default(replace(gated, dtype=many.dtype), device).family is Family.WGMMA
 
 
 @settings(max_examples=60)
