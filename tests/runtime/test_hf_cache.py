@@ -132,6 +132,34 @@ def test_gradients_go_through_a_cache(model: Any) -> None:
     assert distance(*(torch.autograd.grad(loss, weight)[0] for loss in (later, whole))) < ROUNDING
 
 
+@pytest.mark.parametrize("how", ["reset", "crop", "reorder"])
+@pytest.mark.parametrize("late", [False, True], ids=["after the backward", "before it"])
+def test_caches_with_gradients_are_changed(hf_built: Any, how: str, late: bool) -> None:
+    """What is done to a cache leaves a graph that its states are of alone, and needs none that was freed."""
+    model, tokens = small_model(hf_built, "recurrent"), ids(2)
+    weight = model.get_input_embeddings().weight
+
+    def gradient(loss: Tensor, **options: Any) -> Tensor:
+        return torch.autograd.grad(loss, weight, **options)[0]
+
+    expected = gradient(model(tokens[:, PROMPT]).logits.square().sum())
+    cache = DynamicCache(config=model.config)
+    loss = model(tokens[:, PROMPT], cache=cache).logits.square().sum()
+    if not late:
+        gradient(loss, retain_graph=how == "reorder")
+    {
+        "reset": cache.reset, "crop": lambda: cache.crop(-4),
+        "reorder": lambda: cache.reorder_cache(torch.tensor([1, 0])),
+    }[how]()  # fmt: skip
+    if how == "reorder":
+        assert distance(goes_on(model, tokens.flip(0), cache), full(model, tokens.flip(0))) < ROUNDING
+    else:
+        again = model(tokens[:, PROMPT], cache=cache).logits.square().sum()
+        assert distance(gradient(again), expected) < ROUNDING
+    if late:
+        assert distance(gradient(loss), expected) < ROUNDING
+
+
 def test_gradients_of_a_prompt_go_through_a_frozen_model(model: Any) -> None:
     """What is trained may be the prompt alone: later calls, of which nothing else wants gradients, reach it."""
     frozen = copy.deepcopy(model).requires_grad_(False)

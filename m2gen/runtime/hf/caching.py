@@ -106,16 +106,25 @@ class M2RNNCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Go back to the beginning of every sequence."""
         if self.conv is not None and self.state is not None:
-            self.conv.zero_()
-            self.state.zero_()
+            self._write(torch.zeros_like(self.conv), torch.zeros_like(self.state))
             self.cumulative_length *= 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take sequence ``beam_idx[i]`` for the i-th, in place."""
+        """Take sequence ``beam_idx[i]`` for the i-th, in place unless the states have gradients."""
         if self.conv is not None and self.state is not None:
             index = beam_idx.to(self.conv.device)
-            self.conv.copy_(self.conv.index_select(0, index))
-            self.state.copy_(self.state.index_select(0, index))
+            self._write(self.conv.index_select(0, index), self.state.index_select(0, index))
+
+    def _write(self, conv: Tensor, state: Tensor) -> None:
+        """Have these states, where the others were unless those are of a graph: its backward may still need them."""
+        assert self.conv is not None  # mypy
+        assert self.state is not None
+        if self.conv.requires_grad or self.state.requires_grad:
+            self.conv, self.state = conv, state
+            self._mark()
+        else:
+            self.conv.copy_(conv)
+            self.state.copy_(state)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Have every sequence ``repeats`` times, one after the other."""
