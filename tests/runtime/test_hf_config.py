@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import pickle
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import config_of
 
 ATTENTION, MIXER = 0, 1
@@ -101,8 +104,6 @@ def test_defaults_are_a_model(hf: Any) -> None:
 
 def test_options_of_attention_that_no_record_has(hf: Any) -> None:
     """Scales by the head's size, and norms of the other kind, are modules that run."""
-    import torch
-
     config = config_of("hybrid_options")
     config["sequence_mixer_blocks"][ATTENTION] |= {
         "attention_multiplier": None, "attention_multiplier_method": "1 / head_dim", "head_dim": 16
@@ -110,3 +111,15 @@ def test_options_of_attention_that_no_record_has(hf: Any) -> None:
     model = made(hf, {**config, "normalization_function": "layernorm"})
     assert model.transformer.h[ATTENTION].sequence_mixer.block.scale == 1 / 16
     assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+def test_models_are_pickled(hf: Any) -> None:
+    """Whatever the activations: processes that are started and ``torch.save`` pickle models whole."""
+    package = hf.__name__.rpartition(".")[0]
+    mlp, blocks = (importlib.import_module(f"{package}.hf.{name}") for name in ("mlp", "blocks"))
+    x = torch.randn(3, 8)
+    for name in (*importlib.import_module(f"{package}.activations").ACTIVATIONS, *mlp.GATES):
+        function = mlp.activation_of(blocks.MLPBlock(4, name, False, 0), 0)
+        assert torch.equal(pickle.loads(pickle.dumps(function))(x), function(x)), name
+    model, ids = made(hf, config_of("hybrid_options")).eval(), torch.tensor([[3, 4, 5]])
+    assert torch.equal(pickle.loads(pickle.dumps(model))(ids).logits, model(ids).logits)

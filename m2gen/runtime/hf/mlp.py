@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -30,11 +31,12 @@ def activation_of(block: MLPBlock, i: int) -> Callable[[Tensor], Tensor]:
         where = f"{CONFIG}: $.mlp_blocks[{i}].activation_function"
         raise CheckpointError(f"{where} must be among {known}, got {block.activation!r}")
     function = ACTIVATIONS[name]
+    return partial(_gated, function) if block.gated else function
 
-    def gated(x: Tensor) -> Tensor:
-        return x[..., 1::2] * function(x[..., ::2])
 
-    return gated if block.gated else function
+def _gated(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return the odd columns of x, each times the activation of the even one before it."""
+    return x[..., 1::2] * function(x[..., ::2])
 
 
 class MLP(nn.Module):
