@@ -113,6 +113,21 @@ def test_options_of_attention_that_no_record_has(hf: Any) -> None:
     assert model(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
 
 
+def test_values_of_zeros(hf: Any) -> None:
+    """Attention without its own value gives numbers, and gradients, where inputs of zeros have a value of zeros."""
+    config = config_of("hybrid_nope")
+    attention = {**config_of("hybrid_options")["sequence_mixer_blocks"][ATTENTION], "add_bias": False}
+    attention["exclusive_self_attention"] = True
+    model = made(hf, {**config, "sequence_mixer_blocks": [attention, dict(attention)]}).eval()
+    ids, mask = torch.tensor([[9, 9, 3, 4], [3, 4, 5, 6]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    x = model.get_input_embeddings()(ids) * mask[..., None]
+    logits = model(inputs_embeds=x, attention_mask=mask).logits
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[0, 2:], model(ids[:1, 2:]).logits[0])
+    logits[:, -1].sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 def test_models_are_pickled(hf: Any) -> None:
     """Whatever the activations: processes that are started and ``torch.save`` pickle models whole."""
     package = hf.__name__.rpartition(".")[0]

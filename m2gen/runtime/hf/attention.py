@@ -80,9 +80,13 @@ def eager(
 
 
 def without_own(y: Tensor, value: Tensor) -> Tensor:
-    """Remove from y (B, S, heads, head_dim) its projection on each token's own value (B, S, kv heads, head_dim)."""
+    """Remove from y (B, S, heads, head_dim) its projection on each token's own value (B, S, kv heads, head_dim).
+
+    Nothing is along a value of zeros, which inputs of zeros have, as padding that is given as embeddings.
+    """
     value = value.repeat_interleave(y.shape[-2] // value.shape[-2], -2).to(wide_dtype(value))
-    along = (y * value).sum(-1, keepdim=True) / value.square().sum(-1, keepdim=True)
+    least = torch.finfo(value.dtype).tiny
+    along = (y * value).sum(-1, keepdim=True) / value.square().sum(-1, keepdim=True).clamp(min=least)
     return (y - along * value).to(y.dtype)
 
 
