@@ -306,3 +306,13 @@ def test_the_trainer_goes_on_with_the_same_losses(hf: Any, tmp_path: Path, caplo
     assert losses(again)[-HALF:] == expected[-HALF:]
     for name, parameter in whole.model.state_dict().items():
         assert torch.equal(parameter, again.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_trainers_loss_is_of_the_next_token(hf: Any, tmp_path: Path, smoothing: float) -> None:
+    """With label smoothing, too, which the Trainer computes itself: of the same token a model learns to copy."""
+    model, tokens = small_model(hf, "recurrent"), ids()
+    arguments = TrainingArguments(tmp_path, label_smoothing_factor=smoothing, report_to="none", use_cpu=True)
+    loss = Trainer(model, arguments).compute_loss(model, {"input_ids": tokens, "labels": tokens})
+    logits = model(tokens).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, tokens[:, 1:].flatten(), label_smoothing=smoothing))

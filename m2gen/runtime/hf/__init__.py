@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 OLDEST = (5, 24)
 if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
@@ -23,10 +24,14 @@ __all__ = ["M2RNNConfig", "M2RNNForCausalLM", "M2RNNModel", "register"]
 
 
 def register() -> None:
-    """Have transformers' Auto classes make this package's classes of the published ``model_type``."""
+    """Have transformers' Auto classes make this package's classes of the published ``model_type``.
+
+    Its Trainer shifts labels for label smoothing only of classes whose names it knows to be causal models.
+    """
     AutoConfig.register(M2RNNConfig.model_type, M2RNNConfig, exist_ok=True)
     AutoModel.register(M2RNNConfig, M2RNNModel, exist_ok=True)
     AutoModelForCausalLM.register(M2RNNConfig, M2RNNForCausalLM, exist_ok=True)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(M2RNNConfig.model_type, M2RNNForCausalLM.__name__)
 
 
 register()
