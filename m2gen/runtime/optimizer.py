@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .gate import DecayGate
 from .norm import RMSNorm
@@ -22,9 +24,19 @@ def _declared(module: nn.Module) -> str | None:
     return group
 
 
+def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the module's own parameters by its names for them, those behind a parametrization or a mask, too."""
+    for name, parameter in module.named_parameters(recurse=False):
+        yield name.removesuffix("_orig"), parameter  # what torch.nn.utils.prune masks
+    if parametrize.is_parametrized(module):
+        for name, behind in cast(nn.ModuleDict, module.parametrizations).items():
+            for part, parameter in behind.named_parameters(recurse=False):
+                yield name if part == "original" else f"{name}.{part}", parameter
+
+
 def _undecayed(module: nn.Module) -> list[nn.Parameter]:
     """Return the module's own parameters that weight decay must leave alone: decay parameters, norms, D and biases."""
-    own = dict(module.named_parameters(recurse=False))
+    own = dict(_own(module))
     norm = isinstance(module, _NORMS) or type(module).__name__.endswith(_NAMES_OF_NORMS)
     if norm or isinstance(module, DecayGate) or _declared(module) == "undecayed":
         return list(own.values())
@@ -76,14 +88,14 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     treat the first dim as a batch, or leave the group to AdamW. Flattened to (Nw V, V) they would be orthogonalised
     against each other. A head of the model's vocabulary is a linear projection, too, and is better left to AdamW.
 
-    Marks get lost where a wrapper makes parameters anew, so modules are asked for theirs, too. Groups without
-    parameters are left out, and shared parameters are in one group only.
+    Marks get lost where a wrapper makes parameters anew, so modules are asked for theirs, too, also for those behind a
+    parametrization. Groups without parameters are left out, and shared parameters are in one group only.
     """
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "state_weights": [], "others": [], "undecayed": []}
     seen: set[int] = set()
     for module in model.modules():
         left_out = {id(parameter) for parameter in _undecayed(module)}
-        for name, parameter in module.named_parameters(recurse=False):
+        for name, parameter in _own(module):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))

@@ -15,6 +15,7 @@ import torch
 from calls import assert_same
 from layer import GATED, HIDDEN, PLAIN, in_pieces, layered
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 DECAY = ("decay_gate.A_log", "decay_gate.dt_bias")
 UNDECAYED = {*DECAY, "D", "g_norm.weight", "input_projection.bias", "conv1d.bias"}
@@ -302,3 +303,31 @@ def test_groups_of_an_optimiser(package, marks) -> None:
     assert len(torch.optim.AdamW(groups, lr=1e-3).param_groups) == 4
     matrices = next(group for group in groups if group["name"] == "matrices")
     torch.optim.Muon(matrices["params"], lr=1e-3, weight_decay=matrices["weight_decay"])
+
+
+def identity(module: nn.Module, name: str) -> None:
+    """Put a parametrization in front of a parameter that leaves it as it is."""
+    parametrize.register_parametrization(module, name, nn.Identity())
+
+
+@pytest.mark.parametrize("hide", [identity, prune.identity])
+def test_groups_of_hidden_parameters(package, hide) -> None:
+    """A parameter behind a parametrization or a mask is in its group, also in a copy, whose parameters have no marks."""
+    layer = made(package)
+    plain = {name for name, _ in layer.named_parameters()}
+    for path in plain:
+        module, _, name = path.rpartition(".")
+        hide(layer.get_submodule(module), name)
+    for parameter in layer.parameters():
+        parameter.__dict__.pop("_no_weight_decay", None)
+    groups = importlib.import_module(f"{package.__name__}.optimizer").parameter_groups(layer, 0.1)
+    names = {
+        id(parameter): name.replace("parametrizations.", "").removesuffix(".original").removesuffix("_orig")
+        for name, parameter in layer.named_parameters()
+    }
+    assert {group["name"]: {names[id(parameter)] for parameter in group["params"]} for group in groups} == {
+        "matrices": {"input_projection.weight", "output_projection.weight"},
+        "state_weights": {"state_weight"},
+        "others": {"conv1d.weight"},
+        "undecayed": UNDECAYED,
+    }
