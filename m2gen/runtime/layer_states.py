@@ -40,7 +40,8 @@ def last_inputs(
         first = projected.new_zeros(projected.shape[0], back, channels) if before is None else before
         return torch.cat((first, projected[..., :channels]), 1)[:, projected.shape[1] :]
     if cu_seqlens is None and projected.shape[1] >= back:
-        return projected[:, projected.shape[1] - back :, :channels].contiguous()
+        last = projected[:, projected.shape[1] - back :, :channels]
+        return last.clone(memory_format=torch.contiguous_format)  # a view would keep the whole projection
     at = offsets_of(projected, cu_seqlens)
     within = at.lengths - back + torch.arange(back, device=projected.device)  # (B, back), from the sequence's start
     found = _picked(projected.flatten(0, -2)[:, :channels], at.starts + within)

@@ -46,7 +46,8 @@ def recur(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Convolve, run the operator and add D v; return that and the states after it."""
     if cu_seqlens is None:
-        mixed, conv = convolve(layer.conv1d, mixed, layer.conv_width, before.conv)
+        mixed, inputs = convolve(layer.conv1d, mixed, layer.conv_width, before.conv)
+        conv = inputs.clone()  # a view would keep every input for as long as the states
     else:
         mixed, conv = convolve_packed(layer.conv1d, mixed, layer.conv_width, cu_seqlens, before.conv)
     q, k, v = operands_of(layer, mixed)

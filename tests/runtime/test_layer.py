@@ -235,6 +235,17 @@ def test_states_of_scan_have_gradients(package, device) -> None:
     assert_close(*results, 2e-5)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_states_of_scan_keep_no_inputs(package, device, fused) -> None:
+    """What was convolved last is memory of its own: a view would keep all that was convolved for as long."""
+    for width in (2, 4):
+        layer = package.M2RNN(HIDDEN, **SHAPES["given"], conv_width=width, fused=fused, device=device)
+        with torch.no_grad():
+            _, conv, state = layer.scan(tokens(device, 1, 9))
+        for x in (conv, state):
+            assert x.untyped_storage().nbytes() == x.numel() * x.element_size()
+
+
 def test_a_cache_refuses_gradients(package, device) -> None:
     """A call that would lose gradients says so."""
     layer, x = make_layer(package).to(device), tokens(device, 1, 2)
