@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -125,7 +126,7 @@ class M2RNN(nn.Module):
         self.g_norm = make_norm(config.norm, inner, config.norm_eps, **made)
         self.output_projection = nn.Linear(inner, config.hidden_size, bias=False, **made)
         _settle(self)
-        self.register_load_state_dict_post_hook(_settle)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(partial(_settle, moved=False))  # type: ignore[no-untyped-call]
         self.register_state_dict_post_hook(without_room)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -245,8 +246,8 @@ class M2RNN(nn.Module):
         return f"{dims}, conv_width={self.conv_width}, clip={self.clip}, backend={self.backend}"
 
 
-def _settle(layer: nn.Module, *_: Any) -> None:
+def _settle(layer: nn.Module, *_: Any, moved: bool = True) -> None:
     """Give parameters, which may be new, what no state dict holds: marks, and room for aligned products."""
     mark_no_weight_decay(layer)
     if type(projection := layer.input_projection) is nn.Linear:
-        leave_room(projection)
+        leave_room(projection, moved)

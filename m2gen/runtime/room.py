@@ -16,13 +16,17 @@ ROW = 16
 """Elements whose multiples rows of a projection have, so that every product and every load of one is aligned."""
 
 
-def leave_room(module: nn.Linear) -> None:
+def leave_room(module: nn.Linear, moved: bool = True) -> None:
     """Have the module's parameters lie in memory with room behind them, unless there is some or they are no tensors.
 
     Shapes and values are the same. Memory of another size than a parameter's is what views have, too; ``without_room``
-    gives state dicts without it.
+    gives state dicts without it. Unless the module ``moved`` its parameters, those that once had room stay where they
+    are: somebody else put them there, as optimisers do that have the parameters of a rank in one piece of memory.
     """
     for parameter in module.parameters(recurse=False):
+        if not moved and getattr(parameter, "_had_room", False):
+            continue
+        parameter._had_room = True  # type: ignore[attr-defined]
         x = parameter.data
         rest = -x.shape[0] % ROW if x.dim() else 0
         if type(parameter) is nn.Parameter and type(x) is Tensor and rest and widened(x) is None:

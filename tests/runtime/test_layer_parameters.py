@@ -129,6 +129,16 @@ def test_saved_and_loaded(package, tmp_path: Path, assign) -> None:
     assert_same({key: other.get_parameter(key).detach() for key in DECAY}, {key: rounded[key].float() for key in DECAY})
 
 
+def test_loading_leaves_parameters_where_they_were_put(package) -> None:
+    """Optimisers may have them in memory of their own, which they send to other ranks (ZeRO, as views of buckets)."""
+    layer, saved = made(package), made(package).state_dict()
+    bucket = torch.zeros(layer.input_projection.weight.numel())
+    layer.input_projection.weight.data = bucket.view_as(layer.input_projection.weight)
+    layer.load_state_dict(saved)
+    assert layer.input_projection.weight.data_ptr() == bucket.data_ptr()
+    assert_same(dict(layer.state_dict()), dict(saved))
+
+
 def test_a_bf16_layer_is_trained(package, device) -> None:
     """Its decay parameters have float32 gradients and take steps that bfloat16 would lose."""
     layer = made(package).to(device, torch.bfloat16)
@@ -312,7 +322,7 @@ def identity(module: nn.Module, name: str) -> None:
 
 @pytest.mark.parametrize("hide", [identity, prune.identity])
 def test_groups_of_hidden_parameters(package, hide) -> None:
-    """A parameter behind a parametrization or a mask is in its group, also in a copy, whose parameters have no marks."""
+    """A parameter behind a parametrization or a mask is in its group, also where it has no mark, as in a copy."""
     layer = made(package)
     plain = {name for name, _ in layer.named_parameters()}
     for path in plain:
