@@ -26,7 +26,7 @@ def watched(script: Script, readings: int) -> Clocks | None:
 def test_clocks_are_medians_and_reasons_parts_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Idle readings do not count; the GPU is asked for by its UUID, and the library is let go of."""
     readings = [(345, "GpuIdle"), *[(1980, "")] * 2, (1500, "SwPowerCap"), (1200, "HwSlowdown HwThermalSlowdown")]
-    script = install(monkeypatch, Script([*readings, (345, "GpuIdle")], UUID))
+    script = install(monkeypatch, Script([*readings, (345, "GpuIdle ApplicationsClocksSetting")], UUID))
     reasons = (ThrottleReason.HARDWARE, ThrottleReason.HEAT, ThrottleReason.POWER)
     expected = Clocks(1500, MOST_MHZ, MEMORY_MHZ, tuple(Throttled(reason, 0.25) for reason in sorted(reasons)))
     assert watched(script, 5) == expected
@@ -35,6 +35,20 @@ def test_clocks_are_medians_and_reasons_parts_of_the_time(monkeypatch: pytest.Mo
         "(1500 of 1980 MHz): times may not repeat"
     )
     assert (script.asked, script.open) == ([UUID], 0)
+
+
+def test_clocks_are_read_when_a_watch_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However far apart readings are, there is one when it begins and one when it ends."""
+    script = install(monkeypatch, Script([(345, "GpuIdle"), (1500, "SwPowerCap")]))
+    with ClockWatch(NAME, 3600.0) as watch:
+        script.read.acquire()
+    assert watch.clocks == Clocks(1500, MOST_MHZ, MEMORY_MHZ, (Throttled(ThrottleReason.POWER, 1.0),))
+
+
+def test_the_highest_clock_is_no_lower_than_what_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver may run a GPU above the clock that it says is the highest."""
+    found = watched(install(monkeypatch, Script([(MOST_MHZ + 15, "")])), 1)
+    assert found == Clocks(MOST_MHZ + 15, MOST_MHZ + 15, MEMORY_MHZ)
 
 
 def test_a_moment_of_throttling_is_a_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
