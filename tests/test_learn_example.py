@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,10 +122,10 @@ def test_heads_begin_apart(example, answers) -> None:
             )
 
 
-def test_an_automatons_layer_lacks_only_what_letters_do(example) -> None:
-    """With written letters in place of random ones, a layer that begins as an automaton tracks the group."""
+def automaton(example: Any, **changes: Any) -> tuple[Any, Any, Any]:
+    """Return a run, its answers and a model that begins as an automaton, with letters that are written, not random."""
     options = {"columns": 16, "weights": "automaton", "gain": 8.0, "spread": 0.0, "forget": 1e-9}
-    _, said, model = tracker_of(example(), **options)
+    run, said, model = tracker_of(example(), **options, **changes)
     (layer,), construct = model.layers, example("construct")
     elements = construct.elements_of("A4")
     levels = torch.stack([construct.letter_levels(elements, point, 4) for point in range(2)], 1)
@@ -135,8 +135,80 @@ def test_an_automatons_layer_lacks_only_what_letters_do(example) -> None:
     out = layer.output_projection.weight.data.zero_().unflatten(1, (2, 16))
     for head in range(2):
         out[4 * head : 4 * head + 4, head] = places
+    return run, said, model
+
+
+def test_an_automatons_layer_lacks_only_what_letters_do(example) -> None:
+    """A layer that begins as an automaton tracks the group once its letters are written."""
+    _, said, model = automaton(example)
     letters, answers = said.problem.words(3, 300, torch.Generator().manual_seed(0))
     assert said.right(model(letters, model.first(3))[0], answers).all()
+
+
+def test_words_are_judged_from_their_first_letters_to_their_last(example) -> None:
+    """A model that tracks the group has no word wrong at any place of long words, and one that forgets has."""
+    _, said, model = automaton(example)
+    judge = example("streams").judge
+    assert judge(model, said, 3, 200) == 200 * [0]
+    model.layers[0].state_weight.data.zero_()
+    found = judge(model, said, 30, 200)
+    assert min(found[1:]) > 0
+    assert max(found) <= 30
+
+
+def test_one_wrong_answer_ends_a_stream(example) -> None:
+    """Wherever it is in a step's letters; streams whose answers are all right go on."""
+    learn = example()
+    run, said, model = automaton(example, sure=0.5, restart=0.0)
+    model.layers[0].output_projection.weight.data *= 20  # so that it is sure
+    streams = learn.Streams(model, said, run.plan, 0)
+    drawn = streams._draw
+
+    def spoiled() -> tuple[torch.Tensor, torch.Tensor]:
+        letters, answers = drawn()
+        answers = answers.clone()
+        for stream in range(3):
+            answers[stream, stream] = (answers[stream, stream] + 1) % 12
+        return letters, answers
+
+    streams.step(0.0, 0)
+    assert not streams.lost.any()
+    streams._draw = spoiled
+    streams.step(0.0, 0)
+    assert streams.lost.tolist() == [True, True, True, False, False, False]
+
+
+def test_streams_end_as_often_as_they_are_told(example) -> None:
+    """With a probability of 1 every stream begins anew in each step, whatever was answered."""
+    learn = example()
+    run, said, model = tracker_of(learn, restart=1.0, sure=0.0)
+    streams = learn.Streams(model, said, run.plan, 0)
+    for _ in range(3):
+        streams.step(0.0, 0)
+    assert streams.ages.tolist() == 6 * [3.0]
+    letters, answers = streams._draw()
+    assert not streams.state.any()
+    assert torch.equal(answers[:, 0], letters[:, 0])
+
+
+def test_gradients_are_clipped(example) -> None:
+    """What an optimizer's step takes is no longer than the plan says, all parameters together."""
+    learn = example()
+    run, said, model = tracker_of(learn, clip=1e-3)
+    streams = learn.Streams(model, said, run.plan, 0)
+    streams.step(0.0, 0)
+    norms = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+    assert norms.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_there_are_no_more_letters_than_elements(example) -> None:
+    """A stage of more letters than the group has is one of all."""
+    learn = example()
+    run, said, model = tracker_of(learn)
+    streams = learn.Streams(model, said, run.plan, 0)
+    for asked, letters in ((99, 12), (12, 12), (5, 5), (0, 12)):
+        streams.step(0.0, asked)
+        assert streams.letters.item() == letters
 
 
 def test_streams_go_on_until_the_model_errs(example) -> None:
@@ -248,6 +320,26 @@ def test_stages_are_known_in_turn(example) -> None:
     assert seen == [2, 3, 0, 0, 0]
     assert (progress.known_at, progress.end) == ([20, 30, 50], 150)
     assert [progress.rate(step) for step in (49, 100, 149)] == [1.0, 0.5, 0.02]
+    late = streams.Progress(run.plan, [20, 30], 120)
+    late.see(50, 1.0)
+    assert (late.known_at, late.end) == ([20, 30, 50], 120)  # it falls already
+
+
+def test_letters_are_known_by_the_mean_of_the_last_steps(example) -> None:
+    """One step of ten that is all right is a tenth; each ten are looked at by themselves."""
+    learn, streams = example(), example("streams")
+    run, *_ = tracker_of(learn, letters=[2, 0], known=0.9, settled=0.9, steps=40, settle=5, learning_rate=1.0)
+    right = [*9 * [0.0], 1.0, *10 * [0.85], *9 * [1.0], 0.5, *15 * [0.5]]
+    asked: list[tuple[float, int]] = []
+
+    def step(rate: float, letters: int) -> None:
+        scripted.accuracy.fill_(right[len(asked)])
+        asked.append((rate, letters))
+
+    scripted = SimpleNamespace(plan=run.plan, accuracy=torch.zeros(()), ages=torch.zeros(1), step=step)
+    assert streams.fit(scripted, lambda line: None) == ([30], 45)
+    assert [letters for _, letters in asked] == 30 * [2] + 15 * [0]
+    assert [rate for rate, _ in asked][-5:] == pytest.approx([1 * 41 / 50, 0.8, 0.6, 0.4, 0.2])
 
 
 def test_the_pages_have_what_was_measured(example) -> None:
@@ -454,6 +546,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "weights must be of rotation, automat",
     ),
     "layers": ({"recipes": [{"name": "a", "seeds": [0], "layers": 0}]}, "layers must be at least 1, got 0"),
+    "segment": ({"recipes": [{"name": "a", "seeds": [0], "segment": 0}]}, "segment must be at least 1, got 0"),
+    "forget": ({"recipes": [{"name": "a", "seeds": [0], "forget": 1.0}]}, "forget must be between 0 and 1, got 1.0"),
+    "letters": ({"recipes": [{"name": "a", "seeds": [0], "letters": []}]}, "letters must have a stage, got none"),
+    "length": ({"evaluate": {"words": 4}}, "evaluate must give length, words; see length"),
     "group": ({"recipes": [{"name": "a", "seeds": [0], "group": "Z9"}]}, "groups must be S1 to S6"),
 }
 
