@@ -510,8 +510,12 @@ def test_the_model_by_hand() -> None:
     assert traffic(exchange, 2, fused=False).sent == pytest.approx(sent)
     gates = 66 * 16 + 14  # and zeros up to 2320 columns
     assert traffic(exchange, 2, fused=True).sent == pytest.approx(sent + 2 * gates * 8 * 4096 * 2 / 2)
-    assert [traffic(replace(exchange, batch=batch), 2, fused=True).collectives for batch in (1, 8, 17)] == [6, 8, 6]
+    assert [traffic(replace(exchange, batch=batch), 2, fused=True).collectives for batch in (1, 8, 16, 17)] == [
+        6, 8, 8, 6
+    ]  # fmt: skip
     assert traffic(exchange, 2, fused=False).collectives == 6
+    wide = replace(exchange, shape=replace(SEVEN, dtype="fp32"))
+    assert traffic(wide, 2, fused=False).collectives == 5, "gradients of one dtype are one sum"
     expected = 4.0 / 2 + 3.2 + sent / 100e9 * 1e3
     assert predicted_ms(exchange, row_of(Form.EXCHANGE, 2, recurrence_ms=3.2), one, link, fused=False) == pytest.approx(
         expected
@@ -521,6 +525,65 @@ def test_the_model_by_hand() -> None:
     handed = predicted_ms(pipeline_case, row_of(Form.PIPELINE, 2, recurrence_ms=1.5), one, link, fused=True)
     assert handed == pytest.approx(3 * (4.0 / 2 / 2 + 1.5) + sends)
     assert predicted_ms(exchange, row_of(Form.EXCHANGE, 2), one, link, fused=True) is None
+
+
+def test_memory_by_hand() -> None:
+    """A rank keeps what its tokens and heads need, parameters with their gradients, and x and y with theirs."""
+    layer = MeasuredLayer(132, 1536, 4, 4096, 2.0, 5.0, 3.0, 1.0, 1 << 30)
+    known = OneGpu({"m2rnn_7b": layer}, {"m2rnn_7b": replace(layer, extra_bytes=1 << 29)}, ((1.0, 0.5),), 132)
+
+    def memory(shape: Shape, form: Form, ranks: int) -> float:
+        return forecast(RankCase(shape, form, 8, 8192), ranks, known, Link(100.0, 0.0)).memory
+
+    def parameters(heads: int) -> int:
+        mixed = 2 * 64 + heads * 16
+        wide = 1536 * (mixed + 2 * heads * 16 + heads) + 4 * mixed + heads * 256 + 2 * heads * 16
+        return 2 * wide + 8 * heads
+
+    kept, ends = (1 << 30) * 4 / 2, 4 * 8 * 8192 * 1536 * 2  # of two ranks, and of all tokens
+    assert memory(SEVEN, Form.EXCHANGE, 2) == pytest.approx(kept + 2 * parameters(132) + ends / 2)
+    assert memory(SEVEN, Form.HEADS, 2) == pytest.approx(kept + 2 * parameters(66) + ends)
+    assert memory(SEVEN, Form.HEADS_TOKENS, 2) == pytest.approx(kept + 2 * parameters(66) + ends / 2)
+    assert memory(SEVEN, Form.MESH, 4) == pytest.approx(kept / 2 + 2 * parameters(66) + ends / 2)
+    hybrid = replace(SEVEN, blocks=(Mixing.M2RNN, Mixing.ATTENTION))
+    inner = 2 * 4 * 1536 * 2 * 8 * 8192 / 2  # of an MLP, before its activation and after it
+    held = 2 * model_bytes(hybrid) / 2
+    assert memory(hybrid, Form.FSDP, 2) == pytest.approx(1.5 * kept + 2 * inner + held + ends / 2)
+
+
+def test_every_collective_has_its_latency() -> None:
+    """A link that takes half a millisecond for each adds that to a step as often as something is sent."""
+    quick, slow = Link(100.0, 0.0), Link(100.0, 0.5)
+    one = row_of(Form.ONE, 1, step_ms=10.0, forward_ms=4.0, recurrence_ms=6.0)
+    for form, collectives in ((Form.HEADS, 3), (Form.HEADS_TOKENS, 6), (Form.EXCHANGE, 6), (Form.PIPELINE, 4)):
+        case, row = RankCase(SEVEN, form, 8, 4096), row_of(form, 2, recurrence_ms=3.0)
+        shared = 2 if form in (Form.HEADS, Form.HEADS_TOKENS) else 0  # rows of q and k, and what convolves them
+        times = [predicted_ms(case, row, one, link, fused=False) for link in (quick, slow)]
+        assert times[1] - times[0] == pytest.approx(0.5 * (collectives + shared)), form
+    hybrid = replace(SEVEN, blocks=(Mixing.M2RNN, Mixing.ATTENTION, Mixing.ATTENTION))
+    case, row = RankCase(hybrid, Form.FSDP, 8, 4096), row_of(Form.FSDP, 2)
+    times = [predicted_ms(case, row, one, Link(1.0, latency), fused=False) for latency in (0.0, 0.5)]
+    assert times[1] - times[0] == pytest.approx(0.5 * (2 + 2 * 3)), "a gather first, two and a scatter in each block"
+
+
+def test_a_block_hides_what_is_sent_while_it_runs() -> None:
+    """FSDP gathers a block while one runs forwards, and backwards gathers one and scatters another one's gradients."""
+    hybrid = replace(SEVEN, blocks=(Mixing.M2RNN,) * 4)
+    case, row = RankCase(hybrid, Form.FSDP, 8, 4096), row_of(Form.FSDP, 2)
+    one = row_of(Form.ONE, 1, step_ms=20.0, forward_ms=8.0)  # 2 ms of each block forwards, 3 ms backwards
+    block = model_bytes(hybrid) / 2 / 4
+    for each, beyond in ((1.0, 0.0), (1.75, 0.5), (2.5, 2.5)):
+        found = predicted_ms(case, row, one, Link(block / each / 1e6, 0.0), fused=True)
+        assert found == pytest.approx(20.0 + 2 * each + 3 * beyond)
+
+
+def test_a_forecast_of_more_heads_has_wider_projections() -> None:
+    """What is no recurrence grows with the heads of a layer that is like the measured one."""
+    layer = MeasuredLayer(132, 1536, 4, 4096, 2.0, 5.0, 3.0, 1.0, 1 << 30)
+    known = OneGpu({"m2rnn_7b": layer}, {"m2rnn_7b": layer}, ((1.0, 0.5), (8.0, 4.0)), 132)
+    heads = {name: 2 * count if count == 132 else count for name, count in SEVEN.heads.items()}
+    found = forecast(RankCase(replace(SEVEN, heads=heads), Form.EXCHANGE, 2, 4096), 2, known, Link(1e9, 0.0))
+    assert found.one_ms == pytest.approx(4096 * 2.0 / 1e3 + (5.0 - 3.0) / 2 * 2)
 
 
 def test_ranks_on_gpus_exclude_other_measurements(monkeypatch: pytest.MonkeyPatch) -> None:

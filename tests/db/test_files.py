@@ -230,6 +230,29 @@ def test_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail
     assert tree(tmp_path) == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of descriptors are Linux's")
+def test_a_loss_of_power_loses_no_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is on disk before it takes its name, and the folder that has the name after that."""
+    made, done = database(tmp_path), list[tuple[str, str]]()
+    path = tmp_path / files.place(RECORDS[0])
+    fsync, rename = os.fsync, os.replace
+
+    def synced(handle: int) -> None:
+        done.append(("synced", os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    def renamed(source: str, target: Path) -> None:
+        done.append(("renamed", str(source)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    made.add([replace(RECORDS[0], problem=replace(RECORDS[0].problem, seq=77))])
+    (_, staged), *rest = done
+    assert Path(staged).parent == path.parent
+    assert rest == [("renamed", staged), ("synced", str(path.parent))]
+
+
 def test_reading_needs_no_lock(tmp_path: Path) -> None:
     """A database is read while somebody writes; a second writer waits, and says for whom."""
     made = database(tmp_path)

@@ -136,3 +136,20 @@ def test_a_file_that_cannot_be_written_is_named(folder: Path) -> None:
     (folder / "m2gen-gpu-1.lock").mkdir()
     with pytest.raises(TuneError, match=r"m2gen-gpu-1\.lock must be writable"), lock.exclusive("gpu-1"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "runs"), [(None, True), (PermissionError, True), (ProcessLookupError, False), (OverflowError, False)]
+)
+def test_a_process_of_another_user_runs(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception] | None, runs: bool
+) -> None:
+    """Whom no signal may be sent to is there; a number that no process has is nobody's."""
+
+    def kill(pid: int, signal: int) -> None:
+        assert (pid, signal) == (77, 0)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert lock.alive(77) is runs
