@@ -17,6 +17,7 @@ from support import import_package
 
 from m2gen import pipeline
 from m2gen.errors import UsageError
+from m2gen.runtime.checkpoints import dtype_of, spec_text
 from m2gen.spec import parse_spec
 
 VARIANT = "k16_v16_q1_k1_v4_f4_w4_{dtype}_carry_{tanh}"
@@ -134,6 +135,35 @@ def test_positions_that_are_none(tmp_path: Path, positions: object) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}), encoding="utf-8")
     assert "$.max_position_embeddings must be a positive integer" in fails(2, "spec", "from-config", str(folder))
+
+
+@pytest.mark.parametrize(("positions", "seq"), [(100, 100), (4096, 4096), (131072, 4096), (None, 4096)])
+def test_workloads_are_no_longer_than_tuning_likes(positions: int | None, seq: int) -> None:
+    """All positions of a model that has few, and 4096 steps of one that has more or does not say."""
+    config = {name: value for name, value in config_of("hybrid_nope").items() if name != "max_position_embeddings"}
+    given = {} if positions is None else {"max_position_embeddings": positions}
+    text = spec_text({**config, **given})
+    assert [workload.seq for workload in parse_spec(text, "a.yaml").layers["m2rnn"].workloads] == [seq]
+
+
+def stored(path: Path, **tensors: tuple[str, list[int]]) -> None:
+    """Write the header of a safetensors file, which is all that is read."""
+    header = {f"{name}.weight": {"dtype": dtype, "shape": shape} for name, (dtype, shape) in tensors.items()}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+def test_weights_have_the_dtype_of_their_matrices(tmp_path: Path) -> None:
+    """Norms and codes may have another, and not every file has a matrix; what the configuration says counts first."""
+    assert dtype_of(tmp_path, {}) == "bf16"
+    stored(tmp_path / "model-1.safetensors", norm=("F32", [16]), codes=("I8", [16, 16]))
+    assert dtype_of(tmp_path, {}) == "bf16"
+    stored(tmp_path / "model-3.safetensors", up=("F32", [16, 16]))
+    assert dtype_of(tmp_path, {}) == "fp32"
+    stored(tmp_path / "model-2.safetensors", norm=("F32", [16]), down=("F16", [16, 16]))
+    assert dtype_of(tmp_path, {}) == "fp16"
+    assert dtype_of(tmp_path, {"torch_dtype": "bfloat16"}) == "bf16"
+    assert dtype_of(tmp_path, {"dtype": "float32", "torch_dtype": "bfloat16"}) == "fp32"
 
 
 def test_a_spec_that_is_there_is_kept(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
 from types import ModuleType
 
 import pytest
@@ -130,6 +131,34 @@ def test_an_operand_in_the_state(package, call, device, monkeypatch, name, path)
         through(package, {**call, name: ALIASED[name](state)}, state, path)
     assert spy.launched == []
     assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_neighbours_in_one_buffer(package, dtype) -> None:
+    """Of tensors that begin before what is written, in it or behind it, exactly those are refused that share some."""
+    memory, buffer = operators_of(package).memory, torch.zeros(24, dtype=dtype)
+    state = buffer[8:16]
+    for size in (0, 1, 4, 12):
+        for start in range(24 - size):
+            x = buffer[start : start + size]
+            shared = size > 0 and start < 16 and start + size > 8
+            places = memory.Places(state, [None, x])
+            assert places.meet([0, x.data_ptr(), state.data_ptr()]) == shared
+            for known in (None, places):
+                with pytest.raises(RuntimeError, match="state and q") if shared else nullcontext():
+                    memory.check_written("m2rnn_step", "state", state, {"k": None, "q": x}, known)
+
+
+def test_what_lies_among_the_states_elements_is_known_by_name_and_place(package) -> None:
+    """That one operand shares nothing there says nothing of another one, nor of the same one at another place."""
+    memory, buffer = operators_of(package).memory, torch.zeros(16)
+    state, apart = buffer.view(8, 2)[:, 0], buffer.view(8, 2)[:4, 1]
+    known = memory.check_written("m2rnn_step", "state", state, {"q": apart})
+    memory.check_written("m2rnn_step", "state", state, {"q": apart}, known)
+    with pytest.raises(RuntimeError, match="state and q"):
+        memory.check_written("m2rnn_step", "state", state, {"q": buffer.view(8, 2)[:4, 0]}, known)
+    with pytest.raises(RuntimeError, match="state and k"):
+        memory.check_written("m2rnn_step", "state", state, {"q": apart, "k": buffer[1:3]})
 
 
 def test_a_buffer_of_operands_and_state(package, call, device) -> None:

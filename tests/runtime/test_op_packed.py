@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
 from types import ModuleType
@@ -173,6 +174,30 @@ def test_offsets_are_checked_whenever_they_are_new(package, device) -> None:
         else:
             package.m2rnn(**operands, cu_seqlens=again)
         del again
+
+
+def test_offsets_without_a_version_are_read_in_every_call(package, device) -> None:
+    """A tensor of inference mode does not say that it has changed."""
+    operands = arguments(draw((2, 3), device))
+    with torch.inference_mode():
+        offsets = operands.pop("cu_seqlens").clone()
+        package.m2rnn(**operands, cu_seqlens=offsets)
+        package.m2rnn(**operands, cu_seqlens=offsets)
+        offsets[1] = 9
+        with pytest.raises(ValueError, match="not decrease"):
+            package.m2rnn(**operands, cu_seqlens=offsets)
+
+
+def test_offsets_that_are_gone_are_forgotten(package, device) -> None:
+    """Nothing is kept of a tensor that nobody has, in whose memory another may be."""
+    known = importlib.import_module(f"{package.__name__}.offsets")._OFFSETS
+    operands = arguments(draw((2, 3), device))
+    offsets = operands.pop("cu_seqlens").clone()
+    before = len(known)
+    package.m2rnn(**operands, cu_seqlens=offsets)
+    assert len(known) == before + 1
+    del offsets
+    assert len(known) == before
 
 
 def test_valid_offsets_for_another_number_of_tokens_are_refused(package, device) -> None:
