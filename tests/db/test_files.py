@@ -81,6 +81,17 @@ def test_the_order_of_writing_does_not_show(tmp_path: Path) -> None:
     assert set(other.records()) == set(RECORDS)
 
 
+def test_winners_stand_before_failures(tmp_path: Path) -> None:
+    """In a file, and of each then the smaller id; so a reader finds first what serves."""
+    schedules = [make_schedule(interval=interval) for interval in (4, 8, 16, 32)]
+    made = database(tmp_path, [*(failed(schedule=each) for each in schedules), *(winner(seq=n) for n in (1, 2, 3, 4))])
+    read = files.read(tmp_path, files.place(winner())).records
+    assert [record.failure is None for record in read] == 4 * [True] + 4 * [False]
+    ids = [record.id for record in read]
+    assert (ids[:4], ids[4:]) == (sorted(ids[:4]), sorted(ids[4:]))
+    assert made.records() == read
+
+
 def test_a_database_that_is_not_there_is_empty(tmp_path: Path) -> None:
     """Reading makes nothing; a file in the database's place is an error."""
     assert Database(tmp_path / "none").records() == ()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import gc
 import importlib
+import linecache
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -18,6 +20,7 @@ from support import build_package, make_schedule, make_variant
 from torch import Tensor
 
 from m2gen.problem import Inputs, Problem, make_inputs
+from m2gen.runtime import snapshot
 from m2gen.schedule import Schedule
 from m2gen.variant import Variant
 
@@ -143,6 +146,59 @@ ORDERS: dict[str, Callable[[list[ModuleType]], list[ModuleType]]] = {
     "dispatch": lambda modules: [module for module in modules if module.__name__.endswith(".dispatch")],
     "twice": lambda modules: [*modules, *modules],
 }
+
+
+@pytest.fixture
+def apart(folder: Path) -> str:
+    """Return the name of a module of one value, which says when it is executed."""
+    folder.with_suffix(".py").write_text("import m2gen_probe\n\nVALUE = m2gen_probe.entered()\n", encoding="utf-8")
+    importlib.invalidate_caches()
+    return folder.name
+
+
+def probe(monkeypatch: pytest.MonkeyPatch, entered: Callable[[], object]) -> None:
+    """Have such modules call a function when they are executed."""
+    module = ModuleType("m2gen_probe")
+    vars(module)["entered"] = entered
+    monkeypatch.setitem(sys.modules, "m2gen_probe", module)
+
+
+def test_threads_that_need_a_module_at_once_have_one(apart: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second waits for what the first executes, and neither sees half of it."""
+    inside, together, found = list[int](), threading.Event(), list[ModuleType]()
+
+    def entered() -> int:
+        inside.append(len(inside))
+        together.set() if len(inside) > 1 else together.wait(0.5)
+        return len(inside)
+
+    probe(monkeypatch, entered)
+    module = snapshot.deferred(apart)
+    threads = [threading.Thread(target=lambda: found.append(module())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert inside == [0]
+    assert found[0] is found[1] is module()
+    assert found[0].VALUE == 1
+
+
+def test_a_deferred_module_leaves_no_trace(apart: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found by its name while it is executed; afterwards tables have what they had, or nothing."""
+    seen = list[ModuleType]()
+    probe(monkeypatch, lambda: seen.append(sys.modules[apart]))
+    made = snapshot.deferred(apart)()
+    path = str(made.__file__)
+    assert (seen, apart in sys.modules, path in linecache.cache) == ([made], False, False)
+    usual = importlib.import_module(apart)
+    lines = linecache.getlines(path)
+    again = snapshot.deferred(apart)()
+    assert seen == [made, usual, again]
+    assert len({id(module) for module in seen}) == 3
+    assert sys.modules[apart] is usual
+    assert linecache.cache[path][2] is lines
+    linecache.cache.pop(path)
 
 
 @pytest.mark.parametrize("order", ORDERS)
