@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from m2gen.db import (
     Estimate,
     Record,
     encode,
+    exchange,
     export_text,
     files,
     merged,
@@ -154,6 +156,8 @@ def test_finding(tmp_path: Path) -> None:
     for prefix in ("", "zz"):
         with pytest.raises(DatabaseError, match="must be that of one record"):
             made.find(prefix)
+    with pytest.raises(DatabaseError, match="must be that of one record"):
+        database(tmp_path / "one", RECORDS[:1]).find("")  # which a script may pass whose own search found nothing
 
 
 BAD = {
@@ -484,6 +488,15 @@ def test_a_file_that_is_too_large(tmp_path: Path) -> None:
         stream.truncate(2**33)
     with pytest.raises(DatabaseError, match="must take at most"):
         read_export(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_file_may_be_as_large_as_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spare: int) -> None:
+    """One byte more than the most is too many."""
+    write_export(tmp_path / "x.jsonl", RECORDS)
+    monkeypatch.setattr(exchange, "MOST_BYTES", (tmp_path / "x.jsonl").stat().st_size - spare)
+    with nullcontext() if not spare else pytest.raises(DatabaseError, match="must take at most"):
+        assert set(read_export(tmp_path / "x.jsonl")) == set(RECORDS)
 
 
 def test_exports_that_cannot_be_read_or_written(tmp_path: Path) -> None:

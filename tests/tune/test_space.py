@@ -41,7 +41,7 @@ from m2gen.tune.memory import MemoryBound, extra_bytes
 from m2gen.tune.sampler import Sampler
 from m2gen.tune.search import Proposer, best_combination, neighbours, tiles
 from m2gen.tune.select import select
-from m2gen.tune.space import Subject, enumerate_space, fits, space_hash
+from m2gen.tune.space import CONSTRAINTS, Subject, enumerate_space, fits, space_hash
 from m2gen.tune.trial import Samples, Trial
 from m2gen.variant import Variant, parse_variant
 
@@ -246,9 +246,12 @@ def test_points_clamp_by_as_few_instructions_as_the_gpu_has(arch: str, objective
 
 
 def test_the_hash_names_the_declaration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It changes with an axis of a family."""
+    """It changes with an axis of a family, and with a constraint."""
     before = space_hash()
     assert before == space_hash()
+    with monkeypatch.context() as patch:
+        patch.setattr("m2gen.tune.space.CONSTRAINTS", CONSTRAINTS[1:])
+        assert space_hash() != before
     monkeypatch.setattr(Mma, "AXES", {**Mma.AXES, "interval": (16, 32)})
     assert space_hash() != before
 
