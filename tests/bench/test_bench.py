@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import scripted
 from command_line import TINY, document, fails, run
@@ -537,6 +538,17 @@ def test_the_line_through_times() -> None:
     assert bent is not None
     assert bent.worst > 0.2
     assert sweep.fit([1, 2], [1.0, 2.0]) is None
+
+
+def test_a_percent_counts_as_much_at_either_end_of_a_line() -> None:
+    """The sum of squares is of relative deviations, so that long calls do not outvote short ones."""
+    xs, ms = np.array([100.0, 1000.0, 10000.0, 100000.0]), np.array([0.25, 1.0, 11.0, 95.0])
+    found = sweep.fit(list(xs), list(ms))
+    assert found is not None
+    slope, intercept = np.polyfit(xs, ms, 1, w=1 / ms)
+    assert (found.slope_ms, found.intercept_ms) == (pytest.approx(slope), pytest.approx(intercept))
+    assert found.worst == pytest.approx(np.abs(ms / (intercept + slope * xs) - 1).max())
+    assert found.at(500.0) == pytest.approx(intercept + 500 * slope)
 
 
 def test_a_sweep(spec: str, script: Script) -> None:

@@ -17,9 +17,11 @@ from scripted_nvml import Script, install
 from searches import DEFAULT, NEIGHBOUR, SPEC
 
 from m2gen.cli.show import charts
+from m2gen.cli.tune import duration, memory
 from m2gen.db import Clocks, Database, Throttled, ThrottleReason, encode
 from m2gen.db.choice import module_name
 from m2gen.schedule import parse
+from m2gen.tune.memory import MemoryBound
 from m2gen.tune.services import TuningContext
 from m2gen.variant import parse_variant
 
@@ -38,6 +40,39 @@ def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TuningContext:
     monkeypatch.setattr("m2gen.cli.show.tune.this_tuning_context", lambda command: found)
     monkeypatch.setattr("m2gen.pipeline.this_tuning_context", lambda command: found)
     return found
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90.0), ("10m", 600.0), ("1.5m", 90.0), ("2h", 7200.0), ("45", 45.0), ("0.5", 0.5)]
+)
+def test_times_have_units(text: str, seconds: float) -> None:
+    """Seconds, minutes and hours; a number alone is of seconds."""
+    assert duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "bound"),
+    [
+        ("2GB", MemoryBound(size=2 * 10**9)), ("1.5mb", MemoryBound(size=1_500_000)), ("3kB", MemoryBound(size=3000)),
+        ("2GiB", MemoryBound(size=2**31)), ("1MiB", MemoryBound(size=2**20)), ("0.5KiB", MemoryBound(size=512)),
+        ("10", MemoryBound(size=10)), ("10B", MemoryBound(size=10)), ("1x", MemoryBound(times=1.0)),
+        ("2.5x", MemoryBound(times=2.5)), ("any", MemoryBound()),
+    ],
+)  # fmt: skip
+def test_sizes_have_units(text: str, bound: MemoryBound) -> None:
+    """Powers of ten and of two are told apart, whatever the case of their letters."""
+    assert memory(text) == bound
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "x", "m"])
+def test_what_is_no_time_and_no_size(text: str) -> None:
+    """Neither nothing, nor what is below it, nor what has no end."""
+    for parse_text, units in ((duration, ("", "s", "m", "h")), (memory, ("", "x", "GB", "B"))):
+        for unit in units:
+            with pytest.raises(ValueError):  # noqa: PT011  (float's own words, or the text)
+                parse_text(text + unit)
+    with pytest.raises(ValueError, match=r"^0\.9x$"):
+        memory("0.9x")
 
 
 class Page(HTMLParser):
