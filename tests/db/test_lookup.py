@@ -139,6 +139,17 @@ def test_a_later_toolchain_is_preferred_by_triton_first(name: str) -> None:
     assert reasons([other, later], query())[other].startswith(f"measured with an earlier toolchain: {name} ")
 
 
+@pytest.mark.parametrize("name", VERSIONS)
+@pytest.mark.parametrize(("later", "earlier"), [("3.6", ""), ("3.6.1", "3.6"), ("3.10", "3.9")])
+def test_versions_are_numbers_and_an_unknown_one_is_the_earliest(name: str, later: str, earlier: str) -> None:
+    """A tool whose version nobody knows is not later than one that is known, however fast its record is."""
+    one = winner(where=replace(environment(), **{name: later}), high=0.9)
+    other = winner(where=replace(environment(), **{name: earlier}), high=0.5)
+    assert look_up([other, one], query()).record == look_up([one, other], query()).record == one
+    said = f"measured with an earlier toolchain: {name} {earlier or 'unknown'}, not {later}"
+    assert reasons([one, other], query())[other] == said
+
+
 def test_builds_of_one_version_are_no_earlier_toolchain() -> None:
     """What is said of a record that lost by its time is its time, however the builds of its tools are named."""
     named = winner(where=replace(environment(), torch="2.11.0+cpu"), high=0.95)
