@@ -194,7 +194,10 @@ def test_whatever_a_candidate_raises_is_its_failure(monkeypatch: pytest.MonkeyPa
     kinds: dict[type[Exception], Reason] = {
         RuntimeError: Reason.CRASH,
         torch.OutOfMemoryError: Reason.MEMORY,
-        type("OutOfResources", (Exception,), {}): Reason.LAUNCH,
+        **{
+            type(name, (Exception,), {}): Reason.LAUNCH for name in ("OutOfResources", "CompilationError", "PTXASError")
+        },
+        type("CompileTimeAssertionFailure", (type("CompilationError", (Exception,), {}),), {}): Reason.LAUNCH,
     }
     for kind, reason in kinds.items():
 
