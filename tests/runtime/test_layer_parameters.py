@@ -290,6 +290,22 @@ def test_biases_and_norms_of_other_modules(package) -> None:
     }  # fmt: skip
 
 
+class Flat(nn.Module):
+    """A layer whose parameters a wrapper has flattened, as FSDP does with those of a rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state_weight = nn.Parameter(torch.ones(12))
+        self.projection = nn.Linear(3, 4, bias=False)
+        self.projection.weight = nn.Parameter(torch.ones(12))
+
+
+def test_what_is_no_matrix_any_more_is_for_no_optimiser_of_matrices(package) -> None:
+    """A flattened weight has no rows to orthogonalise, whatever its name is."""
+    (group,) = importlib.import_module(f"{package.__name__}.optimizer").parameter_groups(Flat(), 0.1)
+    assert (group["name"], len(group["params"]), group["weight_decay"]) == ("others", 2, 0.1)
+
+
 @pytest.mark.parametrize("marks", [True, False])
 def test_groups_of_an_optimiser(package, marks) -> None:
     """Every parameter is in one group, with or without marks on the layer's, and an optimiser takes the groups."""

@@ -11,6 +11,7 @@ import pytest
 from command_line import document, fails, run
 from support import ROOT
 
+from m2gen.bucket import bucket_of
 from m2gen.db import Failure, Reason
 from m2gen.errors import TuneError
 from m2gen.schedule import parse
@@ -118,6 +119,18 @@ def compact(path: Path, timed: list[tuple[str, float, float]], **header: object)
     lines = [{"workload": where}, *({"timed": each} for each in timed)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def test_a_lesson_is_of_as_many_multiprocessors_as_its_gpu_had(tmp_path: Path) -> None:
+    """Half of them have twice the programs each, which is another bucket, and a workload of its own."""
+    timed = [(slug, 1.0 + i, 2.0) for i, slug in enumerate(SLUGS)] + [("portable_f16x1u4a_b16x1c2a_i16_ptx", 5.0, 5.0)]
+    paths = [compact(tmp_path / f"{count}.jsonl", timed, sm_count=count) for count in (132, 66)]
+    found = read(paths)
+    assert {lesson.at.device.sm_count: lesson.trials == found[0].trials for lesson in found} == {132: True, 66: True}
+    heads = found[0].at.variant.total_heads
+    for lesson in found:
+        assert lesson.at.bucket is bucket_of(lesson.at.batch, heads, lesson.at.device.sm_count)
+    assert found[0].at.bucket is not found[1].at.bucket
 
 
 def test_schedules_that_are_not_valid_teach_nothing(tmp_path: Path) -> None:
