@@ -408,6 +408,19 @@ def test_imports_of_the_writer_are_light() -> None:
     assert os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", code]) == 0
 
 
+@pytest.mark.parametrize("name", [".GIT/config", "kernels/.git/config", "kernels/.Git/config"])
+def test_a_repository_of_any_case_is_no_manifests(package: Path, name: str) -> None:
+    """File systems that ignore case have one folder of such names, and a module's folder may be a repository."""
+    (package / name).parent.mkdir(parents=True, exist_ok=True)
+    (package / name).write_text("mine", encoding="utf-8")
+    manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
+    manifest["files"][name] = "0" * 16
+    (package / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(PlaceError, match=OTHERS):
+        directory.write(package, files("new"))
+    assert (package / name).read_text(encoding="utf-8") == "mine"
+
+
 def test_a_manifest_that_is_a_link_owns_nothing(tmp_path: Path) -> None:
     """A link to another package's manifest makes none of m2gen's of a user's folder, whose files stay."""
     directory.write(tmp_path / "other", files("old"))
