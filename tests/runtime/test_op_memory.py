@@ -135,7 +135,7 @@ def test_an_operand_in_the_state(package, call, device, monkeypatch, name, path)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_neighbours_in_one_buffer(package, dtype) -> None:
-    """Of tensors that begin before what is written, in it or behind it, exactly those are refused that share some."""
+    """Tensors may begin before what is written, in it or behind it; exactly those that share some are refused."""
     memory, buffer = operators_of(package).memory, torch.zeros(24, dtype=dtype)
     state = buffer[8:16]
     for size in (0, 1, 4, 12):
@@ -150,7 +150,7 @@ def test_neighbours_in_one_buffer(package, dtype) -> None:
 
 
 def test_what_lies_among_the_states_elements_is_known_by_name_and_place(package) -> None:
-    """That one operand shares nothing there says nothing of another one, nor of the same one at another place."""
+    """One operand shares nothing there, which says nothing of another one, nor of the same one at another place."""
     memory, buffer = operators_of(package).memory, torch.zeros(16)
     state, apart = buffer.view(8, 2)[:, 0], buffer.view(8, 2)[:4, 1]
     known = memory.check_written("m2rnn_step", "state", state, {"q": apart})

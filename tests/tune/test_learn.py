@@ -113,6 +113,18 @@ def test_the_shortest_time_counts(tmp_path: Path) -> None:
     assert read([failed]) == (), "three trials are left"
 
 
+def test_times_have_as_many_digits_as_a_file_of_them(tmp_path: Path) -> None:
+    """Lessons of a journal are those of the file that is written of them: medians to a hundredth of a microsecond."""
+    path = journal(tmp_path / "a.log")
+    fine = Trial(parse(SLUGS[0]), "panel", samples=Samples((1.2345678, 9.0, 0.5), (2.7182818,) * 3, 0))
+    with closing(open_ledger(path, HEADER, "host:0")) as ledger:
+        ledger.record(fine)
+    (lesson,) = read([path])
+    assert lesson.ms(parse(SLUGS[0])) == 1.23457 + 2.71828
+    (tmp_path / "b.jsonl").write_text(written([lesson]), encoding="utf-8")
+    assert read([tmp_path / "b.jsonl"]) == (lesson,)
+
+
 def compact(path: Path, timed: list[tuple[str, float, float]], **header: object) -> Path:
     """Write a compact file of one workload, and return its path."""
     where = {name: value for name, value in {**HEADER, **header}.items() if name not in ("study", "objective")}
@@ -192,6 +204,17 @@ def test_parts_of_two_trials_are_a_time(tmp_path: Path) -> None:
     assert lesson.cost(unknown) == UNKNOWN
     fits_none = Recipe.of(parse("wgmma_aa_i8_ptx"), lesson.at.variant)
     assert lesson.cost(fits_none) is None
+
+
+def test_parts_of_two_intervals_are_no_time(tmp_path: Path) -> None:
+    """A backward reads the states that a forward of its own interval saves, so neither was timed for the other."""
+    one, other = "portable_f16x1u4a_b16x1c2a", "portable_f32x1u4a_b32x1c2a"
+    timed = [(f"{one}_i16_ptx", 1.0, 9.0), (f"{other}_i32_ptx", 9.0, 1.0)]
+    timed += [(f"{one}_i64_ptx", 8.0, 8.0), (f"{other}_i64_ptx", 8.0, 8.0)]
+    (lesson,) = read([compact(tmp_path / "a.jsonl", timed)])
+    assert lesson.best_ms == 10.0
+    assert lesson.ms(parse("portable_f16x1u4a_b32x1c2a_i16_ptx")) is None
+    assert lesson.ms(parse("portable_f16x1u4a_b32x1c2a_i64_ptx")) == 16.0
 
 
 def test_a_leaf_has_the_fastest_trial(tmp_path: Path) -> None:
