@@ -122,6 +122,23 @@ def test_heads_begin_apart(example, answers) -> None:
             )
 
 
+def test_gates_forget_what_they_are_told_to(example) -> None:
+    """Whatever the letter, a layer's forget gates begin at the number of the settings."""
+    for forget in (1e-4, 0.3):
+        _, _, model = tracker_of(example(), forget=forget)
+        found = model.layers[0].decay_gate(torch.zeros(2))
+        assert found.tolist() == pytest.approx([forget] * 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("other", [{"conv1d": nn.Identity()}, {"activation": "silu"}, {"state_expansion": 2}])
+def test_a_tracker_is_of_layers_that_it_can_write_out(example, other) -> None:
+    """Convolutions, activations and more rows than one are refused, of any of its layers."""
+    plain = {"conv1d": None, "activation": None, "state_expansion": 1}
+    layers = [SimpleNamespace(**plain), SimpleNamespace(**plain | other)]
+    with pytest.raises(ValueError, match="a tracker's layers must have state_expansion=1, conv_width=None"):
+        example("tracker").Tracker(layers, 3)
+
+
 def automaton(example: Any, **changes: Any) -> tuple[Any, Any, Any]:
     """Return a run, its answers and a model that begins as an automaton, with letters that are written, not random."""
     options = {"columns": 16, "weights": "automaton", "gain": 8.0, "spread": 0.0, "forget": 1e-9}
