@@ -49,7 +49,7 @@ def _narrow(dtype: Dtype) -> Iterator[Any]:
     yield from _pairs("portable", [(32, 512, 4), (16, 256, 4)], [((32, 512, 2), ""), ((16, 256, 2), "")], 16)
 
 
-def _wide() -> Iterator[Any]:
+def _wide(dtype: Dtype) -> Iterator[Any]:
     for sums, interval in (("aa", 8), ("ap", 8), ("aa", 4)):
         words = {"a": "atomic", "p": "partial"}
         reductions = {"forward.reduction": words[sums[0]], "backward.reduction": words[sums[1]]}
@@ -58,17 +58,21 @@ def _wide() -> Iterator[Any]:
     backwards = [(16, 256, 2), (16, 512, 2), (32, 512, 2), (32, 256, 2), (16, 256, 1), (16, 128, 2), (16, 256, 4)]
     yield from _pairs("mma", forwards, [(tile, "shared") for tile in backwards], 16)
     yield _recipe("mma", (16, 256, 4), (16, 256, 2), "shared", 16, sums="ap")
+    if dtype is Dtype.BF16:
+        yield from _pairs("mma", [(16, 128, 8), (16, 256, 8)], [((16, 256, 8), "slots")], SLOTS)
     yield from _pairs("mma", [(32, 512, 2), (64, 256, 4)], [((16, 256, 2), "l2"), ((32, 512, 1), "l2")], 16)
     yield from _pairs("portable", [(16, 256, 4), (16, 512, 2)], [((16, 256, 2), ""), ((16, 512, 1), "")], 16)
 
 
-def _widest() -> Iterator[Any]:
+def _widest(dtype: Dtype) -> Iterator[Any]:
     forwards = [(16, 256, 4), (16, 256, 2), (16, 512, 4), (32, 512, 2), (16, 256, 1), (16, 512, 1), (64, 1024, 1)]
     backwards = [(16, 256, 2), (16, 256, 1), (16, 512, 1), (32, 512, 1), (16, 256, 4), (32, 1024, 1), (64, 1024, 1)]
     yield from _pairs("portable", forwards, [(tile, "") for tile in backwards], 16)
     yield from _pairs("mma", forwards, [(tile, "shared") for tile in backwards[:5]], 16)
     yield _recipe("mma", (16, 512, 2), (16, 256, 1), "l2", 16)
     yield _recipe("portable", (16, 256, 4), (16, 256, 1), "", 8)
+    if dtype is Dtype.BF16:
+        yield _recipe("mma", (16, 256, 4), (16, 256, 8), "slots", SLOTS)
 
 
 def _single(cols: int) -> Iterator[Any]:
@@ -89,5 +93,5 @@ def panel(variant: Variant) -> Iterator[Recipe]:
     if variant.dtype is Dtype.FP32:
         found = _single(cols)
     else:
-        found = _narrow(variant.dtype) if cols == 16 else _wide() if cols <= 64 else _widest()
+        found = _narrow(variant.dtype) if cols == 16 else _wide(variant.dtype) if cols <= 64 else _widest(variant.dtype)
     yield from map(Recipe.read, found)

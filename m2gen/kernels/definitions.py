@@ -20,7 +20,9 @@ def constants(k: Lowering) -> dict[str, int]:
     if k.warps_have_slots:
         found |= {"WARPS": backward.warps, "ROWS": k.slot_rows}
     else:
-        found |= {"BACKWARD_ROWS": backward.rows, "BACKWARD_PARTS": backward.parts(variant)}
+        found |= {"BACKWARD_ROWS": backward.rows}
+    if k.across or not k.warps_have_slots:
+        found |= {"BACKWARD_PARTS": backward.parts(variant)}
     if not k.slots:
         found |= {"CHUNK": backward.chunk}
     if k.segmented:
@@ -46,6 +48,8 @@ def _mma(k: Lowering) -> dict[str, str]:
     found = {"FORWARD_TILE": layouts.tile(k.forward), "FORWARD_VECTOR": layouts.vector(k.forward)}
     if k.slots:
         found |= slots.layouts(k.backward.warps, k.slot_rows)
+        if k.across:
+            found |= slots.across(k.backward.warps)
     else:
         found |= {"BACKWARD_TILE": layouts.tile(k.backward), "BACKWARD_VECTOR": layouts.vector(k.backward)}
     if k.outer_by_product:

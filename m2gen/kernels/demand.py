@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m2gen.kernels.lowering import Direction, Lowering
+from m2gen.variant import MIN_TILE
 
 SLOT_TILES = 4
 """Tiles of the state that a step of slots has in registers: the gradient, that carried, the candidate and zeros."""
@@ -29,7 +30,7 @@ def demand_of(k: Lowering, direction: Direction, warp_size: int = 32) -> Demand:
     rows, warps, tiles, weights = k.forward.rows, k.forward.warps, 3, operand
     if direction == Direction.BACKWARD and k.warps_have_slots:  # states are in shared memory, the weight in every warp
         return Demand(
-            SLOT_TILES * k.backward.rows * cols // (k.backward.warps * warp_size), 2 * cols * cols // warp_size
+            SLOT_TILES * k.backward.rows * cols // (k.backward.warps * warp_size), 2 * cols * MIN_TILE // warp_size
         )
     if direction == Direction.BACKWARD:
         rows, warps, tiles, weights = k.backward.rows, k.backward.warps, 2 * k.backward.chunk + 3, 2 * operand + 1

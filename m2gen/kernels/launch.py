@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m2gen.schedule import Schedule, Scratch
-from m2gen.variant import Variant
+from m2gen.variant import MIN_TILE, Variant
 
 SHORT = 64
 """Tokens up to which y's contributors store rows of their own, whatever the schedule says. Fewer than any problem by
@@ -39,7 +39,8 @@ class Launch:
     def weight_shape(self) -> tuple[int, int, int, int]:
         """Shape of one sequence's gradients of weights: groups, contributors, and a weight."""
         groups, cols = self.variant.heads.w, self.variant.head_dim
-        contributors = self.backward_programs * (self.schedule.backward.warps if self.schedule.warps_have_slots else 1)
+        apart = self.schedule.warps_have_slots and self.variant.padded_cols == MIN_TILE
+        contributors = self.backward_programs * (self.schedule.backward.warps if apart else 1)
         return groups, contributors // groups, cols, cols
 
     @property

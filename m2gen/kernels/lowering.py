@@ -23,6 +23,7 @@ from m2gen.schedule import (
     WarpgroupBackward,
     WarpgroupForward,
 )
+from m2gen.schedule.mma import gap_bytes
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import MIN_TILE, Variant, padded
 
@@ -168,9 +169,19 @@ class Lowering:
         return self.warps_have_slots and self.slot_rows == MIN_TILE and not self.computes_gate
 
     @property
+    def across(self) -> bool:
+        """Whether the warps of such a backward have the same rows, and 16 columns each."""
+        return self.warps_have_slots and self.variant.padded_cols > MIN_TILE
+
+    @property
     def slot_rows(self) -> int:
         """Rows of a warp of such a backward."""
-        return self.backward.rows // self.backward.warps
+        return self.backward.rows if self.across else self.backward.rows // self.backward.warps
+
+    @property
+    def gap_dtype(self) -> str:
+        """Dtype of the gaps that such a backward keeps."""
+        return "float16" if gap_bytes(self.variant) == 2 else "float32"
 
     @property
     def slot_neighbours(self) -> int:

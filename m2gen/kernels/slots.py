@@ -50,6 +50,23 @@ def layouts(warps: int, rows: int) -> dict[str, str]:
     }
 
 
+def across(warps: int) -> dict[str, str]:
+    """Return what else a backward names whose warps have 16 columns each of the same 16 rows.
+
+    That is the tile of all warps, and that of dW, whose rows are the columns of each warp in turn.
+    """
+    phase = max(1, 4 // warps)  # rows of a place of 128 bytes
+    return {
+        "WIDE_TILE": f"gl.NVMMADistributedLayout([2, 0], [1, {warps}], [16, 8])",
+        "WIDE_LEFT": "gl.DotOperandLayout(0, WIDE_TILE, 2)",
+        "WIDE_RIGHT": "gl.DotOperandLayout(1, WIDE_TILE, 2)",
+        "WEIGHT_TILE": f"gl.NVMMADistributedLayout([2, 0], [{warps}, 1], [16, 8])",
+        "WEIGHT_LEFT": "gl.DotOperandLayout(0, WEIGHT_TILE, 2)",
+        "WEIGHT_RIGHT": "gl.DotOperandLayout(1, WEIGHT_TILE, 2)",
+        "PLACE_OF_STATES": f"gl.SwizzledSharedLayout(8, {phase}, {8 // phase}, [1, 0])",
+    }
+
+
 def _over_warps(warps: int) -> dict[str, Linear]:
     """Return the layouts of what all warps have summed, with every warp's part in one thread."""
     parts = tuple((warp, 0, 0) for warp in powers(1, warps))

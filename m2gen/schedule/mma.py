@@ -19,7 +19,7 @@ from m2gen.schedule.tiles import (
     tile_problems,
     usual_tile,
 )
-from m2gen.spec import Dtype
+from m2gen.spec import Dtype, TanhMode
 from m2gen.variant import MIN_TILE, Variant
 
 MOST_COLS = 64
@@ -27,6 +27,8 @@ MOST_COLS = 64
 memory, where these kernels spill 350 bytes a thread at 128."""
 SLOTS = 8
 """Steps of an interval whose sums one product makes: the columns of a product."""
+MOST_SLOT_COLS = 128
+"""Columns up to which a backward's steps can have slots: a warp for 16, and eight warps."""
 SLOT_ROWS = (32, 16)
 """Rows of the state that a warp may have where steps have slots, the usual number first."""
 FORWARD_REGISTERS = (0, 168, 255)
@@ -167,6 +169,11 @@ class Mma(Knobs):
     def warps_have_slots(self) -> bool:
         return self.slots
 
+    def checkpoint_bytes(self, variant: Variant) -> int:
+        """Return 4 also for slots across columns whose kernel computes the gate: float16 loses states of 1e-6."""
+        across = variant.padded_cols > MIN_TILE
+        return 4 if across and variant.computes_gate else super().checkpoint_bytes(variant)
+
     def problems(self, variant: Variant, device: Device) -> Iterator[str]:
         """Yield why the schedule cannot serve a variant on a device."""
         unsupported = self.unsupported(variant, device)
@@ -193,11 +200,15 @@ class Mma(Knobs):
             yield f"forward.registers must be {valid}, got {self.forward.registers}"
 
     def _slot_problems(self, variant: Variant, device: Device) -> Iterator[str]:
-        backward, rows = self.backward, variant.padded_rows
-        if variant.dtype is not Dtype.BF16 or variant.padded_cols > MIN_TILE:
-            serves = f"for bf16 and at most {MIN_TILE} columns"
+        backward, rows, cols = self.backward, variant.padded_rows, variant.padded_cols
+        if variant.dtype is not Dtype.BF16 or cols > MOST_SLOT_COLS:
+            serves = f"for bf16 and at most {MOST_SLOT_COLS} columns"
             yield f"backward.scratch must be slots only {serves}, got {variant.dtype} and {variant.head_dim}"
+        if cols > MIN_TILE and variant.computes_gate and variant.tanh is TanhMode.EXACT:  # ddt_bias is over its budget
+            yield f"backward.scratch must not be slots for a computed gate and an exact tanh above {MIN_TILE} columns"
         warps = tuple(rows // each for each in SLOT_ROWS if each <= rows)
+        if cols > MIN_TILE:
+            rows, warps = MIN_TILE, (cols // MIN_TILE,)
         wanted = {
             "backward.rows": (backward.rows, (rows,)),
             "backward.warps": (backward.warps, warps),
@@ -207,7 +218,7 @@ class Mma(Knobs):
         for name, (value, valid) in wanted.items():
             if value not in valid:
                 yield f"{name} must be {' or '.join(map(str, valid))} where backward.scratch is slots, got {value}"
-        taken = slots_bytes(backward.warps, backward.rows)
+        taken = slots_bytes(variant, backward)
         if taken > device.shared_bytes:
             yield f"backward.scratch must take at most {device.shared_bytes} bytes of shared memory, got {taken}"
 
@@ -237,10 +248,25 @@ def sums_bytes(variant: Variant, part: MmaForward) -> int:
     return part.unroll * part.warps * 8 * variant.padded_cols * 4
 
 
-def slots_bytes(warps: int, rows: int) -> int:
+def gap_bytes(variant: Variant) -> int:
+    """Return the bytes of a gap that a backward with slots keeps: 4 for an exact tanh.
+
+    A float32 gate's gradient is the sum of a state's gaps times its gradients. 11 bits of a gap are as good as those of
+    the approximate tanh in it, and no more.
+    """
+    return 4 if variant.tanh is TanhMode.EXACT else 2
+
+
+def slots_bytes(variant: Variant, part: MmaBackward) -> int:
     """Return the shared memory of a backward whose steps have slots.
 
     Each row has a state, a slope and a gap of every step, the keys, queries and checkpoint of the next interval; each
-    warp the values and dy of that, and its parts of dv and df.
+    warp the values and dy of that, and its parts of dv and df. Warps that have columns of the same rows have keys and
+    queries each, parts of dq and dk in place of dv's, and two gradients of a state between them.
     """
-    return rows * 16 * (3 * SLOTS * 2 + 2 + 2) + warps * (2 * SLOTS * 16 * 2 + SLOTS * 16 * 4 + SLOTS * 32 * 4)
+    rows, warps, kept = part.rows, part.warps, SLOTS * (2 + 2 + gap_bytes(variant))
+    each = 2 * SLOTS * 16 * 2 + SLOTS * 16 * 4 + SLOTS * 32 * 4
+    if variant.padded_cols == MIN_TILE:
+        return rows * 16 * (kept + 2 + 2) + warps * each
+    checkpoint = 4 if variant.computes_gate else 2
+    return rows * variant.padded_cols * (kept + checkpoint + 4) + warps * (each + SLOTS * 16 * (2 * 2 + 4))

@@ -12,7 +12,7 @@ from m2gen.schedule.knobs import Family, Knobs, Reduction, Scratch, Value, best_
 from m2gen.schedule.mma import Mma
 from m2gen.schedule.portable import Portable
 from m2gen.schedule.wgmma import Wgmma
-from m2gen.variant import Variant
+from m2gen.variant import MIN_TILE, Variant
 
 TYPES: dict[Family, type[Mma] | type[Portable] | type[Wgmma]] = {kind.family: kind for kind in (Mma, Portable, Wgmma)}
 ALL_ROWS = 256
@@ -42,7 +42,7 @@ class Recipe:
         for side in ("forward", "backward"):
             if f"{side}.warps" in knobs:
                 knobs[f"{side}.tile"] = knobs[f"{side}.rows"] * variant.padded_cols // knobs.pop(f"{side}.warps")
-        if schedule.warps_have_slots:
+        if schedule.warps_have_slots and variant.padded_cols == MIN_TILE:
             knobs["backward.rows"] = ALL_ROWS
         if schedule.forward.slots:
             knobs["forward.rows"] = ALL_ROWS

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from m2gen.kernels.options import MOST_REGISTERS
-from m2gen.schedule import AnySchedule, Schedule
+from m2gen.schedule import AnySchedule, Schedule, Scratch
 from m2gen.schedule.layer_knobs import Tiles
 from m2gen.tune.coordinates import Axes, axes_of, columns, distributions, indices, moved, place, values_of
 from m2gen.tune.sampler import Sampler
@@ -53,6 +53,8 @@ def neighbours(schedule: AnySchedule, points: Sequence[AnySchedule]) -> list[Any
 
 
 SIDES = ("forward", "backward")
+ACROSS = {"backward.rows": 16, "backward.chunk": 8, "backward.scratch": Scratch.SLOTS, "interval": 8}
+"""A backward with slots whose warps, one for 16 columns, have the same rows."""
 MANY_SEGMENTS = 7
 """Segments that let a wave that is a quarter full take little more than a quarter of its time."""
 
@@ -63,7 +65,7 @@ def tiles(starts: Sequence[Schedule], points: Sequence[AnySchedule]) -> list[Any
     Rows trade programs for the work of each, in both kernels alike, and which family is faster depends on them: a step
     of one axis from the default misses what two of them gain together. So do forwards of two warps, which sum y in
     shared memory, forwards with slots, which have the tiles of the backward, and segments, which are worth most where
-    both kernels have tiles that suit them.
+    both kernels have tiles that suit them, and backwards with slots whose warps have columns of the same rows.
     """
     found: list[AnySchedule] = []
     first = starts[0]
@@ -79,6 +81,8 @@ def tiles(starts: Sequence[Schedule], points: Sequence[AnySchedule]) -> list[Any
         "forward.unroll": back.chunk,
         "forward.slots": True,
     }
+    explicit = [start for start in starts if "backward.scratch" in start.AXES]
+    found += [moved(start, {**ACROSS, "backward.warps": warps}) for start in explicit for warps in (2, 4, 8)]
     several = [{**slots, "forward.registers": most} for most in (MOST_REGISTERS, 0)]
     for segments in (first.segments, MANY_SEGMENTS):
         found += [moved(first, {**knobs, "segments": segments}) for knobs in (*several, pair, {})]

@@ -685,28 +685,28 @@ def m2rnn_backward_kernel(
     dy_of = gl.allocate_shared_memory(dy.dtype.element_ty, [WARPS, 8, 16], PLACE)
     h_of = gl.allocate_shared_memory(checkpoints.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_CHECKPOINT)
     slopes_0 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
-    gaps_0 = gl.allocate_shared_memory(gl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_0 = gl.allocate_shared_memory(gl.float32, [WARPS, 2 * ROWS, 8], PLACE)
     states_0 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
     slopes_1 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
-    gaps_1 = gl.allocate_shared_memory(gl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_1 = gl.allocate_shared_memory(gl.float32, [WARPS, 2 * ROWS, 8], PLACE)
     states_1 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
     slopes_2 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
-    gaps_2 = gl.allocate_shared_memory(gl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_2 = gl.allocate_shared_memory(gl.float32, [WARPS, 2 * ROWS, 8], PLACE)
     states_2 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
     slopes_3 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
-    gaps_3 = gl.allocate_shared_memory(gl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_3 = gl.allocate_shared_memory(gl.float32, [WARPS, 2 * ROWS, 8], PLACE)
     states_3 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
     slopes_4 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
-    gaps_4 = gl.allocate_shared_memory(gl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_4 = gl.allocate_shared_memory(gl.float32, [WARPS, 2 * ROWS, 8], PLACE)
     states_4 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
     slopes_5 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
-    gaps_5 = gl.allocate_shared_memory(gl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_5 = gl.allocate_shared_memory(gl.float32, [WARPS, 2 * ROWS, 8], PLACE)
     states_5 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
     slopes_6 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
-    gaps_6 = gl.allocate_shared_memory(gl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_6 = gl.allocate_shared_memory(gl.float32, [WARPS, 2 * ROWS, 8], PLACE)
     states_6 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
     slopes_7 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, 2 * ROWS, 8], PLACE)
-    gaps_7 = gl.allocate_shared_memory(gl.float16, [WARPS, 2 * ROWS, 8], PLACE)
+    gaps_7 = gl.allocate_shared_memory(gl.float32, [WARPS, 2 * ROWS, 8], PLACE)
     states_7 = gl.allocate_shared_memory(k.dtype.element_ty, [WARPS, ROWS, 16], PLACE_OF_STATES)
 
     # What it writes of one: each from where the last interval begins, but that written with the next interval.
@@ -823,7 +823,7 @@ def m2rnn_backward_kernel(
         uz = u_0 * z
         if CARRIES:
             keep(rounded(u_0 - uz * z), slopes_0)
-            keep((h - z).to(gl.float16), gaps_0)
+            keep((h - z).to(gl.float32), gaps_0)
         h = gl.fma(f_0 + zeros, h, uz)
         operand = rounded(h)
         if WANT_Q:
@@ -834,7 +834,7 @@ def m2rnn_backward_kernel(
         uz = u_1 * z
         if CARRIES:
             keep(rounded(u_1 - uz * z), slopes_1)
-            keep((h - z).to(gl.float16), gaps_1)
+            keep((h - z).to(gl.float32), gaps_1)
         h = gl.fma(f_1 + zeros, h, uz)
         operand = rounded(h)
         if WANT_Q:
@@ -849,7 +849,7 @@ def m2rnn_backward_kernel(
         uz = u_2 * z
         if CARRIES:
             keep(rounded(u_2 - uz * z), slopes_2)
-            keep((h - z).to(gl.float16), gaps_2)
+            keep((h - z).to(gl.float32), gaps_2)
         h = gl.fma(f_2 + zeros, h, uz)
         operand = rounded(h)
         if WANT_Q:
@@ -863,7 +863,7 @@ def m2rnn_backward_kernel(
         uz = u_3 * z
         if CARRIES:
             keep(rounded(u_3 - uz * z), slopes_3)
-            keep((h - z).to(gl.float16), gaps_3)
+            keep((h - z).to(gl.float32), gaps_3)
         h = gl.fma(f_3 + zeros, h, uz)
         operand = rounded(h)
         if WANT_Q:
@@ -888,7 +888,7 @@ def m2rnn_backward_kernel(
         uz = u_4 * z
         if CARRIES:
             keep(rounded(u_4 - uz * z), slopes_4)
-            keep((h - z).to(gl.float16), gaps_4)
+            keep((h - z).to(gl.float32), gaps_4)
         h = gl.fma(f_4 + zeros, h, uz)
         operand = rounded(h)
         if WANT_Q:
@@ -899,7 +899,7 @@ def m2rnn_backward_kernel(
         uz = u_5 * z
         if CARRIES:
             keep(rounded(u_5 - uz * z), slopes_5)
-            keep((h - z).to(gl.float16), gaps_5)
+            keep((h - z).to(gl.float32), gaps_5)
         h = gl.fma(f_5 + zeros, h, uz)
         operand = rounded(h)
         if WANT_Q:
@@ -910,7 +910,7 @@ def m2rnn_backward_kernel(
         uz = u_6 * z
         if CARRIES:
             keep(rounded(u_6 - uz * z), slopes_6)
-            keep((h - z).to(gl.float16), gaps_6)
+            keep((h - z).to(gl.float32), gaps_6)
         h = gl.fma(f_6 + zeros, h, uz)
         operand = rounded(h)
         if WANT_Q:
@@ -921,7 +921,7 @@ def m2rnn_backward_kernel(
         uz = u_7 * z
         if CARRIES:
             keep(rounded(u_7 - uz * z), slopes_7)
-            keep((h - z).to(gl.float16), gaps_7)
+            keep((h - z).to(gl.float32), gaps_7)
         h = gl.fma(f_7 + zeros, h, uz)
         operand = rounded(h)
         if WANT_Q:

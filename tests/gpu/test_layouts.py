@@ -10,7 +10,7 @@ from support import make_variant
 
 from m2gen.device import Device, detect
 from m2gen.measure.checks import STEPS, seeded_cases
-from m2gen.schedule import Mma, Schedule, Wgmma, check, default, parse
+from m2gen.schedule import Mma, Schedule, Wgmma, check, default, parse, problems
 from m2gen.schedule.wgmma import HOPPER
 from m2gen.spec import Objective
 from m2gen.tune.candidate import load
@@ -103,6 +103,28 @@ def test_forwards_with_slots(name: str, tile: str) -> None:
     variant, device = SLOTS[name][0], detect()
     assert device is not None
     schedule = parse(f"mma_f{tile}u8at_b{tile}c8at_i8_{Mma.default(variant, device).tanh}")
+    within_budget(variant, schedule, device)
+
+
+ACROSS = {
+    "two_warps": make_variant(64, 32, (1, 1, 4, 4, 4), "bf16", tanh="approx"),
+    "four_warps": make_variant(64, 64, (8, 8, 8, 8, 8), "bf16", tanh="approx"),
+    "masked_softplus": make_variant(100, 40, (2, 1, 4, 2, 4), "bf16", "total", gate="softplus"),
+    "eight_warps": make_variant(64, 128, (1, 1, 2, 2, 2), "bf16", tanh="approx"),
+}
+
+
+@pytest.mark.parametrize("segments", [1, 3])
+@pytest.mark.parametrize("variant", ACROSS.values(), ids=ACROSS.keys())
+def test_slots_of_warps_with_columns_of_their_own(variant: Variant, segments: int) -> None:
+    """What warps hand each other in every step, and what they sum of dq and dk, in one and in several segments."""
+    device, warps = detect(), variant.padded_cols // 16
+    assert device is not None
+    tanh = Mma.default(variant, device).tanh
+    cut = f"_s{segments}" if segments > 1 else ""
+    schedule = parse(f"mma_f16x{warps}u4a_b16x{warps}c8at_i8{cut}_{tanh}").on(device)
+    if reasons := problems(variant, schedule, device):
+        pytest.skip(f"shared memory of {device.arch} is too small: {reasons}")
     within_budget(variant, schedule, device)
 
 

@@ -19,6 +19,7 @@ from m2gen.schedule import (
     Family,
     Mma,
     Portable,
+    Reduction,
     Schedule,
     Scratch,
     Tanh,
@@ -29,7 +30,8 @@ from m2gen.schedule import (
     parse,
     problems,
 )
-from m2gen.schedule.mma import slots_bytes, sums_bytes
+from m2gen.schedule.mma import MmaBackward, slots_bytes, sums_bytes
+from m2gen.schedule.recipes import Recipe
 from m2gen.spec import Dtype, GateKind
 from m2gen.variant import Variant
 
@@ -122,6 +124,33 @@ def test_the_scratch_is_in_shared_memory_where_that_costs_no_programs() -> None:
     assert Portable.default(published, TARGETS["sm_90"]).backward.scratch is Scratch.L2
 
 
+def slotted(rows: int, warps: int) -> MmaBackward:
+    """Return a backward whose steps have slots."""
+    return MmaBackward(rows, warps, 8, Reduction.ATOMIC, Scratch.SLOTS)
+
+
+def test_slots_serve_states_of_more_columns() -> None:
+    """A warp for 16 columns of 16 rows, to 128 columns: what is not tuned keeps the schedule that was timed."""
+    for cols, warps in ((17, 2), (32, 2), (64, 4), (128, 8)):
+        variant = make_variant(64, cols, (1, 1, 4, 4, 4), "bf16", tanh="approx")
+        schedule = parse(f"mma_f16x{warps}u4a_b16x{warps}c8at_i8_ptx")
+        assert not problems(variant, schedule, TARGETS["sm_90"])
+        assert Mma.default(variant, TARGETS["sm_90"]).backward.scratch is not Scratch.SLOTS
+        recipe = Recipe.of(schedule, variant)
+        assert recipe.at(replace(variant, state_expansion=256), TARGETS["sm_90"]) == schedule.on(TARGETS["sm_90"])
+        reasons = problems(variant, parse("mma_f16x1u4a_b64x1c8at_i8_ptx"), TARGETS["sm_90"])
+        assert reasons[:2] == (
+            "backward.rows must be 16 where backward.scratch is slots, got 64",
+            f"backward.warps must be {warps} where backward.scratch is slots, got 1",
+        )
+    gated = make_variant(64, 40, (1, 1, 4, 4, 4), "bf16", gate="softplus")
+    reasons = problems(gated, parse("mma_f16x4u4a_b16x4c8at_i8_exp"), TARGETS["sm_90"])
+    assert reasons == ("backward.scratch must not be slots for a computed gate and an exact tanh above 16 columns",)
+    widest = make_variant(64, 256, (1, 1, 4, 4, 4), "bf16", tanh="approx")
+    reasons = problems(widest, parse("mma_f16x8u4a_b16x8c8at_i8_ptx"), TARGETS["sm_90"])
+    assert "backward.scratch must be slots only for bf16 and at most 128 columns, got bf16 and 256" in reasons
+
+
 def test_slots_serve_the_published_dims() -> None:
     """They serve bfloat16 states of 16 columns on NVIDIA, a warp for 32 rows, where shared memory has an interval."""
     archs = ("sm_80", "sm_86", "sm_90", "sm_100")
@@ -129,10 +158,11 @@ def test_slots_serve_the_published_dims() -> None:
         variant = make_variant(rows, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
         for arch in archs:
             schedule = default(variant, target(arch))
-            serves = slots_bytes(warps, rows) <= target(arch).shared_bytes
+            serves = slots_bytes(variant, slotted(rows, warps)) <= target(arch).shared_bytes
             assert (schedule.backward.scratch is Scratch.SLOTS) is serves
             assert schedule.backward.warps == warps or not serves
-    assert slots_bytes(2, 64) == 57_344  # as compiled: four programs an SM of sm_90
+    published = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
+    assert slots_bytes(published, slotted(64, 2)) == 57_344  # as compiled: four programs an SM of sm_90
     reasons = problems(variant, parse("mma_f16x1u4a_b256x2c4at_i16_ptx"), TARGETS["sm_90"])
     assert reasons == (
         "backward.warps must be 8 or 16 where backward.scratch is slots, got 2",
@@ -145,7 +175,6 @@ def test_slots_serve_the_published_dims() -> None:
         "backward.rows must be 128 where the forward has slots, got 256",
         "backward.warps must be 4 where the forward has slots, got 8",
     )
-    published = make_variant(64, 16, (1, 1, 4, 4, 4), "bf16", tanh="approx")
     reasons = problems(published, parse("mma_f64x2u8at_b32x1c2as_i16_ptx"), TARGETS["sm_90"])
     assert "backward.scratch must be slots where the forward has slots, got shared" in reasons
     for slug in ("mma_f64x2u8a_b64x2c8at_i8_s7_ptx", "mma_f64x2u8at168_b64x2c8at_i8_ptx"):
