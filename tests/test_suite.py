@@ -111,6 +111,17 @@ def test_a_default_of_torch_that_is_left_is_named() -> None:
         torch.set_default_dtype(dtype)
 
 
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="this CPU cannot round denormals to zero")
+def test_denormals_that_are_left_at_zero_are_named() -> None:
+    """Arithmetic of the whole thread, which an example or a library compiled for speed may change."""
+    before = state()
+    torch.set_flush_denormal(True)
+    try:
+        assert set(left(before, state())) == {"denormals"}
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_auto_classes_forget_what_was_registered() -> None:
     """A package that registers its models in one file is no other file's."""
     auto = pytest.importorskip("transformers", reason="transformers is not installed")

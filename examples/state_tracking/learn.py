@@ -16,8 +16,10 @@ import platform
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -109,6 +111,16 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
     }, [{name: value.cpu() for name, value in layer.state_dict().items()} for layer in layers]
 
 
+@contextmanager
+def flushing_denormals() -> Iterator[None]:
+    """Round denormals to zero: gradients of saturated units are such, and CPUs are slow with them."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def end_with_parent() -> None:
     """Have this process end once its parent has, however that did: the folder is another's then."""
     parent = parent_process()
@@ -140,11 +152,11 @@ class Call:
         """Train one layer and keep it, unless the time is over."""
         if time.monotonic() >= self.until:
             return
-        torch.set_flush_denormal(True)  # gradients of saturated units are such, and CPUs slow with them
         if self.jobs > 1:
             torch.set_num_threads(1)
         package, device = package_of(self.config["package"]), torch.device(self.device)
-        row, weights = train(run, package, self.config["evaluate"], device)
+        with flushing_denormals():
+            row, weights = train(run, package, self.config["evaluate"], device)
         store(self.out / f"{run.name}.pt", partial(torch.save, weights))  # before the row: that says the run is done
         write_json(row, self.out / f"{run.name}.json")
         print(f"{run.name}: {row['steps']} steps, right to {row['perfect_to']}, {row['seconds']} s", file=sys.stderr)

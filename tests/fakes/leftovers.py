@@ -73,6 +73,7 @@ def _of_torch() -> dict[str, Any]:
         "precision of products": torch.get_float32_matmul_precision(),
         "gradients": torch.is_grad_enabled(),
         "anomaly detection": torch.is_anomaly_enabled(),
+        "denormals": sys.float_info.min / 2 > 0,
         "autocast": (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")),
         "process group": torch.distributed.is_available() and torch.distributed.is_initialized(),
     }
