@@ -60,6 +60,7 @@ def _wide(dtype: Dtype) -> Iterator[Any]:
     yield _recipe("mma", (16, 256, 4), (16, 256, 2), "shared", 16, sums="ap")
     if dtype is Dtype.BF16:
         yield from _pairs("mma", [(16, 128, 8), (16, 256, 8)], [((16, 256, 8), "slots")], SLOTS)
+        yield _recipe("mma", (16, 256, 8), (16, 256, 8), "slots", SLOTS) | {"forward.slots": True}
     yield from _pairs("mma", [(32, 512, 2), (64, 256, 4)], [((16, 256, 2), "l2"), ((32, 512, 1), "l2")], 16)
     yield from _pairs("portable", [(16, 256, 4), (16, 512, 2)], [((16, 256, 2), ""), ((16, 512, 1), "")], 16)
 
@@ -73,6 +74,7 @@ def _widest(dtype: Dtype) -> Iterator[Any]:
     yield _recipe("portable", (16, 256, 4), (16, 256, 1), "", 8)
     if dtype is Dtype.BF16:
         yield _recipe("mma", (16, 256, 4), (16, 256, 8), "slots", SLOTS)
+        yield _recipe("mma", (16, 256, 8), (16, 256, 8), "slots", SLOTS) | {"forward.slots": True}
 
 
 def _single(cols: int) -> Iterator[Any]:

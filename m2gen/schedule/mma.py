@@ -127,8 +127,16 @@ class Mma(Knobs):
 
     @classmethod
     def has_slots(cls, variant: Variant, device: Device) -> bool:
-        """Whether the backward's steps can have slots."""
+        """Whether the backward's steps can have slots, and have them until a search finds better."""
         return not list(cls._default_of_slots(variant, device).problems(variant, device))
+
+    @classmethod
+    def _can_have_slots(cls, variant: Variant, device: Device) -> bool:
+        """Whether some schedule has slots: the default, or one whose warps have columns of the same rows."""
+        warps, usual = variant.padded_cols // MIN_TILE, cls._default_of_slots(variant, device)
+        forward = replace(usual.forward, rows=MIN_TILE, warps=warps)
+        across = replace(usual, forward=forward, backward=replace(usual.backward, rows=MIN_TILE, warps=warps))
+        return any(not list(each.problems(variant, device)) for each in (usual, across))
 
     @classmethod
     def _default_of_slots(cls, variant: Variant, device: Device) -> Self:
@@ -144,7 +152,7 @@ class Mma(Knobs):
     def axes(cls, variant: Variant, device: Device) -> Axes:
         """Return the axes without values that no schedule of the variant can have, or that only cost time."""
         found = {**super().axes(variant, device), "backward.xorsign": (device.has_xorsign,)}
-        if not cls.has_slots(variant, device):
+        if not cls._can_have_slots(variant, device):
             found |= {"forward.slots": (False,), "forward.registers": (0,)}
         return found
 

@@ -42,10 +42,9 @@ class Recipe:
         for side in ("forward", "backward"):
             if f"{side}.warps" in knobs:
                 knobs[f"{side}.tile"] = knobs[f"{side}.rows"] * variant.padded_cols // knobs.pop(f"{side}.warps")
-        if schedule.warps_have_slots and variant.padded_cols == MIN_TILE:
-            knobs["backward.rows"] = ALL_ROWS
-        if schedule.forward.slots:
-            knobs["forward.rows"] = ALL_ROWS
+        if variant.padded_cols == MIN_TILE:  # warps have rows of their own where steps have slots
+            knobs |= {"backward.rows": ALL_ROWS} if schedule.warps_have_slots else {}
+            knobs |= {"forward.rows": ALL_ROWS} if schedule.forward.slots else {}
         return cls(schedule.family, tuple(sorted(knobs.items())))
 
     @classmethod

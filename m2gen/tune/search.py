@@ -6,6 +6,7 @@ import random
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,7 +83,10 @@ def tiles(starts: Sequence[Schedule], points: Sequence[AnySchedule]) -> list[Any
         "forward.slots": True,
     }
     explicit = [start for start in starts if "backward.scratch" in start.AXES]
-    found += [moved(start, {**ACROSS, "backward.warps": warps}) for start in explicit for warps in (2, 4, 8)]
+    for warps, start in product((2, 4, 8), explicit):
+        backward = {**ACROSS, "backward.warps": warps}
+        forward = {"forward.rows": 16, "forward.warps": warps, "forward.unroll": 8, "forward.slots": True}
+        found += [moved(start, {**backward, **forward}), moved(start, backward)]
     several = [{**slots, "forward.registers": most} for most in (MOST_REGISTERS, 0)]
     for segments in (first.segments, MANY_SEGMENTS):
         found += [moved(first, {**knobs, "segments": segments}) for knobs in (*several, pair, {})]

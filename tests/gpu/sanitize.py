@@ -84,6 +84,10 @@ MATRIX = {
         make_variant(32, 40, (1, 1, 2, 2, 2), "bf16", tanh="approx"),
         parse("mma_f16x4u8a_b16x4c8at_i8_ptx"),
     ),
+    "slots_across_forwards": (
+        make_variant(32, 40, (1, 1, 2, 2, 2), "bf16", tanh="approx"),
+        parse("mma_f16x4u8at_b16x4c8at_i8_ptx"),
+    ),
     "softplus": (make_variant(heads=GATED_HEADS, dtype="bf16", gate="softplus"), make_schedule("atomic")),
     "total": (make_variant(16, 24, (1, 2, 4, 4, 2), "fp16", "total"), make_schedule("atomic")),
     "tf32": (make_variant(32, 16, products="tf32"), make_schedule("atomic")),

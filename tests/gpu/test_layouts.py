@@ -114,15 +114,16 @@ ACROSS = {
 }
 
 
+@pytest.mark.parametrize("forward", ["u4a", "u8at", "u8pt255"])
 @pytest.mark.parametrize("segments", [1, 3])
 @pytest.mark.parametrize("variant", ACROSS.values(), ids=ACROSS.keys())
-def test_slots_of_warps_with_columns_of_their_own(variant: Variant, segments: int) -> None:
+def test_slots_of_warps_with_columns_of_their_own(variant: Variant, segments: int, forward: str) -> None:
     """What warps hand each other in every step, and what they sum of dq and dk, in one and in several segments."""
     device, warps = detect(), variant.padded_cols // 16
     assert device is not None
     tanh = Mma.default(variant, device).tanh
     cut = f"_s{segments}" if segments > 1 else ""
-    schedule = parse(f"mma_f16x{warps}u4a_b16x{warps}c8at_i8{cut}_{tanh}").on(device)
+    schedule = parse(f"mma_f16x{warps}{forward}_b16x{warps}c8at_i8{cut}_{tanh}").on(device)
     if reasons := problems(variant, schedule, device):
         pytest.skip(f"shared memory of {device.arch} is too small: {reasons}")
     within_budget(variant, schedule, device)

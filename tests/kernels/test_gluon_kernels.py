@@ -72,6 +72,13 @@ CASES = {
     "slots_across_of_eight_warps": (replace(SQUARE, head_dim=100), "mma_f16x8u4a_b16x8c8at_i8_exp"),
     "slots_across_clamp_all": (replace(SQUARE, clip=HALF.clip), "mma_f16x8u8a_b16x4c8atx_i8_ptx"),
     "slots_across_compute_gates": (replace(SQUARE, gate=GATED.gate), "mma_f16x8u8a_b16x4c8at_i8_ptx"),
+    "slots_across_forwards": (SQUARE, "mma_f16x4u8at_b16x4c8at_i8_ptx"),
+    "slots_across_forwards_of_two_warps": (
+        replace(SQUARE, state_expansion=40, head_dim=24),
+        "mma_f16x2u8pt_b16x2c8pt_i8_ptx",
+    ),
+    "slots_across_forwards_of_eight_warps": (replace(SQUARE, head_dim=100), "mma_f16x8u8at_b16x8c8at_i8_exp"),
+    "slots_across_forwards_compute_gates": (replace(SQUARE, gate=GATED.gate), "mma_f16x4u8at_b16x4c8at_i8_ptx"),
     "slots_forwards": (LARGE, "mma_f64x2u8at_b64x2c8at_i8_ptx"),
     "slots_forwards_of_four_warps_and_masks": (
         replace(LARGE, state_expansion=100, head_dim=9),
@@ -157,13 +164,13 @@ SEGMENTED = (
     "mma_f32x1u4a_b32x1c8at_i8_s3_ptx",
     "mma_f32x2u8at_b32x2c8at_i8_s3_ptx",
 )
-SEGMENTED_ACROSS = "mma_f16x2u8a_b16x2c8at_i8_s3_ptx"
+SEGMENTED_ACROSS = ("mma_f16x2u8a_b16x2c8at_i8_s3_ptx", "mma_f16x2u8at_b16x2c8at_i8_s3_ptx")
 
 
-@pytest.mark.parametrize("slug", [*SEGMENTED, SEGMENTED_ACROSS])
+@pytest.mark.parametrize("slug", [*SEGMENTED, *SEGMENTED_ACROSS])
 def test_segments_go_on_from_one_another(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """States, their gradients, dW and the gate's sums pass from program to program, of packed batches, too."""
-    variant = replace(GATED, head_dim=24, tanh=BF16.tanh) if slug == SEGMENTED_ACROSS else GATED
+    variant = replace(GATED, head_dim=24, tanh=BF16.tanh) if slug in SEGMENTED_ACROSS else GATED
     schedule = check(variant, replace(parse(slug), tanh=parse(CASES["odd"][1]).tanh), TARGETS["sm_90"])
     module = load_module(render_kernel(Lowering(variant, schedule)))
     monkeypatch.setattr(module, "SHORTEST", Constant(schedule.interval))

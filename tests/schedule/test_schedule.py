@@ -136,8 +136,11 @@ def test_slots_serve_states_of_more_columns() -> None:
         schedule = parse(f"mma_f16x{warps}u4a_b16x{warps}c8at_i8_ptx")
         assert not problems(variant, schedule, TARGETS["sm_90"])
         assert Mma.default(variant, TARGETS["sm_90"]).backward.scratch is not Scratch.SLOTS
-        recipe = Recipe.of(schedule, variant)
-        assert recipe.at(replace(variant, state_expansion=256), TARGETS["sm_90"]) == schedule.on(TARGETS["sm_90"])
+        forwards = parse(f"mma_f16x{warps}u8at255_b16x{warps}c8at_i8_ptx")
+        assert not problems(variant, forwards, TARGETS["sm_90"])
+        for each in (schedule, forwards):
+            recipe = Recipe.of(each, variant)
+            assert recipe.at(replace(variant, state_expansion=256), TARGETS["sm_90"]) == each.on(TARGETS["sm_90"])
         reasons = problems(variant, parse("mma_f16x1u4a_b64x1c8at_i8_ptx"), TARGETS["sm_90"])
         assert reasons[:2] == (
             "backward.rows must be 16 where backward.scratch is slots, got 64",

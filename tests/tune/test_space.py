@@ -33,7 +33,7 @@ from m2gen.schedule import (
     problems,
 )
 from m2gen.schedule.knobs import SHORTEST_SEGMENT
-from m2gen.schedule.mma import FORWARD_REGISTERS
+from m2gen.schedule.mma import FORWARD_REGISTERS, MmaForward
 from m2gen.spec import Objective
 from m2gen.tune.coordinates import AXES, indices, moved, values_of
 from m2gen.tune.knobs import importances, study_of
@@ -214,6 +214,19 @@ def test_forwards_with_slots_are_tried_early_with_either_registers() -> None:
 def family_axes(variant: Variant) -> Mapping[str, tuple[object, ...]]:
     """Return the axes of ``mma`` for a variant."""
     return dict(Mma.axes(variant, DEVICE))
+
+
+@pytest.mark.parametrize(("cols", "warps"), [(24, 2), (64, 4), (100, 8)])
+def test_slots_across_columns_are_tried_early(cols: int, warps: int) -> None:
+    """A backward whose warps have columns of the same rows, and both kernels so, are points far from any default."""
+    variant = make_variant(64, cols, (8, 8, 8, 8, 8), "bf16", tanh="approx")
+    subject = Subject(variant, DEVICE, Objective.TRAIN, 4, 1024, MemoryBound())
+    points = enumerate_space(subject).points
+    for among in (points, tiles(defaults(variant, DEVICE), points)):
+        found = [p for p in among if isinstance(p, Mma) and p.backward.scratch is Scratch.SLOTS]
+        assert {p.forward.slots for p in found} == {False, True}
+        assert {(p.backward.rows, p.backward.warps) for p in found} == {(16, warps)}
+        assert {p.forward for p in found if p.forward.slots} >= {MmaForward(16, warps, 8, Reduction.ATOMIC, True)}
 
 
 def test_slots_are_points_where_they_serve() -> None:
