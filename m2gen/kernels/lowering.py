@@ -23,7 +23,7 @@ from m2gen.schedule import (
     WarpgroupBackward,
     WarpgroupForward,
 )
-from m2gen.schedule.mma import gap_bytes
+from m2gen.schedule.slots import across, gap_bytes
 from m2gen.spec import ClipMode, Dtype, Fp32Products
 from m2gen.variant import MIN_TILE, Variant, padded
 
@@ -171,7 +171,7 @@ class Lowering:
     @property
     def across(self) -> bool:
         """Whether the warps of such a backward have the same rows, and 16 columns each."""
-        return self.warps_have_slots and self.variant.padded_cols > MIN_TILE
+        return self.warps_have_slots and across(self.variant)
 
     @property
     def slot_rows(self) -> int:

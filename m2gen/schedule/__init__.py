@@ -23,7 +23,8 @@ from m2gen.schedule.layer import (
     FinishTiles,
 )
 from m2gen.schedule.learned import learned_schedule
-from m2gen.schedule.mma import Mma, MmaBackward, MmaForward
+from m2gen.schedule.mma import Mma
+from m2gen.schedule.mma_tiles import MmaBackward, MmaForward
 from m2gen.schedule.portable import Portable, PortableBackward, PortableForward
 from m2gen.schedule.slugs import parse, parse_tiles
 from m2gen.schedule.tiles import ForwardTile

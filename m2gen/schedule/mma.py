@@ -9,62 +9,17 @@ from typing import ClassVar, Literal, Self
 
 from m2gen.device import Device
 from m2gen.schedule.knobs import USUAL_INTERVAL, Axes, Family, Knobs, Reduction, Scratch, Tanh, Value, best_tanh
-from m2gen.schedule.tiles import (
-    BACKWARD_AXES,
-    FORWARD_AXES,
-    SHARED_AXES,
-    BackwardTile,
-    ForwardTile,
-    most_warps,
-    tile_problems,
-    usual_tile,
-)
-from m2gen.spec import Dtype, TanhMode
+from m2gen.schedule.mma_tiles import FORWARD_REGISTERS, MmaBackward, MmaForward, sums_bytes
+from m2gen.schedule.slots import SLOT_ROWS, SLOTS, checkpoint_bytes, slot_problems
+from m2gen.schedule.tiles import BACKWARD_AXES, FORWARD_AXES, SHARED_AXES, most_warps, tile_problems, usual_tile
+from m2gen.spec import Dtype
 from m2gen.variant import MIN_TILE, Variant
 
 MOST_COLS = 64
 """Columns up to which threads have registers for the state weight; a compiler that chooses layouts keeps it in shared
 memory, where these kernels spill 350 bytes a thread at 128."""
-SLOTS = 8
-"""Steps of an interval whose sums one product makes: the columns of a product."""
-MOST_SLOT_COLS = 128
-"""Columns up to which a backward's steps can have slots: a warp for 16, and eight warps."""
-SLOT_ROWS = (32, 16)
-"""Rows of the state that a warp may have where steps have slots, the usual number first."""
-FORWARD_REGISTERS = (0, 168, 255)
-"""Most registers a thread of a forward with slots: what ptxas likes, three warps a scheduler, and all there are."""
 RESIDENT_WARPS = 8
 """Warps that an SM of NVIDIA has registers for, with the 255 a thread that a backward takes."""
-
-
-@dataclass(frozen=True)
-class MmaForward(ForwardTile):
-    """How the forward runs."""
-
-    slots: bool = False
-    """Whether each step of an iteration has a slot of the products that make k v^T and y. Where the backward has slots,
-    too, with as many rows and warps, since both kernels then have one layout."""
-    registers: int = 0
-    """Most registers a thread where it has slots, 0 for as many as ptxas likes: with more, loads and products are on
-    their way for longer, and fewer programs are."""
-
-    @property
-    def slug(self) -> str:
-        return super().slug + (f"t{self.registers or ''}" if self.slots else "")
-
-
-@dataclass(frozen=True)
-class MmaBackward(BackwardTile):
-    """How the backward runs."""
-
-    scratch: Scratch = Scratch.L2
-    xorsign: bool = False
-    """Whether what is carried is clamped by one instruction, which not every GPU has, in place of two."""
-
-    @property
-    def slug(self) -> str:
-        scratch = {Scratch.L2: "", Scratch.SHARED: "s", Scratch.SLOTS: "t"}[self.scratch]
-        return super().slug + scratch + ("x" if self.xorsign else "")
 
 
 @dataclass(frozen=True)
@@ -178,9 +133,7 @@ class Mma(Knobs):
         return self.slots
 
     def checkpoint_bytes(self, variant: Variant) -> int:
-        """Return 4 also for slots across columns whose kernel computes the gate: float16 loses states of 1e-6."""
-        across = variant.padded_cols > MIN_TILE
-        return 4 if across and variant.computes_gate else super().checkpoint_bytes(variant)
+        return checkpoint_bytes(variant) if self.slots else super().checkpoint_bytes(variant)
 
     def problems(self, variant: Variant, device: Device) -> Iterator[str]:
         """Yield why the schedule cannot serve a variant on a device."""
@@ -200,35 +153,12 @@ class Mma(Knobs):
         if self.backward.scratch is Scratch.SHARED and self.backward.chunk > 0:
             yield from self._shared_problems(variant, device)
         if self.slots:
-            yield from self._slot_problems(variant, device)
+            yield from slot_problems(variant, self.backward, self.interval, device)
         if self.forward.slots:
             yield from self._forward_slot_problems()
         if self.forward.registers not in (FORWARD_REGISTERS if self.forward.slots else (0,)):
             valid = " or ".join(map(str, FORWARD_REGISTERS)) if self.forward.slots else "0 unless the forward has slots"
             yield f"forward.registers must be {valid}, got {self.forward.registers}"
-
-    def _slot_problems(self, variant: Variant, device: Device) -> Iterator[str]:
-        backward, rows, cols = self.backward, variant.padded_rows, variant.padded_cols
-        if variant.dtype is not Dtype.BF16 or cols > MOST_SLOT_COLS:
-            serves = f"for bf16 and at most {MOST_SLOT_COLS} columns"
-            yield f"backward.scratch must be slots only {serves}, got {variant.dtype} and {variant.head_dim}"
-        if cols > MIN_TILE and variant.computes_gate and variant.tanh is TanhMode.EXACT:  # ddt_bias is over its budget
-            yield f"backward.scratch must not be slots for a computed gate and an exact tanh above {MIN_TILE} columns"
-        warps = tuple(rows // each for each in SLOT_ROWS if each <= rows)
-        if cols > MIN_TILE:
-            rows, warps = MIN_TILE, (cols // MIN_TILE,)
-        wanted = {
-            "backward.rows": (backward.rows, (rows,)),
-            "backward.warps": (backward.warps, warps),
-            "backward.chunk": (backward.chunk, (SLOTS,)),
-            "interval": (self.interval, (SLOTS,)),
-        }
-        for name, (value, valid) in wanted.items():
-            if value not in valid:
-                yield f"{name} must be {' or '.join(map(str, valid))} where backward.scratch is slots, got {value}"
-        taken = slots_bytes(variant, backward)
-        if taken > device.shared_bytes:
-            yield f"backward.scratch must take at most {device.shared_bytes} bytes of shared memory, got {taken}"
 
     def _forward_slot_problems(self) -> Iterator[str]:
         values = {name: attrgetter(name)(self) for name in self.AXES}
@@ -243,38 +173,3 @@ class Mma(Knobs):
         taken = self.scratch_bytes(variant)
         if taken > device.shared_bytes:
             yield f"backward.scratch must take at most {device.shared_bytes} bytes of shared memory, got {taken}"
-
-
-def sums_bytes(variant: Variant, part: MmaForward) -> int:
-    """Return the shared memory in which a forward's warps meet with what they have summed of y, 8 rows a warp and step.
-
-    Only warps that all have rows of their own, and steps that share their sums, meet there.
-    """
-    together = part.unroll > 1 and not part.unroll & (part.unroll - 1)
-    if part.slots or not together or not 1 < part.warps <= part.rows // MIN_TILE:
-        return 0
-    return part.unroll * part.warps * 8 * variant.padded_cols * 4
-
-
-def gap_bytes(variant: Variant) -> int:
-    """Return the bytes of a gap that a backward with slots keeps: 4 for an exact tanh.
-
-    A float32 gate's gradient is the sum of a state's gaps times its gradients. 11 bits of a gap are as good as those of
-    the approximate tanh in it, and no more.
-    """
-    return 4 if variant.tanh is TanhMode.EXACT else 2
-
-
-def slots_bytes(variant: Variant, part: MmaBackward) -> int:
-    """Return the shared memory of a backward whose steps have slots.
-
-    Each row has a state, a slope and a gap of every step, the keys, queries and checkpoint of the next interval; each
-    warp the values and dy of that, and its parts of dv and df. Warps that have columns of the same rows have keys and
-    queries each, parts of dq and dk in place of dv's, and two gradients of a state between them.
-    """
-    rows, warps, kept = part.rows, part.warps, SLOTS * (2 + 2 + gap_bytes(variant))
-    each = 2 * SLOTS * 16 * 2 + SLOTS * 16 * 4 + SLOTS * 32 * 4
-    if variant.padded_cols == MIN_TILE:
-        return rows * 16 * (kept + 2 + 2) + warps * each
-    checkpoint = 4 if variant.computes_gate else 2
-    return rows * variant.padded_cols * (kept + checkpoint + 4) + warps * (each + SLOTS * 16 * (2 * 2 + 4))

@@ -11,8 +11,9 @@ from m2gen.device import Device
 from m2gen.schedule.knobs import Family, Knobs, Reduction, Scratch, Value, best_tanh
 from m2gen.schedule.mma import Mma
 from m2gen.schedule.portable import Portable
+from m2gen.schedule.slots import across
 from m2gen.schedule.wgmma import Wgmma
-from m2gen.variant import MIN_TILE, Variant
+from m2gen.variant import Variant
 
 TYPES: dict[Family, type[Mma] | type[Portable] | type[Wgmma]] = {kind.family: kind for kind in (Mma, Portable, Wgmma)}
 ALL_ROWS = 256
@@ -42,7 +43,7 @@ class Recipe:
         for side in ("forward", "backward"):
             if f"{side}.warps" in knobs:
                 knobs[f"{side}.tile"] = knobs[f"{side}.rows"] * variant.padded_cols // knobs.pop(f"{side}.warps")
-        if variant.padded_cols == MIN_TILE:  # warps have rows of their own where steps have slots
+        if not across(variant):  # warps have rows of their own where steps have slots
             knobs |= {"backward.rows": ALL_ROWS} if schedule.warps_have_slots else {}
             knobs |= {"forward.rows": ALL_ROWS} if schedule.forward.slots else {}
         return cls(schedule.family, tuple(sorted(knobs.items())))

@@ -8,7 +8,8 @@ from m2gen.errors import ScheduleError
 from m2gen.schedule.knobs import Reduction, Scratch, Tanh
 from m2gen.schedule.layer import DEFAULTS, AnyTiles
 from m2gen.schedule.layer_knobs import LayerKernel
-from m2gen.schedule.mma import Mma, MmaBackward, MmaForward
+from m2gen.schedule.mma import Mma
+from m2gen.schedule.mma_tiles import MmaBackward, MmaForward
 from m2gen.schedule.portable import Portable, PortableBackward, PortableForward
 from m2gen.schedule.wgmma import WarpgroupBackward, WarpgroupForward, Wgmma
 

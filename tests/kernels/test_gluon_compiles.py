@@ -22,7 +22,7 @@ from m2gen.kernels.render import render_kernel
 from m2gen.kernels.resources import Resources
 from m2gen.pipeline.check import compile_all
 from m2gen.schedule import Mma, Portable, Schedule, check, parse
-from m2gen.schedule.mma import slots_bytes
+from m2gen.schedule.slots import slots_bytes
 from m2gen.schedule.wgmma import OPERANDS_BYTES
 from m2gen.spec import GateKind
 from m2gen.variant import Variant

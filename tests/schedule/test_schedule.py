@@ -30,8 +30,9 @@ from m2gen.schedule import (
     parse,
     problems,
 )
-from m2gen.schedule.mma import MmaBackward, slots_bytes, sums_bytes
+from m2gen.schedule.mma_tiles import MmaBackward, sums_bytes
 from m2gen.schedule.recipes import Recipe
+from m2gen.schedule.slots import slots_bytes
 from m2gen.spec import Dtype, GateKind
 from m2gen.variant import Variant
 

@@ -33,7 +33,7 @@ from m2gen.schedule import (
     problems,
 )
 from m2gen.schedule.knobs import SHORTEST_SEGMENT
-from m2gen.schedule.mma import FORWARD_REGISTERS, MmaForward
+from m2gen.schedule.mma_tiles import FORWARD_REGISTERS, MmaForward
 from m2gen.spec import Objective
 from m2gen.tune.coordinates import AXES, indices, moved, values_of
 from m2gen.tune.knobs import importances, study_of
