@@ -36,6 +36,10 @@ class Script:
     read: Semaphore = field(default_factory=lambda: Semaphore(0))
     """Released for every reading."""
 
+    def await_reading(self) -> None:
+        """Wait for another reading; fail where there is none, as of a watch of another GPU."""
+        assert self.read.acquire(timeout=120)
+
 
 def install(patch: pytest.MonkeyPatch, script: Script) -> Script:
     """Make the script what ``import pynvml`` finds."""

@@ -19,7 +19,7 @@ def watched(script: Script, readings: int) -> Clocks | None:
     """Return what a watch found that was let read so often."""
     with ClockWatch(NAME, 0.0) as watch:
         for _ in range(readings):
-            script.read.acquire()
+            script.await_reading()
     return watch.clocks
 
 
@@ -41,7 +41,7 @@ def test_clocks_are_read_when_a_watch_ends(monkeypatch: pytest.MonkeyPatch) -> N
     """However far apart readings are, there is one when it begins and one when it ends."""
     script = install(monkeypatch, Script([(345, "GpuIdle"), (1500, "SwPowerCap")]))
     with ClockWatch(NAME, 3600.0) as watch:
-        script.read.acquire()
+        script.await_reading()
     assert watch.clocks == Clocks(1500, MOST_MHZ, MEMORY_MHZ, (Throttled(ThrottleReason.POWER, 1.0),))
 
 
