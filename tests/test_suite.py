@@ -52,6 +52,43 @@ def test_no_test_depends_on_speed(path: Path) -> None:
                 assert keyword.value.value >= LONG, f"{path}:{call.lineno}: {ast.unparse(call)}"
 
 
+def outcomes(test: ast.expr) -> Iterator[ast.expr]:
+    """Yield what an assertion may come down to: each alternative of an ``if``, each operand of ``and`` and ``or``."""
+    if isinstance(test, ast.IfExp):
+        yield from (*outcomes(test.body), *outcomes(test.orelse))
+    elif isinstance(test, ast.BoolOp):
+        for value in test.values:
+            yield from outcomes(value)
+    else:
+        yield test
+
+
+def hollow(source: str) -> list[int]:
+    """Return lines of assertions that a constant may decide: ``assert x <= 1 if y else 2`` holds where y does not."""
+    asserted = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert))
+    return [n.lineno for n in asserted if any(isinstance(x, (ast.Constant, ast.Tuple)) for x in outcomes(n.test))]
+
+
+@pytest.mark.parametrize("path", [*TESTS, *sorted((ROOT / "tests" / "gpu").glob("*.py"))], ids=lambda path: path.stem)
+def test_no_assertion_is_hollow(path: Path) -> None:
+    """None says something of one case alone, and nothing of the other."""
+    assert hollow(path.read_text(encoding="utf-8")) == []
+
+
+def test_hollow_assertions_are_found() -> None:
+    """A number in place of a comparison, a message in place of a condition, and what is always so."""
+    kinds = [
+        "x <= 1 if y else 2",
+        "x, 'message'",
+        "(x, 'message')",
+        "x or 1",
+        "True",
+        "x <= (1 if y else 2)",
+        "x == ()",
+    ]
+    assert [bool(hollow(f"assert {kind}")) for kind in kinds] == [True, False, True, True, True, False, False]
+
+
 @pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT / "tests")))
 def test_examples_have_the_profile(path: Path) -> None:
     """A test of its own mind would have a deadline again, or health checks that are about time."""

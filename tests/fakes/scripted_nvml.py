@@ -38,7 +38,7 @@ class Script:
 
     def await_reading(self) -> None:
         """Wait for another reading; fail where there is none, as of a watch of another GPU."""
-        assert self.read.acquire(timeout=120)
+        assert self.read.acquire(timeout=1800)
 
 
 def install(patch: pytest.MonkeyPatch, script: Script) -> Script:

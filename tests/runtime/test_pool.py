@@ -29,6 +29,8 @@ VARIANTS = {
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = torch.finfo(torch.float32).eps
+NEAR = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+"""How far apart sums in two orders may be, rounded to a dtype."""
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +76,14 @@ def test_a_step_by_slot_is_that_of_a_contiguous_state(package, device, name, dty
     expected, state = package.m2rnn_step(**token, state=state)
     assert returned is pool
     assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
-    if VARIANTS[name].padded_rows == 16:  # sums over rows of several programs are in another order
+    one = VARIANTS[name].padded_rows == 16
+    if one:  # sums over rows of several programs are in another order
         assert same_bits(y[::2], expected[::2])
-    assert distance(y[::2], expected[::2]) <= 2.0**-22 if y.dtype == torch.float32 else 2.0**-8
+    if one or device.type == "cuda":  # a CPU rounds a row of a product by how many others there are
+        assert same_bits(pool[[5, 2]], state[::2].to(dtype))
+    assert distance(y[::2], expected[::2]) <= NEAR[y.dtype]
+    assert distance(pool[[5, 2]], state[::2].to(dtype)) <= NEAR[dtype]
     assert bool((y[1] == 0).all())
-    assert same_bits(pool[[5, 2]], state[::2].to(dtype))
     assert untouched(others(pool, 5, 2))
 
 
