@@ -10,13 +10,14 @@ import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from scipy import stats
 from support import ROOT
 from torch import Tensor
 from torch.nn import functional as F
@@ -408,18 +409,49 @@ def test_the_pages_have_what_was_measured(example) -> None:
         cells = [report.spread(perplexities(measured, "11M", variant), 4), report.spread(large, 4) if large else ""]
         assert [cell.strip() for cell in row.split("|")[2:4]] == cells
     pair = measured["compare"][0]
-    for rate, name in (
-        ("3e-4", "hybrids_rate_3e-4_h200"),
-        ("1e-3", "hybrids_rate_1e-3_h200"),
-        ("3e-3", "hybrids_h200"),
-        ("3e-3", "hybrids_rate_3e-3_h200"),
+    for rate, name, size in (
+        ("3e-4", "hybrids_rate_3e-4_h200", "11M"),
+        ("1e-3", "hybrids_rate_1e-3_h200", "11M"),
+        ("3e-3", "hybrids_h200", "11M"),
+        ("3e-3", "hybrids_rate_3e-3_h200", "11M"),
+        ("1e-3", "hybrids_rate_1e-3_h200", "44M"),
+        ("3e-3", "hybrids_h200", "44M"),
     ):
         found = runs(name)
-        means = (fmean(perplexities(found, "11M", variant)) for variant in pair)
-        seeds = ", ".join(str(run["seed"]) for run in report.runs_of(found, "11M", pair[0]))
-        steps = found["plan"]["steps"]
-        assert f"| {rate} | {steps} | {' | '.join(f'{x:.4f}' for x in means)} | {seeds} |" in claims
+        columns = (perplexities(found, size, variant) for variant in (*pair, "attention"))
+        means = " | ".join(f"{fmean(column):.4f}" if column else "" for column in columns)
+        seeds = ", ".join(str(run["seed"]) for run in report.runs_of(found, size, pair[0]))
+        assert f"| {rate} | {found['plan']['steps']} | {size} | {means} | {seeds} |".replace("  ", " ") in claims
         assert found["plan"]["learning_rate"] == float(rate)
+
+
+def test_the_page_of_claims_has_the_differences(example) -> None:
+    """Means and 95 % intervals of pairs of one seed, at both rates, by the page's own statistics."""
+    report, data = sys.modules["report"], ROOT / "docs" / "data"
+    claims = " ".join((ROOT / "docs" / "claims.md").read_text(encoding="utf-8").split())
+    ours, theirs, alone = "attention + M²RNN", "attention + Gated DeltaNet", "attention"
+    for name, one, other, said in (
+        ("hybrids_h200", ours, theirs, "{:.3f} ± {:.3f} lower"),
+        ("hybrids_h200", ours, f"{theirs} of smaller heads", "{:+.3f} ± {:.3f}"),
+        ("hybrids_h200", "attention + one of each", theirs, "{:+.3f} ± {:.3f}"),
+        ("hybrids_h200", ours, alone, "by {:.3f} ± {:.3f}"),
+        ("hybrids_h200", theirs, alone, "by {:.3f} ± {:.3f}"),
+        ("hybrids_rate_1e-3_h200", ours, alone, "by {:.3f} ± {:.3f}"),
+        ("hybrids_rate_1e-3_h200", ours, theirs, "by {:.3f} ± {:.3f}"),
+        ("hybrids_rate_3e-4_h200", ours, theirs, "{:.2f} ± {:.2f}"),
+        ("hybrids_h200", "all M²RNN", "all Gated DeltaNet", "{:.2f} ± {:.2f}"),
+        ("hybrids_rate_1e-3_h200", "all M²RNN", "all Gated DeltaNet", "{:.2f} ± {:.2f}"),
+    ):
+        found = json.loads((data / f"{name}.json").read_text(encoding="utf-8"))
+        first, second = (
+            {run["seed"]: report.words(run["final"]) for run in report.runs_of(found, "11M", variant)}
+            for variant in (one, other)
+        )
+        apart = [first[seed] - second[seed] for seed in first]
+        interval = stats.t.ppf(0.975, len(apart) - 1) * stdev(apart) / len(apart) ** 0.5
+        mean = fmean(apart) if "+" in said else abs(fmean(apart))
+        shown = said.format(mean, interval)
+        assert shown in claims, (name, one, other, shown)
 
 
 def test_models_of_a_size_are_equally_large(example, tmp_path) -> None:

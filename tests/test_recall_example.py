@@ -174,6 +174,28 @@ def test_the_page_is_of_the_committed_runs(example, monkeypatch, tmp_path: Path)
         assert (tmp_path / name).read_text(encoding="utf-8") == committed
 
 
+def test_the_page_has_the_calls_before(example) -> None:
+    """What each call came to at the longest words, from the committed runs of all; they are of one config."""
+    run = example()
+    page = (EXAMPLES / "recall" / "README.md").read_text(encoding="utf-8")
+    now, kept = (
+        json.loads(path.read_text(encoding="utf-8")) for path in (RUNS, RUNS.with_name("recall_earlier_h200.json"))
+    )
+    assert kept["config"] == now["config"]
+    for call in [*kept["calls"], now | {"day": "2026-12-01"}]:
+        at = {
+            (task, model): [x["accuracy"] for x in call["runs"] if (x["task"], x["model"]) == (task, model)]
+            for task in ("recall", "copy")
+            for model in ("m2rnn", "gated_deltanet")
+        }
+        cells = [call["day"]]
+        cells += [run.curves.span([100 * x["16384"] for x in at["recall", m]], 1) for m in ("m2rnn", "gated_deltanet")]
+        for model in ("m2rnn", "gated_deltanet"):
+            learned = [x for x in at["copy", model] if x["1024"] >= 0.999]
+            cells.append(", ".join(f"{100 * x['16384']:.1f}" for x in learned))
+        assert f"| {' | '.join(cells)} |" in page
+
+
 def test_the_figure_has_every_run(example, monkeypatch, tmp_path: Path) -> None:
     """Each run is a line through its own shares, and no text leaves the page or lies on another."""
     run, drawn = example(), []

@@ -105,7 +105,8 @@ def table(data: dict[str, Any]) -> str:
         f"({steps * tokens / 1e6:.1f} MB), sequences of {data['plan']['seq']}. Text: {text['train_files']:,} files "
         f"of {text['train_bytes'] / 1e6:.1f} MB to train on, {text['validation_files']:,} others of "
         f"{text['validation_bytes'] / 1e6:.1f} MB to judge by (SHA-256 {text['digest']}). ± is the standard deviation "
-        "over seeds.",
+        f"over seeds; states and caches are in numbers, of a sequence. In the figure, runs are judged by "
+        f"{data['plan']['validation']['curve']:,} bytes, and bands go from the lowest seed to the highest.",
         "",
         "| size | mixers | seeds | parameters | state of a layer | bits a byte | perplexity of a byte "
         "| training, s | tokens/s |",

@@ -114,7 +114,7 @@ def _figure(results: Results, faint: str) -> Any:
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles, loc="lower center", ncol=3, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
     return figure
 
 
@@ -132,7 +132,11 @@ def _panel(axes: Any, results: Results, task: str, faint: str) -> None:
     axes.axvline(
         config.lengths[-1], color="#8c959f", linestyle=":", linewidth=1.2, label="longest word of the training"
     )
-    axes.axhline(100 / config.values, color="#8c959f", linewidth=0.8, label=f"by chance, 1 of {config.values}")
+    axes.axhline(100 / config.values, color="#8c959f", linewidth=0.8, label=f"by chance, 1 of {config.values} values")
+    axes.axhline(
+        100 * by_chance(config), color="#8c959f", linewidth=0.8, linestyle="--",
+        label=f"by chance, 1 of the word's {config.items} places",
+    )  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks(asked, [f"{n:,}" for n in asked], fontsize=8)
     axes.set_yticks(range(0, 101, 20))
