@@ -26,6 +26,7 @@ LOCAL = (
     "decoder",
     "files",
     "gated_delta",
+    "learn",
     "learned",
     "settings",
     "step",
@@ -72,6 +73,7 @@ def tracker_of(learn: ModuleType, **changes: Any) -> tuple[Any, Any, Any]:
         {"norm": "rmsnorm", "residual": True, "answers": "element", "heads_apart": False},
         {"layers": 3, "repeats": 2},
         {"weights": "automaton", "layers": 2},
+        {"weights": "identity", "repeats": 3},
     ],
 )
 def test_the_recurrence_on_a_cpu_is_the_layers(example, options) -> None:
@@ -120,6 +122,15 @@ def test_heads_begin_apart(example, answers) -> None:
                 torch.equal(out[i, head], out[j, head]) == bool(places[i] == places[j])
                 for i, j in torch.cartesian_prod(torch.arange(12), torch.arange(12)).tolist()
             )
+
+
+@pytest.mark.parametrize(("weights", "identical"), [("identity", True), ("rotation", False)])
+def test_state_weights_begin_as_they_are_told_to(example, weights, identical) -> None:
+    """Times ``gain``: the identity, which leaves a state, or a rotation of each head, which keeps its size."""
+    model = tracker_of(example(), weights=weights, gain=0.5)[2]
+    for weight in model.layers[0].state_weight.detach():
+        assert torch.allclose(weight @ weight.mT, 0.25 * torch.eye(len(weight)), atol=1e-6)
+        assert torch.equal(weight, 0.5 * torch.eye(len(weight))) is identical
 
 
 def test_gates_forget_what_they_are_told_to(example) -> None:
@@ -379,6 +390,23 @@ def test_the_pages_have_what_was_measured(example) -> None:
     assert shown == {run.recipe for run in every}
 
 
+def test_the_pages_have_what_longer_words_came_to() -> None:
+    """Every layer of the recipes' other seeds was asked, and where one errs the pages say from where."""
+    rows = json.loads((ROOT / "docs" / "data" / "learn_longer_cpu.json").read_text(encoding="utf-8"))["runs"]
+    trained = json.loads((ROOT / "docs" / "data" / "learn_cpu.json").read_text(encoding="utf-8"))["runs"]
+    again = [(row["recipe"], row["seed"]) for row in trained if row["recipe"].endswith("_again")]
+    asked = [row for row in rows if row["recipe"].endswith("_again")]
+    assert [(row["recipe"], row["seed"]) for row in asked] == again
+    assert len(again) == 9
+    erring = [row for row in asked if row["perfect_to"] < row["length"]]
+    assert {(row["recipe"], row["seed"]) for row in erring} == {("s5_decay_again", 3), ("s5_decay_again", 5)}
+    for page in (EXAMPLE / "README.md", ROOT / "docs" / "claims.md"):
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        assert f"words of {asked[0]['length']:,}" in text
+        assert " and ".join(f"{row['perfect_to']:,}" for row in erring) in text
+        assert " and ".join(f"{100 * row['accuracy']:.2f}" for row in erring) in text
+
+
 def test_the_page_has_what_published_initial_values_do() -> None:
     """The example's page has the accuracies and positions of the committed runs with published initial values."""
     kept = json.loads((ROOT / "docs" / "data" / "state_tracking_published_h200.json").read_text(encoding="utf-8"))
@@ -519,6 +547,19 @@ def test_parity_is_learnt_and_kept(example, monkeypatch, tmp_path, capsys) -> No
     with torch.no_grad():
         logits = layer(torch.eye(2)[letters])  # the package's layer by itself
     assert said.right(logits[..., : said.classes], answers).all()
+    asked_longer = [*arguments, "--length", "70", "--words", "3"]
+    monkeypatch.setattr(sys, "argv", asked_longer)
+    longer = example("longer")
+    longer.main()
+    text = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "longer.json").read_text(encoding="utf-8"))["runs"]
+    assert [(row["seed"], row["words"], row["length"]) for row in found] == [(0, 3, 70), (1, 3, 70)]
+    assert found[best["seed"]] | {"accuracy": 1.0, "perfect_to": 70} == found[best["seed"]]
+    assert text.splitlines()[-1].startswith("| parity | 0, 1 | 3 | 70 | ")
+    assert (tmp_path / "out" / "longer.md").read_text(encoding="utf-8") == text
+    monkeypatch.setattr(sys, "argv", [*arguments[:-1], str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match=r"none must be a folder of learn\.py's runs"):
+        longer.main()
     config["recipes"] = [{"name": "parity", "seeds": [0, 1, 2]}, {"name": "later", "steps": 300, "seeds": [0, 1]}]
     place.write_text(yaml.safe_dump(config), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", [*arguments, "--minutes", "0"])
@@ -560,7 +601,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "answers": ({"recipes": [{"name": "a", "seeds": [0], "answers": "elements"}]}, "got 'elements'"),
     "weights": (
         {"recipes": [{"name": "a", "seeds": [0], "weights": "random"}]},
-        "weights must be of rotation, automat",
+        "weights must be of rotation, identity, automat",
     ),
     "layers": ({"recipes": [{"name": "a", "seeds": [0], "layers": 0}]}, "layers must be at least 1, got 0"),
     "segment": ({"recipes": [{"name": "a", "seeds": [0], "segment": 0}]}, "segment must be at least 1, got 0"),

@@ -13,7 +13,7 @@ from words import elements_of
 
 SHAPE = ("group", "layers", "heads", "columns", "repeats", "answers", "norm", "residual", "keep_gates")
 """Settings of layers and their answers; all others are a ``Plan``'s or a ``Start``'s."""
-CHOICES = {"answers": ("points", "element"), "weights": ("rotation", "automaton")}
+CHOICES = {"answers": ("points", "element"), "weights": ("rotation", "identity", "automaton")}
 """Settings that are words, and which."""
 ASKED = {"words", "length"}
 """What ``evaluate`` of a config has."""

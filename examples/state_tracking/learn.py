@@ -49,6 +49,12 @@ SAID = (64, 128, 256, 512, 1024, 2048)
 """Lengths whose accuracy is recorded."""
 
 
+def answers_of(run: Run, device: torch.device) -> Answers:
+    """Return a run's group, and how its answers are given."""
+    problem = group(run.settings["group"]).to(device)
+    return Answers(problem, points_of(problem.name) if run.settings["answers"] == "points" else 0)
+
+
 def layers_of(run: Run, said: Answers, package: ModuleType, backend: str) -> list[nn.Module]:
     """Return a run's layers with their initial values, on the CPU; answers are read from the last."""
     settings, layers = run.settings, list[nn.Module]()
@@ -73,8 +79,7 @@ def train(run: Run, package: ModuleType, evaluate: dict[str, int], device: torch
     """Train a run's layers and judge them; return what is recorded of them, and the weights of each."""
     began = time.perf_counter()
     with own_stream(device):
-        problem = group(run.settings["group"]).to(device)
-        said = Answers(problem, points_of(problem.name) if run.settings["answers"] == "points" else 0)
+        said = answers_of(run, device)
         torch.manual_seed(run.seed)
         try:
             layers = layers_of(run, said, package, "kernels" if device.type == "cuda" else "reference")

@@ -141,6 +141,9 @@ def summary(config: Config, outcomes: list[Outcome], device: str) -> dict[str, o
             "accuracy_seen": round(x.accuracy(0, seen), 4),
             "accuracy_asked": round(x.accuracy(0, asked), 4),
             "right_to": x.perfect_to,
+            "steps": x.steps,
+            "trained_to": x.trained_to,
+            "seconds": round(x.seconds, 1),
         }
         for x in outcomes
     ]

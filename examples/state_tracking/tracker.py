@@ -18,9 +18,10 @@ class Start:
     """What a layer begins with."""
 
     weights: str
-    """What its state weights are: random ``rotation``s, or an ``automaton``'s, among whose arrows letters choose."""
+    """What its state weights are: random ``rotation``s, the ``identity``, or an ``automaton``'s, whose arrows letters
+    choose among."""
     gain: float
-    """Size of the rotations; of an automaton, its margin."""
+    """Size of rotations and of the identity; of an automaton, its margin."""
     spread: float
     """Standard deviation of what letters write."""
     forget: float
@@ -65,6 +66,8 @@ def begin_states(layer: nn.Module, start: Start) -> None:
     biases = layer.input_projection.bias[keys : keys + counts.v * layer.head_dim].unflatten(0, (counts.v, -1))
     for head, weight in enumerate(layer.state_weight):
         nn.init.orthogonal_(weight, gain=start.gain)
+        if start.weights == "identity":
+            nn.init.eye_(weight).mul_(start.gain)
         if start.weights == "automaton":
             weight[:used, :used] = state_weight(head % states, states, start.gain)
             biases[head, :used] = start.gain * torch.tensor(thresholds(head % states, states))
