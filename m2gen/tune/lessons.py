@@ -89,7 +89,12 @@ class Lesson:
     def best_ms(self) -> float:
         """The time of the fastest trial, or of the fastest pair of kernels from two."""
         forwards, backwards = self._parts
-        pairs = (one + other for (both, _), one in forwards.items() for (b, _), other in backwards.items() if both == b)
+        pairs = (
+            one + other
+            for (both, forward), one in forwards.items()
+            for (b, backward), other in backwards.items()
+            if both == b and _pairable(forward, backward)
+        )
         return min((*pairs, *self._whole.values()))
 
     @cached_property
@@ -144,6 +149,12 @@ class _Header:
 _HEADER = TypeAdapter(_Header)
 _UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, AssertionError, RecursionError, ScheduleError)
 _TIMED: TypeAdapter[tuple[str, float, float]] = TypeAdapter(tuple[str, Milliseconds, Milliseconds])
+
+
+def _pairable(forward: Any, backward: Any) -> bool:
+    """Whether a schedule can have both: a forward with slots has the tile of its backward."""
+    slots = getattr(forward, "slots", False)
+    return not slots or (forward.rows, forward.warps) == (backward.rows, backward.warps)
 
 
 def _parts_of(schedule: Schedule) -> tuple[object, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 from m2gen.kernels.lowering import Lowering
 from m2gen.kernels.outputs import Output
@@ -44,8 +45,8 @@ def extra_bytes(k: Lowering, batch: int, seq: int, *, training: bool) -> int:
     total += sum(_buffer(out, schedule.backward.reduction, tokens) for out in k.gradients)
     if schedule.segments > 1 and seq > schedule.shortest_segment:
         total += batch * state  # the gradients that one segment hands to another
-    programs = batch * k.launch.backward_programs
-    return total + programs * (variant.head_dim**2 + k.launch.scratch_elements) * SINGLE  # dW of each, and its scratch
+    scratch = k.launch.backward_programs * k.launch.scratch_elements
+    return total + batch * (prod(k.launch.weight_shape) + scratch) * SINGLE
 
 
 def _buffer(out: Output, reduction: Reduction, tokens: int) -> int:

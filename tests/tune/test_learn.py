@@ -217,6 +217,14 @@ def test_parts_of_two_intervals_are_no_time(tmp_path: Path) -> None:
     assert lesson.ms(parse("portable_f16x1u4a_b32x1c2a_i64_ptx")) == 16.0
 
 
+def test_a_forward_with_slots_is_timed_beside_its_tile_alone(tmp_path: Path) -> None:
+    """Forwards of any tile are a pair with a backward of slots, but those with slots have its rows and warps."""
+    timed = [("mma_f64x2u8at_b64x2c8atx_i8_ptx", 1.0, 5.0), ("mma_f32x1u8a_b64x4c8atx_i8_ptx", 3.0, 2.0)]
+    timed += [("mma_f16x1u8a_b64x4c8atx_i8_ptx", 3.5, 2.0), ("mma_f64x2u8a_b64x2c8atx_i8_ptx", 3.0, 5.0)]
+    (lesson,) = read([compact(tmp_path / "a.jsonl", timed)])
+    assert lesson.best_ms == 3.0 + 2.0
+
+
 def test_a_leaf_has_the_fastest_trial(tmp_path: Path) -> None:
     """The rule of one workload is the fastest of its trials."""
     (lesson,) = found = read([journal(tmp_path / "a.log")])
