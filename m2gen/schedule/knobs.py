@@ -54,8 +54,8 @@ class Scratch(StrEnum):
     """Shared memory; where threads read back what they wrote themselves. It limits programs an SM."""
     SLOTS = "slots"
     """Shared memory, in 16 bits, which has the state, the slope of tanh and H - Z of every step of an interval. tanh is
-    evaluated once, and tensor cores make the sums, in which each step has a slot. In ``mma`` up to 16 columns of
-    bfloat16 only; in ``wgmma`` all that the family serves."""
+    evaluated once, and tensor cores make the sums, in which each step has a slot. In ``mma`` for bfloat16 and
+    up to 128 columns (``schedule/slots.py``); in ``wgmma`` all that the family serves."""
 
 
 Value = int | Reduction | Scratch | Tanh

@@ -48,20 +48,17 @@ def slot_problems(variant: Variant, backward: MmaBackward, interval: int, device
 
 
 def checkpoint_bytes(variant: Variant) -> int:
-    """Return the bytes of an element of a saved state: 4 across columns where kernels compute the gate.
-
-    float16 loses states of 1e-6.
-    """
-    return 4 if across(variant) and variant.computes_gate else 2
+    """Return the bytes of an element of a saved state: 4 across columns, since float16 loses states of 1e-6."""
+    return 4 if across(variant) else 2
 
 
 def gap_bytes(variant: Variant) -> int:
-    """Return the bytes of a gap that a backward with slots keeps: 4 for an exact tanh.
+    """Return the bytes of a gap that a backward keeps: 4 for an exact tanh, and across columns a computed gate.
 
     A float32 gate's gradient is the sum of a state's gaps times its gradients. 11 bits of a gap are as good as those of
-    the approximate tanh in it, and no more.
+    the approximate tanh in it, and no more; and a computed gate's gradients are sums over all steps.
     """
-    return 4 if variant.tanh is TanhMode.EXACT else 2
+    return 4 if variant.tanh is TanhMode.EXACT or (across(variant) and variant.computes_gate) else 2
 
 
 def slots_bytes(variant: Variant, part: MmaBackward) -> int:

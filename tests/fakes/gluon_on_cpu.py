@@ -263,7 +263,11 @@ class Constant(int):
 
 
 def _maths(act: Callable[..., Any]) -> Callable[..., Tensor]:
-    return lambda *x, propagate_nan=None: Tensor(act(*map(plain, x)))
+    def apply(*x: Any, propagate_nan: Any = None) -> Tensor:
+        """Take Python's numbers as float32, as kernels do; numpy would make float64 of two of them."""
+        return Tensor(act(*(np.float32(one) if isinstance(one, float) else plain(one) for one in x)))
+
+    return apply
 
 
 def language() -> ModuleType:

@@ -158,6 +158,20 @@ def test_slots_of_computed_gates_near_one(variant: Variant, slug: str, over: set
     assert {"dA_log", "ddt_bias", "dforget"} <= {result.tensor for result in found}
 
 
+@pytest.mark.parametrize("slug", ["mma_f16x4u8a_b16x4c8at_i8_ptx", "mma_f16x4u8at_b16x4c8at_i8_ptx"])
+def test_slots_across_columns_of_given_gates_near_one(slug: str) -> None:
+    """States of a few steps from none are 1e-6, and checkpoints of float32 have them to the last bit."""
+    module = load_module(render_kernel(Lowering(SQUARE, check(SQUARE, parse(slug), TARGETS["sm_90"]))))
+    case = Case("near_one", Problem(1, 20), Loss.BOTH)
+    inputs = inputs_of(SQUARE, case, 0, torch.device("cpu"))
+    for forgotten in (1e-6, 2.0**-23):
+        near = torch.full_like(inputs.forget, 1 - forgotten, dtype=torch.float32)
+        slow = replace(inputs, forget=near)
+        found = judge(call_of(module, Objective.TRAIN, case, slow).results(), oracle(SQUARE, case, slow, 0))
+        assert [result for result in found if not result.passed] == []
+        assert {"y", "dq", "dweight", "dforget"} <= {result.tensor for result in found}
+
+
 SEGMENTED = (
     "mma_f32x1u4a_b32x1c2as_i4_s3_ptx",
     "mma_f32x2u2a_b16x2c1a_i2_s2_ptx",
