@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -40,6 +41,8 @@ LENGTHS = (16384, 65536, 262144)
 HYBRID_SIZE = (8, 4096)
 """Sequences of each rank of a hybrid model, and their tokens."""
 REPEATS, CPU_REPEATS = 20, 3
+RANK_BYTES = 2**29
+"""Memory of a rank on CPUs: what torch takes, and a layer of a few heads."""
 QUIET_SECONDS_A_CPU = 30.0
 """Longest between two results for each of many CPUs: they share the cores of a host."""
 EVERY_FORM = tuple(Form)
@@ -62,12 +65,16 @@ class RanksRequest:
 
 
 def has_gpus(ranks: int) -> bool:
-    """Return whether ranks can be GPUs, or must be CPUs; raises UsageError for some GPUs, but too few."""
+    """Return whether ranks can be GPUs, or must be CPUs; raises UsageError for too few GPUs, or too little memory."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if 0 < count < ranks:
         raise UsageError(f"--gpus must be at most the {count} that torch sees, got {ranks}")
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // RANK_BYTES
+    if not count and ranks > most:
+        size = f"whose memory holds as many ranks of {RANK_BYTES / 2**30:g} GiB"
+        raise UsageError(f"--gpus must be at most {most} on the CPUs of this host, {size}, got {ranks}")
     return count > 0
 
 

@@ -34,7 +34,7 @@ class M2RNNPool:
     """
 
     def __init__(self, layer: M2RNN, conv: Tensor, state: Tensor) -> None:
-        check_built(layer.state_expansion, layer.head_dim, layer.heads, None)
+        check_built(layer.state_expansion, layer.head_dim, layer.heads, layer.state_weight.dtype)
         wanted, states = shapes_of(layer, max(state.shape[0], 1) if state.dim() else 1)
         if conv.shape != wanted and conv.mT.shape == wanted:
             conv = conv.mT

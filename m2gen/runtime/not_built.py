@@ -41,4 +41,4 @@ def first(names: Collection[str], separator: str = ", ") -> str:
 def check_built(rows: int, cols: int, heads: tuple[int, ...], dtype: torch.dtype | None) -> None:
     """Raise VariantNotBuiltError unless some built variant has these dims, in whatever dtype."""
     if not any(key[:3] == (rows, cols, heads) for key in built.VARIANTS):
-        raise VariantNotBuiltError(not_built("M2RNN", (rows, cols, heads, dtype or torch.bfloat16, False)))
+        raise VariantNotBuiltError(not_built("M2RNN", (rows, cols, heads, dtype or torch.get_default_dtype(), False)))

@@ -19,6 +19,8 @@ def check_operands(caller: str, lead: tuple[str, ...], tensors: Tensors, compile
     for name, x in tensors.items():
         if not (isinstance(x, Tensor) or (x is None and name in _OPTIONAL)):
             raise TypeError(f"{caller}: {name} must be a tensor, got {type(x).__name__}")
+        if x is not None and x.layout is not torch.strided:
+            raise TypeError(f"{caller}: {name} must be a strided tensor, got {x.layout}")
     _check_shapes(caller, lead, tensors)
     q, k, v, weight, forget, A_log = (tensors[name] for name in (*_OPERANDS, "A_log"))
     check_beside(caller, q, tensors)

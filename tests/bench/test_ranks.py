@@ -120,6 +120,11 @@ def test_too_few_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         assert pipeline.has_gpus(2) is expected
     with pytest.raises(UsageError, match="--gpus must be at most the 2 that torch sees, got 3"):
         pipeline.has_gpus(3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**20}.__getitem__)
+    assert not pipeline.has_gpus(8)
+    with pytest.raises(UsageError, match=r"--gpus must be at most 8 on the CPUs of this host, .* 0\.5 GiB, got 9"):
+        pipeline.has_gpus(9)
 
 
 @pytest.mark.parametrize(

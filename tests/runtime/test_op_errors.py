@@ -87,6 +87,7 @@ TYPES = {
     "numpy": ({"v": lambda x: x.cpu().numpy()}, "v must be a tensor, got ndarray"),
     "none": ({"weight": _value(None)}, "weight must be a tensor, got NoneType"),
     "float_gate": ({"forget": _value(0.5)}, "forget must be a tensor, got float"),
+    "sparse": ({"q": lambda x: x.to_sparse()}, "q must be a strided tensor, got torch.sparse_coo"),
     "list_of_offsets": ({"cu_seqlens": _value([0, 5])}, "cu_seqlens must be a tensor, got list"),
     "float_A_log": ({"A_log": _value(0.0), "dt_bias": _zeros(2)}, "A_log must be a tensor, got float"),
     "text_clip": ({"clip": _value("tight")}, "clip must be a bound of at least 0 or None, got "),
