@@ -158,6 +158,10 @@ def tune(
             raise UsageError("--storage must be the URL of a database, got ''")
         if target is not None and not dry_run:
             raise UsageError("--target must be given with --dry-run only: a search runs on the GPU at hand")
+        of_searches = {"--report": report is not None, "--storage": storage is not None, "--fresh": fresh}
+        if dry_run and any(of_searches.values()):
+            given = ", ".join(name for name, there in of_searches.items() if there)
+            raise UsageError(f"--dry-run searches nothing, and takes no {given}")
         planned = pipeline.plan(spec, None if target is None else [target], ())
         if dry_run:
             show_sizes(_sizes(planned, request, target), planned.names, as_json=json)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import struct
 import subprocess
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
 
 from m2gen.device import Device
-from m2gen.errors import CompileError
+from m2gen.errors import CacheError, CompileError, os_errors_as
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,11 @@ def resources_of(compiled: Any, device: Device) -> Resources:
 
 def _nvidia_resources(compiled: Any) -> Resources:
     cubin = compiled.asm["cubin"]
-    with NamedTemporaryFile(suffix=".cubin") as stream:
-        stream.write(cubin)
-        stream.flush()
+    with ExitStack() as stack:
+        with os_errors_as(CacheError, "temporary files must be writable", "; TMPDIR may name a folder"):
+            stream = stack.enter_context(NamedTemporaryFile(suffix=".cubin"))
+            stream.write(cubin)
+            stream.flush()
         command = [_cuobjdump(), "-res-usage", stream.name]
         text = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)

@@ -46,7 +46,9 @@ def diff(directory: Path, expected: Mapping[str, str]) -> list[str]:
     It is empty only if the bytes are the same, as ``write`` compares them. A file that should not be there is shown if
     it is a short text, and named otherwise. Compiled kernels need only be those that the manifest on disk lists.
     """
-    strays = owned.scan(directory).others(expected) if directory.is_dir() else []
+    if not directory.is_dir():
+        return [f"committed/{directory.name}: must be a folder, got {'a file' if directory.exists() else 'none'}"]
+    strays = owned.scan(directory).others(expected)
     lines: list[str] = []
     for path in sorted({*expected, *(stray for stray in strays if not stray.startswith(COMPILED))}):
         if path in strays:

@@ -13,8 +13,11 @@ from .warming import OPERANDS, USES, Calls
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status: 1 where kernels cannot be compiled, 2 for what is no use."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     usual = Calls()
+    if options.processes is not None and options.processes < 1:
+        parser.error(f"--processes must be at least 1, got {options.processes}")
     calls = Calls(options.uses or usual.uses, options.operands or usual.operands, options.lengths)
     try:
         arch = warming.arch_of(options.device)
@@ -22,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, RuntimeError) as error:
         print(f"{built.NAME}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except KeyboardInterrupt:
+        print(f"{built.NAME}: interrupted", file=sys.stderr)
+        return 130
     if options.entries:
         entries = {compiled.place_of(arch, x.module, x.name, x.digest): x for x in kernels}
         print(json.dumps({path: compiled.entry_of(x.name, x.digest) for path, x in entries.items()}))
@@ -32,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {built.NAME}", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__ or built.NAME}", allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     text = "compile the kernels that calls will launch into Triton's cache, in parallel, with or without a GPU"
     command = commands.add_parser("warm-up", help=text, description=text.capitalize() + ".")

@@ -157,5 +157,8 @@ def serve(arch: str, anywhere: bool) -> None:
             answer: dict[str, Any] = {"kernels": list(dict.fromkeys(kernels))}
         except Exception as error:  # a compiler may raise anything
             answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        try:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+        except BrokenPipeError:  # who asked has ended
+            os._exit(1)

@@ -53,8 +53,11 @@ def test_build_says_that_it_did_not_verify(spec: Path, monkeypatch: pytest.Monke
 
 
 def test_build_check_without_a_package(spec: Path) -> None:
-    """A package that is not there is stale, and stays away."""
-    assert run("build", "--spec", "one.yaml", "--check").exit_code == 1
+    """A package that is not there is stale, in two lines, and stays away."""
+    result = run("build", "--spec", "one.yaml", "--check")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == ["committed/one: must be a folder, got none"]
+    assert result.stderr.splitlines() == ["m2gen: one is stale; run `m2gen build --spec one.yaml`"]
     assert not (spec.parent / "generated").exists()
 
 

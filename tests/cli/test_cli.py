@@ -326,6 +326,14 @@ def test_empty_options_are_not_as_if_not_given(command: tuple[str, ...], said: s
     assert said in fails(2, *command)
 
 
+def test_a_dry_run_takes_no_option_of_searches(tmp_path: Path) -> None:
+    """A report of searches that never ran would not be written, and nobody would be told."""
+    page = tmp_path / "page.html"
+    given = ("tune", "--spec", TINY, "--dry-run", "--target", "sm_90", "--report", str(page), "--fresh")
+    assert "--dry-run searches nothing, and takes no --report, --fresh" in fails(2, *given)
+    assert not page.exists()
+
+
 def test_seeds_that_cannot_be_used() -> None:
     """What torch's generators do not take is an error of the command line; what they take is none."""
     for command in ("verify", "tune", "bench"):

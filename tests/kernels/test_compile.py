@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from assembler import NEVER_ENDS, Assembler
@@ -16,10 +18,10 @@ from command_line import run
 from support import make_variant
 
 from m2gen.device import TARGETS
-from m2gen.errors import CompileError
+from m2gen.errors import CacheError, CompileError
 from m2gen.kernels.compile import Job
 from m2gen.kernels.lowering import Direction, Lowering
-from m2gen.kernels.resources import Resources
+from m2gen.kernels.resources import Resources, resources_of
 from m2gen.measure.workers import Service
 from m2gen.pipeline.check import COMPILE, SECONDS, compile_all
 from m2gen.schedule import default
@@ -106,3 +108,15 @@ def test_commands_name_the_kernel(command: str, spec: Path, cache_dir: Path, mon
     for direction in Direction:
         assert f"{direction} for sm_90: compiling took longer than {SECONDS:g} s" in " ".join(result.output.split())
     assert not list(spec.parent.glob("generated/*"))
+
+
+def test_temporary_files_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that is full says nothing of the kernel: it is named, with the variable that leads elsewhere."""
+
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("m2gen.kernels.resources.NamedTemporaryFile", full)
+    said = r"temporary files must be writable: No space left on device; TMPDIR may name a folder"
+    with pytest.raises(CacheError, match=said):
+        resources_of(SimpleNamespace(asm={"cubin": b""}), TARGETS["sm_90"])

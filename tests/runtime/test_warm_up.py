@@ -354,6 +354,14 @@ def test_what_is_no_use_is_said(options: tuple[str, ...], message: str, folder: 
     assert not (tmp_path / "triton").exists()
 
 
+def test_no_processes_are_an_error_of_the_command(cache: Path, folder: Path) -> None:
+    """The usage names the module as it was called."""
+    done = warm_up(cache, folder, "--processes", "0")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"usage: python -m {NAME} ")
+    assert done.stderr.splitlines()[-1].endswith("--processes must be at least 1, got 0")
+
+
 FUNCTION = """
 import torch
 from warmed import warm_up
