@@ -27,15 +27,23 @@ ORDER = ("info", "spec", "build", "check", "verify", "tune", "bench", "db", "ver
 """Commands in the order of use."""
 
 
-class InOrder(TyperGroup):
-    """A group whose help lists commands and subgroups in the order of use."""
+class Commands(TyperGroup):
+    """The commands and subgroups, which help lists in the order of use."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=ORDER.index)
 
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; report an interrupt that comes before the command would, as while modules load."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("m2gen: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
-    cls=InOrder,
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

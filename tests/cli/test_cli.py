@@ -326,6 +326,17 @@ def test_empty_options_are_not_as_if_not_given(command: tuple[str, ...], said: s
     assert said in fails(2, *command)
 
 
+def test_an_interrupt_while_modules_load_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands load what they need before they could report anything, and that takes a second."""
+
+    class Loading(ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "m2gen.cli.show.info", Loading("m2gen.cli.show.info"))
+    assert fails(130, "info") == "m2gen: interrupted"
+
+
 def test_a_dry_run_takes_no_option_of_searches(tmp_path: Path) -> None:
     """A report of searches that never ran would not be written, and nobody would be told."""
     page = tmp_path / "page.html"
