@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from m2gen.schedule import Schedule, Scratch
-from m2gen.variant import MIN_TILE, Variant
+from m2gen.schedule.slots import across
+from m2gen.variant import Variant
 
 SHORT = 64
 """Tokens up to which y's contributors store rows of their own, whatever the schedule says. Fewer than any problem by
@@ -39,7 +40,7 @@ class Launch:
     def weight_shape(self) -> tuple[int, int, int, int]:
         """Shape of one sequence's gradients of weights: groups, contributors, and a weight."""
         groups, cols = self.variant.heads.w, self.variant.head_dim
-        apart = self.schedule.warps_have_slots and self.variant.padded_cols == MIN_TILE
+        apart = self.schedule.warps_have_slots and not across(self.variant)
         contributors = self.backward_programs * (self.schedule.backward.warps if apart else 1)
         return groups, contributors // groups, cols, cols
 
